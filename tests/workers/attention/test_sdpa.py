@@ -1,0 +1,97 @@
+"""The sdpa backend against attention written as loops, over GQA, windows, paging and mixed batches."""
+
+import math
+
+import pytest
+import torch
+
+from workers.attention.backend import AttentionMetadata
+from workers.attention.sdpa import SdpaBackend
+
+HEAD_DIM = 8
+
+
+def naive_attention(q, keys, values, window):
+    """q: [num_heads, head_dim] at the position of the last key; keys, values: [num_keys, num_kv_heads, head_dim]."""
+    num_heads, num_kv_heads = q.shape[0], keys.shape[1]
+    keys, values = (x[-window:] if window else x for x in (keys, values))
+    out = torch.empty_like(q)
+    for head in range(num_heads):
+        kv = head // (num_heads // num_kv_heads)
+        weights = torch.softmax(keys[:, kv] @ q[head] / math.sqrt(HEAD_DIM), dim=0)
+        out[head] = weights @ values[:, kv]
+    return out
+
+
+def make_batch(sequences, block_size, num_kv_heads, generator):
+    """sequences: (num computed before, num new). Returns caches with the earlier tokens stored, metadata, and all K and
+    V.
+    """
+    num_blocks = 1 + sum(-(-(a + b) // block_size) for a, b in sequences)
+    k_cache = torch.full((num_blocks, block_size, num_kv_heads, HEAD_DIM), 50.0)  # loud where it must not be seen
+    v_cache = k_cache.clone()
+    free = torch.randperm(num_blocks - 1, generator=generator).add(1).tolist()
+    tables, slots, everything = [], [], []
+    for before, new in sequences:
+        table = [free.pop() for _ in range(-(-(before + new) // block_size))]
+        keys, values = (torch.randn(before + new, num_kv_heads, HEAD_DIM, generator=generator) for _ in range(2))
+        for position in range(before):
+            k_cache[table[position // block_size], position % block_size] = keys[position]
+            v_cache[table[position // block_size], position % block_size] = values[position]
+        slots += [table[p // block_size] * block_size + p % block_size for p in range(before, before + new)]
+        tables.append(table)
+        everything.append((keys, values))
+    width = max(map(len, tables))
+    query_lens = [new for _, new in sequences]
+    seq_lens = [before + new for before, new in sequences]
+    metadata = AttentionMetadata(
+        slot_mapping=torch.tensor(slots),
+        block_table=torch.tensor([t + [0] * (width - len(t)) for t in tables], dtype=torch.int32),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        cu_seqlens_q=torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], dtype=torch.int32),
+        query_lens=query_lens,
+        context_lens=seq_lens,
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+    )
+    return k_cache, v_cache, metadata, everything
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("window", [None, 1, 5, 8, 100])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_equals_naive_attention(block_size, window, num_heads, num_kv_heads):
+    generator = torch.Generator().manual_seed(block_size * 100 + (window or 0))
+    sequences = [(0, 1), (0, 13), (9, 1), (31, 1), (7, 6), (16, 16), (3, 1)]
+    k_cache, v_cache, metadata, everything = make_batch(sequences, block_size, num_kv_heads, generator)
+    q = torch.randn(sum(n for _, n in sequences), num_heads, HEAD_DIM, generator=generator)
+    new = [torch.cat([kv[i][before:] for (before, _), kv in zip(sequences, everything, strict=True)]) for i in range(2)]
+    backend = SdpaBackend(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, sliding_window=window)
+    out = backend.forward(q, new[0], new[1], k_cache, v_cache, metadata)
+    row = 0
+    for (before, num_new), (keys, values) in zip(sequences, everything, strict=True):
+        for position in range(before, before + num_new):
+            expected = naive_attention(q[row], keys[: position + 1], values[: position + 1], window)
+            torch.testing.assert_close(out[row], expected, atol=2e-5, rtol=2e-5)
+            row += 1
+
+
+def test_released_blocks_are_never_seen():
+    """Blocks behind the window are the null block in the table: filling it with NaN-like values must not change
+    a bit.
+    """
+    window, block_size = 6, 4
+    generator = torch.Generator().manual_seed(1)
+    k_cache, v_cache, metadata, everything = make_batch([(20, 1), (18, 3)], block_size, 2, generator)
+    q = torch.randn(4, 4, HEAD_DIM, generator=generator)
+    k, v = (torch.cat([everything[0][i][20:], everything[1][i][18:]]) for i in range(2))
+    expected = SdpaBackend(num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, sliding_window=window).forward(
+        q, k, v, k_cache.clone(), v_cache.clone(), metadata
+    )
+    metadata.block_table[0, : (20 - window + 1) // block_size] = 0
+    metadata.block_table[1, : (18 - window + 1) // block_size] = 0
+    k_cache[0], v_cache[0] = 1e4, 1e4
+    out = SdpaBackend(num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, sliding_window=window).forward(
+        q, k, v, k_cache, v_cache, metadata
+    )
+    assert torch.equal(out, expected)

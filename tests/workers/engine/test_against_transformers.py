@@ -1,0 +1,83 @@
+"""Our logits against transformers' MistralForCausalLM on tiny random fp32 checkpoints: the engine's own scheduler,
+blocks and runner.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from engines import make_engine, make_request
+from tiny import make_tiny_model, write_tiny_checkpoint
+
+from workers.engine.batch import make_batch
+
+WINDOW = 16
+TOLERANCE = 2e-4
+LENGTHS = (WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 5 * WINDOW + 3)
+
+
+@pytest.fixture(scope="module", params=[WINDOW, None], ids=["window", "full"])
+def checkpoint(request, tmp_path_factory):
+    """(folder, transformers model) with and without a sliding window."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_tiny_checkpoint(folder, sliding_window=request.param)
+    return folder, make_tiny_model(sliding_window=request.param)
+
+
+def all_logits(engine, prompt):
+    """Logits at every position of the prompt, computed in the chunks the engine's scheduler chooses."""
+    core = engine.core
+    core.add_request(make_request("r", prompt, max_tokens=1))
+    rows = []
+    while core.has_work():
+        scheduled = core.scheduler.schedule()
+        batch = make_batch(scheduled, core.config.block_size)
+        every_token = np.arange(len(batch.token_ids), dtype=np.int32)
+        logits = core.runner.execute(dataclasses.replace(batch, logits_indices=every_token))
+        rows.append(logits.clone())
+        for s in scheduled:
+            s.request.num_computed_tokens += s.num_new_tokens
+            core.kv_cache.commit(s.request)
+            if s.request.num_computed_tokens == s.request.num_tokens:
+                core.abort("r")
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, WINDOW, 128], ids=["token by token", "7", "W", "whole"])
+def test_logits_equal_transformers(checkpoint, chunk):
+    folder, reference = checkpoint
+    engine = make_engine(folder, max_num_seqs=chunk, max_num_batched_tokens=chunk, enable_prefix_caching=False)
+    for length in LENGTHS:
+        prompt = torch.randint(3, 256, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt])).logits[0]
+        difference = (all_logits(engine, prompt) - expected).abs().max().item()
+        assert difference <= TOLERANCE, f"prompt of {length} tokens in chunks of {chunk}: off by {difference}"
+
+
+def test_the_window_matters_in_this_comparison(checkpoint):
+    """Guards the test above: a model that ignored the window would be far outside its tolerance."""
+    folder, reference = checkpoint
+    if reference.config.sliding_window is None:
+        pytest.skip("the model without a window")
+    prompt = torch.randint(3, 256, (5 * WINDOW,), generator=torch.Generator().manual_seed(0)).tolist()
+    full = make_tiny_model(sliding_window=None)
+    with torch.inference_mode():
+        difference = (full(torch.tensor([prompt])).logits - reference(torch.tensor([prompt])).logits).abs().max()
+    assert difference > 100 * TOLERANCE
+
+
+def test_greedy_generation_equals_transformers(checkpoint):
+    folder, reference = checkpoint
+    prompts = [torch.randint(3, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 20, 40)]
+    engine = make_engine(folder)
+    ours = engine.generate([make_request(str(i), p, temperature=0.0, max_tokens=40) for i, p in enumerate(prompts)])
+    for prompt, tokens in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        for token in tokens:
+            with torch.inference_mode():
+                logits = reference(ids).logits[0, -1]
+            # A near tie may fall either way in floating point; anything else is a mistake.
+            assert logits.max() - logits[token] <= TOLERANCE
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)

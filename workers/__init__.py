@@ -1,0 +1,1 @@
+"""What runs beside an accelerator: model, engine, collectives. Knows nothing of HTTP, text or replicas."""

@@ -1,0 +1,1 @@
+"""Paged attention: one signature, the `sdpa` specification and the CUDA kernel tested against it."""

@@ -1,0 +1,199 @@
+"""What the model is and how the engine shall run it: frozen, validated values, parsed once from a checkpoint folder.
+
+Knows both checkpoint layouts' configuration files (`config.json` of Hugging Face, `params.json` of Mistral) and refuses
+what this engine cannot compute correctly. Does not know torch, weights, or what start-up learns (see
+protocol.EngineFacts).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from workers.errors import ConfigError
+
+Layout = Literal["huggingface", "mistral"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The numbers that define a Mistral-structured decoder. `sliding_window` counts the token itself; None is full
+    attention.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    sliding_window: int | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    dtype: Dtype
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"The checkpoint's {name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"The checkpoint has {self.num_attention_heads} attention heads, which its {self.num_key_value_heads} "
+                "key/value heads do not divide."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"The checkpoint's head_dim is {self.head_dim}; rotary embedding needs an even one.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(
+                f"The checkpoint's sliding_window is {self.sliding_window}; use a positive number or null."
+            )
+
+    def check_tensor_parallel_size(self, size: int) -> None:
+        """Raises ConfigError unless `size` ranks can share this model evenly."""
+        fits = [n for n in TENSOR_PARALLEL_SIZES if self.num_key_value_heads % n == 0]
+        if size not in fits:
+            raise ConfigError(
+                f"--tensor-parallel-size {size} does not work with this model: its {self.num_key_value_heads} "
+                f"key/value heads must divide evenly over the ranks. Use one of {', '.join(map(str, fits))}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How one replica runs. Sizes are tokens unless named otherwise. `num_kv_blocks` None: from `kv_cache_bytes` or
+    free memory.
+    """
+
+    model_path: str
+    model: ModelConfig
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Dtype = "float32"
+    tensor_parallel_size: int = 1
+    max_model_len: int = 4096
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_bytes: int = 1 << 30  # per rank, on the CPU
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024  # the most one step computes: long prompts are prefilled in chunks
+    enable_prefix_caching: bool = True
+    num_threads: int | None = None  # torch threads per CPU rank; None divides the cores among the ranks
+
+    def __post_init__(self) -> None:
+        self.model.check_tensor_parallel_size(self.tensor_parallel_size)
+        for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_kv_blocks is not None and self.num_kv_blocks < 1:
+            raise ConfigError(f"num_kv_blocks is {self.num_kv_blocks}; it must be at least 1.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), or running requests could not all advance in one step."
+            )
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be in (0, 1].")
+
+
+def load_model_config(folder: str | Path) -> ModelConfig:
+    """Reads config.json or params.json. Raises ConfigError with a sentence on what is missing or unsupported."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"The model folder {folder} does not exist.")
+    for name, parse in (("config.json", _from_huggingface), ("params.json", _from_mistral)):
+        path = folder / name
+        if path.is_file():
+            try:
+                fields = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as e:
+                raise ConfigError(f"{path} is not valid JSON: {e}.") from e
+            try:
+                return parse(fields)
+            except KeyError as e:
+                raise ConfigError(f"{path} lacks the field {e.args[0]!r}.") from e
+            except TypeError as e:
+                raise ConfigError(f"{path} has a field of the wrong type: {e}.") from e
+    raise ConfigError(f"{folder} has neither config.json (Hugging Face layout) nor params.json (Mistral layout).")
+
+
+def _from_huggingface(fields: dict[str, Any]) -> ModelConfig:
+    architectures = fields.get("architectures") or []
+    if not set(architectures) & set(ARCHITECTURES):
+        raise ConfigError(
+            f"Architecture {architectures} is not supported; Tramontane runs {' and '.join(ARCHITECTURES)}."
+        )
+    if fields.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"hidden_act {fields['hidden_act']!r} is not supported; only 'silu' is.")
+    for name in ("attention_bias", "mlp_bias"):
+        if fields.get(name):
+            raise ConfigError(f"{name} is true; checkpoints with biases are not supported.")
+    if fields.get("quantization_config"):
+        raise ConfigError("Quantized checkpoints are not supported; use the float32, float16 or bfloat16 weights.")
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ConfigError(f"Rotary scaling {rope_type!r} is not supported; only unscaled rotary embedding is.")
+    heads = fields["num_attention_heads"]
+    eos = fields.get("eos_token_id", 2)
+    return ModelConfig(
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+        num_hidden_layers=fields["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=fields.get("num_key_value_heads") or heads,
+        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+        rms_norm_eps=fields.get("rms_norm_eps", 1e-5),
+        rope_theta=float(fields.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+        sliding_window=fields.get("sliding_window") if "MistralForCausalLM" in architectures else None,
+        max_position_embeddings=fields["max_position_embeddings"],
+        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        bos_token_id=1 if fields.get("bos_token_id") is None else fields["bos_token_id"],
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (2 if eos is None else eos,),
+        dtype=_dtype(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"),
+        layout="huggingface",
+    )
+
+
+def _from_mistral(fields: dict[str, Any]) -> ModelConfig:
+    if fields.get("moe") or fields.get("quantization"):
+        raise ConfigError(
+            "Mixture-of-experts and quantized checkpoints are not supported; use a dense Mistral checkpoint."
+        )
+    heads = fields["n_heads"]
+    # Mistral's files omit rope_theta for v0.1, whose code defaulted to 10,000, and name the window only where there is
+    # one.
+    return ModelConfig(
+        vocab_size=fields["vocab_size"],
+        hidden_size=fields["dim"],
+        intermediate_size=fields["hidden_dim"],
+        num_hidden_layers=fields["n_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=fields.get("n_kv_heads") or heads,
+        head_dim=fields.get("head_dim") or fields["dim"] // heads,
+        rms_norm_eps=fields.get("norm_eps", 1e-5),
+        rope_theta=float(fields.get("rope_theta") or 10_000.0),
+        sliding_window=fields.get("sliding_window"),
+        max_position_embeddings=fields.get("max_seq_len") or fields.get("max_position_embeddings") or 32_768,
+        tie_word_embeddings=bool(fields.get("tied_embeddings", False)),
+        bos_token_id=1,
+        eos_token_ids=(2,),
+        dtype="bfloat16",
+        layout="mistral",
+    )
+
+
+def _dtype(name: str) -> Dtype:
+    name = name.removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"Weights of type {name!r} are not supported; use float32, float16 or bfloat16.")
+    return name  # type: ignore[return-value]

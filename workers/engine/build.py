@@ -1,0 +1,51 @@
+"""Puts an engine together on one rank: device, model, weights, KV cache. The only place that knows all the parts."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from workers.attention.select import select_backend
+from workers.config import EngineConfig
+from workers.engine.core import EngineCore
+from workers.engine.model_runner import ModelRunner
+from workers.model.loader import load_weights
+from workers.model.mistral import MistralForCausalLM
+from workers.parallel.group import TensorParallel
+
+Progress = Callable[[int, int], None]
+
+
+def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | None = None) -> ModelRunner:
+    """The model with this rank's weights. `progress` gets (bytes done, bytes in total).
+
+    Raises CheckpointError for weights that do not fit the configuration.
+    """
+    if tp.device.type == "cpu":
+        torch.set_num_threads(config.num_threads or max(1, available_cpus() // tp.size))
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    model_config = config.model
+    backend = select_backend(
+        device=tp.device,
+        dtype=dtype,
+        block_size=config.block_size,
+        num_heads=model_config.num_attention_heads // tp.size,
+        num_kv_heads=model_config.num_key_value_heads // tp.size,
+        head_dim=model_config.head_dim,
+        sliding_window=model_config.sliding_window,
+    )
+    model = MistralForCausalLM(
+        model_config, tp=tp, backend=backend, dtype=dtype, device=tp.device, max_positions=config.max_model_len
+    )
+    load_weights(model, config.model_path, model_config, tp=tp, progress=progress)
+    return ModelRunner(config, model, tp, dtype)
+
+
+def build_core(config: EngineConfig, runner: ModelRunner, tp: TensorParallel) -> EngineCore:
+    """Rank 0's engine. `allocate_kv_cache` must have run on every rank before."""
+    return EngineCore(config, runner, tp)
+
+
+def available_cpus() -> int:
+    """Cores this process may use, which in a container is less than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,208 @@
+"""The engine on rank 0: schedule, broadcast, execute, sample, update.
+
+Owns the requests between `add_request` and their last delta. Knows no sockets and no text. All methods belong to one
+thread, except `load`, which may be called from any.
+"""
+
+import itertools
+import logging
+import time
+
+from workers.config import EngineConfig
+from workers.engine.batch import STOP, dummy_batch, make_batch
+from workers.engine.kv_cache_manager import KVCacheManager
+from workers.engine.model_runner import ModelRunner
+from workers.engine.request import Request, make_request
+from workers.engine.sampler import Sampled, SamplingRow, sample
+from workers.engine.scheduler import ScheduledRequest, Scheduler
+from workers.errors import RequestError
+from workers.parallel.group import TensorParallel
+from workers.protocol import EngineFacts, FinishReason, GenerateRequest, LoadReport, TokenDelta
+
+log = logging.getLogger(__name__)
+
+# A step that runs this long is suspicious: the load report then names the ranks it waits for.
+SLOW_STEP_S = 1.0
+
+
+class EngineCore:
+    def __init__(self, config: EngineConfig, runner: ModelRunner, tp: TensorParallel) -> None:
+        self.config = config
+        self.runner = runner
+        self.tp = tp
+        self.kv_cache = KVCacheManager(
+            num_blocks=runner.num_blocks,
+            block_size=config.block_size,
+            sliding_window=config.model.sliding_window,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(
+            self.kv_cache, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        )
+        self.max_model_len = self._max_model_len()
+        self._requests: dict[str, Request] = {}
+        self._arrivals = itertools.count()
+        self._num_steps_total = 0
+        self._prompt_tokens_total = 0
+        self._generated_tokens_total = 0
+        self._last_step_s = 0.0
+        self._last_forward: float | None = None
+        self._step_began: float | None = None
+
+    def add_request(self, message: GenerateRequest) -> None:
+        """Raises RequestError for a request that can never be served; nothing is kept of it then."""
+        if message.request_id in self._requests:
+            raise RequestError(f"Request id {message.request_id!r} is already in use.", param="request_id")
+        request = make_request(
+            message,
+            arrival=next(self._arrivals),
+            vocab_size=self.config.model.vocab_size,
+            max_model_len=self.max_model_len,
+        )
+        self._requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forgets a request at any stage and frees its blocks. Unknown ids are ignored: it may have ended a
+        moment ago.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self.scheduler.finish(request)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def step(self) -> list[TokenDelta]:
+        """One forward pass for as many requests as fit; empty when there is no work. Raises GroupError if a rank is
+        gone.
+        """
+        # Empty twice means empty for good: the first call may have preempted everyone, the second starts from there.
+        scheduled = self.scheduler.schedule() or self.scheduler.schedule()
+        if not scheduled:
+            return self._fail_head_of_line()
+        began = self._step_began = time.monotonic()
+        batch = make_batch(scheduled, self.config.block_size)
+        self.tp.broadcast(batch.pack())
+        logits = self.runner.execute(batch)
+        sampling = [s.request for s in scheduled if s.samples]
+        sampled: list[Sampled] = []
+        if sampling:
+            assert logits is not None, "rank 0 gathers the logits"
+            rows = [SamplingRow(r.sampling, r.token_ids, r.num_prompt_tokens) for r in sampling]
+            sampled = sample(logits, rows, eos_token_ids=self.config.model.eos_token_ids)
+        deltas = self._update(scheduled, dict(zip((r.request_id for r in sampling), sampled, strict=True)))
+        self._step_ended(began)
+        return deltas
+
+    def heartbeat(self) -> None:
+        """A forward pass of one dummy token on all ranks: proof of life while idle."""
+        began = self._step_began = time.monotonic()
+        batch = dummy_batch(1, 1, self.config.block_size)
+        self.tp.broadcast(batch.pack())
+        self.runner.execute(batch)
+        self._step_ended(began)
+
+    def shutdown(self) -> None:
+        """Sends the followers home. The core is not usable afterwards."""
+        self.tp.broadcast(STOP)
+
+    def load(self) -> LoadReport:
+        now, began = time.monotonic(), self._step_began
+        pool = self.kv_cache.pool
+        return LoadReport(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks=pool.num_blocks,
+            num_used_blocks=pool.num_used,
+            num_steps_total=self._num_steps_total,
+            num_preemptions_total=self.scheduler.num_preemptions_total,
+            prompt_tokens_total=self._prompt_tokens_total,
+            generated_tokens_total=self._generated_tokens_total,
+            prefix_queries_total=self.kv_cache.prefix_queries_total,
+            prefix_hits_total=self.kv_cache.prefix_hits_total,
+            last_step_s=self._last_step_s,
+            forward_age_s=None if self._last_forward is None else now - self._last_forward,
+            stuck_ranks=self.tp.waiting_for() if began is not None and now - began > SLOW_STEP_S else (),
+        )
+
+    def facts(self, replica_id: str) -> EngineFacts:
+        return EngineFacts(
+            replica_id=replica_id,
+            tensor_parallel_size=self.tp.size,
+            vocab_size=self.config.model.vocab_size,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.config.max_num_seqs,
+            block_size=self.config.block_size,
+            num_blocks=self.kv_cache.pool.num_blocks,
+            bos_token_id=self.config.model.bos_token_id,
+            eos_token_ids=self.config.model.eos_token_ids,
+            attention_backend=self.runner.model.backend.name,
+        )
+
+    def _update(self, scheduled: list[ScheduledRequest], sampled: dict[str, Sampled]) -> list[TokenDelta]:
+        deltas = []
+        for s in scheduled:
+            request = s.request
+            request.num_computed_tokens += s.num_new_tokens
+            self.kv_cache.commit(request)
+            if request.request_id not in sampled:
+                continue
+            chosen = sampled[request.request_id]
+            if request.num_output_tokens == 0:
+                self._prompt_tokens_total += request.num_prompt_tokens
+            request.append(chosen.token_id)
+            self._generated_tokens_total += 1
+            deltas.append(self._delta(request, chosen))
+        return deltas
+
+    def _delta(self, request: Request, chosen: Sampled) -> TokenDelta:
+        reason = request.finish_reason(eos_token_ids=self.config.model.eos_token_ids, max_model_len=self.max_model_len)
+        if reason is not None:
+            self.abort(request.request_id)
+        num_cached_tokens, request.num_cached_tokens = request.num_cached_tokens, None
+        return TokenDelta(
+            request_id=request.request_id,
+            token_ids=[chosen.token_id],
+            logprobs=None if chosen.logprob is None else [chosen.logprob],
+            finish_reason=reason,
+            stop_token_id=chosen.token_id if reason is FinishReason.STOP else None,
+            num_cached_tokens=num_cached_tokens,
+        )
+
+    def _fail_head_of_line(self) -> list[TokenDelta]:
+        """Nothing can be scheduled: either there is no work, or the first request can never run and would block all
+        others.
+        """
+        if not self.scheduler.waiting:
+            return []
+        request = self.scheduler.waiting[0]
+        log.error("request %s cannot be scheduled in an otherwise empty engine; it is ended", request.request_id)
+        self.abort(request.request_id)
+        return [
+            TokenDelta(
+                request_id=request.request_id,
+                finish_reason=FinishReason.ERROR,
+                error="The request needs more KV cache than this replica has; "
+                f"use fewer than {request.num_tokens} tokens.",
+            )
+        ]
+
+    def _max_model_len(self) -> int:
+        """The configured length, or less where the KV cache cannot hold one sequence of it."""
+        config, num_blocks = self.config, self.kv_cache.pool.num_blocks
+        if self.kv_cache.max_blocks_held(config.max_model_len, config.max_num_batched_tokens) <= num_blocks:
+            return config.max_model_len
+        fits = num_blocks * config.block_size
+        log.warning(
+            "The KV cache of %s blocks holds one sequence of %s tokens, not the %s of max_model_len: longer requests "
+            "are refused.",
+            num_blocks, fits, config.max_model_len,
+        )  # fmt: skip
+        return fits
+
+    def _step_ended(self, began: float) -> None:
+        self._last_forward = time.monotonic()
+        self._last_step_s = self._last_forward - began
+        self._step_began = None
+        self._num_steps_total += 1

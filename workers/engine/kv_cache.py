@@ -1,0 +1,59 @@
+"""The KV cache's memory on one rank: how many blocks fit, and the tensors. Knows no requests."""
+
+import torch
+
+from workers.config import EngineConfig
+from workers.errors import ConfigError
+
+KVCache = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def block_bytes(config: EngineConfig, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers on one rank: keys and values of this rank's KV heads."""
+    model = config.model
+    heads = model.num_key_value_heads // config.tensor_parallel_size
+    return 2 * model.num_hidden_layers * config.block_size * heads * model.head_dim * dtype.itemsize
+
+
+def num_blocks_that_fit(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Usable blocks on this rank. On CUDA, call it after a profiling pass so that peak activations are known.
+
+    Raises ConfigError when not even one block fits.
+    """
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        stats = torch.cuda.memory_stats(device)
+        # What the profiling pass used beyond what is held now must stay free for the next pass.
+        activations = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+        reserved_unused = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
+        budget = int(free + reserved_unused - activations - (1 - config.gpu_memory_utilization) * total)
+        remedy = "raise --gpu-memory-utilization, lower --max-num-batched-tokens or use more tensor-parallel ranks"
+    else:
+        budget, remedy = config.kv_cache_bytes, "raise --kv-cache-memory"
+    # One more than the usable ones: the null block.
+    num_blocks = budget // block_bytes(config, dtype) - 1
+    if num_blocks < 1:
+        raise ConfigError(
+            f"No room for the KV cache: {max(0, budget) / 2**20:.0f} MiB are left and one block of "
+            f"{config.block_size} tokens takes {block_bytes(config, dtype) / 2**20:.2f} MiB; {remedy}."
+        )
+    # More than this many could never be in use at once.
+    most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size)
+    return min(num_blocks, most_useful)
+
+
+def allocate(config: EngineConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """Per layer (k_cache, v_cache), each [num_blocks + 1, block_size, num_kv_heads, head_dim], zeroed: block 0 is the
+    null block.
+
+    Zeros, not garbage: masked positions still enter a product, and 0 * NaN is NaN.
+    """
+    heads = config.model.num_key_value_heads // config.tensor_parallel_size
+    shape = (num_blocks + 1, config.block_size, heads, config.model.head_dim)
+
+    def zeros() -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return [(zeros(), zeros()) for _ in range(config.model.num_hidden_layers)]

@@ -1,0 +1,106 @@
+"""Runs one ForwardBatch through the model on one rank. The same on rank 0 and on followers.
+
+Knows the model, the KV cache tensors and the batch; no requests, no sampling. Input tensors live in static buffers that
+are overwritten each step, and nothing reads the device back, so that a step can be captured in a CUDA graph.
+"""
+
+import numpy as np
+import torch
+
+from workers.attention.backend import AttentionMetadata
+from workers.config import EngineConfig
+from workers.engine import kv_cache
+from workers.engine.batch import ForwardBatch, dummy_batch
+from workers.model.mistral import MistralForCausalLM
+from workers.parallel.group import TensorParallel
+
+
+class _Buffer:
+    """A device tensor of fixed address and capacity; `fill` returns a view of what it was filled with."""
+
+    def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.device_tensor = torch.zeros(capacity, dtype=dtype, device=device)
+        self.host_tensor = torch.zeros(capacity, dtype=dtype, pin_memory=True) if device.type == "cuda" else None
+
+    def fill(self, values: np.ndarray) -> torch.Tensor:
+        n = values.size
+        source = torch.from_numpy(np.ascontiguousarray(values).reshape(-1))
+        if self.host_tensor is None:
+            self.device_tensor[:n] = source
+        else:
+            self.host_tensor[:n] = source
+            self.device_tensor[:n].copy_(self.host_tensor[:n], non_blocking=True)
+        return self.device_tensor[:n]
+
+
+class ModelRunner:
+    def __init__(self, config: EngineConfig, model: MistralForCausalLM, tp: TensorParallel, dtype: torch.dtype) -> None:
+        self.config = config
+        self.model = model
+        self.tp = tp
+        self.dtype = dtype
+        self.num_blocks = 0
+        self.kv_cache: kv_cache.KVCache = []
+        tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
+        max_blocks = -(-config.max_model_len // config.block_size)
+
+        def buffer(capacity: int, dtype: torch.dtype = torch.int32) -> _Buffer:
+            return _Buffer(capacity, dtype, tp.device)
+
+        self._token_ids = buffer(tokens, torch.int64)
+        self._positions = buffer(tokens, torch.int64)
+        self._slot_mapping = buffer(tokens, torch.int64)
+        self._seq_lens = buffer(seqs)
+        self._cu_seqlens_q = buffer(seqs + 1)
+        self._logits_indices = buffer(seqs, torch.int64)
+        self._block_table = buffer(seqs * max_blocks)
+
+    def allocate_kv_cache(self) -> int:
+        """Sizes and allocates the KV cache; every rank gets the smallest size any of them can hold. Returns usable
+        blocks.
+        """
+        if self.tp.device.type == "cuda" and self.config.num_kv_blocks is None:
+            self._profile()
+        fitting = kv_cache.num_blocks_that_fit(self.config, self.dtype, self.tp.device)
+        self.num_blocks = self.tp.min(fitting)
+        self.kv_cache = kv_cache.allocate(self.config, self.num_blocks, self.dtype, self.tp.device)
+        return self.num_blocks
+
+    @torch.inference_mode()
+    def execute(self, batch: ForwardBatch) -> torch.Tensor | None:
+        """Logits [num_sampling_seqs, vocab_size] in float32 on rank 0, None elsewhere."""
+        metadata = self._metadata(batch)
+        hidden_states = self.model(
+            self._token_ids.fill(batch.token_ids), self._positions.fill(batch.positions), self.kv_cache, metadata
+        )
+        if not len(batch.logits_indices):
+            return None
+        return self.model.compute_logits(hidden_states[self._logits_indices.fill(batch.logits_indices)])
+
+    def _metadata(self, batch: ForwardBatch) -> AttentionMetadata:
+        cu_seqlens_q = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(batch.query_lens, dtype=np.int32)])
+        return AttentionMetadata(
+            slot_mapping=self._slot_mapping.fill(batch.slot_mapping),
+            block_table=self._block_table.fill(batch.block_table).view(batch.block_table.shape),
+            seq_lens=self._seq_lens.fill(batch.seq_lens),
+            cu_seqlens_q=self._cu_seqlens_q.fill(cu_seqlens_q),
+            query_lens=batch.query_lens.tolist(),
+            context_lens=batch.seq_lens.tolist(),
+            max_query_len=int(batch.query_lens.max()),
+            max_seq_len=int(batch.seq_lens.max()),
+        )
+
+    def _profile(self) -> None:
+        """Runs the largest step once against a one-block cache, so that peak memory is known before the real cache is
+        sized.
+        """
+        config = self.config
+        self.kv_cache = kv_cache.allocate(config, 1, self.dtype, self.tp.device)
+        torch.cuda.reset_peak_memory_stats(self.tp.device)
+        longest = min(config.max_model_len, config.max_num_batched_tokens)
+        # As many sequences as may sample in one step: the logits are the largest activation.
+        longest = min(longest, max(1, config.max_num_batched_tokens // config.max_num_seqs))
+        num_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * longest)
+        self.execute(dummy_batch(num_tokens, longest, config.block_size))
+        torch.cuda.synchronize(self.tp.device)
+        self.kv_cache = []

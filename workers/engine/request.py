@@ -1,0 +1,120 @@
+"""One request inside the engine: its tokens, how far they are computed, and the last gate that lets it in.
+
+Knows no torch, no blocks and no scheduling policy.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from workers.errors import RequestError
+from workers.protocol import FinishReason, GenerateRequest, SamplingParams
+
+MAX_TOP_LOGPROBS = 100
+UINT64 = 1 << 64
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """`token_ids` is prompt and output in a row; the KV cache holds the first `num_computed_tokens` of them."""
+
+    request_id: str
+    sampling: SamplingParams
+    num_prompt_tokens: int
+    token_ids: list[int]
+    arrival: int  # order of arrival: the tie-break between equal priorities
+    priority: int = 0
+    num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
+    block_ids: list[int] = field(default_factory=list)
+    num_released_blocks: int = 0  # leading block_ids that are the null block: behind the window
+    num_named_blocks: int = 0  # leading block_ids whose content the pool knows by hash
+    block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Smaller is served first and preempted last."""
+        return (self.priority, self.arrival)
+
+    def append(self, token_id: int) -> None:
+        self.token_ids.append(token_id)
+
+    def finish_reason(self, *, eos_token_ids: tuple[int, ...], max_model_len: int) -> FinishReason | None:
+        """Why the token just appended ends the request, or None."""
+        token, sampling = self.token_ids[-1], self.sampling
+        if self.num_output_tokens > sampling.min_tokens:
+            if token in sampling.stop_token_ids or (token in eos_token_ids and not sampling.ignore_eos):
+                return FinishReason.STOP
+        if self.num_output_tokens >= sampling.max_tokens or self.num_tokens >= max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+
+def make_request(message: GenerateRequest, *, arrival: int, vocab_size: int, max_model_len: int) -> Request:
+    """Validates a request from the wire. Raises RequestError naming the field: nothing later may fail because of it."""
+    sampling = message.sampling
+    _check_tokens("prompt", message.prompt_token_ids, vocab_size)
+    _check_tokens("output_token_ids", message.output_token_ids, vocab_size)
+    _check_tokens("stop_token_ids", sampling.stop_token_ids, vocab_size)
+    _check_tokens("logit_bias", sampling.logit_bias, vocab_size)
+    _check_sampling(sampling)
+    if not message.prompt_token_ids:
+        raise RequestError("The prompt has no tokens; send at least one.", param="prompt")
+    num_tokens = len(message.prompt_token_ids) + len(message.output_token_ids)
+    if num_tokens >= max_model_len:
+        raise RequestError(
+            f"The prompt has {num_tokens} tokens, but this model's context holds {max_model_len} tokens "
+            "including at least one of output; shorten the prompt.",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    if len(message.output_token_ids) >= sampling.max_tokens:
+        raise RequestError("output_token_ids already holds max_tokens tokens.", param="max_tokens")
+    return Request(
+        request_id=message.request_id,
+        sampling=sampling,
+        num_prompt_tokens=len(message.prompt_token_ids),
+        token_ids=[*message.prompt_token_ids, *message.output_token_ids],
+        arrival=arrival,
+        priority=message.priority,
+    )
+
+
+def _check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    for token_id in token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{param} contains token id {token_id}; this model's ids are 0 to {vocab_size - 1}.", param=param
+            )
+
+
+def _check_sampling(p: SamplingParams) -> None:
+    # (name, value, smallest allowed, largest allowed); infinities and NaN fail every comparison below.
+    bounds = (
+        ("temperature", p.temperature, 0.0, 100.0),
+        ("top_p", p.top_p, 0.0, 1.0),
+        ("top_k", p.top_k, 0, math.inf),
+        ("min_p", p.min_p, 0.0, 1.0),
+        ("repetition_penalty", p.repetition_penalty, 0.01, 100.0),
+        ("presence_penalty", p.presence_penalty, -100.0, 100.0),
+        ("frequency_penalty", p.frequency_penalty, -100.0, 100.0),
+        ("max_tokens", p.max_tokens, 1, math.inf),
+        ("min_tokens", p.min_tokens, 0, p.max_tokens),
+        ("logprobs", p.logprobs or 0, 0, MAX_TOP_LOGPROBS),
+        ("seed", p.seed, -UINT64, UINT64),
+        *(("logit_bias", bias, -100.0, 100.0) for bias in p.logit_bias.values()),
+    )
+    for name, value, low, high in bounds:
+        if not low <= value <= high:
+            raise RequestError(f"{name} is {value}; it must be between {low} and {high}.", param=name)
+    if p.top_p == 0.0:
+        raise RequestError("top_p is 0; it must be above 0.", param="top_p")

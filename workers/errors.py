@@ -1,0 +1,56 @@
+"""Every exception Tramontane raises on purpose. Knows no caller: the HTTP surface maps these to statuses.
+
+TramontaneError
+├── ConfigError             a setting, or a checkpoint's configuration, that cannot work
+├── CheckpointError         a weight file or tensor that is missing, extra, misshapen or truncated
+├── RequestError            a request refused at the door; `param` names the field
+├── GroupError              a collective failed or timed out; `ranks` names those that did not arrive
+├── EngineError             the engine stopped; every request it held ends with this
+├── ReplicaUnavailableError no replica can take or finish the request now; a retry may succeed
+└── OverloadedError         the server holds as many requests as it may; `retry_after_s` says when to come back
+"""
+
+
+class TramontaneError(Exception):
+    """Base of all the exceptions above. The message is one sentence meant for the user."""
+
+
+class ConfigError(TramontaneError):
+    """A setting, or a checkpoint's configuration, that cannot work."""
+
+
+class CheckpointError(TramontaneError):
+    """A weight file or tensor that is missing, extra, misshapen or truncated."""
+
+
+class RequestError(TramontaneError):
+    """A request that can never be served as it stands. `param` is the field to change, `code` OpenAI's error code."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class GroupError(TramontaneError):
+    """A collective failed or timed out. `ranks` are those that did not arrive, as far as it is known."""
+
+    def __init__(self, message: str, *, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
+class EngineError(TramontaneError):
+    """The engine stopped; every request it held ends with this."""
+
+
+class ReplicaUnavailableError(TramontaneError):
+    """No replica can take or finish the request now; a retry may succeed."""
+
+
+class OverloadedError(TramontaneError):
+    """The server holds as many requests as it may. `retry_after_s`: a guess at when there is room again."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

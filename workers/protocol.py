@@ -1,0 +1,178 @@
+"""The wire format between gateway and rank 0: requests and aborts in, one frame per engine step out.
+
+Knows no torch, no text and no transport. Both ends encode with msgspec's MessagePack; a frame on the socket is a 4-byte
+big-endian length and that many bytes. Unknown fields are ignored, so that gateway and replica may differ by a version.
+"""
+
+import enum
+from typing import Annotated
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended. STOP: eos or a stop token id. LENGTH: max_tokens or the model's context. ERROR: see
+    `error`.
+    """
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to choose tokens. Bounds are checked by `workers.engine.request.validate`, the last gate before the engine.
+
+    `seed` is always present: with it, sampling is a pure function of (logits, parameters, seed, position), where
+    position is the index of the output token. temperature 0 is greedy. top_k 0 and min_p 0.0 are off.
+    `logprobs`: None for none, n for the chosen token's log-probability and the n most likely beside it (0 is allowed).
+    """
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence to extend. `output_token_ids` are tokens generated elsewhere before: sampling goes on behind
+    them.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    output_token_ids: list[int] = []
+    priority: int = 0  # smaller runs first, as in vLLM
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Log-probabilities (nats) under the model's own distribution, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top: list[tuple[int, float]] = []  # (token id, logprob), most likely first
+
+
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one engine step adds to one request.
+
+    `token_ids` includes the token that ended it; `stop_token_id` repeats that one when finish_reason is STOP, so that
+    the gateway can leave it out of the text. `num_cached_tokens` (prompt tokens found in the prefix cache) comes with
+    the first delta. `error` is a sentence for the user when finish_reason is ERROR.
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int | None = None
+    error: str | None = None
+
+
+class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The replica's state after a step. Counts named `_total` only grow. Times are seconds."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0  # usable KV blocks, the null block not counted
+    num_used_blocks: int = 0  # held by running requests; cached but unreferenced blocks count as free
+    num_steps_total: int = 0
+    num_preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
+    prefix_hits_total: int = 0  # of those, found
+    last_step_s: float = 0.0
+    forward_age_s: float | None = None  # since the last forward pass on all ranks; None before the first
+    stuck_ranks: tuple[int, ...] = ()  # ranks the running step is waiting for, when it takes suspiciously long
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """Gateway to rank 0, the first frame: proves the caller knows the replica's secret."""
+
+    token: str
+    version: int = PROTOCOL_VERSION
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit"):
+    request: GenerateRequest
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Forget this request. Unknown ids are ignored: the request may have ended a moment ago."""
+
+    request_id: str
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """Either way, whenever nothing else was sent for HEARTBEAT_INTERVAL_S."""
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
+    """Rank 0's answer to Hello: what start-up learned, and what the gateway checks requests against."""
+
+    replica_id: str
+    tensor_parallel_size: int
+    vocab_size: int
+    max_model_len: int  # prompt and output together, tokens
+    max_num_seqs: int
+    block_size: int  # tokens per KV block
+    num_blocks: int
+    bos_token_id: int
+    eos_token_ids: tuple[int, ...]
+    attention_backend: str
+    version: int = PROTOCOL_VERSION
+
+
+class StepFrame(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """Rank 0 to gateway, after a step that produced something and as rank 0's heartbeat: deltas may be empty."""
+
+    deltas: list[TokenDelta]
+    load: LoadReport
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
+    """Rank 0 will not talk on this connection (wrong token or version), and closes it."""
+
+    reason: str
+
+
+ToReplica = Hello | Submit | Abort | Heartbeat
+FromReplica = EngineFacts | StepFrame | Refused
+
+HEARTBEAT_INTERVAL_S = 0.5
+SILENCE_IS_DEATH_S = 3.0
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+
+FRAME_HEADER_BYTES = 4
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_frame(message: ToReplica | FromReplica) -> bytes:
+    """The length prefix and the message, ready for the socket."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(FRAME_HEADER_BYTES, "big") + body
+
+
+def frame_length(header: bytes, max_bytes: int = MAX_FRAME_BYTES) -> int:
+    """How many bytes follow this header. Raises ValueError when a peer announces more than `max_bytes`."""
+    length = int.from_bytes(header, "big")
+    if length > max_bytes:
+        raise ValueError(f"a frame of {length} bytes was announced; at most {max_bytes} are allowed")
+    return length
