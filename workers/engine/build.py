@@ -38,7 +38,7 @@ def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | 
         model_config, tp=tp, backend=backend, dtype=dtype, device=tp.device, max_positions=config.max_model_len
     )
     load_weights(model, config.model_path, model_config, tp=tp, progress=progress)
-    return ModelRunner(config, model, tp, dtype)
+    return ModelRunner(config, model, tp, dtype=dtype, attention_backend=backend.name)
 
 
 def build_core(config: EngineConfig, runner: ModelRunner, tp: TensorParallel) -> EngineCore:

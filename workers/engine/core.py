@@ -137,7 +137,7 @@ class EngineCore:
             num_blocks=self.kv_cache.pool.num_blocks,
             bos_token_id=self.config.model.bos_token_id,
             eos_token_ids=self.config.model.eos_token_ids,
-            attention_backend=self.runner.model.backend.name,
+            attention_backend=self.runner.attention_backend,
         )
 
     def _update(self, scheduled: list[ScheduledRequest], sampled: dict[str, Sampled]) -> list[TokenDelta]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from workers.config import EngineConfig
 from workers.engine.build import Progress, build_core, build_runner
+from workers.engine.core import EngineCore
 from workers.errors import ConfigError, RequestError
 from workers.parallel.group import SingleRank
 from workers.protocol import FinishReason, GenerateRequest, TokenDelta
@@ -22,28 +23,38 @@ class LLMEngine:
         self.core = build_core(config, runner, tp)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[list[int]]:
-        """Output token ids in the order of `requests`, which run together. Raises RequestError for one that can't be
-        served.
-        """
-        outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
-        if len(outputs) != len(requests):
-            raise RequestError("Two requests share one request_id; make them differ.", param="request_id")
-        for delta in self.stream(*requests):
-            outputs[delta.request_id] += delta.token_ids
-        return list(outputs.values())
+        """See `run_requests`."""
+        return run_requests(self.core, requests)
 
     def stream(self, *requests: GenerateRequest) -> Iterator[TokenDelta]:
-        """Deltas of all the requests as steps produce them. Leaving early aborts what is unfinished."""
-        added = []
-        try:
-            for request in requests:
-                self.core.add_request(request)
-                added.append(request.request_id)
-            while self.core.has_work():
-                for delta in self.core.step():
-                    if delta.finish_reason is FinishReason.ERROR:
-                        raise RequestError(delta.error or "The request failed.")
-                    yield delta
-        finally:
-            for request_id in added:
-                self.core.abort(request_id)
+        """See `stream_requests`."""
+        return stream_requests(self.core, requests)
+
+
+def run_requests(core: EngineCore, requests: Sequence[GenerateRequest]) -> list[list[int]]:
+    """Output token ids in the order of `requests`, which run together. Raises RequestError for one that can't be
+    served.
+    """
+    outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
+    if len(outputs) != len(requests):
+        raise RequestError("Two requests share one request_id; make them differ.", param="request_id")
+    for delta in stream_requests(core, requests):
+        outputs[delta.request_id] += delta.token_ids
+    return list(outputs.values())
+
+
+def stream_requests(core: EngineCore, requests: Sequence[GenerateRequest]) -> Iterator[TokenDelta]:
+    """Deltas of all the requests as steps produce them. Leaving early aborts what is unfinished."""
+    added = []
+    try:
+        for request in requests:
+            core.add_request(request)
+            added.append(request.request_id)
+        while core.has_work():
+            for delta in core.step():
+                if delta.finish_reason is FinishReason.ERROR:
+                    raise RequestError(delta.error or "The request failed.")
+                yield delta
+    finally:
+        for request_id in added:
+            core.abort(request_id)

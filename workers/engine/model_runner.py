@@ -34,11 +34,20 @@ class _Buffer:
 
 
 class ModelRunner:
-    def __init__(self, config: EngineConfig, model: MistralForCausalLM, tp: TensorParallel, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: MistralForCausalLM,
+        tp: TensorParallel,
+        *,
+        dtype: torch.dtype,
+        attention_backend: str,
+    ) -> None:
         self.config = config
         self.model = model
         self.tp = tp
         self.dtype = dtype
+        self.attention_backend = attention_backend
         self.num_blocks = 0
         self.kv_cache: kv_cache.KVCache = []
         tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs

@@ -39,6 +39,7 @@ class Sampled:
     logprob: TokenLogprob | None
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequence[int]) -> list[Sampled]:
     """logits: [len(rows), vocab_size] float32; may be overwritten. Reads the device once, at the end."""
     wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
@@ -99,7 +100,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         logits[truncated] = _truncate(logits[truncated], [rows[i].params for i in truncated])
     # In double precision: a sum over 32,768 floats is off by more than the smallest probabilities.
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     u = column([uniform(row.params.seed, row.position) for row in rows])
     picked = torch.searchsorted(cumulative, u * total, right=True)
     # Rounding can carry u * total up to total itself; the last token with any probability is then meant.

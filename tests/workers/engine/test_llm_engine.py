@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_tokens_in_every_company(folder):
 
     assert make_engine(folder, enable_prefix_caching=False).generate(requests) == expected, "in a batch of 32"
 
-    cached = make_engine(folder)
+    cached = make_engine(folder, num_kv_blocks=2000)
     assert cached.generate(requests) == expected, "with prefix caching, cold"
     assert cached.generate(requests) == expected, "with prefix caching, warm"
     assert cached.core.load().prefix_hits_total > 0
@@ -204,7 +204,7 @@ def test_eos_stops_unless_ignored_or_too_early(folder):
 )
 def test_what_can_never_work_is_refused_at_the_door(folder, prompt, params, param, words):
     engine = make_engine(folder)
-    with pytest.raises(RequestError, match="") as caught:
+    with pytest.raises(RequestError) as caught:
         engine.core.add_request(make_request("r", prompt, **params))
     assert caught.value.param == param
     assert words in str(caught.value)

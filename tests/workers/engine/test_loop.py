@@ -1,0 +1,125 @@
+"""The engine loop with a fake core: who gets an error when what fails, and what is left."""
+
+import queue
+import threading
+
+import pytest
+from fake_core import FakeCore, expected_tokens, request
+
+from workers.engine.loop import EngineLoop
+from workers.errors import GroupError
+from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta
+
+
+class Published:
+    """Collects deltas and lets a test wait for one that ends a request."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
+
+    def __call__(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            self.queue.put(delta)
+
+    def until_finished(self, num_requests: int) -> dict[str, list[TokenDelta]]:
+        seen: dict[str, list[TokenDelta]] = {}
+        finished = 0
+        while finished < num_requests:
+            delta = self.queue.get(timeout=10)
+            seen.setdefault(delta.request_id, []).append(delta)
+            finished += delta.finish_reason is not None
+        return seen
+
+
+@pytest.fixture
+def core():
+    return FakeCore()
+
+
+@pytest.fixture
+def published():
+    return Published()
+
+
+@pytest.fixture
+def loop(core, published):
+    loop = EngineLoop(core, published, idle_heartbeat_s=0.02)
+    loop.start()
+    yield loop
+    core.gate.set()
+    assert loop.stop()
+
+
+def test_runs_requests_to_their_end_and_shuts_the_core_down(core, published):
+    loop = EngineLoop(core, published)
+    loop.start()
+    requests = [request(f"r{i}", max_tokens=3 + i, seed=10 * i) for i in range(5)]
+    for r in requests:
+        loop.submit(r)
+    seen = published.until_finished(5)
+    for r in requests:
+        assert [t for d in seen[r.request_id] for t in d.token_ids] == expected_tokens(r)
+    assert loop.stop()
+    assert core.shut_down.is_set()
+    assert loop.failure is None
+
+
+def test_idle_means_heartbeats(core, loop):
+    deadline = threading.Event()
+    while core.num_heartbeats < 3 and not deadline.wait(0.01):
+        pass
+    assert core.num_steps == 0
+
+
+def test_abort_reaches_the_core(core, loop, published):
+    core.gate.clear()
+    loop.submit(request("long", max_tokens=400))
+    loop.submit(request("short", max_tokens=2))
+    loop.abort("long")
+    core.gate.set()
+    seen = published.until_finished(1)
+    assert "short" in seen
+    assert core.aborted == ["long"]
+    assert core.requests == {}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (
+            GenerateRequest(request_id="bad", prompt_token_ids=[], sampling=SamplingParams(max_tokens=1, seed=0)),
+            "empty",
+        ),
+        (request("bad", seed=666), "because of an error"),
+    ],
+    ids=["RequestError", "bug in add_request"],
+)
+def test_a_request_that_cannot_be_added_ends_alone(loop, published, bad, message):
+    loop.submit(bad)
+    loop.submit(request("good", max_tokens=2))
+    seen = published.until_finished(2)
+    assert seen["bad"][0].finish_reason is FinishReason.ERROR
+    assert message in (seen["bad"][0].error or "")
+    assert seen["good"][-1].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(("failure", "gets_error"), [(RuntimeError("boom"), True), (GroupError("rank 1 died"), False)])
+def test_an_exception_in_a_step_ends_the_loop_and_is_told(core, published, failure, gets_error):
+    told: queue.SimpleQueue[Exception] = queue.SimpleQueue()
+    loop = EngineLoop(core, published, on_failure=told.put, idle_heartbeat_s=10)
+    core.gate.clear()
+    loop.start()
+    loop.submit(request("a", max_tokens=10**9))
+    loop.submit(request("b", max_tokens=10**9))
+    core.gate.set()
+    published.queue.get(timeout=10)  # it is running
+    core.fail_with = failure
+    assert told.get(timeout=10) is failure
+    assert loop.failure is failure
+    errors = set()
+    while not published.queue.empty():
+        delta = published.queue.get()
+        if delta.finish_reason is FinishReason.ERROR:
+            errors.add(delta.request_id)
+    assert errors == ({"a", "b"} if gets_error else set()), "a group's failure leaves the requests to another replica"
+    assert loop.stop()

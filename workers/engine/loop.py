@@ -1,0 +1,136 @@
+"""The engine thread: drains the inbox, steps the core, hands every step's deltas to `publish`.
+
+Knows no socket and no torch: the core is anything with the methods of `Core`, the requests come in through a queue that other
+threads fill. Idle, it lets the core make an empty forward pass now and then, so that readiness is always recent knowledge.
+A request that cannot be added ends alone; an exception in a step ends the loop for good, and whoever started it is told.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from workers.errors import GroupError, RequestError
+from workers.protocol import FinishReason, GenerateRequest, TokenDelta
+
+log = logging.getLogger(__name__)
+
+IDLE_HEARTBEAT_S = 0.5
+
+
+class Core(Protocol):
+    """What the loop asks of `workers.engine.core.EngineCore`; all of it on the engine thread."""
+
+    def add_request(self, request: GenerateRequest) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[TokenDelta]: ...
+    def has_work(self) -> bool: ...
+    def heartbeat(self) -> None: ...
+    def shutdown(self) -> None: ...
+
+
+class EngineLoop:
+    """Owns the thread that owns the core. `submit`, `abort` and `stop` may be called from any thread.
+
+    `on_failure` runs on the engine thread after the loop has ended by an exception, which `failure` keeps. Requests held then
+    get an ERROR delta, unless it was the group that failed: those requests are sound, and the gateway, which
+    loses its connection, continues them on another replica.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        publish: Callable[[list[TokenDelta]], None],
+        *,
+        on_failure: Callable[[Exception], None] | None = None,
+        idle_heartbeat_s: float = IDLE_HEARTBEAT_S,
+    ) -> None:
+        self._core = core
+        self._publish = publish
+        self._on_failure = on_failure
+        self._idle_heartbeat_s = idle_heartbeat_s
+        self._inbox: queue.SimpleQueue[GenerateRequest | str | None] = queue.SimpleQueue()
+        self._held: set[str] = set()
+        self._stopping = False
+        self.failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: GenerateRequest) -> None:
+        self._inbox.put(request)
+
+    def abort(self, request_id: str) -> None:
+        self._inbox.put(request_id)
+
+    def stop(self, timeout_s: float = 10.0) -> bool:
+        """Lets the step at hand end and shuts the core down. False when the thread is still busy after `timeout_s`."""
+        self._inbox.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._core.heartbeat()
+            last_forward = time.monotonic()
+            while not self._stopping:
+                self._drain(wait=not self._core.has_work(), until=last_forward + self._idle_heartbeat_s)
+                if self._core.has_work():
+                    self._deliver(self._core.step())
+                    last_forward = time.monotonic()
+                elif not self._stopping and time.monotonic() >= last_forward + self._idle_heartbeat_s:
+                    self._core.heartbeat()
+                    last_forward = time.monotonic()
+            self._core.shutdown()
+        except Exception as e:  # the one boundary: whatever broke, this replica is over
+            log.exception("The engine stopped: %s", e)
+            self._fail(e)
+
+    def _drain(self, *, wait: bool, until: float) -> None:
+        """Takes in all that lies in the inbox; with nothing to do, waits for the first item until `until`."""
+        timeout = max(0.0, until - time.monotonic()) if wait else 0.0
+        try:
+            while True:
+                item = self._inbox.get(timeout=timeout) if timeout else self._inbox.get_nowait()
+                timeout = 0.0
+                if item is None:
+                    self._stopping = True
+                elif isinstance(item, str):
+                    self._held.discard(item)
+                    self._core.abort(item)
+                else:
+                    self._add(item)
+        except queue.Empty:
+            pass
+
+    def _add(self, request: GenerateRequest) -> None:
+        try:
+            self._core.add_request(request)
+        except RequestError as e:
+            self._publish([_error(request.request_id, str(e))])
+        except Exception as e:  # a strange request must end alone
+            log.exception("Request %s could not be added: %s", request.request_id, e)
+            self._publish([_error(request.request_id, "The engine could not take this request because of an error.")])
+        else:
+            self._held.add(request.request_id)
+
+    def _deliver(self, deltas: list[TokenDelta]) -> None:
+        if deltas:
+            self._held.difference_update(d.request_id for d in deltas if d.finish_reason is not None)
+            self._publish(deltas)
+
+    def _fail(self, failure: Exception) -> None:
+        self.failure = failure
+        if not isinstance(failure, GroupError):
+            self._publish([_error(r, "The engine stopped because of an error; please try again.") for r in self._held])
+        self._held.clear()
+        if self._on_failure is not None:
+            self._on_failure(failure)
+
+
+def _error(request_id: str, message: str) -> TokenDelta:
+    return TokenDelta(request_id=request_id, finish_reason=FinishReason.ERROR, error=message)
