@@ -1,0 +1,1 @@
+"""The control plane: HTTP, text, routing, replicas. Importing it never imports torch."""

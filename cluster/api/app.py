@@ -1,0 +1,74 @@
+"""Builds the HTTP application out of its parts; the only constructor, so that a server, a test and a notebook get the same one.
+
+Knows every endpoint and what they share (see Gateway in cluster/api/gateway.py). Opens no port and starts no replica: whoever
+calls `make_app` runs it, with `handler_cancellation=True`, so that a client that goes away ends its request at once:
+
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+"""
+
+from collections.abc import Sequence
+
+from aiohttp import web
+
+from cluster.api import auth, chat, completions, errors, health, models
+from cluster.api.gateway import GATEWAY, Gateway
+from cluster.metrics import Metrics
+from cluster.router.router import Router
+from cluster.text.chat import ChatTemplate
+from cluster.text.tokenizer import Tokenizer
+
+MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_SEQUENCES_PER_REQUEST = 128
+
+
+def make_app(
+    *,
+    router: Router,
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
+    model_name: str | Sequence[str],
+    api_key: str | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    max_sequences_per_request: int = MAX_SEQUENCES_PER_REQUEST,
+    metrics: Metrics | None = None,
+) -> web.Application:
+    """The OpenAI-compatible application.
+
+    tokenizer: `load_tokenizer(folder)`. chat_template: `ChatTemplate(tokenizer)`, or None for a model that cannot chat.
+    model_name: the served name or names; responses carry the first unless the request used another.
+    api_key: guards everything but /health. max_sequences_per_request: prompts times n.
+    """
+    names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
+    assert names, "make_app needs at least one served model name"
+    gateway = Gateway(
+        router=router,
+        tokenizer=tokenizer,
+        chat_template=chat_template,
+        model_names=names,
+        max_sequences_per_request=max_sequences_per_request,
+        metrics=metrics or Metrics(router, model_name=names[0]),
+    )
+    app = web.Application(
+        middlewares=[_count_answers, errors.middleware, auth.make_middleware(api_key)],
+        client_max_size=max_body_bytes,
+    )
+    app[GATEWAY] = gateway
+    app.add_routes(
+        [
+            web.post("/v1/completions", completions.handle),
+            web.post("/v1/chat/completions", chat.handle),
+            web.get("/v1/models", models.list_models),
+            web.get("/v1/models/{model:.+}", models.get_model),
+            web.get("/health", health.handle),
+            web.get("/metrics", health.metrics),
+        ]
+    )
+    return app
+
+
+@web.middleware
+async def _count_answers(request: web.Request, handler: errors.Handler) -> web.StreamResponse:
+    response = await handler(request)
+    resource = request.match_info.route.resource
+    request.app[GATEWAY].metrics.answered(resource.canonical if resource else "unknown", response.status)
+    return response

@@ -1,0 +1,39 @@
+"""What every handler of one application shares: the router, the tokenizer and the names it serves under.
+
+Knows no endpoint. Lives in the application under GATEWAY, so that two applications in one process share nothing.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from cluster.api.errors import ModelNotFoundError
+from cluster.metrics import Metrics
+from cluster.router.router import Router
+from cluster.text.chat import ChatTemplate
+from cluster.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gateway:
+    router: Router
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    model_names: tuple[str, ...]
+    max_sequences_per_request: int
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str) -> None:
+        """Raises ModelNotFoundError unless `name` is served here."""
+        if name not in self.model_names:
+            served = ", ".join(repr(n) for n in self.model_names)
+            raise ModelNotFoundError(
+                f"The model {name!r} does not exist; this server serves {served}.",
+                param="model",
+                code="model_not_found",
+            )
+
+
+GATEWAY = web.AppKey("gateway", Gateway)

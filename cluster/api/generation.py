@@ -1,0 +1,173 @@
+"""Runs the sequences of one HTTP request and merges what they say, in the order it comes.
+
+Knows choices, the router and the request's connection. Does not know how an endpoint words its answer. Leaving `run`, for
+whatever reason, closes every stream it opened, and so frees what the replicas hold.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from cluster.api.errors import ClientGoneError
+from cluster.api.gateway import Gateway
+from cluster.api.schemas import GenerationRequest, PromptTokensDetails, Usage
+from cluster.text.output import OutputStep, OutputText
+from workers.errors import EngineError, RequestError
+from workers.protocol import FinishReason, GenerateRequest, SamplingParams
+
+
+@dataclass
+class Choice:
+    """One sequence of an answer. `copy` counts the sequences of one prompt: 0 to n-1."""
+
+    index: int
+    copy: int
+    request: GenerateRequest
+    output: OutputText
+    num_cached_tokens: int = 0
+
+
+Event = tuple[Choice, OutputStep]
+
+
+def make_choice(
+    gateway: Gateway,
+    body: GenerationRequest,
+    *,
+    answer_id: str,
+    index: int,
+    copy: int,
+    prompt_token_ids: list[int],
+    continues: Sequence[int],
+    sampling: SamplingParams,
+) -> Choice:
+    """continues: the ids whose text stands before the answer's (see Detokenizer)."""
+    request = GenerateRequest(
+        request_id=f"{answer_id}-{index}",
+        prompt_token_ids=prompt_token_ids,
+        sampling=sampling,
+        priority=body.priority or 0,
+    )
+    output = OutputText(
+        gateway.tokenizer,
+        continues=continues,
+        stop=body.stop_strings,
+        include_stop=bool(body.include_stop_str_in_output),
+        min_tokens=sampling.min_tokens,
+    )
+    return Choice(index, copy, request, output)
+
+
+def check_shape(gateway: Gateway, body: GenerationRequest, *, num_prompts: int) -> None:
+    """Raises RequestError for a body whose fields contradict each other or ask for too many sequences."""
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("'stream_options' needs 'stream' to be true.", param="stream_options")
+    if not all(body.stop_strings):
+        raise RequestError("'stop' must not hold an empty string.", param="stop")
+    total, most = num_prompts * (body.n or 1), gateway.max_sequences_per_request
+    if total > most:
+        raise RequestError(
+            f"The request asks for {total} sequences ({num_prompts} prompts times n), more than the {most} one request may have.",
+            param="n" if num_prompts <= most else "prompt",
+        )
+
+
+def usage(choices: Sequence[Choice]) -> Usage:
+    """Each prompt counts once however many sequences it got; the stop token counts as generated."""
+    first_copies = [c for c in choices if c.copy == 0]
+    prompt = sum(len(c.request.prompt_token_ids) for c in first_copies)
+    completion = sum(c.output.num_tokens for c in choices)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(c.num_cached_tokens for c in first_copies)),
+    )
+
+
+async def run(
+    gateway: Gateway, choices: Sequence[Choice], http_request: web.Request, *, arrived: float
+) -> AsyncGenerator[Event, None]:
+    """Yields (choice, what it adds) until every choice has finished. arrived: time.monotonic() at the request's first byte.
+
+    Raises what the router raises, EngineError for a sequence the engine gave up, ClientGoneError when nobody listens any more.
+    """
+    events = (
+        _run_one(gateway, choices[0], arrived=arrived)
+        if len(choices) == 1
+        else _merge(gateway, choices, arrived=arrived)
+    )
+    async with contextlib.aclosing(events):
+        async for event in events:
+            # A server run with handler_cancellation=True cancels us sooner; this needs no such setting.
+            if http_request.transport is None or http_request.transport.is_closing():
+                raise ClientGoneError("The client closed the connection.")
+            yield event
+
+
+async def _run_one(gateway: Gateway, choice: Choice, *, arrived: float) -> AsyncGenerator[Event, None]:
+    metrics = gateway.metrics
+    last: float | None = None
+    outcome = "abort"
+    try:
+        async with contextlib.aclosing(gateway.router.generate(choice.request, admitted=True)) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    raise EngineError(delta.error or "The engine ended this request before it was complete.")
+                if delta.num_cached_tokens is not None:
+                    choice.num_cached_tokens = delta.num_cached_tokens
+                now = time.monotonic()
+                if delta.token_ids:
+                    if last is None:
+                        metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
+                        metrics.time_to_first_token.observe(now - arrived)
+                    else:
+                        metrics.inter_token_latency.observe((now - last) / len(delta.token_ids))
+                    last = now
+                num_before = choice.output.num_tokens
+                step = choice.output.push(delta)
+                metrics.generation_tokens.inc(choice.output.num_tokens - num_before)
+                if step.finish_reason is not None:
+                    outcome = step.finish_reason.value
+                    metrics.e2e_latency.observe(now - arrived)
+                yield choice, step
+                if step.finish_reason is not None:
+                    return
+    except Exception:
+        outcome = "error"
+        raise
+    finally:
+        metrics.finished(outcome)
+
+
+async def _merge(gateway: Gateway, choices: Sequence[Choice], *, arrived: float) -> AsyncGenerator[Event, None]:
+    queue: asyncio.Queue[Event | Exception] = asyncio.Queue(
+        maxsize=len(choices)
+    )  # a slow reader slows the readers below
+
+    async def pump(choice: Choice) -> None:
+        try:
+            async with contextlib.aclosing(_run_one(gateway, choice, arrived=arrived)) as events:
+                async for event in events:
+                    await queue.put(event)
+        except Exception as e:
+            await queue.put(e)
+
+    tasks = [asyncio.create_task(pump(choice), name=choice.request.request_id) for choice in choices]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            if event[1].finish_reason is not None:
+                num_open -= 1
+            yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,54 @@
+"""GET /health and /metrics: what is true about the replicas now, for load balancers, people and Prometheus.
+
+/health needs no key and says 200 only when a request sent now would be taken. Knows nothing the router does not tell it.
+"""
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+
+from cluster.api.gateway import GATEWAY
+
+
+class ReplicaHealth(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    ready: bool
+    num_running: int
+    num_waiting: int
+    reason: str | None = None
+
+
+class HealthAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """`status`: "ok", or "unavailable" with the reason in one sentence."""
+
+    status: str
+    replicas: list[ReplicaHealth]
+    reason: str | None = None
+
+
+async def handle(request: web.Request) -> web.Response:
+    """200 when a replica is ready, else 503."""
+    health = request.app[GATEWAY].router.health()
+    answer = HealthAnswer(
+        status="ok" if health.ready else "unavailable",
+        reason=health.reason,
+        replicas=[
+            ReplicaHealth(
+                id=s.replica_id,
+                ready=s.ready,
+                num_running=s.load.num_running,
+                num_waiting=s.load.num_waiting,
+                reason=s.reason,
+            )
+            for s in health.replicas
+        ],
+    )
+    return web.Response(
+        status=200 if health.ready else 503, body=msgspec.json.encode(answer), content_type="application/json"
+    )
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """The Prometheus text format."""
+    body = request.app[GATEWAY].metrics.render()
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

@@ -1,0 +1,94 @@
+"""From a validated body to the engine's SamplingParams: defaults, seeds, and the checks that need the model.
+
+Knows the model's facts and OpenAI's rules for lengths. Knows no prompt text and no HTTP.
+"""
+
+import hashlib
+import secrets
+
+from cluster.api.schemas import GenerationRequest
+from workers.errors import RequestError
+from workers.protocol import EngineFacts, SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16
+_MAX_SEED = 2**63 - 1
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of a request's index-th sequence (0 <= result < 2**63): the first keeps the request's own, so that
+    n=1 and the first of n=4 are the same sequence."""
+    if index == 0:
+        return seed & _MAX_SEED
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & _MAX_SEED
+
+
+def random_seed() -> int:
+    """For a request without one."""
+    return secrets.randbits(63)
+
+
+def check_token_ids(token_ids: list[int], *, param: str, vocab_size: int) -> None:
+    """Raises RequestError when an id is none of the model's."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        bad = next(i for i in token_ids if not 0 <= i < vocab_size)
+        raise RequestError(f"{param!r} holds token id {bad}; this model's ids are 0 to {vocab_size - 1}.", param=param)
+
+
+def too_long(num_prompt_tokens: int, *, param: str, max_model_len: int, at_least: bool = False) -> RequestError:
+    """The refusal of a prompt that leaves no room for output."""
+    return RequestError(
+        f"This model's maximum context length is {max_model_len} tokens, including at least one of output; the prompt has "
+        f"{'at least ' if at_least else ''}{num_prompt_tokens} tokens. Shorten it.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def resolve_max_tokens(
+    asked: int | None, *, default: int | None, num_prompt_tokens: int, facts: EngineFacts, prompt_param: str
+) -> int:
+    """How many tokens may be generated. default None: what the context leaves. Raises RequestError with the numbers."""
+    room = facts.max_model_len - num_prompt_tokens
+    if room < 1:
+        raise too_long(num_prompt_tokens, param=prompt_param, max_model_len=facts.max_model_len)
+    if asked is None:
+        return room if default is None else min(default, room)
+    if asked > room:
+        raise RequestError(
+            f"This model's maximum context length is {facts.max_model_len} tokens, but {num_prompt_tokens + asked} were asked for: "
+            f"{num_prompt_tokens} in the prompt and {asked} for the output. Shorten the prompt or the output.",
+            param="max_tokens",
+            code="context_length_exceeded",
+        )
+    return asked
+
+
+def sampling_params(
+    body: GenerationRequest, *, max_tokens: int, seed: int, logprobs: int | None, facts: EngineFacts
+) -> SamplingParams:
+    """Raises RequestError for what only the model can tell: token ids it does not have, min_tokens beyond max_tokens."""
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise RequestError(
+            f"'min_tokens' is {min_tokens}, more than the {max_tokens} tokens allowed.", param="min_tokens"
+        )
+    stop_token_ids, logit_bias = body.stop_token_ids or [], body.logit_bias or {}
+    check_token_ids(stop_token_ids, param="stop_token_ids", vocab_size=facts.vocab_size)
+    check_token_ids(list(logit_bias), param="logit_bias", vocab_size=facts.vocab_size)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=logit_bias,
+        min_tokens=min_tokens,
+        stop_token_ids=tuple(stop_token_ids),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+    )

@@ -1,0 +1,151 @@
+"""The command `tramontane`: its options, and how errors reach the user: one sentence on stderr and an exit code.
+
+0 done, or stopped by Ctrl-C or SIGTERM    1 something failed    2 an option cannot work
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from cluster.config import API_KEY_ENV, parse_bytes
+from cluster.log import LOG_LEVELS, setup_logging
+from workers.errors import ConfigError, TramontaneError
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that are values; those that depend on something are in the option's own text."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    args = make_parser().parse_args(argv)
+    if getattr(args, "api_key", "") is None:
+        args.api_key = os.environ.get(API_KEY_ENV) or None
+    setup_logging(args.log_level)
+    try:
+        args.run(args)
+    except TramontaneError as e:
+        if args.log_level == "debug":
+            logging.getLogger(__name__).exception("failed")
+        print(f"tramontane: {e}", file=sys.stderr)
+        return 2 if isinstance(e, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tramontane", description="Serves Mistral-family models on a Ray cluster.")
+    parser.add_argument("--version", action="version", version=f"tramontane {version('tramontane')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="start an OpenAI-compatible endpoint",
+        formatter_class=HelpFormatter,
+        description="Starts Ray (or joins one), the model's ranks and an OpenAI-compatible HTTP endpoint.",
+    )
+    serve.set_defaults(run=_serve)
+    _add_model_options(serve)
+    http = serve.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="address to listen on; one that others can reach needs a key")
+    http.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
+    http.add_argument(
+        "--api-key",
+        help=f"key clients must send; better given as {API_KEY_ENV}, which does not show in the process list",
+    )
+    http.add_argument("--served-model-name", metavar="NAME", help="name clients use (default: MODEL)")
+    http.add_argument("--chat-template", choices=("v1", "v2", "v3"), help="chat template (default: the checkpoint's)")
+    http.add_argument(
+        "--drain-timeout", type=float, default=30.0, metavar="S", help="seconds running requests get at shutdown"
+    )
+    cluster = serve.add_argument_group("cluster")
+    cluster.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="ranks of the replica")
+    cluster.add_argument("--ray-address", metavar="ADDRESS", help="Ray cluster to join (default: start one here)")
+    _add_engine_options(serve)
+
+    generate = commands.add_parser(
+        "generate",
+        help="complete one prompt in this process",
+        formatter_class=HelpFormatter,
+        description="Completes one prompt in this process, without Ray and without HTTP.",
+    )
+    generate.set_defaults(run=_generate, tensor_parallel_size=1)
+    _add_model_options(generate)
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument("--prompt", default="def fibonacci(n):", help="text to continue")
+    sampling.add_argument("--max-tokens", type=int, default=128, help="most tokens to generate")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0 always takes the most likely token")
+    sampling.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total")
+    sampling.add_argument("--seed", type=int, help="the same seed gives the same text (default: a random one)")
+    _add_engine_options(generate)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder or Hub id (default: the demo model)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="debug also shows tracebacks")
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    engine.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: float32 on the CPU, the checkpoint's own on CUDA",
+    )
+    engine.add_argument(
+        "--max-model-len", type=_positive, metavar="N", help="most tokens of prompt and output together"
+    )
+    engine.add_argument(
+        "--max-num-seqs", type=_positive, metavar="N", help="most sequences computed at once (default: 64)"
+    )
+    engine.add_argument(
+        "--max-num-batched-tokens", type=_positive, metavar="N", help="most tokens of one step (default: 1024)"
+    )
+    engine.add_argument("--block-size", type=_positive, metavar="N", help="tokens per KV block (default: 16, CUDA 256)")
+    engine.add_argument("--num-kv-blocks", type=_positive, metavar="N", help="KV blocks per rank, instead of an amount")
+    engine.add_argument("--kv-cache-memory", type=_bytes, metavar="SIZE", help="per rank on the CPU (default: 1GiB)")
+    engine.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.9, metavar="F", help="share of a GPU's memory to use"
+    )
+    engine.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt in full")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from cluster.serve import serve
+
+    serve(args)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from cluster.generate import generate
+
+    generate(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

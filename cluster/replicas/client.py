@@ -1,0 +1,274 @@
+"""The gateway's end of the socket to one replica's rank 0.
+
+Knows frames, silence and which stream waits for which request; knows no Ray and no routing. Every open stream ends: with its
+final delta, or with ReplicaUnavailableError when the connection breaks or stays silent for SILENCE_IS_DEATH_S, so that
+the router can go on elsewhere. A lost connection is tried again until `close`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from workers.errors import ReplicaUnavailableError
+from workers.protocol import (
+    FRAME_HEADER_BYTES,
+    HEARTBEAT_INTERVAL_S,
+    SILENCE_IS_DEATH_S,
+    Abort,
+    EngineFacts,
+    FromReplica,
+    GenerateRequest,
+    Heartbeat,
+    Hello,
+    LoadReport,
+    Refused,
+    StepFrame,
+    Submit,
+    TokenDelta,
+    ToReplica,
+    encode_frame,
+    frame_length,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_FORWARD_AGE_S = (
+    3.0  # beyond this, and twice the last step's time, the replica's readiness is no longer recent knowledge
+)
+RECONNECT_AFTER_S = 0.5
+_TICK_S = HEARTBEAT_INTERVAL_S / 2
+
+_decoder = msgspec.msgpack.Decoder(FromReplica)
+_StreamQueue = asyncio.Queue[TokenDelta | ReplicaUnavailableError]
+
+
+class ReplicaClient:
+    """One replica as the router sees it. Use on one event loop: `await connect()`, then `generate`, at last `await close()`."""
+
+    def __init__(self, replica_id: str, address: tuple[str, int], token: str) -> None:
+        self.replica_id = replica_id
+        self._address = address
+        self._token = token
+        self._facts: EngineFacts | None = None
+        self._load = LoadReport()
+        self._load_received = 0.0
+        self._streams: dict[str, _StreamQueue] = {}
+        self._writer: asyncio.StreamWriter | None = None
+        self._last_received = 0.0
+        self._last_sent = 0.0
+        self._lost: str = "not connected yet"
+        self._condemned: str | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What start-up learned. Raises ReplicaUnavailableError before the first connection."""
+        if self._facts is None:
+            raise ReplicaUnavailableError(f"Replica {self.replica_id} has not been reached yet.")
+        return self._facts
+
+    @property
+    def load(self) -> LoadReport:
+        """The newest report; `forward_age_s` counts from when it was received (see `not_ready_reason` for its age now)."""
+        return self._load
+
+    @property
+    def num_streams(self) -> int:
+        """Streams open on this client."""
+        return len(self._streams)
+
+    def is_ready(self, now: float) -> bool:
+        """Whether all ranks took part in a forward pass a moment ago. now: time.monotonic()."""
+        return self.not_ready_reason(now) is None
+
+    def not_ready_reason(self, now: float) -> str | None:
+        """A sentence naming replica and rank, or None when ready. now: time.monotonic()."""
+        if self._condemned is not None:
+            return self._condemned
+        if self._writer is None:
+            return f"Replica {self.replica_id} has no connection to its rank 0: {self._lost}."
+        load = self._load
+        if load.stuck_ranks:
+            ranks = ", ".join(map(str, load.stuck_ranks))
+            return f"Replica {self.replica_id} is waiting for rank {ranks}, which does not answer."
+        if load.forward_age_s is None:
+            return f"Replica {self.replica_id} has not made a forward pass yet."
+        age = load.forward_age_s + now - self._load_received
+        if age > MAX_FORWARD_AGE_S + 2 * load.last_step_s:
+            return f"Replica {self.replica_id} made its last forward pass on all ranks {age:.1f} s ago."
+        return None
+
+    def condemn(self, reason: str) -> None:
+        """Declares the replica dead from better knowledge than the socket's, such as Ray's; every open stream ends.
+
+        The first reason stays: what follows it is usually its consequence.
+        """
+        self._condemned = self._condemned or reason
+        self._disconnect(reason)
+
+    async def connect(self, timeout_s: float = 10.0) -> EngineFacts:
+        """Opens the connection and keeps it. Raises ReplicaUnavailableError when rank 0 cannot be reached or refuses."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                reader = await self._open()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError) as e:
+            raise ReplicaUnavailableError(
+                f"Replica {self.replica_id} could not be reached at {self._address[0]}:{self._address[1]}: {e!r}."
+            ) from e
+        self._task = asyncio.create_task(self._keep(reader), name=f"replica-client-{self.replica_id}")
+        return self.facts
+
+    async def close(self) -> None:
+        """Ends every open stream and the connection. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            self._lost = "the gateway closed the connection"
+        self._disconnect(self._lost)
+        if writer is not None:
+            writer.transport.abort()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
+        """Yields the request's deltas until one has a finish_reason. Closing it early aborts the request.
+
+        Raises ReplicaUnavailableError when the replica is lost; the deltas yielded so far stand.
+        """
+        if self._writer is None or self._condemned is not None:
+            raise ReplicaUnavailableError(self.not_ready_reason(time.monotonic()) or "The replica is gone.")
+        assert request.request_id not in self._streams, f"request id {request.request_id} is already in use"
+        queue: _StreamQueue = asyncio.Queue()
+        self._streams[request.request_id] = queue
+        try:
+            self._send(Submit(request=request))
+            while True:
+                delta = await queue.get()
+                if isinstance(delta, ReplicaUnavailableError):
+                    raise delta
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            # Still listed: neither its last delta nor the end of the connection has come, so rank 0 still works on it.
+            if self._streams.pop(request.request_id, None) is not None:
+                self._send(Abort(request_id=request.request_id))
+
+    def _send(self, message: ToReplica) -> None:
+        if self._writer is not None and not self._writer.transport.is_closing():
+            self._writer.write(encode_frame(message))
+            self._last_sent = time.monotonic()
+
+    async def _open(self) -> asyncio.StreamReader:
+        reader, writer = await asyncio.open_connection(*self._address)
+        try:
+            writer.write(encode_frame(Hello(token=self._token)))
+            answer = await _read_message(reader)
+            if isinstance(answer, Refused):
+                raise ReplicaUnavailableError(f"Replica {self.replica_id} refused the gateway: {answer.reason}")
+            if not isinstance(answer, EngineFacts):
+                raise ValueError(f"it answered Hello with {type(answer).__name__}")
+            first = await _read_message(reader)
+            if not isinstance(first, StepFrame):
+                raise ValueError(f"its first frame is a {type(first).__name__}")
+        except BaseException:
+            writer.transport.abort()
+            raise
+        self._facts = answer
+        self._take(first)
+        self._last_sent = time.monotonic()
+        self._writer = writer
+        return reader
+
+    async def _keep(self, reader: asyncio.StreamReader) -> None:
+        """Reads until the connection is lost, then tries for a new one, until cancelled or condemned."""
+        ticker = asyncio.create_task(self._tick())
+        try:
+            while True:
+                try:
+                    while True:
+                        message = await _read_message(reader)
+                        if isinstance(message, StepFrame):
+                            self._take(message)
+                except asyncio.IncompleteReadError:
+                    self._disconnect(self._lost if self._writer is None else "rank 0 closed the connection")
+                except (OSError, ValueError) as e:
+                    self._disconnect(str(e) or type(e).__name__)
+                reader = await self._reopen()
+        finally:
+            ticker.cancel()
+
+    async def _reopen(self) -> asyncio.StreamReader:
+        while True:
+            await asyncio.sleep(RECONNECT_AFTER_S)
+            if self._condemned is not None:
+                continue
+            try:
+                async with asyncio.timeout(SILENCE_IS_DEATH_S):
+                    reader = await self._open()
+            except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError, ReplicaUnavailableError) as e:
+                log.debug("Replica %s is still unreachable: %r", self.replica_id, e)
+            else:
+                log.info("Replica %s is connected again.", self.replica_id)
+                return reader
+
+    async def _tick(self) -> None:
+        """Heartbeats out; a silent replica is given up."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            if now - last > _TICK_S + 1.0:  # this process itself stood still: the silence is ours, not theirs
+                self._last_received = now
+            last = now
+            if self._writer is None:
+                continue
+            if now - self._last_received > SILENCE_IS_DEATH_S:
+                self._disconnect(f"rank 0 has been silent for {now - self._last_received:.1f} s")
+            elif now - self._last_sent >= _TICK_S:
+                self._send(Heartbeat())
+
+    def _take(self, frame: StepFrame) -> None:
+        now = time.monotonic()
+        self._last_received = self._load_received = now
+        self._load = frame.load
+        for delta in frame.deltas:
+            if delta.finish_reason is not None:
+                queue = self._streams.pop(delta.request_id, None)
+            else:
+                queue = self._streams.get(delta.request_id)
+            if queue is not None:
+                queue.put_nowait(delta)
+
+    def _disconnect(self, reason: str) -> None:
+        if self._writer is not None:
+            log.warning("Replica %s is lost: %s.", self.replica_id, reason.removesuffix("."))
+            self._writer.transport.abort()
+            self._writer = None
+            self._lost = reason
+        streams, self._streams = self._streams, {}
+        for queue in streams.values():
+            queue.put_nowait(ReplicaUnavailableError(f"Replica {self.replica_id} was lost: {reason}."))
+
+
+async def _read_message(reader: asyncio.StreamReader) -> FromReplica:
+    length = frame_length(await reader.readexactly(FRAME_HEADER_BYTES))
+    return _decoder.decode(await reader.readexactly(length))

@@ -1,0 +1,139 @@
+"""Starts a Ray of our own or joins one, and leaves nothing behind. Knows Ray's settings; knows no replicas.
+
+A Ray we start serves this machine only: token authentication on, dashboard on loopback, no usage reports, its files in a
+temporary folder that goes when it goes.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_TIMEOUT_S = 10.0
+_MARK = "TRAMONTANE_RAY_FOLDER"  # in the environment of every process of a Ray of ours
+OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not travel through Ray; this is near the smallest it accepts
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayCluster:
+    """A connection to Ray. `folder` is set when the cluster is ours."""
+
+    dashboard_url: str | None
+    folder: Path | None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.folder is not None
+
+    def num_gpus(self) -> int:
+        import ray
+
+        return int(ray.cluster_resources().get("GPU", 0))
+
+    def close(self) -> None:
+        """Disconnects; ends every process of a cluster of our own. Idempotent."""
+        _end_ray(self.folder)
+
+
+def connect(address: str | None, *, num_cpus: int, log_to_driver: bool) -> RayCluster:
+    """Joins the cluster at `address`, or starts one on this machine with `num_cpus` CPU slots. Raises ConfigError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    folder = None
+    if address is None:
+        os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster unasked
+        _use_token_authentication()
+        folder = Path(tempfile.mkdtemp(prefix="tramontane-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+        os.environ[_MARK] = str(folder)
+    import ray
+
+    namespace = f"tramontane-{secrets.token_hex(4)}"  # two servers on one cluster may name their actors alike
+    try:
+        if folder is None:
+            context = ray.init(address, namespace=namespace, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+        else:
+            context = ray.init(
+                num_cpus=num_cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                namespace=namespace,
+                log_to_driver=log_to_driver,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
+    except BaseException as e:
+        _end_ray(folder)
+        if not isinstance(e, Exception):
+            raise
+        # Ray raises a dozen unrelated types here, for one and the same reason.
+        what = f"The Ray cluster at {address} could not be joined" if address else "Ray could not be started"
+        raise ConfigError(f"{what}: {e}") from e
+    url = context.dashboard_url
+    return RayCluster(dashboard_url=f"http://{url}" if url else None, folder=folder)
+
+
+def token_path() -> Path | None:
+    """Where the dashboard's token can be read, when it is in a file."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return None
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def _use_token_authentication() -> None:
+    """Ray's ports listen on every interface, and whoever reaches one without a token runs code. Raises ConfigError."""
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return
+    path = token_path()
+    assert path is not None, "token mode without a token in the environment reads it from a file"
+    if path.is_file():
+        return
+    # Ray would write this file itself, but readable by everyone on the machine.
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+            f.write(secrets.token_hex(32))
+    except OSError as e:
+        log.info("%s cannot be written (%s): Ray's token lives in the environment of this process only.", path, e)
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _end_ray(folder: Path | None) -> None:
+    """Shuts Ray down as it is meant to be, and makes sure of it where the processes and files are ours.
+
+    A service manager may have signalled all processes at once; without its control store `ray.shutdown` waits for a minute.
+    """
+    import ray
+
+    thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    thread.start()
+    thread.join(SHUTDOWN_TIMEOUT_S)
+    if folder is not None:
+        while pids := _marked_processes(folder):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _marked_processes(folder: Path) -> list[int]:
+    """Living processes of the cluster in `folder`, wherever they hang in the process tree. Linux only; elsewhere none."""
+    mark = f"{_MARK}={folder}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found

@@ -1,0 +1,120 @@
+"""Token ids to text as they come: each `push` returns only text that no later token can change.
+
+Equal, whatever the split, to SentencePiece's decode of all ids at once, whose rules are: control tokens add nothing but end a run
+of byte tokens; the space that opens a text is dropped once; bytes that form no UTF-8 character become one U+FFFD each.
+Knows one sequence and no tokenizer file; knows nothing of stop strings.
+
+Worked example, byte tokens of "é" (C3 A9) split over two steps: push([C3]) -> "", push([A9]) -> "é", flush() -> "".
+"""
+
+from collections.abc import Iterable, Sequence
+
+from cluster.text.tokenizer import PieceTable
+
+_REPLACEMENT = "�"
+
+
+class Detokenizer:
+    """Incremental decoder, O(1) per token.
+
+    `continues` are the ids whose text stands before ours: with a completion the prompt, so that the text is
+    decode(prompt + output) without decode(prompt); with an answer nothing, so that it opens without a space.
+    A character begun by the last bytes of `continues` is returned whole, once our bytes complete it.
+    """
+
+    def __init__(self, pieces: PieceTable, *, continues: Sequence[int] = ()) -> None:
+        self._pieces = pieces
+        self._at_start = True  # the next leading space opens the text and is dropped
+        self._pending = bytearray()  # a proper prefix of a UTF-8 character
+        self._num_foreign = 0  # of the pending bytes, those that `continues` ended with
+        self.num_chars = 0  # returned so far
+        self._start_behind(continues)
+
+    def _start_behind(self, token_ids: Sequence[int]) -> None:
+        is_control, size = self._pieces.is_control, len(self._pieces.is_control)
+        self._at_start = all(not 0 <= i < size or is_control[i] for i in token_ids)
+        run: list[int] = []
+        for token_id in reversed(token_ids[-3:]):  # a character's unfinished prefix has at most three bytes
+            byte = self._pieces.bytes[token_id] if 0 <= token_id < size else None
+            if byte is None:
+                break
+            run.insert(0, byte)
+        for byte in run:
+            self._push_byte(byte)
+        self._num_foreign = len(self._pending)
+        self.num_chars = 0
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The text these tokens settle."""
+        return "".join([self.push_token(token_id)[1] for token_id in token_ids])
+
+    def push_token(self, token_id: int) -> tuple[int, str]:
+        """(where the token's own text begins, in characters of our text; the text it settles)."""
+        pieces = self._pieces
+        if not 0 <= token_id < len(pieces.surfaces):
+            return self.num_chars, ""  # the model's vocabulary may be padded beyond the tokenizer's
+        byte = pieces.bytes[token_id]
+        if byte is not None:
+            offset = self.num_chars
+            text = self._push_byte(byte)
+            self._at_start = False
+            self.num_chars += len(text)
+            return offset, text
+        settled = self._drop_pending() if self._pending else ""
+        offset = self.num_chars + len(settled)
+        surface = pieces.surfaces[token_id]
+        if self._at_start and not pieces.is_control[token_id]:
+            self._at_start = False
+            if pieces.starts_with_space[token_id]:
+                surface = surface[1:]
+        self.num_chars = offset + len(surface)
+        return offset, settled + surface
+
+    def flush(self) -> str:
+        """The rest, when no token follows: bytes still waiting for a character's end become U+FFFD."""
+        text = self._drop_pending()
+        self.num_chars += len(text)
+        return text
+
+    def _push_byte(self, byte: int) -> str:
+        pending = self._pending
+        pending.append(byte)
+        if _may_continue(pending):
+            return ""
+        try:
+            text = pending.decode()
+        except UnicodeDecodeError:
+            # Only the newest byte can have broken it: what stood before was the prefix of a character.
+            pending.pop()
+            text = self._drop_pending()
+            if _may_continue(bytes((byte,))):
+                pending.append(byte)
+                return text
+            return text + (chr(byte) if byte < 0x80 else _REPLACEMENT)
+        pending.clear()
+        self._num_foreign = 0
+        return text
+
+    def _drop_pending(self) -> str:
+        text = _REPLACEMENT * (len(self._pending) - self._num_foreign)
+        self._pending.clear()
+        self._num_foreign = 0
+        return text
+
+
+def _may_continue(prefix: bytes | bytearray) -> bool:
+    """Whether some UTF-8 character begins with these bytes and is longer."""
+    lead = prefix[0]
+    if 0xC2 <= lead <= 0xDF:
+        return len(prefix) < 2
+    if 0xE0 <= lead <= 0xEF:
+        # E0 80..9F would be overlong, ED A0..BF a surrogate.
+        low, high, length = (0xA0 if lead == 0xE0 else 0x80), (0x9F if lead == 0xED else 0xBF), 3
+    elif 0xF0 <= lead <= 0xF4:
+        # F0 80..8F would be overlong, F4 90..BF beyond U+10FFFF.
+        low, high, length = (0x90 if lead == 0xF0 else 0x80), (0x8F if lead == 0xF4 else 0xBF), 4
+    else:
+        return False
+    if len(prefix) >= length or (len(prefix) > 1 and not low <= prefix[1] <= high):
+        return False
+    return all(0x80 <= b <= 0xBF for b in prefix[2:])

@@ -1,0 +1,210 @@
+"""ReplicaClient against a real StreamServer with a fake core, and against peers that die, hang or lie."""
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+from fake_core import FACTS, FakeCore, expected_tokens, request
+
+import cluster.replicas.client
+import workers.stream_server
+from cluster.replicas.client import ReplicaClient
+from workers.engine.loop import EngineLoop
+from workers.errors import GroupError, ReplicaUnavailableError
+from workers.protocol import FinishReason, LoadReport, StepFrame, encode_frame
+from workers.stream_server import StreamServer
+
+TOKEN = "secret"
+
+
+class Engine:
+    def __init__(self, port: int = 0) -> None:
+        self.core = FakeCore()
+        self.loop = EngineLoop(
+            self.core, self._publish, on_failure=lambda e: self.server.close(), idle_heartbeat_s=0.05
+        )
+        self.server = StreamServer(
+            FACTS,
+            TOKEN,
+            submit=self.loop.submit,
+            abort=self.loop.abort,
+            load=self.core.load,
+        )
+        self.address = self.server.start(port=port)
+        self.loop.start()
+
+    def _publish(self, deltas) -> None:
+        self.server.publish(deltas)
+
+    def close(self) -> None:
+        self.core.gate.set()
+        assert self.loop.stop()
+        self.server.close()
+
+
+@pytest.fixture
+def engine():
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+async def client(engine):
+    async with ReplicaClient("r0", engine.address, TOKEN) as client:
+        yield client
+
+
+async def until(condition, timeout_s: float = 10) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def collect(client, req) -> list[int]:
+    return [t async for d in client.generate(req) for t in d.token_ids]
+
+
+async def test_facts_and_many_concurrent_streams(engine, client):
+    assert client.facts == FACTS
+    requests = [request(f"r{i}", max_tokens=1 + i, seed=i) for i in range(60)]
+    results = await asyncio.gather(*(collect(client, r) for r in requests))
+    assert results == [expected_tokens(r) for r in requests]
+    assert client.num_streams == 0
+    assert engine.core.aborted == []
+
+
+async def test_closing_a_stream_early_aborts_it(engine, client):
+    stream = client.generate(request("r", max_tokens=10**9))
+    await anext(stream)
+    assert engine.core.requests
+    await stream.aclose()
+    assert client.num_streams == 0
+    await until(lambda: not engine.core.requests)
+
+
+async def test_an_engine_error_reaches_the_stream_as_a_delta(client):
+    deltas = [d async for d in client.generate(request("r", seed=666))]
+    assert [d.finish_reason for d in deltas] == [FinishReason.ERROR]
+
+
+async def test_a_wrong_token_says_so(engine):
+    with pytest.raises(ReplicaUnavailableError, match="token"):
+        await ReplicaClient("r0", engine.address, "wrong").connect()
+
+
+async def test_nobody_listening_says_so():
+    server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
+    address = server.sockets[0].getsockname()
+    server.close()
+    await server.wait_closed()
+    with pytest.raises(ReplicaUnavailableError, match=f"r7 could not be reached at 127.0.0.1:{address[1]}"):
+        await ReplicaClient("r7", address, TOKEN).connect()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", encode_frame(StepFrame(deltas=[], load=LoadReport()))]
+)
+async def test_a_stranger_on_the_port_says_so(answer):
+    async def serve(reader, writer):
+        writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        with pytest.raises(ReplicaUnavailableError, match="could not be reached"):
+            await ReplicaClient("r0", server.sockets[0].getsockname(), TOKEN).connect()
+
+
+async def test_readiness_follows_the_forward_passes(engine, client, monkeypatch):
+    monkeypatch.setattr(cluster.replicas.client, "MAX_FORWARD_AGE_S", 0.5)
+    monkeypatch.setattr(workers.stream_server, "STUCK_AFTER_S", 0.8)
+    await until(lambda: client.is_ready(time.monotonic()))
+    engine.core.gate.clear()
+    await until(lambda: not client.is_ready(time.monotonic()))
+    assert "last forward pass" in client.not_ready_reason(time.monotonic())
+    engine.core.waiting_for = (1,)
+    await until(lambda: client.load.stuck_ranks)
+    assert client.not_ready_reason(time.monotonic()) == "Replica r0 is waiting for rank 1, which does not answer."
+    engine.core.waiting_for = ()
+    engine.core.gate.set()
+    await until(lambda: client.is_ready(time.monotonic()))
+
+
+async def test_readiness_ages_between_reports(engine, client):
+    await until(lambda: client.is_ready(time.monotonic()))
+    assert "last forward pass" in client.not_ready_reason(time.monotonic() + 60)
+
+
+async def test_a_failed_group_ends_every_stream_as_unavailable(engine, client):
+    streams = [client.generate(request(f"r{i}", max_tokens=10**9)) for i in range(3)]
+    for stream in streams:
+        await anext(stream)
+    engine.core.fail_with = GroupError("rank 1 died")
+    for stream in streams:
+        with pytest.raises(ReplicaUnavailableError, match="r0 was lost"):
+            async for _ in stream:
+                pass
+    assert client.num_streams == 0
+    assert "no connection" in client.not_ready_reason(time.monotonic())
+    with pytest.raises(ReplicaUnavailableError):
+        await anext(client.generate(request("late")))
+
+
+async def test_reconnects_when_rank_0_is_back(monkeypatch):
+    monkeypatch.setattr(cluster.replicas.client, "RECONNECT_AFTER_S", 0.02)
+    engine = Engine()
+    async with ReplicaClient("r0", engine.address, TOKEN) as client:
+        await asyncio.to_thread(engine.close)
+        await until(lambda: not client.is_ready(time.monotonic()))
+        engine = Engine(engine.address[1])
+        await until(lambda: client.is_ready(time.monotonic()))
+        req = request("again")
+        assert await collect(client, req) == expected_tokens(req)
+    await asyncio.to_thread(engine.close)
+
+
+async def test_silence_is_death(engine, monkeypatch):
+    """A relay that stops passing bytes on stands for a cut cable: no FIN, no RST."""
+    monkeypatch.setattr(cluster.replicas.client, "SILENCE_IS_DEATH_S", 0.6)
+    flowing = asyncio.Event()
+    flowing.set()
+    tasks = []
+
+    async def relay(reader, writer):
+        up_reader, up_writer = await asyncio.open_connection(*engine.address)
+
+        async def pump(source, sink):
+            with contextlib.suppress(OSError):
+                while data := await source.read(65536):
+                    await flowing.wait()
+                    sink.write(data)
+
+        tasks.extend(asyncio.create_task(p) for p in (pump(reader, up_writer), pump(up_reader, writer)))
+
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+    client = ReplicaClient("r0", server.sockets[0].getsockname(), TOKEN)
+    await client.connect()
+    stream = client.generate(request("r", max_tokens=10**9))
+    await anext(stream)
+    flowing.clear()
+    with pytest.raises(ReplicaUnavailableError, match="silent"):
+        async for _ in stream:
+            pass
+    assert not client.is_ready(time.monotonic())
+    await client.close()
+    server.close()
+    for task in tasks:
+        task.cancel()
+
+
+async def test_condemn_ends_streams_with_the_given_reason(engine, client):
+    stream = client.generate(request("r", max_tokens=10**9))
+    await anext(stream)
+    client.condemn("Replica r0 lost rank 1: its process died.")
+    with pytest.raises(ReplicaUnavailableError, match="lost rank 1"):
+        async for _ in stream:
+            pass
+    assert client.not_ready_reason(time.monotonic()) == "Replica r0 lost rank 1: its process died."
+    await until(lambda: not engine.core.requests)

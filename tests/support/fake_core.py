@@ -1,0 +1,102 @@
+"""An engine core without a model, for everything above the engine: token i of a request is (seed + i) % VOCAB_SIZE.
+
+A test can hold a step back, make it fail, and read what the core still holds. Follows workers/engine/loop.py `Core`.
+"""
+
+import threading
+import time
+
+from workers.errors import RequestError
+from workers.protocol import EngineFacts, FinishReason, GenerateRequest, LoadReport, SamplingParams, TokenDelta
+
+VOCAB_SIZE = 1000
+FACTS = EngineFacts(
+    replica_id="r0",
+    tensor_parallel_size=2,
+    vocab_size=VOCAB_SIZE,
+    max_model_len=512,
+    max_num_seqs=64,
+    block_size=16,
+    num_blocks=100,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+    attention_backend="fake",
+)
+
+
+def request(request_id: str, *, max_tokens: int = 5, seed: int = 100) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
+    return GenerateRequest(request_id=request_id, prompt_token_ids=[1, 5, 6], sampling=sampling)
+
+
+def expected_tokens(req: GenerateRequest) -> list[int]:
+    return [(req.sampling.seed + i) % VOCAB_SIZE for i in range(req.sampling.max_tokens)]
+
+
+class FakeCore:
+    """Attributes: `requests` maps id to tokens generated so far; clear `gate` to hold steps and heartbeats back."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, tuple[GenerateRequest, int]] = {}
+        self.aborted: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail_with: Exception | None = None
+        self.num_heartbeats = 0
+        self.num_steps = 0
+        self.shut_down = threading.Event()
+        self.last_forward: float | None = None
+        self.waiting_for: tuple[int, ...] = ()
+
+    def add_request(self, request: GenerateRequest) -> None:
+        if not request.prompt_token_ids:
+            raise RequestError("The prompt is empty.", param="prompt")
+        if request.sampling.seed == 666:
+            raise ZeroDivisionError("a bug in add_request")
+        self.requests[request.request_id] = (request, len(request.output_token_ids))
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        self.requests.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    def step(self) -> list[TokenDelta]:
+        self._forward()
+        self.num_steps += 1
+        deltas = []
+        for request_id, (req, done) in list(self.requests.items()):
+            token = (req.sampling.seed + done) % VOCAB_SIZE
+            finished = done + 1 == req.sampling.max_tokens
+            self.requests[request_id] = (req, done + 1)
+            if finished:
+                del self.requests[request_id]
+            reason = FinishReason.LENGTH if finished else None
+            deltas.append(TokenDelta(request_id=request_id, token_ids=[token], finish_reason=reason))
+        return deltas
+
+    def heartbeat(self) -> None:
+        self._forward()
+        self.num_heartbeats += 1
+
+    def _forward(self) -> None:
+        assert self.gate.wait(30.0), "the test left the gate closed"
+        if self.fail_with is not None:
+            raise self.fail_with
+        self.last_forward = time.monotonic()
+
+    def load(self) -> LoadReport:
+        age = None if self.last_forward is None else time.monotonic() - self.last_forward
+        return LoadReport(
+            num_running=len(self.requests),
+            num_steps_total=self.num_steps,
+            forward_age_s=age,
+            stuck_ranks=self.waiting_for,
+        )
+
+    def facts(self, replica_id: str) -> EngineFacts:
+        return FACTS
+
+    def shutdown(self) -> None:
+        self.shut_down.set()
