@@ -87,9 +87,9 @@ async def run_level(url: str, *, concurrency: int, num_requests: int, max_tokens
     ]
 
 
-async def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+async def wait_until_ready(url: str, process: asyncio.subprocess.Process) -> None:
     async with aiohttp.ClientSession() as session:
-        while process.poll() is None:
+        while process.returncode is None:
             try:
                 async with session.get(f"{url}/health") as response:
                     if response.status == 200:
@@ -108,7 +108,7 @@ async def bench(args: argparse.Namespace) -> str:
     command = [sys.executable, "-m", "cluster.cli", "serve", "--port", str(port)]
     command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
     began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=sys.stderr)
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         await wait_until_ready(url, process)
         ready = time.perf_counter() - began
@@ -123,7 +123,7 @@ async def bench(args: argparse.Namespace) -> str:
             )
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        await asyncio.wait_for(process.wait(), timeout=60)
     lines = [
         f"## Tensor-parallel size {args.tensor_parallel_size}",
         "",

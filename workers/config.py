@@ -59,11 +59,13 @@ class ModelConfig:
 
     def check_tensor_parallel_size(self, size: int) -> None:
         """Raises ConfigError unless `size` ranks can share this model evenly."""
-        fits = [n for n in TENSOR_PARALLEL_SIZES if self.num_key_value_heads % n == 0]
+        divided = (self.num_key_value_heads, self.intermediate_size)
+        fits = [n for n in TENSOR_PARALLEL_SIZES if all(number % n == 0 for number in divided)]
         if size not in fits:
             raise ConfigError(
-                f"--tensor-parallel-size {size} does not work with this model: its {self.num_key_value_heads} "
-                f"key/value heads must divide evenly over the ranks. Use one of {', '.join(map(str, fits))}."
+                f"--tensor-parallel-size {size} does not work with this model: its {self.num_key_value_heads} key/value "
+                f"heads and intermediate size {self.intermediate_size} must divide evenly over the ranks. "
+                f"Use one of {', '.join(map(str, fits))}."
             )
 
 
@@ -116,6 +118,8 @@ def load_model_config(folder: str | Path) -> ModelConfig:
                 fields = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as e:
                 raise ConfigError(f"{path} is not valid JSON: {e}.") from e
+            if not isinstance(fields, dict):
+                raise ConfigError(f"{path} holds no JSON object.")
             try:
                 return parse(fields)
             except KeyError as e:
@@ -165,13 +169,15 @@ def _from_huggingface(fields: dict[str, Any]) -> ModelConfig:
 
 
 def _from_mistral(fields: dict[str, Any]) -> ModelConfig:
-    if fields.get("moe") or fields.get("quantization"):
-        raise ConfigError(
-            "Mixture-of-experts and quantized checkpoints are not supported; use a dense Mistral checkpoint."
-        )
+    if fields.get("model_type", "transformer") != "transformer":
+        raise ConfigError(f"model_type {fields['model_type']!r} is not supported; only 'transformer' is.")
+    for name in ("moe", "quantization", "lora", "vision_encoder", "yarn", "rope_scaling"):
+        if fields.get(name):
+            raise ConfigError(f"params.json has {name!r}, which is not supported; use a dense, unquantized checkpoint.")
     heads = fields["n_heads"]
-    # Mistral's files omit rope_theta for v0.1, whose code defaulted to 10,000, and name the window only where there is
-    # one.
+    window = fields.get("sliding_window")
+    # Files without rope_theta rely on mistral-inference's rule: v0.1, with its window, means 10,000, later ones 1,000,000.
+    rope_theta = fields.get("rope_theta") or (1_000_000.0 if window is None else 10_000.0)
     return ModelConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=fields["dim"],
@@ -181,8 +187,8 @@ def _from_mistral(fields: dict[str, Any]) -> ModelConfig:
         num_key_value_heads=fields.get("n_kv_heads") or heads,
         head_dim=fields.get("head_dim") or fields["dim"] // heads,
         rms_norm_eps=fields.get("norm_eps", 1e-5),
-        rope_theta=float(fields.get("rope_theta") or 10_000.0),
-        sliding_window=fields.get("sliding_window"),
+        rope_theta=float(rope_theta),
+        sliding_window=window,
         max_position_embeddings=fields.get("max_seq_len") or fields.get("max_position_embeddings") or 32_768,
         tie_word_embeddings=bool(fields.get("tied_embeddings", False)),
         bos_token_id=1,

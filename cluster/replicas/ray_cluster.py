@@ -4,12 +4,14 @@ A Ray we start serves this machine only: token authentication on, dashboard on l
 temporary folder that goes when it goes.
 """
 
+import atexit
 import contextlib
 import logging
 import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -20,7 +22,8 @@ from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_TIMEOUT_S = 10.0
+SHUTDOWN_TIMEOUT_S = 5.0
+REACH_TIMEOUT_S = 5.0
 _MARK = "TRAMONTANE_RAY_FOLDER"  # in the environment of every process of a Ray of ours
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not travel through Ray; this is near the smallest it accepts
 
@@ -51,10 +54,13 @@ def connect(address: str | None, *, num_cpus: int, log_to_driver: bool) -> RayCl
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     folder = None
-    if address is None:
+    if address is not None:
+        _check_reachable(address)
+    else:
         os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster unasked
         _use_token_authentication()
         folder = Path(tempfile.mkdtemp(prefix="tramontane-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # behind Ray's own handlers, which still write there
         os.environ[_MARK] = str(folder)
     import ray
 
@@ -78,10 +84,25 @@ def connect(address: str | None, *, num_cpus: int, log_to_driver: bool) -> RayCl
         if not isinstance(e, Exception):
             raise
         # Ray raises a dozen unrelated types here, for one and the same reason.
-        what = f"The Ray cluster at {address} could not be joined" if address else "Ray could not be started"
-        raise ConfigError(f"{what}: {e}") from e
+        if address is None:
+            raise ConfigError(f"Ray could not be started: {e}") from e
+        raise ConfigError(
+            f"The Ray cluster at {address} could not be joined; check that its Ray has this version and its token "
+            f"is in RAY_AUTH_TOKEN or ~/.ray/auth_token: {e}"
+        ) from e
     url = context.dashboard_url
     return RayCluster(dashboard_url=f"http://{url}" if url else None, folder=folder)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try a dead address for minutes. Leaves the forms that are no host and port to Ray. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_TIMEOUT_S).close()
+    except (OSError, OverflowError) as e:
+        raise ConfigError(f"Nothing answers at the Ray address {address} ({e}); is `ray start --head` running there?") from e
 
 
 def token_path() -> Path | None:

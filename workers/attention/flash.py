@@ -12,6 +12,7 @@ from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import store_kv
 
 REQUIRED_BLOCK_MULTIPLE = 256
+MAX_HEAD_DIM = 256
 
 
 class FlashBackend:

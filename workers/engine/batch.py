@@ -39,8 +39,18 @@ class ForwardBatch:
     def unpack(cls, message: np.ndarray) -> "ForwardBatch":
         num_tokens, num_seqs, num_logits, max_blocks = (int(n) for n in message[:_HEADER_INTS])
         sizes = [num_tokens] * 3 + [num_seqs] * 2 + [num_logits, num_seqs * max_blocks]
-        *arrays, block_table = np.split(message[_HEADER_INTS:], np.cumsum(sizes)[:-1])
-        return cls(*arrays, block_table.reshape(num_seqs, max_blocks))
+        token_ids, positions, slot_mapping, query_lens, seq_lens, logits_indices, block_table = np.split(
+            message[_HEADER_INTS:], np.cumsum(sizes)[:-1]
+        )
+        return cls(
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slot_mapping,
+            query_lens=query_lens,
+            seq_lens=seq_lens,
+            logits_indices=logits_indices,
+            block_table=block_table.reshape(num_seqs, max_blocks),
+        )
 
 
 # Tells followers to leave their loop: a batch without tokens.

@@ -2,7 +2,6 @@
 torch.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 from workers.config import EngineConfig

@@ -51,9 +51,9 @@ class Request:
     def finish_reason(self, *, eos_token_ids: tuple[int, ...], max_model_len: int) -> FinishReason | None:
         """Why the token just appended ends the request, or None."""
         token, sampling = self.token_ids[-1], self.sampling
-        if self.num_output_tokens > sampling.min_tokens:
-            if token in sampling.stop_token_ids or (token in eos_token_ids and not sampling.ignore_eos):
-                return FinishReason.STOP
+        stops = token in sampling.stop_token_ids or (token in eos_token_ids and not sampling.ignore_eos)
+        if stops and self.num_output_tokens > sampling.min_tokens:
+            return FinishReason.STOP
         if self.num_output_tokens >= sampling.max_tokens or self.num_tokens >= max_model_len:
             return FinishReason.LENGTH
         return None

@@ -58,7 +58,7 @@ def test_logits_equal_transformers(checkpoint, chunk):
 
 def test_the_window_matters_in_this_comparison(checkpoint):
     """Guards the test above: a model that ignored the window would be far outside its tolerance."""
-    folder, reference = checkpoint
+    _, reference = checkpoint
     if reference.config.sliding_window is None:
         pytest.skip("the model without a window")
     prompt = torch.randint(3, 256, (5 * WINDOW,), generator=torch.Generator().manual_seed(0)).tolist()

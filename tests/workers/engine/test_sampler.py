@@ -133,7 +133,7 @@ def test_banning_everything_still_gives_a_token():
 
 
 def test_a_token_depends_on_seed_and_position_only():
-    probabilities = {t: 1 / VOCAB for t in range(VOCAB)}
+    probabilities = dict.fromkeys(range(VOCAB), 1 / VOCAB)
 
     def one(**kwargs):
         return sample(logits_of(probabilities), [row(**kwargs)], eos_token_ids=EOS)[0].token_id

@@ -1,0 +1,52 @@
+# Everything a checkout can do. Needs Python 3.11 or newer and make; the virtual environment is made on first use.
+#   make serve ARGS='--port 9000'      make test ARGS='-k sampler'
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_ARGS ?=
+ARGS ?=
+
+.PHONY: serve generate test lint format bench demo-model clean
+
+serve: $(VENV)/.installed
+	@exec $(BIN)/tramontane serve $(ARGS)
+
+generate: $(VENV)/.installed
+	@exec $(BIN)/tramontane generate $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+demo-model: $(VENV)/.installed-dev
+	$(BIN)/python examples/demo_model/train.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "Tramontane needs Python 3.11 or newer, and '$(PYTHON)' is not one: name it, as in 'make serve PYTHON=python3.12'." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "Python could not make a virtual environment; on Debian and Ubuntu, 'apt install python3-venv' adds what is missing." >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@test -e $@ || echo "Installing into $(VENV); the first time takes a few minutes." >&2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,170 @@
+"""The whole thing, as a user meets it: two tensor-parallel ranks on Ray, HTTP, the official client, then SIGTERM."""
+
+import asyncio
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import threading
+
+import aiohttp
+import openai
+import pytest
+from system_server import API_KEY
+
+MODEL = "demo_model"
+NUM_STREAMS = 200
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0) as client:
+        yield client
+
+
+def test_the_banner_says_what_to_do(server):
+    assert re.search(r"Ready in \d+\.\d s\.", server.output)
+    assert "Dashboard  http://127.0.0.1:" in server.output
+    assert API_KEY not in server.output
+    for phase in ("Starting Ray", "Placing 2 rank(s)", "Loading the weights", "Starting the engine"):
+        assert phase in server.output
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_banners_curl_line_works_as_pasted(server):
+    line = re.search(r"Try +(curl .*)", server.output)[1]
+    env = {**os.environ, "TRAMONTANE_API_KEY": API_KEY}
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, env=env, check=True)
+    assert json.loads(done.stdout)["choices"][0]["text"]
+
+
+def test_health_and_models(server, client):
+    status, health = server.health()
+    assert (status, health["status"]) == (200, "ok")
+    assert [m.id for m in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
+def test_completion(client):
+    answer = client.completions.create(model=MODEL, prompt="def fibonacci(n):", max_tokens=16, temperature=0)
+    assert answer.choices[0].text
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    again = client.completions.create(model=MODEL, prompt="def fibonacci(n):", max_tokens=16, temperature=0)
+    assert again.choices[0].text == answer.choices[0].text
+
+
+def test_completion_stream_is_the_completion(client):
+    options = {"model": MODEL, "prompt": "import os\n", "max_tokens": 24, "seed": 7, "temperature": 0.8}
+    whole = client.completions.create(**options)
+    chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
+    assert chunks[-1].usage == whole.usage or chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+
+
+def test_chat_and_chat_stream(client):
+    options = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What does os.path.join do?"}],
+        "max_tokens": 24,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**options)
+    assert whole.choices[0].message.role == "assistant"
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+
+
+def test_errors_are_openais(server, client):
+    with pytest.raises(openai.NotFoundError, match="no-such-model"):
+        client.completions.create(model="no-such-model", prompt="x", max_tokens=1)
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.completions.create(model=MODEL, prompt="x " * 6000, max_tokens=1)
+    assert too_long.value.body["message"]
+    with (
+        pytest.raises(openai.AuthenticationError),
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="no") as stranger,
+    ):
+        stranger.models.list()
+
+
+async def stream_text(session: aiohttp.ClientSession, url: str, index: int, *, cut_after: int | None) -> str | None:
+    """The streamed text, checked to be complete; None when cut after that many chunks by leaving."""
+    body = {
+        "model": MODEL,
+        "prompt": f"def function_{index}(self, value):\n",
+        "max_tokens": 12 + index % 20,
+        "temperature": 1.0,
+        "seed": index,
+        "stream": True,
+    }
+    parts, finish_reason, num_chunks = [], None, 0
+    async with session.post(f"{url}/v1/completions", json=body) as response:
+        assert response.status == 200, await response.text()
+        if cut_after == 0:
+            return None
+        async for line in response.content:
+            if not line.startswith(b"data: "):
+                continue
+            if line.strip() == b"data: [DONE]":
+                assert finish_reason is not None, "the stream ended without a finish_reason"
+                return "".join(parts)
+            chunk = json.loads(line[6:])
+            assert "error" not in chunk, chunk
+            parts.append(chunk["choices"][0]["text"])
+            finish_reason = chunk["choices"][0]["finish_reason"]
+            num_chunks += 1
+            if num_chunks == cut_after:
+                return None
+    raise AssertionError(f"stream {index} ended without [DONE]")
+
+
+async def run_streams(url: str, cuts: dict[int, int]) -> list[str | None]:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    headers = {"Authorization": f"Bearer {API_KEY}"}
+    timeout = aiohttp.ClientTimeout(total=100)
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
+        return await asyncio.gather(
+            *(stream_text(session, url, i, cut_after=cuts.get(i)) for i in range(NUM_STREAMS)),
+        )
+
+
+async def test_200_streams_with_a_third_cut_leave_nothing_and_disturb_nobody(server):
+    undisturbed = await run_streams(server.url, {})
+    assert all(text is not None for text in undisturbed)
+    rng = random.Random(2)
+    cuts = {i: rng.randrange(10) for i in rng.sample(range(NUM_STREAMS), NUM_STREAMS // 3)}
+    texts = await run_streams(server.url, cuts)
+    for i in range(NUM_STREAMS):
+        if i not in cuts:
+            assert texts[i] == undisturbed[i], f"stream {i} differs from its undisturbed run"
+        else:
+            assert texts[i] is None
+    gauges = ("num_requests_inflight", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    await asyncio.to_thread(
+        server.wait_for, lambda: not any(map(server.metric, gauges)), timeout_s=10, what="become empty"
+    )
+    assert server.health()[0] == 200
+
+
+def test_sigterm_lets_a_stream_finish_refuses_new_ones_and_leaves_nothing(server, client):
+    """Last in this file: the server is gone afterwards."""
+    stream = client.completions.create(
+        model=MODEL, prompt="class A:\n", max_tokens=150, stream=True, extra_body={"ignore_eos": True}
+    )
+    first = next(iter(stream))
+    server.process.send_signal(signal.SIGTERM)
+    done = threading.Event()
+    threading.Thread(target=lambda: (server.process.wait(), done.set()), daemon=True).start()
+    chunks = [first, *stream]
+    assert chunks[-1].choices[0].finish_reason == "length", "the running stream was not let to its end"
+    assert done.wait(40), server.output
+    assert server.process.returncode == 0, server.output
+    assert server.left_over() == []
+    assert "Traceback" not in server.output
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()

@@ -1,0 +1,108 @@
+"""The whole model against transformers, prefilled at once, over ranks; and its parts. Chunks and decoding: tests/workers/engine."""
+
+import pytest
+import torch
+from rank_threads import run_ranks
+from tiny import make_tiny_model, write_tiny_checkpoint
+from transformers import MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm, MistralRotaryEmbedding, apply_rotary_pos_emb
+
+from workers.attention.backend import AttentionMetadata
+from workers.attention.sdpa import SdpaBackend
+from workers.config import load_model_config
+from workers.model.layers import RMSNorm, RotaryEmbedding
+from workers.model.loader import load_weights
+from workers.model.mistral import MistralForCausalLM
+
+BLOCK = 16
+MODELS = {
+    "window": {"sliding_window": 16},
+    "no window, large theta": {"sliding_window": None, "rope_theta": 1_000_000.0},
+    "tied": {"tie_word_embeddings": True},
+    "vocabulary to pad, wide heads": {"vocab_size": 257, "head_dim": 16, "seed": 3},
+}
+
+
+def prefill(folder, tp, token_ids):
+    """Logits of all positions on rank 0."""
+    config = load_model_config(folder)
+    num_kv_heads = config.num_key_value_heads // tp.size
+    backend = SdpaBackend(
+        num_heads=config.num_attention_heads // tp.size,
+        num_kv_heads=num_kv_heads,
+        head_dim=config.head_dim,
+        sliding_window=config.sliding_window,
+    )
+    n = len(token_ids)
+    model = MistralForCausalLM(config, tp=tp, backend=backend, dtype=torch.float32, device="cpu", max_positions=n)
+    load_weights(model, folder, config, tp=tp)
+    num_blocks = -(-n // BLOCK)
+    shape = (1 + num_blocks, BLOCK, num_kv_heads, config.head_dim)
+    kv_caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
+    metadata = AttentionMetadata(
+        slot_mapping=torch.arange(BLOCK, BLOCK + n),
+        block_table=torch.arange(1, 1 + num_blocks, dtype=torch.int32).unsqueeze(0),
+        seq_lens=torch.tensor([n], dtype=torch.int32),
+        cu_seqlens_q=torch.tensor([0, n], dtype=torch.int32),
+        query_lens=[n],
+        context_lens=[n],
+        max_query_len=n,
+        max_seq_len=n,
+    )
+    with torch.inference_mode():
+        return model.compute_logits(model(token_ids, torch.arange(n), kv_caches, metadata))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["huggingface", "mistral"])
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
+def test_logits_equal_transformers(tmp_path, overrides, layout, size):
+    write_tiny_checkpoint(tmp_path, layout=layout, **overrides)
+    token_ids = torch.randint(0, 256, (83,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = make_tiny_model(**overrides)(token_ids.unsqueeze(0)).logits[0]
+    logits, *others = run_ranks(size, lambda tp: prefill(tmp_path, tp, token_ids))
+    assert others == [None] * (size - 1)
+    assert logits.dtype == torch.float32
+    assert logits.shape == expected.shape
+    assert (logits - expected).abs().max() <= 2e-4
+
+
+def test_rotary_equals_transformers():
+    config = MistralConfig(head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    rotary = RotaryEmbedding(16, 1e6, max_positions=40_000, device="cpu")
+    positions = torch.tensor([0, 1, 7, 39_999])
+    q = torch.randn(4, 3, 16)
+    cos, sin = MistralRotaryEmbedding(config)(q, positions.unsqueeze(0))
+    # theirs: [batch, num_heads, num_tokens, head_dim]
+    expected, _ = apply_rotary_pos_emb(q.transpose(0, 1).unsqueeze(0), q.transpose(0, 1).unsqueeze(0), cos, sin)
+    rotated = rotary.rotate(q, *rotary.angles(positions))
+    torch.testing.assert_close(rotated, expected[0].transpose(0, 1))
+    assert torch.equal(rotated[0], q[0]), "position 0 turns nothing"
+
+
+def test_rotary_worked_example():
+    """The docstring's numbers: head_dim 4, the pairs (0, 2) and (1, 3)."""
+    rotary = RotaryEmbedding(4, 10_000.0, max_positions=3, device="cpu")
+    a, b = torch.tensor(2.0), torch.tensor(2.0 * 10_000.0**-0.5)
+    cos, sin = (t.flatten() for t in rotary.angles(torch.tensor([2])))
+    torch.testing.assert_close(cos, torch.stack([a.cos(), b.cos(), a.cos(), b.cos()]))
+    torch.testing.assert_close(sin, torch.stack([-a.sin(), -b.sin(), a.sin(), b.sin()]))
+    x = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 4)
+    torch.testing.assert_close(
+        rotary.rotate(x, cos.view(1, 1, 4), sin.view(1, 1, 4)).flatten(), torch.stack([a.cos(), 0 * a, a.sin(), 0 * a])
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)]
+)
+def test_norm_equals_transformers(dtype, tolerance):
+    ours = RMSNorm(64, 1e-5, dtype=dtype, device="cpu")
+    theirs = MistralRMSNorm(64, 1e-5)
+    weight = torch.rand(64) + 0.5
+    ours.weight.copy_(weight)
+    theirs.weight.data = weight.to(dtype)
+    # Values whose squares overflow or vanish in half precision.
+    x = torch.randn(5, 64) * torch.tensor([1.0, 300.0, 1e-3, 40.0, 0.0]).unsqueeze(1)
+    torch.testing.assert_close(ours(x.to(dtype)), theirs(x.to(dtype)), rtol=tolerance, atol=1e-6)

@@ -1,0 +1,1 @@
+"""The Mistral model and the loader that fills it from a checkpoint folder."""

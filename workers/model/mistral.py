@@ -1,0 +1,122 @@
+"""Mistral (and Llama checkpoints of the same structure), top to bottom. Knows how the layers join and how they are named.
+
+Names are Hugging Face's, except that `packed_modules` fuses the projections that share an input; loader.py translates Mistral's own.
+Does not know where weights come from, how the KV cache is allocated, or how tokens are chosen.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from workers.attention.backend import AttentionBackend, AttentionMetadata
+from workers.config import ModelConfig
+from workers.model.layers import MLP, Attention, RMSNorm, RotaryEmbedding
+from workers.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
+from workers.parallel.group import TensorParallel
+
+KVCaches = list[
+    tuple[torch.Tensor, torch.Tensor]
+]  # per layer k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]
+
+
+class MistralForCausalLM(nn.Module):
+    """One rank's share of the model. Parameters are unfilled until `loader.load_weights`."""
+
+    # module here: {module in the checkpoint: its shard}
+    packed_modules: ClassVar = {
+        "qkv_proj": {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
+        "gate_up_proj": {"gate_proj": "gate", "up_proj": "up"},
+    }
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        tp: TensorParallel,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_positions: int,
+    ) -> None:
+        """`backend` serves this rank's heads, in all layers. Positions run from 0 to max_positions - 1."""
+        super().__init__()
+        self.backend = backend
+        self.model = MistralModel(
+            config, tp=tp, backend=backend, dtype=dtype, device=device, max_positions=max_positions
+        )
+        tied = self.model.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device, tied=tied
+        )
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_caches: KVCaches, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """token_ids, positions: [num_tokens] int. Returns hidden states [num_tokens, hidden_size], the same on all ranks."""
+        return self.model(token_ids, positions, kv_caches, metadata)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """hidden_states: [n, hidden_size], n >= 0. Returns fp32 logits [n, vocab_size] on rank 0, None elsewhere."""
+        logits = self.lm_head(hidden_states)
+        return None if logits is None else logits.float()
+
+
+class MistralModel(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        tp: TensorParallel,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_positions: int,
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device
+        )
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, max_positions=max_positions, device=device)
+        self.layers = nn.ModuleList(
+            MistralLayer(config, rotary=self.rotary, backend=backend, tp=tp, dtype=dtype, device=device)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_caches: KVCaches, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        hidden_states = self.embed_tokens(token_ids)  # [num_tokens, hidden_size]
+        angles = self.rotary.angles(positions)
+        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
+            hidden_states = layer(hidden_states, angles, kv_cache, metadata)
+        return self.norm(hidden_states)
+
+
+class MistralLayer(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rotary: RotaryEmbedding,
+        backend: AttentionBackend,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.self_attn = Attention(config, rotary=rotary, backend=backend, tp=tp, dtype=dtype, device=device)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, tp=tp, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), angles, kv_cache, metadata)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -1,0 +1,274 @@
+"""Collectives between CPU ranks of one host through a memory-mapped file.
+
+Every rank owns a cache line with a counter that only grows, and two buffers. A collective is one or more rounds: write your part
+into your buffer of the round's parity, advance your counter, wait for the others' counters, read their buffers.
+
+    round     n - 2   n - 1   n            A rank writes in round n only after every counter reached n - 1, and a rank that
+    buffer    even    odd     even         reached n - 1 has read all of n - 2: two buffers and one wait per round are enough.
+
+Knows nothing of the model. Needs Linux's /dev/shm, and x86, where stores become visible in the order they were made: see shared_file.
+"""
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from workers.errors import GroupError
+from workers.parallel import shared_file
+from workers.parallel.shared_file import ARRIVED, BORN, CLOSED, LINE, MAGIC, PID, WORD
+
+logger = logging.getLogger(__name__)
+
+OPERATIONS = ALL_REDUCE, GATHER, MIN = "all_reduce", "gather", "min"
+
+SPINS = 50  # first polls, without a system call: a few us; more would starve the others where ranks outnumber cores
+YIELD_S = 0.001  # then polls that offer the core to others; after that, sleeps of a sixteenth of the time waited so far
+MIN_SLEEP_S = 0.00005
+MAX_STEP_SLEEP_S = 0.0002  # within a step
+MAX_IDLE_SLEEP_S = 0.001  # between steps
+CHECK_INTERVAL_S = 0.05  # how often a sleeper looks for dead ranks and its own deadline
+
+
+class SharedMemoryGroup:
+    """Tensor-parallel ranks on one host; `group.TensorParallel` has the contract.
+
+    Every rank sums in rank order, so all ranks hold bit-identical results. Any GroupError closes the group.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        rank: int,
+        size: int,
+        timeout_s: float = 30.0,
+        join_timeout_s: float = 120.0,
+        capacity_bytes: int = 1 << 20,
+    ) -> None:
+        """Joins the group `name`, unique to this incarnation of the replica; returns when every rank has joined.
+
+        Rank 0 creates the file, and unlinks it once all have it mapped: nothing stays behind, however the ranks end.
+        A collective larger than `capacity_bytes` takes several rounds. Raises GroupError after `join_timeout_s`.
+        """
+        assert 0 <= rank < size and capacity_bytes % (LINE * WORD) == 0, (rank, size, capacity_bytes)
+        self.rank = rank
+        self.size = size
+        self.device = torch.device("cpu")
+        self.timeout_s = timeout_s
+        self._name = name
+        self._capacity = capacity_bytes
+        self._others = [r for r in range(size) if r != rank]
+        self._round = 1  # joining
+        self._awaited: tuple[int, Sequence[int]] = (0, ())
+        self._closed = False
+
+        path = shared_file.FOLDER / f"tramontane-{re.sub(r'[^A-Za-z0-9._-]', '_', name)}"
+        header_words = (1 + size) * LINE
+        num_bytes = header_words * WORD + 2 * size * (LINE * WORD + capacity_bytes)
+        facts = (MAGIC, size, capacity_bytes)
+        if rank == 0:
+            memory = shared_file.create(path, num_bytes, facts)
+        else:
+            memory = shared_file.open_existing(path, facts, deadline=time.monotonic() + join_timeout_s)
+        try:
+            self._words = memoryview(memory).cast("q")
+            # [size, 2] buffers, each behind a line that says what is in it
+            slots = torch.frombuffer(memory, dtype=torch.uint8)[header_words * WORD :].view(size, 2, -1)
+            self._tags = [
+                [header_words + (2 * r + p) * (LINE + capacity_bytes // WORD) for p in (0, 1)] for r in range(size)
+            ]
+            self._buffers = {torch.uint8: slots[:, :, LINE * WORD :]}
+            mine = shared_file.line(rank)
+            self._words[mine + BORN] = shared_file.birth(os.getpid()) or 0
+            self._words[mine + PID] = os.getpid()  # after BORN: whoever reads a pid may compare the two
+            self._words[mine + ARRIVED] = self._round
+            self._wait(self._others, timeout_s=join_timeout_s, max_sleep_s=MAX_IDLE_SLEEP_S)
+        finally:
+            if rank == 0:
+                path.unlink(missing_ok=True)
+        logger.debug("rank %s of %s joined the shared-memory group %s", rank, size, name)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place. Half types are summed in fp32 and rounded once. x: any shape, contiguous."""
+
+        def add_up(chunk: torch.Tensor, parts: list[torch.Tensor]) -> None:
+            if x.dtype in (torch.bfloat16, torch.float16):
+                total = parts[0].float()
+            else:
+                total = chunk.copy_(parts[0])
+            for part in parts[1:]:
+                total.add_(part)
+            if total is not chunk:
+                chunk.copy_(total)
+
+        self._exchange(ALL_REDUCE, x, add_up)
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Concatenate along the last dimension on rank 0; the others return without waiting. x: contiguous."""
+        if self.rank != 0:
+            self._exchange(GATHER, x, None)
+            return None
+        received = [x, *(torch.empty_like(x) for _ in self._others)]
+        done = 0
+
+        def collect(chunk: torch.Tensor, parts: list[torch.Tensor]) -> None:
+            nonlocal done
+            for r in self._others:
+                received[r].view(-1)[done : done + chunk.numel()].copy_(parts[r])
+            done += chunk.numel()
+
+        self._exchange(GATHER, x, collect)
+        return torch.cat(received, dim=-1)
+
+    def broadcast(self, message: np.ndarray | None) -> np.ndarray:
+        """Rank 0 passes a 1-D int32 array and does not wait for readers; the others wait for as long as rank 0 lives."""
+        step = self._capacity // 4
+        if self.rank == 0:
+            assert message is not None and message.ndim == 1 and message.dtype == np.int32, (
+                "rank 0 brings a 1-D int32 array"
+            )
+            for start in range(0, max(len(message), 1), step):
+                parity = self._begin()
+                self._words[self._tags[0][parity]] = len(message)
+                chunk = torch.from_numpy(np.ascontiguousarray(message[start : start + step]))
+                self._typed(torch.int32)[0, parity, : len(chunk)].copy_(chunk)
+                self._arrive()
+            return message
+        assert message is None, f"rank {self.rank} brought a message to rank 0's broadcast"
+        received = np.empty(0, np.int32)
+        start = 0
+        while start == 0 or start < len(received):
+            self._round += 1
+            self._arrive()
+            self._wait([0], timeout_s=None if start == 0 else self.timeout_s, max_sleep_s=MAX_IDLE_SLEEP_S)
+            parity = self._round & 1
+            if start == 0:
+                received = np.empty(self._words[self._tags[0][parity]], np.int32)
+            chunk = torch.from_numpy(received[start : start + step])
+            chunk.copy_(self._typed(torch.int32)[0, parity, : len(chunk)])
+            start += step
+        return received
+
+    def min(self, value: int) -> int:
+        """The smallest value over ranks."""
+        values = [value]
+
+        def collect(_: torch.Tensor, parts: list[torch.Tensor]) -> None:
+            values.extend(int(part) for part in parts)
+
+        self._exchange(MIN, torch.tensor([value], dtype=torch.int64), collect)
+        return min(values)
+
+    def waiting_for(self) -> tuple[int, ...]:
+        """Ranks that the collective now running still waits for. Safe to call from another thread."""
+        words = self._words  # before _awaited, the order in which close() replaces them backwards
+        n, ranks = self._awaited
+        return tuple(r for r in ranks if words[shared_file.line(r) + ARRIVED] < n)
+
+    def close(self) -> None:
+        """Tells the others that this rank has left, and lets go of the memory. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._words[shared_file.line(self.rank) + CLOSED] = 1
+        self._awaited = (0, ())
+        self._words = memoryview(b"")
+        self._buffers = {}
+
+    def _exchange(
+        self, operation: str, x: torch.Tensor, read: Callable[[torch.Tensor, list[torch.Tensor]], None] | None
+    ) -> None:
+        """Rounds in which every rank writes its x; `read` gets a chunk of x and the same chunk of every rank, in rank order."""
+        assert x.is_contiguous(), f"{operation} needs a contiguous tensor"
+        flat = x.view(-1)
+        step = self._capacity // x.element_size()
+        tag = x.nbytes * len(OPERATIONS) + OPERATIONS.index(operation)
+        for start in range(0, flat.numel(), step):
+            chunk = flat[start : start + step]
+            parity = self._begin()
+            buffers = self._typed(x.dtype)[:, parity, : chunk.numel()]
+            buffers[self.rank].copy_(chunk)
+            self._words[self._tags[self.rank][parity]] = tag
+            self._arrive()
+            if read is None:
+                continue
+            self._wait(self._others, timeout_s=self.timeout_s, max_sleep_s=MAX_STEP_SLEEP_S)
+            for r in self._others:
+                theirs, index = divmod(self._words[self._tags[r][parity]], len(OPERATIONS))
+                if (theirs, index) != (x.nbytes, OPERATIONS.index(operation)):
+                    self._fail(
+                        f"Rank {self.rank} is in {operation} of {x.nbytes} bytes, but rank {r} in {OPERATIONS[index]} of {theirs}; "
+                        "every rank must run the same program.",
+                        (r,),
+                    )
+            read(chunk, list(buffers))
+
+    def _begin(self) -> int:
+        """Starts a round in which this rank writes: waits until its buffer of the new round's parity is free; returns the parity."""
+        self._wait(self._others, timeout_s=self.timeout_s, max_sleep_s=MAX_STEP_SLEEP_S)
+        self._round += 1
+        return self._round & 1
+
+    def _arrive(self) -> None:
+        self._words[shared_file.line(self.rank) + ARRIVED] = self._round
+
+    def _typed(self, dtype: torch.dtype) -> torch.Tensor:
+        """All buffers as [size, 2, elements] of `dtype`."""
+        if dtype not in self._buffers:
+            self._buffers[dtype] = self._buffers[torch.uint8].view(dtype)
+        return self._buffers[dtype]
+
+    def _wait(self, ranks: Sequence[int], *, timeout_s: float | None, max_sleep_s: float) -> None:
+        """Returns when the counters of `ranks` have reached this rank's round. `timeout_s` None: for as long as they live."""
+        if self._closed:
+            raise GroupError(f"The group {self._name} is closed on rank {self.rank}.")
+        words, n = self._words, self._round
+        self._awaited = (n, ranks)
+        started = time.monotonic()
+        next_check = started + CHECK_INTERVAL_S
+        for rank in ranks:
+            index = shared_file.line(rank) + ARRIVED
+            spins = 0
+            while words[index] < n:
+                spins += 1
+                if spins < SPINS:
+                    continue
+                now = time.monotonic()
+                if now - started < YIELD_S:
+                    os.sched_yield()
+                    continue
+                if now >= next_check:
+                    if self._closed:  # by another thread
+                        raise GroupError(f"The group {self._name} was closed on rank {self.rank}.")
+                    self._check_alive(ranks)
+                    missing = tuple(r for r in ranks if words[shared_file.line(r) + ARRIVED] < n)
+                    if timeout_s is not None and now - started > timeout_s and missing:
+                        self._fail(f"{_named(missing)} did not answer within {timeout_s:g} s.", missing)
+                    next_check = now + CHECK_INTERVAL_S
+                time.sleep(min(max(MIN_SLEEP_S, (now - started) / 16), max_sleep_s))
+        self._awaited = (0, ())
+
+    def _check_alive(self, ranks: Sequence[int]) -> None:
+        words = self._words
+        for rank in ranks:
+            line = shared_file.line(rank)
+            pid = words[line + PID]
+            left = words[line + CLOSED] or (pid and shared_file.birth(pid) != words[line + BORN])
+            # Looked at last: a rank may arrive for the last time, then leave.
+            if left and words[line + ARRIVED] < self._round:
+                self._fail(f"Rank {rank} {'left the group' if words[line + CLOSED] else 'died'}.", (rank,))
+
+    def _fail(self, sentence: str, ranks: tuple[int, ...]) -> NoReturn:
+        self.close()
+        raise GroupError(f"Tensor-parallel group {self._name}, rank {self.rank}: {sentence}", ranks=ranks)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"Rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

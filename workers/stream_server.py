@@ -1,0 +1,281 @@
+"""Rank 0's socket: requests and aborts in, one frame per engine step and connection out.
+
+An asyncio server on a thread of its own, so that heartbeats go out while the engine thread waits in a collective, and say so.
+Knows frames, connections and which connection submitted what; knows no torch, no engine: it is given callables.
+A connection opens with Hello and the replica's secret. Whatever a client does wrong costs that client its connection and
+nothing else; what it had submitted is aborted.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from workers.protocol import (
+    FRAME_HEADER_BYTES,
+    HEARTBEAT_INTERVAL_S,
+    MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    SILENCE_IS_DEATH_S,
+    Abort,
+    EngineFacts,
+    GenerateRequest,
+    Heartbeat,
+    Hello,
+    LoadReport,
+    Refused,
+    StepFrame,
+    Submit,
+    TokenDelta,
+    ToReplica,
+    encode_frame,
+    frame_length,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_HELLO_BYTES = 4096
+MAX_UNSENT_BYTES = 64 * 1024 * 1024  # a gateway this far behind will not catch up: it is cut off, the engine goes on
+STUCK_AFTER_S = 1.5  # an ordinary collective is over in no time
+_TICK_S = HEARTBEAT_INTERVAL_S / 2
+
+_decoder = msgspec.msgpack.Decoder(ToReplica)
+
+
+class ProtocolViolation(Exception):
+    """The client sent what this protocol does not allow; the message goes to the log."""
+
+
+class _Connection:
+    """One gateway. Engine-side ids carry the connection's number, so that no gateway can touch another's requests."""
+
+    def __init__(self, number: int, writer: asyncio.StreamWriter, now: float) -> None:
+        self.prefix = f"{number}/"
+        self.peer = writer.get_extra_info("peername")
+        self.requests: set[str] = set()  # ids as the client knows them
+        self.last_received = now
+        self.last_sent = now
+        self._writer = writer
+
+    def send(self, frame: bytes, now: float) -> None:
+        """Queues the frame and never waits; a client that does not read is cut off when its buffer is full."""
+        transport = self._writer.transport
+        if transport.is_closing():
+            return
+        if transport.get_write_buffer_size() + len(frame) > MAX_UNSENT_BYTES:
+            log.warning("Closing %s: it has left %d MiB unread.", self.peer, MAX_UNSENT_BYTES >> 20)
+            transport.abort()
+            return
+        self._writer.write(frame)
+        self.last_sent = now
+
+    def drop(self) -> None:
+        self._writer.transport.abort()
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+
+class StreamServer:
+    """Serves gateways from its own thread. `publish` is called from the engine thread, everything else from the owner's.
+
+    submit, abort: hand a request, or the id of one to forget, to the engine thread; must not block.
+    load: the engine's LoadReport, called on the server's thread; its `stuck_ranks` may name ranks that are merely waited for at
+    that instant, and only those that stay there for STUCK_AFTER_S are passed on.
+    """
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        token: str,
+        *,
+        submit: Callable[[GenerateRequest], None],
+        abort: Callable[[str], None],
+        load: Callable[[], LoadReport],
+    ) -> None:
+        self._facts = facts
+        self._token = token.encode()
+        self._submit = submit
+        self._abort = abort
+        self._load = load
+        self._waited_since: dict[int, float] = {}
+        self._connections: dict[str, _Connection] = {}  # by prefix
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_accepted = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
+        """Listens, and returns the address. Raises OSError when the address cannot be bound."""
+        started = threading.Event()
+        outcome: list[tuple[str, int] | BaseException] = []
+
+        def run() -> None:
+            try:
+                asyncio.run(self._serve(host, port, outcome, started))
+            except BaseException as e:
+                log.exception("The stream server ended: %s", e)
+                outcome.append(e)
+                started.set()
+
+        self._thread = threading.Thread(target=run, name="stream-server", daemon=True)
+        self._thread.start()
+        started.wait()
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    def publish(self, deltas: list[TokenDelta]) -> None:
+        """Sends each delta to the connection that submitted its request. Never blocks; drops what nobody waits for."""
+        self._call_soon(self._distribute, deltas)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Sends what is queued, closes every connection and ends the thread. Idempotent."""
+        if self._stop is not None:
+            self._call_soon(self._stop.set)
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _call_soon(self, callback: Callable[..., object], *args: object) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is connected any more
+                self._loop.call_soon_threadsafe(callback, *args)
+
+    async def _serve(
+        self,
+        host: str,
+        port: int,
+        outcome: list[tuple[str, int] | BaseException],
+        started: threading.Event,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        server = await asyncio.start_server(self._accept, host, port)
+        ticker = asyncio.create_task(self._tick())
+        outcome.append(server.sockets[0].getsockname()[:2])
+        started.set()
+        try:
+            await self._stop.wait()
+        finally:
+            server.close()
+            ticker.cancel()
+            await asyncio.wait(
+                [asyncio.create_task(c.close()) for c in self._connections.values()] or [ticker], timeout=2.0
+            )
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(ticker, *self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._num_accepted += 1
+        connection = _Connection(self._num_accepted, writer, time.monotonic())
+        try:
+            if await self._handshake(connection, reader):
+                self._connections[connection.prefix] = connection
+                await self._read(connection, reader)
+        except (ProtocolViolation, msgspec.DecodeError, ValueError) as e:
+            log.warning("Closing %s: %s", connection.peer, e)
+        except (asyncio.IncompleteReadError, OSError, TimeoutError):
+            log.info("Connection from %s ended.", connection.peer)
+        finally:
+            self._connections.pop(connection.prefix, None)
+            for request_id in connection.requests:
+                self._abort(connection.prefix + request_id)
+            writer.close()
+            self._tasks.discard(task)
+
+    async def _handshake(self, connection: _Connection, reader: asyncio.StreamReader) -> bool:
+        async with asyncio.timeout(SILENCE_IS_DEATH_S):
+            message = await _read_message(reader, MAX_HELLO_BYTES)
+        reason = None
+        if not isinstance(message, Hello):
+            raise ProtocolViolation(f"its first frame is {type(message).__name__}, not Hello")
+        if not hmac.compare_digest(message.token.encode(), self._token):
+            reason = "The token is not this replica's."
+        elif message.version != PROTOCOL_VERSION:
+            reason = f"This replica speaks protocol {PROTOCOL_VERSION}, the gateway {message.version}."
+        now = time.monotonic()
+        connection.last_received = now
+        if reason is not None:
+            log.warning("Refusing %s: %s", connection.peer, reason)
+            connection.send(encode_frame(Refused(reason=reason)), now)
+            return False
+        connection.send(encode_frame(self._facts), now)
+        connection.send(encode_frame(StepFrame(deltas=[], load=self._report(now))), now)
+        return True
+
+    async def _read(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
+        while True:
+            message = await _read_message(reader, MAX_FRAME_BYTES)
+            connection.last_received = time.monotonic()
+            match message:
+                case Submit(request=request):
+                    if request.request_id in connection.requests:
+                        raise ProtocolViolation(f"it submitted the request id {request.request_id!r} twice")
+                    connection.requests.add(request.request_id)
+                    own_id = connection.prefix + request.request_id
+                    self._submit(msgspec.structs.replace(request, request_id=own_id))
+                case Abort(request_id=request_id):
+                    if request_id in connection.requests:
+                        connection.requests.discard(request_id)
+                        self._abort(connection.prefix + request_id)
+                case Heartbeat():
+                    pass
+                case Hello():
+                    raise ProtocolViolation("it said Hello twice")
+
+    def _distribute(self, deltas: list[TokenDelta]) -> None:
+        batches: dict[str, list[TokenDelta]] = {}
+        for delta in deltas:
+            number, _, request_id = delta.request_id.partition("/")
+            connection = self._connections.get(number + "/")
+            if connection is None or request_id not in connection.requests:
+                continue  # aborted or disconnected a moment ago
+            if delta.finish_reason is not None:
+                connection.requests.discard(request_id)
+            batches.setdefault(connection.prefix, []).append(msgspec.structs.replace(delta, request_id=request_id))
+        now = time.monotonic()
+        if batches:
+            load = self._report(now)
+            for prefix, batch in batches.items():
+                self._connections[prefix].send(encode_frame(StepFrame(deltas=batch, load=load)), now)
+
+    async def _tick(self) -> None:
+        """Heartbeats out, silent clients closed."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            if now - last > _TICK_S + 1.0:  # this process itself stood still: the silence is ours, not theirs
+                for connection in self._connections.values():
+                    connection.last_received = now
+            last = now
+            frame = encode_frame(StepFrame(deltas=[], load=self._report(now)))
+            for connection in list(self._connections.values()):
+                if now - connection.last_received > SILENCE_IS_DEATH_S:
+                    log.warning("Closing %s: silent for %.1f s.", connection.peer, now - connection.last_received)
+                    connection.drop()
+                elif now - connection.last_sent >= _TICK_S:
+                    connection.send(frame, now)
+
+    def _report(self, now: float) -> LoadReport:
+        load = self._load()
+        self._waited_since = {rank: self._waited_since.get(rank, now) for rank in load.stuck_ranks}
+        stuck = tuple(rank for rank, since in self._waited_since.items() if now - since >= STUCK_AFTER_S)
+        return load if stuck == load.stuck_ranks else msgspec.structs.replace(load, stuck_ranks=stuck)
+
+
+async def _read_message(reader: asyncio.StreamReader, max_bytes: int) -> ToReplica:
+    length = frame_length(await reader.readexactly(FRAME_HEADER_BYTES), max_bytes)
+    return _decoder.decode(await reader.readexactly(length))
