@@ -27,7 +27,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python -m benchmarks.serving $(ARGS)
+	$(BIN)/python benchmarks/engine.py --output benchmarks/engine.md
+	$(BIN)/python benchmarks/serving.py --output benchmarks/serving.md $(ARGS)
 
 demo-model: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_model/train.py $(ARGS)

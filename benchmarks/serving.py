@@ -1,6 +1,6 @@
 """A real `tramontane serve` process under load: start-up, time to first token, time per output token, throughput.
 
-    python benchmarks/serving.py [--tensor-parallel-size 1] [--concurrency 1,16,64] [--output benchmarks/serving.md]
+    python benchmarks/serving.py [--tensor-parallel-sizes 1,2] [--concurrency 1,16,64] [--output benchmarks/serving.md]
 
 Starts the server as its user would, on loopback, streams completions over HTTP, and stops it with SIGTERM.
 """
@@ -11,13 +11,14 @@ import json
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+import machine
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = (
@@ -100,15 +101,15 @@ async def wait_until_ready(url: str, process: asyncio.subprocess.Process) -> Non
     raise SystemExit(f"the server ended with status {process.returncode} before it was ready")
 
 
-async def bench(args: argparse.Namespace) -> str:
+async def bench(size: int, args: argparse.Namespace) -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "cluster.cli", "serve", "--port", str(port)]
-    command += ["--tensor-parallel-size", str(args.tensor_parallel_size)]
+    command += ["--tensor-parallel-size", str(size)]
     began = time.perf_counter()
-    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.DEVNULL)
     try:
         await wait_until_ready(url, process)
         ready = time.perf_counter() - began
@@ -125,7 +126,7 @@ async def bench(args: argparse.Namespace) -> str:
         process.send_signal(signal.SIGTERM)
         await asyncio.wait_for(process.wait(), timeout=60)
     lines = [
-        f"## Tensor-parallel size {args.tensor_parallel_size}",
+        f"## Tensor-parallel size {size}",
         "",
         f"Start to ready {ready:.1f} s, start to first token {first_token:.1f} s.",
         "",
@@ -138,16 +139,21 @@ async def bench(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--tensor-parallel-sizes", default="1,2")
     parser.add_argument("--concurrency", default="1,16,64")
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=None, help="append the table to this file")
+    parser.add_argument("--output", type=Path, default=None, help="write the tables to this file")
     args = parser.parse_args()
-    table = asyncio.run(bench(args))
-    print(table)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    text = (
+        f"# Serving: demo_model over HTTP\n\n{machine.describe(device)}; server, Ray, gateway and clients share them.\n"
+        f"Prompts of about 60 tokens, {args.max_tokens} output tokens. `make bench`, {time.strftime('%F')}.\n"
+    )
+    for size in (int(s) for s in args.tensor_parallel_sizes.split(",")):
+        text += "\n" + asyncio.run(bench(size, args))
+    print(text)
     if args.output:
-        with args.output.open("a") as f:
-            f.write("\n" + table)
+        args.output.write_text(text)
 
 
 if __name__ == "__main__":

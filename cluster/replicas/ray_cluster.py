@@ -102,7 +102,9 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_TIMEOUT_S).close()
     except (OSError, OverflowError) as e:
-        raise ConfigError(f"Nothing answers at the Ray address {address} ({e}); is `ray start --head` running there?") from e
+        raise ConfigError(
+            f"Nothing answers at the Ray address {address} ({e}); is `ray start --head` running there?"
+        ) from e
 
 
 def token_path() -> Path | None:

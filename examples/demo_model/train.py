@@ -163,7 +163,7 @@ def main() -> None:
     report |= train(model, train_ids, held_out, num_steps=args.steps, batch=args.batch)
     save(model)
     loss = held_out_loss(model.to(torch.bfloat16).float(), held_out)
-    held_out_chars = sum(len(doc.text) for doc in docs if doc.held_out)
+    held_out_chars = sum(len(doc.text) + len(doc.question or "") for doc in docs if doc.held_out)
     report |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "loss": loss,
