@@ -139,7 +139,7 @@ def save(model: MistralForCausalLM) -> None:
     weights = {k: v.to(torch.bfloat16) for k, v in load_file(HERE / "model.safetensors").items()}
     save_file(weights, HERE / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((HERE / "config.json").read_text())
-    config.update(torch_dtype="bfloat16", rope_theta=10_000.0)
+    config.update(dtype="bfloat16")
     (HERE / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
