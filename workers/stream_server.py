@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 MAX_HELLO_BYTES = 4096
 MAX_UNSENT_BYTES = 64 * 1024 * 1024  # a gateway this far behind will not catch up: it is cut off, the engine goes on
+MAX_STEPS_BEHIND = 8
 STUCK_AFTER_S = 1.5  # an ordinary collective is over in no time
 _TICK_S = HEARTBEAT_INTERVAL_S / 2
 
@@ -109,6 +110,7 @@ class StreamServer:
         self._connections: dict[str, _Connection] = {}  # by prefix
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_accepted = 0
+        self._room = threading.Semaphore(MAX_STEPS_BEHIND)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -134,7 +136,14 @@ class StreamServer:
         return outcome[0]
 
     def publish(self, deltas: list[TokenDelta]) -> None:
-        """Sends each delta to the connection that submitted its request. Never blocks; drops what nobody waits for."""
+        """Sends each delta to the connection that submitted its request; drops what nobody waits for.
+
+        Never waits for a client, only for this server's own thread when that is MAX_STEPS_BEHIND steps behind: an engine that
+        outran it would fill the memory and delay every abort.
+        """
+        while not self._room.acquire(timeout=_TICK_S):
+            if self._thread is None or not self._thread.is_alive():
+                return
         self._call_soon(self._distribute, deltas)
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -236,6 +245,7 @@ class StreamServer:
                     raise ProtocolViolation("it said Hello twice")
 
     def _distribute(self, deltas: list[TokenDelta]) -> None:
+        self._room.release()
         batches: dict[str, list[TokenDelta]] = {}
         for delta in deltas:
             number, _, request_id = delta.request_id.partition("/")
