@@ -16,7 +16,7 @@ from aiohttp import web
 
 from cluster.api import sampling, sse
 from cluster.api.gateway import GATEWAY, Gateway
-from cluster.api.generation import Choice, Event, check_shape, make_choice, run, usage
+from cluster.api.generation import Choice, Event, check_shape, collect, make_choice, run, usage
 from cluster.api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, parse
 from cluster.text.output import PlacedLogprob
 from cluster.text.tokenizer import Tokenizer
@@ -44,19 +44,15 @@ async def handle(request: web.Request) -> web.StreamResponse:
         async with contextlib.aclosing(run(gateway, choices, request, arrived=arrived)) as events:
             if body.stream:
                 return await _stream(request, gateway, events, answer=answer, body=body, choices=choices)
-            texts: list[list[str]] = [[] for _ in choices]
-            logprobs: list[list[PlacedLogprob]] = [[] for _ in choices]
-            async for choice, step in events:
-                texts[choice.index].append(step.text)
-                logprobs[choice.index] += step.logprobs
+            wholes = await collect(events, choices)
     finished = [
         CompletionChoice(
             index=c.index,
-            text="".join(texts[c.index]),
-            logprobs=None if body.logprobs is None else render_logprobs(gateway.tokenizer, logprobs[c.index]),
+            text=whole.text,
+            logprobs=None if body.logprobs is None else render_logprobs(gateway.tokenizer, whole.logprobs),
             finish_reason=c.output.finish_reason,
         )
-        for c in choices
+        for c, whole in zip(choices, wholes, strict=True)
     ]
     answer = msgspec.structs.replace(answer, choices=finished, usage=usage(choices))
     return web.Response(body=msgspec.json.encode(answer), content_type="application/json")

@@ -8,14 +8,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from cluster.api.errors import ClientGoneError
 from cluster.api.gateway import Gateway
 from cluster.api.schemas import GenerationRequest, PromptTokensDetails, Usage
-from cluster.text.output import OutputStep, OutputText
+from cluster.text.output import OutputStep, OutputText, PlacedLogprob
 from workers.errors import EngineError, RequestError
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
@@ -107,6 +107,26 @@ async def run(
             if http_request.transport is None or http_request.transport.is_closing():
                 raise ClientGoneError("The client closed the connection.")
             yield event
+
+
+@dataclass
+class Whole:
+    """All of one choice, for an answer in one piece."""
+
+    text: str = ""
+    logprobs: list[PlacedLogprob] = field(default_factory=list)
+
+
+async def collect(events: AsyncGenerator[Event, None], choices: Sequence[Choice]) -> list[Whole]:
+    """Runs to the end; one result per choice, in their order."""
+    texts: list[list[str]] = [[] for _ in choices]
+    results = [Whole() for _ in choices]
+    async for choice, step in events:
+        texts[choice.index].append(step.text)
+        results[choice.index].logprobs += step.logprobs
+    for result, parts in zip(results, texts, strict=True):
+        result.text = "".join(parts)
+    return results
 
 
 async def _run_one(gateway: Gateway, choice: Choice, *, arrived: float) -> AsyncGenerator[Event, None]:
