@@ -21,8 +21,11 @@ def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | 
 
     Raises CheckpointError for weights that do not fit the configuration.
     """
+    num_threads = None
     if tp.device.type == "cpu":
-        torch.set_num_threads(config.num_threads or max(1, available_cpus() // tp.size))
+        # One while loading, which is another thread's work than computing: see ModelRunner.
+        torch.set_num_threads(1)
+        num_threads = config.num_threads or max(1, available_cpus() // tp.size)
     dtype: torch.dtype = getattr(torch, config.dtype)
     model_config = config.model
     backend = select_backend(
@@ -38,7 +41,7 @@ def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | 
         model_config, tp=tp, backend=backend, dtype=dtype, device=tp.device, max_positions=config.max_model_len
     )
     load_weights(model, config.model_path, model_config, tp=tp, progress=progress)
-    return ModelRunner(config, model, tp, dtype=dtype, attention_backend=backend.name)
+    return ModelRunner(config, model, tp, dtype=dtype, attention_backend=backend.name, num_threads=num_threads)
 
 
 def build_core(config: EngineConfig, runner: ModelRunner, tp: TensorParallel) -> EngineCore:
