@@ -11,9 +11,6 @@ from torch.nn.attention.varlen import varlen_attn
 from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import store_kv
 
-REQUIRED_BLOCK_MULTIPLE = 256
-MAX_HEAD_DIM = 256
-
 
 class FlashBackend:
     """See `AttentionBackend`. float16 and bfloat16 only, as the kernel."""

@@ -5,10 +5,12 @@ import logging
 import torch
 
 from workers.attention.backend import AttentionBackend
-from workers.attention.flash import MAX_HEAD_DIM, REQUIRED_BLOCK_MULTIPLE, FlashBackend
 from workers.attention.sdpa import SdpaBackend
 
 log = logging.getLogger(__name__)
+
+FLASH_BLOCK_MULTIPLE = 256  # of FlashAttention 2's paged path
+FLASH_MAX_HEAD_DIM = 256
 
 
 def select_backend(
@@ -22,19 +24,20 @@ def select_backend(
     sliding_window: int | None,
 ) -> AttentionBackend:
     """FlashAttention where it can run, else the specification; a fallback on CUDA is logged with its reason."""
-
-    def make(backend: type[FlashBackend] | type[SdpaBackend]) -> AttentionBackend:
-        return backend(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=sliding_window)
-
-    if device.type != "cuda":
-        return make(SdpaBackend)
+    reason = None
     if dtype not in (torch.float16, torch.bfloat16):
         reason = f"it needs float16 or bfloat16, not {dtype}"
-    elif block_size % REQUIRED_BLOCK_MULTIPLE:
-        reason = f"it needs a block size that is a multiple of {REQUIRED_BLOCK_MULTIPLE}, not {block_size}"
-    elif head_dim > MAX_HEAD_DIM:
-        reason = f"it needs a head_dim of at most {MAX_HEAD_DIM}, not {head_dim}"
-    else:
-        return make(FlashBackend)
-    log.warning("Attention falls back to the slow reference backend because FlashAttention cannot run: %s.", reason)
-    return make(SdpaBackend)
+    elif block_size % FLASH_BLOCK_MULTIPLE:
+        reason = f"it needs a block size that is a multiple of {FLASH_BLOCK_MULTIPLE}, not {block_size}"
+    elif head_dim > FLASH_MAX_HEAD_DIM:
+        reason = f"it needs a head_dim of at most {FLASH_MAX_HEAD_DIM}, not {head_dim}"
+    if device.type == "cuda" and reason is None:
+        # Not at the top: it takes a second to import, which a start on the CPU need not wait for.
+        from workers.attention.flash import FlashBackend
+
+        return FlashBackend(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=sliding_window
+        )
+    if device.type == "cuda":
+        log.warning("Attention falls back to the slow reference backend because FlashAttention cannot run: %s.", reason)
+    return SdpaBackend(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=sliding_window)

@@ -1,0 +1,72 @@
+"""What surrounds a Ray of our own, without starting one: its token, its marked processes, and addresses that are dead."""
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from cluster.replicas import ray_cluster
+from workers.errors import ConfigError
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores what the code sets
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_token_is_made_once_and_only_its_owner_reads_it(home):
+    ray_cluster._use_token_authentication()
+    path = home / ".ray" / "auth_token"
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(path.read_text()) == 64
+    assert ray_cluster.token_path() == path
+    before = path.read_text()
+    ray_cluster._use_token_authentication()
+    assert path.read_text() == before
+
+
+def test_a_token_of_the_users_own_stays(home, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    ray_cluster._use_token_authentication()
+    assert not (home / ".ray").exists()
+    assert ray_cluster.token_path() is None
+
+
+def test_without_a_writable_home_the_token_lives_in_the_environment(home):
+    (home / ".ray").write_text("a file where the folder should be")
+    ray_cluster._use_token_authentication()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_only_processes_with_this_folders_mark_are_found(tmp_path):
+    def sleeper(folder) -> subprocess.Popen:
+        code = "print('up', flush=True); input()"
+        env = {**os.environ, ray_cluster._MARK: str(folder)}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        process.stdout.readline()
+        return process
+
+    mine, other = sleeper(tmp_path), sleeper(f"{tmp_path}-other")
+    try:
+        assert ray_cluster._marked_processes(tmp_path) == [mine.pid]
+    finally:
+        for process in (mine, other):
+            process.communicate("\n", timeout=10)
+
+
+def test_a_dead_address_is_named_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(ConfigError, match=f"Nothing answers at the Ray address {address}"):
+        ray_cluster.connect(address, num_cpus=1, log_to_driver=False)
