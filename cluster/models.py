@@ -45,7 +45,14 @@ def _demo_model() -> Path:
 
 def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     def download(**patterns: list[str]) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **patterns))
@@ -56,6 +63,10 @@ def _from_hub(model: str, revision: str | None) -> Path:
         return folder if (folder / "config.json").is_file() else download()
     except GatedRepoError as e:
         raise ConfigError(f"{model} is gated: accept its terms on its Hub page and set HF_TOKEN to your token.") from e
+    except RevisionNotFoundError as e:
+        raise ConfigError(f"{model} has no revision {revision!r}; name a branch, tag or commit it has.") from e
+    except HFValidationError as e:
+        raise ConfigError(f"{model} is neither a folder here nor a possible Hub id: {e}") from e
     except RepositoryNotFoundError as e:
         raise ConfigError(
             f"There is no folder {model}, and no Hub model that you may see; for a private one set HF_TOKEN."

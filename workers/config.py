@@ -18,6 +18,18 @@ ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The numbers that define a Mistral-structured decoder. `sliding_window` counts the token itself; None is full
@@ -42,17 +54,24 @@ class ModelConfig:
     layout: Layout
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"The checkpoint's {name} is {getattr(self, name)}; it must be at least 1.")
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        for name in _SIZES:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"The checkpoint's {name} is {value!r}; it must be a whole number of at least 1.")
+        for token_id in (self.bos_token_id, *self.eos_token_ids):
+            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+                raise ConfigError(
+                    f"The checkpoint names {token_id!r} as a bos or eos token; token ids are 0 to {self.vocab_size - 1}."
+                )
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"The checkpoint has {self.num_attention_heads} attention heads, which its {self.num_key_value_heads} "
                 "key/value heads do not divide."
             )
         if self.head_dim % 2:
             raise ConfigError(f"The checkpoint's head_dim is {self.head_dim}; rotary embedding needs an even one.")
-        if self.sliding_window is not None and self.sliding_window < 1:
+        window = self.sliding_window
+        if window is not None and (type(window) is not int or window < 1):
             raise ConfigError(
                 f"The checkpoint's sliding_window is {self.sliding_window}; use a positive number or null."
             )
@@ -124,8 +143,8 @@ def load_model_config(folder: str | Path) -> ModelConfig:
                 return parse(fields)
             except KeyError as e:
                 raise ConfigError(f"{path} lacks the field {e.args[0]!r}.") from e
-            except TypeError as e:
-                raise ConfigError(f"{path} has a field of the wrong type: {e}.") from e
+            except (TypeError, ValueError, AttributeError, ZeroDivisionError) as e:
+                raise ConfigError(f"{path} has a field with a value that cannot be used: {e}.") from e
     raise ConfigError(f"{folder} has neither config.json (Hugging Face layout) nor params.json (Mistral layout).")
 
 

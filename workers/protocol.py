@@ -99,6 +99,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits_total: int = 0  # of those, found
     last_step_s: float = 0.0
+    step_age_s: float | None = None  # of the step now running; None between steps
     forward_age_s: float | None = None  # since the last forward pass on all ranks; None before the first
     stuck_ranks: tuple[int, ...] = ()  # ranks the running step is waiting for, when it takes suspiciously long
 

@@ -3,6 +3,7 @@
 Knows the wire and one writer. Headers go out with the first event, not before, so that what fails until then has its own status.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable
 
@@ -19,6 +20,7 @@ _HEADERS = {
     hdrs.CACHE_CONTROL: "no-cache",
     "X-Accel-Buffering": "no",  # nginx would otherwise collect the stream
 }
+WRITE_TIMEOUT_S = 60.0
 _encoder = msgspec.json.Encoder()
 
 
@@ -45,9 +47,10 @@ async def stream(
         while event is not None:
             data = b"".join([encode_event(chunk) for chunk in chunks(event)])
             if data:
-                await response.write(data)
+                await _write(request, response, data)
             event = await anext(events, None)  # type: ignore[arg-type]
-        await response.write(b"".join([encode_event(chunk) for chunk in last_chunks()]) + b"data: [DONE]\n\n")
+        last = b"".join([encode_event(chunk) for chunk in last_chunks()])
+        await _write(request, response, last + b"data: [DONE]\n\n")
         await response.write_eof()
     except (ConnectionError, ClientGoneError):
         log.debug("The client of %s left in mid-stream.", request.path)
@@ -59,3 +62,14 @@ async def stream(
         except ConnectionError:
             log.debug("The client of %s left before it could be told of an error.", request.path)
     return response
+
+
+async def _write(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    """Raises ClientGoneError for a client that keeps its connection open but reads nothing."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await response.write(data)
+    except TimeoutError as e:
+        if request.transport is not None:
+            request.transport.abort()
+        raise ClientGoneError(f"The client has read nothing for {WRITE_TIMEOUT_S:g} s.") from e

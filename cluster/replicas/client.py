@@ -38,6 +38,7 @@ from workers.protocol import (
 
 log = logging.getLogger(__name__)
 
+MAX_STEP_S = 30.0  # as long as a collective may take; then even a busy replica is in doubt
 MAX_FORWARD_AGE_S = (
     3.0  # beyond this, and twice the last step's time, the replica's readiness is no longer recent knowledge
 )
@@ -109,6 +110,9 @@ class ReplicaClient:
         if load.forward_age_s is None:
             return f"Replica {self.replica_id} has not made a forward pass yet."
         age = load.forward_age_s + now - self._load_received
+        # A long step, such as a prefill on a slow machine, is no reason for doubt while no rank keeps the others waiting.
+        if load.step_age_s is not None and age < MAX_STEP_S:
+            return None
         if age > MAX_FORWARD_AGE_S + 2 * load.last_step_s:
             return f"Replica {self.replica_id} made its last forward pass on all ranks {age:.1f} s ago."
         return None

@@ -22,6 +22,7 @@ from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+KILL_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 5.0
 REACH_TIMEOUT_S = 5.0
 _MARK = "TRAMONTANE_RAY_FOLDER"  # in the environment of every process of a Ray of ours
@@ -143,7 +144,11 @@ def _end_ray(folder: Path | None) -> None:
     thread.start()
     thread.join(SHUTDOWN_TIMEOUT_S)
     if folder is not None:
+        deadline = time.monotonic() + KILL_TIMEOUT_S
         while pids := _marked_processes(folder):
+            if time.monotonic() > deadline:
+                log.error("Processes %s of Ray cannot be ended; they may hang in the kernel.", pids)
+                break
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

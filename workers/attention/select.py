@@ -11,6 +11,7 @@ log = logging.getLogger(__name__)
 
 FLASH_BLOCK_MULTIPLE = 256  # of FlashAttention 2's paged path
 FLASH_MAX_HEAD_DIM = 256
+FLASH_MIN_CAPABILITY = (8, 0)
 
 
 def select_backend(
@@ -29,8 +30,10 @@ def select_backend(
         reason = f"it needs float16 or bfloat16, not {dtype}"
     elif block_size % FLASH_BLOCK_MULTIPLE:
         reason = f"it needs a block size that is a multiple of {FLASH_BLOCK_MULTIPLE}, not {block_size}"
-    elif head_dim > FLASH_MAX_HEAD_DIM:
-        reason = f"it needs a head_dim of at most {FLASH_MAX_HEAD_DIM}, not {head_dim}"
+    elif head_dim > FLASH_MAX_HEAD_DIM or head_dim % 8:
+        reason = f"it needs a head_dim that is a multiple of 8 and at most {FLASH_MAX_HEAD_DIM}, not {head_dim}"
+    elif torch.cuda.is_available() and torch.cuda.get_device_capability() < FLASH_MIN_CAPABILITY:
+        reason = "it needs an Ampere GPU (compute capability 8.0) or newer"
     if device.type == "cuda" and reason is None:
         # Not at the top: it takes a second to import, which a start on the CPU need not wait for.
         from workers.attention.flash import FlashBackend

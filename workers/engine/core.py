@@ -91,6 +91,8 @@ class EngineCore:
             assert logits is not None, "rank 0 gathers the logits"
             rows = [SamplingRow(r.sampling, r.token_ids, r.num_prompt_tokens) for r in sampling]
             sampled = sample(logits, rows, eos_token_ids=self.config.model.eos_token_ids)
+        else:
+            self.runner.synchronize()  # sampling waits for the device by itself; `forward_age_s` must not run ahead of it
         deltas = self._update(scheduled, dict(zip((r.request_id for r in sampling), sampled, strict=True)))
         self._step_ended(began)
         return deltas
@@ -101,6 +103,7 @@ class EngineCore:
         batch = dummy_batch(1, 1, self.config.block_size)
         self.tp.broadcast(batch.pack())
         self.runner.execute(batch)
+        self.runner.synchronize()
         self._step_ended(began)
 
     def shutdown(self) -> None:
@@ -122,6 +125,7 @@ class EngineCore:
             prefix_queries_total=self.kv_cache.prefix_queries_total,
             prefix_hits_total=self.kv_cache.prefix_hits_total,
             last_step_s=self._last_step_s,
+            step_age_s=None if began is None else now - began,
             forward_age_s=None if self._last_forward is None else now - self._last_forward,
             stuck_ranks=self.tp.waiting_for() if began is not None and now - began > SLOW_STEP_S else (),
         )

@@ -36,12 +36,14 @@ class KVCacheManager:
             length = next((i for i, block_id in enumerate(cached) if block_id is None), len(cached))
             return [block_id for block_id in cached[:length] if block_id is not None]
         # With a window, a prefix of n blocks needs only those its next query sees: search the longest such n.
-        for length in range(len(cached), 0, -1):
-            first_seen = self._num_unseen_blocks(length * self.block_size)
-            tail = cached[first_seen:length]
-            if None not in tail:
-                return [NULL_BLOCK] * first_seen + [block_id for block_id in tail if block_id is not None]
-        return []
+        best, last_missing = 0, -1
+        for length, block_id in enumerate(cached, start=1):
+            if block_id is None:
+                last_missing = length - 1
+            elif last_missing < self._num_unseen_blocks(length * self.block_size):
+                best = length
+        first_seen = self._num_unseen_blocks(best * self.block_size)
+        return [NULL_BLOCK] * first_seen + [b for b in cached[first_seen:best] if b is not None]
 
     def start(self, request: Request, prefix: list[int], num_new_tokens: int) -> bool:
         """Gives a waiting request its cached prefix and blocks for its first tokens; False if there are too few."""

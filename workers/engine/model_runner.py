@@ -51,6 +51,7 @@ class ModelRunner:
         self.dtype = dtype
         self.attention_backend = attention_backend
         self._num_threads_to_set = num_threads
+        self._inputs_copied = torch.cuda.Event() if tp.device.type == "cuda" else None
         self.num_blocks = 0
         self.kv_cache: kv_cache.KVCache = []
         tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
@@ -87,13 +88,23 @@ class ModelRunner:
             # 8.8 ms, not 4.0 ms).
             torch.set_num_threads(self._num_threads_to_set)
             self._num_threads_to_set = None
+        if self._inputs_copied is not None:
+            # The copies of the step before may still be queued behind its kernels: their host buffers are not ours yet.
+            self._inputs_copied.synchronize()
         metadata = self._metadata(batch)
-        hidden_states = self.model(
-            self._token_ids.fill(batch.token_ids), self._positions.fill(batch.positions), self.kv_cache, metadata
-        )
+        token_ids, positions = self._token_ids.fill(batch.token_ids), self._positions.fill(batch.positions)
+        logits_indices = self._logits_indices.fill(batch.logits_indices)
+        if self._inputs_copied is not None:
+            self._inputs_copied.record()
+        hidden_states = self.model(token_ids, positions, self.kv_cache, metadata)
         if not len(batch.logits_indices):
             return None
-        return self.model.compute_logits(hidden_states[self._logits_indices.fill(batch.logits_indices)])
+        return self.model.compute_logits(hidden_states[logits_indices])
+
+    def synchronize(self) -> None:
+        """Returns when what `execute` began has really been computed; at once on the CPU."""
+        if self.tp.device.type == "cuda":
+            torch.cuda.synchronize(self.tp.device)
 
     def _metadata(self, batch: ForwardBatch) -> AttentionMetadata:
         cu_seqlens_q = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(batch.query_lens, dtype=np.int32)])

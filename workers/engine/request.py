@@ -11,6 +11,7 @@ from workers.errors import RequestError
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
 MAX_TOP_LOGPROBS = 100
+MAX_TOP_K = 2**31 - 1
 UINT64 = 1 << 64
 
 
@@ -102,7 +103,7 @@ def _check_sampling(p: SamplingParams) -> None:
     bounds = (
         ("temperature", p.temperature, 0.0, 100.0),
         ("top_p", p.top_p, 0.0, 1.0),
-        ("top_k", p.top_k, 0, math.inf),
+        ("top_k", p.top_k, 0, MAX_TOP_K),
         ("min_p", p.min_p, 0.0, 1.0),
         ("repetition_penalty", p.repetition_penalty, 0.01, 100.0),
         ("presence_penalty", p.presence_penalty, -100.0, 100.0),

@@ -57,11 +57,11 @@ class DistributedGroup:
         self._busy = False
         self._closed = threading.Event()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         if interface := _interface_towards(master_address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
             join_timeout = timedelta(seconds=join_timeout_s)
             self._store = dist.TCPStore(master_address, master_port, size, is_master=rank == 0, timeout=join_timeout)
             dist.init_process_group(

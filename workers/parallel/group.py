@@ -49,6 +49,12 @@ class TensorParallel(Protocol):
         ...
 
 
+def rank_device(device: torch.device | str) -> torch.device:
+    """A rank's own device: Ray shows each actor one GPU, so on CUDA it is the first; collectives need the index."""
+    device = torch.device(device)
+    return torch.device("cuda", 0) if device == torch.device("cuda") else device
+
+
 class SingleRank:
     """A group of one: every collective is the identity."""
 
@@ -56,7 +62,7 @@ class SingleRank:
     size = 1
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+        self.device = rank_device(device)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x

@@ -8,7 +8,7 @@ import torch
 from workers.errors import ConfigError
 from workers.parallel import shared_file
 from workers.parallel.distributed import DistributedGroup
-from workers.parallel.group import SingleRank, TensorParallel
+from workers.parallel.group import SingleRank, TensorParallel, rank_device
 from workers.parallel.shared_memory import SharedMemoryGroup
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def join_group(
     "shm". "auto" is NCCL on CUDA; on the CPU shared memory where all ranks are on one host and it works there, else Gloo.
     Raises GroupError if a rank stays away, ConfigError if backend and device do not fit.
     """
-    device = torch.device(device)
+    device = rank_device(device)
     if size == 1:
         return SingleRank(device)
     if backend == "auto":

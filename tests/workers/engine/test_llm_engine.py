@@ -190,6 +190,7 @@ def test_eos_stops_unless_ignored_or_too_early(folder):
         ([5], {"top_p": 0.0}, "top_p", "above 0"),
         ([5], {"top_p": 1.5}, "top_p", "1.5"),
         ([5], {"top_k": -1}, "top_k", "-1"),
+        ([5], {"top_k": 2**63}, "top_k", "2147483647"),
         ([5], {"min_p": 2.0}, "min_p", "2.0"),
         ([5], {"repetition_penalty": 0.0}, "repetition_penalty", "0.0"),
         ([5], {"presence_penalty": float("-inf")}, "presence_penalty", "inf"),
