@@ -70,6 +70,9 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     batches = [int(b) for b in args.batches.split(",")]
+    # Before the engine, which sets the number of threads for itself.
+    bandwidth, flops = machine.read_bandwidth(device), machine.matmul_rate(device, getattr(torch, dtype))
+    description = machine.describe(device)
     config = EngineConfig(
         model_path=args.model,
         model=load_model_config(args.model),
@@ -81,11 +84,10 @@ def main() -> None:
         enable_prefix_caching=False,
     )
     engine = LLMEngine(config)
-    bandwidth, flops = machine.read_bandwidth(device), machine.matmul_rate(device, getattr(torch, dtype))
     lines = [
         f"# Engine: {Path(args.model).name}, {dtype}",
         "",
-        f"{machine.describe(device)}. Measured at the same time: read bandwidth {bandwidth / 1e9:.0f} GB/s,",
+        f"{description}. Measured at the same time: read bandwidth {bandwidth / 1e9:.0f} GB/s,",
         f"matrix product {flops / 1e9:.0f} GFLOP/s. Prompts of {args.prompt_tokens} tokens,",
         f"{args.output_tokens} output tokens. `make bench`, {time.strftime('%F')}.",
         "",
