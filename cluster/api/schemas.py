@@ -34,7 +34,9 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: (
+        Annotated[str, Meta(max_length=256)] | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None
+    ) = None
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     presence_penalty: Penalty | None = None

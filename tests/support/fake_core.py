@@ -47,6 +47,7 @@ class FakeCore:
         self.shut_down = threading.Event()
         self.last_forward: float | None = None
         self.waiting_for: tuple[int, ...] = ()
+        self.step_age_s: float | None = None
 
     def add_request(self, request: GenerateRequest) -> None:
         if not request.prompt_token_ids:
@@ -91,6 +92,7 @@ class FakeCore:
         return LoadReport(
             num_running=len(self.requests),
             num_steps_total=self.num_steps,
+            step_age_s=self.step_age_s,
             forward_age_s=age,
             stuck_ranks=self.waiting_for,
         )

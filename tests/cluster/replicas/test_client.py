@@ -208,3 +208,14 @@ async def test_condemn_ends_streams_with_the_given_reason(engine, client):
             pass
     assert client.not_ready_reason(time.monotonic()) == "Replica r0 lost rank 1: its process died."
     await until(lambda: not engine.core.requests)
+
+
+async def test_a_long_step_is_no_reason_for_doubt_until_it_is_too_long(engine, client, monkeypatch):
+    monkeypatch.setattr(cluster.replicas.client, "MAX_FORWARD_AGE_S", 0.1)
+    monkeypatch.setattr(cluster.replicas.client, "MAX_STEP_S", 2.0)
+    engine.core.step_age_s = 0.5
+    engine.core.gate.clear()
+    await until(lambda: client.load.step_age_s and client.load.forward_age_s > 0.6)
+    assert client.is_ready(time.monotonic())
+    assert "last forward pass" in client.not_ready_reason(time.monotonic() + 2.0)
+    engine.core.gate.set()
