@@ -112,7 +112,7 @@ class ShardWorker:
 
     def start(self, host: str = "127.0.0.1") -> Started | None:
         """Allocates the KV cache and goes to work. On rank 0 returns where it serves, elsewhere None. Raises ConfigError."""
-        from workers.engine.build import build_core
+        from workers.engine.core import EngineCore
         from workers.engine.follower import run_follower
 
         assert self._tp is not None and self._runner is not None, "load comes before start"
@@ -123,7 +123,7 @@ class ShardWorker:
             )
             self._follower.start()
             return None
-        core = build_core(self.config, self._runner, self._tp)
+        core = EngineCore(self.config, self._runner, self._tp)
         facts = core.facts(self.replica_id)
         self._core = core
         self._loop = EngineLoop(core, lambda deltas: server.publish(deltas), on_failure=self._break)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.config import EngineConfig
-from workers.engine.build import build_core, build_runner
+from workers.engine.build import build_runner
+from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import run_requests
 from workers.parallel.join import join_group
@@ -63,7 +64,7 @@ def _rank(
         runner.allocate_kv_cache()
         outputs = None
         if rank == 0:
-            core = build_core(config, runner, tp)
+            core = EngineCore(config, runner, tp)
             core.heartbeat()
             outputs = run_requests(core, requests)
             core.shutdown()

@@ -1,4 +1,4 @@
-"""Puts an engine together on one rank: device, model, weights, KV cache. The only place that knows all the parts."""
+"""Puts the model together on one rank: threads, attention backend, weights. The only place that knows all these parts."""
 
 import os
 from collections.abc import Callable
@@ -7,7 +7,6 @@ import torch
 
 from workers.attention.select import select_backend
 from workers.config import EngineConfig
-from workers.engine.core import EngineCore
 from workers.engine.model_runner import ModelRunner
 from workers.model.loader import load_weights
 from workers.model.mistral import MistralForCausalLM
@@ -42,11 +41,6 @@ def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | 
     )
     load_weights(model, config.model_path, model_config, tp=tp, progress=progress)
     return ModelRunner(config, model, tp, dtype=dtype, attention_backend=backend.name, num_threads=num_threads)
-
-
-def build_core(config: EngineConfig, runner: ModelRunner, tp: TensorParallel) -> EngineCore:
-    """Rank 0's engine. `allocate_kv_cache` must have run on every rank before."""
-    return EngineCore(config, runner, tp)
 
 
 def available_cpus() -> int:

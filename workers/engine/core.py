@@ -26,6 +26,8 @@ SLOW_STEP_S = 1.0
 
 
 class EngineCore:
+    """`allocate_kv_cache` must have run on every rank before."""
+
     def __init__(self, config: EngineConfig, runner: ModelRunner, tp: TensorParallel) -> None:
         self.config = config
         self.runner = runner

@@ -7,8 +7,7 @@ import torch
 
 from workers.config import EngineConfig
 from workers.errors import ConfigError
-
-KVCache = list[tuple[torch.Tensor, torch.Tensor]]
+from workers.model.mistral import KVCaches
 
 
 def block_bytes(config: EngineConfig, dtype: torch.dtype) -> int:
@@ -47,7 +46,7 @@ def num_blocks_that_fit(config: EngineConfig, dtype: torch.dtype, device: torch.
     return min(num_blocks, most_useful)
 
 
-def allocate(config: EngineConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+def allocate(config: EngineConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> KVCaches:
     """Per layer (k_cache, v_cache), each [num_blocks + 1, block_size, num_kv_heads, head_dim], zeroed: block 0 is the
     null block.
 

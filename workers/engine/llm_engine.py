@@ -5,7 +5,7 @@ torch.
 from collections.abc import Iterator, Sequence
 
 from workers.config import EngineConfig
-from workers.engine.build import Progress, build_core, build_runner
+from workers.engine.build import Progress, build_runner
 from workers.engine.core import EngineCore
 from workers.errors import ConfigError, RequestError
 from workers.parallel.group import SingleRank
@@ -19,7 +19,7 @@ class LLMEngine:
         tp = SingleRank(config.device)
         runner = build_runner(config, tp, progress)
         runner.allocate_kv_cache()
-        self.core = build_core(config, runner, tp)
+        self.core = EngineCore(config, runner, tp)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[list[int]]:
         """See `run_requests`."""

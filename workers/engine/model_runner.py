@@ -11,7 +11,7 @@ from workers.attention.backend import AttentionMetadata
 from workers.config import EngineConfig
 from workers.engine import kv_cache
 from workers.engine.batch import ForwardBatch, dummy_batch
-from workers.model.mistral import MistralForCausalLM
+from workers.model.mistral import KVCaches, MistralForCausalLM
 from workers.parallel.group import TensorParallel
 
 
@@ -53,7 +53,7 @@ class ModelRunner:
         self._num_threads_to_set = num_threads
         self._inputs_copied = torch.cuda.Event() if tp.device.type == "cuda" else None
         self.num_blocks = 0
-        self.kv_cache: kv_cache.KVCache = []
+        self.kv_cache: KVCaches = []
         tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
         max_blocks = -(-config.max_model_len // config.block_size)
 

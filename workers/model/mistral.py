@@ -41,7 +41,6 @@ class MistralForCausalLM(nn.Module):
     ) -> None:
         """`backend` serves this rank's heads, in all layers. Positions run from 0 to max_positions - 1."""
         super().__init__()
-        self.backend = backend
         self.model = MistralModel(
             config, tp=tp, backend=backend, dtype=dtype, device=device, max_positions=max_positions
         )
