@@ -5,11 +5,14 @@ big-endian length and that many bytes. Unknown fields are ignored, so that gatew
 """
 
 import enum
+import hashlib
+from array import array
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class FinishReason(enum.StrEnum):
@@ -90,6 +93,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
 
     num_running: int = 0
     num_waiting: int = 0
+    num_pending_tokens: int = 0  # still to be computed before every request, running or waiting, has its next token
+    tokens_per_s: float = 0.0  # recent speed of steps that computed prompts; 0 before the first
     num_blocks: int = 0  # usable KV blocks, the null block not counted
     num_used_blocks: int = 0  # held by running requests; cached but unreferenced blocks count as free
     num_steps_total: int = 0
@@ -99,9 +104,21 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits_total: int = 0  # of those, found
     last_step_s: float = 0.0
+    step_s_total: float = 0.0
     step_age_s: float | None = None  # of the step now running; None between steps
     forward_age_s: float | None = None  # since the last forward pass on all ranks; None before the first
     stuck_ranks: tuple[int, ...] = ()  # ranks the running step is waiting for, when it takes suspiciously long
+
+
+class CacheEvents(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the prefix cache gained and lost, as `hash_block` names it, in this order: reset, evicted, stored.
+
+    reset: everything known before is void; `stored` is then all there is. The first frame of a connection says so.
+    """
+
+    stored: list[bytes] = []
+    evicted: list[bytes] = []
+    reset: bool = False
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
@@ -135,6 +152,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
     max_num_seqs: int
     block_size: int  # tokens per KV block
     num_blocks: int
+    sliding_window: int | None
+    enable_prefix_caching: bool
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
     attention_backend: str
@@ -146,6 +165,13 @@ class StepFrame(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
     deltas: list[TokenDelta]
     load: LoadReport
+    cache: CacheEvents | None = None
+
+
+class Ending(msgspec.Struct, frozen=True, kw_only=True, tag="ending"):
+    """Rank 0's last words before it closes every connection: the replica is over. `reason` is one sentence for people."""
+
+    reason: str
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
@@ -155,7 +181,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
 
 
 ToReplica = Hello | Submit | Abort | Heartbeat
-FromReplica = EngineFacts | StepFrame | Refused
+FromReplica = EngineFacts | StepFrame | Ending | Refused
 
 HEARTBEAT_INTERVAL_S = 0.5
 SILENCE_IS_DEATH_S = 3.0
@@ -163,6 +189,14 @@ MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 FRAME_HEADER_BYTES = 4
 _encoder = msgspec.msgpack.Encoder()
+
+
+def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The name of a full KV block's content: these tokens after everything that `parent` names (b"" for the first block).
+
+    Both ends compute it, the replica for what it caches, the gateway for what a prompt could find there.
+    """
+    return hashlib.blake2b(array("i", token_ids).tobytes(), key=parent, digest_size=16).digest()
 
 
 def encode_frame(message: ToReplica | FromReplica) -> bytes:

@@ -66,6 +66,8 @@ class FakeReplica:
             max_num_seqs=8,
             block_size=16,
             num_blocks=100,
+            sliding_window=None,
+            enable_prefix_caching=True,
             bos_token_id=1,
             eos_token_ids=(2,),
             attention_backend="fake",

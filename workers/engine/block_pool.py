@@ -5,19 +5,10 @@ window. A block whose last holder lets go keeps its content until it is allocate
 until then a prefix with the same hash takes it back (the prefix cache of vLLM).
 """
 
-import hashlib
-from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 NULL_BLOCK = 0
-
-
-def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The name of a full block's content: these tokens after everything that `parent` names (b"" for the first
-    block).
-    """
-    return hashlib.blake2b(array("i", token_ids).tobytes(), key=parent, digest_size=16).digest()
 
 
 class BlockPool:

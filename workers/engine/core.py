@@ -141,6 +141,8 @@ class EngineCore:
             max_num_seqs=self.config.max_num_seqs,
             block_size=self.config.block_size,
             num_blocks=self.kv_cache.pool.num_blocks,
+            sliding_window=self.config.model.sliding_window,
+            enable_prefix_caching=self.config.enable_prefix_caching,
             bos_token_id=self.config.model.bos_token_id,
             eos_token_ids=self.config.model.eos_token_ids,
             attention_backend=self.runner.attention_backend,

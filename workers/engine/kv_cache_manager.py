@@ -8,8 +8,9 @@ i is released when (i + 1) * block_size <= next_query - W + 1, so a decoding seq
 block_size) + 1 blocks.
 """
 
-from workers.engine.block_pool import NULL_BLOCK, BlockPool, hash_block
+from workers.engine.block_pool import NULL_BLOCK, BlockPool
 from workers.engine.request import Request
+from workers.protocol import hash_block
 
 
 class KVCacheManager:

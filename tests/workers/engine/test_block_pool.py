@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from workers.engine.block_pool import NULL_BLOCK, BlockPool, hash_block
+from workers.engine.block_pool import NULL_BLOCK, BlockPool
+from workers.protocol import hash_block
 
 
 def test_the_null_block_is_never_allocated_and_never_counted():

@@ -1,0 +1,115 @@
+"""What the controller and the gateways tell each other: the wish, the replicas as they are, and what the gateways hold.
+
+Frozen values, picklable, without Ray and without behaviour. Times are time.time(): they cross processes and hosts.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+from workers.config import EngineConfig
+from workers.protocol import EngineFacts, LoadReport
+
+
+class ReplicaState(enum.StrEnum):
+    """A replica's life, in this order; LOST may follow any of the first four."""
+
+    PLACING = "placing"  # its placement group waits for resources
+    STARTING = "starting"  # ranks join, load, warm up
+    READY = "ready"
+    DRAINING = "draining"  # nothing new; what runs ends or moves
+    LOST = "lost"  # over without being asked; its processes are being ended
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """What shall be: the same model on `min_replicas` to `max_replicas` replicas, the autoscaler choosing between."""
+
+    model_name: str
+    engine: EngineConfig
+    min_replicas: int = 1
+    max_replicas: int = 1
+    num_gateways: int = 1  # the process that asks is one of them
+    drain_timeout_s: float = 30.0
+    scale_down_after_s: float = 300.0  # how long a replica must have been needless
+    ttft_objective_s: float = 2.0
+    placement_timeout_s: float | None = None  # None: more nodes may come, so wait for ever
+    log_level: str = "WARNING"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankStats:
+    """One rank's own counters. Seconds are of the host's clock; `all_reduce_s_total` is None where it runs asynchronously (CUDA)."""
+
+    num_steps_total: int = 0
+    step_s_total: float = 0.0
+    num_all_reduces_total: int = 0
+    all_reduce_s_total: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRecord:
+    rank: int
+    node_id: str
+    node_ip: str
+    actor_name: str
+    pid: int | None = None
+    stats: RankStats = field(default_factory=RankStats)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaRecord:
+    """`address` and `token` open rank 0's socket; None until it listens. `reason`: one sentence, where there is something to say."""
+
+    replica_id: str
+    incarnation: str
+    state: ReplicaState
+    reason: str | None = None
+    phase: str | None = None  # while STARTING: joining, loading, starting
+    progress: tuple[int, int] = (0, 0)  # bytes of weights read, of how many
+    address: tuple[str, int] | None = None
+    token: str | None = None
+    ranks: tuple[RankRecord, ...] = ()
+    started_at: float = 0.0
+    ready_at: float | None = None
+    drain_until: float | None = None  # while DRAINING: when streams that still run must move
+    facts: EngineFacts | None = None
+    load: LoadReport = field(default_factory=LoadReport)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayReport:
+    """What one gateway holds, said every half second. A gateway that says nothing for a while is forgotten."""
+
+    gateway_id: str
+    url: str
+    num_running: int = 0  # sequences on replicas
+    num_queued: int = 0  # sequences waiting at the router
+    num_queued_tokens: int = 0
+    oldest_wait_s: float = 0.0
+    arrived_tokens_total: int = 0  # prompt tokens of all requests so far: the arrival rate is its slope
+    ttft_p95_s: float | None = None  # of the last seconds; None without requests
+    streams_per_replica: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewayRecord:
+    gateway_id: str
+    url: str
+    node_id: str | None
+    num_running: int
+    num_queued: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterView:
+    """What is. `version` grows with every change of another field but `loads` and statistics."""
+
+    version: int
+    controller_id: str  # changes when the controller was restarted
+    spec: ClusterSpec | None = None
+    replicas: tuple[ReplicaRecord, ...] = ()
+    gateways: tuple[GatewayRecord, ...] = ()
+    num_desired: int = 0
+    scaling_reason: str = ""
+    failure: tuple[str, str] | None = None  # (exception class, sentence): starting replicas cannot succeed, and is not tried again
+    facts: EngineFacts | None = None  # of the model served, known even while no replica runs
