@@ -10,8 +10,16 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from cluster.config import API_KEY_ENV, parse_bytes
-from cluster.log import LOG_LEVELS, setup_logging
+from cluster.config import (
+    API_KEY_ENV,
+    DEFAULT_DEPLOYMENT,
+    METRICS_PREFIXES,
+    ROUTING_POLICIES,
+    TEMPLATE_VERSIONS,
+    parse_bytes,
+    parse_replicas,
+)
+from cluster.log import LOG_FORMATS, LOG_LEVELS, setup_logging
 from workers.errors import ConfigError, TramontaneError
 
 
@@ -27,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if getattr(args, "api_key", "") is None:
         args.api_key = os.environ.get(API_KEY_ENV) or None
-    setup_logging(args.log_level)
+    setup_logging(args.log_level, format=getattr(args, "log_format", "text"))
     try:
         args.run(args)
     except TramontaneError as e:
@@ -61,14 +69,58 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"key clients must send; better given as {API_KEY_ENV}, which does not show in the process list",
     )
     http.add_argument("--served-model-name", metavar="NAME", help="name clients use (default: MODEL)")
-    http.add_argument("--chat-template", choices=("v1", "v2", "v3"), help="chat template (default: the checkpoint's)")
+    http.add_argument("--chat-template", choices=TEMPLATE_VERSIONS, help="chat template (default: the checkpoint's)")
     http.add_argument(
-        "--drain-timeout", type=float, default=30.0, metavar="S", help="seconds running requests get at shutdown"
+        "--gateways", type=_positive, default=1, metavar="N", help="HTTP servers, this one included; on other nodes too"
     )
-    cluster = serve.add_argument_group("cluster")
-    cluster.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="ranks of the replica")
-    cluster.add_argument("--ray-address", metavar="ADDRESS", help="Ray cluster to join (default: start one here)")
+    _add_cluster_options(serve)
+    _add_routing_options(serve)
+    watching = serve.add_argument_group("monitoring")
+    watching.add_argument(
+        "--metrics-prefix", choices=METRICS_PREFIXES, default="tramontane", help="vllm: for dashboards made for vLLM"
+    )
+    watching.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="json: one object a line")
     _add_engine_options(serve)
+
+    status = commands.add_parser(
+        "status",
+        help="show replicas, ranks, KV use and throughput of a running server",
+        formatter_class=HelpFormatter,
+        description="Shows replicas, ranks, nodes, KV use and throughput of a running server, as a live table.",
+    )
+    status.set_defaults(run=_status)
+    _add_url_options(status)
+    status.add_argument("--watch", type=float, default=1.0, metavar="S", help="seconds between two looks")
+    status.add_argument("--once", action="store_true", help="look once, as is done where the output is no terminal")
+    status.add_argument("--json", action="store_true", help="print what is known as JSON")
+
+    drain = commands.add_parser(
+        "drain",
+        help="take a replica out of service without losing a stream",
+        formatter_class=HelpFormatter,
+        description="Sends a replica nothing new, lets its streams finish or move, then ends it; another takes its place.",
+    )
+    drain.set_defaults(run=_drain)
+    drain.add_argument("replica", metavar="REPLICA", help="its name, such as r0 (see `tramontane status`)")
+    drain.add_argument("--grace", type=float, metavar="S", help="seconds streams get to finish before they move")
+    _add_url_options(drain)
+
+    down = commands.add_parser(
+        "down",
+        help="end every replica of a deployment on a Ray cluster",
+        formatter_class=HelpFormatter,
+        description="Ends every replica, gateway and the controller of a deployment; Ray itself goes on.",
+    )
+    down.set_defaults(run=_down)
+    down.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        required="RAY_ADDRESS" not in os.environ,
+        default=os.environ.get("RAY_ADDRESS"),
+        help="the Ray cluster (default: RAY_ADDRESS)",
+    )
+    _add_name_option(down)
+    down.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="debug also shows tracebacks")
 
     generate = commands.add_parser(
         "generate",
@@ -86,6 +138,64 @@ def make_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int, help="the same seed gives the same text (default: a random one)")
     _add_engine_options(generate)
     return parser
+
+
+def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    cluster = parser.add_argument_group("cluster")
+    cluster.add_argument(
+        "--replicas",
+        type=_replicas,
+        default="1",
+        metavar="N|MIN:MAX",
+        help="copies of the model; with MIN:MAX the load decides, and MIN may be 0",
+    )
+    cluster.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, default=1, metavar="N", help="ranks of each replica"
+    )
+    cluster.add_argument("--ray-address", metavar="ADDRESS", help="Ray cluster to join (default: start one here)")
+    _add_name_option(cluster)
+    cluster.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds running requests get at shutdown and drain",
+    )
+    cluster.add_argument(
+        "--scale-down-after", type=float, default=300.0, metavar="S", help="how long a replica must have been needless"
+    )
+    cluster.add_argument(
+        "--ttft-objective", type=float, default=2.0, metavar="S", help="time to first token that scaling aims at"
+    )
+
+
+def _add_routing_options(parser: argparse.ArgumentParser) -> None:
+    routing = parser.add_argument_group("routing")
+    routing.add_argument(
+        "--routing-policy", choices=ROUTING_POLICIES, default="prefix", help="how a replica is chosen for a request"
+    )
+    routing.add_argument(
+        "--max-queued-tokens",
+        type=_positive,
+        default=2_000_000,
+        metavar="N",
+        help="prompt tokens that may wait for a replica; beyond, requests get 429",
+    )
+    routing.add_argument(
+        "--queue-timeout", type=float, default=300.0, metavar="S", help="longest wait for a replica before a 503"
+    )
+
+
+def _add_name_option(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    parser.add_argument(
+        "--name", default=DEFAULT_DEPLOYMENT, help="the deployment's name in Ray; several may share a cluster"
+    )
+
+
+def _add_url_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where a gateway listens")
+    parser.add_argument("--api-key", help=f"the server's key; better given as {API_KEY_ENV}")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="debug also shows tracebacks")
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +238,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _replicas(text: str) -> tuple[int, int]:
+    try:
+        return parse_replicas(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def _bytes(text: str) -> int:
     try:
         return parse_bytes(text)
@@ -139,6 +256,24 @@ def _serve(args: argparse.Namespace) -> None:
     from cluster.serve import serve
 
     serve(args)
+
+
+def _status(args: argparse.Namespace) -> None:
+    from cluster.status import status
+
+    status(args)
+
+
+def _drain(args: argparse.Namespace) -> None:
+    from cluster.operate import drain
+
+    drain(args)
+
+
+def _down(args: argparse.Namespace) -> None:
+    from cluster.operate import down
+
+    down(args)
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -10,8 +10,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from cluster.log import LogFormat, LogLevel
 from workers.config import Dtype, EngineConfig, ModelConfig, load_model_config
 from workers.errors import ConfigError
 
@@ -20,12 +21,19 @@ API_KEY_ENV = "TRAMONTANE_API_KEY"
 # FlashAttention's paged kernel takes blocks in multiples of 256; on the CPU small blocks share more prefixes.
 BLOCK_SIZES: dict[Device, int] = {"cpu": 16, "cuda": 256}
 MAX_DEFAULT_MODEL_LEN = 32_768
+DEFAULT_DEPLOYMENT = "tramontane"
+RoutingPolicy = Literal["prefix", "least_load", "round_robin"]
+ROUTING_POLICIES: tuple[RoutingPolicy, ...] = get_args(RoutingPolicy)
+MetricsPrefix = Literal["tramontane", "vllm"]
+METRICS_PREFIXES: tuple[MetricsPrefix, ...] = get_args(MetricsPrefix)
+TemplateVersion = Literal["v1", "v2", "v3"]
+TEMPLATE_VERSIONS: tuple[TemplateVersion, ...] = get_args(TemplateVersion)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """All of the gateway's side. `port` 0 takes a free one."""
+    """All that `serve` was asked for. `port` 0 takes a free one. `deployment`: its name in Ray, a namespace there."""
 
     engine: EngineConfig
     model_name: str
@@ -33,14 +41,35 @@ class ServeConfig:
     port: int
     api_key: str | None
     ray_address: str | None
+    deployment: str
+    min_replicas: int
+    max_replicas: int
+    num_gateways: int
+    routing_policy: RoutingPolicy
+    max_queued_tokens: int
+    queue_timeout_s: float
+    ttft_objective_s: float
+    scale_down_after_s: float
     drain_timeout_s: float
-    log_level: str
+    chat_template: TemplateVersion | None
+    metrics_prefix: MetricsPrefix
+    log_level: LogLevel
+    log_format: LogFormat
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port {self.port} is not a port; use 1 to 65535, or 0 for any free one.")
         if self.drain_timeout_s < 0:
             raise ConfigError(f"--drain-timeout {self.drain_timeout_s:g} is negative; use 0 to stop at once.")
+        for option, seconds in (
+            ("--queue-timeout", self.queue_timeout_s),
+            ("--ttft-objective", self.ttft_objective_s),
+            ("--scale-down-after", self.scale_down_after_s),
+        ):
+            if not 0 < seconds < float("inf"):
+                raise ConfigError(f"{option} {seconds:g} is no time to wait; use a number of seconds above 0.")
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?", self.deployment):
+            raise ConfigError(f"--name {self.deployment!r} cannot be used; use lower-case letters, digits and hyphens.")
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
             raise ConfigError(
                 "The API key is empty or has spaces or non-ASCII characters in it; use printable ASCII only."
@@ -61,9 +90,36 @@ def serve_config(args: Namespace, folder: Path, model_name: str, *, device: Devi
         port=args.port,
         api_key=args.api_key,
         ray_address=args.ray_address,
+        deployment=args.name,
+        min_replicas=args.replicas[0],
+        max_replicas=args.replicas[1],
+        num_gateways=args.gateways,
+        routing_policy=args.routing_policy,
+        max_queued_tokens=args.max_queued_tokens,
+        queue_timeout_s=args.queue_timeout,
+        ttft_objective_s=args.ttft_objective,
+        scale_down_after_s=args.scale_down_after,
         drain_timeout_s=args.drain_timeout,
+        chat_template=args.chat_template,
+        metrics_prefix=args.metrics_prefix,
         log_level=args.log_level,
+        log_format=args.log_format,
     )
+
+
+def parse_replicas(text: str) -> tuple[int, int]:
+    """ "2" is exactly two, "1:4" one to four, "0:4" none while nobody asks. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,4})(?::(\d{1,4}))?", text.strip())
+    low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if high < 1 or low > high:
+        raise ValueError(f"{text!r} is no number of replicas; write N, or MIN:MAX with MAX at least 1, as in 2 or 0:4")
+    return low, high
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a browser on this machine finds a server bound to `host`."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
 
 
 def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineConfig:
@@ -131,11 +187,13 @@ def is_loopback(host: str) -> bool:
     return bool(addresses) and all(ipaddress.ip_address(a).is_loopback for a in addresses)
 
 
-def check_port_is_free(host: str, port: int) -> None:
+def check_port_is_free(host: str, port: int, *, shared: bool = False) -> None:
     """Raises ConfigError when something listens there already, before the minutes of start-up are spent."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             s.bind((host, port))
         except OSError as e:

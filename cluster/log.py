@@ -1,16 +1,56 @@
-"""Sets up logging for the gateway process: one format, on stderr, our own loggers at the chosen level and the rest at warnings."""
+"""Sets up logging for a control-plane process: on stderr, our own loggers at the chosen level and the rest at warnings.
+
+Text for people, or one JSON object a line for machines; both carry the id of the request that is being served, if there is one. Knows
+nothing of HTTP: whoever serves a request sets `request_id_var`, and tasks made meanwhile inherit it.
+"""
 
 import logging
 import sys
-from typing import Literal, get_args
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
+
+import msgspec
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[LogLevel, ...] = get_args(LogLevel)
+LogFormat = Literal["text", "json"]
+LOG_FORMATS: tuple[LogFormat, ...] = get_args(LogFormat)
+
+request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
-def setup_logging(level: LogLevel) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
+def setup_logging(level: LogLevel, *, format: LogFormat = "text") -> None:  # noqa: A002  # logging's own word
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     for name in ("cluster", "workers"):
         logging.getLogger(name).setLevel(level.upper())
+
+
+class TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        text = super().formatMessage(record)
+        request_id = request_id_var.get()
+        return text if request_id is None else f"{text} [{request_id}]"
+
+
+class JsonFormatter(logging.Formatter):
+    """ts (UTC, RFC 3339), level, logger, message; request_id and exception where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        ts = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {
+            "ts": ts.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (request_id := request_id_var.get()) is not None:
+            line["request_id"] = request_id
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()

@@ -1,103 +1,208 @@
-"""What Prometheus reads: replica states sampled at the scrape, and counters and histograms that requests feed.
+"""What Prometheus reads: replicas and ranks sampled at the scrape, and counters and histograms that requests feed.
 
-Knows metric names (vLLM's, under the prefix `tramontane:`). Owns its registry, so that two servers in one process do not meet.
-Does not know HTTP; cluster/api/health.py serves `render()`.
+Knows metric names: vLLM's names, suffixes and bucket bounds where vLLM has the thing, under the prefix `tramontane:`, or `vllm:` for
+dashboards and gateways made for vLLM. The label `engine` is vLLM's word for a replica. Owns its registry, so that two servers in one
+process do not meet. Does not know HTTP; cluster/api/health.py serves `render()`. Every gateway tells of every replica: take the `max by
+(engine)` of what is a replica's, the `sum` of what is a gateway's (see docs/monitoring.md).
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cluster.replicas.state import ClusterView, RankStats, ReplicaState
 from cluster.router.router import Router
+from workers.errors import ReplicaUnavailableError
+from workers.protocol import FinishReason
 
-_P = "tramontane:"
-_SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
-_FIRST_TOKEN_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-_LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+MetricsPrefix = Literal["tramontane", "vllm"]
+METRICS_PREFIXES: tuple[MetricsPrefix, ...] = get_args(MetricsPrefix)
+
+# vLLM's bounds, and finer ones below its first: a small model makes a token in less than a millisecond.
+# fmt: off
+FIRST_TOKEN_S = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)
+PER_TOKEN_S = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)
+REQUEST_S = (
+    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+)
+NUM_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+# fmt: on
 
 _GAUGES = (
     ("num_requests_running", "Sequences the replica is computing.", lambda r: r.num_running),
     ("num_requests_waiting", "Sequences waiting on the replica.", lambda r: r.num_waiting),
+    ("num_pending_tokens", "Tokens to compute before every sequence has its next one.", lambda r: r.num_pending_tokens),
     ("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", lambda r: r.num_used_blocks / max(r.num_blocks, 1)),
     ("last_step_seconds", "Time of the newest engine step.", lambda r: r.last_step_s),
 )
 _COUNTERS = (
     ("num_preemptions", "Sequences put back for want of KV blocks.", lambda r: r.num_preemptions_total),
     ("engine_steps", "Engine steps.", lambda r: r.num_steps_total),
+    ("engine_step_seconds", "Time in engine steps.", lambda r: r.step_s_total),
+    ("engine_prompt_tokens", "Prompt tokens the replica took.", lambda r: r.prompt_tokens_total),
+    ("engine_generation_tokens", "Tokens the replica generated.", lambda r: r.generated_tokens_total),
     ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", lambda r: r.prefix_queries_total),
     ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", lambda r: r.prefix_hits_total),
 )
+_RANK_COUNTERS = (
+    ("rank_steps", "Steps the rank took part in.", "num_steps_total"),
+    ("rank_step_seconds", "Time of the rank in steps.", "step_s_total"),
+    ("rank_all_reduces", "All-reduces of the rank.", "num_all_reduces_total"),
+    ("rank_all_reduce_seconds", "Time of the rank in all-reduces, waiting included.", "all_reduce_s_total"),
+)
+
+Row = tuple[Sequence[str], float]
 
 
-class _ReplicaCollector(Collector):
-    def __init__(self, router: Router) -> None:
+class _StateCollector(Collector):
+    """Samples what the router and the newest view say at the moment of the scrape."""
+
+    def __init__(self, router: Router, view: Callable[[], ClusterView | None], model_name: str, prefix: str) -> None:
         self._router = router
+        self._view = view
+        self._model_name = model_name
+        self._prefix = prefix
 
     def describe(self) -> list[Metric]:
         return []  # nothing to sample at registration: replicas may not be reachable yet
 
     def collect(self) -> Iterator[Metric]:
-        health = self._router.health()
-        ready = GaugeMetricFamily(_P + "replica_ready", "1 when the replica takes requests.", labels=["replica"])
-        for status in health.replicas:
-            ready.add_metric([status.replica_id], float(status.ready))
-        yield ready
-        inflight = GaugeMetricFamily(_P + "num_requests_inflight", "Sequences this gateway holds.")
-        inflight.add_metric([], self._router.num_inflight_requests)
-        yield inflight
-        for family, rows in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+        yield from self._gateway()
+        yield from self._replicas()
+        view = self._view()
+        if view is not None:
+            yield from self._cluster(view)
+
+    def _gateway(self) -> Iterator[Metric]:
+        router = self._router
+        yield self._gauge(
+            "num_requests_inflight", "Sequences this gateway holds.", [((), router.num_inflight_requests)]
+        )
+        yield self._gauge("num_requests_queued", "Sequences waiting in this gateway.", [((), router.num_waiting)])
+        yield self._gauge("num_queued_tokens", "Their prompt tokens.", [((), router.num_queued_tokens)])
+        yield self._counter(
+            "num_failovers", "Sequences that went on elsewhere in mid-stream.", [((), router.num_failovers_total)]
+        )
+
+    def _replicas(self) -> Iterator[Metric]:
+        replicas = self._router.health().replicas
+        ready = [((s.replica_id,), float(s.ready)) for s in replicas]
+        yield self._gauge("replica_ready", "1 when the replica takes requests.", ready, "engine")
+        yield self._gauge(
+            "num_replicas_ready", "Replicas that take requests.", [((), sum(value for _, value in ready))]
+        )
+        for make, rows in ((self._gauge, _GAUGES), (self._counter, _COUNTERS)):
             for name, text, value in rows:
-                metric = family(_P + name, text, labels=["replica"])
-                for status in health.replicas:
-                    metric.add_metric([status.replica_id], _float(value(status.load)))
-                yield metric
+                yield make(name, text, [((s.replica_id,), value(s.load)) for s in replicas], "engine")
+        try:
+            block_size = self._router.facts.block_size
+        except ReplicaUnavailableError:
+            return
+        caches = [((s.replica_id, str(block_size), str(s.load.num_blocks)), 1.0) for s in replicas if s.load.num_blocks]
+        yield self._gauge(
+            "cache_config_info", "The KV cache's shape.", caches, "engine", "block_size", "num_gpu_blocks"
+        )
+
+    def _cluster(self, view: ClusterView) -> Iterator[Metric]:
+        yield self._gauge("num_replicas_desired", "Replicas there shall be.", [((), view.num_desired)])
+        # While a lost replica is being ended its successor may carry its id: the newest speaks.
+        replicas = {r.replica_id: r for r in sorted(view.replicas, key=lambda r: r.started_at)}.values()
+        states = [((r.replica_id, s.value), float(r.state is s)) for r in replicas for s in ReplicaState]
+        yield self._gauge("replica_state", "1 for the state the replica is in.", states, "engine", "state")
+        ranks = [(r.replica_id, k.rank, k.stats) for r in replicas for k in r.ranks]
+        yield from rank_families(ranks, prefix=self._prefix, model_name=self._model_name)
+
+    def _gauge(self, name: str, text: str, rows: Iterable[Row], *labels: str) -> Metric:
+        family = GaugeMetricFamily(self._prefix + name, text, labels=["model_name", *labels])
+        for values, value in rows:
+            family.add_metric([self._model_name, *values], value)
+        return family
+
+    def _counter(self, name: str, text: str, rows: Iterable[Row], *labels: str) -> Metric:
+        family = CounterMetricFamily(self._prefix + name, text, labels=["model_name", *labels])
+        for values, value in rows:
+            family.add_metric([self._model_name, *values], value)
+        return family
 
 
-def _float(value: object) -> float:
-    assert isinstance(value, int | float)
-    return float(value)
+def rank_families(
+    ranks: Iterable[tuple[str, int, RankStats]], *, prefix: str = "tramontane:", model_name: str = ""
+) -> Iterator[Metric]:
+    """Of (replica id, rank, its counters). An empty label is to Prometheus as no label."""
+    ranks = list(ranks)
+    for name, text, field in _RANK_COUNTERS:
+        family = CounterMetricFamily(prefix + name, text, labels=["model_name", "engine", "rank"])
+        for replica_id, rank, stats in ranks:
+            if (value := getattr(stats, field)) is not None:
+                family.add_metric([model_name, replica_id, str(rank)], value)
+        yield family
 
 
 class Metrics:
-    """One gateway's metrics. Counts are per sequence; times are seconds as the gateway saw them."""
+    """One gateway's metrics. Counts are per sequence; times are seconds as the gateway saw them.
 
-    def __init__(self, router: Router, *, model_name: str) -> None:
+    view: the newest ClusterView, None where there is none; without it nothing is said of ranks and of replicas that are not there yet.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        model_name: str,
+        prefix: MetricsPrefix = "tramontane",
+        view: Callable[[], ClusterView | None] = lambda: None,
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_ReplicaCollector(router))
-        r, model = self.registry, {"model_name": model_name}
-        labels = ["model_name"]
-        self.prompt_tokens = Counter(_P + "prompt_tokens", "Prompt tokens.", labels, registry=r).labels(**model)
-        self.generation_tokens = Counter(_P + "generation_tokens", "Generated tokens.", labels, registry=r).labels(
-            **model
-        )
-        self.time_to_first_token = Histogram(
-            _P + "time_to_first_token_seconds",
-            "From the request to its first token.",
-            labels,
-            registry=r,
-            buckets=_FIRST_TOKEN_S,
-        ).labels(**model)
-        self.inter_token_latency = Histogram(
-            _P + "inter_token_latency_seconds",
-            "Between two tokens of a sequence.",
-            labels,
-            registry=r,
-            buckets=_SHORT_S,
-        ).labels(**model)
-        self.e2e_latency = Histogram(
-            _P + "e2e_request_latency_seconds",
-            "From the request to its last token.",
-            labels,
-            registry=r,
-            buckets=_LONG_S,
-        ).labels(**model)
+        self.registry.register(_StateCollector(router, view, model_name, f"{prefix}:"))
+        self._prefix = f"{prefix}:"
         self._model_name = model_name
-        self._success = Counter(
-            _P + "request_success", "Finished sequences.", ["model_name", "finished_reason"], registry=r
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.")
+        self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self.predicted_cached_tokens = self._counter(
+            "routing_predicted_cached_tokens", "Prompt tokens the router expected in the chosen replica's cache."
         )
-        self._http = Counter(_P + "http_requests", "HTTP answers.", ["path", "status"], registry=r)
+        self.cached_tokens = self._counter("routing_cached_tokens", "Prompt tokens that were in the replica's cache.")
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From the request to its first token.", FIRST_TOKEN_S
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a sequence.", PER_TOKEN_S
+        )
+        self.time_per_output_token = self._histogram(
+            "request_time_per_output_token_seconds", "A sequence's mean time per token after its first.", PER_TOKEN_S
+        )
+        self.e2e_latency = self._histogram(
+            "e2e_request_latency_seconds", "From the request to its last token.", REQUEST_S
+        )
+        self.queue_time = self._histogram(
+            "request_queue_time_seconds", "From the request to a replica that takes it.", REQUEST_S
+        )
+        self.request_prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Prompt tokens of a finished sequence.", NUM_TOKENS
+        )
+        self.request_generation_tokens = self._histogram(
+            "request_generation_tokens", "Generated tokens of a finished sequence.", NUM_TOKENS
+        )
+        r = self.registry
+        self._success = Counter(
+            self._prefix + "request_success", "Finished sequences.", ["model_name", "finished_reason"], registry=r
+        )
+        for reason in FinishReason:
+            self._success.labels(model_name, reason.value)  # a rate needs the zero before the first
+        self._http = Counter(self._prefix + "http_requests", "HTTP answers.", ["path", "status"], registry=r)
+
+    def sequence(self, *, num_prompt_tokens: int, arrived: float) -> "SequenceMetrics":
+        """What observes one sequence. arrived: time.monotonic() at its request's first byte."""
+        return SequenceMetrics(self, num_prompt_tokens=num_prompt_tokens, arrived=arrived)
 
     def finished(self, reason: str) -> None:
         """Counts a sequence by why it ended: stop, length, abort (the client left) or error."""
@@ -110,3 +215,58 @@ class Metrics:
     def render(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(self._prefix + name, text, ["model_name"], registry=self.registry).labels(self._model_name)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        family = Histogram(self._prefix + name, text, ["model_name"], registry=self.registry, buckets=buckets)
+        return family.labels(self._model_name)
+
+
+class SequenceMetrics:
+    """Turns one sequence's events into observations. Call `ended` exactly once; `now` is time.monotonic()."""
+
+    def __init__(self, metrics: Metrics, *, num_prompt_tokens: int, arrived: float) -> None:
+        self._metrics = metrics
+        self._num_prompt_tokens = num_prompt_tokens
+        self._arrived = arrived
+        self._num_tokens = 0
+        self._first: float | None = None
+        self._last = arrived
+
+    def routed(self, *, num_predicted_cached: int, num_cached: int) -> None:
+        """What the router expected to be cached for this prompt, and what was."""
+        self._metrics.predicted_cached_tokens.inc(num_predicted_cached)
+        self._metrics.cached_tokens.inc(num_cached)
+
+    def queued(self, queue_s: float) -> None:
+        """How long it waited until a replica took it."""
+        self._metrics.queue_time.observe(queue_s)
+
+    def produced(self, num_tokens: int, now: float) -> None:
+        """One delta of `num_tokens` new tokens."""
+        if not num_tokens:
+            return
+        m = self._metrics
+        if self._first is None:
+            self._first = now
+            m.prompt_tokens.inc(self._num_prompt_tokens)
+            m.time_to_first_token.observe(now - self._arrived)
+        else:
+            m.inter_token_latency.observe((now - self._last) / num_tokens)
+        self._last = now
+        self._num_tokens += num_tokens
+        m.generation_tokens.inc(num_tokens)
+
+    def ended(self, reason: str, now: float | None = None) -> None:
+        """reason: stop, length, abort (the client left) or error. Durations and sizes are of sequences that came to their end."""
+        m = self._metrics
+        m.finished(reason)
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            return
+        m.e2e_latency.observe((time.monotonic() if now is None else now) - self._arrived)
+        m.request_prompt_tokens.observe(self._num_prompt_tokens)
+        m.request_generation_tokens.observe(self._num_tokens)
+        if self._first is not None and self._num_tokens > 1:
+            m.time_per_output_token.observe((self._last - self._first) / (self._num_tokens - 1))

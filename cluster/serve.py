@@ -1,7 +1,8 @@
-"""`tramontane serve`: brings Ray, one replica and the HTTP server up in order, and down again in the opposite one.
+"""`tramontane serve`: brings Ray, the controller, and a gateway up in order, and down again in the opposite one.
 
 Knows the order and what overlaps with what: Ray starts in the main thread while another reads the tokenizer. Knows no endpoint
-and no engine. Whatever ends it, an error or a signal, no process and no file is left.
+and no engine. A Ray of our own ends with the command, whatever ends it, and no process and no file is left; in a Ray that was
+joined, the controller and its replicas go on, and the next `serve` finds them.
 """
 
 import asyncio
@@ -10,36 +11,32 @@ import json
 import logging
 import os
 import signal
-import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from cluster.config import API_KEY_ENV, ServeConfig, check_port_is_free, detect_device, serve_config
-from cluster.console import Console, Phase
+from cluster.config import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig, check_port_is_free, detect_device, serve_config
+from cluster.console import Console
 from cluster.models import resolve_model
-from workers.errors import ConfigError
+from cluster.startup import Startup
+from cluster.text.load import load_text
 
 if TYPE_CHECKING:
-    from cluster.api.listener import Listener
+    from cluster.gateway import Gateway
     from cluster.replicas.ray_cluster import RayCluster
-    from cluster.replicas.replica import RayReplica
-    from cluster.router.router import Router
+    from cluster.replicas.state import ClusterSpec
     from cluster.text.chat import ChatTemplate
     from cluster.text.tokenizer import Tokenizer
+
+    Text = Future[tuple[Tokenizer, ChatTemplate | None]]
 
 log = logging.getLogger(__name__)
 
 OWN_CLUSTER_PLACEMENT_TIMEOUT_S = 10.0  # nothing will be added to it: what is not free soon never will be
-PHASES = {
-    "placing": "Placing {n} rank(s)",
-    "joining": "Joining the ranks",
-    "loading": "Loading the weights",
-    "starting": "Starting the engine",
-}
 
 
 def serve(args: Namespace) -> None:
@@ -59,9 +56,9 @@ def _serve(args: Namespace, console: Console) -> None:
     else:  # the cluster's nodes decide, once it is joined
         device = "cpu" if args.device == "auto" else args.device
     config = serve_config(args, folder, model_name, device=device)
-    check_port_is_free(config.host, config.port)
+    check_port_is_free(config.host, config.port, shared=config.num_gateways > 1)
     with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
-        text = pool.submit(_load_text, config, args.chat_template)
+        text = pool.submit(load_text, config)
         with _ray(console, config) as cluster:
             if config.ray_address and args.device == "auto" and cluster.num_gpus() >= args.tensor_parallel_size:
                 config = serve_config(args, folder, model_name, device="cuda")
@@ -71,25 +68,11 @@ def _serve(args: Namespace, console: Console) -> None:
 def _headline(config: ServeConfig) -> str:
     engine = config.engine
     ranks = f"{engine.tensor_parallel_size} tensor-parallel rank{'s' * (engine.tensor_parallel_size > 1)}"
-    return f"Tramontane {version('tramontane')}: {config.model_name}, {engine.dtype}, {ranks} on {engine.device}"
-
-
-def _load_text(config: ServeConfig, template: str | None) -> tuple["Tokenizer", "ChatTemplate | None"]:
-    from cluster.text.chat import ChatTemplate
-    from cluster.text.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(
-        config.engine.model_path,
-        version=template,  # type: ignore[arg-type]  # argparse offers only known versions
-        model_vocab_size=config.engine.model.vocab_size,
+    low, high = config.min_replicas, config.max_replicas
+    replicas = "" if (low, high) == (1, 1) else f"{high if low == high else f'{low} to {high}'} replicas of "
+    return (
+        f"Tramontane {version('tramontane')}: {config.model_name}, {engine.dtype}, {replicas}{ranks} on {engine.device}"
     )
-    try:
-        return tokenizer, ChatTemplate(tokenizer)
-    except ConfigError as e:
-        if template is not None:
-            raise
-        log.warning("Chat is off: %s", e)
-        return tokenizer, None
 
 
 @contextmanager
@@ -98,43 +81,86 @@ def _ray(console: Console, config: ServeConfig) -> Iterator["RayCluster"]:
     with console.phase(f"Joining Ray at {config.ray_address}" if config.ray_address else "Starting Ray"):
         from cluster.replicas.ray_cluster import connect
 
-        cluster = connect(config.ray_address, num_cpus=config.engine.tensor_parallel_size, log_to_driver=True)
+        num_ranks = config.engine.tensor_parallel_size * config.max_replicas
+        cluster = connect(config.ray_address, namespace=config.deployment, num_cpus=num_ranks)
     try:
         yield cluster
     finally:
         cluster.close()
 
 
-async def _run(
-    config: ServeConfig,
-    console: Console,
-    text: "Future[tuple[Tokenizer, ChatTemplate | None]]",
-    cluster: "RayCluster",
-) -> None:
+def spec_of(config: ServeConfig, *, own_cluster: bool) -> "ClusterSpec":
+    """What the controller is asked for."""
+    from cluster.replicas.state import ClusterSpec
+
+    engine = config.engine
+    if own_cluster and engine.device == "cpu" and engine.num_threads is None:
+        # All replicas share this machine: without this each would take all of its cores.
+        num_ranks = engine.tensor_parallel_size * config.max_replicas
+        engine = replace(engine, num_threads=max(1, (os.cpu_count() or 1) // num_ranks))
+    return ClusterSpec(
+        model_name=config.model_name,
+        engine=engine,
+        min_replicas=config.min_replicas,
+        max_replicas=config.max_replicas,
+        num_gateways=config.num_gateways,
+        drain_timeout_s=config.drain_timeout_s,
+        scale_down_after_s=config.scale_down_after_s,
+        ttft_objective_s=config.ttft_objective_s,
+        placement_timeout_s=OWN_CLUSTER_PLACEMENT_TIMEOUT_S if own_cluster else None,
+        single_host=own_cluster,
+        log_level=config.log_level.upper(),
+    )
+
+
+async def _run(config: ServeConfig, console: Console, text: "Text", cluster: "RayCluster") -> None:
     stop, stop_now = _catch_signals()
-    starting = asyncio.create_task(_start(config, console, text, cluster))
-    stopping = asyncio.create_task(stop.wait())
-    try:
+    async with contextlib.AsyncExitStack() as stack:
+        startup = Startup(console, num_ranks=config.engine.tensor_parallel_size)
+        starting = asyncio.create_task(_start(config, text, cluster, startup, stack))
+        stopping = asyncio.create_task(stop.wait())
+        stack.push_async_callback(_cancel, starting, stopping)
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             console.line("Stopping.")
             return
-        router, listener, replica = starting.result()
-        try:
-            console.line(_banner(config, listener.port, cluster, console.elapsed_s))
-            await stop.wait()
-            console.line(
-                f"Stopping: running requests have {config.drain_timeout_s:g} s to finish (Ctrl-C again: at once)."
-            )
-            await _drain(router, listener, config.drain_timeout_s, stop_now)
-        finally:
-            await listener.close()
-            await replica.close()
-        console.line("Stopped.")
-    finally:
-        stopping.cancel()
-        starting.cancel()
-        await asyncio.gather(starting, stopping, return_exceptions=True)
+        gateway, urls = starting.result()
+        startup.end()
+        console.line(_banner(config, urls, cluster, console.elapsed_s))
+        await stop.wait()
+        console.line(f"Stopping: running requests have {config.drain_timeout_s:g} s to finish (Ctrl-C again: at once).")
+        await gateway.drain(config.drain_timeout_s, stop_now)
+    console.line("Stopped." if cluster.is_ours else _goes_on(config))
+
+
+async def _start(
+    config: ServeConfig, text: "Text", cluster: "RayCluster", startup: Startup, stack: contextlib.AsyncExitStack
+) -> tuple["Gateway", list[str]]:
+    """Returns when a request would be served; what is opened on the way is closed by `stack`."""
+    from cluster.gateway import Gateway
+    from cluster.replicas.controller_client import ControllerClient
+    from cluster.replicas.gateway_actor import start_gateways, stop_gateways
+    from cluster.replicas.ray_metrics import publish_forever
+
+    controller = ControllerClient(config.deployment)
+    if cluster.is_ours:
+        stack.push_async_callback(controller.stop_replicas)
+    await controller.start(spec_of(config, own_cluster=cluster.is_ours))
+    tokenizer, chat_template = await asyncio.wrap_future(text)
+    gateway = Gateway(config, controller, tokenizer=tokenizer, chat_template=chat_template, on_view=startup.take)
+    stack.push_async_callback(gateway.close)
+    await gateway.open()
+    gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
+    others = start_gateways(config)
+    stack.push_async_callback(asyncio.to_thread, stop_gateways, others, config.drain_timeout_s + 5)
+    await startup.until_ready(gateway.router.health)
+    return gateway, [gateway.url, *await asyncio.gather(*(a.url.remote() for a in others))]
+
+
+async def _cancel(*tasks: "asyncio.Task[object]") -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
@@ -150,102 +176,18 @@ def _catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
     return stop, stop_now
 
 
-async def _start(
-    config: ServeConfig,
-    console: Console,
-    text: "Future[tuple[Tokenizer, ChatTemplate | None]]",
-    cluster: "RayCluster",
-) -> tuple["Router", "Listener", "RayReplica"]:
-    from cluster.api.app import make_app
-    from cluster.api.listener import Listener
-    from cluster.replicas.replica import PLACEMENT_TIMEOUT_S, RayReplica
-    from cluster.router.router import Router
-
-    tokenizer, chat_template = await asyncio.wrap_future(text)
-    replica = RayReplica(
-        "r0",
-        config.engine,
-        log_level=config.log_level.upper(),
-        placement_timeout_s=OWN_CLUSTER_PLACEMENT_TIMEOUT_S if cluster.is_ours else PLACEMENT_TIMEOUT_S,
+def _goes_on(config: ServeConfig) -> str:
+    name = "" if config.deployment == DEFAULT_DEPLOYMENT else f" --name {config.deployment}"
+    return (
+        f"Stopped. The replicas go on in Ray at {config.ray_address}: `tramontane serve` finds them, "
+        f"`tramontane down --ray-address {config.ray_address}{name}` ends them."
     )
-    async with _phases(console, config.engine.tensor_parallel_size) as phases:
-        await replica.start(on_phase=phases.begin, on_progress=phases.progress)
-    try:
-        router = Router([replica.client])
-        app = make_app(
-            router=router,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
-            model_name=config.model_name,
-            api_key=config.api_key,
-        )
-        try:
-            listener = await Listener(app).open(config.host, config.port)
-        except OSError as e:
-            raise ConfigError(f"Port {config.port} on {config.host} was taken meanwhile: {e.strerror}.") from e
-        await _until_ready(replica)
-    except BaseException:
-        await replica.close()
-        raise
-    return router, listener, replica
 
 
-class _Phases:
-    """Turns a replica's phase names into lines: each begins when the one before ends."""
-
-    def __init__(self, console: Console, num_ranks: int) -> None:
-        self._console = console
-        self._num_ranks = num_ranks
-        self._stack = contextlib.ExitStack()
-        self._current: Phase | None = None
-
-    def begin(self, name: str) -> None:
-        self._stack.close()
-        self._current = self._stack.enter_context(self._console.phase(PHASES[name].format(n=self._num_ranks)))
-
-    def progress(self, done: int, total: int) -> None:
-        if self._current is not None:
-            self._current.progress(done, total)
-
-    def end(self) -> None:
-        self._stack.close()
-
-
-@asynccontextmanager
-async def _phases(console: Console, num_ranks: int) -> AsyncIterator[_Phases]:
-    phases = _Phases(console, num_ranks)
-    try:
-        yield phases
-    finally:
-        phases.end()
-
-
-async def _until_ready(replica: "RayReplica", timeout_s: float = 60.0) -> None:
-    """The first forward pass on all ranks. Raises ConfigError with the replica's reason when it does not come."""
-    deadline = time.monotonic() + timeout_s
-    while (reason := replica.client.not_ready_reason(time.monotonic())) is not None:
-        if time.monotonic() > deadline:
-            raise ConfigError(reason)
-        await asyncio.sleep(0.02)
-
-
-async def _drain(router: "Router", listener: "Listener", timeout_s: float, stop_now: asyncio.Event) -> None:
-    """Takes nothing new and waits for what runs, for a while."""
-    router.start_draining()
-    await listener.stop_accepting()
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            while router.num_inflight_requests and not stop_now.is_set():
-                await asyncio.sleep(0.05)
-
-
-def _banner(config: ServeConfig, port: int, cluster: "RayCluster", elapsed_s: float) -> str:
+def _banner(config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed_s: float) -> str:
     from cluster.replicas.ray_cluster import token_path
 
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
-        config.host, f"[{config.host}]" if ":" in config.host else config.host
-    )
-    url = f"http://{host}:{port}"
+    url, *others = urls
     body = json.dumps({"model": config.model_name, "prompt": "def fibonacci(n):", "max_tokens": 64})
     # The key itself is never printed; where the environment holds it, the line works as pasted.
     key_word = f"${API_KEY_ENV}" if os.environ.get(API_KEY_ENV) == config.api_key else "YOUR_KEY"
@@ -254,7 +196,9 @@ def _banner(config: ServeConfig, port: int, cluster: "RayCluster", elapsed_s: fl
         "",
         f"Ready in {elapsed_s:.1f} s.",
         f"  Endpoint   {url}/v1",
+        *(f"             {other}/v1" for other in others),
         f"  Try        curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        f"  Watch      tramontane status --url {url}",
     ]
     if cluster.dashboard_url:
         path = token_path()

@@ -7,7 +7,8 @@ TramontaneError
 ├── GroupError              a collective failed or timed out; `ranks` names those that did not arrive
 ├── EngineError             the engine stopped; every request it held ends with this
 ├── ReplicaUnavailableError no replica can take or finish the request now; a retry may succeed
-└── OverloadedError         the server holds as many requests as it may; `retry_after_s` says when to come back
+├── OverloadedError         the server holds as many requests as it may; `retry_after_s` says when to come back
+└── DeadlineExceededError   the time the client gave its request is over
 """
 
 
@@ -54,3 +55,7 @@ class OverloadedError(TramontaneError):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeadlineExceededError(TramontaneError):
+    """The time the client gave its request is over; what was generated of it stands."""

@@ -1,7 +1,8 @@
 """Rank 0's socket: requests and aborts in, one frame per engine step and connection out.
 
 An asyncio server on a thread of its own, so that heartbeats go out while the engine thread waits in a collective, and say so.
-Knows frames, connections and which connection submitted what; knows no torch, no engine: it is given callables.
+Knows frames, connections, which connection submitted what, and which blocks are cached; knows no torch, no engine: it is
+given callables.
 A connection opens with Hello and the replica's secret. Whatever a client does wrong costs that client its connection and
 nothing else; what it had submitted is aborted.
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from workers.cache_diff import CacheDiff
 from workers.protocol import (
     FRAME_HEADER_BYTES,
     HEARTBEAT_INTERVAL_S,
@@ -23,6 +25,8 @@ from workers.protocol import (
     PROTOCOL_VERSION,
     SILENCE_IS_DEATH_S,
     Abort,
+    CacheEvents,
+    Ending,
     EngineFacts,
     GenerateRequest,
     Heartbeat,
@@ -43,6 +47,9 @@ MAX_HELLO_BYTES = 4096
 MAX_UNSENT_BYTES = 64 * 1024 * 1024  # a gateway this far behind will not catch up: it is cut off, the engine goes on
 MAX_STEPS_BEHIND = 8
 STUCK_AFTER_S = 1.5  # an ordinary collective is over in no time
+ORPHAN_AFTER_S = 600.0  # without any gateway for this long, nobody will come for the replica
+LINGER_S = 0.25  # for clients to read the end and close
+FLUSH_S = 1.0  # for the last frames of a connection that is slow to read them
 _TICK_S = HEARTBEAT_INTERVAL_S / 2
 
 _decoder = msgspec.msgpack.Decoder(ToReplica)
@@ -61,12 +68,14 @@ class _Connection:
         self.requests: set[str] = set()  # ids as the client knows them
         self.last_received = now
         self.last_sent = now
+        self.unsent_events = CacheDiff()
+        self._finished = False
         self._writer = writer
 
     def send(self, frame: bytes, now: float) -> None:
         """Queues the frame and never waits; a client that does not read is cut off when its buffer is full."""
         transport = self._writer.transport
-        if transport.is_closing():
+        if self._finished or transport.is_closing():
             return
         if transport.get_write_buffer_size() + len(frame) > MAX_UNSENT_BYTES:
             log.warning("Closing %s: it has left %d MiB unread.", self.peer, MAX_UNSENT_BYTES >> 20)
@@ -77,6 +86,12 @@ class _Connection:
 
     def drop(self) -> None:
         self._writer.transport.abort()
+
+    def finish(self) -> None:
+        """Lets the client read to the end; nothing is sent any more, but until it closes it is still read from."""
+        self._finished = True
+        with contextlib.suppress(OSError):  # the client has gone meanwhile
+            self._writer.write_eof()
 
     async def close(self) -> None:
         self._writer.close()
@@ -90,6 +105,7 @@ class StreamServer:
     submit, abort: hand a request, or the id of one to forget, to the engine thread; must not block.
     load: the engine's LoadReport, called on the server's thread; its `stuck_ranks` may name ranks that are merely waited for at
     that instant, and only those that stay there for STUCK_AFTER_S are passed on.
+    on_orphaned: called once, on the server's thread, when the last gateway left ORPHAN_AFTER_S ago; gets a sentence.
     """
 
     def __init__(
@@ -100,12 +116,16 @@ class StreamServer:
         submit: Callable[[GenerateRequest], None],
         abort: Callable[[str], None],
         load: Callable[[], LoadReport],
+        on_orphaned: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._facts = facts
         self._token = token.encode()
         self._submit = submit
         self._abort = abort
         self._load = load
+        self._on_orphaned = on_orphaned
+        self._alone_since: float | None = None  # None also before the first gateway came
+        self._cached: dict[bytes, None] = {}  # every block the prefix cache can find, in the order of storing
         self._waited_since: dict[int, float] = {}
         self._connections: dict[str, _Connection] = {}  # by prefix
         self._tasks: set[asyncio.Task[None]] = set()
@@ -135,8 +155,9 @@ class StreamServer:
             raise outcome[0]
         return outcome[0]
 
-    def publish(self, deltas: list[TokenDelta]) -> None:
-        """Sends each delta to the connection that submitted its request; drops what nobody waits for.
+    def publish(self, deltas: list[TokenDelta], events: CacheEvents | None = None) -> None:
+        """Sends each delta to the connection that submitted its request; drops what nobody waits for. Events go to everyone, with
+        the next frame they get.
 
         Never waits for a client, only for this server's own thread when that is MAX_STEPS_BEHIND steps behind: an engine that
         outran it would fill the memory and delay every abort.
@@ -144,12 +165,11 @@ class StreamServer:
         while not self._room.acquire(timeout=_TICK_S):
             if self._thread is None or not self._thread.is_alive():
                 return
-        self._call_soon(self._distribute, deltas)
+        self._call_soon(self._distribute, deltas, events)
 
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Sends what is queued, closes every connection and ends the thread. Idempotent."""
-        if self._stop is not None:
-            self._call_soon(self._stop.set)
+    def close(self, timeout_s: float = 5.0, *, reason: str | None = None) -> None:
+        """Sends what is queued and then `reason`, closes every connection and ends the thread. Idempotent."""
+        self._call_soon(self._end, reason)
         if self._thread is not None:
             self._thread.join(timeout_s)
 
@@ -157,6 +177,16 @@ class StreamServer:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is connected any more
                 self._loop.call_soon_threadsafe(callback, *args)
+
+    def _end(self, reason: str | None) -> None:
+        assert self._stop is not None, "the loop runs, so it has been set"
+        if reason is not None and not self._stop.is_set():
+            frame, now = encode_frame(Ending(reason=reason)), time.monotonic()
+            for connection in self._connections.values():
+                connection.send(frame, now)
+        for connection in self._connections.values():
+            connection.finish()
+        self._stop.set()
 
     async def _serve(
         self,
@@ -176,9 +206,10 @@ class StreamServer:
         finally:
             server.close()
             ticker.cancel()
-            await asyncio.wait(
-                [asyncio.create_task(c.close()) for c in self._connections.values()] or [ticker], timeout=2.0
-            )
+            connections = list(self._connections.values())
+            # Closed while something of the client's lies unread, a connection is reset, and the client loses the last frames.
+            await asyncio.wait([*self._tasks] or [ticker], timeout=LINGER_S)
+            await asyncio.wait([asyncio.create_task(c.close()) for c in connections] or [ticker], timeout=FLUSH_S)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(ticker, *self._tasks, return_exceptions=True)
@@ -198,7 +229,8 @@ class StreamServer:
         except (asyncio.IncompleteReadError, OSError, TimeoutError):
             log.info("Connection from %s ended.", connection.peer)
         finally:
-            self._connections.pop(connection.prefix, None)
+            if self._connections.pop(connection.prefix, None) is not None and not self._connections:
+                self._alone_since = time.monotonic()
             for request_id in connection.requests:
                 self._abort(connection.prefix + request_id)
             writer.close()
@@ -221,7 +253,9 @@ class StreamServer:
             connection.send(encode_frame(Refused(reason=reason)), now)
             return False
         connection.send(encode_frame(self._facts), now)
-        connection.send(encode_frame(StepFrame(deltas=[], load=self._report(now))), now)
+        known = CacheEvents(stored=list(self._cached), reset=True) if self._facts.enable_prefix_caching else None
+        connection.send(encode_frame(StepFrame(deltas=[], load=self._report(now), cache=known)), now)
+        self._alone_since = None
         return True
 
     async def _read(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
@@ -244,8 +278,10 @@ class StreamServer:
                 case Hello():
                     raise ProtocolViolation("it said Hello twice")
 
-    def _distribute(self, deltas: list[TokenDelta]) -> None:
+    def _distribute(self, deltas: list[TokenDelta], events: CacheEvents | None) -> None:
         self._room.release()
+        if events is not None:
+            self._remember(events)
         batches: dict[str, list[TokenDelta]] = {}
         for delta in deltas:
             number, _, request_id = delta.request_id.partition("/")
@@ -259,10 +295,19 @@ class StreamServer:
         if batches:
             load = self._report(now)
             for prefix, batch in batches.items():
-                self._connections[prefix].send(encode_frame(StepFrame(deltas=batch, load=load)), now)
+                connection = self._connections[prefix]
+                frame = StepFrame(deltas=batch, load=load, cache=connection.unsent_events.take())
+                connection.send(encode_frame(frame), now)
+
+    def _remember(self, events: CacheEvents) -> None:
+        for block_hash in events.evicted:
+            self._cached.pop(block_hash, None)
+        self._cached.update(dict.fromkeys(events.stored))
+        for connection in self._connections.values():
+            connection.unsent_events.add(events)
 
     async def _tick(self) -> None:
-        """Heartbeats out, silent clients closed."""
+        """Heartbeats and waiting events out, silent clients closed."""
         last = time.monotonic()
         while True:
             await asyncio.sleep(_TICK_S)
@@ -271,13 +316,17 @@ class StreamServer:
                 for connection in self._connections.values():
                     connection.last_received = now
             last = now
-            frame = encode_frame(StepFrame(deltas=[], load=self._report(now)))
+            load = self._report(now)
             for connection in list(self._connections.values()):
+                events = connection.unsent_events.take()
                 if now - connection.last_received > SILENCE_IS_DEATH_S:
                     log.warning("Closing %s: silent for %.1f s.", connection.peer, now - connection.last_received)
                     connection.drop()
-                elif now - connection.last_sent >= _TICK_S:
-                    connection.send(frame, now)
+                elif events is not None or now - connection.last_sent >= _TICK_S:
+                    connection.send(encode_frame(StepFrame(deltas=[], load=load, cache=events)), now)
+            if self._alone_since is not None and now - self._alone_since > ORPHAN_AFTER_S:
+                self._alone_since = None
+                self._on_orphaned(f"no gateway has been connected for {ORPHAN_AFTER_S:g} s")
 
     def _report(self, now: float) -> LoadReport:
         load = self._load()

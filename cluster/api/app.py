@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from cluster.api import auth, chat, completions, errors, health, models
+from cluster.api import admin as admin_api
+from cluster.api import auth, chat, completions, debug, errors, health, models, request_options
 from cluster.api.gateway import GATEWAY, Gateway
+from cluster.api.sse import KEEP_ALIVE_S
 from cluster.metrics import Metrics
 from cluster.router.router import Router
 from cluster.text.chat import ChatTemplate
@@ -31,12 +33,15 @@ def make_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     max_sequences_per_request: int = MAX_SEQUENCES_PER_REQUEST,
     metrics: Metrics | None = None,
+    admin: admin_api.Admin | None = None,
+    keep_alive_s: float = KEEP_ALIVE_S,
 ) -> web.Application:
     """The OpenAI-compatible application.
 
     tokenizer: `load_tokenizer(folder)`. chat_template: `ChatTemplate(tokenizer)`, or None for a model that cannot chat.
     model_name: the served name or names; responses carry the first unless the request used another.
-    api_key: guards everything but /health. max_sequences_per_request: prompts times n.
+    api_key: guards everything but /health. max_sequences_per_request: prompts times n. admin: without it there is no /admin.
+    keep_alive_s: after so much silence a stream gets a comment, so that nothing on the way closes it.
     """
     names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
     assert names, "make_app needs at least one served model name"
@@ -47,12 +52,20 @@ def make_app(
         model_names=names,
         max_sequences_per_request=max_sequences_per_request,
         metrics=metrics or Metrics(router, model_name=names[0]),
+        keep_alive_s=keep_alive_s,
+        admin=admin,
     )
     app = web.Application(
-        middlewares=[_count_answers, errors.middleware, auth.make_middleware(api_key)],
+        middlewares=[
+            request_options.request_id_middleware,
+            _count_answers,
+            errors.middleware,
+            auth.make_middleware(api_key),
+        ],
         client_max_size=max_body_bytes,
     )
     app[GATEWAY] = gateway
+    app.on_response_prepare.append(request_options.add_request_id)
     app.add_routes(
         [
             web.post("/v1/completions", completions.handle),
@@ -61,6 +74,9 @@ def make_app(
             web.get("/v1/models/{model:.+}", models.get_model),
             web.get("/health", health.handle),
             web.get("/metrics", health.metrics),
+            web.get("/debug/route", debug.handle),
+            web.get("/admin/cluster", admin_api.cluster),
+            web.post("/admin/replicas/{replica_id}/drain", admin_api.drain),
         ]
     )
     return app

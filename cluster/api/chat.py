@@ -13,10 +13,10 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 import msgspec
 from aiohttp import web
 
-from cluster.api import sampling, sse
+from cluster.api import request_options, sampling, sse
 from cluster.api.completions import LONG_TEXT_CHARS, LOWEST_LOGPROB, refuse_hopeless
 from cluster.api.gateway import GATEWAY, Gateway
-from cluster.api.generation import Choice, Event, check_shape, collect, make_choice, run, usage
+from cluster.api.generation import Choice, Event, admit, check_shape, collect, make_choice, run, usage
 from cluster.api.schemas import (
     AssistantMessage,
     ChatAnswer,
@@ -44,6 +44,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     """One answer, or a stream of chunks."""
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
+    deadline = request_options.deadline(request, arrived=arrived)
     body = parse(await request.read(), ChatRequest)
     gateway.check_model(body.model)
     facts = gateway.router.facts
@@ -55,8 +56,9 @@ async def handle(request: web.Request) -> web.StreamResponse:
     answer = ChatCompletion(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
     prompt = await _encode(gateway, body.messages, facts=facts)
     choices = _choices(gateway, body, prompt, facts=facts, answer_id=answer.id)
-    with gateway.router.admit(len(choices)):
-        async with contextlib.aclosing(run(gateway, choices, request, arrived=arrived)) as events:
+    with admit(gateway, choices, deadline=deadline) as admission:
+        events = run(gateway, choices, request, admission=admission, arrived=arrived)
+        async with contextlib.aclosing(events):
             if body.stream:
                 return await _stream(request, gateway, events, answer=answer, body=body, choices=choices)
             wholes = await collect(events, choices)
@@ -70,7 +72,11 @@ async def handle(request: web.Request) -> web.StreamResponse:
         for c, whole in zip(choices, wholes, strict=True)
     ]
     answer = msgspec.structs.replace(answer, choices=finished, usage=usage(choices))
-    return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+    return web.Response(
+        body=msgspec.json.encode(answer),
+        content_type="application/json",
+        headers=request_options.debug_headers(request, choices),
+    )
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -166,7 +172,14 @@ async def _stream(
         if body.include_usage:
             yield ChatChunk(id=answer.id, created=answer.created, model=answer.model, choices=[], usage=usage(choices))
 
-    return await sse.stream(request, events, chunks=chunks, last_chunks=last_chunks)
+    return await sse.stream(
+        request,
+        events,
+        chunks=chunks,
+        last_chunks=last_chunks,
+        headers=lambda: request_options.debug_headers(request, choices),
+        keep_alive_s=gateway.keep_alive_s,
+    )
 
 
 def render_logprobs(tokenizer: Tokenizer, placed: Sequence[PlacedLogprob]) -> ChatLogprobs:

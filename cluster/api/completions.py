@@ -14,9 +14,9 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 import msgspec
 from aiohttp import web
 
-from cluster.api import sampling, sse
+from cluster.api import request_options, sampling, sse
 from cluster.api.gateway import GATEWAY, Gateway
-from cluster.api.generation import Choice, Event, check_shape, collect, make_choice, run, usage
+from cluster.api.generation import Choice, Event, admit, check_shape, collect, make_choice, run, usage
 from cluster.api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, parse
 from cluster.text.output import PlacedLogprob
 from cluster.text.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     """One answer, or a stream of chunks."""
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
+    deadline = request_options.deadline(request, arrived=arrived)
     body = parse(await request.read(), CompletionRequest)
     gateway.check_model(body.model)
     facts = gateway.router.facts
@@ -40,8 +41,9 @@ async def handle(request: web.Request) -> web.StreamResponse:
         raise RequestError("'best_of' other than n is not supported by this server; leave it out.", param="best_of")
     answer = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
     choices = await _choices(gateway, body, prompts, facts=facts, answer_id=answer.id)
-    with gateway.router.admit(len(choices)):
-        async with contextlib.aclosing(run(gateway, choices, request, arrived=arrived)) as events:
+    with admit(gateway, choices, deadline=deadline) as admission:
+        events = run(gateway, choices, request, admission=admission, arrived=arrived)
+        async with contextlib.aclosing(events):
             if body.stream:
                 return await _stream(request, gateway, events, answer=answer, body=body, choices=choices)
             wholes = await collect(events, choices)
@@ -55,7 +57,11 @@ async def handle(request: web.Request) -> web.StreamResponse:
         for c, whole in zip(choices, wholes, strict=True)
     ]
     answer = msgspec.structs.replace(answer, choices=finished, usage=usage(choices))
-    return web.Response(body=msgspec.json.encode(answer), content_type="application/json")
+    return web.Response(
+        body=msgspec.json.encode(answer),
+        content_type="application/json",
+        headers=request_options.debug_headers(request, choices),
+    )
 
 
 def split_prompt(prompt: str | Sequence[str | int | list[int]]) -> list[str | list[int]]:
@@ -151,7 +157,14 @@ async def _stream(
         if body.include_usage:
             yield msgspec.structs.replace(answer, usage=usage(choices))
 
-    return await sse.stream(request, events, chunks=chunks, last_chunks=last_chunks)
+    return await sse.stream(
+        request,
+        events,
+        chunks=chunks,
+        last_chunks=last_chunks,
+        headers=lambda: request_options.debug_headers(request, choices),
+        keep_alive_s=gateway.keep_alive_s,
+    )
 
 
 def render_logprobs(tokenizer: Tokenizer, placed: Sequence[PlacedLogprob]) -> CompletionLogprobs:

@@ -10,7 +10,14 @@ from collections.abc import Awaitable, Callable
 import msgspec
 from aiohttp import hdrs, web
 
-from workers.errors import EngineError, OverloadedError, ReplicaUnavailableError, RequestError, TramontaneError
+from workers.errors import (
+    DeadlineExceededError,
+    EngineError,
+    OverloadedError,
+    ReplicaUnavailableError,
+    RequestError,
+    TramontaneError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +53,8 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
         return 429, ErrorBody(message=message, type="rate_limit_error", code="rate_limit_exceeded")
     if isinstance(error, ReplicaUnavailableError):
         return 503, ErrorBody(message=message, type="service_unavailable_error", code="service_unavailable")
+    if isinstance(error, DeadlineExceededError):
+        return 504, ErrorBody(message=message, type="timeout_error", code="deadline_exceeded")
     if isinstance(error, ClientGoneError):
         return 499, ErrorBody(message=message, type="invalid_request_error", code="client_closed_request")
     if isinstance(error, EngineError):

@@ -5,6 +5,7 @@ Knows no endpoint. Lives in the application under GATEWAY, so that two applicati
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -13,6 +14,9 @@ from cluster.metrics import Metrics
 from cluster.router.router import Router
 from cluster.text.chat import ChatTemplate
 from cluster.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from cluster.api.admin import Admin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,8 @@ class Gateway:
     model_names: tuple[str, ...]
     max_sequences_per_request: int
     metrics: Metrics
+    keep_alive_s: float  # how long a stream stays silent
+    admin: "Admin | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str) -> None:

@@ -15,6 +15,8 @@ from aiohttp import web
 from cluster.api.errors import ClientGoneError
 from cluster.api.gateway import Gateway
 from cluster.api.schemas import GenerationRequest, PromptTokensDetails, Usage
+from cluster.router.admission import Admission
+from cluster.router.stream import Trace
 from cluster.text.output import OutputStep, OutputText, PlacedLogprob
 from workers.errors import EngineError, RequestError
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams
@@ -28,7 +30,8 @@ class Choice:
     copy: int
     request: GenerateRequest
     output: OutputText
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None  # None before the first delta
+    trace: Trace = field(default_factory=Trace)
 
 
 Event = tuple[Choice, OutputStep]
@@ -76,6 +79,15 @@ def check_shape(gateway: Gateway, body: GenerationRequest, *, num_prompts: int) 
         )
 
 
+def admit(
+    gateway: Gateway, choices: Sequence[Choice], *, deadline: float | None
+) -> contextlib.AbstractContextManager[Admission]:
+    """Room for all of these sequences or none; see Router.admit."""
+    requests = [c.request for c in choices]
+    num_tokens = sum(len(r.prompt_token_ids) for r in requests)
+    return gateway.router.admit(len(requests), num_tokens, priority=requests[0].priority, deadline=deadline)
+
+
 def usage(choices: Sequence[Choice]) -> Usage:
     """Each prompt counts once however many sequences it got; the stop token counts as generated."""
     first_copies = [c for c in choices if c.copy == 0]
@@ -85,21 +97,21 @@ def usage(choices: Sequence[Choice]) -> Usage:
         prompt_tokens=prompt,
         completion_tokens=completion,
         total_tokens=prompt + completion,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(c.num_cached_tokens for c in first_copies)),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(c.num_cached_tokens or 0 for c in first_copies)),
     )
 
 
 async def run(
-    gateway: Gateway, choices: Sequence[Choice], http_request: web.Request, *, arrived: float
+    gateway: Gateway, choices: Sequence[Choice], http_request: web.Request, *, admission: Admission, arrived: float
 ) -> AsyncGenerator[Event, None]:
     """Yields (choice, what it adds) until every choice has finished. arrived: time.monotonic() at the request's first byte.
 
     Raises what the router raises, EngineError for a sequence the engine gave up, ClientGoneError when nobody listens any more.
     """
     events = (
-        _run_one(gateway, choices[0], arrived=arrived)
+        _run_one(gateway, choices[0], admission=admission, arrived=arrived)
         if len(choices) == 1
-        else _merge(gateway, choices, arrived=arrived)
+        else _merge(gateway, choices, admission=admission, arrived=arrived)
     )
     async with contextlib.aclosing(events):
         async for event in events:
@@ -129,31 +141,30 @@ async def collect(events: AsyncGenerator[Event, None], choices: Sequence[Choice]
     return results
 
 
-async def _run_one(gateway: Gateway, choice: Choice, *, arrived: float) -> AsyncGenerator[Event, None]:
-    metrics = gateway.metrics
-    last: float | None = None
+async def _run_one(
+    gateway: Gateway, choice: Choice, *, admission: Admission, arrived: float
+) -> AsyncGenerator[Event, None]:
+    metrics = gateway.metrics.sequence(num_prompt_tokens=len(choice.request.prompt_token_ids), arrived=arrived)
+    trace = choice.trace
     outcome = "abort"
     try:
-        async with contextlib.aclosing(gateway.router.generate(choice.request, admitted=True)) as deltas:
+        deltas = gateway.router.generate(choice.request, admission=admission, trace=trace)
+        async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise EngineError(delta.error or "The engine ended this request before it was complete.")
-                if delta.num_cached_tokens is not None:
-                    choice.num_cached_tokens = delta.num_cached_tokens
-                now = time.monotonic()
-                if delta.token_ids:
-                    if last is None:
-                        metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
-                        metrics.time_to_first_token.observe(now - arrived)
-                    else:
-                        metrics.inter_token_latency.observe((now - last) / len(delta.token_ids))
-                    last = now
+                if choice.num_cached_tokens is None and trace.queue_s is not None:
+                    choice.num_cached_tokens = delta.num_cached_tokens or 0
+                    metrics.queued(trace.queue_s)
+                    if trace.num_cached_tokens_predicted is not None:
+                        metrics.routed(
+                            num_predicted_cached=trace.num_cached_tokens_predicted, num_cached=choice.num_cached_tokens
+                        )
                 num_before = choice.output.num_tokens
                 step = choice.output.push(delta)
-                metrics.generation_tokens.inc(choice.output.num_tokens - num_before)
+                metrics.produced(choice.output.num_tokens - num_before, time.monotonic())
                 if step.finish_reason is not None:
                     outcome = step.finish_reason.value
-                    metrics.e2e_latency.observe(now - arrived)
                 yield choice, step
                 if step.finish_reason is not None:
                     return
@@ -161,17 +172,19 @@ async def _run_one(gateway: Gateway, choice: Choice, *, arrived: float) -> Async
         outcome = "error"
         raise
     finally:
-        metrics.finished(outcome)
+        metrics.ended(outcome)
 
 
-async def _merge(gateway: Gateway, choices: Sequence[Choice], *, arrived: float) -> AsyncGenerator[Event, None]:
+async def _merge(
+    gateway: Gateway, choices: Sequence[Choice], *, admission: Admission, arrived: float
+) -> AsyncGenerator[Event, None]:
     queue: asyncio.Queue[Event | Exception] = asyncio.Queue(
         maxsize=len(choices)
     )  # a slow reader slows the readers below
 
     async def pump(choice: Choice) -> None:
         try:
-            async with contextlib.aclosing(_run_one(gateway, choice, arrived=arrived)) as events:
+            async with contextlib.aclosing(_run_one(gateway, choice, admission=admission, arrived=arrived)) as events:
                 async for event in events:
                     await queue.put(event)
         except Exception as e:

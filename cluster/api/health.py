@@ -1,6 +1,7 @@
 """GET /health and /metrics: what is true about the replicas now, for load balancers, people and Prometheus.
 
-/health needs no key and says 200 only when a request sent now would be taken. Knows nothing the router does not tell it.
+/health needs no key and says 200 only when a request sent now would be served, if need be by waking a replica. Knows nothing the
+router does not tell it.
 """
 
 import msgspec
@@ -13,6 +14,7 @@ from cluster.api.gateway import GATEWAY
 class ReplicaHealth(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     ready: bool
+    state: str  # ready, not_ready or draining
     num_running: int
     num_waiting: int
     reason: str | None = None
@@ -27,7 +29,7 @@ class HealthAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def handle(request: web.Request) -> web.Response:
-    """200 when a replica is ready, else 503."""
+    """200 when a replica is ready or sleeps on purpose, else 503."""
     health = request.app[GATEWAY].router.health()
     answer = HealthAnswer(
         status="ok" if health.ready else "unavailable",
@@ -36,6 +38,7 @@ async def handle(request: web.Request) -> web.Response:
             ReplicaHealth(
                 id=s.replica_id,
                 ready=s.ready,
+                state=s.state,
                 num_running=s.load.num_running,
                 num_waiting=s.load.num_waiting,
                 reason=s.reason,

@@ -20,11 +20,11 @@ class Listener:
         self._site: web.SockSite | None = None
         self.port = 0
 
-    async def open(self, host: str, port: int) -> Self:
-        """Port 0 takes a free one; see `port`. Raises OSError when the address cannot be bound."""
+    async def open(self, host: str, port: int, *, shared: bool = False) -> Self:
+        """Port 0 takes a free one; see `port`. shared: other gateways of this host may listen on it too. Raises OSError."""
         await self._runner.setup()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        sock = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
         self.port = sock.getsockname()[1]
         self._site = web.SockSite(self._runner, sock, backlog=BACKLOG)
         await self._site.start()

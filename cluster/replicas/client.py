@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +21,8 @@ from workers.protocol import (
     HEARTBEAT_INTERVAL_S,
     SILENCE_IS_DEATH_S,
     Abort,
+    CacheEvents,
+    Ending,
     EngineFacts,
     FromReplica,
     GenerateRequest,
@@ -50,10 +52,17 @@ _StreamQueue = asyncio.Queue[TokenDelta | ReplicaUnavailableError]
 
 
 class ReplicaClient:
-    """One replica as the router sees it. Use on one event loop: `await connect()`, then `generate`, at last `await close()`."""
+    """One replica as the router sees it. Use on one event loop: `await connect()`, then `generate`, at last `await close()`.
+
+    drain_until: time.monotonic() at which running streams must move; None while it is not draining. For the router; nothing here
+    depends on it.
+    """
 
     def __init__(self, replica_id: str, address: tuple[str, int], token: str) -> None:
         self.replica_id = replica_id
+        self.drain_until: float | None = None
+        self._on_frame: Callable[[StepFrame], None] | None = None
+        self._cached_blocks: set[bytes] = set()  # named before anyone listened; bounded by the replica's blocks
         self._address = address
         self._token = token
         self._facts: EngineFacts | None = None
@@ -87,6 +96,28 @@ class ReplicaClient:
     def load(self) -> LoadReport:
         """The newest report; `forward_age_s` counts from when it was received (see `not_ready_reason` for its age now)."""
         return self._load
+
+    @property
+    def on_frame(self) -> Callable[[StepFrame], None] | None:
+        """Called with every frame. Whoever is set hears at once what was said before: the load and all blocks cached."""
+        return self._on_frame
+
+    @on_frame.setter
+    def on_frame(self, listener: Callable[[StepFrame], None] | None) -> None:
+        self._on_frame = listener
+        if listener is not None and self._facts is not None:
+            known, self._cached_blocks = self._cached_blocks, set()
+            listener(StepFrame(deltas=[], load=self._load, cache=CacheEvents(stored=list(known), reset=True)))
+
+    @property
+    def connected(self) -> bool:
+        """Whether the socket is open; a silent peer counts as connected until SILENCE_IS_DEATH_S have passed."""
+        return self._writer is not None
+
+    @property
+    def condemned(self) -> str | None:
+        """Why this replica is over for good, if it is."""
+        return self._condemned
 
     @property
     def num_streams(self) -> int:
@@ -212,6 +243,8 @@ class ReplicaClient:
                         message = await _read_message(reader)
                         if isinstance(message, StepFrame):
                             self._take(message)
+                        elif isinstance(message, Ending):
+                            self.condemn(message.reason)
                 except asyncio.IncompleteReadError:
                     self._disconnect(self._lost if self._writer is None else "rank 0 closed the connection")
                 except (OSError, ValueError) as e:
@@ -261,6 +294,13 @@ class ReplicaClient:
                 queue = self._streams.get(delta.request_id)
             if queue is not None:
                 queue.put_nowait(delta)
+        if self._on_frame is not None:
+            self._on_frame(frame)
+        elif frame.cache is not None:
+            if frame.cache.reset:
+                self._cached_blocks.clear()
+            self._cached_blocks.difference_update(frame.cache.evicted)
+            self._cached_blocks.update(frame.cache.stored)
 
     def _disconnect(self, reason: str) -> None:
         if self._writer is not None:
@@ -270,7 +310,9 @@ class ReplicaClient:
             self._lost = reason
         streams, self._streams = self._streams, {}
         for queue in streams.values():
-            queue.put_nowait(ReplicaUnavailableError(f"Replica {self.replica_id} was lost: {reason}."))
+            queue.put_nowait(
+                ReplicaUnavailableError(self._condemned or f"Replica {self.replica_id} was lost: {reason}.")
+            )
 
 
 async def _read_message(reader: asyncio.StreamReader) -> FromReplica:

@@ -50,7 +50,7 @@ class RayCluster:
         _end_ray(self.folder)
 
 
-def connect(address: str | None, *, num_cpus: int, log_to_driver: bool) -> RayCluster:
+def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_driver: bool = True) -> RayCluster:
     """Joins the cluster at `address`, or starts one on this machine with `num_cpus` CPU slots. Raises ConfigError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -65,7 +65,6 @@ def connect(address: str | None, *, num_cpus: int, log_to_driver: bool) -> RayCl
         os.environ[_MARK] = str(folder)
     import ray
 
-    namespace = f"tramontane-{secrets.token_hex(4)}"  # two servers on one cluster may name their actors alike
     try:
         if folder is None:
             context = ray.init(address, namespace=namespace, log_to_driver=log_to_driver, logging_level=logging.ERROR)

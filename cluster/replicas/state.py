@@ -4,7 +4,7 @@ Frozen values, picklable, without Ray and without behaviour. Times are time.time
 """
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from workers.config import EngineConfig
 from workers.protocol import EngineFacts, LoadReport
@@ -33,6 +33,7 @@ class ClusterSpec:
     scale_down_after_s: float = 300.0  # how long a replica must have been needless
     ttft_objective_s: float = 2.0
     placement_timeout_s: float | None = None  # None: more nodes may come, so wait for ever
+    single_host: bool = False  # sockets stay on loopback: nothing outside this machine takes part
     log_level: str = "WARNING"
 
 
@@ -111,5 +112,12 @@ class ClusterView:
     gateways: tuple[GatewayRecord, ...] = ()
     num_desired: int = 0
     scaling_reason: str = ""
-    failure: tuple[str, str] | None = None  # (exception class, sentence): starting replicas cannot succeed, and is not tried again
+    failure: tuple[str, str] | None = (
+        None  # (exception class, sentence): starting replicas cannot succeed, and is not tried again
+    )
     facts: EngineFacts | None = None  # of the model served, known even while no replica runs
+
+
+def without_secrets(view: ClusterView) -> ClusterView:
+    """The view as it may be shown to people."""
+    return replace(view, replicas=tuple(replace(r, token=None) for r in view.replicas))

@@ -1,26 +1,164 @@
-"""Which replica takes a request: pure functions of what is known about the replicas.
+"""Which replica takes a request: pure functions of what is known about the replicas, vectorized over them.
 
-Knows numbers only; the clock and the replicas stay in router.py.
+Knows numbers only, by slot; the clock, the replicas and the counters stay in router.py, the blocks in prefix_index.py.
+
+The default, `prefix`, predicts the time to the first token on every replica: the prompt tokens that wait there and the part of
+this prompt that its cache does not hold, at its speed; running sequences slow that. A cached prefix thus counts for the seconds it saves
+and no more, so that a popular prefix spreads as soon as its holder's queue is longer than what computing it anew takes. A
+replica that holds far more sequences than its share is not chosen at all (consistent hashing with bounded loads), since many
+short prefills with long outputs fill a replica without ever showing in its prompt queue.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+PolicyName = Literal["prefix", "least_load", "round_robin"]
+POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+
+DECODE_SLOWDOWN = 1.0  # a replica with all its sequences running takes this much longer for a prompt, as a fraction
+FULL_S = 10.0  # a replica without a free sequence, or without KV blocks, makes a request wait about a stream's length
+HIGH_KV_USAGE = 0.9  # beyond this, a new prompt soon preempts another
+MAX_IMBALANCE = 1.5  # at most so many times the mean occupancy, once occupancy matters
+FREE_IMBALANCE = 0.25  # of max_num_seqs: below this, uneven is fine
+_TIES = {"prefix": 1.01, "least_load": 1.0, "round_robin": 1.0}  # predictions within 1 % are equal
+DEFAULT_TOKENS_PER_S = 4000.0  # as long as no replica has computed a prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A ready replica. `num_own_requests` are those this gateway has there; the report's counts lag behind by a step."""
+class Snapshot:
+    """What is known about the replicas, by slot; all arrays have one length. Slots without a replica are not available."""
 
+    available: NDArray[np.bool_]
+    num_requests: NDArray[np.int64]  # sequences there: the larger of what the gateway sent and what the replica reports
+    pending_tokens: NDArray[np.float64]  # prompt tokens still to be computed, with those a report cannot know yet
+    tokens_per_s: NDArray[np.float64]  # prefill speed; 0 where unknown
+    kv_usage: NDArray[np.float64]  # 0 to 1
+    max_num_seqs: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """What a policy knows of a request. `cached_tokens` is by slot: PrefixIndex.match times the block size."""
+
+    num_tokens: int  # prompt and output tokens so far: what a replica must have computed for the next token
+    cached_tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`estimated_wait_s`: until the first token, as far as prompts decide it."""
+
+    slot: int
+    num_cached_tokens: int
+    estimated_wait_s: float
+    policy: PolicyName
+    num_available: int
+
+    @property
+    def reason(self) -> str:
+        """One clause for logs and people."""
+        among = f"of {self.num_available} available replicas"
+        if self.policy == "round_robin":
+            return f"next in turn {among}"
+        if self.policy == "least_load":
+            return f"fewest requests {among}"
+        return (
+            f"soonest first token {among}: {self.num_cached_tokens} tokens cached, "
+            f"{self.estimated_wait_s:.3f} s estimated"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One replica as a decision saw it. The lowest score wins; None: not eligible."""
+
+    slot: int
+    available: bool
+    num_cached_tokens: int
+    pending_tokens: float
+    num_requests: int
+    estimated_wait_s: float
+    score: float | None
+    chosen: bool
+
+
+def choose(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn: int) -> Decision | None:
+    """The replica for this request; None when none is available. turn: counts up with every decision; it breaks ties."""
+    num_available = int(np.count_nonzero(snapshot.available))
+    if num_available == 0:
+        return None
+    scores = _scores(policy, snapshot, request)
+    lowest = scores[scores.argmin()]
+    equal = (scores <= lowest * _TIES[policy]).nonzero()[0]
+    slot = int(equal[turn % len(equal)])
+    wait = _wait_of(slot, snapshot, request)
+    return Decision(slot, int(request.cached_tokens[slot]), wait, policy, num_available)
+
+
+def explain(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn: int) -> list[Row]:
+    """Every replica as `choose` with the same arguments sees it."""
+    decision = choose(policy, snapshot, request, turn=turn)
+    scores = _scores(policy, snapshot, request)
+    return [
+        Row(
+            slot=slot,
+            available=bool(snapshot.available[slot]),
+            num_cached_tokens=int(request.cached_tokens[slot]),
+            pending_tokens=float(snapshot.pending_tokens[slot]),
+            num_requests=int(snapshot.num_requests[slot]),
+            estimated_wait_s=_wait_of(slot, snapshot, request),
+            score=float(scores[slot]) if np.isfinite(scores[slot]) else None,
+            chosen=decision is not None and decision.slot == slot,
+        )
+        for slot in range(len(scores))
+    ]
+
+
+def _scores(policy: PolicyName, snapshot: Snapshot, request: RequestView) -> NDArray[np.float64]:
+    """Lower is better; infinite: not eligible. If a slot is available, one is finite."""
+    if policy == "round_robin":
+        return np.where(snapshot.available, 0.0, np.inf)
+    if policy == "least_load":
+        return np.where(snapshot.available, snapshot.num_requests + 0.5 * snapshot.kv_usage, np.inf)
+    occupancy = snapshot.num_requests / snapshot.max_num_seqs
+    to_compute = snapshot.pending_tokens + (request.num_tokens - request.cached_tokens)
+    scores = to_compute / _speeds(snapshot) * (1.0 + DECODE_SLOWDOWN * occupancy)
+    scores += FULL_S * np.maximum(occupancy - 1.0, 0.0)
+    if snapshot.kv_usage.max() > HIGH_KV_USAGE:
+        scores += FULL_S * np.maximum(snapshot.kv_usage - HIGH_KV_USAGE, 0.0)
+    mean = float(occupancy.dot(snapshot.available)) / np.count_nonzero(snapshot.available)
+    eligible = snapshot.available & (occupancy <= max(MAX_IMBALANCE * mean, FREE_IMBALANCE))
+    return np.where(eligible, scores, np.inf)
+
+
+def _speeds(snapshot: Snapshot) -> NDArray[np.float64]:
+    """Tokens per second; the mean of the known ones where unknown."""
+    tokens_per_s = snapshot.tokens_per_s
+    num_known = int(np.count_nonzero(tokens_per_s))
+    if num_known == len(tokens_per_s):
+        return tokens_per_s
+    mean = float(tokens_per_s.sum()) / num_known if num_known else DEFAULT_TOKENS_PER_S
+    return np.where(tokens_per_s > 0, tokens_per_s, mean)
+
+
+def _wait_of(slot: int, snapshot: Snapshot, request: RequestView) -> float:
+    """Seconds until the first token there: every prompt token before it, and its own that are not cached."""
+    speed = snapshot.tokens_per_s[slot] or _speeds(snapshot)[slot]
+    return float((snapshot.pending_tokens[slot] + request.num_tokens - request.cached_tokens[slot]) / speed)
+
+
+# Bridge for the router of one release; goes with it.
+@dataclass(frozen=True, slots=True)
+class Candidate:
     index: int
     num_own_requests: int
     num_reported_requests: int
-    kv_cache_usage: float  # 0 to 1
+    kv_cache_usage: float
 
 
-def choose(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The least loaded: fewest requests, then least KV in use, then the first. None when there is no candidate."""
-    return min(
-        candidates,
-        key=lambda c: (max(c.num_own_requests, c.num_reported_requests), c.kv_cache_usage, c.index),
-        default=None,
-    )
+def choose_candidate(candidates: list[Candidate]) -> Candidate | None:
+    key = lambda c: (max(c.num_own_requests, c.num_reported_requests), c.kv_cache_usage, c.index)  # noqa: E731
+    return min(candidates, key=key, default=None)

@@ -1,191 +1,262 @@
-"""Spreads requests over replicas: admits or refuses, chooses, streams, and accounts for every request it holds.
+"""Spreads requests over replicas: admits or refuses, waits for room, chooses, streams, and resumes elsewhere what a replica drops.
 
-Knows replicas only through the `Replica` protocol, and token ids only. Does not know HTTP, text or Ray. A replica lost before a
-request's first token is replaced by another; one lost later ends the stream with ReplicaUnavailableError, and whoever resumes such
-streams does it in `generate`: the deltas yielded so far and `GenerateRequest.output_token_ids` are all it takes.
+Knows replicas only through the `Replica` protocol, and token ids only. Does not know HTTP, text or Ray. A sequence goes on as long as
+there is a replica or hope for one: its deltas are those of one undisturbed run, whatever happens below.
 """
 
+import asyncio
 import contextlib
+import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
-from cluster.router.policy import Candidate, choose
-from workers.errors import OverloadedError, ReplicaUnavailableError
-from workers.protocol import EngineFacts, GenerateRequest, LoadReport, TokenDelta
+from cluster.replicas.state import GatewayReport
+from cluster.router.admission import (
+    MAX_INFLIGHT_REQUESTS,
+    MAX_QUEUED_TOKENS,
+    Admission,
+    Bounds,
+    Recent,
+    check_deadline,
+)
+from cluster.router.dispatcher import Dispatcher
+from cluster.router.explanation import Explanation, explain_route
+from cluster.router.hashing import Hashing
+from cluster.router.health import Health, ReplicaStatus, look
+from cluster.router.policy import PolicyName
+from cluster.router.replica import Outlook, Replica
+from cluster.router.stream import Stream, StreamMovedError, Trace
+from cluster.router.table import Place
+from workers.errors import DeadlineExceededError, ReplicaUnavailableError
+from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
+
+__all__ = ["Explanation", "Health", "Outlook", "Replica", "ReplicaStatus", "Router", "Trace"]
 
 log = logging.getLogger(__name__)
 
-MAX_INFLIGHT_REQUESTS = 1024
-RETRY_AFTER_S = 1
-
-
-class Replica(Protocol):
-    """One model replica, as the router sees it."""
-
-    @property
-    def replica_id(self) -> str: ...
-
-    @property
-    def facts(self) -> EngineFacts:
-        """What start-up learned. Raises ReplicaUnavailableError before the first connection."""
-
-    @property
-    def load(self) -> LoadReport:
-        """The newest report."""
-
-    def is_ready(self, now: float) -> bool:
-        """Whether all ranks took part in a forward pass a moment ago. now: time.monotonic()."""
-
-    def not_ready_reason(self, now: float) -> str | None:
-        """One sentence that names the replica, and the stuck rank if there is one; None when ready."""
-
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
-        """An async generator of deltas up to one with a finish_reason. Closing it aborts the request.
-
-        Raises ReplicaUnavailableError when the replica is lost.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaStatus:
-    replica_id: str
-    ready: bool
-    reason: str | None
-    load: LoadReport
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """`ready`: a request sent now would be taken. `reason` is one sentence when not."""
-
-    ready: bool
-    reason: str | None
-    replicas: list[ReplicaStatus]
+QUEUE_TIMEOUT_S = 300.0  # longer than any start-up that is worth waiting for
 
 
 class Router:
-    """Use on one event loop. `max_inflight_requests` bounds the sequences held at once, running or queued on a replica."""
+    """Use on one event loop.
+
+    max_inflight_requests: sequences held at once, running or waiting. max_queued_tokens: prompt tokens not yet on a replica.
+    queue_timeout_s: the longest wait for a replica or for room on one; each resumption waits anew.
+    """
 
     def __init__(
         self,
-        replicas: Sequence[Replica],
+        replicas: Sequence[Replica] = (),
         *,
+        policy: PolicyName = "prefix",
         max_inflight_requests: int = MAX_INFLIGHT_REQUESTS,
+        max_queued_tokens: int = MAX_QUEUED_TOKENS,
+        queue_timeout_s: float = QUEUE_TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._replicas = tuple(replicas)
-        self._max_inflight_requests = max_inflight_requests
+        self._policy = policy
         self._clock = clock
-        self._num_per_replica = [0] * len(self._replicas)
-        self._num_admitted = 0
-        self._draining = False
+        self._bounds = Bounds(max_inflight_requests=max_inflight_requests, max_queued_tokens=max_queued_tokens)
+        self._dispatcher = Dispatcher(
+            policy,
+            queue_timeout_s=queue_timeout_s,
+            clock=clock,
+            describe=lambda: self.health().reason or "None is ready.",
+        )
+        self._table = self._dispatcher.table
+        self._arrivals = itertools.count()
+        self._shutting_down = False
+        self._first_tokens = Recent()
+        self._ends = Recent()
+        self.num_failovers_total = 0  # a sequence going on elsewhere, because its replica was lost or drained
+        self.arrived_tokens_total = 0  # prompt tokens of all that was admitted
+        self.update(replicas, Outlook())
 
     @property
     def num_inflight_requests(self) -> int:
         """Sequences admitted and not finished."""
-        return self._num_admitted
+        return self._bounds.num_inflight_requests
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences waiting at the router for room."""
+        return len(self._dispatcher.line)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens of sequences that are not on a replica yet, or not any more."""
+        return self._bounds.num_queued_tokens
 
     @property
     def facts(self) -> EngineFacts:
-        """The first reachable replica's facts; replicas of one router serve one model. Raises ReplicaUnavailableError."""
-        for replica in self._replicas:
-            with contextlib.suppress(ReplicaUnavailableError):
-                return replica.facts
-        raise ReplicaUnavailableError("No replica has been reached yet; try again in a moment.")
+        """What the replicas' start-up learned, or earlier replicas'. Raises ReplicaUnavailableError when none ever started."""
+        facts = self._table.facts or self._dispatcher.outlook.facts
+        if facts is None:
+            raise ReplicaUnavailableError(
+                self._dispatcher.outlook.reason or "No replica has been reached yet; try again in a moment."
+            )
+        return facts
+
+    def update(self, replicas: Sequence[Replica], outlook: Outlook) -> None:
+        """From now on it is these replicas. Streams on others go on until those are closed, and then move."""
+        self._dispatcher.update(replicas, outlook)
 
     def health(self) -> Health:
         """What is true now; costs no request."""
-        now = self._clock()
-        statuses = []
-        for replica in self._replicas:
-            reason = replica.not_ready_reason(now)
-            statuses.append(ReplicaStatus(replica.replica_id, reason is None, reason, replica.load))
-        if self._draining:
-            return Health(False, "The server is shutting down.", statuses)
-        if any(s.ready for s in statuses):
-            return Health(True, None, statuses)
-        reasons = [s.reason for s in statuses if s.reason]
-        return Health(False, " ".join(reasons) or "The server has no replica.", statuses)
+        return look(self._table, self._dispatcher.outlook, shutting_down=self._shutting_down, now=self._clock())
+
+    def report(self, gateway_id: str, url: str) -> GatewayReport:
+        """What this router holds now, for whoever scales."""
+        now, line = self._clock(), self._dispatcher.line
+        per_replica = {seat.replica.replica_id: len(seat.streams) for seat in self._table}
+        return GatewayReport(
+            gateway_id=gateway_id,
+            url=url,
+            num_running=sum(per_replica.values()),
+            num_queued=len(line),
+            num_queued_tokens=self.num_queued_tokens,
+            oldest_wait_s=line.oldest_wait_s(now),
+            arrived_tokens_total=self.arrived_tokens_total,
+            ttft_p95_s=self._first_tokens.p95(now),
+            streams_per_replica=per_replica,
+        )
+
+    async def explain(self, prompt_token_ids: list[int], *, policy: PolicyName | None = None) -> Explanation:
+        """Where a request with this prompt would go now, and why; nothing is sent."""
+        sampling = SamplingParams(max_tokens=1, seed=0)
+        request = GenerateRequest(request_id="", prompt_token_ids=prompt_token_ids, sampling=sampling)
+        stream = Stream(request, order=(0, 0))
+        await self._name_blocks(stream, Hashing())
+        return explain_route(self._table, stream, policy or self._policy, num_waiting=self.num_waiting)
 
     def start_draining(self) -> None:
-        """From now on nothing new is admitted; what runs goes on."""
-        self._draining = True
+        """From now on nothing new is admitted; what runs or waits goes on."""
+        self._shutting_down = True
 
     @contextlib.contextmanager
-    def admit(self, num_requests: int) -> Iterator[None]:
-        """Reserves room for this many sequences while the block runs: all of them or none.
+    def admit(
+        self, num_sequences: int, num_tokens: int = 0, *, priority: int = 0, deadline: float | None = None
+    ) -> Iterator[Admission]:
+        """Reserves room for this many sequences while the block runs: all of them or none. num_tokens: of all their prompts.
 
-        Raises OverloadedError when there is no room, ReplicaUnavailableError when no replica is ready.
+        deadline: on the router's clock (time.monotonic()). Raises OverloadedError when there is no room or the wait would outlast
+        the deadline, ReplicaUnavailableError when no replica is ready and none is expected.
         """
+        now = self._clock()
         health = self.health()
-        if not health.ready:
+        if not health.ready and (self._shutting_down or not self._dispatcher.outlook.expected):
             raise ReplicaUnavailableError(health.reason or "No replica is ready.")
-        if self._num_admitted + num_requests > self._max_inflight_requests:
-            raise OverloadedError(
-                f"The server holds {self._num_admitted} of at most {self._max_inflight_requests} sequences and has no room "
-                f"for {num_requests} more; try again later.",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        self._num_admitted += num_requests
+        self._bounds.check(num_sequences, num_tokens, wait_s=self._estimated_wait_s)
+        if deadline is not None:
+            check_deadline(deadline - now, self._estimated_wait_s())
+        admission = Admission(
+            num_sequences,
+            num_tokens,
+            priority=priority,
+            deadline=deadline,
+            arrived=now,
+            arrival=next(self._arrivals),
+        )
+        self.arrived_tokens_total += num_tokens
+        self._bounds.take(admission)
         try:
-            yield
+            yield admission
         finally:
-            self._num_admitted -= num_requests
+            self._bounds.give_back(admission)
 
-    async def generate(self, request: GenerateRequest, *, admitted: bool = False) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(
+        self, request: GenerateRequest, *, admission: Admission | None = None, trace: Trace | None = None
+    ) -> AsyncGenerator[TokenDelta, None]:
         """Yields the request's deltas, the last one with a finish_reason. Closing the generator aborts the request.
 
-        admitted: the caller holds an `admit` for it. Raises OverloadedError and ReplicaUnavailableError.
+        admission: what the caller's `admit` gave; without it the request is admitted here. trace: is kept up to date for the caller.
+        Raises OverloadedError, ReplicaUnavailableError, DeadlineExceededError, and EngineError for a request that outlived
+        too many replicas.
         """
-        with contextlib.nullcontext() if admitted else self.admit(1):
-            tried: set[int] = set()
+        with contextlib.ExitStack() as stack:
+            if admission is None:
+                num_tokens = len(request.prompt_token_ids)
+                admission = stack.enter_context(self.admit(1, num_tokens, priority=request.priority))
+            stream = Stream(request, order=admission.order, trace=trace)
+            stack.callback(self._watch_deadline(stream, admission))
             while True:
-                index = self._choose(tried)
-                started = False
-                try:
-                    async with contextlib.aclosing(self._stream(index, request)) as deltas:
-                        async for delta in deltas:
-                            started = True
-                            yield delta
-                    return
-                except ReplicaUnavailableError as e:
-                    tried.add(index)
-                    if started or not self._ready(tried):
-                        raise
-                    log.info("Request %s moves to another replica before its first token: %s", request.request_id, e)
+                if self._policy == "prefix":
+                    await self._name_blocks(stream, admission.hashing)
+                place = await self._dispatcher.place(stream)
+                async with contextlib.aclosing(self._stream(place, stream, admission)) as deltas:
+                    async for delta in deltas:
+                        yield delta
+                        if delta.finish_reason is not None:
+                            self._ends.add(self._clock())
+                            return
 
-    def _ready(self, tried: set[int]) -> list[int]:
-        now = self._clock()
-        return [i for i, replica in enumerate(self._replicas) if i not in tried and replica.is_ready(now)]
-
-    def _choose(self, tried: set[int]) -> int:
-        candidates = []
-        for i in self._ready(tried):
-            load = self._replicas[i].load
-            usage = load.num_used_blocks / load.num_blocks if load.num_blocks else 0.0
-            candidates.append(Candidate(i, self._num_per_replica[i], load.num_running + load.num_waiting, usage))
-        chosen = choose(candidates)
-        if chosen is None:
-            raise ReplicaUnavailableError(self.health().reason or "No replica is ready; try again in a moment.")
-        return chosen.index
-
-    async def _stream(self, index: int, request: GenerateRequest) -> AsyncGenerator[TokenDelta, None]:
-        replica = self._replicas[index]
-        self._num_per_replica[index] += 1
+    async def _stream(self, place: Place, stream: Stream, admission: Admission) -> AsyncGenerator[TokenDelta, None]:
+        """The deltas one replica contributes; ends without a finish_reason when the rest must come from another."""
+        seat, num_tokens = place.seat, len(stream.request.prompt_token_ids)
+        replica = seat.replica
+        trace = stream.trace
+        trace.replica_id = replica.replica_id
+        if trace.queue_s is None:
+            trace.queue_s = self._clock() - admission.arrived
+            if self._policy == "prefix":
+                trace.num_cached_tokens_predicted = place.decision.num_cached_tokens
+        self._bounds.placed(admission, num_tokens)
+        deltas = replica.generate(stream.next_attempt())
+        is_first = True
         try:
-            deltas = replica.generate(request)
-            try:
-                async for delta in deltas:
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
-            finally:
-                await deltas.aclose()  # type: ignore[attr-defined]  # a Replica's generate is an async generator
+            while True:
+                delta = await stream.interrupt.wait(deltas.__anext__)
+                if is_first:
+                    is_first = False
+                    self._table.report_knows(seat, stream)
+                    if not stream.output_token_ids:
+                        self._first_tokens.add(self._clock(), self._clock() - admission.arrived)
+                yield stream.take(delta)
+        except StopAsyncIteration:
+            self._lost(
+                stream, replica, ReplicaUnavailableError(f"Replica {replica.replica_id} ended the stream early.")
+            )
+        except ReplicaUnavailableError as e:
+            self._lost(stream, replica, e)
+        except StreamMovedError as e:
+            self.num_failovers_total += 1
+            stream.move()
+            log.info("Request %s moves after %d tokens: %s", stream.request.request_id, len(stream.output_token_ids), e)
         finally:
-            self._num_per_replica[index] -= 1
-        raise ReplicaUnavailableError(
-            f"Replica {replica.replica_id} ended the stream of request {request.request_id} early."
+            try:
+                await deltas.aclose()  # type: ignore[attr-defined]  # a Replica's generate is an async generator
+            finally:
+                self._dispatcher.leave(seat, stream)
+        self._bounds.displaced(admission, num_tokens)
+
+    def _lost(self, stream: Stream, replica: Replica, error: ReplicaUnavailableError) -> None:
+        stream.lose(replica, error)
+        self.num_failovers_total += 1
+        log.info(
+            "Request %s goes on elsewhere after %d tokens: %s",
+            stream.request.request_id, len(stream.output_token_ids), error,
+        )  # fmt: skip
+
+    async def _name_blocks(self, stream: Stream, hashing: Hashing) -> None:
+        facts = self._table.facts
+        if facts is not None and facts.enable_prefix_caching:
+            await hashing.extend(stream, facts.block_size)
+
+    def _watch_deadline(self, stream: Stream, admission: Admission) -> Callable[[], None]:
+        """Interrupts the stream when its time is over; returns what stops watching."""
+        if admission.deadline is None:
+            return lambda: None
+        error = DeadlineExceededError(
+            f"The request was not complete after the {admission.deadline - admission.arrived:g} s it was given; "
+            "raise X-Request-Timeout or ask for fewer tokens."
         )
+        delay = max(0.0, admission.deadline - self._clock())
+        return asyncio.get_running_loop().call_later(delay, stream.interrupt.set, error).cancel
+
+    def _estimated_wait_s(self) -> float | None:
+        """Of a request that came now: for prompts before it, and for those in line to find room. None when nothing is known."""
+        by_tokens = self._table.estimated_wait_s(self.num_queued_tokens)
+        ends_per_s = self._ends.per_s(self._clock())
+        by_places = self.num_waiting / ends_per_s if ends_per_s and self.num_waiting else None
+        return max((w for w in (by_tokens, by_places) if w is not None), default=None)

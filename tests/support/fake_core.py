@@ -5,9 +5,18 @@ A test can hold a step back, make it fail, and read what the core still holds. F
 
 import threading
 import time
+from collections import deque
 
 from workers.errors import RequestError
-from workers.protocol import EngineFacts, FinishReason, GenerateRequest, LoadReport, SamplingParams, TokenDelta
+from workers.protocol import (
+    CacheEvents,
+    EngineFacts,
+    FinishReason,
+    GenerateRequest,
+    LoadReport,
+    SamplingParams,
+    TokenDelta,
+)
 
 VOCAB_SIZE = 1000
 FACTS = EngineFacts(
@@ -36,7 +45,9 @@ def expected_tokens(req: GenerateRequest) -> list[int]:
 
 
 class FakeCore:
-    """Attributes: `requests` maps id to tokens generated so far; clear `gate` to hold steps and heartbeats back."""
+    """Attributes: `requests` maps id to tokens generated so far; clear `gate` to hold steps and heartbeats back. What is
+    put into `cache_events` goes out with the next steps, one each.
+    """
 
     def __init__(self) -> None:
         self.requests: dict[str, tuple[GenerateRequest, int]] = {}
@@ -44,6 +55,7 @@ class FakeCore:
         self.gate = threading.Event()
         self.gate.set()
         self.fail_with: Exception | None = None
+        self.cache_events: deque[CacheEvents] = deque()
         self.num_heartbeats = 0
         self.num_steps = 0
         self.shut_down = threading.Event()
@@ -78,6 +90,9 @@ class FakeCore:
             reason = FinishReason.LENGTH if finished else None
             deltas.append(TokenDelta(request_id=request_id, token_ids=[token], finish_reason=reason))
         return deltas
+
+    def take_cache_events(self) -> CacheEvents | None:
+        return self.cache_events.popleft() if self.cache_events else None
 
     def heartbeat(self) -> None:
         self._forward()

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -21,25 +21,28 @@ API_KEY = "system-test-key"
 
 
 class Server:
-    """One `tramontane serve` process on a port of its own choice. `output` is all it has said so far, on stderr."""
+    """One `tramontane serve` process on a port of its own choice. `output` is all it has said so far, on stderr.
 
-    def __init__(self, *options: str) -> None:
+    prefix: what the command line begins with, for a server in a network namespace, which only that namespace's commands reach.
+    """
+
+    def __init__(self, *options: str, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [str(COMMAND), "serve", "--port", "0", *options],
+            [*prefix, str(COMMAND), "serve", "--port", "0", *options],
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            env={**os.environ, "TRAMONTANE_API_KEY": API_KEY},
+            env={**(os.environ if env is None else env), "TRAMONTANE_API_KEY": API_KEY},
         )
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
             self.wait_for(lambda: "Stop  " in self.output, timeout_s=100, what="become ready")
-            self.url = re.search(r"http://127\.0\.0\.1:\d+(?=/v1\n)", self.output)[0]
-            self.descendants = psutil.Process(self.process.pid).children(recursive=True)
-            self.ranks = self._find_ranks()
-            self.folder = Path(self.ranks[0].environ()["TRAMONTANE_RAY_FOLDER"])
+            self.url = re.search(r"http://[\d.]+:\d+(?=/v1\n)", self.output)[0]
+            self.descendants = self.all_descendants()
+            folders = [f for f in map(_ray_folder, self.descendants) if f is not None]
+            self.folder = folders[0] if folders else None  # of a Ray of its own
         except BaseException:
             self.kill()
             raise
@@ -56,9 +59,62 @@ class Server:
         except urllib.error.HTTPError as e:
             return e.code, e.read().decode()
 
+    def post(self, path: str, body: object) -> tuple[int, str]:
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as e:
+            return e.code, e.read().decode()
+
+    def all_descendants(self) -> list[psutil.Process]:
+        """Every process it has started, directly or not, that lives now."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def health(self) -> tuple[int, dict]:
         status, body = self.get("/health")
         return status, json.loads(body)
+
+    def replicas(self, state: str | None = None) -> dict[str, dict]:
+        """The replicas by id as the operator sees them, those in `state` only if it is given."""
+        status, body = self.get("/admin/cluster")
+        assert status == 200, body
+        return {r["replica_id"]: r for r in json.loads(body)["replicas"] if state in (None, r["state"])}
+
+    def rank(self, replica_id: str, rank: int) -> psutil.Process:
+        """The process of a rank on this machine."""
+        return psutil.Process(self.replicas()[replica_id]["ranks"][rank]["pid"])
+
+    def wait_ready(self, count: int, timeout_s: float = 60.0) -> None:
+        self.wait_for(lambda: len(self.replicas("ready")) == count, timeout_s=timeout_s, what=f"have {count} replicas")
+
+    def complete(self, **body: object) -> dict:
+        """A whole answer of /v1/completions."""
+        with urllib.request.urlopen(self.request(body), timeout=120) as response:
+            return json.load(response)
+
+    def stream(self, **body: object) -> Iterator[dict]:
+        """The events of a streamed answer, [DONE] checked and left out."""
+        with urllib.request.urlopen(self.request({**body, "stream": True}), timeout=120) as response:
+            for line in response:
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    assert "error" not in event, event
+                    yield event
+                elif line.startswith(b"data: [DONE]"):
+                    return
+        raise AssertionError("the stream ended without [DONE]")
+
+    def request(self, body: Mapping[str, object]) -> urllib.request.Request:
+        return urllib.request.Request(
+            f"{self.url}/v1/completions",
+            data=json.dumps({"model": "demo_model", **body}).encode(),
+            headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
+        )
 
     def metric(self, name: str) -> float:
         """The sum over replicas."""
@@ -77,12 +133,14 @@ class Server:
     def left_over(self) -> list[str]:
         """What of this server is still there some seconds after its end."""
         _, alive = psutil.wait_procs(self.descendants, timeout=10)
-        return [f"process {p.pid} {p.cmdline()[:2]}" for p in alive] + [str(f) for f in [self.folder] if f.exists()]
+        return [f"process {p.pid} {p.cmdline()[:2]}" for p in alive] + [
+            str(f) for f in [self.folder] if f is not None and f.exists()
+        ]
 
     def kill(self) -> None:
         """Whatever state it is in, it and its descendants are gone afterwards."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            self.descendants = psutil.Process(self.process.pid).children(recursive=True)
+            self.descendants = self.all_descendants()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -94,12 +152,13 @@ class Server:
         self._reader.join(5)
         self.process.stderr.close()
 
-    def _find_ranks(self) -> list[psutil.Process]:
-        workers = [p for p in self.descendants if p.cmdline() and "ShardWorker" in p.cmdline()[0]]
-        leads = [any(c.status == "LISTEN" and c.laddr.ip == "127.0.0.1" for c in p.net_connections()) for p in workers]
-        assert leads.count(True) == 1, "exactly rank 0 listens for the gateway on loopback"
-        return sorted(workers, key=lambda p: not leads[workers.index(p)])
-
     def _read(self) -> None:
         for line in self.process.stderr:
             self._lines.append(line)
+
+
+def _ray_folder(process: psutil.Process) -> Path | None:
+    with contextlib.suppress(psutil.Error):
+        folder = process.environ().get("TRAMONTANE_RAY_FOLDER")
+        return Path(folder) if folder else None
+    return None

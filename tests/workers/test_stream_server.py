@@ -12,6 +12,8 @@ from workers.engine.loop import EngineLoop
 from workers.protocol import (
     PROTOCOL_VERSION,
     Abort,
+    CacheEvents,
+    Ending,
     EngineFacts,
     FromReplica,
     Heartbeat,
@@ -31,18 +33,23 @@ decoder = msgspec.msgpack.Decoder(FromReplica)
 class Engine:
     """A fake core, its loop and its server, as ShardWorker wires them."""
 
-    def __init__(self) -> None:
+    def __init__(self, facts: EngineFacts = FACTS) -> None:
+        self.orphaned: list[str] = []
         self.core = FakeCore()
-        self.loop = EngineLoop(self.core, lambda deltas: self.server.publish(deltas), idle_heartbeat_s=0.05)
+        self.loop = EngineLoop(self.core, self._publish, idle_heartbeat_s=0.05)
         self.server = StreamServer(
-            FACTS,
+            facts,
             TOKEN,
             submit=self.loop.submit,
             abort=self.loop.abort,
             load=self.core.load,
+            on_orphaned=self.orphaned.append,
         )
         self.address = self.server.start()
         self.loop.start()
+
+    def _publish(self, deltas, events) -> None:
+        self.server.publish(deltas, events)
 
     def close(self) -> None:
         self.core.gate.set()
@@ -70,6 +77,17 @@ class Client:
             assert isinstance(message, StepFrame)
             found += [d for d in message.deltas if d.request_id == request_id]
         return found
+
+    async def until_cached(self, block_hash: bytes) -> list[CacheEvents]:
+        """All cache events up to those that store this block."""
+        found = []
+        while True:
+            message = await self.receive()
+            self.send(Heartbeat())
+            if isinstance(message, StepFrame) and message.cache is not None:
+                found.append(message.cache)
+                if block_hash in message.cache.stored:
+                    return found
 
     async def closed_by_server(self) -> bool:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -278,6 +296,105 @@ async def test_close_flushes_what_was_published(engine, connect):
     closer = asyncio.create_task(asyncio.to_thread(engine.server.close))
     assert await client.closed_by_server()
     await closer
+
+
+async def test_a_connection_begins_with_all_that_is_cached_and_goes_on_with_what_changes(engine, connect):
+    engine.core.cache_events.extend(
+        [
+            CacheEvents(stored=[b"a", b"b", b"c"]),
+            CacheEvents(evicted=[b"a"], stored=[b"d"]),
+            CacheEvents(evicted=[b"b"], stored=[b"a"]),  # a is stored again
+        ]
+    )
+    early = await connect()
+    assert (await early.receive()).cache == CacheEvents(reset=True), "nothing is cached yet, and that is said"
+    early.send(Submit(request=request("r", max_tokens=3)))
+    assert await early.until_cached(b"d")
+    await until(lambda: not engine.core.cache_events and not engine.core.requests)
+    late = await connect()
+    assert (await late.receive()).cache == CacheEvents(stored=[b"c", b"d", b"a"], reset=True)
+    engine.core.cache_events.append(CacheEvents(evicted=[b"c"], stored=[b"e"]))
+    early.send(Submit(request=request("s", max_tokens=1)))
+    for client in (early, late):  # the second has no part in that step
+        assert (await client.until_cached(b"e"))[-1] == CacheEvents(evicted=[b"c"], stored=[b"e"])
+
+
+async def test_events_reach_a_connection_without_tokens_added_up_and_soon(engine, connect):
+    busy, idle = await connect(), await connect()
+    assert (await idle.receive()).cache.reset
+    engine.core.gate.clear()
+    # x comes and goes before the idle connection hears of it, k goes and comes back; on the busy one each step tells its own.
+    engine.core.cache_events.extend(
+        [
+            CacheEvents(stored=[b"k", b"x"]),
+            CacheEvents(evicted=[b"k", b"x"]),
+            CacheEvents(stored=[b"k"]),
+            CacheEvents(stored=[b"end"]),
+        ]
+    )
+    busy.send(Submit(request=request("r", max_tokens=4)))
+    engine.core.gate.set()
+    for client in (busy, idle):
+        known: set[bytes] = set()
+        for events in await client.until_cached(b"end"):
+            known = (set() if events.reset else known - set(events.evicted)) | set(events.stored)
+        assert known == {b"k", b"end"}
+
+
+async def test_without_prefix_caching_frames_say_nothing_of_it():
+    engine = Engine(msgspec.structs.replace(FACTS, enable_prefix_caching=False))
+    try:
+        client = Client(*await asyncio.open_connection(*engine.address))
+        client.send(Hello(token=TOKEN))
+        await client.receive()
+        assert (await client.receive()).cache is None
+        client.writer.close()
+    finally:
+        engine.close()
+
+
+async def test_last_words_reach_every_client_even_one_that_is_sending(engine, connect):
+    clients = [await connect() for _ in range(3)]
+    for client in clients:
+        client.send(Submit(request=request("r", max_tokens=10**6)))
+        client.send(
+            *[Heartbeat()] * 1000
+        )  # unread by the server when it closes: a reset would take the last words along
+    await until(lambda: len(engine.core.requests) == 3)
+    closer = asyncio.create_task(asyncio.to_thread(engine.server.close, reason="The replica is over."))
+    for client in clients:
+        client.send(*[Heartbeat()] * 1000)
+        messages = []
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                messages.append(await client.receive())
+        assert messages[-1] == Ending(reason="The replica is over.")
+        assert all(d.finish_reason is None for m in messages[:-1] for d in getattr(m, "deltas", ()))
+        client.writer.close()
+    await closer
+
+
+async def test_a_client_that_does_not_read_cannot_hold_the_end_up(engine, connect):
+    await connect()
+    began = asyncio.get_running_loop().time()
+    await asyncio.to_thread(engine.server.close, reason="The replica is over.")
+    assert asyncio.get_running_loop().time() - began < 3.0
+
+
+async def test_a_replica_that_every_gateway_has_left_is_told_once(engine, connect, monkeypatch):
+    monkeypatch.setattr(workers.stream_server, "ORPHAN_AFTER_S", 0.6)
+    await asyncio.sleep(1.0)
+    assert engine.orphaned == [], "nobody has come yet: the replica is new"
+    one, two = await connect(), await connect()
+    one.writer.close()
+    for _ in range(4):
+        two.send(Heartbeat())
+        await asyncio.sleep(0.25)
+    assert engine.orphaned == [], "somebody is still here"
+    two.writer.close()
+    await until(lambda: engine.orphaned)
+    await asyncio.sleep(0.6)
+    assert engine.orphaned == ["no gateway has been connected for 0.6 s"]
 
 
 def test_a_taken_port_is_an_error_at_once(engine):

@@ -1,37 +1,49 @@
-"""Paged attention through `scaled_dot_product_attention`: the specification of every other backend, on any device.
+"""Paged attention in plain matrix products and a softmax: the specification of every other backend, on any device.
 
-Gathers each sequence's keys and values out of their blocks, masks by position, and lets PyTorch compute. Sequences that
-decode one token are gathered together into one padded batch; sequences in prefill go one by one. The gather copies, so
-on a GPU this is the reference and `flash.py` the product; on the CPU it is both.
+On the CPU it is also the product, and there it promises more than its values: **a query's result is bit for bit the same
+whatever is computed beside it**, however its context was cut into chunks and wherever its blocks lie. So a stream
+that another replica takes up, prefilling what this one decoded, goes on with the same logits to the last bit.
+
+Three rules make it so; the tests hold them against the libraries underneath.
+- Keys are taken in tiles of KEY_TILE positions counted from position 0, not from the window's or the batch's first key.
+  A masked key's weight is an exact zero, so tiles that a neighbour needed or a window left behind add nothing.
+- Every product over keys spans one tile and tiles are added in order. One product over all keys would be split by the
+  library where their number suggests it.
+- Every product has a multiple of ROW_MULTIPLE rows, the last query repeated to fill up. With fewer, matrix libraries
+  take other paths with other rounding.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from workers.attention.backend import AttentionMetadata
 
-
-@dataclass(frozen=True)
-class _Decodes:
-    rows: torch.Tensor  # [num_decodes] flat token index of each decoding sequence
-    blocks: torch.Tensor  # [num_decodes, num_gathered_blocks]
-    mask: torch.Tensor  # [num_decodes, 1, 1, num_gathered_blocks * block_size], True where seen
+KEY_TILE = 64
+QUERY_TILE = 64  # queries of one prefill computed together: bounds the scores to num_heads * 64 * num_keys
+ROW_MULTIPLE = 4
 
 
 @dataclass(frozen=True)
-class _Prefill:
-    start: int  # flat index of the first query
-    end: int
-    blocks: torch.Tensor  # [num_gathered_blocks]
-    mask: torch.Tensor  # [query_len, num_gathered_blocks * block_size], True where seen
+class _Tile:
+    """Queries of one sequence in prefill, or one query of each decoding sequence, and the part of the gathered keys
+    they see.
+    """
+
+    rows: torch.Tensor  # [num_seqs * num_heads * num_queries] into q as [num_tokens * num_heads, head_dim]
+    keys: slice
+    mask: torch.Tensor  # [num_seqs, 1, num_queries, num_keys], 0 where seen and -inf elsewhere
 
 
 @dataclass(frozen=True)
-class _Plan:
-    decodes: _Decodes | None
-    prefills: list[_Prefill]
+class _Gather:
+    """Sequences whose keys and values are taken out of their blocks together."""
+
+    num_seqs: int
+    slots: torch.Tensor  # [num_seqs * num_kv_heads * num_keys] into the cache as [num_slots * num_kv_heads, head_dim]
+    tiles: list[_Tile]
 
 
 class SdpaBackend:
@@ -44,7 +56,9 @@ class SdpaBackend:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.sliding_window = sliding_window
-        self._plan: _Plan | None = None
+        # The query heads of one KV head share its products, so together they fill the rows.
+        self.query_multiple = ROW_MULTIPLE // math.gcd(ROW_MULTIPLE, num_heads // num_kv_heads)
+        self._plan: list[_Gather] = []
         self._planned_for: AttentionMetadata | None = None
 
     def forward(
@@ -59,90 +73,115 @@ class SdpaBackend:
         # q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]
         store_kv(k, v, k_cache, v_cache, metadata.slot_mapping)
         # Every layer of a step asks with the same metadata: the index arithmetic is done once.
-        if self._plan is None or self._planned_for is not metadata:
-            self._plan, self._planned_for = self._make_plan(metadata, k_cache.shape[1]), metadata
-        out = torch.empty_like(q)
-        if self._plan.decodes is not None:
-            out[self._plan.decodes.rows] = self._decode(q, k_cache, v_cache, self._plan.decodes)
-        for prefill in self._plan.prefills:
-            out[prefill.start : prefill.end] = self._prefill(q, k_cache, v_cache, prefill)
+        if self._planned_for is not metadata:
+            self._plan, self._planned_for = list(self._make_plan(metadata, k_cache.shape[1])), metadata
+        out = q.new_empty(q.shape)
+        queries = (q.float() * self.head_dim**-0.5).reshape(-1, self.head_dim)
+        for gather in self._plan:
+            keys, values = (
+                cache.view(-1, self.head_dim)
+                .index_select(0, gather.slots)
+                .view(gather.num_seqs * self.num_kv_heads, -1, self.head_dim)
+                .float()
+                for cache in (k_cache, v_cache)
+            )
+            for tile in gather.tiles:
+                attended = self._attend(queries, keys[:, tile.keys], values[:, tile.keys], tile)
+                # A repeated query writes its row again, with the same bits.
+                out.view(-1, self.head_dim).index_copy_(0, tile.rows, attended.to(out.dtype))
         return out
 
-    def _decode(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: _Decodes) -> torch.Tensor:
-        num_seqs = plan.rows.shape[0]
-        kv_shape = (num_seqs, -1, self.num_kv_heads, self.head_dim)
-        k = k_cache[plan.blocks].view(kv_shape).transpose(1, 2)
-        v = v_cache[plan.blocks].view(kv_shape).transpose(1, 2)
-        # The query heads of one KV head stand in the place of query positions: they see the same keys.
-        q = q[plan.rows].view(num_seqs, self.num_kv_heads, -1, self.head_dim)
-        # q: [num_seqs, num_kv_heads, group, head_dim]; k, v: [num_seqs, num_kv_heads, num_keys, head_dim]
-        out = scaled_dot_product_attention(q, k, v, attn_mask=plan.mask)
-        return out.reshape(num_seqs, self.num_heads, self.head_dim)
+    def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: _Tile) -> torch.Tensor:
+        # queries: [num_tokens * num_heads, head_dim], scaled; keys, values: [num_seqs * num_kv_heads, num_keys, head_dim]
+        num_seqs, _, num_queries, num_keys = tile.mask.shape
+        q = queries.index_select(0, tile.rows).view(num_seqs * self.num_kv_heads, -1, self.head_dim)
+        scores = torch.bmm(q, keys.transpose(1, 2))  # [num_seqs * num_kv_heads, group * num_queries, num_keys]
+        scores.view(num_seqs, self.num_heads, num_queries, num_keys).add_(tile.mask)
+        weights = scores.softmax(dim=-1)
+        out = torch.bmm(weights[..., :KEY_TILE], values[:, :KEY_TILE])
+        for start in range(KEY_TILE, num_keys, KEY_TILE):
+            end = start + KEY_TILE
+            out.baddbmm_(weights[..., start:end], values[:, start:end])
+        return out.view(-1, self.head_dim)
 
-    def _prefill(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: _Prefill) -> torch.Tensor:
-        kv_shape = (1, -1, self.num_kv_heads, self.head_dim)
-        k = k_cache[plan.blocks].view(kv_shape).transpose(1, 2)
-        v = v_cache[plan.blocks].view(kv_shape).transpose(1, 2)
-        q = q[plan.start : plan.end].transpose(0, 1).unsqueeze(0)
-        # q: [1, num_heads, query_len, head_dim]; k, v: [1, num_kv_heads, num_keys, head_dim]
-        out = scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, enable_gqa=True)
-        return out.squeeze(0).transpose(0, 1)
-
-    def _make_plan(self, metadata: AttentionMetadata, block_size: int) -> _Plan:
-        device = metadata.block_table.device
-        prefills, decoding, rows, start = [], [], [], 0
+    def _make_plan(self, metadata: AttentionMetadata, block_size: int) -> Iterator[_Gather]:
+        decoding, rows, start = [], [], 0
         for i, (query_len, context_len) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
             if query_len == 1:
                 decoding.append(i)
                 rows.append(start)
             else:
-                prefills.append(self._plan_prefill(metadata.block_table[i], start, query_len, context_len, block_size))
+                table = metadata.block_table[i : i + 1]
+                yield self._plan_prefill(table, start, query_len, context_len, block_size)
             start += query_len
-        if not decoding:
-            return _Plan(None, prefills)
-        lens = torch.tensor([metadata.context_lens[i] for i in decoding], device=device)
-        first_blocks = torch.tensor(
-            [self._first_block(metadata.context_lens[i] - 1, block_size) for i in decoding], device=device
-        )
-        num_blocks = int((-(-lens // block_size) - first_blocks).max())
-        blocks = first_blocks[:, None] + torch.arange(num_blocks, device=device)
-        table = metadata.block_table[decoding].long()
-        positions = first_blocks[:, None] * block_size + torch.arange(num_blocks * block_size, device=device)
-        mask = self._seen(lens[:, None] - 1, positions)
-        return _Plan(
-            _Decodes(
-                rows=torch.tensor(rows, device=device),
-                # Shorter sequences are padded with whatever the clamp finds: the mask hides it.
-                blocks=table.gather(1, blocks.clamp(max=table.shape[1] - 1)),
-                mask=mask[:, None, None, :],
-            ),
-            prefills,
-        )
+        if decoding:
+            context_lens = [metadata.context_lens[i] for i in decoding]
+            yield self._plan_decodes(metadata.block_table[decoding], rows, context_lens, block_size)
+
+    def _plan_decodes(self, table: torch.Tensor, rows: list[int], context_lens: list[int], block_size: int) -> _Gather:
+        """One query of each sequence. Shorter contexts are padded to the longest with keys that the mask hides."""
+        device = table.device
+        first_keys = [self._first_key(context_len - 1) for context_len in context_lens]
+        num_keys = max(_tiled(context_len - first) for context_len, first in zip(context_lens, first_keys, strict=True))
+        keys = torch.tensor(first_keys, device=device)[:, None] + torch.arange(num_keys, device=device)
+        queries = torch.tensor(context_lens, device=device)[:, None] - 1
+        tokens = torch.tensor(rows, device=device)[:, None].expand(-1, self.query_multiple)
+        tile = _Tile(self._rows(tokens), slice(None), self._mask(queries, keys).expand(-1, -1, self.query_multiple, -1))
+        return _Gather(len(rows), self._slots(table, keys, block_size), [tile])
 
     def _plan_prefill(
         self, table: torch.Tensor, start: int, query_len: int, context_len: int, block_size: int
-    ) -> _Prefill:
+    ) -> _Gather:
+        """Queries of one sequence, the first at flat index `start`. Each tile reads no more keys than it can see."""
+        device = table.device
         first_query = context_len - query_len
-        first_block = self._first_block(first_query, block_size)
-        last_block = -(-context_len // block_size)
-        queries = torch.arange(first_query, context_len, device=table.device)
-        keys = torch.arange(first_block * block_size, last_block * block_size, device=table.device)
-        mask = self._seen(queries[:, None], keys[None, :])
-        return _Prefill(start, start + query_len, table[first_block:last_block].long(), mask)
+        first_key = self._first_key(first_query)
+        keys = torch.arange(first_key, first_key + _tiled(context_len - first_key), device=device)[None]
+        tiles = []
+        for tile_start in range(0, query_len, QUERY_TILE):
+            tile_end = min(tile_start + QUERY_TILE, query_len)
+            num_queries = -(-(tile_end - tile_start) // self.query_multiple) * self.query_multiple
+            offsets = torch.arange(tile_start, tile_start + num_queries, device=device).clamp(max=tile_end - 1)[None]
+            seen = slice(
+                self._first_key(first_query + tile_start) - first_key, _tiled(first_query + tile_end - first_key)
+            )
+            mask = self._mask(first_query + offsets, keys[:, seen])
+            tiles.append(_Tile(self._rows(start + offsets), seen, mask))
+        return _Gather(1, self._slots(table, keys, block_size), tiles)
 
-    def _first_block(self, query: int, block_size: int) -> int:
-        """The block of the oldest key that the query at this position sees. W=4, block_size=2: query 5 sees 2..5, block
-        1.
+    def _first_key(self, query: int) -> int:
+        """Where the tile begins that holds the oldest key seen from this position. W=100, tiles of 64: query 170 sees
+        71..170, the tile begins at 64.
         """
         if self.sliding_window is None:
             return 0
-        return max(0, query - self.sliding_window + 1) // block_size
+        return max(0, query - self.sliding_window + 1) // KEY_TILE * KEY_TILE
 
-    def _seen(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        seen = keys <= queries
+    def _mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Positions [num_seqs, num_queries] and [num_seqs, num_keys] -> [num_seqs, 1, num_queries, num_keys]."""
+        distance = queries[:, None, :, None] - keys[:, None, None, :]
+        hidden = distance < 0
         if self.sliding_window is not None:
-            seen &= queries - keys < self.sliding_window
-        return seen
+            hidden |= distance >= self.sliding_window
+        return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+    def _rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Flat token indices [num_seqs, num_queries] -> rows of (sequence, head, query)."""
+        heads = torch.arange(self.num_heads, device=tokens.device)[:, None]
+        return (tokens[:, None, :] * self.num_heads + heads).flatten()
+
+    def _slots(self, table: torch.Tensor, keys: torch.Tensor, block_size: int) -> torch.Tensor:
+        """Block tables [num_seqs, max_blocks], positions [num_seqs, num_keys] -> rows of (sequence, KV head, key)."""
+        # Positions past the end find whatever the clamp finds: the mask hides it.
+        blocks = table.long().gather(1, (keys // block_size).clamp(max=table.shape[1] - 1))
+        slots = blocks * block_size + keys % block_size
+        kv_heads = torch.arange(self.num_kv_heads, device=table.device)[:, None]
+        return (slots[:, None, :] * self.num_kv_heads + kv_heads).flatten()
+
+
+def _tiled(num_keys: int) -> int:
+    """Rounded up to whole tiles."""
+    return -(-num_keys // KEY_TILE) * KEY_TILE
 
 
 def store_kv(

@@ -8,6 +8,9 @@ until then a prefix with the same hash takes it back (the prefix cache of vLLM).
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from workers.cache_diff import CacheDiff
+from workers.protocol import CacheEvents
+
 NULL_BLOCK = 0
 
 
@@ -19,6 +22,7 @@ class BlockPool:
         self._ref_counts = [0] * (num_blocks + 1)
         self._hash_of: dict[int, bytes] = {}
         self._cached: dict[bytes, int] = {}
+        self._diff = CacheDiff()
         # In the order of eviction.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks + 1))
 
@@ -55,6 +59,7 @@ class BlockPool:
             block_hash = self._hash_of.pop(block_id, None)
             if block_hash is not None:
                 del self._cached[block_hash]
+                self._diff.evict(block_hash)
         return block_ids
 
     def name(self, block_id: int, block_hash: bytes) -> None:
@@ -62,6 +67,11 @@ class BlockPool:
         if block_hash not in self._cached:
             self._cached[block_hash] = block_id
             self._hash_of[block_id] = block_hash
+            self._diff.store(block_hash)
+
+    def take_events(self) -> CacheEvents | None:
+        """Which contents became findable and which were lost since the last call; None when neither."""
+        return self._diff.take()
 
     def release(self, block_ids: Iterable[int]) -> None:
         """One holder less for each, in the order in which they may be evicted; null blocks are passed over."""

@@ -17,12 +17,14 @@ from workers.engine.sampler import Sampled, SamplingRow, sample
 from workers.engine.scheduler import ScheduledRequest, Scheduler
 from workers.errors import RequestError
 from workers.parallel.group import TensorParallel
-from workers.protocol import EngineFacts, FinishReason, GenerateRequest, LoadReport, TokenDelta
+from workers.protocol import CacheEvents, EngineFacts, FinishReason, GenerateRequest, LoadReport, TokenDelta
 
 log = logging.getLogger(__name__)
 
 # A step that runs this long is suspicious: the load report then names the ranks it waits for.
 SLOW_STEP_S = 1.0
+# How much of the speed known before a step with prompts survives it.
+SPEED_DECAY = 0.9
 
 
 class EngineCore:
@@ -44,10 +46,13 @@ class EngineCore:
         self.max_model_len = self._max_model_len()
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
-        self._num_steps_total = 0
+        self.num_steps_total = 0
+        self.step_s_total = 0.0
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
         self._last_step_s = 0.0
+        # Decaying sums, so that a short prompt, whose step is mostly fixed cost, does not weigh like a long one.
+        self._recent_tokens = self._recent_s = 0.0
         self._last_forward: float | None = None
         self._step_began: float | None = None
 
@@ -97,7 +102,12 @@ class EngineCore:
             self.runner.synchronize()  # sampling waits for the device by itself; `forward_age_s` must not run ahead of it
         deltas = self._update(scheduled, dict(zip((r.request_id for r in sampling), sampled, strict=True)))
         self._step_ended(began)
+        self._measure_speed(scheduled)
         return deltas
+
+    def take_cache_events(self) -> CacheEvents | None:
+        """What the prefix cache gained and lost since the last call; None when nothing."""
+        return self.kv_cache.pool.take_events()
 
     def heartbeat(self) -> None:
         """A forward pass of one dummy token on all ranks: proof of life while idle."""
@@ -115,18 +125,22 @@ class EngineCore:
     def load(self) -> LoadReport:
         now, began = time.monotonic(), self._step_began
         pool = self.kv_cache.pool
+        requests = [*self.scheduler.running, *self.scheduler.waiting]  # copies: the engine thread changes the lists
         return LoadReport(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
+            num_pending_tokens=sum(r.num_tokens - r.num_computed_tokens for r in requests),
+            tokens_per_s=self._recent_tokens / self._recent_s if self._recent_s else 0.0,
             num_blocks=pool.num_blocks,
             num_used_blocks=pool.num_used,
-            num_steps_total=self._num_steps_total,
+            num_steps_total=self.num_steps_total,
             num_preemptions_total=self.scheduler.num_preemptions_total,
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
             prefix_queries_total=self.kv_cache.prefix_queries_total,
             prefix_hits_total=self.kv_cache.prefix_hits_total,
             last_step_s=self._last_step_s,
+            step_s_total=self.step_s_total,
             step_age_s=None if began is None else now - began,
             forward_age_s=None if self._last_forward is None else now - self._last_forward,
             stuck_ranks=self.tp.waiting_for() if began is not None and now - began > SLOW_STEP_S else (),
@@ -213,4 +227,11 @@ class EngineCore:
         self._last_forward = time.monotonic()
         self._last_step_s = self._last_forward - began
         self._step_began = None
-        self._num_steps_total += 1
+        self.num_steps_total += 1
+        self.step_s_total += self._last_step_s
+
+    def _measure_speed(self, scheduled: list[ScheduledRequest]) -> None:
+        """Steps in which somebody catches up count: what they show is how fast waiting tokens are worked off."""
+        if any(s.num_new_tokens > 1 for s in scheduled):
+            self._recent_s = SPEED_DECAY * self._recent_s + self._last_step_s
+            self._recent_tokens = SPEED_DECAY * self._recent_tokens + sum(s.num_new_tokens for s in scheduled)

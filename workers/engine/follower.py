@@ -1,11 +1,19 @@
-"""The loop of ranks 1 and up: receive a batch, compute it, again. No requests, no policy, no clock."""
+"""The loop of ranks 1 and up: receive a batch, compute it, again. No requests, no policy."""
+
+import time
+from collections.abc import Callable
 
 from workers.engine.batch import ForwardBatch, is_stop
 from workers.engine.model_runner import ModelRunner
 from workers.parallel.group import TensorParallel
 
 
-def run_follower(runner: ModelRunner, tp: TensorParallel) -> None:
-    """Returns when rank 0 says stop. Raises GroupError when rank 0 is gone or a collective times out."""
+def run_follower(runner: ModelRunner, tp: TensorParallel, on_step: Callable[[float], None] = lambda _: None) -> None:
+    """Returns when rank 0 says stop. Raises GroupError when rank 0 is gone or a collective times out.
+
+    `on_step` gets each step's seconds on the host, the wait for rank 0 left out.
+    """
     while not is_stop(message := tp.broadcast(None)):
+        began = time.monotonic()
         runner.execute(ForwardBatch.unpack(message))
+        on_step(time.monotonic() - began)

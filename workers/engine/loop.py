@@ -1,4 +1,4 @@
-"""The engine thread: drains the inbox, steps the core, hands every step's deltas to `publish`.
+"""The engine thread: drains the inbox, steps the core, hands every step's deltas and cache events to `publish`.
 
 Knows no socket and no torch: the core is anything with the methods of `Core`, the requests come in through a queue that other
 threads fill. Idle, it lets the core make an empty forward pass now and then, so that readiness is always recent knowledge.
@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from workers.errors import GroupError, RequestError
-from workers.protocol import FinishReason, GenerateRequest, TokenDelta
+from workers.errors import RequestError
+from workers.protocol import CacheEvents, FinishReason, GenerateRequest, TokenDelta
+
+Publish = Callable[[list[TokenDelta], CacheEvents | None], None]
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ class Core(Protocol):
     def add_request(self, request: GenerateRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[TokenDelta]: ...
+    def take_cache_events(self) -> CacheEvents | None: ...
     def has_work(self) -> bool: ...
     def heartbeat(self) -> None: ...
     def shutdown(self) -> None: ...
@@ -35,14 +38,13 @@ class EngineLoop:
     """Owns the thread that owns the core. `submit`, `abort` and `stop` may be called from any thread.
 
     `on_failure` runs on the engine thread after the loop has ended by an exception, which `failure` keeps. Requests held then
-    get an ERROR delta, unless it was the group that failed: those requests are sound, and the gateway, which
-    loses its connection, continues them on another replica.
+    get no delta: the replica is over, and the gateway, which learns it, continues them on another one.
     """
 
     def __init__(
         self,
         core: Core,
-        publish: Callable[[list[TokenDelta]], None],
+        publish: Publish,
         *,
         on_failure: Callable[[Exception], None] | None = None,
         idle_heartbeat_s: float = IDLE_HEARTBEAT_S,
@@ -52,7 +54,6 @@ class EngineLoop:
         self._on_failure = on_failure
         self._idle_heartbeat_s = idle_heartbeat_s
         self._inbox: queue.SimpleQueue[GenerateRequest | str | None] = queue.SimpleQueue()
-        self._held: set[str] = set()
         self._stopping = False
         self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -80,7 +81,7 @@ class EngineLoop:
             while not self._stopping:
                 self._drain(wait=not self._core.has_work(), until=last_forward + self._idle_heartbeat_s)
                 if self._core.has_work():
-                    self._deliver(self._core.step())
+                    self._step()
                     last_forward = time.monotonic()
                 elif not self._stopping and time.monotonic() >= last_forward + self._idle_heartbeat_s:
                     self._core.heartbeat()
@@ -100,7 +101,6 @@ class EngineLoop:
                 if item is None:
                     self._stopping = True
                 elif isinstance(item, str):
-                    self._held.discard(item)
                     self._core.abort(item)
                 else:
                     self._add(item)
@@ -111,23 +111,20 @@ class EngineLoop:
         try:
             self._core.add_request(request)
         except RequestError as e:
-            self._publish([_error(request.request_id, str(e))])
+            self._publish([_error(request.request_id, str(e))], None)
         except Exception as e:  # a strange request must end alone
             log.exception("Request %s could not be added: %s", request.request_id, e)
-            self._publish([_error(request.request_id, "The engine could not take this request because of an error.")])
-        else:
-            self._held.add(request.request_id)
+            message = "The engine could not take this request because of an error."
+            self._publish([_error(request.request_id, message)], None)
 
-    def _deliver(self, deltas: list[TokenDelta]) -> None:
-        if deltas:
-            self._held.difference_update(d.request_id for d in deltas if d.finish_reason is not None)
-            self._publish(deltas)
+    def _step(self) -> None:
+        deltas = self._core.step()
+        events = self._core.take_cache_events()
+        if deltas or events is not None:
+            self._publish(deltas, events)
 
     def _fail(self, failure: Exception) -> None:
         self.failure = failure
-        if not isinstance(failure, GroupError):
-            self._publish([_error(r, "The engine stopped because of an error; please try again.") for r in self._held])
-        self._held.clear()
         if self._on_failure is not None:
             self._on_failure(failure)
 

@@ -20,6 +20,7 @@ MAGIC = 0x74_72_61_6D
 WORD = 8
 LINE = 8  # words in a cache line
 ARRIVED, CLOSED, PID, BORN = range(4)  # the words of each rank's own line
+PF_EXITING = 4  # Linux
 
 
 def available() -> bool:
@@ -78,10 +79,12 @@ def open_existing(path: Path, facts: tuple[int, int, int], *, deadline: float) -
 
 
 def birth(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None if it is dead, reaped or not. Tells a reused pid apart."""
+    """When the process started, in clock ticks since boot; None if it is dead or dying, reaped or not. Tells a reused pid apart."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     fields = stat.rpartition(")")[2].split()  # the command's name may hold spaces
-    return None if fields[0] in "ZX" else int(fields[19])
+    # Giving back much memory takes a killed process seconds, in which nothing of it runs any more.
+    dying = fields[0] in "ZX" or int(fields[6]) & PF_EXITING
+    return None if dying else int(fields[19])

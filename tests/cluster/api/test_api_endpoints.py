@@ -328,10 +328,10 @@ async def test_metrics(connect: Connect) -> None:
     model = '{model_name="demo"}'
     num_prompt, num_output = len(TOKENIZER.encode("a b")), len(ids("a b c")) + 1
     for line in (
-        'tramontane:num_requests_running{replica="fake-0"} 1.0',
-        'tramontane:kv_cache_usage_perc{replica="fake-0"} 0.25',
-        'tramontane:replica_ready{replica="fake-0"} 1.0',
-        "tramontane:num_requests_inflight 0.0",
+        'tramontane:num_requests_running{engine="fake-0",model_name="demo"} 1.0',
+        'tramontane:kv_cache_usage_perc{engine="fake-0",model_name="demo"} 0.25',
+        'tramontane:replica_ready{engine="fake-0",model_name="demo"} 1.0',
+        'tramontane:num_requests_inflight{model_name="demo"} 0.0',
         f"tramontane:prompt_tokens_total{model} {num_prompt}.0",
         f"tramontane:generation_tokens_total{model} {num_output}.0",
         f"tramontane:time_to_first_token_seconds_count{model} 1.0",
@@ -368,7 +368,7 @@ async def test_a_client_that_leaves_frees_the_replica(connect: Connect, stream: 
     assert sorted(replica.aborted) == sorted(r.request_id for r in replica.requests)
     metrics = await (await client.get("/metrics")).text()
     assert f'request_success_total{{finished_reason="abort",model_name="demo"}} {n}.0' in metrics
-    assert "tramontane:num_requests_inflight 0.0" in metrics
+    assert 'tramontane:num_requests_inflight{model_name="demo"} 0.0' in metrics
 
 
 async def test_a_server_without_handler_cancellation_notices_at_the_next_token() -> None:

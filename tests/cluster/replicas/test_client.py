@@ -12,7 +12,7 @@ import workers.stream_server
 from cluster.replicas.client import ReplicaClient
 from workers.engine.loop import EngineLoop
 from workers.errors import GroupError, ReplicaUnavailableError
-from workers.protocol import FinishReason, LoadReport, StepFrame, encode_frame
+from workers.protocol import CacheEvents, FinishReason, LoadReport, StepFrame, encode_frame
 from workers.stream_server import StreamServer
 
 TOKEN = "secret"
@@ -22,7 +22,7 @@ class Engine:
     def __init__(self, port: int = 0) -> None:
         self.core = FakeCore()
         self.loop = EngineLoop(
-            self.core, self._publish, on_failure=lambda e: self.server.close(), idle_heartbeat_s=0.05
+            self.core, self._publish, on_failure=lambda e: self.server.close(reason=str(e)), idle_heartbeat_s=0.05
         )
         self.server = StreamServer(
             FACTS,
@@ -34,8 +34,8 @@ class Engine:
         self.address = self.server.start(port=port)
         self.loop.start()
 
-    def _publish(self, deltas) -> None:
-        self.server.publish(deltas)
+    def _publish(self, deltas, events) -> None:
+        self.server.publish(deltas, events)
 
     def close(self) -> None:
         self.core.gate.set()
@@ -137,19 +137,63 @@ async def test_readiness_ages_between_reports(engine, client):
     assert "last forward pass" in client.not_ready_reason(time.monotonic() + 60)
 
 
-async def test_a_failed_group_ends_every_stream_as_unavailable(engine, client):
+async def test_a_failed_engine_says_why_and_is_over(engine, client):
     streams = [client.generate(request(f"r{i}", max_tokens=10**9)) for i in range(3)]
     for stream in streams:
         await anext(stream)
-    engine.core.fail_with = GroupError("rank 1 died")
+    engine.core.fail_with = GroupError("Replica r0 lost rank 1: its process died.")
     for stream in streams:
-        with pytest.raises(ReplicaUnavailableError, match="r0 was lost"):
+        with pytest.raises(ReplicaUnavailableError, match=r"^Replica r0 lost rank 1: its process died\.$"):
             async for _ in stream:
                 pass
     assert client.num_streams == 0
-    assert "no connection" in client.not_ready_reason(time.monotonic())
+    assert client.condemned == client.not_ready_reason(time.monotonic()) == "Replica r0 lost rank 1: its process died."
     with pytest.raises(ReplicaUnavailableError):
         await anext(client.generate(request("late")))
+
+
+async def test_a_closed_connection_alone_condemns_nobody(engine, client):
+    stream = client.generate(request("r", max_tokens=10**9))
+    await anext(stream)
+    await asyncio.to_thread(engine.server.close)
+    with pytest.raises(ReplicaUnavailableError, match="r0 was lost: rank 0 closed the connection"):
+        async for _ in stream:
+            pass
+    assert client.condemned is None
+    assert "no connection" in client.not_ready_reason(time.monotonic())
+
+
+async def test_whoever_listens_to_frames_hears_what_was_said_before(engine, client):
+    engine.core.cache_events.append(CacheEvents(stored=[b"a", b"b"]))
+    engine.core.cache_events.append(CacheEvents(evicted=[b"a"], stored=[b"c"]))
+    await collect(client, request("before"))
+    heard: list[StepFrame] = []
+    client.on_frame = heard.append
+    assert heard[0].cache is not None
+    assert (heard[0].cache.reset, sorted(heard[0].cache.stored)) == (True, [b"b", b"c"])
+    assert heard[0].load == client.load
+    engine.core.cache_events.append(CacheEvents(stored=[b"d"]))
+    await collect(client, request("after"))
+    events = [f.cache for f in heard[1:] if f.cache is not None]
+    assert [e.stored for e in events] == [[b"d"]]
+    assert not any(e.reset for e in events)
+
+
+async def test_a_new_connection_begins_with_all_that_is_cached(monkeypatch):
+    monkeypatch.setattr(cluster.replicas.client, "RECONNECT_AFTER_S", 0.02)
+    engine = Engine()
+    async with ReplicaClient("r0", engine.address, TOKEN) as client:
+        heard: list[StepFrame] = []
+        client.on_frame = heard.append
+        await asyncio.to_thread(engine.close)
+        await until(lambda: not client.is_ready(time.monotonic()))
+        num_before = len(heard)
+        engine = Engine(engine.address[1])
+        await until(lambda: client.is_ready(time.monotonic()))
+        first = heard[num_before].cache
+        assert first is not None
+        assert first.reset, "what the lost connection did not say must not be believed any longer"
+    await asyncio.to_thread(engine.close)
 
 
 async def test_reconnects_when_rank_0_is_back(monkeypatch):

@@ -1,0 +1,122 @@
+"""One gateway, put together: router, fleet, HTTP application and listener, in this order, and ended in the opposite one.
+
+Knows what a gateway is made of; no Ray (the controller is handed in) and no console. `serve` runs one in its own process,
+`replicas/gateway_actor.py` runs further ones.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cluster.api.app import make_app
+from cluster.api.listener import Listener
+from cluster.config import ServeConfig, url_of
+from cluster.metrics import Metrics
+from cluster.replicas.fleet import Fleet
+from cluster.replicas.state import ClusterView, without_secrets
+from cluster.router.router import Router
+from workers.errors import ConfigError, ReplicaUnavailableError
+
+if TYPE_CHECKING:
+    from cluster.replicas.controller_client import ControllerClient
+    from cluster.text.chat import ChatTemplate
+    from cluster.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Gateway:
+    """`await Gateway(...).open()`, then `drain` and `close`. on_view: called with every view of the cluster."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        controller: "ControllerClient",
+        *,
+        tokenizer: "Tokenizer",
+        chat_template: "ChatTemplate | None",
+        on_view: Callable[[ClusterView], None] = lambda _: None,
+    ) -> None:
+        self.gateway_id = f"g-{secrets.token_hex(3)}"
+        self.url = ""
+        self._config = config
+        self._controller = controller
+        self.router = Router(
+            policy=config.routing_policy,
+            max_queued_tokens=config.max_queued_tokens,
+            queue_timeout_s=config.queue_timeout_s,
+        )
+        self.metrics = Metrics(
+            self.router, model_name=config.model_name, prefix=config.metrics_prefix, view=lambda: self.view
+        )
+        app = make_app(
+            router=self.router,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            model_name=config.model_name,
+            api_key=config.api_key,
+            metrics=self.metrics,
+            admin=self,
+        )
+        self._listener = Listener(app)
+        self._on_view = on_view
+        self._fleet: Fleet | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def view(self) -> ClusterView | None:
+        """The newest view of the cluster."""
+        return None if self._fleet is None else self._fleet.view
+
+    async def open(self) -> "Gateway":
+        """Listens, and begins to sync. Raises ConfigError when the port is taken."""
+        config = self._config
+        try:
+            await self._listener.open(config.host, config.port, shared=config.num_gateways > 1)
+        except OSError as e:
+            raise ConfigError(f"Port {config.port} on {config.host} was taken meanwhile: {e.strerror}.") from e
+        self.url = url_of(config.host, self._listener.port)
+        self._fleet = Fleet(
+            self._controller, self.router, gateway_id=self.gateway_id, url=self.url, on_view=self._on_view
+        )
+        self._tasks = [asyncio.create_task(self._fleet.run(), name="fleet")]
+        return self
+
+    def spawn(self, task: asyncio.Task[None]) -> None:
+        """A task that ends with this gateway."""
+        self._tasks.append(task)
+
+    async def drain(self, timeout_s: float, stop_now: asyncio.Event | None = None) -> None:
+        """Takes nothing new and waits for what runs, at most `timeout_s` or until `stop_now`."""
+        self.router.start_draining()
+        await self._listener.stop_accepting()
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self.router.num_inflight_requests and asyncio.get_running_loop().time() < deadline:
+            if stop_now is not None and stop_now.is_set():
+                return
+            await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        """Ends every connection and task. Idempotent."""
+        await self._listener.close()
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        fleet, self._fleet = self._fleet, None
+        if fleet is not None:
+            await fleet.close()
+
+    # What /admin asks for.
+
+    async def drain_replica(self, replica_id: str, grace_s: float | None) -> None:
+        """Raises RequestError for an unknown replica."""
+        await self._controller.drain(replica_id, grace_s)
+
+    def cluster_view(self) -> ClusterView:
+        """The newest view without secrets. Raises ReplicaUnavailableError before the first."""
+        if self.view is None:
+            raise ReplicaUnavailableError("The controller has not answered yet; try again in a moment.")
+        return without_secrets(self.view)

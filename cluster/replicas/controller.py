@@ -1,0 +1,238 @@
+"""The controller: one detached Ray actor that keeps the replicas as they shall be, and tells gateways what is.
+
+Knows Ray, the supervisor and the autoscaler's loop; no tokens. It outlives every gateway and is restarted by Ray if it dies; replicas
+that run then are found by their actors' names and adopted. It connects to every replica itself, so that it judges by its own eyes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ray.exceptions import RayError
+
+from cluster.replicas.leftovers import find_ranks, remove_all
+from cluster.replicas.replica import RayReplica
+from cluster.replicas.scaling import Scaling
+from cluster.replicas.state import ClusterSpec, ClusterView, GatewayRecord, GatewayReport, ReplicaRecord, ReplicaState
+from cluster.replicas.supervisor import Supervisor
+from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
+from workers.protocol import EngineFacts
+
+log = logging.getLogger(__name__)
+
+GATEWAY_IS_GONE_AFTER_S = 5.0
+SCALING_INTERVAL_S = 1.0
+SYNC_WAIT_S = 0.25
+
+
+@dataclass
+class _Gateway:
+    report: GatewayReport
+    node_id: str
+    seen_version: int
+    last_seen: float
+
+
+class Controller:
+    """Methods are called from gateways and the command line, all on the actor's event loop."""
+
+    def __init__(self, deployment: str, spec: ClusterSpec) -> None:
+        logging.basicConfig(format="%(levelname)s controller %(name)s: %(message)s")
+        logging.getLogger("cluster").setLevel(spec.log_level)
+        self._deployment = deployment
+        self._id = secrets.token_hex(4)
+        self._spec = spec
+        self._version = 0
+        self._changed = asyncio.Event()
+        self._gateways: dict[str, _Gateway] = {}
+        self._facts: EngineFacts | None = None
+        self._drain_versions: dict[str, int] = {}
+        self._scaling = Scaling(spec)
+        self._supervisor = Supervisor(self._make_replica, num_streams=self._num_streams, on_change=self._note_change)
+        self._supervisor.drain_timeout_s = spec.drain_timeout_s
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Adopts what runs already, then keeps things as they shall be until `down`."""
+        try:
+            await self._adopt()
+        except Exception as e:  # what cannot be adopted is replaced
+            log.exception("Running replicas could not be adopted: %s", e)
+        self._set_desired(self._scaling.initial(len(self._live())))
+        self._tasks = [asyncio.create_task(self._supervisor.run()), asyncio.create_task(self._scale_forever())]
+
+    async def apply(self, spec: ClusterSpec) -> None:
+        """Makes `spec` the wish. Raises ConfigError when another model, or another engine, is served under this name."""
+        if (spec.engine, spec.model_name) != (self._spec.engine, self._spec.model_name) and self._supervisor.records():
+            raise ConfigError(
+                f"The deployment {self._deployment!r} on this Ray cluster serves {self._spec.model_name} with other settings; "
+                "stop it with `tramontane down`, or start another beside it with --name."
+            )
+        self._spec = spec
+        self._scaling.configure(spec)
+        self._supervisor.drain_timeout_s = spec.drain_timeout_s
+        self._supervisor.forgive()
+        self._set_desired(self._scaling.initial(len(self._live())))
+
+    async def sync(self, known: int, report: GatewayReport | None, node_id: str = "") -> ClusterView:
+        """What is. Returns at once when it differs from version `known`, else after SYNC_WAIT_S. `report`: what the caller holds."""
+        if report is not None:
+            self._gateways[report.gateway_id] = _Gateway(report, node_id, known, time.monotonic())
+            self._wake_for_demand(report)
+        if known == self._version:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SYNC_WAIT_S):
+                    await self._changed.wait()
+        return self.view()
+
+    def view(self) -> ClusterView:
+        """What is, now."""
+        failure = self._supervisor.failure
+        return ClusterView(
+            version=self._version,
+            controller_id=self._id,
+            spec=self._spec,
+            replicas=self._supervisor.records(),
+            gateways=tuple(
+                GatewayRecord(
+                    gateway_id=g.report.gateway_id,
+                    url=g.report.url,
+                    node_id=g.node_id,
+                    num_running=g.report.num_running,
+                    num_queued=g.report.num_queued,
+                )
+                for g in self._gateways.values()
+            ),
+            num_desired=self._supervisor.desired,
+            scaling_reason=self._scaling.reason,
+            failure=None if failure is None else (type(failure).__name__, str(failure)),
+            facts=self._facts,
+        )
+
+    async def drain(self, replica_id: str, grace_s: float | None = None, reason: str | None = None) -> None:
+        """Takes a replica out of service without losing a stream. Raises RequestError for an unknown one."""
+        if replica_id not in {r.replica_id for r in self._supervisor.records()}:
+            known = ", ".join(r.replica_id for r in self._supervisor.records()) or "none"
+            raise RequestError(f"There is no replica {replica_id!r}; the replicas are: {known}.", param="replica")
+        self._supervisor.drain(replica_id, grace_s=grace_s, reason=reason)
+        self._drain_versions[replica_id] = self._version
+
+    async def leave(self, gateway_id: str) -> None:
+        """A gateway says goodbye."""
+        self._gateways.pop(gateway_id, None)
+
+    async def down(self) -> int:
+        """Ends every replica; returns how many there were. The caller then ends this actor."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        count = len(self._supervisor.records())
+        await self._supervisor.close()
+        return count
+
+    async def _adopt(self) -> None:
+        for (replica_id, incarnation), descriptions in (await find_ranks(self._deployment)).items():
+            replica = self._make_replica(replica_id, incarnation)
+            try:
+                self._supervisor.adopt(await replica.adopt(descriptions))
+                log.info("Replica %s was found running.", replica_id)
+            except (ReplicaUnavailableError, RayError, ValueError, KeyError) as e:
+                log.warning("Replica %s was found and is ended: %s", replica_id, e)
+                await replica.close(str(e))
+        if not self._supervisor.records():
+            remove_all(self._deployment)
+
+    def _make_replica(self, replica_id: str, incarnation: str | None = None) -> RayReplica:
+        return RayReplica(
+            replica_id,
+            self._spec.engine,
+            deployment=self._deployment,
+            incarnation=incarnation,
+            single_host=self._spec.single_host,
+            log_level=self._spec.log_level,
+            placement_timeout_s=self._spec.placement_timeout_s,
+            on_change=self._note_change,
+        )
+
+    def _note_change(self) -> None:
+        self._version += 1
+        for record in self._supervisor.records():
+            self._facts = record.facts or self._facts
+        self._changed.set()
+
+    def _live(self) -> list[ReplicaRecord]:
+        gone = (ReplicaState.DRAINING, ReplicaState.LOST)
+        return [r for r in self._supervisor.records() if r.state not in gone]
+
+    def _num_streams(self, replica_id: str) -> int | None:
+        """Streams on this replica over all gateways; None while one of them has not seen yet that it is draining."""
+        since = self._drain_versions.get(replica_id, 0)
+        gateways = self._gateways.values()
+        if any(g.seen_version < since for g in gateways):
+            return None
+        return sum(g.report.streams_per_replica.get(replica_id, 0) for g in gateways)
+
+    def _set_desired(self, desired: int) -> None:
+        if desired != self._supervisor.desired:
+            self._supervisor.desired = desired
+            self._note_change()
+            self._supervisor.wake()
+
+    def _wake_for_demand(self, report: GatewayReport) -> None:
+        """A request that finds no replica is not kept waiting for the scaling loop's next round."""
+        if report.num_queued and not self._supervisor.desired and self._spec.max_replicas:
+            self._set_desired(self._scaling.wake())
+
+    async def _scale_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SCALING_INTERVAL_S)
+            try:
+                self._round()
+            except Exception as e:  # a wrong number must not end supervision
+                log.exception("A scaling round failed: %s", e)
+
+    def _round(self) -> None:
+        now = time.monotonic()
+        for gateway_id, gateway in list(self._gateways.items()):
+            if now - gateway.last_seen > GATEWAY_IS_GONE_AFTER_S:
+                log.warning("Gateway %s has not been heard of for %.0f s.", gateway_id, now - gateway.last_seen)
+                del self._gateways[gateway_id]
+        self._drain_preempted()
+        reports = [g.report for g in self._gateways.values()]
+        self._set_desired(self._scaling.decide(self._supervisor.records(), reports, now))
+
+    def _drain_preempted(self) -> None:
+        """Ray knows of nodes that will go: spot instances with a notice, nodes its autoscaler gives back."""
+        for node_id, deadline_ms in draining_nodes().items():
+            for record in self._supervisor.records():
+                if record.state is ReplicaState.DRAINING or node_id not in {r.node_id for r in record.ranks}:
+                    continue
+                left_s = deadline_ms / 1000 - time.time() if deadline_ms else self._spec.drain_timeout_s
+                grace_s = max(0.0, min(self._spec.drain_timeout_s, left_s - 5.0))
+                reason = f"Replica {record.replica_id} is being drained: its node goes away."
+                self._supervisor.drain(record.replica_id, grace_s=grace_s, reason=reason)
+                self._drain_versions[record.replica_id] = self._version
+
+
+def draining_nodes() -> Mapping[str, int]:
+    """Node id -> when it goes, in milliseconds since 1970, 0 when unknown."""
+    from ray._private.state import state
+
+    try:
+        return state.get_draining_nodes()
+    except (RayError, RuntimeError) as e:
+        log.debug("Ray does not say which nodes are draining: %s", e)
+        return {}
+
+
+class ControllerActor(Controller):
+    """What Ray runs, and runs again when its process died."""
+
+    async def __init__(self, deployment: str, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Ray awaits it
+        super().__init__(deployment, spec)
+        await self.start()

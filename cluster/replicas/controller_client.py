@@ -1,0 +1,108 @@
+"""Finds, starts and calls the controller, which may be restarted at any moment. Knows Ray; passes values through.
+
+Every method raises the controller's own TramontaneErrors, and ReplicaUnavailableError while the controller cannot be reached.
+"""
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.replicas.leftovers import remove_all
+from cluster.replicas.state import ClusterSpec, ClusterView, GatewayReport
+from workers.errors import ReplicaUnavailableError, TramontaneError
+
+log = logging.getLogger(__name__)
+
+CONTROLLER_NAME = "tramontane-controller"
+CALL_TIMEOUT_S = 10.0
+DOWN_TIMEOUT_S = 30.0
+
+
+class ControllerClient:
+    """Use in a process connected to Ray in the deployment's namespace."""
+
+    def __init__(self, deployment: str) -> None:
+        self.deployment = deployment
+        self._actor: ActorHandle | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether a controller of this deployment runs."""
+        return self._find() is not None
+
+    async def start(self, spec: ClusterSpec) -> None:
+        """Makes `spec` the wish of the running controller, or of a new one on this node. Raises ConfigError."""
+        from cluster.replicas.controller import ControllerActor
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._actor = (
+            ray.remote(ControllerActor)
+            .options(
+                name=CONTROLLER_NAME,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                max_concurrency=1000,
+                num_cpus=0,
+                scheduling_strategy=here,
+            )
+            .remote(self.deployment, spec)
+        )
+        await self._call("apply", spec, timeout_s=60.0)
+
+    async def apply(self, spec: ClusterSpec) -> None:
+        """Changes the wish. Raises ConfigError when another model is served under this name."""
+        await self._call("apply", spec)
+
+    async def sync(self, known: int, report: GatewayReport | None) -> ClusterView:
+        """What is, at once or as soon as it differs from version `known`; a quarter of a second at most."""
+        return await self._call("sync", known, report, ray.get_runtime_context().get_node_id())
+
+    async def drain(self, replica_id: str, grace_s: float | None) -> None:
+        """Raises RequestError for an unknown replica."""
+        await self._call("drain", replica_id, grace_s)
+
+    async def leave(self, gateway_id: str) -> None:
+        """Tells the controller that this gateway ends."""
+        await self._call("leave", gateway_id)
+
+    async def stop_replicas(self) -> None:
+        """Ends every replica politely if the controller answers; for whoever ends Ray itself next, which ends the rest."""
+        if self._actor is not None:
+            with contextlib.suppress(TramontaneError):
+                await self._call("down", timeout_s=CALL_TIMEOUT_S)
+
+    async def down(self) -> int:
+        """Ends every replica and the controller, also where the controller does not answer. Returns how many ranks were still found."""
+        with contextlib.suppress(TramontaneError):
+            await self._call("down", timeout_s=DOWN_TIMEOUT_S)
+        if (actor := self._find()) is not None:
+            ray.kill(actor)
+        return remove_all(self.deployment)
+
+    async def _call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        # Looking it up hangs while Ray's control store is away; the streams of this process must not.
+        actor = self._actor = self._actor or await asyncio.to_thread(self._find)
+        if actor is None:
+            raise ReplicaUnavailableError(f"The controller of {self.deployment!r} does not run on this Ray cluster.")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await getattr(actor, method).remote(*args)
+        except RayTaskError as e:
+            if isinstance(e.cause, TramontaneError):
+                raise e.cause from None
+            raise ReplicaUnavailableError(f"The controller failed: {e.cause!r}.") from e
+        except (RayError, TimeoutError) as e:
+            self._actor = None
+            raise ReplicaUnavailableError(f"The controller cannot be reached: {type(e).__name__}.") from e
+
+    def _find(self) -> ActorHandle | None:
+        with contextlib.suppress(ValueError):
+            return ray.get_actor(CONTROLLER_NAME)
+        return None

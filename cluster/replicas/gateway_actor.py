@@ -1,0 +1,109 @@
+"""A further gateway as a Ray actor, on another node where there is one. Its event loop has a thread of its own.
+
+Knows Ray and `cluster.gateway`. Started by `serve --gateways N`; Ray starts it again when it dies, and it outlives the command.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import threading
+
+import ray
+from ray.actor import ActorHandle
+from ray.util import list_named_actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config import ServeConfig, is_loopback
+from cluster.log import setup_logging
+from cluster.text.load import load_text
+
+log = logging.getLogger(__name__)
+
+GATEWAY_NAME = "tramontane-gateway-{}"
+
+
+class GatewayActor:
+    """Opens at once; `url` waits for that and raises what went wrong."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        setup_logging(config.log_level, format=config.log_format)
+        self._config = config
+        self._opened = threading.Event()
+        self._url = ""
+        self._failure: Exception | None = None
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
+        self._thread.start()
+
+    def url(self) -> str:
+        """Where it listens. Raises TramontaneError."""
+        self._opened.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._url
+
+    def stop(self) -> None:
+        """Lets what runs finish, as the configuration says, and ends."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        except Exception as e:  # told to whoever asks for the url
+            log.exception("A gateway could not go on: %s", e)
+            self._failure = e
+            self._opened.set()
+
+    async def _serve(self) -> None:
+        from cluster.gateway import Gateway
+        from cluster.replicas.controller_client import ControllerClient
+
+        tokenizer, chat_template = load_text(self._config)
+        controller = ControllerClient(self._config.deployment)
+        gateway = Gateway(self._config, controller, tokenizer=tokenizer, chat_template=chat_template)
+        try:
+            await gateway.open()
+            self._url = gateway.url
+            self._opened.set()
+            await self._stop.wait()
+            await gateway.drain(self._config.drain_timeout_s)
+        finally:
+            await gateway.close()
+
+
+def start_gateways(config: ServeConfig) -> list[ActorHandle]:
+    """The gateways beside the caller's own, found or started: spread over the nodes, or here where only this machine is served."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    strategy = here if is_loopback(config.host) else "SPREAD"
+    return [
+        ray.remote(GatewayActor)
+        .options(
+            name=GATEWAY_NAME.format(i),
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_concurrency=4,
+            num_cpus=0,
+            scheduling_strategy=strategy,
+        )
+        .remote(config)
+        for i in range(1, config.num_gateways)
+    ]
+
+
+def stop_gateways(actors: list[ActorHandle], timeout_s: float) -> None:
+    """Drains and ends them."""
+    ray.wait([a.stop.remote() for a in actors], num_returns=len(actors), timeout=timeout_s)
+    for actor in actors:
+        ray.kill(actor)
+
+
+def remove_gateways() -> None:
+    """Ends the gateways of this deployment at once, wherever they are."""
+    for name in list_named_actors():
+        if re.fullmatch(GATEWAY_NAME.format(r"\d+"), name):
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(name))

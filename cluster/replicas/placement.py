@@ -1,0 +1,116 @@
+"""Where a replica's ranks go: a placement group with a bundle per rank, and a sentence for when no place is found.
+
+Knows Ray's placement groups and nodes; knows no actors. One host is preferred: ranks on different hosts all-reduce over the network.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from workers.config import EngineConfig
+from workers.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+ONE_HOST_PATIENCE_S = 10.0  # a host that could hold all ranks gets this long to become free
+POLL_S = 0.02
+REASON_INTERVAL_S = 2.0
+
+Resources = Mapping[str, float]
+
+
+def bundle_of(config: EngineConfig) -> dict[str, float]:
+    """What one rank needs."""
+    return {"CPU": 1.0, "GPU": 1.0} if config.device == "cuda" else {"CPU": 1.0}
+
+
+async def place(
+    name: str,
+    config: EngineConfig,
+    *,
+    timeout_s: float | None,
+    on_group: Callable[[PlacementGroup], None],
+    on_waiting: Callable[[str], None],
+) -> dict[int, str]:
+    """Reserves a bundle per rank; returns each rank's node id. `on_group` gets every group made, the last one is the replica's.
+
+    `on_waiting` is told now and then which resource is missing on which node. Raises ConfigError with that after `timeout_s`.
+    """
+    bundle, size = bundle_of(config), config.tensor_parallel_size
+    began = time.monotonic()
+    one_host = any(holds(node, bundle, size) for node in _totals().values())
+    group = _make_group(name, bundle, size, one_host=one_host)
+    on_group(group)
+    next_reason = began + REASON_INTERVAL_S / 2
+    # `ready()` would be a task, which takes a worker process of its own; the table is free.
+    while (table := placement_group_table(group))["state"] != "CREATED":
+        waited = time.monotonic() - began
+        if timeout_s is not None and waited > timeout_s:
+            raise ConfigError(f"No place was found in {timeout_s:g} s. {_missing_now(bundle, size)}")
+        if time.monotonic() > next_reason:
+            next_reason += REASON_INTERVAL_S
+            on_waiting(_missing_now(bundle, size))
+        if (
+            one_host
+            and waited > ONE_HOST_PATIENCE_S
+            and fits_apart(available_resources_per_node().values(), bundle, size)
+        ):
+            log.warning("No single host has room for the %s ranks of %s: they go to several.", size, name)
+            remove_placement_group(group)
+            one_host = False
+            group = _make_group(f"{name}-apart", bundle, size, one_host=False)
+            on_group(group)
+        await asyncio.sleep(POLL_S)
+    return {int(rank): node for rank, node in table["bundles_to_node_id"].items()}
+
+
+def holds(node: Resources, bundle: Resources, count: int) -> bool:
+    """Whether `count` bundles fit into these resources."""
+    return all(node.get(name, 0.0) >= amount * count for name, amount in bundle.items())
+
+
+def fits_apart(nodes: Iterable[Resources], bundle: Resources, count: int) -> bool:
+    """Whether `count` bundles fit onto these nodes together."""
+    return sum(_num_bundles(node, bundle) for node in nodes) >= count
+
+
+def missing(free: Mapping[str, Resources], total: Mapping[str, Resources], bundle: Resources, count: int) -> str:
+    """One sentence: what is needed, and what each node (by address) has of it, free and in all."""
+    need = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+    nodes = "; ".join(
+        f"{node} has "
+        + ", ".join(f"{free.get(node, {}).get(name, 0):g} of {resources.get(name, 0):g} {name} free" for name in bundle)
+        for node, resources in sorted(total.items())
+    )
+    ranks = f"{count} ranks with {need} each" if count > 1 else f"one rank with {need}"
+    return f"Needed: {ranks}. Nodes: {nodes or 'none'}."
+
+
+def node_ip(node_id: str) -> str:
+    """The address of a node of the cluster."""
+    return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+
+
+def _make_group(name: str, bundle: dict[str, float], size: int, *, one_host: bool) -> PlacementGroup:
+    strategy = "STRICT_PACK" if one_host else "PACK"
+    return placement_group([bundle] * size, strategy=strategy, name=name, lifetime="detached")
+
+
+def _num_bundles(node: Resources, bundle: Resources) -> int:
+    return min(int(node.get(name, 0.0) // amount) for name, amount in bundle.items())
+
+
+def _totals() -> dict[str, Resources]:
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
+def _missing_now(bundle: Resources, size: int) -> str:
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    free = {addresses[n]: r for n, r in available_resources_per_node().items() if n in addresses}
+    total = {addresses[n]: r for n, r in _totals().items() if n in addresses}
+    return missing(free, total, bundle, size)

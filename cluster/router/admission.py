@@ -1,0 +1,121 @@
+"""Who is let in: the bounds on what one gateway holds, and how long whoever comes now would wait.
+
+Knows counts, tokens and times. Knows no replica and no line: the router tells what it sees.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+
+from cluster.router.hashing import Hashing
+from workers.errors import OverloadedError
+
+MAX_INFLIGHT_REQUESTS = 1024
+# Prompt tokens not yet on a replica. A plain number, since there may be no replica to measure it by: some minutes' work for one GPU.
+MAX_QUEUED_TOKENS = 2_000_000
+MAX_RETRY_AFTER_S = 60
+RECENT_S = 30.0
+
+
+class Admission:
+    """A reservation. `deadline`: on the router's clock; None for none. `num_queued_tokens` are not on a replica yet."""
+
+    def __init__(
+        self,
+        num_sequences: int,
+        num_tokens: int,
+        *,
+        priority: int,
+        deadline: float | None,
+        arrived: float,
+        arrival: int,
+    ) -> None:
+        self.num_sequences = num_sequences
+        self.num_queued_tokens = num_tokens
+        self.priority = priority
+        self.deadline = deadline
+        self.arrived = arrived
+        self.order = (priority, arrival)
+        self.hashing = Hashing()
+
+
+class Recent:
+    """The last seconds' events, each with a value."""
+
+    def __init__(self, max_events: int = 4096) -> None:
+        self._events: deque[tuple[float, float]] = deque(maxlen=max_events)
+
+    def add(self, now: float, value: float = 0.0) -> None:
+        self._events.append((now, value))
+
+    def values(self, now: float) -> list[float]:
+        while self._events and now - self._events[0][0] > RECENT_S:
+            self._events.popleft()
+        return [value for _, value in self._events]
+
+    def per_s(self, now: float) -> float:
+        """0 when there were too few to tell."""
+        num_events = len(self.values(now))
+        return num_events / max(now - self._events[0][0], 1.0) if num_events > 1 else 0.0
+
+    def p95(self, now: float) -> float | None:
+        values = sorted(self.values(now))
+        return values[math.ceil(0.95 * len(values)) - 1] if values else None
+
+
+class Bounds:
+    """What is held, and what may be. `num_queued_tokens`: of all admissions, not on a replica yet."""
+
+    def __init__(self, *, max_inflight_requests: int, max_queued_tokens: int) -> None:
+        self.max_inflight_requests = max_inflight_requests
+        self.max_queued_tokens = max_queued_tokens
+        self.num_inflight_requests = 0
+        self.num_queued_tokens = 0
+
+    def check(self, num_sequences: int, num_tokens: int, *, wait_s: Callable[[], float | None]) -> None:
+        """Raises OverloadedError when it does not fit. A request too large for any queue fits an empty one."""
+        if self.num_inflight_requests + num_sequences > self.max_inflight_requests:
+            raise OverloadedError(
+                f"The server holds {self.num_inflight_requests} of at most {self.max_inflight_requests} sequences and has no "
+                f"room for {num_sequences} more; try again later.",
+                retry_after_s=retry_after_s(wait_s()),
+            )
+        if self.num_queued_tokens and self.num_queued_tokens + num_tokens > self.max_queued_tokens:
+            raise OverloadedError(
+                f"{self.num_queued_tokens} prompt tokens wait for a replica and at most {self.max_queued_tokens} may; there is "
+                f"no room for {num_tokens} more. Try again later.",
+                retry_after_s=retry_after_s(wait_s()),
+            )
+
+    def take(self, admission: Admission) -> None:
+        self.num_inflight_requests += admission.num_sequences
+        self.num_queued_tokens += admission.num_queued_tokens
+
+    def give_back(self, admission: Admission) -> None:
+        self.num_inflight_requests -= admission.num_sequences
+        self.num_queued_tokens -= admission.num_queued_tokens
+
+    def placed(self, admission: Admission, num_tokens: int) -> None:
+        """A sequence went to a replica."""
+        num_tokens = min(num_tokens, admission.num_queued_tokens)
+        admission.num_queued_tokens -= num_tokens
+        self.num_queued_tokens -= num_tokens
+
+    def displaced(self, admission: Admission, num_tokens: int) -> None:
+        """A sequence lost its replica and waits again."""
+        admission.num_queued_tokens += num_tokens
+        self.num_queued_tokens += num_tokens
+
+
+def check_deadline(deadline_s: float, wait_s: float | None) -> None:
+    """Raises OverloadedError for a request whose time would be over before its turn. Both from now on."""
+    if wait_s is not None and wait_s > deadline_s:
+        raise OverloadedError(
+            f"The wait is about {wait_s:.1f} s, longer than the {max(deadline_s, 0.0):.1f} s this request has; try again later.",
+            retry_after_s=retry_after_s(wait_s),
+        )
+
+
+def retry_after_s(wait_s: float | None) -> int:
+    """Whole seconds from 1 to MAX_RETRY_AFTER_S."""
+    return max(1, min(MAX_RETRY_AFTER_S, math.ceil(wait_s or 1.0)))

@@ -1,0 +1,146 @@
+"""One sequence from its admission to its last delta: what it has said, so that any replica can go on with it.
+
+Knows requests, deltas and the task that waits for them. Knows no replica's state, no order and no load. What comes out of `take` is
+what one undisturbed replica would have said, whatever number of them took part.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from workers.errors import EngineError
+from workers.protocol import GenerateRequest, TokenDelta
+
+MAX_LOSSES_WITHOUT_PROGRESS = 3  # a request that was on so many replicas when they died may be what killed them
+
+T = TypeVar("T")
+
+
+class StreamMovedError(Exception):
+    """The replica drains, and its streams go elsewhere. Never leaves the router."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What became of a request in the router, for whoever asked. `replica_id` is the newest replica's."""
+
+    replica_id: str | None = None
+    queue_s: float | None = None  # from admission to the first replica
+    num_cached_tokens_predicted: int | None = None
+    num_failovers: int = 0
+
+
+class Interrupt:
+    """Ends a wait from outside with an error, and only the wait: whoever is not waiting meets it at the next one.
+
+    As asyncio.timeout does it, but for the many short waits of one stream, at the cost of two assignments each.
+    """
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._cancelled = False
+
+    def set(self, error: Exception) -> None:
+        """Kept until it was raised; a move gives way to any other error, and to nothing else does an error give way."""
+        if self._error is not None and not isinstance(self._error, StreamMovedError):
+            return
+        self._error = error
+        if self._task is not None and not self._cancelled:
+            self._cancelled = True
+            self._task.cancel()
+
+    def forget(self, kind: type[Exception]) -> None:
+        """Drops an error of this kind that has not been raised yet: what it spoke of is over."""
+        if isinstance(self._error, kind) and not self._cancelled:
+            self._error = None
+
+    async def wait(self, start: Callable[[], Awaitable[T]]) -> T:
+        """The result of what `start` begins. Raises what `set` was given; what arrives meanwhile stays where it is."""
+        if self._error is not None:
+            raise self._take_error()
+        task = asyncio.current_task()
+        assert task is not None
+        num_cancels = task.cancelling()
+        self._task = task
+        try:
+            return await start()
+        except asyncio.CancelledError:
+            if self._cancelled:
+                self._cancelled = False
+                if task.uncancel() <= num_cancels:  # else somebody cancels the task as well, and means it
+                    raise self._take_error() from None
+            raise
+        finally:
+            self._task = None
+
+    def _take_error(self) -> Exception:
+        error, self._error = self._error, None
+        assert error is not None
+        return error
+
+
+class Stream:
+    """`order`: (priority, arrival); smaller is served first."""
+
+    def __init__(self, request: GenerateRequest, *, order: tuple[int, int], trace: Trace | None = None) -> None:
+        self.request = request
+        self.order = order
+        self.trace = trace or Trace()
+        self.interrupt = Interrupt()
+        self.output_token_ids = list(request.output_token_ids)
+        self.block_hashes: list[bytes] = []
+        self.lost_on: set[object] = set()  # replicas not to try first
+        self._started = False
+        self._num_attempts = 0
+        self._num_losses = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """What a replica must have computed before the next token."""
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    def token_ids(self) -> list[int]:
+        return [*self.request.prompt_token_ids, *self.output_token_ids]
+
+    def next_attempt(self) -> GenerateRequest:
+        """The request as the next replica gets it. Its id is new each time: a late word of an earlier attempt goes nowhere."""
+        self._num_attempts += 1
+        if self._num_attempts == 1:
+            return self.request
+        return msgspec.structs.replace(
+            self.request,
+            request_id=f"{self.request.request_id}~{self._num_attempts}",
+            output_token_ids=list(self.output_token_ids),
+        )
+
+    def take(self, delta: TokenDelta) -> TokenDelta:
+        """Remembers a delta and words it as the first replica would have."""
+        if self._num_attempts > 1:
+            cached = None if self._started else delta.num_cached_tokens
+            delta = msgspec.structs.replace(delta, request_id=self.request.request_id, num_cached_tokens=cached)
+        self._started = True
+        if delta.token_ids:
+            self.output_token_ids += delta.token_ids
+            if self._num_losses:
+                self._num_losses = 0
+                self.lost_on.clear()
+        return delta
+
+    def lose(self, replica: object, error: Exception) -> None:
+        """The replica was lost. Raises EngineError when it was one too many since the last token."""
+        self.trace.num_failovers += 1
+        self.lost_on.add(replica)
+        self._num_losses += 1
+        if self._num_losses >= MAX_LOSSES_WITHOUT_PROGRESS:
+            raise EngineError(
+                f"{self._num_losses} replicas in a row were lost while they worked on this request, the last one with: {error} "
+                "It is not tried again."
+            ) from error
+
+    def move(self) -> None:
+        """It goes elsewhere without a loss."""
+        self.trace.num_failovers += 1

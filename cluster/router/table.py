@@ -1,0 +1,255 @@
+"""The replicas a router has, as a policy needs them: rows of numbers by slot, and the index of who holds which KV blocks.
+
+Knows replicas, what their frames report, and which sequences this gateway has on them, some of them too fresh for any report. Knows
+no line of waiters and no HTTP. The choice itself is cluster/router/policy.py's.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from cluster.router.policy import Decision, PolicyName, RequestView, Row, Snapshot, choose, explain
+from cluster.router.prefix_index import PrefixIndex, window_blocks
+from cluster.router.replica import Replica
+from cluster.router.stream import Stream
+from workers.errors import ReplicaUnavailableError
+from workers.protocol import EngineFacts, StepFrame
+
+OVERSHOOT = 0.25  # sequences beyond max_num_seqs, so that a replica's scheduler always has a next one
+REPORT_MARGIN_S = 0.05  # on the way, or in rank 0's inbox
+SWEEP_EVERY_S = 0.25
+MANY_REPLICAS = 16  # up to here everyone's readiness is looked at for each choice
+
+
+class Seat:
+    """A replica's place in the table, for as long as a stream remembers it; `slot` is None once the replica was taken out."""
+
+    def __init__(self, replica: Replica, slot: int) -> None:
+        self.replica = replica
+        self.slot: int | None = slot
+        self.streams: set[Stream] = set()
+        self.unreported: dict[Stream, tuple[float, int]] = {}  # sent when, with how many tokens to compute
+        self.move_timer: asyncio.TimerHandle | None = None  # while draining
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sequence goes, and what the decision expected."""
+
+    seat: Seat
+    decision: Decision
+
+
+class ReplicaTable:
+    """`on_news(seat)` is called when a replica's frame was taken in."""
+
+    def __init__(self, policy: PolicyName, clock: Callable[[], float], on_news: Callable[[Seat], None]) -> None:
+        self.policy = policy
+        self._clock = clock
+        self._on_news = on_news
+        self._seats: dict[int, Seat] = {}  # by slot
+        self._slot_of: dict[int, int] = {}  # by id() of the replica: two of one name may follow each other
+        self._index = PrefixIndex()
+        self._snapshot = _rows(0)
+        self._ready = np.zeros(0, np.bool_)
+        self._limit = np.zeros(0, np.int64)
+        self._no_match = np.zeros(0, np.int64)
+        self._turn = 0
+        self._swept = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._seats)
+
+    def __iter__(self) -> Iterator[Seat]:
+        return iter(list(self._seats.values()))
+
+    @property
+    def facts(self) -> EngineFacts | None:
+        """The first reachable replica's; replicas of one router serve one model."""
+        for seat in self._seats.values():
+            try:
+                return seat.replica.facts
+            except ReplicaUnavailableError:
+                continue
+        return None
+
+    @property
+    def any_ready(self) -> bool:
+        """Whether a replica takes new work, by the newest look."""
+        return bool(self._ready.any())
+
+    def update(self, replicas: list[Replica]) -> None:
+        """From now on it is these."""
+        wanted = {id(r) for r in replicas}
+        for key, slot in list(self._slot_of.items()):
+            if key not in wanted:
+                self._remove(key, slot)
+        for replica in replicas:
+            if id(replica) not in self._slot_of:
+                self._add(replica)
+        self.sweep()
+
+    def enter(self, seat: Seat, stream: Stream, num_cached_tokens: int) -> None:
+        """The sequence is on its way to the replica; until a report can know of it, it counts here."""
+        seat.streams.add(stream)
+        seat.unreported[stream] = (self._clock(), max(stream.num_tokens - num_cached_tokens, 1))
+        self._refresh_load(seat)
+
+    def leave(self, seat: Seat, stream: Stream) -> None:
+        seat.streams.discard(stream)
+        seat.unreported.pop(stream, None)
+        self._refresh_load(seat)
+
+    def report_knows(self, seat: Seat, stream: Stream) -> None:
+        """The replica has said something about it."""
+        if seat.unreported.pop(stream, None) is not None:
+            self._refresh_load(seat)
+
+    def is_ready(self, seat: Seat) -> bool:
+        """Whether what was decided a moment ago still holds."""
+        replica = seat.replica
+        return seat.slot is not None and replica.drain_until is None and replica.is_ready(self._clock())
+
+    def choose(self, stream: Stream) -> Place | None:
+        """A ready replica with room, by the policy. None when there is none."""
+        now = self._clock()
+        if len(self._seats) <= MANY_REPLICAS or now - self._swept >= SWEEP_EVERY_S:
+            self.sweep()
+        while True:
+            decision = self._decide(stream)
+            if decision is None:
+                return None
+            seat = self._seats[decision.slot]
+            if self._look(seat, now):
+                self._turn += 1
+                return Place(seat, decision)
+
+    def explain(self, stream: Stream, policy: PolicyName) -> list[tuple[Seat, Row]]:
+        """What `choose` would see now, for people."""
+        self.sweep()
+        rows = explain(policy, self._snapshot, self._view(stream), turn=self._turn)
+        return [(self._seats[row.slot], row) for row in rows if row.slot in self._seats]
+
+    def sweep(self) -> None:
+        """Looks at everyone's readiness, which time alone may change."""
+        self._swept = now = self._clock()
+        for seat in list(self._seats.values()):
+            self._look(seat, now)
+
+    def estimated_wait_s(self, num_tokens: int) -> float | None:
+        """Until the ready replicas have computed what waits there and these tokens; None when nobody knows."""
+        speed = float(self._snapshot.tokens_per_s[self._ready].sum())
+        if speed <= 0:
+            return None
+        return (float(self._snapshot.pending_tokens[self._ready].sum()) + num_tokens) / speed
+
+    def has_room(self, seat: Seat) -> bool:
+        return seat.slot is not None and bool(self._snapshot.available[seat.slot])
+
+    def _add(self, replica: Replica) -> None:
+        slot = next(i for i in range(len(self._seats) + 1) if i not in self._seats)
+        seat = self._seats[slot] = Seat(replica, slot)
+        self._slot_of[id(replica)] = slot
+        self._index.add(slot)
+        self._grow(self._index.num_slots)
+        self._clear(slot)
+        replica.on_frame = lambda frame: self._hear(seat, frame)
+
+    def _remove(self, key: int, slot: int) -> None:
+        seat = self._seats.pop(slot)
+        del self._slot_of[key]
+        seat.slot = None
+        seat.replica.on_frame = None
+        self._index.remove(slot)
+        self._clear(slot)
+
+    def _grow(self, num_slots: int) -> None:
+        more = num_slots - len(self._ready)
+        if more <= 0:
+            return
+        old, new = self._snapshot, _rows(more)
+        joined = {f.name: np.concatenate([getattr(old, f.name), getattr(new, f.name)]) for f in fields(Snapshot)}
+        self._snapshot = Snapshot(**joined)
+        self._ready = np.concatenate([self._ready, np.zeros(more, np.bool_)])
+        self._limit = np.concatenate([self._limit, np.zeros(more, np.int64)])
+        self._no_match = np.zeros(num_slots, np.int64)
+
+    def _clear(self, slot: int) -> None:
+        for field, empty in zip(fields(Snapshot), _EMPTY_ROW, strict=True):
+            getattr(self._snapshot, field.name)[slot] = empty
+        self._ready[slot] = False
+        self._limit[slot] = 0
+
+    def _hear(self, seat: Seat, frame: StepFrame) -> None:
+        if seat.slot is None:
+            return
+        now = self._clock()
+        if frame.cache is not None:
+            self._index.apply(seat.slot, frame.cache)
+        if seat.unreported:
+            began = now - (frame.load.step_age_s or 0.0) - REPORT_MARGIN_S
+            seat.unreported = {s: sent for s, sent in seat.unreported.items() if sent[0] > began}
+        self._refresh_load(seat)
+        self._look(seat, now)
+        self._on_news(seat)
+
+    def _refresh_load(self, seat: Seat) -> None:
+        slot, rows = seat.slot, self._snapshot
+        if slot is None:
+            return
+        load, fresh = seat.replica.load, seat.unreported
+        rows.num_requests[slot] = max(len(seat.streams), load.num_running + load.num_waiting + len(fresh))
+        rows.pending_tokens[slot] = load.num_pending_tokens + sum(tokens for _, tokens in fresh.values())
+        rows.tokens_per_s[slot] = load.tokens_per_s
+        rows.kv_usage[slot] = load.num_used_blocks / load.num_blocks if load.num_blocks else 0.0
+        rows.available[slot] = self._ready[slot] and rows.num_requests[slot] < self._limit[slot]
+
+    def _look(self, seat: Seat, now: float) -> bool:
+        """Whether the replica takes new work, and has room for it."""
+        slot, replica = seat.slot, seat.replica
+        assert slot is not None, "a replica that was taken out is not asked"
+        self._ready[slot] = replica.drain_until is None and replica.is_ready(now)
+        if not self._limit[slot] and self._ready[slot]:
+            most = replica.facts.max_num_seqs
+            self._snapshot.max_num_seqs[slot] = most
+            self._limit[slot] = most + max(1, int(most * OVERSHOOT))
+            self._refresh_load(seat)
+        available = bool(self._ready[slot] and self._snapshot.num_requests[slot] < self._limit[slot])
+        self._snapshot.available[slot] = available
+        return available
+
+    def _decide(self, stream: Stream) -> Decision | None:
+        view, rows = self._view(stream), self._snapshot
+        if stream.lost_on:
+            others = rows.available.copy()
+            for slot, seat in self._seats.items():
+                if seat.replica in stream.lost_on:
+                    others[slot] = False
+            if others.any():
+                kept = {f.name: getattr(rows, f.name) for f in fields(Snapshot)}
+                rows = Snapshot(**(kept | {"available": others}))
+        return choose(self.policy, rows, view, turn=self._turn)
+
+    def _view(self, stream: Stream) -> RequestView:
+        facts = self.facts if stream.block_hashes else None
+        if facts is None:
+            return RequestView(stream.num_tokens, self._no_match)
+        window = window_blocks(facts.sliding_window, facts.block_size)
+        matched = self._index.match(stream.block_hashes, window_blocks=window)
+        return RequestView(stream.num_tokens, matched * facts.block_size)
+
+
+_EMPTY_ROW = (False, 0, 0.0, 0.0, 0.0, 1)  # in the order of Snapshot's fields
+
+
+def _rows(count: int) -> Snapshot:
+    return Snapshot(
+        available=np.zeros(count, np.bool_),
+        num_requests=np.zeros(count, np.int64),
+        pending_tokens=np.zeros(count),
+        tokens_per_s=np.zeros(count),
+        kv_usage=np.zeros(count),
+        max_num_seqs=np.ones(count, np.int64),
+    )

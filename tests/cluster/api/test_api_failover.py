@@ -1,0 +1,150 @@
+"""The whole gateway over replicas that are lost and drained: the client's bytes are those of an undisturbed run."""
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from fake_replica import FakeReplica, tokens
+
+from cluster.api.app import make_app
+from cluster.router.router import Outlook, Router
+from cluster.text.chat import ChatTemplate
+from cluster.text.tokenizer import load_tokenizer
+
+TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+TEMPLATE = ChatTemplate(TOKENIZER)
+TEXT = "".join(f" wörld {i} 日本 of," for i in range(20))
+OUTPUT = TOKENIZER.encode(TEXT, bos=False)[:64]
+STOP_AT = "2 日本 o"  # spread over several tokens, some of them bytes of one character
+# Names of the answer and its times differ in any two runs.
+_OWN = re.compile(rb'"(id|created)": ?("[^"]*"|\d+)')
+
+
+@contextlib.asynccontextmanager
+async def serving(replicas: list[FakeReplica], **options: Any) -> AsyncIterator[tuple[TestClient, Router]]:
+    router = Router(replicas, policy="round_robin")
+    arguments = {"tokenizer": TOKENIZER, "chat_template": TEMPLATE, "model_name": "demo", **options}
+    async with TestClient(TestServer(make_app(router=router, **arguments))) as client:
+        yield client, router
+
+
+def replica(name: str, **options: Any) -> FakeReplica:
+    return FakeReplica(tokens(OUTPUT, stop_token_id=2), replica_id=name, max_model_len=512, **options)
+
+
+async def body_of(replicas: list[FakeReplica], path: str, body: dict[str, Any]) -> bytes:
+    async with serving(replicas) as (client, router):
+        response = await client.post(path, json={"model": "demo", "seed": 1, **body})
+        data = await response.read()
+        assert response.status == 200, data
+        assert (router.num_inflight_requests, router.num_queued_tokens, router.num_waiting) == (0, 0, 0)
+    assert [r.num_open for r in replicas] == [0] * len(replicas)
+    return _OWN.sub(rb'"\1":0', data)
+
+
+COMPLETION = ("/v1/completions", {"prompt": "Hello", "max_tokens": 100})
+CHAT = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 100})
+CASES = {
+    "completion": (*COMPLETION,),
+    "logprobs": (COMPLETION[0], COMPLETION[1] | {"logprobs": 2}),
+    "stop": (COMPLETION[0], COMPLETION[1] | {"stop": [STOP_AT], "logprobs": 0}),
+    "stop kept": (COMPLETION[0], COMPLETION[1] | {"stop": [STOP_AT], "include_stop_str_in_output": True}),
+    "min_tokens": (COMPLETION[0], COMPLETION[1] | {"stop": [","], "min_tokens": 30}),
+    "chat": (CHAT[0], CHAT[1] | {"logprobs": True, "top_logprobs": 1, "stop": STOP_AT}),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("case", CASES)
+async def test_lost_at_every_token_the_bytes_are_the_same(case: str, stream: bool) -> None:
+    path, body = CASES[case]
+    body = body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
+    undisturbed = await body_of([replica("a")], path, body)
+    assert b'"completion_tokens"' in undisturbed, "usage is part of what must be equal"
+    assert ("stop" not in body) or b'"stop"' in undisturbed
+    num_lost = 0
+    for lost_after in range(len(OUTPUT) + 1):
+        replicas = [replica("a", lose_after=lost_after), replica("b")]
+        assert await body_of(replicas, path, body) == undisturbed, f"replica a was lost after {lost_after} tokens"
+        num_lost += replicas[0].condemned is not None
+    assert num_lost > 20, "most of the losses must have fallen into the stream"
+
+
+async def test_several_sequences_each_resume_on_their_own() -> None:
+    body = {"prompt": ["Hello", "you"], "n": 2, "max_tokens": 100}
+    undisturbed = await body_of([replica("a")], "/v1/completions", body)
+    for lost_after in (0, 1, 30):
+        replicas = [replica("a", lose_after=lost_after), replica("b")]
+        assert await body_of(replicas, "/v1/completions", body) == undisturbed
+        assert replicas[1].requests
+
+
+async def test_no_hope_is_a_status_before_the_first_event_and_an_event_later() -> None:
+    body = {"model": "demo", "prompt": "x", "stream": True}
+    async with serving([replica("a", lose_after=0)]) as (client, _):
+        response = await client.post("/v1/completions", json=body)
+        assert response.status == 503, "before the first token a stream still has a status"
+        assert response.headers["Retry-After"] == "1"
+    async with serving([replica("a", lose_after=2)]) as (client, _):
+        response = await client.post("/v1/completions", json=body)
+        assert response.status == 200
+        last = json.loads((await response.text()).strip().rsplit("data: ", 1)[1])
+        assert last["error"]["type"] == "service_unavailable_error"
+        assert last["error"]["message"] == "Replica a is gone."
+
+
+@pytest.mark.parametrize("lost_after", [0, 3])
+async def test_a_silent_stream_is_kept_alive(lost_after: int) -> None:
+    """Comments go out while the stream waits for another replica, before its first event and behind it."""
+    lost, coming = replica("a", lose_after=lost_after), replica("b")
+    async with serving([lost], keep_alive_s=0.05) as (client, router):
+        router.update([lost], Outlook(expected=True, facts=lost.facts))
+        response = await client.post("/v1/completions", json={"model": "demo", "prompt": "x", "stream": True})
+        assert response.status == 200
+        seen = b""
+        while seen.count(b": keep-alive\n\n") < 3:
+            seen += await response.content.readany()
+        router.update([coming], Outlook())
+        seen += await response.content.read()
+    blocks = [b for b in seen.decode().split("\n\n") if b and b != ": keep-alive"]
+    assert blocks.pop() == "data: [DONE]"
+    texts = [json.loads(b.removeprefix("data: "))["choices"][0]["text"] for b in blocks]
+    assert "".join(texts).strip() == TOKENIZER.decode(OUTPUT).strip()
+
+
+async def test_after_a_keep_alive_an_error_is_an_event() -> None:
+    async with serving([], keep_alive_s=0.02) as (client, router):
+        router.update([], Outlook(expected=True, facts=FakeReplica().facts))
+        response = await client.post("/v1/completions", json={"model": "demo", "prompt": "x", "stream": True})
+        assert (await response.content.readuntil(b"\n\n")) == b": keep-alive\n\n"
+        router.update([], Outlook(reason="The weights are damaged."))
+        rest = (await response.content.read()).decode().replace(": keep-alive\n\n", "")
+        assert json.loads(rest.removeprefix("data: "))["error"]["message"] == "The weights are damaged."
+
+
+async def test_a_busy_stream_gets_no_comment() -> None:
+    async with serving([replica("a")], keep_alive_s=60) as (client, _):
+        response = await client.post("/v1/completions", json={"model": "demo", "prompt": "x", "stream": True})
+        assert b"keep-alive" not in await response.read()
+
+
+async def test_a_client_that_leaves_while_waiting_frees_its_place() -> None:
+    async with serving([]) as (client, router):
+        router.update([], Outlook(expected=True, facts=FakeReplica().facts))
+        body = {"model": "demo", "prompt": "x", "n": 2}
+        sending = asyncio.create_task(client.post("/v1/completions", json=body))
+        async with asyncio.timeout(10):
+            while router.num_waiting < 2:
+                await asyncio.sleep(0.005)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+            await client.session.close()
+            while router.num_inflight_requests:
+                await asyncio.sleep(0.005)
+        assert (router.num_waiting, router.num_queued_tokens) == (0, 0)

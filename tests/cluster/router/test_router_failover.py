@@ -1,0 +1,264 @@
+"""Streams that outlive their replicas: what a client gets is what one undisturbed replica would have said."""
+
+import asyncio
+import contextlib
+import time
+
+import msgspec
+import pytest
+from fake_replica import FakeReplica, tokens
+
+from cluster.router.router import Outlook, Router, Trace
+from workers.errors import EngineError, OverloadedError, ReplicaUnavailableError
+from workers.protocol import GenerateRequest, LoadReport, SamplingParams, TokenDelta
+
+OUTPUT = list(range(100, 164))
+
+
+def request(name: str = "r", *, logprobs: int | None = None) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=64, seed=7, logprobs=logprobs, min_tokens=3)
+    return GenerateRequest(request_id=name, prompt_token_ids=[1, 2, 3], sampling=sampling, priority=2)
+
+
+async def collect(router: Router, req: GenerateRequest | None = None, trace: Trace | None = None) -> list[TokenDelta]:
+    return [delta async for delta in router.generate(req or request(), trace=trace)]
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("lost_after", range(64))
+async def test_a_replica_lost_anywhere_changes_no_delta(lost_after: int) -> None:
+    whole = await collect(Router([FakeReplica(tokens(OUTPUT))]), request(logprobs=2))
+    first = FakeReplica(tokens(OUTPUT), replica_id="a", lose_after=lost_after)
+    second = FakeReplica(tokens(OUTPUT), replica_id="b")
+    router, trace = Router([first], policy="round_robin"), Trace()
+    router.update([first, second], Outlook())
+    assert await collect(router, request(logprobs=2), trace) == whole
+    assert len(first.requests) == 1, "the replica that is lost must get the request first"
+    (resumed,) = second.requests
+    assert resumed.output_token_ids == OUTPUT[:lost_after]
+    assert msgspec.structs.replace(resumed, request_id="r", output_token_ids=[]) == request(logprobs=2)
+    assert (trace.replica_id, trace.num_failovers, router.num_failovers_total) == ("b", 1, 1)
+    assert (router.num_inflight_requests, router.num_queued_tokens, router.num_waiting) == (0, 0, 0)
+    assert first.num_open == second.num_open == 0
+
+
+async def test_lost_again_and_again_with_progress_between() -> None:
+    replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=4) for i in range(15)]
+    last = FakeReplica(tokens(OUTPUT), replica_id="last")
+    deltas = await collect(Router([*replicas, last], policy="round_robin"))
+    assert [i for d in deltas for i in d.token_ids] == OUTPUT
+    assert [d.num_cached_tokens for d in deltas] == [1] + [None] * 63, "cached tokens are told once"
+    assert {d.request_id for d in deltas} == {"r"}
+    ids = [r.request_id for replica in [*replicas, last] for r in replica.requests]
+    assert len(set(ids)) == len(ids), "a late word of an earlier attempt must find nobody"
+
+
+async def test_whoever_kills_three_replicas_is_not_given_a_fourth() -> None:
+    replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=0) for i in range(5)]
+    with pytest.raises(EngineError, match=r"3 replicas in a row .* Replica r\d is gone"):
+        await collect(Router(replicas, policy="round_robin"))
+    assert sorted(len(r.requests) for r in replicas) == [0, 0, 1, 1, 1]
+
+
+async def test_a_stream_that_ends_without_a_reason_is_resumed_where_it_was_not_yet() -> None:
+    class Forgetful(FakeReplica):
+        async def generate(self, req):
+            self.requests.append(req)
+            yield tokens(OUTPUT)(req)[0]
+
+    forgetful, good = Forgetful(replica_id="a"), FakeReplica(tokens(OUTPUT), replica_id="b")
+    deltas = await collect(Router([forgetful, good], policy="round_robin"))
+    assert [i for d in deltas for i in d.token_ids] == OUTPUT
+    assert len(forgetful.requests) == 1, "it looks ready, but others are tried first"
+
+
+async def test_an_error_of_the_request_itself_is_not_retried() -> None:
+    bad = FakeReplica(lambda r: [ZeroDivisionError("a bug")], replica_id="a")
+    other = FakeReplica(replica_id="b")
+    with pytest.raises(ZeroDivisionError):
+        await collect(Router([bad, other], policy="round_robin"))
+    assert not other.requests
+
+
+# Waiting for a replica
+
+
+async def test_a_stream_waits_for_a_replica_that_is_expected() -> None:
+    lost, coming = (
+        FakeReplica(tokens(OUTPUT), replica_id="a", lose_after=5),
+        FakeReplica(tokens(OUTPUT), replica_id="b"),
+    )
+    router = Router([lost])
+    router.update([lost], Outlook(expected=True, reason="Replica b is loading."))
+    running = asyncio.create_task(collect(router))
+    await until(lambda: router.num_waiting)
+    assert router.health().reason == "Replica b is loading."
+    report = router.report("g", "http://g")
+    assert (report.num_running, report.num_queued, report.num_queued_tokens) == (0, 1, 3)
+    router.update([coming], Outlook())
+    assert [i for d in await running for i in d.token_ids] == OUTPUT
+
+
+async def test_a_stream_waits_for_a_replica_that_may_recover() -> None:
+    lost = FakeReplica(tokens(OUTPUT), replica_id="a", lose_after=5)
+    paused = FakeReplica(
+        tokens(OUTPUT), replica_id="b", reason="Replica b is waiting for rank 1, which does not answer."
+    )
+    router = Router([lost, paused])
+    running = asyncio.create_task(collect(router))
+    await until(lambda: router.num_waiting)
+    paused.reason = None
+    paused.say()
+    assert [i for d in await running for i in d.token_ids] == OUTPUT
+
+
+async def test_without_hope_a_stream_ends_at_once_with_the_reason() -> None:
+    router = Router([FakeReplica(tokens(OUTPUT), lose_after=5)])
+    seen = []
+    with pytest.raises(ReplicaUnavailableError, match="Replica fake-0 is gone"):
+        async for delta in router.generate(request()):
+            seen += delta.token_ids
+    assert seen == OUTPUT[:5]
+    assert router.num_inflight_requests == router.num_queued_tokens == 0
+
+
+async def test_hope_that_vanishes_ends_the_wait() -> None:
+    router = Router()
+    router.update([], Outlook(expected=True))
+    running = asyncio.create_task(collect(router))
+    await until(lambda: router.num_waiting)
+    router.update([], Outlook(reason="The weights are damaged."))
+    with pytest.raises(ReplicaUnavailableError, match="The weights are damaged"):
+        await running
+
+
+async def test_nobody_waits_for_ever() -> None:
+    router = Router(queue_timeout_s=0.05)
+    router.update([], Outlook(expected=True, reason="Replica r0 waits for a place."))
+    with pytest.raises(ReplicaUnavailableError, match=r"Replica r0 waits for a place\. It waited 0.05 s"):
+        await collect(router)
+    full = FakeReplica(tokens(OUTPUT), max_num_seqs=1, hold_after=0)
+    full.load = LoadReport()
+    router = Router([full], queue_timeout_s=0.05)
+    others = [asyncio.create_task(collect(router, request(f"o{i}"))) for i in range(2)]
+    await until(lambda: len(full.requests) == 2)
+    with pytest.raises(OverloadedError, match="no replica had room"):
+        await collect(router)
+    full.release.set()
+    await asyncio.gather(*others)
+
+
+async def test_a_replica_that_is_merely_not_ready_keeps_its_streams() -> None:
+    silent, other = FakeReplica(tokens(OUTPUT), replica_id="a", hold_after=5), FakeReplica(replica_id="b")
+    router = Router([silent, other], policy="round_robin")
+    running = asyncio.create_task(collect(router))
+    await silent.holding.wait()
+    silent.reason = "Replica a made its last forward pass on all ranks 4.0 s ago."
+    silent.say()
+    await asyncio.sleep(0.05)
+    assert not other.requests
+    silent.release.set()
+    assert len(await running) == 64
+
+
+# Draining
+
+
+async def test_draining_gets_nothing_new_and_moves_its_streams_when_the_time_is_over() -> None:
+    draining = FakeReplica(tokens(OUTPUT), replica_id="a", hold_after=5)
+    router = Router([draining])
+    running = asyncio.create_task(collect(router))
+    await draining.holding.wait()
+    other = FakeReplica(tokens(OUTPUT), replica_id="b")
+    draining.drain_until = time.monotonic() + 0.1
+    router.update([draining, other], Outlook())
+    assert [s.state for s in router.health().replicas] == ["draining", "ready"]
+    await collect(router, request("new"))
+    assert len(draining.requests) == 1, "a draining replica gets nothing new"
+    assert draining.num_open == 1, "until then what runs goes on"
+    deltas = await running
+    assert [i for d in deltas for i in d.token_ids] == OUTPUT
+    assert draining.aborted == ["r"]
+    assert other.requests[-1].output_token_ids == OUTPUT[:5]
+    assert router.num_failovers_total == 1
+
+
+async def test_a_stream_that_ends_before_the_drain_does_is_left_alone() -> None:
+    draining, other = FakeReplica(tokens(OUTPUT), replica_id="a", hold_after=5), FakeReplica(replica_id="b")
+    router = Router([draining])
+    running = asyncio.create_task(collect(router))
+    await draining.holding.wait()
+    draining.drain_until = time.monotonic() + 60
+    router.update([draining, other], Outlook())
+    draining.release.set()
+    assert len(await running) == 64
+    assert not other.requests
+    assert router.num_failovers_total == 0
+
+
+async def test_a_drain_that_is_brought_forward_or_taken_back() -> None:
+    draining, other = (
+        FakeReplica(tokens(OUTPUT), replica_id="a", hold_after=5),
+        FakeReplica(tokens(OUTPUT), replica_id="b"),
+    )
+    router = Router([draining])
+    running = asyncio.create_task(collect(router))
+    await draining.holding.wait()
+    draining.drain_until = time.monotonic() + 0.02
+    router.update([draining, other], Outlook())
+    draining.drain_until = None
+    router.update([draining, other], Outlook())
+    await asyncio.sleep(0.05)
+    assert draining.num_open == 1, "taken back: it stays"
+    draining.drain_until = time.monotonic()
+    draining.say()
+    assert len(await running) == 64
+    assert draining.aborted == ["r"]
+
+
+async def test_with_nowhere_to_go_a_drained_stream_stays_while_it_can() -> None:
+    draining = FakeReplica(tokens(OUTPUT), hold_after=5)
+    router = Router([draining])
+    running = asyncio.create_task(collect(router))
+    await draining.holding.wait()
+    draining.drain_until = time.monotonic()
+    router.update([draining], Outlook())
+    await asyncio.sleep(0.02)
+    draining.release.set()
+    assert len(await running) == 64
+    assert not draining.aborted
+
+
+async def test_closing_while_it_moves_leaves_nothing() -> None:
+    lost = FakeReplica(tokens(OUTPUT), lose_after=5)
+    router = Router([lost])
+    router.update([lost], Outlook(expected=True))
+    running = asyncio.create_task(collect(router))
+    await until(lambda: router.num_waiting)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    assert (router.num_waiting, router.num_inflight_requests, router.num_queued_tokens) == (0, 0, 0)
+    coming = FakeReplica(tokens(OUTPUT))
+    router.update([coming], Outlook())
+    await asyncio.sleep(0)
+    assert not coming.requests
+
+
+async def test_a_cancel_and_a_move_at_once_is_a_cancel() -> None:
+    draining, other = FakeReplica(tokens(OUTPUT), replica_id="a", hold_after=5), FakeReplica(replica_id="b")
+    router = Router([draining])
+    running = asyncio.create_task(collect(router))
+    await draining.holding.wait()
+    draining.drain_until = time.monotonic()
+    running.cancel()
+    router.update([draining, other], Outlook())
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert not other.requests
+    assert (draining.num_open, router.num_inflight_requests) == (0, 0)

@@ -1,0 +1,149 @@
+"""Who waits at the router, in which order, how long, and what is left when they give up."""
+
+import asyncio
+import contextlib
+import time
+
+import pytest
+from fake_replica import FakeReplica, tokens
+
+from cluster.router.router import Outlook, Router
+from workers.errors import DeadlineExceededError, OverloadedError
+from workers.protocol import GenerateRequest, LoadReport, SamplingParams
+
+
+def request(name: str, priority: int = 0) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=4, seed=0)
+    return GenerateRequest(request_id=name, prompt_token_ids=[1, 2], sampling=sampling, priority=priority)
+
+
+async def collect(router: Router, name: str, *, priority: int = 0, deadline: float | None = None) -> list[int]:
+    with router.admit(1, 2, priority=priority, deadline=deadline) as admission:
+        deltas = router.generate(request(name, priority), admission=admission)
+        async with contextlib.aclosing(deltas):
+            return [i async for delta in deltas for i in delta.token_ids]
+
+
+def small(**options) -> FakeReplica:
+    """Room for two: one that runs and one that is next."""
+    replica = FakeReplica(tokens([5, 6]), max_num_seqs=1, **options)
+    replica.load = LoadReport()
+    return replica
+
+
+async def start(router: Router, *tasks) -> list[asyncio.Task]:
+    started = []
+    for task in tasks:
+        before = router.num_inflight_requests
+        started.append(asyncio.create_task(task))
+        while router.num_inflight_requests == before:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    return started
+
+
+async def test_priority_first_then_arrival() -> None:
+    replica = small(hold_after=0)
+    router = Router([replica])
+    names = [("running", 0), ("next", 0), ("late", 5), ("first", 0), ("second", 0), ("urgent", -1)]
+    tasks = await start(router, *(collect(router, name, priority=p) for name, p in names))
+    assert router.num_waiting == 4
+    replica.release.set()
+    await asyncio.gather(*tasks)
+    assert [r.request_id for r in replica.requests] == ["running", "next", "urgent", "first", "second", "late"]
+
+
+async def test_a_resumed_stream_keeps_its_place() -> None:
+    lost, other = small(replica_id="a", hold_after=1), small(replica_id="b", hold_after=1)
+    router = Router([lost])
+    tasks = await start(router, *(collect(router, f"q{i}") for i in range(4)))
+    assert router.num_waiting == 2
+    router.update([lost], Outlook(expected=True))
+    lost.lose()
+    while router.num_waiting < 4:
+        await asyncio.sleep(0)
+    router.update([other], Outlook())
+    other.release.set()
+    assert await asyncio.gather(*tasks) == [[5, 6]] * 4
+    names = [r.request_id.partition("~")[0] for r in other.requests]
+    assert names == ["q0", "q1", "q2", "q3"], "whoever came first is not behind others because of a loss"
+
+
+async def test_who_leaves_while_waiting_frees_its_place() -> None:
+    replica = small(hold_after=0)
+    router = Router([replica], max_inflight_requests=3)
+    tasks = await start(router, *(collect(router, f"q{i}") for i in range(3)))
+    assert (router.num_waiting, router.num_queued_tokens) == (1, 2)
+    tasks[2].cancel()
+    await asyncio.gather(tasks[2], return_exceptions=True)
+    assert (router.num_waiting, router.num_queued_tokens, router.num_inflight_requests) == (0, 0, 2)
+    tasks += await start(router, collect(router, "q3"))
+    replica.release.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert [r.request_id for r in replica.requests] == ["q0", "q1", "q3"]
+
+
+async def test_who_leaves_in_the_instant_of_getting_a_place_gives_it_back() -> None:
+    replica = small(hold_after=0)
+    router = Router([replica])
+    tasks = await start(router, *(collect(router, f"q{i}") for i in range(4)))
+    tasks[0].cancel()
+    while router.num_waiting == 2:
+        await asyncio.sleep(0)
+    tasks[2].cancel()  # its place is decided, its task has not run yet
+    replica.release.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert results[1] == results[3] == [5, 6]
+    assert router.report("g", "u").num_running == 0
+    assert router.num_queued_tokens == 0
+
+
+async def test_a_deadline_that_passes_in_line() -> None:
+    replica = small(hold_after=0)
+    router = Router([replica])
+    tasks = await start(router, collect(router, "q0"), collect(router, "q1"))
+    with pytest.raises(DeadlineExceededError, match=r"not complete after the 0\.0\d* s it was given"):
+        await collect(router, "hurried", deadline=time.monotonic() + 0.03)
+    assert router.num_waiting == 0
+    replica.release.set()
+    await asyncio.gather(*tasks)
+    assert len(replica.requests) == 2
+
+
+async def test_a_deadline_that_passes_in_mid_stream_aborts() -> None:
+    replica = small(hold_after=1)
+    router = Router([replica])
+    seen = []
+    with router.admit(1, 2, deadline=time.monotonic() + 0.05) as admission, pytest.raises(DeadlineExceededError):
+        async for delta in router.generate(request("q"), admission=admission):
+            seen += delta.token_ids
+    assert seen == [5]
+    assert replica.aborted == ["q"]
+    assert router.report("g", "u").num_running == 0
+
+
+async def test_a_deadline_that_is_met_leaves_no_trace() -> None:
+    router = Router([small()])
+    assert await collect(router, "q", deadline=time.monotonic() + 5) == [5, 6]
+
+
+async def test_a_wait_longer_than_the_deadline_is_refused_at_once() -> None:
+    replica = small()
+    replica.load = LoadReport(num_pending_tokens=500, tokens_per_s=100.0)
+    router = Router([replica])
+    with pytest.raises(OverloadedError, match=r"about 5\.0 s, longer than the 2\.0 s") as error:
+        await collect(router, "q", deadline=time.monotonic() + 2.0)
+    assert error.value.retry_after_s == 5
+    assert not replica.requests
+    assert await collect(router, "q", deadline=time.monotonic() + 9.0) == [5, 6]
+
+
+async def test_time_alone_wakes_the_line() -> None:
+    """A replica that becomes ready without a word, as one does whose reports age no longer."""
+    replica = small(reason="Away.")
+    router = Router([replica])
+    router.update([replica], Outlook(expected=True))
+    (task,) = await start(router, collect(router, "q"))
+    assert router.num_waiting == 1
+    replica.reason = None
+    assert await asyncio.wait_for(task, 5) == [5, 6]

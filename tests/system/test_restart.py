@@ -1,0 +1,141 @@
+"""On a Ray that an operator started: replicas outlive the serving process, several gateways serve them, `down` removes everything."""
+
+import json
+import signal
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ray_hosts import BIN, RayHosts
+from system_server import API_KEY, Server
+
+PROMPT = {"prompt": "def fibonacci(n):", "max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[RayHosts]:
+    hosts = RayHosts([4])
+    try:
+        yield hosts
+    finally:
+        hosts.close()
+
+
+def serve(hosts: RayHosts, *options: str) -> Server:
+    return Server("--ray-address", hosts.address, *options, env=hosts.env)
+
+
+def rank_pids(server: Server) -> list[int]:
+    return sorted(rank["pid"] for r in server.replicas("ready").values() for rank in r["ranks"])
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_server_finds_its_replicas_again(hosts):
+    first = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2")
+    try:
+        first.wait_ready(2)
+        text = first.complete(**PROMPT)["choices"][0]["text"]
+        pids = rank_pids(first)
+        first.process.send_signal(signal.SIGKILL)
+        first.process.wait()
+    finally:
+        first.kill()
+    assert all(psutil.pid_exists(pid) for pid in pids), "the ranks went with the serving process"
+    began = time.monotonic()
+    second = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2")
+    try:
+        assert second.complete(**PROMPT)["choices"][0]["text"] == text
+        took = time.monotonic() - began
+        assert rank_pids(second) == pids, "weights were loaded again"
+        assert "Loading the weights" not in second.output
+        print(f"first answer {took:.1f} s after the restart")
+        second.process.send_signal(signal.SIGTERM)
+        assert second.process.wait(60) == 0
+        assert "tramontane down" in second.output, "nobody says how to end what goes on"
+    finally:
+        second.kill()
+    assert all(psutil.pid_exists(pid) for pid in pids), "a gateway that stops in order takes the replicas along"
+
+
+@pytest.mark.timeout(240)
+def test_another_model_under_the_same_name_is_refused(hosts):
+    command = [str(BIN / "tramontane"), "serve", "--port", "0", "--ray-address", hosts.address, "--block-size", "32"]
+    done = subprocess.run(command, env=hosts.env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "tramontane down" in done.stderr and "--name" in done.stderr
+
+
+@pytest.mark.timeout(240)
+def test_a_controller_that_dies_is_restarted_and_adopts_what_runs(hosts):
+    server = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2")
+    try:
+        pids = rank_pids(server)
+        view = json.loads(server.get("/admin/cluster")[1])
+        controllers = [
+            p for p in map(psutil.Process, hosts.processes()) if "ControllerActor" in " ".join(p.cmdline()[:1])
+        ]
+        assert len(controllers) == 1
+        controllers[0].kill()
+        server.wait_for(
+            lambda: json.loads(server.get("/admin/cluster")[1])["controller_id"] != view["controller_id"],
+            timeout_s=60,
+            what="meet the new controller",
+        )
+        server.wait_ready(2)
+        assert rank_pids(server) == pids, "the new controller replaced what it should have adopted"
+        assert server.complete(**PROMPT)["choices"][0]["text"]
+    finally:
+        server.kill()
+
+
+@pytest.mark.timeout(240)
+def test_several_gateways_serve_the_same_replicas(hosts):
+    server = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2", "--gateways", "2")
+    try:
+        urls = [line.split()[-1].removesuffix("/v1") for line in server.output.splitlines() if line.endswith("/v1")]
+        assert len(urls) == len(set(urls)) == 2, server.output
+        texts = set()
+        for url in urls:
+            request = urllib.request.Request(
+                f"{url}/v1/completions",
+                data=json.dumps({"model": "demo_model", **PROMPT}).encode(),
+                headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=30) as response:
+                texts.add(json.load(response)["choices"][0]["text"])
+        assert len(texts) == 1
+        server.wait_for(
+            lambda: len(json.loads(server.get("/admin/cluster")[1])["gateways"]) == 2, timeout_s=10, what="see both"
+        )
+    finally:
+        server.kill()
+
+
+@pytest.mark.timeout(120)
+def test_down_removes_everything(hosts):
+    """Last in this file."""
+    command = [str(BIN / "tramontane"), "down", "--ray-address", hosts.address]
+    done = subprocess.run(command, env=hosts.env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "is down" in done.stdout
+    deadline = time.monotonic() + 20
+    while (left := ours(hosts)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
+    again = subprocess.run(command, env=hosts.env, capture_output=True, text=True, timeout=100, check=False)
+    assert "Nothing of 'tramontane' runs" in again.stdout
+    assert list(Path("/dev/shm").glob("tramontane-*")) == []
+
+
+def ours(hosts: RayHosts) -> list[str]:
+    names = []
+    for pid in hosts.processes():
+        try:
+            names.append(psutil.Process(pid).cmdline()[0])
+        except (psutil.Error, IndexError):
+            continue
+    return [n for n in names if any(word in n for word in ("RankActor", "ControllerActor", "GatewayActor"))]

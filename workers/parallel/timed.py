@@ -1,0 +1,49 @@
+"""A tensor-parallel group that counts its all-reduces and the seconds they take. Wraps any other; knows nothing of what runs on it."""
+
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from workers.parallel.group import TensorParallel
+
+
+class TimedGroup:
+    """`group.TensorParallel` has the contract. The totals may be read from any thread.
+
+    `all_reduce_s_total` includes the wait for slower ranks. It is None on CUDA, where the host only queues the work.
+    """
+
+    def __init__(self, tp: TensorParallel) -> None:
+        self.rank = tp.rank
+        self.size = tp.size
+        self.device = tp.device
+        self.num_all_reduces_total = 0
+        self.all_reduce_s_total: float | None = None if tp.device.type == "cuda" else 0.0
+        self._tp = tp
+        self._all_reduce = tp.all_reduce
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self.all_reduce_s_total is None:
+            self.num_all_reduces_total += 1
+            return self._all_reduce(x)
+        began = perf_counter()
+        x = self._all_reduce(x)
+        self.all_reduce_s_total += perf_counter() - began
+        self.num_all_reduces_total += 1
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        return self._tp.gather(x)
+
+    def broadcast(self, message: np.ndarray | None) -> np.ndarray:
+        return self._tp.broadcast(message)
+
+    def min(self, value: int) -> int:
+        return self._tp.min(value)
+
+    def waiting_for(self) -> tuple[int, ...]:
+        return self._tp.waiting_for()
+
+    def close(self) -> None:
+        self._tp.close()
