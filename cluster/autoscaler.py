@@ -21,11 +21,8 @@ SPEED_S = 600.0  # a best speed fades over this long: steps with few tokens are 
 FAST_S = 15.0  # the rate that counts once there is a backlog
 DECODE_S = 30.0
 MAX_NEEDS = 60  # points kept of the window that a scale-down looks back on
-TREND_NOISE = 2.0
-UP_BAND = 1.0
-DOWN_BAND = 1.0
-JUMP = 99.0
-Z = 0.0
+BAND = 1.0  # standard deviations of the rate's average: a need must differ by more before load alone changes the number
+TREND_BAND = 2.0  # and a trend must promise more, or it is taken for noise
 HYSTERESIS = 0.3  # replicas that must be to spare beyond the one given up
 EXCEEDED_SHARE = 0.01  # the reserve lets the backlog exceed its objective this share of the time
 UNKNOWN_STARTUP_S = 60.0  # before the first replica was seen to start
@@ -39,7 +36,7 @@ class AutoscalerConfig:
     max_replicas: int
     ttft_objective_s: float = 2.0
     backlog_objective_s: float | None = None
-    scale_down_after_s: float = 300.0
+    scale_down_after_s: float = 600.0
     target_utilization: float = 0.95  # of prompt speed, on average: the least reserve, whatever the variance
     target_decode_utilization: float = 0.85  # of sequences and of KV blocks
 
@@ -80,8 +77,6 @@ class AutoscalerState:
     trend: float = 0.0  # tokens/s per s
     variance: float = 0.0  # of arrivals: tokens squared per s
     decode: float = 0.0  # replicas
-    past: tuple = ()
-    error: float = 0.0
     needs: tuple[tuple[float, float], ...] = ()  # (when, the largest need since the one before)
     asked_at: float | None = None  # when there was last anything to do
     seen_at: float | None = None
@@ -98,6 +93,7 @@ class ScalingDecision:
 class Need:
     replicas: float
     reason: str
+    band: float = 0.0  # by how much it must exceed what is there, before it counts
 
 
 def decide(
@@ -105,145 +101,169 @@ def decide(
 ) -> tuple[AutoscalerState, ScalingDecision]:
     """Call it about once a second with the state of the call before; `now` is any clock that only grows."""
     state = _observe(observation, state, now)
-    need = max(_needs(config, observation, state, now), key=lambda n: n.replicas)
-    state = replace(state, needs=_remember(state.needs, need.replicas, config.scale_down_after_s, now))
+    needs = _needs(config, observation, state)
+    largest = max(need.replicas for need in needs)
+    state = replace(state, needs=_remember(state.needs, largest, config.scale_down_after_s, now))
+    # Averages fade but never end: without a request in the whole window they are no need.
+    needs = [*needs, Need(1.0, "a request waits")] if _is_wanted(config, state, now) else needs[:1]
+    need = max(needs, key=lambda n: n.replicas)
     decision = _choose(config, state, need, now)
     return replace(state, num_replicas=decision.num_replicas), decision
+
+
+def with_reserve(rate: float, variance: float, limit_s: float) -> float:
+    """Replicas n at which work arriving at `rate` with `variance` seldom waits longer than `limit_s`.
+
+    A queue with drift -(n - rate) and this variance exceeds b = n * limit_s with probability exp(-2 b (n - rate) / variance);
+    that set to EXCEEDED_SHARE and solved for n. Example: rate 20, variance 24, limit 1.0: n = 22.46.
+    """
+    c = math.log(1 / EXCEEDED_SHARE) * variance / (2 * limit_s)
+    return (rate + math.sqrt(rate**2 + 4 * c)) / 2
 
 
 def _observe(seen: Observation, state: AutoscalerState, now: float) -> AutoscalerState:
     first = state.seen_at is None
     elapsed = 0.0 if state.seen_at is None else max(0.0, now - state.seen_at)
+    # A total falls when a gateway is forgotten: that is no arrival.
     arrived = 0 if first else max(0, seen.arrived_tokens_total - state.last_total)
-    asked = first or arrived > 0 or seen.num_requests > 0 or seen.num_backlog_tokens > 0
-    speed = state.speed and state.speed * math.exp(-elapsed / SPEED_S)
-    if seen.prefill_tokens_per_s and seen.num_ready:
-        speed = max(seen.prefill_tokens_per_s, speed or 0.0)
-    elif state.speed:
-        speed = state.speed  # nothing measured, nothing forgotten
-    decode = state.decode + _weight(elapsed, DECODE_S) * (_decode_load(seen) - state.decode)
+    asked = (first and state.num_replicas > 0) or arrived > 0 or seen.num_requests > 0 or seen.num_backlog_tokens > 0
     state = replace(
         state,
-        speed=speed,
-        decode=decode,
+        speed=_speed(seen, state, elapsed),
+        decode=state.decode + _weight(elapsed, DECODE_S) * (_decode_load(seen) - state.decode),
         last_total=seen.arrived_tokens_total,
         bucket_at=now if state.bucket_at is None else state.bucket_at,
         bucket_tokens=state.bucket_tokens + arrived * (1 - seen.prompt_hit_rate),
         asked_at=now if asked else state.asked_at,
-        seen_at=now,
         started_at=now if first else state.started_at,
+        seen_at=now,
     )
     assert state.bucket_at is not None
-    return _close_bucket(state, now) if now - state.bucket_at >= BUCKET_S else state
+    return _close_bucket(state, now - state.bucket_at, now) if now - state.bucket_at >= BUCKET_S else state
 
 
-def _close_bucket(state: AutoscalerState, now: float) -> AutoscalerState:
-    """Holt's linear trend over the arrival rate, and the variance of what it did not foresee."""
-    assert state.bucket_at is not None
-    width = now - state.bucket_at
+def _speed(seen: Observation, state: AutoscalerState, elapsed: float) -> float | None:
+    if not seen.prefill_tokens_per_s or not seen.num_ready:
+        return state.speed
+    return max(seen.prefill_tokens_per_s, (state.speed or 0.0) * math.exp(-elapsed / SPEED_S))
+
+
+def _close_bucket(state: AutoscalerState, width: float, now: float) -> AutoscalerState:
+    """Holt's linear trend of the arrival rate, and the variance of what it did not foresee."""
     rate = state.bucket_tokens / width
     state = replace(state, bucket_at=now, bucket_tokens=0.0)
     if state.level is None:
         return replace(state, level=rate, fast=rate)
     foreseen = state.level + state.trend * width
     surprise = rate - foreseen
+    assert state.started_at is not None
+    memory_s = min(VARIANCE_S, now - state.started_at)  # the first surprises are all there is to go by
     level = max(0.0, foreseen + _weight(width, LEVEL_S) * surprise)
-    slope = (level - state.level) / width
-    fast = state.fast + _weight(width, FAST_S) * (rate - state.fast)
-    if fast - level > JUMP * math.sqrt(state.variance / (2 * FAST_S)):
-        level = fast
-    past = (*state.past, level + rise(state, 120.0))
-    error = state.error
-    if len(past) > 24:
-        error += _weight(width, 1800.0) * (max(0, fast - past[0]) ** 2 - error)
-        past = past[1:]
     return replace(
         state,
         level=level,
-        trend=state.trend + _weight(width, TREND_S) * (slope - state.trend),
-        variance=state.variance + _weight(width, VARIANCE_S) * (surprise**2 * width - state.variance),
-        fast=fast, past=past, error=error,
+        trend=state.trend + _weight(width, TREND_S) * ((level - state.level) / width - state.trend),
+        variance=state.variance + _weight(width, memory_s) * (surprise**2 * width - state.variance),
+        fast=state.fast + _weight(width, FAST_S) * (rate - state.fast),
     )
 
 
-def _needs(config: AutoscalerConfig, seen: Observation, state: AutoscalerState, now: float) -> list[Need]:
-    needs = [Need(config.min_replicas, f"min_replicas is {config.min_replicas}"), _presence(config, state, now)]
-    needs.append(Need(state.decode / config.target_decode_utilization, "sequences and KV blocks are above the target"))
+def _is_wanted(config: AutoscalerConfig, state: AutoscalerState, now: float) -> bool:
+    return state.asked_at is not None and now - state.asked_at < config.scale_down_after_s
+
+
+def _needs(config: AutoscalerConfig, seen: Observation, state: AutoscalerState) -> list[Need]:
+    needs = [
+        Need(config.min_replicas, f"at least {config.min_replicas} are configured"),
+        Need(
+            state.decode / config.target_decode_utilization,
+            f"sequences or KV blocks would fill {state.decode:.1f} replicas, and the target is "
+            f"{config.target_decode_utilization:.0%} of each",
+        ),
+    ]
     if state.speed:
-        needs.append(_load(config, seen, state))
-        needs += _backlog(config, seen, state)
+        waits_s = seen.num_backlog_tokens / state.speed / max(1, seen.num_ready)
+        startup_s = max(BUCKET_S, seen.startup_s or UNKNOWN_STARTUP_S)
+        needs.append(_load_need(config, state, state.speed, startup_s))
+        if waits_s > config.backlog_limit_s:
+            needs.append(_backlog_need(config, seen, state, state.speed, startup_s))
+        if _is_late(config, seen, waits_s):
+            number = seen.num_ready + 1
+            needs.append(
+                Need(
+                    number,
+                    f"TTFT p95 of {seen.ttft_p95_s:.1f} s is above the objective of {config.ttft_objective_s:.1f} s",
+                )
+            )
     return needs
 
 
-def _presence(config, state, now):
-    if state.asked_at is not None and now - state.asked_at < config.scale_down_after_s:
-        return Need(1.0, "requests")
-    return Need(0.0, "nothing")
-
-
-def _load(config: AutoscalerConfig, seen: Observation, state: AutoscalerState) -> Need:
-    assert state.speed
-    startup_s = seen.startup_s or UNKNOWN_STARTUP_S
-    rate = max(0.0, (state.level or 0.0) + rise(state, startup_s)) / state.speed
+def _load_need(config: AutoscalerConfig, state: AutoscalerState, speed: float, startup_s: float) -> Need:
+    rise = state.trend * startup_s
+    rise = math.copysign(max(0.0, abs(rise) - TREND_BAND * _deviation(state)), rise)
+    rate = max(0.0, (state.level or 0.0) + rise) / speed
+    number = max(
+        rate / config.target_utilization, with_reserve(rate, state.variance / speed**2, config.backlog_limit_s)
+    )
     return Need(
-        max(rate / config.target_utilization, with_reserve(rate, state.variance / state.speed**2, config.backlog_limit_s, Z * math.sqrt(state.error) / state.speed)),
-        "load",
+        number,
+        f"{rate * speed:,.0f} prompt tokens/s expected in {startup_s:.0f} s, one replica computes {speed:,.0f}",
+        BAND * _deviation(state) / speed,
     )
 
 
-def rise(state, h):
-    x = state.trend * h
-    return math.copysign(max(0.0, abs(x) - TREND_NOISE * noise(state)), x)
-
-
-def noise(state):
-    return math.sqrt(state.variance / (2 * LEVEL_S))
-
-
-def with_reserve(rate: float, variance: float, limit_s: float, error=0.0) -> float:
-    """Replicas n at which work arriving at `rate` with `variance` seldom waits longer than `limit_s`.
-
-    A queue with drift -(n - rate) and this variance exceeds b = n * limit_s with probability exp(-2 b (n - rate) / variance);
-    set to EXCEEDED_SHARE and solved for n. Example: rate 20, variance 24, limit 1.0: n = 22.46.
-    """
-    rate += error
-    c = math.log(1 / EXCEEDED_SHARE) * variance / (2 * limit_s)
-    return (rate + math.sqrt(rate**2 + 4 * c)) / 2
-
-
-def _backlog(config: AutoscalerConfig, seen: Observation, state: AutoscalerState) -> list[Need]:
-    assert state.speed
-    work_s = seen.num_backlog_tokens / state.speed
+def _backlog_need(
+    config: AutoscalerConfig, seen: Observation, state: AutoscalerState, speed: float, startup_s: float
+) -> Need:
+    """What keeps up with the arrivals of the last seconds and works the backlog off in the time a replica takes to start."""
+    work_s = seen.num_backlog_tokens / speed
+    number = max(state.fast, state.level or 0.0) / speed + work_s / startup_s
     waits_s = work_s / max(1, seen.num_ready)
-    if waits_s <= config.backlog_limit_s:
-        return []
-    startup_s = max(seen.startup_s or UNKNOWN_STARTUP_S, BUCKET_S)
-    rate = max(state.fast, state.level or 0.0) / state.speed
-    needs = [Need(rate + work_s / startup_s, f"backlog of {waits_s:.1f} s is above the objective of {config.backlog_limit_s:.1f} s")]
-    return needs
+    return Need(number, f"backlog of {waits_s:.1f} s is above the objective of {config.backlog_limit_s:.1f} s")
 
 
-def _remember(needs, need, window_s, now):
-    kept = tuple(n for n in needs if n[0] > now - window_s)
-    if kept and now - kept[-1][0] < window_s / MAX_NEEDS:
-        if need <= kept[-1][1]:
-            return kept if len(kept) != len(needs) else needs
-        return (*kept[:-1], (kept[-1][0], need))
-    return (*kept, (now, need))
+def _is_late(config: AutoscalerConfig, seen: Observation, waits_s: float) -> bool:
+    """Only work that waits is helped by one more replica: a long prompt alone takes its time anywhere."""
+    late = seen.ttft_p95_s is not None and seen.ttft_p95_s > config.ttft_objective_s
+    return late and seen.num_starting == 0 and seen.num_ready > 0 and waits_s > config.backlog_limit_s / 2
+
+
+def _remember(
+    needs: tuple[tuple[float, float], ...], need: float, window_s: float, now: float
+) -> tuple[tuple[float, float], ...]:
+    if needs and needs[0][0] <= now - window_s:
+        needs = tuple(n for n in needs if n[0] > now - window_s)
+    if needs and now - needs[-1][0] < window_s / MAX_NEEDS:
+        return needs if need <= needs[-1][1] else (*needs[:-1], (needs[-1][0], need))
+    return (*needs, (now, need))
 
 
 def _choose(config: AutoscalerConfig, state: AutoscalerState, need: Need, now: float) -> ScalingDecision:
-    n = state.num_replicas
-    sigma = noise(state) / state.speed if state.speed else 0.0
-    band = UP_BAND * sigma if need.reason == "load" else 0.0
-    up = min(config.max_replicas, math.ceil(need.replicas - 1e-9)) if need.replicas > n + band else n
-    if up > n:
-        return ScalingDecision(up, f"{n} -> {up}: {need.reason}.")
-    largest = max(x for _, x in state.needs)
-    down = max(config.min_replicas, math.ceil(largest + HYSTERESIS + DOWN_BAND * sigma) if largest > 1 else math.ceil(largest))
-    if down < n and state.started_at is not None and now - state.started_at >= config.scale_down_after_s:
-        return ScalingDecision(down, f"{n} -> {down}: {largest:.1f} replicas would have been enough for {config.scale_down_after_s:.0f} s.")
-    return ScalingDecision(min(n, config.max_replicas), "")
+    assert state.started_at is not None
+    number, low, high = state.num_replicas, config.min_replicas, config.max_replicas
+    if not low <= number <= high:
+        bounded = min(max(number, low), high)
+        return ScalingDecision(bounded, f"{number} -> {bounded}: the bounds are {low} and {high}.")
+    up = min(high, math.ceil(need.replicas - 1e-9))
+    if up > number and (need.replicas > number + need.band or number == 0):
+        return ScalingDecision(up, f"{number} -> {up}: {need.reason}.")
+    largest = max(n for _, n in state.needs)
+    spare = HYSTERESIS + (BAND * _deviation(state) / state.speed if state.speed else 0.0)
+    down = low
+    if _is_wanted(config, state, now):
+        down = max(low, 1, math.ceil(largest + spare if largest > max(1, low) else largest))
+    if down < number and now - state.started_at >= config.scale_down_after_s:
+        window = f"the last {config.scale_down_after_s:.0f} s"
+        why = f"nothing was asked in {window}" if down == 0 else f"{largest:.1f} would have been enough in {window}"
+        return ScalingDecision(down, f"{number} -> {down}: {why}.")
+    if up > number == high:
+        return ScalingDecision(number, f"{number} is the most allowed, though {need.reason}.")
+    return ScalingDecision(number, f"{number} are enough.")
+
+
+def _deviation(state: AutoscalerState) -> float:
+    """Standard deviation of `level`, tokens/s."""
+    return math.sqrt(state.variance / (2 * LEVEL_S))
 
 
 def _decode_load(seen: Observation) -> float:

@@ -10,12 +10,11 @@ import time
 import urllib.error
 import urllib.request
 from argparse import Namespace
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import msgspec
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -173,21 +172,29 @@ def to_json(samples: Sequence[Sample]) -> str:
 
 
 def render(samples: Sequence[Sample], *, now: float) -> RenderableType:
-    """What a person sees; "Hits" are prompt tokens found in the prefix cache. now: time.time()."""
+    """What a person sees, in 80 columns. Step and all-reduce are per step; Hits: prompt tokens found cached. now: time.time()."""
     view = samples[-1].view
-    table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False, header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold underline")
     for name in ("Replica", "State", "Rank", "Node"):
         table.add_column(name, no_wrap=True)
-    for name in ("Step", "All-reduce", "Run", "Wait", "KV", "Tokens/s", "Hits", "Up"):
+    for name in ("Step ms", "Reduce", "Run", "Wait", "KV", "Tok/s", "Hits", "Up"):
         table.add_column(name, justify="right", no_wrap=True)
+    nodes = _node_names(view)
     notes = [r.reason for r in view.replicas if r.reason]
     for replica, rate in zip(view.replicas, rates(samples), strict=True):
-        _add_rows(table, replica, rate, now)
+        _add_rows(table, replica, rate, nodes, now)
     if view.failure is not None:
         notes.append(f"Starting replicas is given up: {view.failure[1]}")
     gateways = ", ".join(f"{g.url} ({g.num_running} running, {g.num_queued} queued)" for g in view.gateways)
     notes.append(f"Gateways: {gateways or 'none'}")
     return Group(Text(_headline(view), style="bold"), table, *(Text(note) for note in notes))
+
+
+def _node_names(view: ClusterView) -> dict[str, str]:
+    """By id: the address, and the id's beginning where several nodes share an address."""
+    ips = {rank.node_id: rank.node_ip for replica in view.replicas for rank in replica.ranks}
+    count = Counter(ips.values())
+    return {node_id: ip if count[ip] == 1 else f"{ip} {node_id[:6]}" for node_id, ip in ips.items()}
 
 
 def _headline(view: ClusterView) -> str:
@@ -197,7 +204,7 @@ def _headline(view: ClusterView) -> str:
     return f"{name}: {num_ready} of {view.num_desired} replica{'s' * (view.num_desired != 1)} ready{why}"
 
 
-def _add_rows(table: Table, replica: ReplicaRecord, rate: ReplicaRate, now: float) -> None:
+def _add_rows(table: Table, replica: ReplicaRecord, rate: ReplicaRate, nodes: Mapping[str, str], now: float) -> None:
     """One row per rank; what is the replica's stands in the first."""
     load = replica.load
     whole = (
@@ -214,7 +221,7 @@ def _add_rows(table: Table, replica: ReplicaRecord, rate: ReplicaRate, now: floa
     for i, rank in enumerate(replica.ranks):
         stuck = rank.rank in load.stuck_ranks
         number = Text(f"{rank.rank} stuck" if stuck else str(rank.rank), style="red" if stuck else "")
-        node = Text(f"{rank.node_ip} {rank.node_id[:6]}")
+        node = Text(nodes[rank.node_id])
         times = map(_milliseconds, _times(rate, i))
         if i == 0:
             table.add_row(name, state, number, node, *times, *whole)
@@ -232,7 +239,7 @@ def _state(replica: ReplicaRecord, now: float) -> str:
         done, total = replica.progress
         return f"{replica.phase or 'starting'} {100 * done // total}%" if total else replica.phase or "starting"
     if replica.state is ReplicaState.DRAINING and replica.drain_until is not None:
-        return f"draining {max(replica.drain_until - now, 0):.0f} s"
+        return f"draining {max(replica.drain_until - now, 0):.0f}s"
     return replica.state.value
 
 
@@ -241,10 +248,10 @@ def _share(part: float, whole: float) -> str:
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return NOTHING if seconds is None else f"{seconds * 1e3:.1f} ms"
+    return NOTHING if seconds is None else f"{seconds * 1e3:.1f}"
 
 
 def _duration(seconds: float) -> str:
     minutes, s = divmod(int(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {s:02}s" if minutes else f"{s}s"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{s:02}s" if minutes else f"{s}s"

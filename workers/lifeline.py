@@ -1,36 +1,34 @@
 """How the ranks of a replica notice each other's end, whatever their engines are doing: a TCP connection per follower to rank 0.
 
 A closed connection means that the process died, and is seen at once; SILENCE_IS_DEATH_S of silence that it is frozen or
-cut off. A killed process gives its memory back before its connections (0.25 s a GB was measured), so a rank on the same host is
-also looked at every LOOK_S. Lines of text go both ways: a JSON hello each, then an empty line as heartbeat, `bye`, or `failed` and why.
+cut off. A killed process gives back its memory first, its connections later (0.25 s a GB was measured), so a rank on the same host
+is also looked at every LOOK_S. Lines of text go both ways:
 
-    follower                    rank 0
-    {"rank": 1, "pid": ..., "token": ...}   ->
-                                            <-   {"rank": 0, "pid": ...}      which process to kill, should it freeze
-                              every tick   <->   every tick
+    follower                                    rank 0
+    {"rank": 1, "pid": ..., "token": ...}  -->
+                                           <--  {"rank": 0, "pid": ...}    which process to kill, should it freeze
+    an empty line every tick              <-->
+    "bye", or "failed" and why            <-->                             no death, or a better reason than that
 
-A thread of its own; knows no torch, no group and no sockets but these. A connection serves from joining on, so that a rank that
-dies while loading is named too; but until `expect_prompt`, silence is measured with LOADING_SILENCE_S: imports and native
-set-up code may hold Python's lock for seconds.
+A thread of its own; knows no torch, no group and no engine. A connection serves from joining on, so that a rank that dies while
+loading is named too; but until `expect_prompt`, silence is measured with LOADING_SILENCE_S: imports and native set-up code may
+hold Python's lock for seconds.
 """
 
 import contextlib
 import hmac
 import logging
-import os
 import selectors
-import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 
 from workers.errors import GroupError
-from workers.parallel.shared_file import birth
 from workers.protocol import HEARTBEAT_INTERVAL_S, SILENCE_IS_DEATH_S
+from workers.rank_process import RankProcess, is_alive, is_here, kill_if_here, this_process
 
 log = logging.getLogger(__name__)
 
@@ -40,36 +38,6 @@ MAX_LINE_BYTES = 16 * 1024
 HELLO_TIMEOUT_S = 3.0
 _TICK_S = HEARTBEAT_INTERVAL_S / 2
 _HEARTBEAT, _BYE, _FAILED = b"\n", b"bye\n", b"failed "
-
-
-class RankProcess(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank's process. `born` and `host` tell it from a later process, or one elsewhere, with the same pid."""
-
-    rank: int
-    pid: int
-    born: int | None
-    host: str | None
-    token: str | None = None  # in a follower's hello: the replica's secret
-
-
-def this_process(rank: int, token: str | None = None) -> RankProcess:
-    return RankProcess(rank=rank, pid=os.getpid(), born=birth(os.getpid()), host=_pid_space(), token=token)
-
-
-def kill_if_here(process: RankProcess) -> bool:
-    """SIGKILL, if the process is on this host and still the one that said hello: a frozen one would keep its memory for ever."""
-    if process.host is None or process.host != _pid_space() or process.pid == os.getpid():
-        return False
-    with contextlib.suppress(OSError):  # gone, or another user's
-        fd = os.pidfd_open(process.pid)
-        try:
-            # The descriptor pins the process, so what is compared now is what is killed.
-            if process.born is not None and birth(process.pid) == process.born:
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-                return True
-        finally:
-            os.close(fd)
-    return False
 
 
 class _Peer:
@@ -86,7 +54,7 @@ class _Peer:
 
     def greeted(self, process: RankProcess) -> None:
         self.process = process
-        self.is_here = process.born is not None and process.host is not None and process.host == _pid_space()
+        self.is_here = is_here(process)
 
     def send(self, line: bytes) -> None:
         """Never waits. A peer whose buffer is full is silent too; one that is gone is seen by reading."""
@@ -206,7 +174,7 @@ class Lifeline:
     def _look(self) -> None:
         for peer in list(self._peers):
             process = peer.process
-            if process is not None and peer.is_here and birth(process.pid) != process.born:
+            if process is not None and peer.is_here and not is_alive(process):
                 self._read(peer)  # it may have said why
                 if peer in self._peers:
                     self._lose(peer, "its process died")
@@ -295,12 +263,3 @@ class Lifeline:
         for sock in (*(p.sock for p in self._peers), self._listener, self._wake_receiver, self._wake_sender):
             if sock is not None:
                 sock.close()
-
-
-def _pid_space() -> str | None:
-    """Names the kernel and the pid namespace in which this process's pid means something; None where that cannot be told."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return None

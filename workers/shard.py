@@ -96,7 +96,8 @@ class ShardWorker:
         logging.getLogger("workers").setLevel(log_level)
 
     def __repr__(self) -> str:
-        return f"Rank({self.replica_id}/{self.rank} {self.phase})"
+        # Ray's dashboard and logs show what this is when the actor is made and never ask again: the phase cannot be part of it.
+        return f"Rank({self.replica_id}/{self.rank})"
 
     def address(self, host: str) -> Rendezvous:
         """Ports of this host for the group's rendezvous and its lifeline, which listens from now on; asked of rank 0."""

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from workers.cache_diff import CacheDiff
+from workers.connection import Connection
 from workers.protocol import (
     FRAME_HEADER_BYTES,
     HEARTBEAT_INTERVAL_S,
@@ -44,7 +44,6 @@ from workers.protocol import (
 log = logging.getLogger(__name__)
 
 MAX_HELLO_BYTES = 4096
-MAX_UNSENT_BYTES = 64 * 1024 * 1024  # a gateway this far behind will not catch up: it is cut off, the engine goes on
 MAX_STEPS_BEHIND = 8
 STUCK_AFTER_S = 1.5  # an ordinary collective is over in no time
 ORPHAN_AFTER_S = 600.0  # without any gateway for this long, nobody will come for the replica
@@ -57,46 +56,6 @@ _decoder = msgspec.msgpack.Decoder(ToReplica)
 
 class ProtocolViolation(Exception):
     """The client sent what this protocol does not allow; the message goes to the log."""
-
-
-class _Connection:
-    """One gateway. Engine-side ids carry the connection's number, so that no gateway can touch another's requests."""
-
-    def __init__(self, number: int, writer: asyncio.StreamWriter, now: float) -> None:
-        self.prefix = f"{number}/"
-        self.peer = writer.get_extra_info("peername")
-        self.requests: set[str] = set()  # ids as the client knows them
-        self.last_received = now
-        self.last_sent = now
-        self.unsent_events = CacheDiff()
-        self._finished = False
-        self._writer = writer
-
-    def send(self, frame: bytes, now: float) -> None:
-        """Queues the frame and never waits; a client that does not read is cut off when its buffer is full."""
-        transport = self._writer.transport
-        if self._finished or transport.is_closing():
-            return
-        if transport.get_write_buffer_size() + len(frame) > MAX_UNSENT_BYTES:
-            log.warning("Closing %s: it has left %d MiB unread.", self.peer, MAX_UNSENT_BYTES >> 20)
-            transport.abort()
-            return
-        self._writer.write(frame)
-        self.last_sent = now
-
-    def drop(self) -> None:
-        self._writer.transport.abort()
-
-    def finish(self) -> None:
-        """Lets the client read to the end; nothing is sent any more, but until it closes it is still read from."""
-        self._finished = True
-        with contextlib.suppress(OSError):  # the client has gone meanwhile
-            self._writer.write_eof()
-
-    async def close(self) -> None:
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
 
 
 class StreamServer:
@@ -127,7 +86,7 @@ class StreamServer:
         self._alone_since: float | None = None  # None also before the first gateway came
         self._cached: dict[bytes, None] = {}  # every block the prefix cache can find, in the order of storing
         self._waited_since: dict[int, float] = {}
-        self._connections: dict[str, _Connection] = {}  # by prefix
+        self._connections: dict[str, Connection] = {}  # by prefix
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_accepted = 0
         self._room = threading.Semaphore(MAX_STEPS_BEHIND)
@@ -219,7 +178,7 @@ class StreamServer:
         assert task is not None
         self._tasks.add(task)
         self._num_accepted += 1
-        connection = _Connection(self._num_accepted, writer, time.monotonic())
+        connection = Connection(self._num_accepted, writer, time.monotonic())
         try:
             if await self._handshake(connection, reader):
                 self._connections[connection.prefix] = connection
@@ -236,7 +195,7 @@ class StreamServer:
             writer.close()
             self._tasks.discard(task)
 
-    async def _handshake(self, connection: _Connection, reader: asyncio.StreamReader) -> bool:
+    async def _handshake(self, connection: Connection, reader: asyncio.StreamReader) -> bool:
         async with asyncio.timeout(SILENCE_IS_DEATH_S):
             message = await _read_message(reader, MAX_HELLO_BYTES)
         reason = None
@@ -258,7 +217,7 @@ class StreamServer:
         self._alone_since = None
         return True
 
-    async def _read(self, connection: _Connection, reader: asyncio.StreamReader) -> None:
+    async def _read(self, connection: Connection, reader: asyncio.StreamReader) -> None:
         while True:
             message = await _read_message(reader, MAX_FRAME_BYTES)
             connection.last_received = time.monotonic()

@@ -1,7 +1,7 @@
 """The gateway's side of the simulation, with the real policies and the real prefix index, and the event loop around it.
 
-What it knows of a replica is as old as the newest frame, plus what it sent since. Decisions are timed on this machine's clock,
-everything else happens on the simulated one.
+What it knows of a replica is as old as the newest frame, plus what it sent since. Decisions are measured in this
+machine's CPU time, everything else happens on the simulated clock.
 """
 
 import heapq
@@ -49,6 +49,7 @@ class Gateway:
             max_num_seqs=np.full(n, hardware.max_num_seqs),
         )
         self.turn = 0
+        self.decisions_s: list[float] = []
         self._num_own = [0] * n
         self._reported_tokens = [0] * n
         self._reported_requests = [0] * n
@@ -57,10 +58,12 @@ class Gateway:
 
     def route(self, request: TraceRequest, now: float) -> tuple[int, int]:
         """(slot, prompt tokens expected in its cache)."""
+        began = time.thread_time()
         num_blocks = (request.num_prompt_tokens - 1) // self.block_size
         matched = self.index.match(request.hashes[:num_blocks], window_blocks=None)
         view = RequestView(request.num_prompt_tokens, matched * self.block_size)
         decision = choose(self.policy, self.snapshot, view, turn=self.turn)
+        self.decisions_s.append(time.thread_time() - began)
         assert decision is not None, "every simulated replica is available"
         self.turn += 1
         slot, cached = decision.slot, decision.num_cached_tokens
@@ -125,15 +128,14 @@ def simulate(
     for number, request in enumerate(requests):
         now = request.arrival_s
         play(now)
-        began = time.perf_counter()
         slot, predicted = gateways[number % num_gateways].route(request, now)
-        outcome.decisions_s.append(time.perf_counter() - began)
         sequence = Sequence(request, now)
         outcome.sequences.append(sequence)
         outcome.predicted_tokens.append(predicted)
         end = replicas[slot].submit(sequence, now)
         if end is not None:
             schedule(replicas[slot], end)
+    outcome.decisions_s = [s for gateway in gateways for s in gateway.decisions_s]
     last_arrival = requests[-1].arrival_s
     play(last_arrival)
     outcome.busy = [r.busy_s / last_arrival for r in replicas]

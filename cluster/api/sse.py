@@ -26,6 +26,7 @@ _HEADERS = {
 }
 KEEP_ALIVE_S = 15.0  # proxies commonly give up after 30 or 60
 WRITE_TIMEOUT_S = 60.0
+_SMALL_BYTES = 16 * 1024  # well below what makes a transport ask its writer to wait
 _KEEP_ALIVE = b": keep-alive\n\n"
 _encoder = msgspec.json.Encoder()
 
@@ -93,12 +94,16 @@ class _Writer:
             if not data:
                 return
             self.last_sent = time.monotonic()
+            transport = self._request.transport
+            if transport is not None and len(data) < _SMALL_BYTES and not transport.get_write_buffer_size():
+                await self.response.write(data)  # into an empty buffer, so it waits for nobody: no timer is needed
+                return
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
                     await self.response.write(data)
             except TimeoutError as e:
-                if self._request.transport is not None:
-                    self._request.transport.abort()
+                if transport is not None:
+                    transport.abort()
                 raise ClientGoneError(f"The client has read nothing for {WRITE_TIMEOUT_S:g} s.") from e
 
 

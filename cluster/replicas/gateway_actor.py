@@ -60,12 +60,14 @@ class GatewayActor:
     async def _serve(self) -> None:
         from cluster.gateway import Gateway
         from cluster.replicas.controller_client import ControllerClient
+        from cluster.replicas.ray_metrics import publish_forever
 
         tokenizer, chat_template = load_text(self._config)
         controller = ControllerClient(self._config.deployment)
         gateway = Gateway(self._config, controller, tokenizer=tokenizer, chat_template=chat_template)
         try:
             await gateway.open()
+            gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
             self._url = gateway.url
             self._opened.set()
             await self._stop.wait()

@@ -1,4 +1,4 @@
-"""The class of a rank's Ray actor: a ShardWorker that also knows which node it is on.
+"""The class of a rank's Ray actor: a ShardWorker that also knows which node it is on, and shows its counters in Ray's metrics.
 
 Knows Ray and nothing else of the control plane; the work is all in `workers.shard`.
 """
@@ -7,10 +7,18 @@ from typing import Any
 
 import ray
 
-from workers.shard import ShardWorker
+from cluster.replicas.ray_metrics import publish_rank
+from cluster.replicas.state import RankStats
+from workers.shard import ShardWorker, Started
 
 
 class RankActor(ShardWorker):
+    def start(self, host: str = "127.0.0.1") -> Started | None:
+        """As ShardWorker.start."""
+        started = super().start(host)
+        publish_rank(self.replica_id, self.rank, lambda: RankStats(**self.stats()))  # type: ignore[arg-type]
+        return started
+
     def describe(self) -> dict[str, Any]:
         """What a controller needs to adopt this rank."""
         return {**super().describe(), "node_id": ray.get_runtime_context().get_node_id()}

@@ -24,7 +24,7 @@ from cluster.replicas.state import RankStats
 log = logging.getLogger(__name__)
 
 PUSH_INTERVAL_S = 5.0  # Ray's own reporters read every 10 s
-_RANK_PREFIX = "rank_"
+_SAID_BY_RANKS = "tramontane:rank_"
 Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
@@ -64,7 +64,7 @@ class RayMetrics:
 
     async def push(self) -> None:
         """Samples on this loop, where the router lives, and hands over on a thread."""
-        families = [f for f in self._registry.collect() if not f.name.partition(":")[2].startswith(_RANK_PREFIX)]
+        families = [f for f in self._registry.collect() if not f.name.startswith(_SAID_BY_RANKS)]
         await asyncio.to_thread(self._mirror.show, families)
 
 

@@ -97,6 +97,7 @@ class RayReplica:
             on_waiting=lambda reason: self._note(reason=f"Replica {self.replica_id} waits for a place. {reason}"),
         )
         self._actors = [self._make_actor(rank, token) for rank in range(size)]
+        self._tasks = [asyncio.create_task(self._watch(rank)) for rank in range(size)]
         ips = {rank: node_ip(node) for rank, node in nodes.items()}
         self._note(
             state=ReplicaState.STARTING,
@@ -142,6 +143,7 @@ class RayReplica:
             with contextlib.suppress(ValueError):
                 self._group = get_placement_group(self._name + suffix)
         self._actors = [ray.get_actor(self._actor_name(rank)) for rank in range(size)]
+        self._tasks = [asyncio.create_task(self._watch(rank)) for rank in range(size)]
         lead = descriptions[0]
         ranks = [
             RankRecord(
@@ -198,7 +200,6 @@ class RayReplica:
         assert self._record.address is not None and self._record.token is not None
         self._client = ReplicaClient(self.replica_id, self._record.address, self._record.token)
         await self._client.connect()
-        self._tasks = [asyncio.create_task(self._watch(rank)) for rank in range(len(self._actors))]
         self._tasks.append(asyncio.create_task(self._poll_stats()))
 
     def _set_group(self, group: PlacementGroup) -> None:
@@ -220,7 +221,7 @@ class RayReplica:
             "lifetime": "detached",
             "num_cpus": bundle["CPU"],
             "num_gpus": bundle.get("GPU", 0),
-            "max_concurrency": 4,  # progress, wait and close while a phase runs
+            "max_concurrency": 6,  # wait, progress, stats and close while a phase runs
             "max_restarts": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
         }
@@ -265,7 +266,7 @@ class RayReplica:
                 raise e.cause from None
             raise ReplicaUnavailableError(f"Rank {rank} of replica {self.replica_id} failed: {e.cause!r}.") from e
         except RayActorError as e:
-            raise ReplicaUnavailableError(self._death_of(rank, e)) from e
+            raise ReplicaUnavailableError(self._death or self._death_of(rank, e)) from e
 
     async def _poll_progress(self) -> None:
         with contextlib.suppress(RayError):
@@ -288,13 +289,16 @@ class RayReplica:
             reason = await _await(self._actors[rank].wait.remote())
         except RayActorError as e:
             reason = self._death_of(rank, e)
-            await asyncio.sleep(LAST_WORDS_S)  # rank 0's own words name the rank that went first
+            await asyncio.sleep(LAST_WORDS_S)  # the others' own words name the rank that went first
         except RayError as e:
             reason = f"Ray lost sight of rank {rank} of replica {self.replica_id}: {e}"
-        if reason is not None and not self._closing:
-            self._death = self._death or self.client.condemned or reason
-            self.client.condemn(self._death)
-            self._on_change()
+        if reason is None or self._closing:
+            return
+        condemned = None if self._client is None else self._client.condemned
+        self._death = self._death or condemned or reason
+        if self._client is not None:
+            self._client.condemn(self._death)
+        self._on_change()
 
     def _death_of(self, rank: int, error: RayActorError) -> str:
         log.debug("Ray on rank %s of replica %s: %s", rank, self.replica_id, error)

@@ -19,11 +19,13 @@ PolicyName = Literal["prefix", "least_load", "round_robin"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 DECODE_SLOWDOWN = 1.0  # a replica with all its sequences running takes this much longer for a prompt, as a fraction
-FULL_S = 10.0  # a replica without a free sequence, or without KV blocks, makes a request wait about a stream's length
+STREAM_S = 10.0  # about a stream's life: on a full replica one of max_num_seqs ends every so many seconds
 HIGH_KV_USAGE = 0.9  # beyond this, a new prompt soon preempts another
 MAX_IMBALANCE = 1.5  # at most so many times the mean occupancy, once occupancy matters
 FREE_IMBALANCE = 0.25  # of max_num_seqs: below this, uneven is fine
 _TIES = {"prefix": 1.01, "least_load": 1.0, "round_robin": 1.0}  # predictions within 1 % are equal
+SPEED_NOISE = 1.5  # measured speeds this far apart may be of equal machines
+PROOF_TOKENS = 1024  # waiting on a replica whose slowness counts
 DEFAULT_TOKENS_PER_S = 4000.0  # as long as no replica has computed a prompt
 
 
@@ -90,18 +92,21 @@ def choose(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn
     num_available = int(np.count_nonzero(snapshot.available))
     if num_available == 0:
         return None
-    scores = _scores(policy, snapshot, request)
+    waits = _estimated_waits(snapshot, request)
+    scores = _scores(policy, snapshot, waits)
     lowest = scores[scores.argmin()]
     equal = (scores <= lowest * _TIES[policy]).nonzero()[0]
     slot = int(equal[turn % len(equal)])
-    wait = _wait_of(slot, snapshot, request)
-    return Decision(slot, int(request.cached_tokens[slot]), wait, policy, num_available)
+    return Decision(slot, int(request.cached_tokens[slot]), float(waits[slot]), policy, num_available)
 
 
 def explain(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn: int) -> list[Row]:
     """Every replica as `choose` with the same arguments sees it."""
     decision = choose(policy, snapshot, request, turn=turn)
-    scores = _scores(policy, snapshot, request)
+    if len(snapshot.available) == 0:
+        return []
+    waits = _estimated_waits(snapshot, request)
+    scores = _scores(policy, snapshot, waits) if decision else np.full(len(waits), np.inf)
     return [
         Row(
             slot=slot,
@@ -109,56 +114,49 @@ def explain(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, tur
             num_cached_tokens=int(request.cached_tokens[slot]),
             pending_tokens=float(snapshot.pending_tokens[slot]),
             num_requests=int(snapshot.num_requests[slot]),
-            estimated_wait_s=_wait_of(slot, snapshot, request),
+            estimated_wait_s=float(waits[slot]),
             score=float(scores[slot]) if np.isfinite(scores[slot]) else None,
             chosen=decision is not None and decision.slot == slot,
         )
-        for slot in range(len(scores))
+        for slot in range(len(waits))
     ]
 
 
-def _scores(policy: PolicyName, snapshot: Snapshot, request: RequestView) -> NDArray[np.float64]:
-    """Lower is better; infinite: not eligible. If a slot is available, one is finite."""
+def _estimated_waits(snapshot: Snapshot, request: RequestView) -> NDArray[np.float64]:
+    """Seconds until the first token: every prompt token that waits there, and this prompt's that are not cached."""
+    return (snapshot.pending_tokens + (request.num_tokens - request.cached_tokens)) / _speeds(snapshot)
+
+
+def _scores(policy: PolicyName, snapshot: Snapshot, waits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Lower is better; infinite: not eligible. Where a slot is available, one is finite."""
     if policy == "round_robin":
         return np.where(snapshot.available, 0.0, np.inf)
     if policy == "least_load":
         return np.where(snapshot.available, snapshot.num_requests + 0.5 * snapshot.kv_usage, np.inf)
     occupancy = snapshot.num_requests / snapshot.max_num_seqs
-    to_compute = snapshot.pending_tokens + (request.num_tokens - request.cached_tokens)
-    scores = to_compute / _speeds(snapshot) * (1.0 + DECODE_SLOWDOWN * occupancy)
-    scores += FULL_S * np.maximum(occupancy - 1.0, 0.0)
-    if snapshot.kv_usage.max() > HIGH_KV_USAGE:
-        scores += FULL_S * np.maximum(snapshot.kv_usage - HIGH_KV_USAGE, 0.0)
+    scores = waits * (1.0 + DECODE_SLOWDOWN * occupancy)
+    if occupancy[occupancy.argmax()] >= 1.0:
+        num_before = np.maximum(snapshot.num_requests - snapshot.max_num_seqs + 1, 0)
+        scores += STREAM_S * num_before / snapshot.max_num_seqs
+    if snapshot.kv_usage[snapshot.kv_usage.argmax()] > HIGH_KV_USAGE:
+        scores += STREAM_S * np.maximum(snapshot.kv_usage - HIGH_KV_USAGE, 0.0)
     mean = float(occupancy.dot(snapshot.available)) / np.count_nonzero(snapshot.available)
     eligible = snapshot.available & (occupancy <= max(MAX_IMBALANCE * mean, FREE_IMBALANCE))
     return np.where(eligible, scores, np.inf)
 
 
-def _speeds(snapshot: Snapshot) -> NDArray[np.float64]:
-    """Tokens per second; the mean of the known ones where unknown."""
-    tokens_per_s = snapshot.tokens_per_s
-    num_known = int(np.count_nonzero(tokens_per_s))
-    if num_known == len(tokens_per_s):
-        return tokens_per_s
-    mean = float(tokens_per_s.sum()) / num_known if num_known else DEFAULT_TOKENS_PER_S
-    return np.where(tokens_per_s > 0, tokens_per_s, mean)
+def _speeds(snapshot: Snapshot) -> NDArray[np.float64] | float:
+    """Tokens per second to reckon with: the mean, except for replicas that are surely faster or slower.
 
-
-def _wait_of(slot: int, snapshot: Snapshot, request: RequestView) -> float:
-    """Seconds until the first token there: every prompt token before it, and its own that are not cached."""
-    speed = snapshot.tokens_per_s[slot] or _speeds(snapshot)[slot]
-    return float((snapshot.pending_tokens[slot] + request.num_tokens - request.cached_tokens[slot]) / speed)
-
-
-# Bridge for the router of one release; goes with it.
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    index: int
-    num_own_requests: int
-    num_reported_requests: int
-    kv_cache_usage: float
-
-
-def choose_candidate(candidates: list[Candidate]) -> Candidate | None:
-    key = lambda c: (max(c.num_own_requests, c.num_reported_requests), c.kv_cache_usage, c.index)  # noqa: E731
-    return min(candidates, key=key, default=None)
+    A measured speed depends on the prompts it was measured with, short or long. Taken at its word it would send everything to the
+    luckiest replicas, and a replica that began with a few short prompts would never get another one to prove itself: slow is
+    believed only while prompts wait there.
+    """
+    measured = snapshot.tokens_per_s
+    num_known = int(np.count_nonzero(measured))
+    mean = float(measured.sum()) / num_known if num_known else DEFAULT_TOKENS_PER_S
+    slowest, fastest = mean / SPEED_NOISE, mean * SPEED_NOISE
+    if measured[measured.argmin()] >= slowest and measured[measured.argmax()] <= fastest:
+        return mean
+    slow = (measured < slowest) & (measured > 0) & (snapshot.pending_tokens >= PROOF_TOKENS)
+    return np.where(slow | (measured > fastest), measured, mean)

@@ -144,9 +144,8 @@ class Router:
         the deadline, ReplicaUnavailableError when no replica is ready and none is expected.
         """
         now = self._clock()
-        health = self.health()
-        if not health.ready and (self._shutting_down or not self._dispatcher.outlook.expected):
-            raise ReplicaUnavailableError(health.reason or "No replica is ready.")
+        if self._shutting_down or not (self._dispatcher.outlook.expected or self._table.look_for_ready()):
+            raise ReplicaUnavailableError(self.health().reason or "No replica is ready; try again in a moment.")
         self._bounds.check(num_sequences, num_tokens, wait_s=self._estimated_wait_s)
         if deadline is not None:
             check_deadline(deadline - now, self._estimated_wait_s())
@@ -248,8 +247,8 @@ class Router:
         if admission.deadline is None:
             return lambda: None
         error = DeadlineExceededError(
-            f"The request was not complete after the {admission.deadline - admission.arrived:g} s it was given; "
-            "raise X-Request-Timeout or ask for fewer tokens."
+            f"The request was not complete after the {admission.deadline - admission.arrived:.1f} s it was given; "
+            "give it more time or ask for fewer tokens."
         )
         delay = max(0.0, admission.deadline - self._clock())
         return asyncio.get_running_loop().call_later(delay, stream.interrupt.set, error).cancel

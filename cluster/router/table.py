@@ -18,7 +18,7 @@ from workers.errors import ReplicaUnavailableError
 from workers.protocol import EngineFacts, StepFrame
 
 OVERSHOOT = 0.25  # sequences beyond max_num_seqs, so that a replica's scheduler always has a next one
-REPORT_MARGIN_S = 0.05  # on the way, or in rank 0's inbox
+REPORT_MARGIN_S = 0.02  # on the way, or in rank 0's inbox
 SWEEP_EVERY_S = 0.25
 MANY_REPLICAS = 16  # up to here everyone's readiness is looked at for each choice
 
@@ -80,6 +80,11 @@ class ReplicaTable:
         """Whether a replica takes new work, by the newest look."""
         return bool(self._ready.any())
 
+    def look_for_ready(self) -> bool:
+        """Whether a replica takes new work, with a look at those it may have changed for."""
+        self._sweep_if_due(self._clock())
+        return self.any_ready
+
     def update(self, replicas: list[Replica]) -> None:
         """From now on it is these."""
         wanted = {id(r) for r in replicas}
@@ -115,8 +120,7 @@ class ReplicaTable:
     def choose(self, stream: Stream) -> Place | None:
         """A ready replica with room, by the policy. None when there is none."""
         now = self._clock()
-        if len(self._seats) <= MANY_REPLICAS or now - self._swept >= SWEEP_EVERY_S:
-            self.sweep()
+        self._sweep_if_due(now)
         while True:
             decision = self._decide(stream)
             if decision is None:
@@ -137,6 +141,10 @@ class ReplicaTable:
         self._swept = now = self._clock()
         for seat in list(self._seats.values()):
             self._look(seat, now)
+
+    def _sweep_if_due(self, now: float) -> None:
+        if len(self._seats) <= MANY_REPLICAS or now - self._swept >= SWEEP_EVERY_S:
+            self.sweep()
 
     def estimated_wait_s(self, num_tokens: int) -> float | None:
         """Until the ready replicas have computed what waits there and these tokens; None when nobody knows."""

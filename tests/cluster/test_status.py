@@ -2,7 +2,14 @@
 
 import http.server
 import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -62,7 +69,7 @@ def after(view: ClusterView = VIEW, *, num_tokens: int = 500) -> ClusterView:
 
 
 def show(*samples: Sample) -> list[str]:
-    console = Console(markup=False, width=160, force_terminal=False)
+    console = Console(markup=False, width=80, force_terminal=False)
     with console.capture() as capture:
         console.print(render(samples, now=NOW))
     return capture.get().splitlines()
@@ -72,9 +79,15 @@ def test_a_ready_replica_shows_its_ranks_and_rates() -> None:
     lines = show(Sample(VIEW, 0.0), Sample(after(), 2.0))
     assert lines[0] == "mistral: 1 of 2 replicas ready (the backlog is 4 s)"
     rows = [" ".join(line.split()) for line in lines if "10.0.0.2" in line]
-    assert rows[0] == "r0 ready 0 10.0.0.2 abcdef 20.0 ms 5.0 ms 3 0 25% 250 40% 1h 02m"
-    assert rows[1] == "1 10.0.0.2 abcdef 20.0 ms –", "all-reduce is not measured on CUDA"
+    assert rows[0] == "r0 ready 0 10.0.0.2 20.0 5.0 3 0 25% 250 40% 1h02m"
+    assert rows[1] == "1 10.0.0.2 20.0 –", "all-reduce is not measured on CUDA"
     assert lines[-1] == "Gateways: http://10.0.0.1:8000 (3 running, 1 queued)"
+
+
+def test_nodes_that_share_an_address_are_told_apart() -> None:
+    ranks = (rank(0), replace(rank(1), node_id="ffff000000"))
+    text = "\n".join(show(Sample(replace(VIEW, replicas=(replace(READY, ranks=ranks),)), 0.0)))
+    assert "10.0.0.2 abcdef" in text and "10.0.0.2 ffff00" in text, text
 
 
 def test_replicas_on_their_way_say_how_far_they_are_and_why_they_wait() -> None:
@@ -86,7 +99,7 @@ def test_replicas_on_their_way_say_how_far_they_are_and_why_they_wait() -> None:
     stuck = replace(READY, replica_id="r4", load=LoadReport(stuck_ranks=(1,)))
     view = replace(VIEW, replicas=(loading, placing, draining, stuck), failure=("ConfigError", "It is too big."))
     text = "\n".join(show(Sample(view, 0.0)))
-    wanted = ("loading 25%", "placing", "draining 12 s", "1 stuck", "r2 [needs] 4 GPUs.", "given up: It is too big.")
+    wanted = ("loading 25%", "placing", "draining 12s", "1 stuck", "r2 [needs] 4 GPUs.", "given up: It is too big.")
     for words in wanted:
         assert words in text, f"{words!r} is not in\n{text}"
 
@@ -151,6 +164,32 @@ def test_one_shot_prints_a_table_when_not_on_a_terminal(serve: Serve, capsys: py
     url = serve([(200, msgspec.json.encode(VIEW)), (200, msgspec.json.encode(after()))])
     status(Namespace(url=url + "/", api_key="secret", watch=0.01, once=False, json=True))
     assert json.loads(capsys.readouterr().out)["rates"]["r0"]["tokens_per_s"] > 0
+
+
+def test_on_a_terminal_it_goes_on_until_ctrl_c_and_through_a_restart(serve: Serve) -> None:
+    url = serve([(200, msgspec.json.encode(VIEW)), (503, b""), (200, msgspec.json.encode(after()))])
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "cluster.cli", "status", "--url", url, "--api-key", "secret", "--watch", "0.1"]
+    with subprocess.Popen(command, stdout=follower, stderr=subprocess.PIPE, text=True) as process:
+        os.close(follower)
+        try:
+            for words in ("1 of 2 replicas ready", "answered 503 Service Unavailable", "20.0"):
+                read_until(leader, words)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            os.close(leader)
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+
+
+def read_until(fd: int, words: str) -> None:
+    seen = b""
+    deadline = time.monotonic() + 30
+    while words.encode() not in seen:
+        assert time.monotonic() < deadline, f"{words!r} did not come in\n{seen.decode()}"
+        if select.select([fd], [], [], 1)[0]:
+            seen += os.read(fd, 65_536)
 
 
 def test_what_cannot_be_read_is_said_in_a_sentence(serve: Serve) -> None:

@@ -17,8 +17,7 @@ import pytest
 
 from workers import lifeline
 from workers.errors import GroupError
-from workers.lifeline import Lifeline, RankProcess, kill_if_here, this_process
-from workers.parallel.shared_file import birth
+from workers.lifeline import Lifeline
 from workers.protocol import SILENCE_IS_DEATH_S
 
 DEATH_SEEN_WITHIN_S = 1.0  # measured: a few milliseconds; the rest is a busy machine's
@@ -227,23 +226,3 @@ def test_nobody_there_is_an_error_that_names_the_address():
         port = s.getsockname()[1]
     with pytest.raises(GroupError, match=f"127.0.0.1:{port}"):
         follower(1).connect(("127.0.0.1", port), timeout_s=2)
-
-
-def test_only_the_very_process_is_killed():
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    try:
-        me = this_process(0)
-        its = RankProcess(rank=1, pid=process.pid, born=birth(process.pid), host=me.host)
-        assert its.born is not None
-        assert not kill_if_here(RankProcess(rank=1, pid=its.pid, born=its.born - 1, host=its.host)), "a reused pid"
-        assert not kill_if_here(RankProcess(rank=1, pid=its.pid, born=None, host=its.host)), "its birth is not known"
-        assert not kill_if_here(RankProcess(rank=1, pid=its.pid, born=its.born, host="another host")), "elsewhere"
-        assert not kill_if_here(me), "oneself"
-        assert process.poll() is None
-        assert kill_if_here(its)
-        assert process.wait(10) == -signal.SIGKILL
-        assert not kill_if_here(its), "dead already"
-    finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()

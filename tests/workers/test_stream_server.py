@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from fake_core import FACTS, FakeCore, expected_tokens, request
 
+import workers.connection
 import workers.stream_server
 from workers.engine.loop import EngineLoop
 from workers.protocol import (
@@ -203,7 +204,7 @@ async def test_deltas_of_one_step_share_a_frame_and_ids_belong_to_connections(en
     one.send(*(Submit(request=r) for r in requests))
     two.send(Submit(request=request("same", seed=300)))
     two.send(Abort(request_id="other"))  # not two's to abort
-    await two.receive()
+    await until(lambda: engine.loop._inbox.qsize() + len(engine.core.requests) == 3)
     engine.core.gate.set()
     frames, tokens = [], {"same": [], "other": []}
     while len(tokens["other"]) < 5:
@@ -267,7 +268,7 @@ async def test_a_silent_client_is_closed_and_a_talking_one_is_not(engine, connec
 
 
 async def test_a_client_that_does_not_read_is_cut_off(engine, connect, monkeypatch):
-    monkeypatch.setattr(workers.stream_server, "MAX_UNSENT_BYTES", 100_000)
+    monkeypatch.setattr(workers.connection, "MAX_UNSENT_BYTES", 100_000)
     deaf, good = await connect(), await connect()
     deaf.writer.transport.pause_reading()
     deaf.send(*(Submit(request=request(f"d{i}", max_tokens=10**7)) for i in range(500)))

@@ -2,7 +2,7 @@
 
 Semantics, the same in prefill, chunked prefill and decode: the query at position q sees keys k with 0 <= q - k < W,
 where W is the sliding window (it counts the token itself) or infinity. `sdpa.py` is the specification; every kernel is
-tested against it.
+tested against it. What a backend promises about the last bits of its results stands in its own file.
 """
 
 from dataclasses import dataclass

@@ -3,6 +3,8 @@
 The kernel reads keys and values where they lie, by block table, with GQA and the sliding window. One call serves
 prefill, chunked prefill and decode, with static shapes and no host reads, so a step can be captured in a CUDA graph.
 FlashAttention 2's paged path takes block sizes that are multiples of 256 only, hence the default block size on CUDA.
+On CUDA a stream continued on another replica keeps its seed and its tokens so far, but not the last bits of its logits:
+attention asks for one split, while cuBLAS still chooses its products by the number of rows.
 """
 
 import torch
@@ -47,7 +49,7 @@ class FlashBackend:
             enable_gqa=self.is_gqa,
             seqused_k=metadata.seq_lens,
             block_table=metadata.block_table,
-            # One split makes a sequence's result independent of the batch around it, which resuming a stream relies on.
+            # One split makes a sequence's result independent of the batch around it.
             num_splits=1,
         )
         assert isinstance(out, torch.Tensor), "varlen_attn returns a tuple only when the log-sum-exp is asked for"

@@ -1,7 +1,7 @@
 """The parts of a Mistral decoder layer: norm, rotary embedding, attention, feed-forward. Knows no checkpoint and no cache layout.
 
-Where the computation is divided over ranks shows in the layers' types. Tensors are flat over the step's tokens; nothing here reads
-the device from the host, and shapes depend only on num_tokens, so a step can be captured as a CUDA graph.
+Where the computation is divided over ranks shows in the layers' types. Tensors are flat over the step's tokens, and in fp32 on the CPU a
+token's result is bit for bit independent of the tokens beside it; nothing here reads the device from the host, and shapes depend only on num_tokens, so a step can be captured as a CUDA graph.
 """
 
 import torch
@@ -131,4 +131,15 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # each [num_tokens, intermediate_size / size]
-        return self.down_proj(functional.silu(gate) * up)
+        return self.down_proj(silu(gate) * up)
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(x).
+
+    On the CPU torch's own silu computes the last elements of each thread's share by another exponential, with other last bits, and
+    where the shares end depends on the number of rows. `exp` treats every element alike.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return functional.silu(x)
+    return x / x.neg().exp_().add_(1.0)

@@ -1,5 +1,6 @@
 """The registry as Ray gauges: pure against a recording gauge, and once through a real Ray's own endpoint."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from fake_router import LOAD, FakeRouter, make_view
 
 from cluster.metrics import Metrics
-from cluster.replicas.ray_metrics import GaugeMirror, RayMetrics
+from cluster.replicas.ray_metrics import GaugeMirror, RayMetrics, publish_forever
 
 ROOT = Path(__file__).parents[3]
 REAL_RAY = """
@@ -113,3 +114,24 @@ def test_rays_own_endpoint_shows_them() -> None:
             line for line in lines if line.startswith(f"ray_tramontane_{name}{{") and all(x in line for x in labels)
         ]
         assert [float(line.split()[-1]) for line in found] == [value], f"{name}: {found} among {len(lines)} series"
+
+
+async def test_a_push_that_fails_is_told_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    class Registry:
+        num_asked = 0
+
+        def collect(self) -> list[Any]:
+            self.num_asked += 1
+            if self.num_asked == 1:
+                raise RuntimeError("the router is being rebuilt")
+            again.set()
+            return []
+
+    again = asyncio.Event()
+    task = asyncio.create_task(publish_forever(Registry(), interval_s=0.001))
+    try:
+        async with asyncio.timeout(10):
+            await again.wait()
+    finally:
+        task.cancel()
+    assert "could not be handed to Ray: the router is being rebuilt" in caplog.text

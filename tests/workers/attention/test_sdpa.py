@@ -1,6 +1,7 @@
 """The sdpa backend against attention written as loops, over GQA, windows, paging and mixed batches."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -9,6 +10,14 @@ from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 
 HEAD_DIM = 8
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def naive_attention(q, keys, values, window):
@@ -55,6 +64,43 @@ def make_batch(sequences, block_size, num_kv_heads, generator):
         max_seq_len=max(seq_lens),
     )
     return k_cache, v_cache, metadata, everything
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("window", [None, 5, 100])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(2, 2, 8), (4, 2, 32), (3, 1, 128), (8, 2, 64)])
+def test_a_query_has_the_same_bits_in_every_company(num_heads, num_kv_heads, head_dim, window, num_threads, threads):
+    """Decoded or prefilled, in any chunk, beside any other sequence, at any block size and placement."""
+    threads(num_threads)
+    length = 260  # five tiles of keys
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(length, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+    sequences = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
+    backend = SdpaBackend(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=window)
+
+    def attend(parts, block_size):
+        """parts: (sequence, num computed before, num new)."""
+        k_cache, _, metadata, _ = make_batch([part[1:] for part in parts], block_size, num_kv_heads, generator)
+        caches = [torch.randn(*k_cache.shape[:3], head_dim, generator=generator) for _ in range(2)]
+        for (i, before, _), table in zip(parts, metadata.block_table, strict=True):
+            positions = torch.arange(before)
+            slots = table[positions // block_size].long() * block_size + positions % block_size
+            for cache, stored in zip(caches, sequences[i][1:], strict=True):
+                cache.view(-1, num_kv_heads, head_dim)[slots] = stored[:before]
+        new = [torch.cat([sequences[i][j][before : before + n] for i, before, n in parts]) for j in range(3)]
+        return backend.forward(*new, *caches, metadata).split([n for *_, n in parts])
+
+    whole = [attend([(i, 0, length)], 16)[0] for i in range(3)]
+    choose = random.Random(0)
+    for _ in range(12):
+        parts = []
+        for i in choose.sample(range(3), choose.randrange(1, 4)):
+            num_new = choose.choice([1, 1, 2, 3, 5, 33, 64, 65, 129])
+            parts.append((i, choose.randrange(length - num_new), num_new))
+        for (i, before, n), out in zip(parts, attend(parts, choose.choice([1, 4, 16, 64])), strict=True):
+            assert torch.equal(out, whole[i][before : before + n]), (
+                f"{n} queries behind {before}, {len(parts)} sequences"
+            )
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])

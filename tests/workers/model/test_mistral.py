@@ -10,9 +10,10 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm, Mistral
 from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 from workers.config import load_model_config
-from workers.model.layers import RMSNorm, RotaryEmbedding
+from workers.model.layers import RMSNorm, RotaryEmbedding, silu
 from workers.model.loader import load_weights
 from workers.model.mistral import MistralForCausalLM
+from workers.parallel.linear import CAN_PACK, linear, pack
 
 BLOCK = 16
 MODELS = {
@@ -106,3 +107,32 @@ def test_norm_equals_transformers(dtype, tolerance):
     # Values whose squares overflow or vanish in half precision.
     x = torch.randn(5, 64) * torch.tensor([1.0, 300.0, 1e-3, 40.0, 0.0]).unsqueeze(1)
     torch.testing.assert_close(ours(x.to(dtype)), theirs(x.to(dtype)), rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("part", ["norm", "rotary", "silu", "linear"])
+def test_a_row_has_the_same_bits_in_every_company(part, num_threads):
+    """Rows enough that three threads share them, and cut their shares in the middle of a row."""
+    if part == "linear" and not CAN_PACK:
+        pytest.skip("without packed weights a row's last bits depend on the number of rows")
+    size = 514
+    norm = RMSNorm(size, 1e-5, dtype=torch.float32, device="cpu")
+    norm.weight.uniform_(0.5, 1.5)
+    rotary = RotaryEmbedding(size, 1e4, max_positions=400, device="cpu")
+    weight = pack(torch.nn.Parameter(torch.randn(300, size), requires_grad=False))
+    compute = {
+        "norm": lambda x, _: norm(x),
+        "rotary": lambda x, positions: rotary.rotate(x[:, None], *rotary.angles(positions)),
+        "silu": lambda x, _: silu(torch.cat((x, x), dim=1).chunk(2, dim=1)[0]),
+        "linear": lambda x, _: linear(x, weight),
+    }[part]
+    x, positions = torch.randn(400, size) * 4, torch.arange(400)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        whole = compute(x, positions)
+        for start, num_rows in [(0, 1), (399, 1), (7, 2), (20, 3), (33, 67), (1, 129), (100, 257), (0, 399)]:
+            rows = slice(start, start + num_rows)
+            assert torch.equal(compute(x[rows], positions[rows]), whole[rows]), f"{num_rows} rows"
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,136 @@
+"""Real engines behind the whole gateway: the replica that serves dies at every output token, and the client's bytes stay the same.
+
+Engines, sockets, router, detokenizer and HTTP are the real ones; the connection to the serving replica breaks after an exact number of
+tokens.
+What the engine must give for it: a token and its log-probability depend on the sequence alone, not on whether its keys and
+values were computed one by one, in chunks or found in a cache.
+"""
+
+import asyncio
+import contextlib
+import json
+import re
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from engines import make_config
+from relay import CuttingRelay
+from tiny import write_tiny_checkpoint
+
+from cluster.api.app import make_app
+from cluster.replicas.client import ReplicaClient
+from cluster.router.router import Outlook, Router
+from cluster.text.tokenizer import load_tokenizer
+from workers.engine.llm_engine import LLMEngine
+from workers.engine.loop import EngineLoop
+from workers.stream_server import StreamServer
+
+TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+TOKEN = "secret"
+NUM_TOKENS = 64
+AT_A_TIME = 8  # in one batch, as streams are that move together
+_OWN = re.compile(
+    rb'"(id|created|cached_tokens)": ?("[^"]*"|\d+)'
+)  # differ in any two runs, the last as the caches fill
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 3},
+    "sampled": {
+        "temperature": 0.9,
+        "top_p": 0.95,
+        "seed": 11,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "min_tokens": 20,
+        "logprobs": 2,
+    },
+}
+
+
+class Replica:
+    """Rank 0 without Ray: the engine on its thread, the server on another."""
+
+    def __init__(self, folder: Path, replica_id: str) -> None:
+        engine = LLMEngine(make_config(folder, max_num_batched_tokens=16, max_num_seqs=8))
+        self.core = engine.core
+        self._loop = EngineLoop(self.core, lambda deltas, events: self.server.publish(deltas, events))
+        self.server = StreamServer(
+            self.core.facts(replica_id), TOKEN, submit=self._loop.submit, abort=self._loop.abort, load=self.core.load
+        )
+        self.address = self.server.start()
+        self._loop.start()
+
+    def close(self) -> None:
+        assert self._loop.stop()
+        self.server.close()
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Replica]]:
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("model"), vocab_size=TOKENIZER.vocab_size, sliding_window=24)
+    replicas = [Replica(folder, name) for name in ("r0", "r1")]
+    yield replicas
+    for replica in replicas:
+        replica.close()
+    assert not [t.name for t in threading.enumerate() if t.name in ("engine", "stream-server")]
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    replicas: list[Replica], *, cut_after: int | None
+) -> AsyncIterator[tuple[TestClient, Router, CuttingRelay]]:
+    async with (
+        CuttingRelay(replicas[0].address, cut_after=cut_after) as relay,
+        ReplicaClient("r0", relay.address, TOKEN) as first,
+        ReplicaClient("r1", replicas[1].address, TOKEN) as second,
+    ):
+        router = Router([first, second], policy="round_robin")
+        router.update([first, second], Outlook())
+        app = make_app(router=router, tokenizer=TOKENIZER, chat_template=None, model_name="tiny")
+        async with TestClient(TestServer(app)) as client:
+            yield client, router, relay
+
+
+async def answer(replicas: list[Replica], body: dict[str, Any], *, cut_after: int | None) -> bytes:
+    async with serving(replicas, cut_after=cut_after) as (client, router, relay):
+        response = await client.post("/v1/completions", json=body, headers={"X-Tramontane-Debug": "1"})
+        data = await response.read()
+        assert response.status == 200, data
+        assert relay.is_cut == (cut_after is not None), f"the connection was to break after {cut_after} tokens"
+        assert router.num_failovers_total == int(cut_after is not None)
+        assert router.num_inflight_requests == 0
+    return _OWN.sub(rb'"\1":0', data)
+
+
+def a_late_stop_string(whole: bytes) -> str:
+    """Some characters that the output has for the first time near its end."""
+    text = json.loads(whole)["choices"][0]["text"]
+    return next(text[i : i + 4] for i in range(len(text) * 3 // 4, 0, -1) if text.find(text[i : i + 4]) == i)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("kind", SAMPLINGS)
+async def test_the_replica_dies_at_every_token(replicas: list[Replica], kind: str, stream: bool) -> None:
+    prompt = "def fibonacci(n):\n    a, b = 0, 1\n    while n:"
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **SAMPLINGS[kind]}
+    num_tokens = NUM_TOKENS
+    if kind == "sampled":
+        whole = await answer(replicas, body, cut_after=None)
+        body["stop"] = [a_late_stop_string(whole)]
+        num_tokens = json.loads(await answer(replicas, body, cut_after=None))["usage"]["completion_tokens"]
+        assert NUM_TOKENS // 2 < num_tokens < NUM_TOKENS, "the stop string must end it, and late"
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    undisturbed = await answer(replicas, body, cut_after=None)
+    wrong = []
+    for start in range(0, num_tokens, AT_A_TIME):
+        cuts = range(start, min(start + AT_A_TIME, num_tokens))
+        answers = await asyncio.gather(*(answer(replicas, body, cut_after=i) for i in cuts))
+        wrong += [i for i, data in zip(cuts, answers, strict=True) if data != undisturbed]
+    assert not wrong, f"the bytes differ when the replica dies after so many tokens: {wrong}"
+    async with asyncio.timeout(10):  # the last aborts are still on their way
+        while any(r.core.has_work() or r.core.kv_cache.pool.num_used for r in replicas):
+            await asyncio.sleep(0.01)
