@@ -157,7 +157,7 @@ def _close_bucket(state: AutoscalerState, width: float, now: float) -> Autoscale
     foreseen = state.level + state.trend * width
     surprise = rate - foreseen
     assert state.started_at is not None
-    memory_s = min(VARIANCE_S, now - state.started_at)  # the first surprises are all there is to go by
+    memory_s = min(VARIANCE_S, max(LEVEL_S, now - state.started_at))  # at first there is little to go by
     level = max(0.0, foreseen + _weight(width, LEVEL_S) * surprise)
     return replace(
         state,

@@ -162,7 +162,7 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
         help="seconds running requests get at shutdown and drain",
     )
     cluster.add_argument(
-        "--scale-down-after", type=float, default=300.0, metavar="S", help="how long a replica must have been needless"
+        "--scale-down-after", type=float, default=600.0, metavar="S", help="how long a replica must have been needless"
     )
     cluster.add_argument(
         "--ttft-objective", type=float, default=2.0, metavar="S", help="time to first token that scaling aims at"

@@ -8,8 +8,8 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import workers.errors
 from cluster.console import Console, Phase
-from workers import errors
 from workers.errors import ReplicaUnavailableError, TramontaneError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Startup:
             return
         if view.failure is not None:
             name, message = view.failure
-            self._failure = getattr(errors, name, TramontaneError)(message)
+            self._failure = getattr(workers.errors, name, TramontaneError)(message)
             return
         self._lost |= {r.incarnation: r.reason or "" for r in view.replicas if r.state == "lost"}
         coming = [r for r in view.replicas if r.state in ("placing", "starting")]

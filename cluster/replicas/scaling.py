@@ -17,6 +17,8 @@ class Scaling:
         self.reason = ""
         self.configure(spec)
         self._state = AutoscalerState(num_replicas=0)
+        self._arrived_total = 0
+        self._arrived_at: dict[str, int] = {}  # by gateway, as last reported
 
     def configure(self, spec: ClusterSpec) -> None:
         """New bounds or objectives; what was seen so far stays."""
@@ -38,9 +40,17 @@ class Scaling:
 
     def decide(self, records: Sequence[ReplicaRecord], reports: Sequence[GatewayReport], now: float) -> int:
         """How many replicas there should be. now: time.monotonic()."""
-        self._state, decision = decide(self._config, observe(records, reports), self._state, now)
+        observation = observe(records, reports, arrived_tokens_total=self._count_arrivals(reports))
+        self._state, decision = decide(self._config, observation, self._state, now)
         self.reason = decision.reason
         return decision.num_replicas
+
+    def _count_arrivals(self, reports: Sequence[GatewayReport]) -> int:
+        """A gateway that comes or goes with a large total of its own is no burst and no lull."""
+        now = {r.gateway_id: r.arrived_tokens_total for r in reports}
+        self._arrived_total += sum(max(0, total - self._arrived_at.get(name, total)) for name, total in now.items())
+        self._arrived_at = now
+        return self._arrived_total
 
     def _set(self, number: int, reason: str) -> int:
         self._state = replace(self._state, num_replicas=number)
@@ -48,7 +58,9 @@ class Scaling:
         return number
 
 
-def observe(records: Sequence[ReplicaRecord], reports: Sequence[GatewayReport]) -> Observation:
+def observe(
+    records: Sequence[ReplicaRecord], reports: Sequence[GatewayReport], *, arrived_tokens_total: int
+) -> Observation:
     """The cluster in the autoscaler's terms. Speeds are means over the ready replicas that have measured one."""
     ready = [r for r in records if r.state is ReplicaState.READY]
     starting = [r for r in records if r.state in (ReplicaState.PLACING, ReplicaState.STARTING)]
@@ -65,7 +77,7 @@ def observe(records: Sequence[ReplicaRecord], reports: Sequence[GatewayReport]) 
         num_running=sum(load.num_running for load in loads),
         max_num_seqs=ready[0].facts.max_num_seqs if ready and ready[0].facts else 0,
         kv_cache_usage=sum(load.num_used_blocks / max(1, load.num_blocks) for load in loads) / max(1, len(loads)),
-        arrived_tokens_total=sum(r.arrived_tokens_total for r in reports),
+        arrived_tokens_total=arrived_tokens_total,
         prompt_hit_rate=sum(load.prefix_hits_total for load in loads) / looked_up if looked_up else 0.0,
         prefill_tokens_per_s=sum(speeds) / len(speeds) if speeds else None,
         ttft_p95_s=max(ttfts, default=None),

@@ -30,7 +30,7 @@ class ClusterSpec:
     max_replicas: int = 1
     num_gateways: int = 1  # the process that asks is one of them
     drain_timeout_s: float = 30.0
-    scale_down_after_s: float = 300.0  # how long a replica must have been needless
+    scale_down_after_s: float = 600.0  # how long a replica must have been needless
     ttft_objective_s: float = 2.0
     placement_timeout_s: float | None = None  # None: more nodes may come, so wait for ever
     single_host: bool = False  # sockets stay on loopback: nothing outside this machine takes part

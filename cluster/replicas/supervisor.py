@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 PROVEN_AFTER_S = 10.0  # a replica that served this long did not fail at starting
 MAX_BACKOFF_S = 30.0
-GIVE_BACK_S = 0.5  # what a lost replica held is free by then: Ray looks at once for a free place, but not again for a second
+GIVE_BACK_S = (
+    0.5  # what a lost replica held is free by then: Ray looks at once for a free place, but not again for a second
+)
 DRAIN_MARGIN_S = 5.0  # behind `drain_until`, for gateways to move what still runs
 PERMANENT = (ConfigError, CheckpointError)  # trying again cannot help
 

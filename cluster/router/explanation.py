@@ -53,7 +53,7 @@ def explain_route(table: ReplicaTable, stream: Stream, policy: PolicyName, *, nu
         reason = f"None of {len(rows)} replicas is ready and has room; the request would wait at the router."
     else:
         why = {
-            "prefix": f"is expected to have the first token soonest, in {chosen.estimated_wait_s:.3f} s",
+            "prefix": f"is expected to have the first token soonest ({chosen.estimated_wait_s:.3f} s)",
             "least_load": "holds the fewest requests",
             "round_robin": "is the next in turn",
         }[policy]

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 PolicyName = Literal["prefix", "least_load", "round_robin"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
-DECODE_SLOWDOWN = 1.0  # a replica with all its sequences running takes this much longer for a prompt, as a fraction
 STREAM_S = 10.0  # about a stream's life: on a full replica one of max_num_seqs ends every so many seconds
 HIGH_KV_USAGE = 0.9  # beyond this, a new prompt soon preempts another
 MAX_IMBALANCE = 1.5  # at most so many times the mean occupancy, once occupancy matters
@@ -134,15 +133,18 @@ def _scores(policy: PolicyName, snapshot: Snapshot, waits: NDArray[np.float64]) 
     if policy == "least_load":
         return np.where(snapshot.available, snapshot.num_requests + 0.5 * snapshot.kv_usage, np.inf)
     occupancy = snapshot.num_requests / snapshot.max_num_seqs
-    scores = waits * (1.0 + DECODE_SLOWDOWN * occupancy)
+    scores = waits * (
+        occupancy + 1.0
+    )  # with all its sequences running a replica takes about twice as long for a prompt
     if occupancy[occupancy.argmax()] >= 1.0:
         num_before = np.maximum(snapshot.num_requests - snapshot.max_num_seqs + 1, 0)
         scores += STREAM_S * num_before / snapshot.max_num_seqs
     if snapshot.kv_usage[snapshot.kv_usage.argmax()] > HIGH_KV_USAGE:
         scores += STREAM_S * np.maximum(snapshot.kv_usage - HIGH_KV_USAGE, 0.0)
     mean = float(occupancy.dot(snapshot.available)) / np.count_nonzero(snapshot.available)
-    eligible = snapshot.available & (occupancy <= max(MAX_IMBALANCE * mean, FREE_IMBALANCE))
-    return np.where(eligible, scores, np.inf)
+    too_many = occupancy > max(MAX_IMBALANCE * mean, FREE_IMBALANCE)
+    np.putmask(scores, too_many | ~snapshot.available, np.inf)
+    return scores
 
 
 def _speeds(snapshot: Snapshot) -> NDArray[np.float64] | float:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from workers.protocol import CacheEvents
 
+FEW_BITS = 8  # so many are set one by one; more are unpacked at once
+
 
 def window_blocks(sliding_window: int | None, block_size: int) -> int | None:
     """How many blocks before it the query behind a whole-block prefix needs; None: all of them."""
@@ -82,7 +84,7 @@ class PrefixIndex:
         else:
             matched = self._windowed_runs(hashes, window_blocks)
         for length, slots in matched:
-            _fill(lengths, slots, length)
+            self._fill(lengths, slots, length)
         return lengths
 
     def _leading_runs(self, hashes: Sequence[bytes]) -> Iterator[tuple[int, int]]:
@@ -113,6 +115,18 @@ class PrefixIndex:
                     yield length, new
                     found |= new
 
+    def _fill(self, lengths: NDArray[np.int64], slots: int, length: int) -> None:
+        """lengths[i] = length for every bit i of `slots`."""
+        num_slots = slots.bit_count()
+        if num_slots > FEW_BITS:
+            packed = np.frombuffer(slots.to_bytes(-(-len(lengths) // 8), "little"), np.uint8)
+            lengths[np.unpackbits(packed, count=len(lengths), bitorder="little").view(np.bool_)] = length
+            return
+        for _ in range(num_slots):
+            highest = slots.bit_length() - 1
+            lengths[highest] = length
+            slots ^= self._bits[highest]
+
     def _drop(self, slot: int, blocks: set[bytes]) -> None:
         holders, bit = self._holders, self._bits[slot] if blocks else 0
         for block in blocks:
@@ -136,15 +150,3 @@ def _sliding_and(masks: list[int], window: int) -> list[int]:
         tails += reversed(list(accumulate(reversed(piece), and_)))
     # The window that ends at i >= window begins at i - window + 1; the first piece's heads are whole by themselves.
     return heads[:window] + list(map(and_, tails[1:], heads[window:]))
-
-
-def _fill(lengths: NDArray[np.int64], slots: int, length: int) -> None:
-    """lengths[i] = length for every bit i of `slots`."""
-    if slots.bit_count() <= 4:
-        while slots:
-            lowest = slots & -slots
-            lengths[lowest.bit_length() - 1] = length
-            slots ^= lowest
-        return
-    packed = np.frombuffer(slots.to_bytes(-(-len(lengths) // 8), "little"), np.uint8)
-    lengths[np.unpackbits(packed, count=len(lengths), bitorder="little").view(np.bool_)] = length

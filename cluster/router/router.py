@@ -247,7 +247,7 @@ class Router:
         if admission.deadline is None:
             return lambda: None
         error = DeadlineExceededError(
-            f"The request was not complete after the {admission.deadline - admission.arrived:.1f} s it was given; "
+            f"The request was not complete after the {admission.deadline - admission.arrived:.2f} s it was given; "
             "give it more time or ask for fewer tokens."
         )
         delay = max(0.0, admission.deadline - self._clock())

@@ -1,7 +1,8 @@
 """The parts of a Mistral decoder layer: norm, rotary embedding, attention, feed-forward. Knows no checkpoint and no cache layout.
 
-Where the computation is divided over ranks shows in the layers' types. Tensors are flat over the step's tokens, and in fp32 on the CPU a
-token's result is bit for bit independent of the tokens beside it; nothing here reads the device from the host, and shapes depend only on num_tokens, so a step can be captured as a CUDA graph.
+Where the computation is divided over ranks shows in the layers' types. Tensors are flat over the step's tokens, and in fp32 on the
+CPU a token's result is bit for bit independent of the tokens beside it. Nothing here reads the device from the host, and shapes
+depend only on num_tokens, so a step can be captured as a CUDA graph.
 """
 
 import torch

@@ -11,6 +11,7 @@ import contextlib
 import json
 import re
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,9 @@ async def serving(
         ReplicaClient("r0", relay.address, TOKEN) as first,
         ReplicaClient("r1", replicas[1].address, TOKEN) as second,
     ):
+        async with asyncio.timeout(10):
+            while not all(c.is_ready(time.monotonic()) for c in (first, second)):
+                await asyncio.sleep(0.01)
         router = Router([first, second], policy="round_robin")
         router.update([first, second], Outlook())
         app = make_app(router=router, tokenizer=TOKENIZER, chat_template=None, model_name="tiny")
