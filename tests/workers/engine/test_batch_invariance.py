@@ -99,7 +99,8 @@ def tokens_of(output):
 @pytest.mark.parametrize(("model", "num_threads"), [("demo", 1), ("demo", 2), *((model, 1) for model in MODELS)])
 def test_every_way_to_compute_a_context_gives_the_same_bits(model, num_threads, tmp_path, logits_of):
     """`logits_of` compares the logits of every run with the first one's; here the log-probabilities are compared."""
-    folder, requests = checkpoint(model, tmp_path), make_requests()
+    # Two threads on cores that others use as well wait for each other at every operation: only the long prompts then.
+    folder, requests = checkpoint(model, tmp_path), make_requests()[0 if num_threads == 1 else 3 :]
     alone = engine(folder, num_threads=num_threads)
     expected: dict[str, list] = {}
     for request in requests:  # prefilled at once, then decoded one by one
