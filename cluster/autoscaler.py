@@ -4,7 +4,8 @@ Knows rates, backlogs and bounds; nothing of Ray, of replicas as objects, or of 
 dead replica is the supervisor's business: it changes nothing in the number wished for.
 
 Four needs, in replicas, and the largest counts. Load: the arrival rate of prompt tokens, forecast over the time a replica
-takes to start, over what one replica computes, plus a reserve that grows with the measured variance. Backlog: what would
+takes to start, over what one replica computes, plus a reserve for what such forecasts lately missed and one for the variance
+within that time. Backlog: what would
 clear a backlog above its objective by the time a replica ordered now could help. Decode: sequences and KV blocks.
 Latency: one more when TTFT is missed while work waits. Up at once to the largest need; down only to the largest need of a
 whole window.
@@ -17,6 +18,8 @@ BUCKET_S = 5.0  # arrivals are counted over this long: shorter is noise, longer 
 LEVEL_S = 120.0  # how long the average arrival rate remembers
 TREND_S = 300.0  # and its slope
 VARIANCE_S = 900.0  # and the variance of arrivals around it
+MISSED_S = 3600.0  # and how far arrivals went beyond the forecast: one judgement each start-up time
+MISSED_DEVIATIONS = 2.0  # a rise this many times what is usually missed finds replicas ready
 SPEED_S = 600.0  # a best speed fades over this long: steps with few tokens are slow, but not for lack of replicas
 FAST_S = 15.0  # the rate that counts once there is a backlog
 DECODE_S = 30.0
@@ -24,7 +27,7 @@ MAX_NEEDS = 60  # points kept of the window that a scale-down looks back on
 BAND = 1.0  # standard deviations of the rate's average: a need must differ by more before load alone changes the number
 TREND_BAND = 2.0  # and a trend must promise more, or it is taken for noise
 HYSTERESIS = 0.3  # replicas that must be to spare beyond the one given up
-EXCEEDED_SHARE = 0.01  # the reserve lets the backlog exceed its objective this share of the time
+EXCEEDED_SHARE = 0.05  # the reserve lets the backlog exceed its objective this share of the time
 UNKNOWN_STARTUP_S = 60.0  # before the first replica was seen to start
 
 
@@ -76,6 +79,10 @@ class AutoscalerState:
     level: float | None = None  # tokens/s
     trend: float = 0.0  # tokens/s per s
     variance: float = 0.0  # of arrivals: tokens squared per s
+    forecast: float = 0.0  # tokens/s, for the start-up time that began then
+    forecast_at: float | None = None
+    forecast_tokens: float = 0.0  # arrived since
+    missed: float = 0.0  # tokens/s squared, by which arrivals exceeded the forecasts beyond their noise
     decode: float = 0.0  # replicas
     needs: tuple[tuple[float, float], ...] = ()  # (when, the largest need since the one before)
     asked_at: float | None = None  # when there was last anything to do
@@ -139,7 +146,11 @@ def _observe(seen: Observation, state: AutoscalerState, now: float) -> Autoscale
         seen_at=now,
     )
     assert state.bucket_at is not None
-    return _close_bucket(state, now - state.bucket_at, now) if now - state.bucket_at >= BUCKET_S else state
+    if now - state.bucket_at < BUCKET_S:
+        return state
+    closed = _close_bucket(state, now - state.bucket_at, now)
+    closed = replace(closed, forecast_tokens=state.forecast_tokens + state.bucket_tokens)
+    return _judge_forecast(closed, _horizon(seen), now)
 
 
 def _speed(seen: Observation, state: AutoscalerState, elapsed: float) -> float | None:
@@ -168,6 +179,35 @@ def _close_bucket(state: AutoscalerState, width: float, now: float) -> Autoscale
     )
 
 
+def _judge_forecast(state: AutoscalerState, horizon_s: float, now: float) -> AutoscalerState:
+    """What came in the time a replica takes to start, beside what was forecast when it began.
+
+    Only misses upwards hurt, so their squares count twice; noise is taken off, for the other reserve covers it.
+    """
+    assert state.started_at is not None
+    width = 0.0 if state.forecast_at is None else now - state.forecast_at
+    if 0.0 < width < horizon_s:
+        return state
+    missed = state.missed
+    if width:
+        excess = max(0.0, state.forecast_tokens / width - state.forecast)
+        noise = state.variance / width + _deviation(state) ** 2
+        memory_s = min(MISSED_S, max(LEVEL_S, now - state.started_at))
+        missed += _weight(width, memory_s) * (2 * excess**2 - noise - missed)
+    return replace(state, forecast=_forecast(state, horizon_s), forecast_at=now, forecast_tokens=0.0, missed=missed)
+
+
+def _forecast(state: AutoscalerState, horizon_s: float) -> float:
+    """Tokens/s, that long from now."""
+    rise = state.trend * horizon_s
+    rise = math.copysign(max(0.0, abs(rise) - TREND_BAND * _deviation(state)), rise)
+    return max(0.0, (state.level or 0.0) + rise)
+
+
+def _horizon(seen: Observation) -> float:
+    return max(BUCKET_S, seen.startup_s or UNKNOWN_STARTUP_S)
+
+
 def _is_wanted(config: AutoscalerConfig, state: AutoscalerState, now: float) -> bool:
     return state.asked_at is not None and now - state.asked_at < config.scale_down_after_s
 
@@ -183,7 +223,7 @@ def _needs(config: AutoscalerConfig, seen: Observation, state: AutoscalerState) 
     ]
     if state.speed:
         waits_s = seen.num_backlog_tokens / state.speed / max(1, seen.num_ready)
-        startup_s = max(BUCKET_S, seen.startup_s or UNKNOWN_STARTUP_S)
+        startup_s = _horizon(seen)
         needs.append(_load_need(config, state, state.speed, startup_s))
         if waits_s > config.backlog_limit_s:
             needs.append(_backlog_need(config, seen, state, state.speed, startup_s))
@@ -199,15 +239,14 @@ def _needs(config: AutoscalerConfig, seen: Observation, state: AutoscalerState) 
 
 
 def _load_need(config: AutoscalerConfig, state: AutoscalerState, speed: float, startup_s: float) -> Need:
-    rise = state.trend * startup_s
-    rise = math.copysign(max(0.0, abs(rise) - TREND_BAND * _deviation(state)), rise)
-    rate = max(0.0, (state.level or 0.0) + rise) / speed
+    missed = MISSED_DEVIATIONS * math.sqrt(max(0.0, state.missed))
+    rate = (_forecast(state, startup_s) + missed) / speed
     number = max(
         rate / config.target_utilization, with_reserve(rate, state.variance / speed**2, config.backlog_limit_s)
     )
     return Need(
         number,
-        f"{rate * speed:,.0f} prompt tokens/s expected in {startup_s:.0f} s, one replica computes {speed:,.0f}",
+        f"up to {rate * speed:,.0f} prompt tokens/s expected in {startup_s:.0f} s, one replica computes {speed:,.0f}",
         BAND * _deviation(state) / speed,
     )
 

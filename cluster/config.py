@@ -7,7 +7,7 @@ import ipaddress
 import re
 import socket
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, get_args
@@ -39,7 +39,7 @@ class ServeConfig:
     model_name: str
     host: str
     port: int
-    api_key: str | None
+    api_key: str | None = field(repr=False)
     ray_address: str | None
     deployment: str
     min_replicas: int
@@ -59,8 +59,10 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"--port {self.port} is not a port; use 1 to 65535, or 0 for any free one.")
-        if self.drain_timeout_s < 0:
-            raise ConfigError(f"--drain-timeout {self.drain_timeout_s:g} is negative; use 0 to stop at once.")
+        if not 0 <= self.drain_timeout_s < float("inf"):
+            raise ConfigError(
+                f"--drain-timeout {self.drain_timeout_s:g} is negative or without end; use a number of seconds, or 0 to stop at once."
+            )
         for option, seconds in (
             ("--queue-timeout", self.queue_timeout_s),
             ("--ttft-objective", self.ttft_objective_s),

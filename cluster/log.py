@@ -47,10 +47,15 @@ class JsonFormatter(logging.Formatter):
             "ts": ts.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _printable(record.getMessage()),
         }
         if (request_id := request_id_var.get()) is not None:
             line["request_id"] = request_id
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = _printable(self.formatException(record.exc_info))
         return msgspec.json.encode(line).decode()
+
+
+def _printable(text: str) -> str:
+    """Without half characters, which a client's path may hold and JSON must not."""
+    return text.encode(errors="backslashreplace").decode()

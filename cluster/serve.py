@@ -12,10 +12,11 @@ import logging
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -117,29 +118,35 @@ async def _run(config: ServeConfig, console: Console, text: "Text", cluster: "Ra
     stop, stop_now = _catch_signals()
     async with contextlib.AsyncExitStack() as stack:
         startup = Startup(console, num_ranks=config.engine.tensor_parallel_size)
-        starting = asyncio.create_task(_start(config, text, cluster, startup, stack))
+        starting = asyncio.create_task(_start(config, text, cluster, startup, stack, stop_now))
         stopping = asyncio.create_task(stop.wait())
         stack.push_async_callback(_cancel, starting, stopping)
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            console.line("Stopping.")
-            return
-        gateway, urls = starting.result()
         startup.end()
-        console.line(_banner(config, urls, cluster, console.elapsed_s))
-        await stop.wait()
-        console.line(f"Stopping: running requests have {config.drain_timeout_s:g} s to finish (Ctrl-C again: at once).")
-        await gateway.drain(config.drain_timeout_s, stop_now)
+        if starting.done():
+            gateway, urls, drain_others = starting.result()
+            console.line(_banner(config, urls, cluster, console.elapsed_s))
+            await stop.wait()
+            grace_s = config.drain_timeout_s
+            console.line(f"Stopping: running requests have {grace_s:g} s to finish (Ctrl-C again: at once).")
+            await asyncio.gather(gateway.drain(grace_s, stop_now), drain_others())
+        else:
+            console.line("Stopping.")
     console.line("Stopped." if cluster.is_ours else _goes_on(config))
 
 
 async def _start(
-    config: ServeConfig, text: "Text", cluster: "RayCluster", startup: Startup, stack: contextlib.AsyncExitStack
-) -> tuple["Gateway", list[str]]:
-    """Returns when a request would be served; what is opened on the way is closed by `stack`."""
+    config: ServeConfig,
+    text: "Text",
+    cluster: "RayCluster",
+    startup: Startup,
+    stack: contextlib.AsyncExitStack,
+    stop_now: asyncio.Event,
+) -> tuple["Gateway", list[str], Callable[[], Awaitable[None]]]:
+    """Returns when a request would be served: this gateway, all urls, and what drains the others. `stack` closes what was opened."""
     from cluster.gateway import Gateway
     from cluster.replicas.controller_client import ControllerClient
-    from cluster.replicas.gateway_actor import start_gateways, stop_gateways
+    from cluster.replicas.gateway_actor import start_gateways, stop_gateways, urls_of
     from cluster.replicas.ray_metrics import publish_forever
 
     controller = ControllerClient(config.deployment)
@@ -152,9 +159,10 @@ async def _start(
     await gateway.open()
     gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
     others = start_gateways(config)
-    stack.push_async_callback(asyncio.to_thread, stop_gateways, others, config.drain_timeout_s + 5)
+    drain_others = partial(stop_gateways, others, config.drain_timeout_s + 5, stop_now)
+    stack.push_async_callback(drain_others)
     await startup.until_ready(gateway.router.health)
-    return gateway, [gateway.url, *await asyncio.gather(*(a.url.remote() for a in others))]
+    return gateway, [gateway.url, *await urls_of(others)], drain_others
 
 
 async def _cancel(*tasks: "asyncio.Task[object]") -> None:

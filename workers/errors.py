@@ -46,7 +46,15 @@ class EngineError(TramontaneError):
 
 
 class ReplicaUnavailableError(TramontaneError):
-    """No replica can take or finish the request now; a retry may succeed."""
+    """No replica can take or finish the request now; a retry may succeed.
+
+    `crashed`: the replica ended by itself in mid-work, so that a request it worked on may be what ended it. False for one that froze,
+    was cut off or was stopped.
+    """
+
+    def __init__(self, message: str, *, crashed: bool = False) -> None:
+        super().__init__(message)
+        self.crashed = crashed
 
 
 class OverloadedError(TramontaneError):

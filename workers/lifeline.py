@@ -36,6 +36,7 @@ LOADING_SILENCE_S = 60.0
 LOOK_S = 0.05
 MAX_LINE_BYTES = 16 * 1024
 HELLO_TIMEOUT_S = 3.0
+DIED = "its process died"
 _TICK_S = HEARTBEAT_INTERVAL_S / 2
 _HEARTBEAT, _BYE, _FAILED = b"\n", b"bye\n", b"failed "
 
@@ -66,8 +67,8 @@ class Lifeline:
     """Rank 0 calls `listen`, the others `connect`; at the end all `close`.
 
     on_lost(rank, how): called once, for the first rank lost, on the lifeline's thread and after its process was killed, if it
-    is on this host. `how` ends a sentence that begins with the rank: "its process died". on_failed(sentence): called at most
-    once, with the reason a rank gave for its end. Neither is called after `close`, nor one after the other.
+    is on this host. `how` ends a sentence that begins with the rank: DIED, or how it froze or was cut off. on_failed(sentence):
+    called at most once, with the reason a rank gave for its end. Neither is called after `close`, nor one after the other.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class Lifeline:
             if process is not None and peer.is_here and not is_alive(process):
                 self._read(peer)  # it may have said why
                 if peer in self._peers:
-                    self._lose(peer, "its process died")
+                    self._lose(peer, DIED)
 
     def _tick(self, now: float) -> None:
         for peer in list(self._peers):
@@ -204,7 +205,7 @@ class Lifeline:
             self._lose(peer, f"the connection to it broke ({e})")
             return
         if not chunk:
-            self._lose(peer, "its process died")
+            self._lose(peer, DIED)
             return
         peer.last_received = time.monotonic()
         *lines, peer.received = (peer.received + chunk).split(b"\n")

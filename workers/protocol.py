@@ -169,9 +169,13 @@ class StepFrame(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True, tag="ending"):
-    """Rank 0's last words before it closes every connection: the replica is over. `reason` is one sentence for people."""
+    """Rank 0's last words before it closes every connection: the replica is over. `reason` is one sentence for people.
+
+    crashed: what it worked on may be why; False when it was stopped, or a rank froze or was cut off.
+    """
 
     reason: str
+    crashed: bool = True
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):

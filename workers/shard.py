@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from workers.config import EngineConfig
 from workers.engine.loop import EngineLoop
 from workers.errors import GroupError, TramontaneError
-from workers.lifeline import Lifeline
+from workers.lifeline import DIED, Lifeline
 from workers.protocol import EngineFacts
 from workers.stream_server import StreamServer
 
@@ -192,7 +192,7 @@ class ShardWorker:
         if self._loop is not None:
             self._loop.stop(timeout_s)
         if self._server is not None:
-            self._server.close(reason=f"Replica {self.replica_id} was stopped.")
+            self._server.close(reason=f"Replica {self.replica_id} was stopped.", crashed=False)
         if self._follower is not None:
             self._follower.join(timeout_s)
         self._lifeline.close()
@@ -234,12 +234,12 @@ class ShardWorker:
         self._step_s_total += seconds
 
     def _lost(self, rank: int, how: str) -> None:
-        self._break(f"Replica {self.replica_id} lost rank {rank}: {how}.")
+        self._break(f"Replica {self.replica_id} lost rank {rank}: {how}.", crashed=how == DIED)
 
     def _orphaned(self, why: str) -> None:
         # Not on the server's own thread, which `_break` waits for.
         sentence = f"Replica {self.replica_id} ended itself: {why}."
-        threading.Thread(target=self._break, args=(sentence,), name="orphaned", daemon=True).start()
+        threading.Thread(target=self._break, args=(sentence, False), name="orphaned", daemon=True).start()
 
     def _engine_failed(self, failure: Exception) -> None:
         if isinstance(failure, GroupError) and self._breaking.wait(ECHO_S):
@@ -247,8 +247,11 @@ class ShardWorker:
         sentence = str(failure) if isinstance(failure, TramontaneError) else f"{type(failure).__name__}: {failure}"
         self._break(f"Rank {self.rank} of replica {self.replica_id} stopped: {sentence}")
 
-    def _break(self, sentence: str) -> None:
-        """Says why to the other ranks, to the gateways and to `wait`, then ends the process. The first reason counts."""
+    def _break(self, sentence: str, crashed: bool = True) -> None:
+        """Says why to the other ranks, to the gateways and to `wait`, then ends the process. The first reason counts.
+
+        crashed: see Ending.
+        """
         with self._break_lock:
             if self._closing or self._breaking.is_set():
                 return
@@ -257,7 +260,7 @@ class ShardWorker:
         log.error("%s", sentence)
         self._lifeline.close(sentence)
         if self._server is not None:
-            self._server.close(reason=sentence)
+            self._server.close(reason=sentence, crashed=crashed)
         self.phase = "ended"
         self._ended.set()
         time.sleep(LAST_WORDS_S)

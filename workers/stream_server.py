@@ -126,9 +126,9 @@ class StreamServer:
                 return
         self._call_soon(self._distribute, deltas, events)
 
-    def close(self, timeout_s: float = 5.0, *, reason: str | None = None) -> None:
-        """Sends what is queued and then `reason`, closes every connection and ends the thread. Idempotent."""
-        self._call_soon(self._end, reason)
+    def close(self, timeout_s: float = 5.0, *, reason: str | None = None, crashed: bool = True) -> None:
+        """Sends what is queued and then Ending, if there is a reason, closes every connection and ends the thread. Idempotent."""
+        self._call_soon(self._end, None if reason is None else Ending(reason=reason, crashed=crashed))
         if self._thread is not None:
             self._thread.join(timeout_s)
 
@@ -137,10 +137,10 @@ class StreamServer:
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is connected any more
                 self._loop.call_soon_threadsafe(callback, *args)
 
-    def _end(self, reason: str | None) -> None:
+    def _end(self, last_words: Ending | None) -> None:
         assert self._stop is not None, "the loop runs, so it has been set"
-        if reason is not None and not self._stop.is_set():
-            frame, now = encode_frame(Ending(reason=reason)), time.monotonic()
+        if last_words is not None and not self._stop.is_set():
+            frame, now = encode_frame(last_words), time.monotonic()
             for connection in self._connections.values():
                 connection.send(frame, now)
         for connection in self._connections.values():

@@ -5,7 +5,7 @@ from typing import Self
 
 from aiohttp import web
 
-SHUTDOWN_TIMEOUT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 0.5  # whoever drains has waited already; aiohttp takes it twice, then cancels handlers
 BACKLOG = 1024
 
 

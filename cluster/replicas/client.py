@@ -45,7 +45,9 @@ MAX_FORWARD_AGE_S = (
     3.0  # beyond this, and twice the last step's time, the replica's readiness is no longer recent knowledge
 )
 RECONNECT_AFTER_S = 0.5
+PROMPT_S = SILENCE_IS_DEATH_S / 2  # rank 0 was heard of a moment ago: several of its heartbeats fit in
 _TICK_S = HEARTBEAT_INTERVAL_S / 2
+_STANDSTILL_S = _TICK_S + 1.0  # no tick for so long: this process itself stood still
 
 _decoder = msgspec.msgpack.Decoder(FromReplica)
 _StreamQueue = asyncio.Queue[TokenDelta | ReplicaUnavailableError]
@@ -72,6 +74,8 @@ class ReplicaClient:
         self._writer: asyncio.StreamWriter | None = None
         self._last_received = 0.0
         self._last_sent = 0.0
+        self._last_tick = 0.0
+        self._stood_still_at = float("-inf")
         self._lost: str = "not connected yet"
         self._condemned: str | None = None
         self._task: asyncio.Task[None] | None = None
@@ -148,13 +152,13 @@ class ReplicaClient:
             return f"Replica {self.replica_id} made its last forward pass on all ranks {age:.1f} s ago."
         return None
 
-    def condemn(self, reason: str) -> None:
+    def condemn(self, reason: str, *, crashed: bool = False) -> None:
         """Declares the replica dead from better knowledge than the socket's, such as Ray's; every open stream ends.
 
-        The first reason stays: what follows it is usually its consequence.
+        The first reason stays: what follows it is usually its consequence. crashed: see ReplicaUnavailableError.
         """
         self._condemned = self._condemned or reason
-        self._disconnect(reason)
+        self._disconnect(reason, crashed=crashed)
 
     async def connect(self, timeout_s: float = 10.0) -> EngineFacts:
         """Opens the connection and keeps it. Raises ReplicaUnavailableError when rank 0 cannot be reached or refuses."""
@@ -228,9 +232,9 @@ class ReplicaClient:
             writer.transport.abort()
             raise
         self._facts = answer
+        self._writer = writer  # before the frame: whoever hears it may find the replica ready
         self._take(first)
-        self._last_sent = time.monotonic()
-        self._writer = writer
+        self._last_sent = self._last_tick = time.monotonic()
         return reader
 
     async def _keep(self, reader: asyncio.StreamReader) -> None:
@@ -244,11 +248,16 @@ class ReplicaClient:
                         if isinstance(message, StepFrame):
                             self._take(message)
                         elif isinstance(message, Ending):
-                            self.condemn(message.reason)
+                            self.condemn(message.reason, crashed=message.crashed)
                 except asyncio.IncompleteReadError:
-                    self._disconnect(self._lost if self._writer is None else "rank 0 closed the connection")
+                    reason = self._lost if self._writer is None else "rank 0 closed the connection"
+                    self._disconnect(reason, crashed=self._was_prompt())
                 except (OSError, ValueError) as e:
-                    self._disconnect(str(e) or type(e).__name__)
+                    crashed = isinstance(e, ConnectionError) and self._was_prompt()
+                    self._disconnect(str(e) or type(e).__name__, crashed=crashed)
+                except Exception as e:  # nobody would read on, and every stream would wait for ever
+                    log.exception("What replica %s sent could not be taken in: %s", self.replica_id, e)
+                    self._disconnect(f"what it sent could not be taken in ({e!r})")
                 reader = await self._reopen()
         finally:
             ticker.cancel()
@@ -263,19 +272,22 @@ class ReplicaClient:
                     reader = await self._open()
             except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError, ReplicaUnavailableError) as e:
                 log.debug("Replica %s is still unreachable: %r", self.replica_id, e)
+            except Exception as e:  # as above: the listener's, most likely
+                log.exception("What replica %s sent could not be taken in: %s", self.replica_id, e)
+                self._disconnect(f"what it sent could not be taken in ({e!r})")
             else:
                 log.info("Replica %s is connected again.", self.replica_id)
                 return reader
 
     async def _tick(self) -> None:
         """Heartbeats out; a silent replica is given up."""
-        last = time.monotonic()
+        self._last_tick = time.monotonic()
         while True:
             await asyncio.sleep(_TICK_S)
             now = time.monotonic()
-            if now - last > _TICK_S + 1.0:  # this process itself stood still: the silence is ours, not theirs
-                self._last_received = now
-            last = now
+            if now - self._last_tick > _STANDSTILL_S:  # the silence is ours, not theirs
+                self._last_received = self._stood_still_at = now
+            self._last_tick = now
             if self._writer is None:
                 continue
             if now - self._last_received > SILENCE_IS_DEATH_S:
@@ -302,7 +314,13 @@ class ReplicaClient:
             self._cached_blocks.difference_update(frame.cache.evicted)
             self._cached_blocks.update(frame.cache.stored)
 
-    def _disconnect(self, reason: str) -> None:
+    def _was_prompt(self) -> bool:
+        """Whether both ends were well a moment ago: a connection that breaks then means that rank 0's process died."""
+        now = time.monotonic()
+        stood_still = now - self._last_tick > _STANDSTILL_S or now - self._stood_still_at < PROMPT_S
+        return not stood_still and now - self._last_received < PROMPT_S
+
+    def _disconnect(self, reason: str, *, crashed: bool = False) -> None:
         if self._writer is not None:
             log.warning("Replica %s is lost: %s.", self.replica_id, reason.removesuffix("."))
             self._writer.transport.abort()
@@ -310,9 +328,8 @@ class ReplicaClient:
             self._lost = reason
         streams, self._streams = self._streams, {}
         for queue in streams.values():
-            queue.put_nowait(
-                ReplicaUnavailableError(self._condemned or f"Replica {self.replica_id} was lost: {reason}.")
-            )
+            sentence = self._condemned or f"Replica {self.replica_id} was lost: {reason}."
+            queue.put_nowait(ReplicaUnavailableError(sentence, crashed=crashed))
 
 
 async def _read_message(reader: asyncio.StreamReader) -> FromReplica:

@@ -19,6 +19,7 @@ from cluster.replicas.replica import RayReplica
 from cluster.replicas.scaling import Scaling
 from cluster.replicas.state import ClusterSpec, ClusterView, GatewayRecord, GatewayReport, ReplicaRecord, ReplicaState
 from cluster.replicas.supervisor import Supervisor
+from cluster.replicas.wish import find_wish, keep_wish
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
 from workers.protocol import EngineFacts
 
@@ -67,16 +68,21 @@ class Controller:
 
     async def apply(self, spec: ClusterSpec) -> None:
         """Makes `spec` the wish. Raises ConfigError when another model, or another engine, is served under this name."""
-        if (spec.engine, spec.model_name) != (self._spec.engine, self._spec.model_name) and self._supervisor.records():
+        is_other = (spec.engine, spec.model_name) != (self._spec.engine, self._spec.model_name)
+        # A gateway without replicas, because they sleep, still speaks with its own model's tokenizer.
+        if is_other and (self._supervisor.records() or self._gateways):
             raise ConfigError(
                 f"The deployment {self._deployment!r} on this Ray cluster serves {self._spec.model_name} with other settings; "
                 "stop it with `tramontane down`, or start another beside it with --name."
             )
         self._spec = spec
+        if is_other:
+            self._facts = None
         self._scaling.configure(spec)
         self._supervisor.drain_timeout_s = spec.drain_timeout_s
         self._supervisor.forgive()
         self._set_desired(self._scaling.initial(len(self._live())))
+        await asyncio.to_thread(keep_wish, self._deployment, spec)
 
     async def sync(self, known: int, report: GatewayReport | None, node_id: str = "") -> ClusterView:
         """What is. Returns at once when it differs from version `known`, else after SYNC_WAIT_S. `report`: what the caller holds."""
@@ -120,7 +126,6 @@ class Controller:
             known = ", ".join(r.replica_id for r in self._supervisor.records()) or "none"
             raise RequestError(f"There is no replica {replica_id!r}; the replicas are: {known}.", param="replica")
         self._supervisor.drain(replica_id, grace_s=grace_s, reason=reason)
-        self._drain_versions[replica_id] = self._version
 
     async def leave(self, gateway_id: str) -> None:
         """A gateway says goodbye."""
@@ -139,13 +144,16 @@ class Controller:
         for (replica_id, incarnation), descriptions in (await find_ranks(self._deployment)).items():
             replica = self._make_replica(replica_id, incarnation)
             try:
+                if replica_id in {r.replica_id for r in self._supervisor.records()}:
+                    raise ReplicaUnavailableError(f"There is another replica {replica_id}.")
                 self._supervisor.adopt(await replica.adopt(descriptions))
                 log.info("Replica %s was found running.", replica_id)
-            except (ReplicaUnavailableError, RayError, ValueError, KeyError) as e:
+            except Exception as e:  # whatever is wrong with it, the others are still to be adopted
                 log.warning("Replica %s was found and is ended: %s", replica_id, e)
                 await replica.close(str(e))
-        if not self._supervisor.records():
-            remove_all(self._deployment)
+        # Also what was half started, and the placement groups of replicas that ended themselves.
+        adopted = {(r.replica_id, r.incarnation) for r in self._supervisor.records()}
+        await asyncio.to_thread(remove_all, self._deployment, keep=adopted)
 
     def _make_replica(self, replica_id: str, incarnation: str | None = None) -> RayReplica:
         return RayReplica(
@@ -161,8 +169,13 @@ class Controller:
 
     def _note_change(self) -> None:
         self._version += 1
+        draining = set()
         for record in self._supervisor.records():
             self._facts = record.facts or self._facts
+            if record.state is ReplicaState.DRAINING:
+                draining.add(record.replica_id)
+        # Whoever drains it: gateways have seen it once they know this version.
+        self._drain_versions = {r: self._drain_versions.get(r, self._version) for r in draining}
         self._changed.set()
 
     def _live(self) -> list[ReplicaRecord]:
@@ -192,31 +205,35 @@ class Controller:
         while True:
             await asyncio.sleep(SCALING_INTERVAL_S)
             try:
-                self._round()
+                self._round(await asyncio.to_thread(draining_nodes))
             except Exception as e:  # a wrong number must not end supervision
                 log.exception("A scaling round failed: %s", e)
 
-    def _round(self) -> None:
+    def _round(self, draining: Mapping[str, int]) -> None:
         now = time.monotonic()
         for gateway_id, gateway in list(self._gateways.items()):
             if now - gateway.last_seen > GATEWAY_IS_GONE_AFTER_S:
                 log.warning("Gateway %s has not been heard of for %.0f s.", gateway_id, now - gateway.last_seen)
                 del self._gateways[gateway_id]
-        self._drain_preempted()
+        self._drain_preempted(draining)
         reports = [g.report for g in self._gateways.values()]
-        self._set_desired(self._scaling.decide(self._supervisor.records(), reports, now))
+        desired = self._scaling.decide(self._supervisor.records(), reports, now)
+        if self._facts is None:  # nobody can check a request before a first replica has shown what the model can take
+            desired = max(desired, min(1, self._spec.max_replicas))
+        self._set_desired(desired)
 
-    def _drain_preempted(self) -> None:
+    def _drain_preempted(self, draining: Mapping[str, int]) -> None:
         """Ray knows of nodes that will go: spot instances with a notice, nodes its autoscaler gives back."""
-        for node_id, deadline_ms in draining_nodes().items():
+        for node_id, deadline_ms in draining.items():
             for record in self._supervisor.records():
-                if record.state is ReplicaState.DRAINING or node_id not in {r.node_id for r in record.ranks}:
+                if record.state is ReplicaState.LOST or node_id not in {r.node_id for r in record.ranks}:
                     continue
                 left_s = deadline_ms / 1000 - time.time() if deadline_ms else self._spec.drain_timeout_s
                 grace_s = max(0.0, min(self._spec.drain_timeout_s, left_s - 5.0))
+                if record.drain_until is not None and record.drain_until <= time.time() + grace_s + 1.0:
+                    continue  # it drains already, and soon enough
                 reason = f"Replica {record.replica_id} is being drained: its node goes away."
                 self._supervisor.drain(record.replica_id, grace_s=grace_s, reason=reason)
-                self._drain_versions[record.replica_id] = self._version
 
 
 def draining_nodes() -> Mapping[str, int]:
@@ -234,5 +251,6 @@ class ControllerActor(Controller):
     """What Ray runs, and runs again when its process died."""
 
     async def __init__(self, deployment: str, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Ray awaits it
-        super().__init__(deployment, spec)
+        kept = await asyncio.to_thread(find_wish, deployment)
+        super().__init__(deployment, kept or spec)
         await self.start()

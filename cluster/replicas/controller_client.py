@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.replicas.leftovers import remove_all
 from cluster.replicas.state import ClusterSpec, ClusterView, GatewayReport
+from cluster.replicas.wish import forget_wish
 from workers.errors import ReplicaUnavailableError, TramontaneError
 
 log = logging.getLogger(__name__)
@@ -56,10 +57,6 @@ class ControllerClient:
         )
         await self._call("apply", spec, timeout_s=60.0)
 
-    async def apply(self, spec: ClusterSpec) -> None:
-        """Changes the wish. Raises ConfigError when another model is served under this name."""
-        await self._call("apply", spec)
-
     async def sync(self, known: int, report: GatewayReport | None) -> ClusterView:
         """What is, at once or as soon as it differs from version `known`; a quarter of a second at most."""
         return await self._call("sync", known, report, ray.get_runtime_context().get_node_id())
@@ -84,15 +81,18 @@ class ControllerClient:
             await self._call("down", timeout_s=DOWN_TIMEOUT_S)
         if (actor := self._find()) is not None:
             ray.kill(actor)
+        forget_wish(self.deployment)
         return remove_all(self.deployment)
 
     async def _call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        # Looking it up hangs while Ray's control store is away; the streams of this process must not.
-        actor = self._actor = self._actor or await asyncio.to_thread(self._find)
-        if actor is None:
-            raise ReplicaUnavailableError(f"The controller of {self.deployment!r} does not run on this Ray cluster.")
         try:
             async with asyncio.timeout(timeout_s):
+                # Looking it up hangs while Ray's control store is away; the streams of this process must not.
+                actor = self._actor = self._actor or await asyncio.to_thread(self._find)
+                if actor is None:
+                    raise ReplicaUnavailableError(
+                        f"The controller of {self.deployment!r} does not run on this Ray cluster."
+                    )
                 return await getattr(actor, method).remote(*args)
         except RayTaskError as e:
             if isinstance(e.cause, TramontaneError):

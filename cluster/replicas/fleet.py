@@ -12,9 +12,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Protocol
 
 from cluster.replicas.client import ReplicaClient
-from cluster.replicas.state import ClusterSpec, ClusterView, GatewayReport, ReplicaRecord, ReplicaState
+from cluster.replicas.state import ClusterView, GatewayReport, ReplicaRecord, ReplicaState
 from cluster.router.replica import Outlook, Replica
-from workers.errors import ReplicaUnavailableError
+from workers.errors import ReplicaUnavailableError, TramontaneError
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ class Controller(Protocol):
     """What a gateway asks of the controller. Methods raise ReplicaUnavailableError while it cannot be reached."""
 
     async def sync(self, known: int, report: GatewayReport | None) -> ClusterView: ...
-    async def apply(self, spec: ClusterSpec) -> None: ...
     async def leave(self, gateway_id: str) -> None: ...
 
 
@@ -64,20 +63,20 @@ class Fleet:
         while True:
             known = -1 if self.view is None else self.view.version
             try:
-                view = await self._controller.sync(known, self._router.report(self._gateway_id, self._url))
-                if self.view is not None and view.controller_id != self.view.controller_id and self.view.spec:
-                    await self._controller.apply(self.view.spec)  # it was restarted with the first wish it ever had
+                self._take(await self._controller.sync(known, self._router.report(self._gateway_id, self._url)))
             except ReplicaUnavailableError as e:
                 (log.debug if away else log.warning)("%s Routing goes on with what is known.", e)
                 away = True
                 await asyncio.sleep(RETRY_S)
-                continue
-            away = False
-            self._take(view)
+            except Exception as e:  # whatever it was, a gateway that hears no more news is worse
+                log.exception("News of the cluster could not be taken in: %s", e)
+                await asyncio.sleep(RETRY_S)
+            else:
+                away = False
 
     async def close(self) -> None:
         """Says goodbye to the controller and closes every connection."""
-        with contextlib.suppress(ReplicaUnavailableError):
+        with contextlib.suppress(TramontaneError):
             await self._controller.leave(self._gateway_id)
         for task in self._tasks:
             task.cancel()
@@ -110,6 +109,9 @@ class Fleet:
                 log.info("%s", e)
                 await asyncio.sleep(RETRY_S)
             else:
+                if self._clients.get(key) is not client:  # dropped, and closed, before it had anything to close
+                    await client.close()
+                    return
                 self._connected.add(key)
                 self._tell_router()
                 return
@@ -134,7 +136,7 @@ def outlook_of(view: ClusterView) -> Outlook:
     """What the view promises beyond the replicas that are ready."""
     reasons = [describe(r) for r in view.replicas if r.state is not ReplicaState.READY]
     reason = view.failure[1] if view.failure else " ".join(reasons) or None
-    asleep = view.num_desired == 0 and not view.failure and bool(view.spec and view.spec.max_replicas)
+    asleep = view.num_desired == 0 and view.facts is not None and view.failure is None
     expected = view.failure is None and (asleep or view.num_desired > 0)
     return Outlook(expected=expected, reason=reason, facts=view.facts, asleep=asleep)
 

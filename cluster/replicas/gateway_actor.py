@@ -8,15 +8,18 @@ import contextlib
 import logging
 import re
 import threading
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ServeConfig, is_loopback
 from cluster.log import setup_logging
 from cluster.text.load import load_text
+from workers.errors import ReplicaUnavailableError, TramontaneError
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +99,27 @@ def start_gateways(config: ServeConfig) -> list[ActorHandle]:
     ]
 
 
-def stop_gateways(actors: list[ActorHandle], timeout_s: float) -> None:
-    """Drains and ends them."""
-    ray.wait([a.stop.remote() for a in actors], num_returns=len(actors), timeout=timeout_s)
+async def urls_of(actors: list[ActorHandle]) -> list[str]:
+    """Where they listen. Raises what kept one from it, ConfigError for a port that is taken there."""
+    try:
+        return list(await asyncio.gather(*(a.url.remote() for a in actors)))
+    except RayTaskError as e:
+        if isinstance(e.cause, TramontaneError):
+            raise e.cause from None
+        raise ReplicaUnavailableError(f"A further gateway could not be started: {e.cause!r}.") from e
+    except RayError as e:
+        raise ReplicaUnavailableError(f"A further gateway died while it started: {type(e).__name__}.") from e
+
+
+async def stop_gateways(actors: list[ActorHandle], timeout_s: float, stop_now: asyncio.Event) -> None:
+    """Drains and ends them, at once when `stop_now` is set. Idempotent."""
+    drained = asyncio.gather(*(a.stop.remote() for a in actors), return_exceptions=True)
+    hurry = asyncio.create_task(stop_now.wait())
+    either: list[asyncio.Future[Any]] = [drained, hurry]
+    await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    drained.cancel()
+    hurry.cancel()
+    await asyncio.gather(drained, hurry, return_exceptions=True)
     for actor in actors:
         ray.kill(actor)
 

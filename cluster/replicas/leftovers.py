@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import re
+from collections.abc import Collection
 from typing import Any
 
 import ray
@@ -17,33 +18,47 @@ from ray.util.placement_group import get_placement_group, placement_group_table,
 log = logging.getLogger(__name__)
 
 DESCRIBE_TIMEOUT_S = 3.0
+Key = tuple[str, str]  # replica id, incarnation
 
 
-async def find_ranks(deployment: str) -> dict[tuple[str, str], list[dict[str, Any]]]:
+async def find_ranks(deployment: str) -> dict[Key, list[dict[str, Any]]]:
     """What the living ranks of each (replica id, incarnation) say of themselves, in rank order; silent ones are left out."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    names: dict[str, Key] = {}
     for name in sorted(list_named_actors()):
-        if (match := _pattern(deployment).fullmatch(name)) is None or match["rank"] is None:
-            continue
-        descriptions = found.setdefault((match["replica"], match["incarnation"]), [])
-        with contextlib.suppress(RayError, ValueError, TimeoutError):
-            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                descriptions.append(await ray.get_actor(name).describe.remote())
+        if (match := _pattern(deployment).fullmatch(name)) is not None and match["rank"] is not None:
+            names[name] = match["replica"], match["incarnation"]
+    found: dict[Key, list[dict[str, Any]]] = {key: [] for key in names.values()}
+    answers = await asyncio.gather(*(_describe(name) for name in names))
+    for key, answer in zip(names.values(), answers, strict=True):
+        if answer is not None:
+            found[key].append(answer)
     return {key: sorted(ranks, key=lambda d: d["rank"]) for key, ranks in found.items()}
 
 
-def remove_all(deployment: str) -> int:
-    """Ends every rank and gives back every placement group of the deployment. Returns how many ranks there were."""
-    pattern = _pattern(deployment)
-    names = [name for name in list_named_actors() if pattern.fullmatch(name)]
+def remove_all(deployment: str, *, keep: Collection[Key] = ()) -> int:
+    """Ends every rank and gives back every placement group of the deployment but those to keep. Returns how many ranks it ended."""
+    names = [name for name in list_named_actors() if is_ours(name, deployment, keep)]
     for name in names:
         with contextlib.suppress(RayError, ValueError):
             ray.kill(ray.get_actor(name))
     for group in placement_group_table().values():
-        if pattern.fullmatch(group["name"]) and group["state"] != "REMOVED":
+        if is_ours(group["name"], deployment, keep) and group["state"] != "REMOVED":
             with contextlib.suppress(ValueError):
                 remove_placement_group(get_placement_group(group["name"]))
     return len(names)
+
+
+def is_ours(name: str, deployment: str, keep: Collection[Key] = ()) -> bool:
+    """Whether this is a rank or a placement group of the deployment, and of none of the replicas to keep."""
+    match = _pattern(deployment).fullmatch(name)
+    return match is not None and (match["replica"], match["incarnation"]) not in keep
+
+
+async def _describe(name: str) -> dict[str, Any] | None:
+    with contextlib.suppress(RayError, ValueError, TimeoutError):
+        async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+            return await ray.get_actor(name).describe.remote()
+    return None
 
 
 def _pattern(deployment: str) -> re.Pattern[str]:

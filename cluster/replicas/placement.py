@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 ONE_HOST_PATIENCE_S = 10.0  # a host that could hold all ranks gets this long to become free
 POLL_S = 0.02
+SLOW_POLL_S = 0.2  # beyond the first second: a place may be waited for over hours
 REASON_INTERVAL_S = 2.0
 
 Resources = Mapping[str, float]
@@ -48,24 +49,26 @@ async def place(
     on_group(group)
     next_reason = began + REASON_INTERVAL_S / 2
     # `ready()` would be a task, which takes a worker process of its own; the table is free.
-    while (table := placement_group_table(group))["state"] != "CREATED":
+    # On threads: while Ray's control store is away these calls hang, and gateways wait for this event loop.
+    while (table := await asyncio.to_thread(placement_group_table, group))["state"] != "CREATED":
         waited = time.monotonic() - began
         if timeout_s is not None and waited > timeout_s:
-            raise ConfigError(f"No place was found in {timeout_s:g} s. {_missing_now(bundle, size)}")
+            reason = await asyncio.to_thread(_missing_now, bundle, size)
+            raise ConfigError(f"No place was found in {timeout_s:g} s. {reason}")
         if time.monotonic() > next_reason:
             next_reason += REASON_INTERVAL_S
-            on_waiting(_missing_now(bundle, size))
+            on_waiting(await asyncio.to_thread(_missing_now, bundle, size))
         if (
             one_host
             and waited > ONE_HOST_PATIENCE_S
-            and fits_apart(available_resources_per_node().values(), bundle, size)
+            and fits_apart((await asyncio.to_thread(available_resources_per_node)).values(), bundle, size)
         ):
             log.warning("No single host has room for the %s ranks of %s: they go to several.", size, name)
             remove_placement_group(group)
             one_host = False
             group = _make_group(f"{name}-apart", bundle, size, one_host=False)
             on_group(group)
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(POLL_S if waited < 1.0 else SLOW_POLL_S)
     return {int(rank): node for rank, node in table["bundles_to_node_id"].items()}
 
 

@@ -19,6 +19,10 @@ class RankActor(ShardWorker):
         publish_rank(self.replica_id, self.rank, lambda: RankStats(**self.stats()))  # type: ignore[arg-type]
         return started
 
+    def has_ended(self, timeout_s: float) -> tuple[bool, str | None]:
+        """Whether this rank has ended, waiting so long for it, and why. Bounded: a call holds a thread, also when the caller has died."""
+        return self._ended.wait(timeout_s), self.failure
+
     def describe(self) -> dict[str, Any]:
         """What a controller needs to adopt this rank."""
         return {**super().describe(), "node_id": ray.get_runtime_context().get_node_id()}

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +138,25 @@ def _end_ray(folder: Path | None) -> None:
 
     A service manager may have signalled all processes at once; without its control store `ray.shutdown` waits for a minute.
     """
+    with _undisturbed():
+        _shut_down_and_kill(folder)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without SIGINT and SIGTERM: an impatient second one would leave processes behind, and what runs here is bounded in time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _shut_down_and_kill(folder: Path | None) -> None:
     import ray
 
     thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)

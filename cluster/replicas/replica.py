@@ -36,6 +36,7 @@ LOST_AFTER_S = 1.0  # a connection that broke and does not come back
 HANG_IS_DEATH_S = 10.0  # not ready for so long after it was: ranks that live but do not work
 READY_TIMEOUT_S = 60.0
 LAST_WORDS_S = 0.1
+WATCH_CALL_S = 10.0
 
 
 class RayReplica:
@@ -186,10 +187,13 @@ class RayReplica:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
-        if self._client is not None:
-            await self._client.close()
+        client = self._client
+        # Asked of a replica that does not answer, politeness costs its successor the time it waits for the place.
+        answers = client is not None and client.connected and client.is_ready(time.monotonic())
+        if client is not None:
+            await client.close()
         actors, self._actors = self._actors, []
-        if actors and self._death is None and self._client is not None and self._client.condemned is None:
+        if actors and self._death is None and answers:
             with contextlib.suppress(RayError, TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     await asyncio.gather(*(_await(a.close.remote()) for a in actors), return_exceptions=True)
@@ -221,7 +225,7 @@ class RayReplica:
             "lifetime": "detached",
             "num_cpus": bundle["CPU"],
             "num_gpus": bundle.get("GPU", 0),
-            "max_concurrency": 6,  # wait, progress, stats and close while a phase runs
+            "max_concurrency": 16,  # has_ended, progress, stats and close while a phase runs, some for a controller that died
             "max_restarts": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank),
         }
@@ -286,7 +290,9 @@ class RayReplica:
     async def _watch(self, rank: int) -> None:
         """Waits for the rank's end, and notes it when it was not asked for."""
         try:
-            reason = await _await(self._actors[rank].wait.remote())
+            ended, reason = False, None
+            while not ended:
+                ended, reason = await _await(self._actors[rank].has_ended.remote(WATCH_CALL_S))
         except RayActorError as e:
             reason = self._death_of(rank, e)
             await asyncio.sleep(LAST_WORDS_S)  # the others' own words name the rank that went first
@@ -314,7 +320,8 @@ def _await(ref: Any) -> Coroutine[Any, Any, Any]:
 
 def _give_back(actors: Sequence[ActorHandle], group: PlacementGroup | None) -> None:
     for actor in actors:
-        ray.kill(actor)
+        with contextlib.suppress(RayError, ValueError):  # gone already; the others and the group are not
+            ray.kill(actor)
     if group is not None:
         remove_placement_group(group)
 

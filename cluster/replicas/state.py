@@ -68,7 +68,7 @@ class ReplicaRecord:
     phase: str | None = None  # while STARTING: joining, loading, starting
     progress: tuple[int, int] = (0, 0)  # bytes of weights read, of how many
     address: tuple[str, int] | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     ranks: tuple[RankRecord, ...] = ()
     started_at: float = 0.0
     ready_at: float | None = None

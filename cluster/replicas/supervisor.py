@@ -107,7 +107,7 @@ class Supervisor:
     ) -> None:
         self.desired = 0
         self.drain_timeout_s = 30.0
-        self.failure: TramontaneError | None = None  # starting cannot succeed: nothing is started until `forgive`
+        self.failure: TramontaneError | None = None  # the first start cannot succeed: none is tried until `forgive`
         self._make_replica = make_replica
         self._num_streams = num_streams
         self._on_change = on_change
@@ -116,6 +116,7 @@ class Supervisor:
         self._entries: dict[str, _Entry] = {}
         self._num_failures = 0
         self._no_start_before = 0.0
+        self._has_served = False  # what worked once is tried again whatever it fails with
         self._woken = asyncio.Event()
 
     def records(self) -> tuple[ReplicaRecord, ...]:
@@ -128,11 +129,13 @@ class Supervisor:
     def forgive(self) -> None:
         """Forgets failures: the next tick may start replicas again."""
         self.failure, self._num_failures, self._no_start_before = None, 0, 0.0
+        self._has_served = any(e.ready_at is not None for e in self._entries.values())
         self.wake()
 
     def adopt(self, replica: ManagedReplica) -> None:
         """Takes over a replica that runs already."""
         self._entries[replica.replica_id] = _Entry(replica, ready_at=self._wall_clock())
+        self._has_served = True
         self._on_change()
 
     def drain(self, replica_id: str, *, grace_s: float | None = None, reason: str | None = None) -> None:
@@ -151,7 +154,10 @@ class Supervisor:
     async def run(self) -> None:
         while True:
             self._woken.clear()
-            self.tick()
+            try:
+                self.tick()
+            except Exception as e:  # one replica's surprise must not end the supervision of all
+                log.exception("A round of supervision failed: %s", e)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await self._woken.wait()
@@ -208,13 +214,13 @@ class Supervisor:
         entry.starting = None
         if error is None:
             entry.ready_at = self._wall_clock()
+            self._has_served = True
             log.info("Replica %s is ready.", replica_id)
             self._on_change()
             return
         if not isinstance(error, TramontaneError):
             log.error("Replica %s could not be started.", replica_id, exc_info=error)
-        elsewhere = any(e.ready_at is not None and e.state is None for e in self._entries.values())
-        if isinstance(error, PERMANENT) and not elsewhere:
+        if isinstance(error, PERMANENT) and not self._has_served:
             self.failure = error
         self._lost(replica_id, entry, str(error), now)
 

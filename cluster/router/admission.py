@@ -49,18 +49,22 @@ class Recent:
         self._events.append((now, value))
 
     def values(self, now: float) -> list[float]:
-        while self._events and now - self._events[0][0] > RECENT_S:
-            self._events.popleft()
+        self._forget(now)
         return [value for _, value in self._events]
 
     def per_s(self, now: float) -> float:
         """0 when there were too few to tell."""
-        num_events = len(self.values(now))
+        self._forget(now)
+        num_events = len(self._events)
         return num_events / max(now - self._events[0][0], 1.0) if num_events > 1 else 0.0
 
     def p95(self, now: float) -> float | None:
         values = sorted(self.values(now))
         return values[math.ceil(0.95 * len(values)) - 1] if values else None
+
+    def _forget(self, now: float) -> None:
+        while self._events and now - self._events[0][0] > RECENT_S:
+            self._events.popleft()
 
 
 class Bounds:

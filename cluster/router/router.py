@@ -148,7 +148,7 @@ class Router:
             raise ReplicaUnavailableError(self.health().reason or "No replica is ready; try again in a moment.")
         self._bounds.check(num_sequences, num_tokens, wait_s=self._estimated_wait_s)
         if deadline is not None:
-            check_deadline(deadline - now, self._estimated_wait_s())
+            check_deadline(deadline - now, self._estimated_wait_s(priority))
         admission = Admission(
             num_sequences,
             num_tokens,
@@ -189,6 +189,8 @@ class Router:
                         if delta.finish_reason is not None:
                             self._ends.add(self._clock())
                             return
+                if pause_s := stream.pause_s:
+                    await stream.interrupt.wait(lambda: asyncio.sleep(pause_s))
 
     async def _stream(self, place: Place, stream: Stream, admission: Admission) -> AsyncGenerator[TokenDelta, None]:
         """The deltas one replica contributes; ends without a finish_reason when the rest must come from another."""
@@ -253,9 +255,16 @@ class Router:
         delay = max(0.0, admission.deadline - self._clock())
         return asyncio.get_running_loop().call_later(delay, stream.interrupt.set, error).cancel
 
-    def _estimated_wait_s(self) -> float | None:
-        """Of a request that came now: for prompts before it, and for those in line to find room. None when nothing is known."""
-        by_tokens = self._table.estimated_wait_s(self.num_queued_tokens)
+    def _estimated_wait_s(self, priority: int | None = None) -> float | None:
+        """Of a request that came now: for prompts before it, and for those in line to find room. None when nothing is known.
+
+        priority: only those in line that it would not overtake count; None: all.
+        """
+        num_tokens, num_before = self.num_queued_tokens, self.num_waiting
+        if priority is not None and num_before:
+            before = [w.stream.num_tokens for w in self._dispatcher.line if w.stream.order[0] <= priority]
+            num_tokens, num_before = sum(before), len(before)
+        by_tokens = self._table.estimated_wait_s(num_tokens)
         ends_per_s = self._ends.per_s(self._clock())
-        by_places = self.num_waiting / ends_per_s if ends_per_s and self.num_waiting else None
+        by_places = num_before / ends_per_s if ends_per_s and num_before else None
         return max((w for w in (by_tokens, by_places) if w is not None), default=None)

@@ -5,16 +5,21 @@ what one undisturbed replica would have said, whatever number of them took part.
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
 
-from workers.errors import EngineError
+from workers.errors import EngineError, ReplicaUnavailableError
 from workers.protocol import GenerateRequest, TokenDelta
 
-MAX_LOSSES_WITHOUT_PROGRESS = 3  # a request that was on so many replicas when they died may be what killed them
+# Without a token in between. So many crashes may be the request's own doing; of other losses any number is bad luck, but not for ever.
+MAX_CRASHES_WITHOUT_PROGRESS = 5
+MAX_LOSSES_WITHOUT_PROGRESS = 20
+FIRST_PAUSE_S = 0.5  # before the second loss is followed by a third attempt; twice as long each time
+MAX_PAUSE_S = 8.0
 
 T = TypeVar("T")
 
@@ -97,6 +102,7 @@ class Stream:
         self._started = False
         self._num_attempts = 0
         self._num_losses = 0
+        self._num_crashes = 0
 
     @property
     def num_tokens(self) -> int:
@@ -126,16 +132,24 @@ class Stream:
         if delta.token_ids:
             self.output_token_ids += delta.token_ids
             if self._num_losses:
-                self._num_losses = 0
+                self._num_losses = self._num_crashes = 0
                 self.lost_on.clear()
         return delta
 
-    def lose(self, replica: object, error: Exception) -> None:
+    @property
+    def pause_s(self) -> float:
+        """Before the next attempt. Whoever crashes replicas thus parts from those that were there by chance, who differ by chance."""
+        if self._num_losses < 2:
+            return 0.0
+        return min(FIRST_PAUSE_S * 2.0 ** (self._num_losses - 2), MAX_PAUSE_S) * random.uniform(0.5, 1.0)
+
+    def lose(self, replica: object, error: ReplicaUnavailableError) -> None:
         """The replica was lost. Raises EngineError when it was one too many since the last token."""
         self.trace.num_failovers += 1
         self.lost_on.add(replica)
         self._num_losses += 1
-        if self._num_losses >= MAX_LOSSES_WITHOUT_PROGRESS:
+        self._num_crashes += error.crashed
+        if self._num_crashes >= MAX_CRASHES_WITHOUT_PROGRESS or self._num_losses >= MAX_LOSSES_WITHOUT_PROGRESS:
             raise EngineError(
                 f"{self._num_losses} replicas in a row were lost while they worked on this request, the last one with: {error} "
                 "It is not tried again."

@@ -121,6 +121,8 @@ class ReplicaTable:
         """A ready replica with room, by the policy. None when there is none."""
         now = self._clock()
         self._sweep_if_due(now)
+        if not self._snapshot.available.any():  # asked often while a line waits: spares the matching of a long prompt
+            return None
         while True:
             decision = self._decide(stream)
             if decision is None:

@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 
 from cluster.router.stream import Stream
 
+MAX_LEFT = 64  # kept beside as many as wait
+
 P = TypeVar("P")  # what a sequence waits for
 
 
@@ -33,7 +35,7 @@ class Waiter(Generic[P]):
 
 
 class WaitingLine(Generic[P]):
-    """Whoever leaves early is skipped when its turn comes, so that leaving costs nothing."""
+    """Whoever leaves early is skipped when its turn comes, or swept out when many have, so that leaving costs next to nothing."""
 
     def __init__(self) -> None:
         self._heap: list[Waiter[P]] = []
@@ -63,6 +65,9 @@ class WaitingLine(Generic[P]):
         if waiter.in_line:
             waiter.in_line = False
             self._num_waiting -= 1
+            if len(self._heap) > 2 * self._num_waiting + MAX_LEFT:
+                self._heap = [w for w in self._heap if w.in_line]
+                heapq.heapify(self._heap)
 
     def serve(self, waiter: Waiter[P], place: P) -> None:
         self.leave(waiter)

@@ -80,6 +80,11 @@ def test_every_engine_option_arrives(folder):
         ("--host ::", "add --api-key KEY"),
         ("--port 70000", "use 1 to 65535"),
         ("--drain-timeout -1", "negative"),
+        ("--drain-timeout inf", "without end"),
+        ("--queue-timeout 0", "--queue-timeout 0 is no time"),
+        ("--ttft-objective nan", "--ttft-objective nan"),
+        ("--scale-down-after -5", "--scale-down-after -5"),
+        ("--name Mine_1", "lower-case letters"),
         ("--gpu-memory-utilization 1.5", "gpu_memory_utilization"),
         ("--max-num-seqs 64 --max-num-batched-tokens 8", "max_num_batched_tokens"),
     ],
@@ -91,6 +96,39 @@ def test_options_that_cannot_work_are_refused_in_a_sentence(folder, capsys, opti
     captured = capsys.readouterr()
     assert captured.err.startswith("tramontane: ")
     assert captured.err.count("\n") == 1, "one sentence, no traceback"
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--replicas 0", "MIN:MAX"),
+        ("--replicas 3:1", "MIN:MAX"),
+        ("--gateways 0", "less than 1"),
+        ("--max-queued-tokens 0", "less than 1"),
+        ("--routing-policy random", "prefix"),
+        ("--kv-cache-memory lots", "amount of memory"),
+    ],
+)
+def test_options_that_cannot_be_read_name_themselves(option, says, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["serve", *option.split()])
+    assert e.value.code == 2
+    err = capsys.readouterr().err
+    assert option.split()[0] in err and says in err
+
+
+def test_every_cluster_option_arrives(folder):
+    options = "--replicas 0:3 --gateways 2 --name mine --ray-address h:1 --drain-timeout 0 --scale-down-after 5"
+    options += " --ttft-objective 0.5 --routing-policy least_load --max-queued-tokens 9 --queue-timeout 7"
+    config = configure(folder, *options.split())
+    assert (config.min_replicas, config.max_replicas, config.num_gateways) == (0, 3, 2)
+    assert (config.deployment, config.ray_address) == ("mine", "h:1")
+    assert (config.drain_timeout_s, config.scale_down_after_s, config.ttft_objective_s) == (0, 5, 0.5)
+    assert (config.routing_policy, config.max_queued_tokens, config.queue_timeout_s) == ("least_load", 9, 7)
+
+
+def test_the_key_is_in_no_representation(folder):
+    assert "s3cret" not in repr(configure(folder, "--api-key", "s3cret"))
 
 
 def test_an_empty_or_broken_key_is_refused(folder):

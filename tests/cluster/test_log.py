@@ -56,12 +56,14 @@ def test_json_lines_are_one_object_each_whatever_the_message() -> None:
         raise ValueError("broken")
     except ValueError:
         logger.exception("it %s", "failed")
-    first, second = map(json.loads, stream.getvalue().splitlines())
+    logger.warning("GET /%s", "\udcff")  # a path of bytes that are not UTF-8
+    first, second, third = map(json.loads, stream.getvalue().splitlines())
     assert (first["message"], first["level"], first["logger"]) == (message, "warning", "test_log.json")
     assert datetime.now(UTC) - datetime.fromisoformat(first["ts"]) < timedelta(minutes=1), "ts is in UTC"
     assert second["message"] == "it failed"
     assert second["exception"].endswith("ValueError: broken") and "Traceback" in second["exception"]
     assert "exception" not in first
+    assert third["message"] == "GET /\\udcff"
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])

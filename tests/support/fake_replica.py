@@ -85,6 +85,7 @@ class FakeReplica:
         self.holding = asyncio.Event()
         self.reason = reason
         self.condemned: str | None = None
+        self.crashes = True  # else it is cut off, freezes or is stopped
         self.drain_until: float | None = None
         self.on_frame: Callable[[StepFrame], None] | None = None
         self.load = LoadReport(num_blocks=100, num_used_blocks=25, num_running=1, forward_age_s=0.1)
@@ -147,7 +148,7 @@ class FakeReplica:
                     return
             ended = True
             self.lose(self.condemned)
-            raise ReplicaUnavailableError(self.condemned or "")
+            raise ReplicaUnavailableError(self.condemned or "", crashed=self.crashes)
         finally:
             self.num_open -= 1
             if not ended:

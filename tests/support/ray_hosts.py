@@ -42,14 +42,19 @@ class RayHosts:
     """`cpus[i]` logical CPUs on host i. With one host it is this machine's loopback; with two, two namespaces and a veth pair."""
 
     def __init__(
-        self, cpus: Sequence[int], *, head_options: Sequence[str] = (), head_env: dict[str, str] | None = None
-    ):
+        self,
+        cpus: Sequence[int],
+        *,
+        port: int | None = None,
+        head_options: Sequence[str] = (),
+        head_env: dict[str, str] | None = None,
+    ) -> None:
         assert len(cpus) in (1, 2)
         self._id = secrets.token_hex(2)
         self.folder = Path(tempfile.mkdtemp(prefix=f"tm-{self._id}-", dir="/tmp"))  # short: sockets live in it
         self.namespaces = [f"tm-{self._id}-{i}" for i in range(len(cpus))] if len(cpus) > 1 else []
         self.ips = ["10.77.0.1", "10.77.0.2"] if self.namespaces else ["127.0.0.1"]
-        self.port = free_port()
+        self.port = port or free_port()
         self.address = f"{self.ips[0]}:{self.port}"
         token_file = self.folder / "token"
         token_file.write_text(secrets.token_hex(32))
@@ -85,10 +90,12 @@ class RayHosts:
     def processes(self) -> list[int]:
         """Every living process that was started on these hosts, by us or by one of ours."""
         found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
+        for path in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if f"{MARK}={self._id}".encode() in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
+                marked = f"{MARK}={self._id}".encode() in (path / "environ").read_bytes().split(b"\0")
+                # Ray's fake nodes get an environment of their own, but their command line names our folder.
+                if marked or str(self.folder).encode() in (path / "cmdline").read_bytes():
+                    found.append(int(path.name))
         return found
 
     def close(self) -> None:

@@ -205,6 +205,38 @@ def test_a_replica_that_nobody_wants_any_more_ends_itself(folder):
     assert end(replica) == ["Replica r0 ended itself: no gateway has been connected for 600 s."]
 
 
+@pytest.mark.parametrize(
+    ("how", "crashed"), [("its process died", True), ("it has given no sign of life for 3.2 s", False)]
+)
+async def test_gateways_are_told_whether_a_lost_rank_may_have_been_brought_down_by_a_request(folder, how, crashed):
+    replica = Replica(folder, 1)
+    started = replica.start()[0]
+    reader, writer = await greet(started)
+    # As the lifeline does it, on a thread of its own.
+    await asyncio.to_thread(replica.ranks[0]._lifeline._on_lost, 1, how)
+    (reason,) = await asyncio.to_thread(end, replica)
+    assert reason == f"Replica r0 lost rank 1: {how}."
+    assert (await last_message(reader)) == Ending(reason=reason, crashed=crashed)
+    writer.close()
+
+
+async def test_a_replica_that_is_stopped_says_that_it_did_not_crash(folder):
+    replica = Replica(folder, 1)
+    started = replica.start()[0]
+    reader, writer = await greet(started)
+    await asyncio.to_thread(replica.on_all, "close")
+    assert (await last_message(reader)) == Ending(reason="Replica r0 was stopped.", crashed=False)
+    writer.close()
+
+
+async def greet(started) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that rank 0 has answered."""
+    reader, writer = await asyncio.open_connection(started.host, started.port)
+    writer.write(encode_frame(Hello(token=TOKEN)))
+    await reader.readexactly(int.from_bytes(await reader.readexactly(4), "big"))
+    return reader, writer
+
+
 async def last_message(reader: asyncio.StreamReader):
     decoder = msgspec.msgpack.Decoder(FromReplica)
     message = None

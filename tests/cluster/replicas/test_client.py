@@ -143,9 +143,10 @@ async def test_a_failed_engine_says_why_and_is_over(engine, client):
         await anext(stream)
     engine.core.fail_with = GroupError("Replica r0 lost rank 1: its process died.")
     for stream in streams:
-        with pytest.raises(ReplicaUnavailableError, match=r"^Replica r0 lost rank 1: its process died\.$"):
+        with pytest.raises(ReplicaUnavailableError, match=r"^Replica r0 lost rank 1: its process died\.$") as error:
             async for _ in stream:
                 pass
+        assert error.value.crashed, "one of its requests may be why"
     assert client.num_streams == 0
     assert client.condemned == client.not_ready_reason(time.monotonic()) == "Replica r0 lost rank 1: its process died."
     with pytest.raises(ReplicaUnavailableError):
@@ -156,11 +157,54 @@ async def test_a_closed_connection_alone_condemns_nobody(engine, client):
     stream = client.generate(request("r", max_tokens=10**9))
     await anext(stream)
     await asyncio.to_thread(engine.server.close)
-    with pytest.raises(ReplicaUnavailableError, match="r0 was lost: rank 0 closed the connection"):
+    with pytest.raises(ReplicaUnavailableError, match="r0 was lost: rank 0 closed the connection") as error:
         async for _ in stream:
             pass
+    assert error.value.crashed, "as a killed process closes it"
     assert client.condemned is None
     assert "no connection" in client.not_ready_reason(time.monotonic())
+
+
+async def test_a_stopped_replica_did_not_crash(engine, client):
+    stream = client.generate(request("r", max_tokens=10**9))
+    await anext(stream)
+    await asyncio.to_thread(engine.server.close, reason="Replica r0 was stopped.", crashed=False)
+    with pytest.raises(ReplicaUnavailableError, match=r"^Replica r0 was stopped\.$") as error:
+        async for _ in stream:
+            pass
+    assert not error.value.crashed
+
+
+async def test_a_connection_closed_because_this_process_stood_still_is_no_crash(engine, client):
+    stream = client.generate(request("r", max_tokens=10**9))
+    await anext(stream)
+    time.sleep(cluster.replicas.client._STANDSTILL_S + 0.1)  # the point of it
+    await asyncio.to_thread(engine.server.close)
+    with pytest.raises(ReplicaUnavailableError, match="closed the connection") as error:
+        async for _ in stream:
+            pass
+    assert not error.value.crashed
+
+
+async def test_a_listener_that_fails_leaves_no_stream_hanging(engine, client, caplog):
+    stream = client.generate(request("r", max_tokens=10**9))
+    await anext(stream)
+    seen = []
+
+    def listen(frame):
+        if seen:
+            raise ZeroDivisionError("a bug in the listener")
+        seen.append(frame)
+
+    client.on_frame = listen
+    with pytest.raises(ReplicaUnavailableError, match="a bug in the listener"):
+        async for _ in stream:
+            pass
+    assert client.num_streams == 0
+    client.on_frame = None
+    await until(lambda: client.is_ready(time.monotonic()))
+    req = request("after")
+    assert await collect(client, req) == expected_tokens(req)
 
 
 async def test_whoever_listens_to_frames_hears_what_was_said_before(engine, client):
@@ -233,9 +277,10 @@ async def test_silence_is_death(engine, monkeypatch):
     stream = client.generate(request("r", max_tokens=10**9))
     await anext(stream)
     flowing.clear()
-    with pytest.raises(ReplicaUnavailableError, match="silent"):
+    with pytest.raises(ReplicaUnavailableError, match="silent") as error:
         async for _ in stream:
             pass
+    assert not error.value.crashed, "frozen or cut off: no request did that"
     assert not client.is_ready(time.monotonic())
     await client.close()
     server.close()
@@ -247,9 +292,10 @@ async def test_condemn_ends_streams_with_the_given_reason(engine, client):
     stream = client.generate(request("r", max_tokens=10**9))
     await anext(stream)
     client.condemn("Replica r0 lost rank 1: its process died.")
-    with pytest.raises(ReplicaUnavailableError, match="lost rank 1"):
+    with pytest.raises(ReplicaUnavailableError, match="lost rank 1") as error:
         async for _ in stream:
             pass
+    assert not error.value.crashed, "whoever condemns does not know"
     assert client.not_ready_reason(time.monotonic()) == "Replica r0 lost rank 1: its process died."
     await until(lambda: not engine.core.requests)
 

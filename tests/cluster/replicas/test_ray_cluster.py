@@ -69,4 +69,4 @@ def test_a_dead_address_is_named_at_once():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(ConfigError, match=f"Nothing answers at the Ray address {address}"):
-        ray_cluster.connect(address, num_cpus=1, log_to_driver=False)
+        ray_cluster.connect(address, namespace="test", log_to_driver=False)

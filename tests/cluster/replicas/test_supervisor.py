@@ -1,13 +1,14 @@
 """The supervisor with replicas that are told what to do: what `plan` decides, and that it happens."""
 
 import asyncio
+import itertools
 from dataclasses import replace
 
 import pytest
 
 from cluster.replicas.state import ReplicaRecord, ReplicaState
 from cluster.replicas.supervisor import GIVE_BACK_S, MAX_BACKOFF_S, Drain, Start, Supervisor, backoff_s, plan
-from workers.errors import CheckpointError, ReplicaUnavailableError
+from workers.errors import CheckpointError, ConfigError, ReplicaUnavailableError
 from workers.protocol import LoadReport
 
 
@@ -150,7 +151,7 @@ async def test_a_replica_that_keeps_failing_is_tried_with_growing_pauses(world):
             started_at.append(world.now)
             world.made[-1].error = ReplicaUnavailableError("no such luck")
             world.made[-1].go.set()
-    pauses = [b - a for a, b in zip(started_at, started_at[1:], strict=False)]
+    pauses = [b - a for a, b in itertools.pairwise(started_at)]
     assert 5 <= len(pauses) <= 8, pauses
     assert pauses[0] < 0.5
     assert pauses[-1] > 10, "the pauses do not grow"
@@ -182,6 +183,64 @@ async def test_one_nodes_broken_files_do_not_stop_the_others(world):
         await world.tick(60.0)
     assert world.supervisor.failure is None
     assert len(world.made) > 2, "the second replica is never tried again"
+
+
+async def test_what_served_once_is_tried_again_whatever_it_fails_with(world):
+    """Drained, the only replica still holds the place its successor needs: that there is none is no reason to give up."""
+    world.supervisor.desired = 1
+    await world.tick()
+    await world.settle()
+    world.streams["r0"] = 1
+    world.supervisor.drain("r0", grace_s=30.0)
+    await world.tick()
+    assert world.states() == {"r0": "draining", "r1": "starting"}
+    world.made[1].error = ConfigError("No place was found in 10 s.")
+    world.made[1].go.set()
+    await world.tick(10.0)
+    await world.tick()
+    assert world.supervisor.failure is None, "the deployment is given up because of a drain"
+    world.streams["r0"] = 0
+    await world.tick(2.0)
+    await world.settle()
+    assert list(world.states().values()) == ["ready"]
+
+
+async def test_a_new_wish_has_not_served_yet(world):
+    world.supervisor.desired = 1
+    await world.tick()
+    await world.settle()
+    world.supervisor.desired = 0
+    await world.settle()
+    assert world.states() == {}
+    world.supervisor.forgive()
+    world.supervisor.desired = 1
+    await world.tick()
+    world.made[-1].error = CheckpointError("model.safetensors is truncated.")
+    world.made[-1].go.set()
+    await world.tick()
+    await world.tick()
+    assert isinstance(world.supervisor.failure, CheckpointError)
+
+
+async def test_a_surprise_in_one_round_does_not_end_supervision(world, monkeypatch):
+    world.supervisor.desired = 1
+    rounds = []
+    tick = world.supervisor.tick
+
+    def break_once() -> None:
+        rounds.append(None)
+        if len(rounds) == 1:
+            raise RuntimeError("surprise")
+        tick()
+
+    monkeypatch.setattr(world.supervisor, "tick", break_once)
+    running = asyncio.create_task(world.supervisor.run())
+    async with asyncio.timeout(5):
+        while not world.made:
+            assert not running.done(), "nobody supervises any more"
+            await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_drain_waits_for_the_streams(world):

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 from fake_replica import FakeReplica, tokens
 
+import cluster.router.stream
 from cluster.router.router import Outlook, Router, Trace
-from workers.errors import EngineError, OverloadedError, ReplicaUnavailableError
+from workers.errors import DeadlineExceededError, EngineError, OverloadedError, ReplicaUnavailableError
 from workers.protocol import GenerateRequest, LoadReport, SamplingParams, TokenDelta
 
 OUTPUT = list(range(100, 164))
@@ -58,11 +59,45 @@ async def test_lost_again_and_again_with_progress_between() -> None:
     assert len(set(ids)) == len(ids), "a late word of an earlier attempt must find nobody"
 
 
-async def test_whoever_kills_three_replicas_is_not_given_a_fourth() -> None:
-    replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=0) for i in range(5)]
-    with pytest.raises(EngineError, match=r"3 replicas in a row .* Replica r\d is gone"):
+async def test_whoever_crashes_five_replicas_is_not_given_a_sixth(monkeypatch) -> None:
+    monkeypatch.setattr(cluster.router.stream, "FIRST_PAUSE_S", 1e-3)
+    replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=0) for i in range(7)]
+    router = Router(replicas, policy="round_robin")
+    with pytest.raises(EngineError, match=r"5 replicas in a row .* Replica r\d is gone"):
+        await collect(router)
+    assert sorted(len(r.requests) for r in replicas) == [0, 0, 1, 1, 1, 1, 1]
+    assert (router.num_inflight_requests, router.num_queued_tokens, router.num_waiting) == (0, 0, 0)
+
+
+async def test_replicas_that_are_cut_off_or_frozen_are_no_reason_to_suspect_the_request(monkeypatch) -> None:
+    monkeypatch.setattr(cluster.router.stream, "FIRST_PAUSE_S", 1e-6)
+    replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=0) for i in range(19)]
+    for replica in replicas:
+        replica.crashes = False
+    last = FakeReplica(tokens(OUTPUT), replica_id="last")
+    deltas = await collect(Router([*replicas, last], policy="round_robin"))
+    assert [i for d in deltas for i in d.token_ids] == OUTPUT
+
+
+async def test_not_for_ever_even_so(monkeypatch) -> None:
+    monkeypatch.setattr(cluster.router.stream, "FIRST_PAUSE_S", 1e-6)
+    replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=0) for i in range(25)]
+    for replica in replicas:
+        replica.crashes = False
+    with pytest.raises(EngineError, match="20 replicas in a row"):
         await collect(Router(replicas, policy="round_robin"))
-    assert sorted(len(r.requests) for r in replicas) == [0, 0, 1, 1, 1]
+
+
+async def test_a_deadline_ends_the_pause_between_two_attempts(monkeypatch) -> None:
+    monkeypatch.setattr(cluster.router.stream, "FIRST_PAUSE_S", 60.0)
+    monkeypatch.setattr(cluster.router.stream, "MAX_PAUSE_S", 60.0)
+    replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=0) for i in range(3)]
+    router = Router(replicas, policy="round_robin")
+    with router.admit(1, 3, deadline=time.monotonic() + 0.1) as admission, pytest.raises(DeadlineExceededError):
+        async for _ in router.generate(request(), admission=admission):
+            pass
+    assert sum(len(r.requests) for r in replicas) == 2, "two losses in a row: the third attempt has to wait"
+    assert (router.num_inflight_requests, router.num_queued_tokens, router.num_waiting) == (0, 0, 0)
 
 
 async def test_a_stream_that_ends_without_a_reason_is_resumed_where_it_was_not_yet() -> None:

@@ -8,6 +8,7 @@ import pytest
 from fake_replica import FakeReplica, tokens
 
 from cluster.router.router import Outlook, Router
+from cluster.router.waiting import MAX_LEFT
 from workers.errors import DeadlineExceededError, OverloadedError
 from workers.protocol import GenerateRequest, LoadReport, SamplingParams
 
@@ -136,6 +137,36 @@ async def test_a_wait_longer_than_the_deadline_is_refused_at_once() -> None:
     assert error.value.retry_after_s == 5
     assert not replica.requests
     assert await collect(router, "q", deadline=time.monotonic() + 9.0) == [5, 6]
+
+
+async def test_a_deadline_is_measured_by_those_one_would_not_overtake() -> None:
+    replica = small(hold_after=0)
+    replica.load = LoadReport(tokens_per_s=10.0)
+    router = Router([replica])
+    tasks = await start(router, *(collect(router, f"q{i}", priority=5) for i in range(22)))
+    assert router.num_waiting == 20, "40 tokens, 4 s"
+    with pytest.raises(OverloadedError, match=r"about 4\.\d s, longer than the 2\.0 s"):
+        await collect(router, "same", priority=5, deadline=time.monotonic() + 2.0)
+    tasks += await start(router, collect(router, "urgent", deadline=time.monotonic() + 2.0))
+    replica.release.set()
+    assert await asyncio.gather(*tasks) == [[5, 6]] * 23
+
+
+async def test_who_left_is_not_kept_behind_one_who_stays() -> None:
+    replica = small(hold_after=0)
+    router = Router([replica])
+    tasks = await start(router, *(collect(router, f"q{i}") for i in range(3)))
+    for i in range(4 * MAX_LEFT):
+        (task,) = await start(router, collect(router, f"gone{i}", priority=1))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert router.num_waiting == 1
+    held = len(router._dispatcher.line._heap)
+    assert held <= MAX_LEFT + 3, (
+        f"{held} waiters are held for one that waits: prompts of clients long gone fill the memory"
+    )
+    replica.release.set()
+    assert await asyncio.gather(*tasks) == [[5, 6]] * 3
 
 
 async def test_time_alone_wakes_the_line() -> None:
