@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate test lint format bench demo-model clean
+.PHONY: serve generate test test-chaos lint format bench demo-model clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tramontane serve $(ARGS)
@@ -16,6 +16,11 @@ generate: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# A rank killed at each of 64 tokens, then five minutes of random deaths under load: half an hour on 2 cores.
+test-chaos: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m chaos tests/system
+	$(BIN)/python benchmarks/chaos.py --output benchmarks/chaos.md $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -29,6 +34,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/engine.py --output benchmarks/engine.md
 	$(BIN)/python benchmarks/serving.py --output benchmarks/serving.md $(ARGS)
+	$(BIN)/python benchmarks/gateway.py --output benchmarks/gateway.md
+	$(BIN)/python benchmarks/routing.py --output benchmarks/routing.md
+	$(BIN)/python benchmarks/autoscaling.py --output benchmarks/autoscaling.md
 
 demo-model: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_model/train.py $(ARGS)

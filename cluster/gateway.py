@@ -17,7 +17,7 @@ from cluster.metrics import Metrics
 from cluster.replicas.fleet import Fleet
 from cluster.replicas.state import ClusterView, without_secrets
 from cluster.router.router import Router
-from workers.errors import ConfigError, ReplicaUnavailableError
+from workers.errors import ConfigError, EngineError, ReplicaUnavailableError
 
 if TYPE_CHECKING:
     from cluster.replicas.controller_client import ControllerClient
@@ -87,6 +87,12 @@ class Gateway:
     def spawn(self, task: asyncio.Task[None]) -> None:
         """A task that ends with this gateway."""
         self._tasks.append(task)
+
+    async def work(self) -> None:
+        """Returns never: raises EngineError when a task that this gateway cannot do without has ended."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        names = ", ".join(task.get_name() for task in done)
+        raise EngineError(f"The gateway cannot go on: its task {names} ended.") from next(iter(done)).exception()
 
     async def drain(self, timeout_s: float, stop_now: asyncio.Event | None = None) -> None:
         """Takes nothing new and waits for what runs, at most `timeout_s` or until `stop_now`."""

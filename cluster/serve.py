@@ -126,7 +126,7 @@ async def _run(config: ServeConfig, console: Console, text: "Text", cluster: "Ra
         if starting.done():
             gateway, urls, drain_others = starting.result()
             console.line(_banner(config, urls, cluster, console.elapsed_s))
-            await stop.wait()
+            await _until_stopped(stop, gateway)
             grace_s = config.drain_timeout_s
             console.line(f"Stopping: running requests have {grace_s:g} s to finish (Ctrl-C again: at once).")
             await asyncio.gather(gateway.drain(grace_s, stop_now), drain_others())
@@ -158,11 +158,22 @@ async def _start(
     stack.push_async_callback(gateway.close)
     await gateway.open()
     gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
-    others = start_gateways(config)
+    others = await start_gateways(config)
     drain_others = partial(stop_gateways, others, config.drain_timeout_s + 5, stop_now)
     stack.push_async_callback(drain_others)
     await startup.until_ready(gateway.router.health)
     return gateway, [gateway.url, *await urls_of(others)], drain_others
+
+
+async def _until_stopped(stop: asyncio.Event, gateway: "Gateway") -> None:
+    """Raises what ended the gateway's own work, if that came first."""
+    stopping, working = asyncio.create_task(stop.wait()), asyncio.create_task(gateway.work())
+    try:
+        await asyncio.wait([stopping, working], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+    finally:
+        await _cancel(stopping, working)
 
 
 async def _cancel(*tasks: "asyncio.Task[object]") -> None:

@@ -77,7 +77,9 @@ def plan(saved: np.ndarray, startup_s: float, pause_s: float) -> np.ndarray:
     shortest = max(1, round(max(pause_s, startup_s) / SLOT_S))
     cost = SLOT_S - saved[:, None, :] * PRICES[:, None]
     total = np.concatenate([np.zeros((1, *cost.shape[1:])), np.cumsum(cost, 0)])
-    on, off = np.zeros((2, *total.shape))  # the least cost so far of those that run, or rest, for the shortest time at least
+    on, off = np.zeros(
+        (2, *total.shape)
+    )  # the least cost so far of those that run, or rest, for the shortest time at least
     began, ended = np.zeros((2, *total.shape), bool)
     for t in range(1, len(total)):
         since = max(0, t - shortest)

@@ -24,6 +24,7 @@ from workers.errors import ReplicaUnavailableError, TramontaneError
 log = logging.getLogger(__name__)
 
 GATEWAY_NAME = "tramontane-gateway-{}"
+FIND_TIMEOUT_S = 5.0
 
 
 class GatewayActor:
@@ -46,6 +47,10 @@ class GatewayActor:
         if self._failure is not None:
             raise self._failure
         return self._url
+
+    def serves(self, config: ServeConfig) -> bool:
+        """Whether it does, or is about to do, what `config` asks for."""
+        return self._failure is None and config == self._config
 
     def stop(self) -> None:
         """Lets what runs finish, as the configuration says, and ends."""
@@ -79,24 +84,47 @@ class GatewayActor:
             await gateway.close()
 
 
-def start_gateways(config: ServeConfig) -> list[ActorHandle]:
-    """The gateways beside the caller's own, found or started: spread over the nodes, or here where only this machine is served."""
+async def start_gateways(config: ServeConfig) -> list[ActorHandle]:
+    """The gateways beside the caller's own: spread over the nodes, or here where only this machine is served.
+
+    Those that an earlier command left are kept if they serve the same configuration, and replaced if not.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     strategy = here if is_loopback(config.host) else "SPREAD"
+    names = [GATEWAY_NAME.format(i) for i in range(1, config.num_gateways)]
+    kept = dict(zip(names, await asyncio.gather(*(_find(name, config) for name in names)), strict=True))
     return [
-        ray.remote(GatewayActor)
+        kept[name]
+        or ray.remote(GatewayActor)
         .options(
-            name=GATEWAY_NAME.format(i),
+            name=name,
             lifetime="detached",
-            get_if_exists=True,
             max_restarts=-1,
             max_concurrency=4,
             num_cpus=0,
             scheduling_strategy=strategy,
         )
         .remote(config)
-        for i in range(1, config.num_gateways)
+        for name in names
     ]
+
+
+async def _find(name: str, config: ServeConfig) -> ActorHandle | None:
+    """The gateway of this name if it serves `config`; one that does not is ended."""
+    try:
+        actor = await asyncio.to_thread(ray.get_actor, name)
+    except ValueError:
+        return None
+    with contextlib.suppress(RayError, TimeoutError):
+        async with asyncio.timeout(FIND_TIMEOUT_S):
+            if await actor.serves.remote(config):
+                return actor
+    log.warning("The gateway %s, which an earlier command left, is replaced.", name)
+    ray.kill(actor)
+    with contextlib.suppress(ValueError):
+        while await asyncio.to_thread(ray.get_actor, name):  # until its name is free
+            await asyncio.sleep(0.05)
+    return None
 
 
 async def urls_of(actors: list[ActorHandle]) -> list[str]:

@@ -280,12 +280,12 @@ class RayReplica:
                 self._note(progress=(sum(done for done, _ in reports), sum(total for _, total in reports)))
 
     async def _poll_stats(self) -> None:
-        with contextlib.suppress(RayError):
-            while True:
+        while True:
+            with contextlib.suppress(RayError):  # a rank that is gone is `_watch`'s business
                 stats = await asyncio.gather(*(_await(a.stats.remote()) for a in self._actors))
                 ranks = [replace(r, stats=RankStats(**s)) for r, s in zip(self._record.ranks, stats, strict=True)]
                 self._record = replace(self._record, ranks=tuple(ranks))
-                await asyncio.sleep(STATS_INTERVAL_S)
+            await asyncio.sleep(STATS_INTERVAL_S)
 
     async def _watch(self, rank: int) -> None:
         """Waits for the rank's end, and notes it when it was not asked for."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster.replicas.state import ReplicaRecord, ReplicaState
-from workers.errors import CheckpointError, ConfigError, TramontaneError
+from workers.errors import CheckpointError, ConfigError, ReplicaUnavailableError, TramontaneError
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,12 @@ class Supervisor:
     async def close(self) -> None:
         """Ends every replica."""
         self.desired = 0
+        self.failure = ReplicaUnavailableError(
+            "The deployment is being taken down."
+        )  # for requests that come meanwhile
         for replica_id, entry in self._entries.items():
+            if entry.state is None:
+                entry.state, entry.drain_until = ReplicaState.DRAINING, self._wall_clock()
             self._end(replica_id, entry, None)
         await asyncio.gather(*(e.closing for e in self._entries.values() if e.closing), return_exceptions=True)
 

@@ -43,20 +43,23 @@ class Recent:
     """The last seconds' events, each with a value."""
 
     def __init__(self, max_events: int = 4096) -> None:
-        self._events: deque[tuple[float, float]] = deque(maxlen=max_events)
+        self._max_events = max_events
+        self._events: deque[tuple[float, float]] = deque()
+        self._total = 0.0
 
-    def add(self, now: float, value: float = 0.0) -> None:
+    def add(self, now: float, value: float) -> None:
         self._events.append((now, value))
+        self._total += value
+        if len(self._events) > self._max_events:
+            self._total -= self._events.popleft()[1]
 
     def values(self, now: float) -> list[float]:
         self._forget(now)
         return [value for _, value in self._events]
 
-    def per_s(self, now: float) -> float:
-        """0 when there were too few to tell."""
+    def mean(self, now: float) -> float | None:
         self._forget(now)
-        num_events = len(self._events)
-        return num_events / max(now - self._events[0][0], 1.0) if num_events > 1 else 0.0
+        return max(self._total, 0.0) / len(self._events) if self._events else None
 
     def p95(self, now: float) -> float | None:
         values = sorted(self.values(now))
@@ -64,7 +67,7 @@ class Recent:
 
     def _forget(self, now: float) -> None:
         while self._events and now - self._events[0][0] > RECENT_S:
-            self._events.popleft()
+            self._total -= self._events.popleft()[1]
 
 
 class Bounds:

@@ -68,7 +68,7 @@ class Router:
         self._arrivals = itertools.count()
         self._shutting_down = False
         self._first_tokens = Recent()
-        self._ends = Recent()
+        self._stays = Recent()  # on the replica that finished a sequence
         self.num_failovers_total = 0  # a sequence going on elsewhere, because its replica was lost or drained
         self.arrived_tokens_total = 0  # prompt tokens of all that was admitted
         self.update(replicas, Outlook())
@@ -183,11 +183,12 @@ class Router:
                 if self._policy == "prefix":
                     await self._name_blocks(stream, admission.hashing)
                 place = await self._dispatcher.place(stream)
+                placed = self._clock()
                 async with contextlib.aclosing(self._stream(place, stream, admission)) as deltas:
                     async for delta in deltas:
                         yield delta
                         if delta.finish_reason is not None:
-                            self._ends.add(self._clock())
+                            self._stays.add(self._clock(), self._clock() - placed)
                             return
                 if pause_s := stream.pause_s:
                     await stream.interrupt.wait(lambda: asyncio.sleep(pause_s))
@@ -265,6 +266,7 @@ class Router:
             before = [w.stream.num_tokens for w in self._dispatcher.line if w.stream.order[0] <= priority]
             num_tokens, num_before = sum(before), len(before)
         by_tokens = self._table.estimated_wait_s(num_tokens)
-        ends_per_s = self._ends.per_s(self._clock())
-        by_places = num_before / ends_per_s if ends_per_s and num_before else None
+        # Not by how many ended lately: on replicas that were idle until now these were few.
+        stay_s, num_placed = self._stays.mean(self._clock()), self.num_inflight_requests - self.num_waiting
+        by_places = num_before * stay_s / num_placed if stay_s and num_placed > 0 else None
         return max((w for w in (by_tokens, by_places) if w is not None), default=None)

@@ -152,6 +152,39 @@ async def test_a_deadline_is_measured_by_those_one_would_not_overtake() -> None:
     assert await asyncio.gather(*tasks) == [[5, 6]] * 23
 
 
+async def test_a_quiet_time_before_a_burst_does_not_make_the_wait_look_long() -> None:
+    """Two short answers in half a minute are not all that the replica could have given."""
+    now = 1000.0
+    replica = small()
+    router = Router([replica], clock=lambda: now)
+    for _ in range(2):
+        assert await collect(router, "quiet") == [5, 6]
+        now += 14.0
+    replica.hold_after = 0
+    tasks = await start(router, *(collect(router, f"q{i}") for i in range(22)))
+    assert router.num_waiting == 20
+    tasks += await start(router, collect(router, "patient", deadline=now + 30.0))
+    replica.release.set()
+    assert await asyncio.gather(*tasks) == [[5, 6]] * 23
+
+
+async def test_the_wait_for_a_place_is_told_by_how_long_others_stay() -> None:
+    now = 1000.0
+    replica = small(hold_after=1)
+    router = Router([replica], clock=lambda: now)
+    tasks = await start(router, collect(router, "slow"))
+    now += 8.0
+    replica.release.set()
+    await asyncio.gather(*tasks)
+    replica.release.clear()
+    tasks = await start(router, *(collect(router, f"q{i}") for i in range(5)))
+    assert router.num_waiting == 3
+    with pytest.raises(OverloadedError, match=r"about 12\.0 s, longer than the 10\.0 s"):
+        await collect(router, "late", deadline=now + 10.0)  # 3 before it, 2 places, 8 s each
+    replica.release.set()
+    await asyncio.gather(*tasks)
+
+
 async def test_who_left_is_not_kept_behind_one_who_stays() -> None:
     replica = small(hold_after=0)
     router = Router([replica])
