@@ -166,20 +166,21 @@ def describe(config: AutoscalerConfig) -> str:
         "TTFT objective, s|load|start-up, s|replicas|objective kept|backlog p99, s|turns per hour|undone|replica-hours"
         "|oracle|ratio|to free"
     )
+    speeds = f"A10G {A10G.tokens_per_s:,.0f}, A100 {A100.tokens_per_s:,.0f} prompt tokens/s"
     return f"""# Autoscaling: request traces on a simulated clock
 
 `python benchmarks/autoscaling.py`, {time.strftime("%F")}. Defaults but for the TTFT objective: the backlog objective is half of it,
-scale down after {config.scale_down_after_s:.0f} s. Replicas are a fluid with assumed speeds (A10G {A10G.tokens_per_s:,.0f}, A100 {A100.tokens_per_s:,.0f} prompt tokens/s, less up to 40 %
-while sequences decode), prefix hits are not counted, and a replica is paid from its order to its removal. The days are made:
-tenants that each repeat a trace, every time from another place, thinned to 15 % at 4:00 and all of it at 16:00. They are drawn
-with seed {SEED}; the function's constants were chosen on others. The last rows are the traces as they are (17 to 58 minutes), with
-every request several times: they end before a day's load would have shown itself, and rise faster than a replica starts.
+scale down after {config.scale_down_after_s:.0f} s. Replicas are a fluid with assumed speeds ({speeds}, less up to
+40 % while sequences decode), prefix hits are not counted, and a replica is paid from its order to its removal.
+The days are made: tenants that each repeat a trace, every time from another place, thinned to 15 % at 4:00 and all of it at
+16:00. They are drawn with seed {SEED}; the function's constants were chosen on others. The last rows are the traces as they are
+(17 to 58 minutes), with every request several times: they rise faster than a replica starts, and end before much is won back.
 
 "Objective kept": requests that met a backlog within the objective. "Undone": scale-downs followed by a scale-up within
-{config.scale_down_after_s:.0f} s. The oracle knows the whole load: it orders replicas ahead, keeps the objective for {KEPT:.0%} of the requests and no more,
-pays from order to removal as well, and chooses the cheapest of {2 * len(PRICES)} schedules in slots of {SLOT_S} s. Like the autoscaler it holds
-a replica for at least {config.scale_down_after_s:.0f} s and brings none back sooner: a schedule without that flaps. "To free": the ratio to an oracle that
-may flap, held back only by what a start costs.
+{config.scale_down_after_s:.0f} s. The oracle knows the whole load: it orders replicas ahead, keeps the objective for
+{KEPT:.0%} of the requests, pays from order to removal as well, and is the cheapest of {2 * len(PRICES)} schedules in slots of {SLOT_S} s.
+Like the autoscaler it holds a replica for at least {config.scale_down_after_s:.0f} s and brings none back sooner: without that,
+a schedule flaps. "To free" is the ratio to an oracle that may flap, held back only by what a start costs.
 
 | {columns.replace("|", " | ")} |
 {"|---" * (columns.count("|") + 1)}|

@@ -19,7 +19,7 @@ LEVEL_S = 120.0  # how long the average arrival rate remembers
 TREND_S = 300.0  # and its slope
 VARIANCE_S = 900.0  # and the variance of arrivals around it
 MISSED_S = 3600.0  # and how far arrivals went beyond the forecast: one judgement each start-up time
-MISSED_DEVIATIONS = 2.0  # a rise this many times what is usually missed finds replicas ready
+MISSED_DEVIATIONS = 1.75  # a rise this many times what is usually missed finds replicas ready
 SPEED_S = 600.0  # a best speed fades over this long: steps with few tokens are slow, but not for lack of replicas
 FAST_S = 15.0  # the rate that counts once there is a backlog
 DECODE_S = 30.0
@@ -27,7 +27,7 @@ MAX_NEEDS = 60  # points kept of the window that a scale-down looks back on
 BAND = 1.0  # standard deviations of the rate's average: a need must differ by more before load alone changes the number
 TREND_BAND = 2.0  # and a trend must promise more, or it is taken for noise
 HYSTERESIS = 0.3  # replicas that must be to spare beyond the one given up
-EXCEEDED_SHARE = 0.05  # the reserve lets the backlog exceed its objective this share of the time
+EXCEEDED_SHARE = 0.04  # the reserve lets the backlog exceed its objective this share of the time
 UNKNOWN_STARTUP_S = 60.0  # before the first replica was seen to start
 
 
@@ -64,6 +64,11 @@ class Observation:
     prefill_tokens_per_s: float | None = None  # of one replica, lately; None before any measurement
     ttft_p95_s: float | None = None
     startup_s: float | None = None  # from order to ready, as measured
+
+    @property
+    def horizon_s(self) -> float:
+        """How far ahead to look: what is ordered now helps only then."""
+        return max(BUCKET_S, self.startup_s or UNKNOWN_STARTUP_S)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +155,7 @@ def _observe(seen: Observation, state: AutoscalerState, now: float) -> Autoscale
         return state
     closed = _close_bucket(state, now - state.bucket_at, now)
     closed = replace(closed, forecast_tokens=state.forecast_tokens + state.bucket_tokens)
-    return _judge_forecast(closed, _horizon(seen), now)
+    return _judge_forecast(closed, seen.horizon_s, now)
 
 
 def _speed(seen: Observation, state: AutoscalerState, elapsed: float) -> float | None:
@@ -184,7 +189,6 @@ def _judge_forecast(state: AutoscalerState, horizon_s: float, now: float) -> Aut
 
     Only misses upwards hurt, so their squares count twice; noise is taken off, for the other reserve covers it.
     """
-    assert state.started_at is not None
     width = 0.0 if state.forecast_at is None else now - state.forecast_at
     if 0.0 < width < horizon_s:
         return state
@@ -192,8 +196,7 @@ def _judge_forecast(state: AutoscalerState, horizon_s: float, now: float) -> Aut
     if width:
         excess = max(0.0, state.forecast_tokens / width - state.forecast)
         noise = state.variance / width + _deviation(state) ** 2
-        memory_s = min(MISSED_S, max(LEVEL_S, now - state.started_at))
-        missed += _weight(width, memory_s) * (2 * excess**2 - noise - missed)
+        missed += _weight(width, MISSED_S) * (2 * excess**2 - noise - missed)
     return replace(state, forecast=_forecast(state, horizon_s), forecast_at=now, forecast_tokens=0.0, missed=missed)
 
 
@@ -204,59 +207,42 @@ def _forecast(state: AutoscalerState, horizon_s: float) -> float:
     return max(0.0, (state.level or 0.0) + rise)
 
 
-def _horizon(seen: Observation) -> float:
-    return max(BUCKET_S, seen.startup_s or UNKNOWN_STARTUP_S)
-
-
 def _is_wanted(config: AutoscalerConfig, state: AutoscalerState, now: float) -> bool:
     return state.asked_at is not None and now - state.asked_at < config.scale_down_after_s
 
 
 def _needs(config: AutoscalerConfig, seen: Observation, state: AutoscalerState) -> list[Need]:
+    target = config.target_decode_utilization
     needs = [
         Need(config.min_replicas, f"at least {config.min_replicas} are configured"),
         Need(
-            state.decode / config.target_decode_utilization,
-            f"sequences or KV blocks would fill {state.decode:.1f} replicas, and the target is "
-            f"{config.target_decode_utilization:.0%} of each",
+            state.decode / target,
+            f"sequences or KV blocks fill {state.decode:.1f} replicas, and the target is {target:.0%} of each",
         ),
     ]
     if state.speed:
         waits_s = seen.num_backlog_tokens / state.speed / max(1, seen.num_ready)
-        startup_s = _horizon(seen)
-        needs.append(_load_need(config, state, state.speed, startup_s))
+        needs.append(_load_need(config, state, state.speed, seen.horizon_s))
         if waits_s > config.backlog_limit_s:
-            needs.append(_backlog_need(config, seen, state, state.speed, startup_s))
+            needs.append(_backlog_need(config, seen, state, state.speed))
         if _is_late(config, seen, waits_s):
-            number = seen.num_ready + 1
-            needs.append(
-                Need(
-                    number,
-                    f"TTFT p95 of {seen.ttft_p95_s:.1f} s is above the objective of {config.ttft_objective_s:.1f} s",
-                )
-            )
+            why = f"TTFT p95 of {seen.ttft_p95_s:.1f} s is above the objective of {config.ttft_objective_s:.1f} s"
+            needs.append(Need(seen.num_ready + 1, why))
     return needs
 
 
-def _load_need(config: AutoscalerConfig, state: AutoscalerState, speed: float, startup_s: float) -> Need:
+def _load_need(config: AutoscalerConfig, state: AutoscalerState, speed: float, horizon_s: float) -> Need:
     missed = MISSED_DEVIATIONS * math.sqrt(max(0.0, state.missed))
-    rate = (_forecast(state, startup_s) + missed) / speed
-    number = max(
-        rate / config.target_utilization, with_reserve(rate, state.variance / speed**2, config.backlog_limit_s)
-    )
-    return Need(
-        number,
-        f"up to {rate * speed:,.0f} prompt tokens/s expected in {startup_s:.0f} s, one replica computes {speed:,.0f}",
-        BAND * _deviation(state) / speed,
-    )
+    rate = (_forecast(state, horizon_s) + missed) / speed
+    reserved = with_reserve(rate, state.variance / speed**2, config.backlog_limit_s)
+    why = f"up to {rate * speed:,.0f} prompt tokens/s expected in {horizon_s:.0f} s, one replica computes {speed:,.0f}"
+    return Need(max(rate / config.target_utilization, reserved), why, BAND * _deviation(state) / speed)
 
 
-def _backlog_need(
-    config: AutoscalerConfig, seen: Observation, state: AutoscalerState, speed: float, startup_s: float
-) -> Need:
+def _backlog_need(config: AutoscalerConfig, seen: Observation, state: AutoscalerState, speed: float) -> Need:
     """What keeps up with the arrivals of the last seconds and works the backlog off in the time a replica takes to start."""
     work_s = seen.num_backlog_tokens / speed
-    number = max(state.fast, state.level or 0.0) / speed + work_s / startup_s
+    number = max(state.fast, state.level or 0.0) / speed + work_s / seen.horizon_s
     waits_s = work_s / max(1, seen.num_ready)
     return Need(number, f"backlog of {waits_s:.1f} s is above the objective of {config.backlog_limit_s:.1f} s")
 

@@ -11,7 +11,7 @@ from simulation.fluid import Load
 
 SLOT_S = 30  # the number may change this often
 WARM_UP_S = 60  # before each slot, with the same number: what is left of earlier arrivals
-PRICES = np.geomspace(1.0, 400.0, 20)  # seconds of a replica that one late request is worth
+PRICES = np.geomspace(1.0, 60.0, 20)  # seconds of a replica that one late request is worth
 
 
 def cheapest(load: Load, limit_s: float, *, startup_s: int, pauses_s: tuple[float, ...], kept: float) -> list[float]:

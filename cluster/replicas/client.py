@@ -138,6 +138,11 @@ class ReplicaClient:
             return self._condemned
         if self._writer is None:
             return f"Replica {self.replica_id} has no connection to its rank 0: {self._lost}."
+        silent_s = (
+            self._last_tick - self._last_received
+        )  # up to when this process last ran: its own pauses do not count
+        if silent_s > PROMPT_S:
+            return f"Replica {self.replica_id} has not been heard of for {silent_s:.1f} s: its rank 0 is silent."
         load = self._load
         if load.stuck_ranks:
             ranks = ", ".join(map(str, load.stuck_ranks))

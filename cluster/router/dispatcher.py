@@ -16,6 +16,7 @@ from cluster.router.waiting import Waiter, WaitingLine
 from workers.errors import OverloadedError, ReplicaUnavailableError
 
 TICK_S = 0.1
+BEGUN_PATIENCE = 10  # times as long a stream that has begun waits to go on: a pause is better than an end
 
 
 class Dispatcher:
@@ -70,7 +71,8 @@ class Dispatcher:
         if waiter.future.done():
             return waiter.future.result()
         stream = waiter.stream
-        timer = asyncio.get_running_loop().call_later(self._queue_timeout_s, self._lose_patience, waiter)
+        patience_s = self._queue_timeout_s * (BEGUN_PATIENCE if stream.output_token_ids else 1)
+        timer = asyncio.get_running_loop().call_later(patience_s, self._lose_patience, waiter, patience_s)
         try:
             return await stream.interrupt.wait(lambda: waiter.future)
         except BaseException as e:
@@ -110,8 +112,8 @@ class Dispatcher:
         if self.line and (self.table.has_room(seat) or not self.has_hope):
             self._dispatch()
 
-    def _lose_patience(self, waiter: Waiter[Place]) -> None:
-        waited = f"It waited {self._queue_timeout_s:g} s at the router"
+    def _lose_patience(self, waiter: Waiter[Place], patience_s: float) -> None:
+        waited = f"It waited {patience_s:g} s at the router"
         if self.table.any_ready:
             error: Exception = OverloadedError(
                 f"{waited}, and no replica had room; try again later.", retry_after_s=retry_after_s(None)

@@ -5,6 +5,7 @@ no line of waiters and no HTTP. The choice itself is cluster/router/policy.py's.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
@@ -67,13 +68,14 @@ class ReplicaTable:
 
     @property
     def facts(self) -> EngineFacts | None:
-        """The first reachable replica's; replicas of one router serve one model."""
+        """Of the reachable replica with the shortest context: what it takes may go on, or move, anywhere."""
+        shortest: EngineFacts | None = None
         for seat in self._seats.values():
-            try:
-                return seat.replica.facts
-            except ReplicaUnavailableError:
-                continue
-        return None
+            with contextlib.suppress(ReplicaUnavailableError):
+                facts = seat.replica.facts
+                if shortest is None or facts.max_model_len < shortest.max_model_len:
+                    shortest = facts
+        return shortest
 
     @property
     def any_ready(self) -> bool:

@@ -1,6 +1,6 @@
 """The autoscaling benchmark in small: real traces where there are any, and its own arithmetic everywhere."""
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
@@ -13,20 +13,54 @@ ROOT = Path(__file__).resolve().parents[2]
 TRACE = ROOT.parent / "shared" / "traces" / "mooncake_synthetic.jsonl"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def _benchmarks_are_importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
 def bench():
-    spec = importlib.util.spec_from_file_location("autoscaling_benchmark", ROOT / "benchmarks" / "autoscaling.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    yield importlib.import_module("autoscaling")
+    del sys.modules["autoscaling"]
 
 
-def test_short_pauses_are_filled_and_long_ones_are_not(bench):
-    schedule = np.array([2, 1, 1, 2, 1, 1, 1, 1, 1, 2])
-    assert bench.without_pauses(schedule, 3).tolist() == [2, 2, 2, 2, 1, 1, 1, 1, 1, 2]
+@pytest.fixture
+def oracle():
+    return importlib.import_module("simulation.oracle")
+
+
+def steady(rate_by_slot: list[float]):
+    """A load of requests of 1,000 tokens, one output token each, on replicas that compute 1,000 tokens/s."""
+    from simulation.fluid import Load, Model
+
+    per_second = np.repeat(rate_by_slot, 30)
+    times = np.concatenate([t + np.arange(int(n)) / max(1, n) for t, n in enumerate(per_second)])
+    model = Model("test", 1_000, 1_000, 10_000_000, 0.01, slowdown=0.0)
+    return Load(model, (times, np.full(len(times), 1_000), np.ones(len(times))), len(per_second))
+
+
+def test_the_oracle_pays_a_start_ahead_of_the_rise_and_holds_no_more_than_the_load_needs(oracle):
+    load = steady([1] * 20 + [3] * 20 + [1] * 20)
+    (hours,) = oracle.cheapest(load, 1.0, startup_s=60, pauses_s=(300.0,), kept=0.99)
+    assert hours * 3600 == (20 * 1 + 20 * 3 + 20 * 1) * 30 + 2 * 60
+
+
+def test_the_oracle_that_may_not_flap_keeps_replicas_through_a_short_lull(oracle):
+    load = steady([2] * 20 + [1] * 5 + [2] * 20)
+    calm, free = oracle.cheapest(load, 1.0, startup_s=30, pauses_s=(600.0, 0.0), kept=0.99)
+    assert calm * 3600 == 45 * 2 * 30, "150 s of rest are fewer than 600"
+    assert free * 3600 == (40 * 2 + 5) * 30 + 30, "one start is cheaper than 150 s"
+
+
+def test_a_replica_that_runs_stays_for_the_shortest_time(oracle):
+    saved = np.zeros((20, 1))
+    saved[10] = 100.0
+    numbers = oracle.plan(saved, 30.0, 150.0)[-1]
+    assert numbers.sum() - 20 == 5, f"one busy slot of 30 s costs a life of 150 s, not {numbers.tolist()}"
+
+
+def test_convex_is_the_line_below(oracle):
+    assert oracle.convex(np.array([9.0, 9.0, 3.0, 3.0, 0.0])).tolist() == [9.0, 6.0, 3.0, 1.5, 0.0]
 
 
 def test_undone_counts_only_ups_soon_after_downs(bench):
