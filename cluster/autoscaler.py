@@ -4,11 +4,10 @@ Knows rates, backlogs and bounds; nothing of Ray, of replicas as objects, or of 
 dead replica is the supervisor's business: it changes nothing in the number wished for.
 
 Four needs, in replicas, and the largest counts. Load: the arrival rate of prompt tokens, forecast over the time a replica
-takes to start, over what one replica computes, plus a reserve for what such forecasts lately missed and one for the variance
-within that time. Backlog: what would
-clear a backlog above its objective by the time a replica ordered now could help. Decode: sequences and KV blocks.
-Latency: one more when TTFT is missed while work waits. Up at once to the largest need; down only to the largest need of a
-whole window.
+takes to start, over what one replica computes, plus a reserve for the measured variance and for what such forecasts lately
+missed. Backlog: what would clear a backlog above its objective by the time a replica ordered now could help. Decode:
+sequences and KV blocks. Latency: one more when TTFT is missed while work waits. Up at once to the largest need; down only
+to the largest need of a whole window.
 """
 
 import math
@@ -19,7 +18,7 @@ LEVEL_S = 120.0  # how long the average arrival rate remembers
 TREND_S = 300.0  # and its slope
 VARIANCE_S = 900.0  # and the variance of arrivals around it
 MISSED_S = 3600.0  # and how far arrivals went beyond the forecast: one judgement each start-up time
-MISSED_DEVIATIONS = 1.75  # a rise this many times what is usually missed finds replicas ready
+MISSED_DEVIATIONS = 2.5  # a miss of this many times the usual finds replicas ready
 SPEED_S = 600.0  # a best speed fades over this long: steps with few tokens are slow, but not for lack of replicas
 FAST_S = 15.0  # the rate that counts once there is a backlog
 DECODE_S = 30.0
@@ -27,7 +26,7 @@ MAX_NEEDS = 60  # points kept of the window that a scale-down looks back on
 BAND = 1.0  # standard deviations of the rate's average: a need must differ by more before load alone changes the number
 TREND_BAND = 2.0  # and a trend must promise more, or it is taken for noise
 HYSTERESIS = 0.3  # replicas that must be to spare beyond the one given up
-EXCEEDED_SHARE = 0.04  # the reserve lets the backlog exceed its objective this share of the time
+EXCEEDED_SHARE = 0.02  # the reserve lets the backlog exceed its objective this share of the time
 UNKNOWN_STARTUP_S = 60.0  # before the first replica was seen to start
 
 
@@ -232,11 +231,12 @@ def _needs(config: AutoscalerConfig, seen: Observation, state: AutoscalerState) 
 
 
 def _load_need(config: AutoscalerConfig, state: AutoscalerState, speed: float, horizon_s: float) -> Need:
-    missed = MISSED_DEVIATIONS * math.sqrt(max(0.0, state.missed))
-    rate = (_forecast(state, horizon_s) + missed) / speed
-    reserved = with_reserve(rate, state.variance / speed**2, config.backlog_limit_s)
-    why = f"up to {rate * speed:,.0f} prompt tokens/s expected in {horizon_s:.0f} s, one replica computes {speed:,.0f}"
-    return Need(max(rate / config.target_utilization, reserved), why, BAND * _deviation(state) / speed)
+    rate = _forecast(state, horizon_s) / speed
+    for_noise = with_reserve(rate, state.variance / speed**2, config.backlog_limit_s) - rate
+    for_misses = MISSED_DEVIATIONS * math.sqrt(max(0.0, state.missed)) / speed
+    number = max(rate / config.target_utilization, rate + math.hypot(for_noise, for_misses))
+    why = f"{rate * speed:,.0f} prompt tokens/s expected in {horizon_s:.0f} s, one replica computes {speed:,.0f}"
+    return Need(number, why, BAND * _deviation(state) / speed)
 
 
 def _backlog_need(config: AutoscalerConfig, seen: Observation, state: AutoscalerState, speed: float) -> Need:
@@ -292,7 +292,8 @@ def _deviation(state: AutoscalerState) -> float:
 
 
 def _decode_load(seen: Observation) -> float:
-    sequences = seen.num_running / seen.max_num_seqs if seen.max_num_seqs else 0.0
+    # Those that wait for a free place count as well: they are why another replica is wanted.
+    sequences = max(seen.num_running, seen.num_requests) / seen.max_num_seqs if seen.max_num_seqs else 0.0
     return max(sequences, seen.kv_cache_usage * seen.num_ready)
 
 

@@ -6,22 +6,29 @@ pause. A range of prices for a late request gives a range of schedules; all are 
 objective counts. Good schedules, not proven optima.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from simulation.fluid import Load
 
 SLOT_S = 30  # the number may change this often
 WARM_UP_S = 60  # before each slot, with the same number: what is left of earlier arrivals
-PRICES = np.geomspace(1.0, 60.0, 20)  # seconds of a replica that one late request is worth
+PRICES = np.geomspace(1.0, 150.0, 24)  # seconds of a replica that one late request is worth
 
 
-def cheapest(load: Load, limit_s: float, *, startup_s: int, pauses_s: tuple[float, ...], kept: float) -> list[float]:
-    """Replica-hours for each shortest life and pause, paid from order to removal; infinite where none keeps the objective."""
+def cheapest(load: Load, limit_s: float, *, startup_s: int, goals: Sequence[tuple[float, float]]) -> list[float]:
+    """Replica-hours, paid from order to removal, for each goal: shortest life and pause, and share of requests within the limit.
+
+    Infinite where no schedule keeps that share.
+    """
     tables = [saved_by_replica(load, inner_s) for inner_s in (limit_s, limit_s / 2)]
-    plans = [np.concatenate([plan(table, startup_s, pause_s) for table in tables]) for pause_s in pauses_s]
-    schedules = np.repeat(np.concatenate(plans), SLOT_S, axis=1)[:, : load.length]
+    pauses = sorted({pause_s for pause_s, _ in goals})
+    plans = np.concatenate([plan(table, startup_s, pause_s) for pause_s in pauses for table in tables])
+    pause_of = np.repeat(pauses, len(tables) * len(PRICES))
+    schedules = np.repeat(plans, SLOT_S, axis=1)[:, : load.length]
     hours = (schedules.sum(1) + startup_s * np.maximum(0, np.diff(schedules, axis=1)).sum(1)) / 3600
-    hours[load.kept(follow(load, schedules), limit_s) < kept] = np.inf
-    return [float(part.min()) for part in np.split(hours, len(pauses_s))]
+    kept = load.kept(follow(load, schedules), limit_s)
+    return [float(np.where((pause_of == pause_s) & (kept >= share), hours, np.inf).min()) for pause_s, share in goals]
 
 
 def follow(load: Load, schedules: np.ndarray) -> np.ndarray:

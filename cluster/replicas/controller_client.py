@@ -11,7 +11,6 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.replicas.leftovers import remove_all
 from cluster.replicas.state import ClusterSpec, ClusterView, GatewayReport
@@ -21,6 +20,7 @@ from workers.errors import ReplicaUnavailableError, TramontaneError
 log = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "tramontane-controller"
+HEAD_NODE = "node:__internal_head__"  # the resource by which Ray marks it
 CALL_TIMEOUT_S = 10.0
 DOWN_TIMEOUT_S = 30.0
 
@@ -38,10 +38,9 @@ class ControllerClient:
         return self._find() is not None
 
     async def start(self, spec: ClusterSpec) -> None:
-        """Makes `spec` the wish of the running controller, or of a new one on this node. Raises ConfigError."""
+        """Makes `spec` the wish of the running controller, or of a new one on the head node. Raises ConfigError."""
         from cluster.replicas.controller import ControllerActor
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._actor = (
             ray.remote(ControllerActor)
             .options(
@@ -51,7 +50,7 @@ class ControllerClient:
                 max_restarts=-1,
                 max_concurrency=1000,
                 num_cpus=0,
-                scheduling_strategy=here,
+                resources={HEAD_NODE: 0.001},  # whatever takes that node takes all of Ray along
             )
             .remote(self.deployment, spec)
         )

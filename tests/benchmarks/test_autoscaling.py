@@ -41,13 +41,13 @@ def steady(rate_by_slot: list[float]):
 
 def test_the_oracle_pays_a_start_ahead_of_the_rise_and_holds_no_more_than_the_load_needs(oracle):
     load = steady([1] * 20 + [3] * 20 + [1] * 20)
-    (hours,) = oracle.cheapest(load, 1.0, startup_s=60, pauses_s=(300.0,), kept=0.99)
+    (hours,) = oracle.cheapest(load, 1.0, startup_s=60, goals=[(300.0, 0.99)])
     assert hours * 3600 == (20 * 1 + 20 * 3 + 20 * 1) * 30 + 2 * 60
 
 
 def test_the_oracle_that_may_not_flap_keeps_replicas_through_a_short_lull(oracle):
     load = steady([2] * 20 + [1] * 5 + [2] * 20)
-    calm, free = oracle.cheapest(load, 1.0, startup_s=30, pauses_s=(600.0, 0.0), kept=0.99)
+    calm, free = oracle.cheapest(load, 1.0, startup_s=30, goals=[(600.0, 0.99), (0.0, 0.99)])
     assert calm * 3600 == 45 * 2 * 30, "150 s of rest are fewer than 600"
     assert free * 3600 == (40 * 2 + 5) * 30 + 30, "one start is cheaper than 150 s"
 
@@ -68,9 +68,9 @@ def test_undone_counts_only_ups_soon_after_downs(bench):
 
 
 @pytest.mark.skipif(not TRACE.exists(), reason="no request traces beside this checkout")
-def test_three_hours_of_tenants_keep_the_objective_and_do_not_flap(bench, monkeypatch):
-    monkeypatch.setattr(bench, "DAY_S", 3 * 3600)
+def test_half_a_day_of_tenants_keeps_the_objective_and_does_not_flap(bench, monkeypatch):
+    monkeypatch.setattr(bench, "DAY_S", 12 * 3600)
     load = bench.Load(bench.A100, *bench.day(bench.read(TRACE), 6))
     outcome = bench.simulate(load, 60, AutoscalerConfig(min_replicas=1, max_replicas=100))
-    assert outcome.kept >= 0.99, f"only {outcome.kept:.2%} of the requests met the backlog objective"
-    assert outcome.undone <= 3, f"{outcome.undone} scale-downs were undone in three hours"
+    assert outcome.kept >= bench.KEPT, f"only {outcome.kept:.2%} of the requests met the backlog objective"
+    assert outcome.undone <= 10, f"{outcome.undone} scale-downs were undone in twelve hours"

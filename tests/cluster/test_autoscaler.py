@@ -1,12 +1,21 @@
 """The autoscaler's decisions, case by case: a pure function, so every test is a table or a loop over a made-up clock."""
 
+import math
 import random
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from cluster.autoscaler import MAX_NEEDS, AutoscalerConfig, AutoscalerState, Observation, decide, with_reserve
+from cluster.autoscaler import (
+    EXCEEDED_SHARE,
+    MAX_NEEDS,
+    AutoscalerConfig,
+    AutoscalerState,
+    Observation,
+    decide,
+    with_reserve,
+)
 
 SPEED = 1_000.0  # prompt tokens/s of one replica
 CONFIG = AutoscalerConfig(min_replicas=1, max_replicas=40, scale_down_after_s=300.0)
@@ -161,5 +170,35 @@ def test_a_forgotten_gateway_is_no_arrival_and_the_state_stays_bounded():
 
 
 def test_the_reserve_follows_the_variance():
-    assert with_reserve(20.0, 24.0, 1.0) == pytest.approx(22.46, abs=0.01)
+    c = math.log(1 / EXCEEDED_SHARE) * 24.0 / 2
+    number = with_reserve(20.0, 24.0, 1.0)
+    assert number * (number - 20.0) == pytest.approx(c), "exceeded with exp(-2 n (n - 20) / 24) = EXCEEDED_SHARE"
     assert with_reserve(20.0, 0.0, 1.0) == 20.0
+
+
+def test_rises_that_forecasts_miss_are_reserved_for():
+    """Steps that last longer than a start-up, by clockwork: the same mean and no noise, yet no forecast sees them come."""
+    steady, stepping = Clock(num_replicas=12), Clock(num_replicas=12)
+    for step in range(40):
+        steady.run(180, rate=10_000)
+        stepping.run(180, rate=8_000 if step % 2 else 12_000)
+    assert steady.state.num_replicas == 11
+    stepping.run(120, rate=8_000)
+    assert stepping.state.missed > 500**2, "forecasts fell short by 4,000 tokens/s again and again"
+    assert stepping.state.num_replicas >= 14, "in a lull there must be room for the next 12,000 tokens/s"
+
+
+def test_the_reserve_for_one_rise_fades():
+    clock = Clock()
+    clock.run(600, rate=1_000)
+    after = [clock.run(3_600, rate=8_000) for _ in range(3)]
+    assert after[0] <= 11, "one step of 7,000 tokens/s, and an hour later two replicas more than usual are the most"
+    assert after[2] == 9, f"three hours of steady load leave only the usual reserve: {after}"
+
+
+def test_white_noise_is_no_missed_forecast():
+    rng = random.Random(1)
+    clock = Clock(num_replicas=12)
+    for _ in range(3_600):
+        clock.run(1, rate=10_000 * rng.expovariate(1.0))
+    assert clock.state.missed < (0.05 * 10_000) ** 2, "noise has a reserve of its own: counting it twice buys replicas"

@@ -29,7 +29,7 @@ def test_the_banner_says_what_to_do(server):
     assert re.search(r"Ready in \d+\.\d s\.", server.output)
     assert "Dashboard  http://127.0.0.1:" in server.output
     assert API_KEY not in server.output
-    for phase in ("Starting Ray", "Placing 2 rank(s)", "Loading the weights", "Starting the engine"):
+    for phase in ("Starting Ray", "Joining the ranks", "Starting the engine"):
         assert phase in server.output
 
 

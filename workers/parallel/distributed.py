@@ -57,25 +57,9 @@ class DistributedGroup:
         self._busy = False
         self._closed = threading.Event()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        if interface := _interface_towards(master_address):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         try:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            join_timeout = timedelta(seconds=join_timeout_s)
-            self._store = dist.TCPStore(master_address, master_port, size, is_master=rank == 0, timeout=join_timeout)
-            dist.init_process_group(
-                backend,
-                store=dist.PrefixStore("tramontane", self._store),
-                rank=rank,
-                world_size=size,
-                timeout=self._timeout,
-                device_id=self.device if backend == "nccl" else None,
-            )
-            self._step = dist.group.WORLD
-            self._host = self._step if backend == "gloo" else dist.new_group(backend="gloo", timeout=self._timeout)
-            self._control = dist.new_group(backend="gloo", timeout=FOREVER)
-            self._store.set_timeout(self._timeout)
+            with _gloo_interface(_interface_towards(master_address)):
+                self._meet(master_address, master_port, backend, timedelta(seconds=join_timeout_s))
         except (RuntimeError, ValueError) as e:  # dist.DistError is a RuntimeError
             _destroy()
             raise GroupError(
@@ -84,6 +68,25 @@ class DistributedGroup:
         self._reporter = threading.Thread(target=self._report_progress, name="tp-progress", daemon=True)
         self._reporter.start()
         logger.debug("rank %s of %s joined a %s group at %s:%s", rank, size, backend, master_address, master_port)
+
+    def _meet(self, master_address: str, master_port: int, backend: str, join_timeout: timedelta) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self._store = dist.TCPStore(
+            master_address, master_port, self.size, is_master=self.rank == 0, timeout=join_timeout
+        )
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("tramontane", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=self._timeout,
+            device_id=self.device if backend == "nccl" else None,
+        )
+        self._step = dist.group.WORLD
+        self._host = self._step if backend == "gloo" else dist.new_group(backend="gloo", timeout=self._timeout)
+        self._control = dist.new_group(backend="gloo", timeout=FOREVER)
+        self._store.set_timeout(self._timeout)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place. x: any shape, contiguous, on `device`."""
@@ -187,6 +190,19 @@ class DistributedGroup:
 def _destroy() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _gloo_interface(name: str | None) -> Iterator[None]:
+    """Gloo reads the interface from the environment; whoever this process starts must not inherit it."""
+    if name is None or "GLOO_SOCKET_IFNAME" in os.environ:
+        yield
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
 
 
 def _interface_towards(address: str) -> str | None:

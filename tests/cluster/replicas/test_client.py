@@ -180,7 +180,7 @@ async def test_a_connection_closed_because_this_process_stood_still_is_no_crash(
     await anext(stream)
     time.sleep(cluster.replicas.client._STANDSTILL_S + 0.1)  # the point of it
     await asyncio.to_thread(engine.server.close)
-    with pytest.raises(ReplicaUnavailableError, match="closed the connection|reset by peer") as error:
+    with pytest.raises(ReplicaUnavailableError, match=r"closed the connection|reset by peer") as error:
         async for _ in stream:
             pass
     assert not error.value.crashed
