@@ -108,14 +108,14 @@ def test_nodes_come_with_the_load_and_go_with_it(hosts):
         figures = {"first replica on a new node": time.monotonic() - began}
         assert "Needed: one rank with 1 CPU." in server.output, "nobody was told what is waited for"
         assert num_raylets(hosts) == 2
-        expected = server.complete(prompt="class A:\n", max_tokens=400, seed=1, ignore_eos=True)["choices"][0]["text"]
+        expected = server.complete(prompt="class A:\n", max_tokens=150, seed=1, ignore_eos=True)["choices"][0]["text"]
 
         began = time.monotonic()
         over, texts = threading.Event(), []
 
         def load() -> None:
             while not over.is_set():
-                body = {"prompt": "class A:\n", "max_tokens": 400, "seed": 1, "ignore_eos": True}
+                body = {"prompt": "class A:\n", "max_tokens": 150, "seed": 1, "ignore_eos": True}
                 texts.append(server.complete(**body)["choices"][0]["text"])
 
         threads = [threading.Thread(target=load, daemon=True) for _ in range(6)]
@@ -138,7 +138,7 @@ def test_nodes_come_with_the_load_and_go_with_it(hosts):
         assert status == 200, f"asleep is healthy: {health}"
 
         began = time.monotonic()
-        again = server.complete(prompt="class A:\n", max_tokens=400, seed=1, ignore_eos=True)
+        again = server.complete(prompt="class A:\n", max_tokens=150, seed=1, ignore_eos=True)
         figures["a request wakes a replica"] = time.monotonic() - began
         assert again["choices"][0]["text"] == expected
         print(json.dumps({name: f"{seconds:.1f} s" for name, seconds in figures.items()}))

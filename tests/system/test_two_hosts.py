@@ -12,7 +12,7 @@ from ray_hosts import RayHosts, can_make_namespaces
 from system_server import API_KEY, Server
 
 pytestmark = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")
-BODY = {"model": "demo_model", "prompt": "class Reader:\n", "max_tokens": 1500, "seed": 5, "ignore_eos": True}
+BODY = {"model": "demo_model", "prompt": "class Reader:\n", "max_tokens": 500, "seed": 5, "ignore_eos": True}
 
 
 class RemoteServer(Server):

@@ -203,6 +203,7 @@ def test_a_replica_that_nobody_wants_any_more_ends_itself(folder):
     (rank,) = replica.ranks
     rank._server._on_orphaned("no gateway has been connected for 600 s")
     assert end(replica) == ["Replica r0 ended itself: no gateway has been connected for 600 s."]
+    replica.on_all("close")  # what the end of the process would do: the engine goes on here
 
 
 @pytest.mark.parametrize(
@@ -218,6 +219,7 @@ async def test_gateways_are_told_whether_a_lost_rank_may_have_been_brought_down_
     assert reason == f"Replica r0 lost rank 1: {how}."
     assert (await last_message(reader)) == Ending(reason=reason, crashed=crashed)
     writer.close()
+    await asyncio.to_thread(replica.on_all, "close")
 
 
 async def test_a_replica_that_is_stopped_says_that_it_did_not_crash(folder):
