@@ -17,7 +17,7 @@ generate: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
 
-# A rank killed at each of 64 tokens, then five minutes of random deaths under load: half an hour on 2 cores.
+# A rank killed at each of 64 tokens, nodes that come and go, then five minutes of random deaths under load: a quarter of an hour.
 test-chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m chaos tests/system
 	$(BIN)/python benchmarks/chaos.py --output benchmarks/chaos.md $(ARGS)

@@ -90,6 +90,7 @@ def num_raylets(hosts: RayHosts) -> int:
     return count
 
 
+@pytest.mark.chaos  # a minute of waiting for nodes
 @pytest.mark.timeout(400)
 def test_nodes_come_with_the_load_and_go_with_it(hosts):
     began = time.monotonic()
