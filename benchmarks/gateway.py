@@ -160,6 +160,25 @@ async def read_stream(port: int, *, max_tokens: int, timed: bool) -> Seen:
         writer.close()
 
 
+async def read_directly(address: tuple[str, int], num_streams: int, *, max_tokens: int) -> list[float]:
+    """The same streams without a gateway, from the engine's own socket: ages of their tokens."""
+    from cluster.replicas.client import ReplicaClient
+    from workers.protocol import GenerateRequest, SamplingParams
+
+    ages = []
+
+    async def read(client: ReplicaClient, number: int) -> None:
+        sampling = SamplingParams(max_tokens=max_tokens, seed=0, logprobs=0)
+        request = GenerateRequest(request_id=f"d{number}", prompt_token_ids=[1, 5, 6, 7], sampling=sampling)
+        async for delta in client.generate(request):
+            now = time.monotonic()
+            ages.extend(now - logprob.logprob for logprob in delta.logprobs or [])
+
+    async with ReplicaClient("fake", address, "secret") as client:
+        await asyncio.gather(*(read(client, i) for i in range(num_streams)))
+    return ages
+
+
 def p50_p99(values: list[float]) -> str:
     values = sorted(values)
     return f"{statistics.median(values) * 1e3:.2f} / {values[min(len(values) - 1, int(0.99 * len(values)))] * 1e3:.2f}"
@@ -173,7 +192,7 @@ class Rig:
         self.engine, there = spawn.Pipe()
         self._engine = spawn.Process(target=run_engine, args=(there,), daemon=True)
         self._engine.start()
-        address = self.engine.recv()
+        self.address = address = self.engine.recv()
         self.gateway, there = spawn.Pipe()
         self._gateway = spawn.Process(target=run_gateway, args=(there, address), daemon=True)
         self._gateway.start()
@@ -200,7 +219,10 @@ async def bench(rig: Rig, num_streams: int) -> list[str]:
     count = NUM_TOKENS.get(num_streams, 100)
     paced = await asyncio.gather(*(read_stream(rig.port, max_tokens=count, timed=True) for _ in range(num_streams)))
     ages = [age for seen in paced for age in seen.ages_s[1:]]
-    arrivals = sorted(rig.pace(0.0))
+    pace_s = PACES_S.get(num_streams, 0.05)
+    arrivals = sorted(rig.pace(pace_s))
+    direct = await read_directly(rig.address, num_streams, max_tokens=count)
+    rig.pace(0.0)
     asked = sorted(seen.asked_s for seen in paced)
     requests = [arrived - sent for arrived, sent in zip(arrivals, asked, strict=True)]
     # At full speed: as many events as the gateway can carry.
@@ -213,7 +235,9 @@ async def bench(rig: Rig, num_streams: int) -> list[str]:
     return [
         str(num_streams),
         f"{PACES_S.get(num_streams, 0.05) * 1e3:.0f}",
+        p50_p99(direct),
         p50_p99(ages),
+        f"{(statistics.median(ages) - statistics.median(direct)) * 1e3:.2f}",
         p50_p99(requests),
         f"{events / elapsed:,.0f}",
         f"{events / cpu_s:,.0f}",
@@ -238,12 +262,14 @@ def main() -> None:
         "# The gateway's own cost",
         "",
         f"{machine.describe(torch.device('cpu'))}; fake engine, gateway and client are three processes on it.",
-        "Token: from the end of the engine's step to the client's read. All streams of a step come in one frame, so with many streams the",
-        "median waits for half of the others to be written. Request: from the client's first byte to the engine's inbox, all at once.",
+        "Token: from the end of the engine's step to the client's read, without a gateway (a client on the engine's own socket) and",
+        "through it; added: the difference of the medians. All streams of a step come in one frame, so with many streams the median waits",
+        "for half of the others to be written. Request: from the client's first byte to the engine's inbox, all streams asking at once.",
         f"`make bench`, {time.strftime('%F')}.",
         "",
-        "| streams | step, ms | token p50 / p99, ms | request p50 / p99, ms | events/s | events per CPU second of the gateway |",
-        "|---|---|---|---|---|---|",
+        "| streams | step, ms | token directly p50 / p99, ms | token p50 / p99, ms | **added p50, ms** "
+        "| request p50 / p99, ms | events/s | events per CPU second of the gateway |",
+        "|---|---|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
     text = "\n".join(lines) + "\n"
