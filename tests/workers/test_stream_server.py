@@ -5,11 +5,11 @@ import contextlib
 
 import msgspec
 import pytest
-from fake_core import FACTS, FakeCore, expected_tokens, request
+from fake_core import FACTS, expected_tokens, request
+from fake_engine import TOKEN, FakeEngine
 
 import workers.connection
 import workers.stream_server
-from workers.engine.loop import EngineLoop
 from workers.protocol import (
     PROTOCOL_VERSION,
     Abort,
@@ -27,35 +27,7 @@ from workers.protocol import (
 )
 from workers.stream_server import StreamServer
 
-TOKEN = "the replica's secret"
 decoder = msgspec.msgpack.Decoder(FromReplica)
-
-
-class Engine:
-    """A fake core, its loop and its server, as ShardWorker wires them."""
-
-    def __init__(self, facts: EngineFacts = FACTS) -> None:
-        self.orphaned: list[str] = []
-        self.core = FakeCore()
-        self.loop = EngineLoop(self.core, self._publish, idle_heartbeat_s=0.05)
-        self.server = StreamServer(
-            facts,
-            TOKEN,
-            submit=self.loop.submit,
-            abort=self.loop.abort,
-            load=self.core.load,
-            on_orphaned=self.orphaned.append,
-        )
-        self.address = self.server.start()
-        self.loop.start()
-
-    def _publish(self, deltas, events) -> None:
-        self.server.publish(deltas, events)
-
-    def close(self) -> None:
-        self.core.gate.set()
-        assert self.loop.stop()
-        self.server.close()
 
 
 class Client:
@@ -99,7 +71,7 @@ class Client:
 
 @pytest.fixture
 def engine():
-    engine = Engine()
+    engine = FakeEngine()
     yield engine
     engine.close()
 
@@ -343,7 +315,7 @@ async def test_events_reach_a_connection_without_tokens_added_up_and_soon(engine
 
 
 async def test_without_prefix_caching_frames_say_nothing_of_it():
-    engine = Engine(msgspec.structs.replace(FACTS, enable_prefix_caching=False))
+    engine = FakeEngine(msgspec.structs.replace(FACTS, enable_prefix_caching=False))
     try:
         client = Client(*await asyncio.open_connection(*engine.address))
         client.send(Hello(token=TOKEN))

@@ -5,47 +5,19 @@ import contextlib
 import time
 
 import pytest
-from fake_core import FACTS, FakeCore, expected_tokens, request
+from fake_core import FACTS, expected_tokens, request
+from fake_engine import TOKEN, FakeEngine
 
 import cluster.replicas.client
 import workers.stream_server
 from cluster.replicas.client import ReplicaClient
-from workers.engine.loop import EngineLoop
 from workers.errors import GroupError, ReplicaUnavailableError
 from workers.protocol import CacheEvents, FinishReason, LoadReport, StepFrame, encode_frame
-from workers.stream_server import StreamServer
-
-TOKEN = "secret"
-
-
-class Engine:
-    def __init__(self, port: int = 0) -> None:
-        self.core = FakeCore()
-        self.loop = EngineLoop(
-            self.core, self._publish, on_failure=lambda e: self.server.close(reason=str(e)), idle_heartbeat_s=0.05
-        )
-        self.server = StreamServer(
-            FACTS,
-            TOKEN,
-            submit=self.loop.submit,
-            abort=self.loop.abort,
-            load=self.core.load,
-        )
-        self.address = self.server.start(port=port)
-        self.loop.start()
-
-    def _publish(self, deltas, events) -> None:
-        self.server.publish(deltas, events)
-
-    def close(self) -> None:
-        self.core.gate.set()
-        assert self.loop.stop()
-        self.server.close()
 
 
 @pytest.fixture
 def engine():
-    engine = Engine()
+    engine = FakeEngine()
     yield engine
     engine.close()
 
@@ -225,14 +197,14 @@ async def test_whoever_listens_to_frames_hears_what_was_said_before(engine, clie
 
 async def test_a_new_connection_begins_with_all_that_is_cached(monkeypatch):
     monkeypatch.setattr(cluster.replicas.client, "RECONNECT_AFTER_S", 0.02)
-    engine = Engine()
+    engine = FakeEngine()
     async with ReplicaClient("r0", engine.address, TOKEN) as client:
         heard: list[StepFrame] = []
         client.on_frame = heard.append
         await asyncio.to_thread(engine.close)
         await until(lambda: not client.is_ready(time.monotonic()))
         num_before = len(heard)
-        engine = Engine(engine.address[1])
+        engine = FakeEngine(port=engine.address[1])
         await until(lambda: client.is_ready(time.monotonic()))
         first = heard[num_before].cache
         assert first is not None
@@ -242,11 +214,11 @@ async def test_a_new_connection_begins_with_all_that_is_cached(monkeypatch):
 
 async def test_reconnects_when_rank_0_is_back(monkeypatch):
     monkeypatch.setattr(cluster.replicas.client, "RECONNECT_AFTER_S", 0.02)
-    engine = Engine()
+    engine = FakeEngine()
     async with ReplicaClient("r0", engine.address, TOKEN) as client:
         await asyncio.to_thread(engine.close)
         await until(lambda: not client.is_ready(time.monotonic()))
-        engine = Engine(engine.address[1])
+        engine = FakeEngine(port=engine.address[1])
         await until(lambda: client.is_ready(time.monotonic()))
         req = request("again")
         assert await collect(client, req) == expected_tokens(req)

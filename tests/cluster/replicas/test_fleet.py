@@ -5,32 +5,12 @@ import contextlib
 import time
 
 import pytest
-from fake_core import FACTS, FakeCore
+from fake_core import FACTS
+from fake_engine import TOKEN, FakeEngine
 
 from cluster.replicas.fleet import Fleet, describe, outlook_of
 from cluster.replicas.state import ClusterSpec, ClusterView, GatewayReport, ReplicaRecord, ReplicaState
-from workers.engine.loop import EngineLoop
 from workers.errors import ReplicaUnavailableError
-from workers.stream_server import StreamServer
-
-TOKEN = "secret"
-
-
-class Engine:
-    def __init__(self) -> None:
-        self.core = FakeCore()
-        self.loop = EngineLoop(self.core, self._publish, on_failure=lambda e: None, idle_heartbeat_s=0.05)
-        self.server = StreamServer(FACTS, TOKEN, submit=self.loop.submit, abort=self.loop.abort, load=self.core.load)
-        self.address = self.server.start()
-        self.loop.start()
-
-    def _publish(self, deltas, events) -> None:
-        self.server.publish(deltas, events)
-
-    def close(self) -> None:
-        self.core.gate.set()
-        assert self.loop.stop()
-        self.server.close()
 
 
 class FakeController:
@@ -86,7 +66,7 @@ class World:
 
 @pytest.fixture
 def engine():
-    engine = Engine()
+    engine = FakeEngine()
     yield engine
     engine.close()
 
