@@ -12,7 +12,7 @@ from typing import Annotated
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class FinishReason(enum.StrEnum):
@@ -32,9 +32,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     `seed` is always present: with it, sampling is a pure function of (logits, parameters, seed, position), where
     position is the index of the output token. temperature 0 is greedy. top_k 0 and min_p 0.0 are off.
     `logprobs`: None for none, n for the chosen token's log-probability and the n most likely beside it (0 is allowed).
+    `prompt_logprobs`: the same for the prompt's tokens, from index `prompt_logprobs_start` on; index 0 never has one.
+    `max_tokens` 0 computes the prompt only: for its log-probabilities, or for an embedding.
+    `allowed_token_ids`: None for all. `bad_words`: token sequences that the output must not complete.
+    `grammar`: an llguidance grammar that the whole output follows; it ends where the grammar ends.
     """
 
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    max_tokens: Annotated[int, msgspec.Meta(ge=0)]
     seed: int
     temperature: float = 1.0
     top_p: float = 1.0
@@ -48,11 +52,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprobs_start: int = 0
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence to extend. `output_token_ids` are tokens generated elsewhere before: sampling goes on behind
-    them.
+    them. `embed`: wanted is the mean of the prompt's last hidden states, with `max_tokens` 0.
     """
 
     request_id: str
@@ -60,6 +69,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     sampling: SamplingParams
     output_token_ids: list[int] = []
     priority: int = 0  # smaller runs first, as in vLLM
+    embed: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -76,7 +86,9 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     `token_ids` includes the token that ended it; `stop_token_id` repeats that one when finish_reason is STOP, so that
     the gateway can leave it out of the text. `num_cached_tokens` (prompt tokens found in the prefix cache) comes with
-    the first delta. `error` is a sentence for the user when finish_reason is ERROR.
+    the first delta, and so do `prompt_logprobs` (one for each prompt token from `prompt_logprobs_start` on, None for index 0),
+    unless the request had output already. `embedding`: hidden_size little-endian float32 values, in a request's only delta.
+    `error` is a sentence for the user when finish_reason is ERROR.
     """
 
     request_id: str
@@ -85,6 +97,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    embedding: bytes | None = None
     error: str | None = None
 
 
@@ -157,6 +171,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
     attention_backend: str
+    hidden_size: int = 0
     version: int = PROTOCOL_VERSION
 
 
