@@ -1,0 +1,77 @@
+// Requests to this server with the user's key, and failures as it words them.
+// Knows the error envelope and Bearer authentication. Knows no view.
+
+import { askForKey, authorization, currentKey } from "./key.js";
+import { eventsOf } from "./sse.js";
+
+/** `status` is null when no answer came. `retryAfterS`: seconds, where the server says so. */
+export class ApiError extends Error {
+  constructor(message, { status = null, param = null, code = null, retryAfterS = null } = {}) {
+    super(message);
+    this.name = "ApiError";
+    Object.assign(this, { status, param, code, retryAfterS });
+  }
+}
+
+/** The answer to a request, whatever its status but 401, for which the user is asked for a key first (unless quiet). */
+export async function send(path, { quiet = false, headers = {}, ...options } = {}) {
+  for (;;) {
+    const key = currentKey();
+    let response;
+    try {
+      response = await fetch(path, { ...options, headers: { ...headers, ...authorization(key) } });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ApiError("The server does not answer. Is it running?");
+    }
+    if (response.status !== 401) return response;
+    const refusal = await errorOf(response);
+    if (key !== currentKey()) continue; // another request asked meanwhile
+    if (quiet || !(await askForKey(key === null ? null : "The server does not accept this key."))) throw refusal;
+  }
+}
+
+/** A JSON answer. Throws ApiError. */
+export async function getJson(path, options) {
+  const response = await send(path, options);
+  if (!response.ok) throw await errorOf(response);
+  return response.json();
+}
+
+/** The parsed events of a streamed answer to `body`. Throws ApiError, also for an error event in mid-stream. */
+export async function* streamJson(path, body, signal) {
+  const response = await send(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    signal,
+  });
+  if (!response.ok) throw await errorOf(response);
+  if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
+    yield await response.json(); // the user asked for a whole answer
+    return;
+  }
+  try {
+    for await (const data of eventsOf(response.body)) {
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new ApiError(event.error.message, event.error);
+      yield event;
+    }
+  } catch (error) {
+    if (error instanceof ApiError || error.name === "AbortError") throw error;
+    throw new ApiError("The connection was lost before the answer was complete.");
+  }
+  throw new ApiError("The stream ended before the answer was complete.");
+}
+
+async function errorOf(response) {
+  const retryAfterS = Number(response.headers.get("Retry-After")) || null;
+  const { status } = response;
+  try {
+    const { error } = await response.json();
+    return new ApiError(error.message, { ...error, status, retryAfterS });
+  } catch {
+    return new ApiError(`The server answered ${status} ${response.statusText}.`, { status, retryAfterS });
+  }
+}

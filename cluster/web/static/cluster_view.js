@@ -1,0 +1,203 @@
+// How a ClusterView looks: figures, one card a replica, its ranks, the gateways. Built anew with each look; it is small.
+// Knows the JSON of GET /admin/cluster and of /health/ready. Asks for nothing itself.
+
+import { make } from "./dom.js";
+import { bar, sparkline } from "./gauges.js";
+import { history, rateOf } from "./rates.js";
+
+const NOTHING = "–";
+const POINTS = 60; // of a sparkline, one a second
+
+/** looks: of rates.js, at least one. */
+export function showCluster(panel, looks) {
+  const { view } = looks.at(-1);
+  const rates = view.replicas.map((replica) => rateOf(looks, replica));
+  replace(
+    panel,
+    head(view),
+    view.failure && make("p", { class: "notice error" }, `Starting replicas is given up: ${view.failure[1]}`),
+    figures(view, rates, looks),
+    view.replicas.length
+      ? make("div", { class: "replicas" }, view.replicas.map((replica, i) => card(replica, rates[i], looks)))
+      : make("p", { class: "empty" }, "No replica runs now. A request wakes one, where the deployment allows none to run."),
+    gateways(view.gateways),
+  );
+}
+
+/** What is left without the right to see the cluster. note: why. */
+export function showHealth(panel, health, note) {
+  const replicas = health.replicas ?? [];
+  replace(
+    panel,
+    make("div", { class: "panel-head" }, make("h1", {}, health.status === "ok" ? "Ready" : "Not ready")),
+    make("p", { class: "notice" }, note),
+    health.reason && make("p", { class: "notice error" }, health.reason),
+    make(
+      "div",
+      { class: "replicas" },
+      replicas.map((r) =>
+        make(
+          "article",
+          { class: "card" },
+          make("header", {}, make("h2", {}, r.id), pill(r.state.replace("_", " "), r.state)),
+          make("dl", { class: "facts" }, fact("Running", r.num_running), fact("Waiting", r.num_waiting)),
+          r.reason && make("p", { class: "reason" }, r.reason),
+        ),
+      ),
+    ),
+  );
+}
+
+/** A sentence instead of the view, or above what was seen last (keep). */
+export function showMessage(panel, text, { keep = false, label = null, act = null } = {}) {
+  const message = make(
+    "div",
+    { class: keep ? "notice error stale" : "empty", role: "status" },
+    make("p", {}, text),
+    label && make("button", { type: "button", class: "primary", onclick: act }, label),
+  );
+  panel.querySelector(".stale")?.remove();
+  if (keep) panel.prepend(message);
+  else replace(panel, message);
+}
+
+function replace(panel, ...children) {
+  panel.replaceChildren(...children.filter(Boolean));
+}
+
+function head(view) {
+  const numReady = view.replicas.filter((r) => r.state === "ready").length;
+  const plural = view.num_desired === 1 ? "" : "s";
+  return make(
+    "div",
+    { class: "panel-head" },
+    make("h1", {}, view.spec?.model_name ?? "No model yet"),
+    make("p", {}, `${numReady} of ${view.num_desired} replica${plural} ready`, view.scaling_reason && ` · ${view.scaling_reason}`),
+  );
+}
+
+function figures(view, rates, looks) {
+  const sum = (values) => values.reduce((a, b) => a + b, 0);
+  const known = rates.map((rate) => rate.tokensPerS).filter((rate) => rate !== null);
+  const load = (name) => sum(view.replicas.map((r) => r.load[name]));
+  const points = history(looks).slice(-POINTS);
+  const blocks = load("num_blocks");
+  return make(
+    "dl",
+    { class: "figures" },
+    figure("Tokens per second", known.length ? count(sum(known)) : NOTHING, sparkline(points, POINTS, "Tokens per second, the last minute")),
+    figure("KV cache", percent(load("num_used_blocks"), blocks), bar(load("num_used_blocks"), blocks, "KV cache in use")),
+    figure("Running", count(load("num_running")), note("sequences on replicas")),
+    figure("Waiting", count(load("num_waiting")), note("sequences on replicas")),
+    figure("Queued", count(sum(view.gateways.map((g) => g.num_queued))), note("sequences at gateways")),
+  );
+}
+
+function figure(name, value, below) {
+  return make("div", { class: "figure" }, make("dt", {}, name), make("dd", {}, make("span", { class: "value" }, value), below));
+}
+
+function note(text) {
+  return make("span", { class: "hint" }, text);
+}
+
+function card(replica, rate, looks) {
+  const { load } = replica;
+  const kv = `${count(load.num_used_blocks)} of ${count(load.num_blocks)} blocks`;
+  const points = history(looks, replica).slice(-POINTS);
+  return make(
+    "article",
+    { class: "card" },
+    make("header", {}, make("h2", {}, replica.replica_id), pill(stateOf(replica), replica.state)),
+    replica.reason && make("p", { class: "reason" }, replica.reason),
+    replica.state === "starting" && bar(replica.progress[0], replica.progress[1], "Weights read"),
+    make(
+      "dl",
+      { class: "facts" },
+      fact("Tokens/s", rate.tokensPerS === null ? NOTHING : count(rate.tokensPerS)),
+      fact("Running", count(load.num_running)),
+      fact("Waiting", count(load.num_waiting)),
+      fact("Cache hits", percent(load.prefix_hits_total, load.prefix_queries_total)),
+      fact("Up", replica.ready_at === null ? NOTHING : duration(Date.now() / 1000 - replica.ready_at)),
+    ),
+    sparkline(points, POINTS, `Tokens per second of ${replica.replica_id}, the last minute`),
+    make("div", { class: "kv" }, make("span", {}, "KV cache"), make("span", {}, load.num_blocks ? kv : NOTHING)),
+    bar(load.num_used_blocks, load.num_blocks, `KV cache of ${replica.replica_id}`),
+    replica.ranks.length > 0 && ranks(replica, rate),
+  );
+}
+
+function ranks(replica, rate) {
+  const rows = replica.ranks.map((rank, i) => {
+    const stuck = replica.load.stuck_ranks.includes(rank.rank);
+    return make(
+      "tr",
+      { class: stuck && "stuck" },
+      make("th", { scope: "row" }, stuck ? `${rank.rank} stuck` : rank.rank),
+      make("td", {}, rank.node_ip),
+      make("td", {}, milliseconds(rate.ranks[i]?.stepS)),
+      make("td", {}, milliseconds(rate.ranks[i]?.allReduceS)),
+    );
+  });
+  const names = ["Rank", "Node", "Step", "All-reduce"];
+  return make(
+    "table",
+    {},
+    make("thead", {}, make("tr", {}, names.map((name) => make("th", { scope: "col" }, name)))),
+    make("tbody", {}, rows),
+  );
+}
+
+function gateways(list) {
+  if (!list.length) return null;
+  const names = ["Gateway", "Running", "Queued"];
+  const rows = list.map((g) =>
+    make("tr", {}, make("th", { scope: "row" }, g.url), make("td", {}, count(g.num_running)), make("td", {}, count(g.num_queued))),
+  );
+  return make(
+    "section",
+    { class: "card gateways" },
+    make(
+      "table",
+      {},
+      make("thead", {}, make("tr", {}, names.map((name) => make("th", { scope: "col" }, name)))),
+      make("tbody", {}, rows),
+    ),
+  );
+}
+
+function pill(text, state) {
+  return make("span", { class: `pill ${state}` }, text);
+}
+
+function fact(name, value) {
+  return make("div", {}, make("dt", {}, name), make("dd", {}, value));
+}
+
+function stateOf({ state, phase, progress, drain_until: drainUntil }) {
+  if (state === "starting") {
+    const [done, total] = progress;
+    return total ? `${phase ?? "starting"} ${Math.floor((100 * done) / total)} %` : (phase ?? "starting");
+  }
+  if (state === "draining" && drainUntil !== null) return `draining, ${Math.max(Math.round(drainUntil - Date.now() / 1000), 0)} s`;
+  return state;
+}
+
+function count(value) {
+  return Math.round(value).toLocaleString("en");
+}
+
+function percent(part, whole) {
+  return whole ? `${Math.round((100 * part) / whole)} %` : NOTHING;
+}
+
+function milliseconds(seconds) {
+  return seconds === null || seconds === undefined ? NOTHING : `${(seconds * 1000).toFixed(1)} ms`;
+}
+
+function duration(seconds) {
+  const s = Math.max(Math.floor(seconds), 0);
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min`;
+  return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
+}

@@ -1,0 +1,58 @@
+// Makes elements and finds them. Text goes in as text nodes, never as HTML: what a model says stays text.
+// Knows no view of the page.
+
+/** The element with this id; a missing one is our own mistake. */
+export function $(id) {
+  const element = document.getElementById(id);
+  if (!element) throw new Error(`the page has no #${id}`);
+  return element;
+}
+
+/** make("p", {class: "x", onclick: f, hidden: true}, "text", child): false, null and undefined are left out. */
+export function make(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+/** The same for SVG. */
+export function makeSvg(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === false || value === null || value === undefined) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((c) => c !== false && c !== null && c !== undefined));
+  return element;
+}
+
+let toastTimer = 0;
+
+/** A sentence at the bottom of the page for a moment. */
+export function toast(text) {
+  const element = $("toast");
+  element.textContent = text;
+  element.classList.add("shown");
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => element.classList.remove("shown"), 2500);
+}
+
+/** Whether it went to the clipboard; without HTTPS browsers leave only the old way. */
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const area = make("textarea", { class: "visually-hidden", "aria-hidden": "true" });
+    area.value = text;
+    const before = document.activeElement;
+    document.body.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    before?.focus();
+    return done;
+  }
+}

@@ -1,0 +1,114 @@
+// The API key: where it is kept, and the dialog that asks for it.
+// In sessionStorage, which ends with the tab, or in localStorage if the user wants it remembered. Knows one request, by which a key
+// is tried before it is kept; api.js knows the others.
+
+import { $ } from "./dom.js";
+
+const STORE = "tramontane.key";
+const listeners = new Set();
+let inMemory = null; // where the browser forbids storage
+let asking = null; // one dialog for all who ask meanwhile
+
+/** The key, or null. */
+export function currentKey() {
+  try {
+    return sessionStorage.getItem(STORE) ?? localStorage.getItem(STORE) ?? inMemory;
+  } catch {
+    return inMemory;
+  }
+}
+
+/** `listener` is called after each change. */
+export function onKeyChange(listener) {
+  listeners.add(listener);
+}
+
+function keep(key, remember) {
+  inMemory = key;
+  try {
+    sessionStorage.removeItem(STORE);
+    localStorage.removeItem(STORE);
+    if (key !== null) (remember ? localStorage : sessionStorage).setItem(STORE, key);
+  } catch {
+    // it holds until the page is left
+  }
+  for (const listener of listeners) listener();
+}
+
+export function authorization(key = currentKey()) {
+  return key === null ? {} : { Authorization: `Bearer ${key}` };
+}
+
+/** Asks for a key, with `problem` said of the present one. Resolves to whether there is one that the server takes. */
+export function askForKey(problem = null) {
+  asking ??= ask(problem).finally(() => (asking = null));
+  return asking;
+}
+
+function ask(problem) {
+  const dialog = $("key-dialog");
+  const input = $("key");
+  const save = $("key-save");
+  let accepted = false;
+
+  const complain = (text) => {
+    $("key-error").textContent = text ?? "";
+    $("key-error").hidden = !text;
+    input.setAttribute("aria-invalid", String(Boolean(text)));
+  };
+  const submit = async (event) => {
+    event.preventDefault();
+    const key = input.value.trim();
+    complain(null);
+    save.disabled = true;
+    const refusal = await tryKey(key);
+    save.disabled = false;
+    if (!dialog.open) return; // cancelled meanwhile
+    if (refusal) {
+      complain(refusal);
+      input.select();
+      return;
+    }
+    accepted = true;
+    keep(key, $("key-remember").checked);
+    dialog.close();
+  };
+  const forget = () => {
+    keep(null, false);
+    dialog.close();
+  };
+  const cancel = () => dialog.close();
+
+  input.value = "";
+  complain(problem);
+  $("key-forget").hidden = currentKey() === null;
+  $("key-form").addEventListener("submit", submit);
+  $("key-forget").addEventListener("click", forget);
+  $("key-cancel").addEventListener("click", cancel);
+  dialog.showModal();
+  input.focus();
+  return new Promise((resolve) => {
+    dialog.addEventListener(
+      "close",
+      () => {
+        $("key-form").removeEventListener("submit", submit);
+        $("key-forget").removeEventListener("click", forget);
+        $("key-cancel").removeEventListener("click", cancel);
+        input.value = ""; // the password field keeps nothing
+        resolve(accepted);
+      },
+      { once: true },
+    );
+  });
+}
+
+/** Why the server does not take this key, or null. */
+async function tryKey(key) {
+  if (!/^[!-~]+$/.test(key)) return "A key has only letters, digits and signs, without spaces.";
+  try {
+    const response = await fetch("v1/models", { headers: authorization(key) });
+    return response.status === 401 ? "The server does not accept this key." : null;
+  } catch {
+    return "The server does not answer; try again in a moment.";
+  }
+}

@@ -1,0 +1,265 @@
+// The playground: a prompt or a conversation, sent with the parameters, and the answer as it comes.
+// Knows the elements of its panel. Requests are run.js's, parameters parameters.js's, messages conversation.js's.
+
+import { getJson } from "./api.js";
+import { Conversation } from "./conversation.js";
+import { $, copy, make, toast } from "./dom.js";
+import { currentKey, onKeyChange } from "./key.js";
+import { ParameterError, readParameters, showModels, startParameters } from "./parameters.js";
+import { run, speed } from "./run.js";
+import { asCurl, asPython } from "./snippets.js";
+
+const WIDE = matchMedia("(min-width: 900px)");
+const FINISH = { stop: "stop", length: "length limit", tool_calls: "tool call", stopped: "stopped by you" };
+
+let conversation;
+let controller = null; // of the request that runs, or null
+
+export function startPlayground() {
+  conversation = new Conversation();
+  startParameters();
+  const showParameters = () => ($("parameters").open = WIDE.matches);
+  WIDE.addEventListener("change", showParameters);
+  showParameters();
+  for (const radio of $("mode").querySelectorAll("input")) radio.addEventListener("change", showMode);
+  for (const area of [$("message"), $("prompt"), $("system")]) area.addEventListener("keydown", sendOnCtrlEnter);
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && controller) stop();
+  });
+  $("editor").addEventListener("submit", (event) => {
+    event.preventDefault();
+    submit();
+  });
+  $("stop").addEventListener("click", stop);
+  $("clear").addEventListener("click", clear);
+  $("append").addEventListener("click", append);
+  $("copy-curl").addEventListener("click", () => copySnippet("curl command", asCurl));
+  $("copy-python").addEventListener("click", () => copySnippet("Python program", asPython));
+  onKeyChange(loadModels);
+  showMode();
+  loadModels();
+}
+
+function isChat() {
+  return $("mode").querySelector("input:checked").value === "chat";
+}
+
+function showMode() {
+  const chat = isChat();
+  for (const id of ["system-box", "log", "message"]) $(id).hidden = !chat;
+  $("chat-empty").hidden = !chat || !conversation.isEmpty;
+  $("prompt").hidden = chat;
+  $("output-box").hidden = chat || $("output").textContent === "";
+  $("send").textContent = chat ? "Send" : "Continue";
+  hideOutcome();
+}
+
+async function loadModels() {
+  try {
+    const { data } = await getJson("v1/models");
+    showModels(data.map((model) => model.id));
+    if (controller === null) hideTrouble();
+  } catch (error) {
+    showTrouble(error, { again: loadModels });
+  }
+}
+
+/** What would be sent now. Throws ParameterError. */
+function request(messages = null) {
+  const parameters = readParameters();
+  const { model, ...others } = parameters;
+  if (!isChat()) return { path: "v1/completions", body: { model, prompt: $("prompt").value, ...others } };
+  return { path: "v1/chat/completions", body: { model, messages: messages ?? draft(), ...others } };
+}
+
+/** The conversation with the message that is being written. */
+function draft() {
+  const messages = conversation.toSend($("system").value);
+  const message = $("message").value;
+  return message.trim() || !conversation.endsWithUser ? [...messages, { role: "user", content: message }] : messages;
+}
+
+async function submit() {
+  if (controller) return;
+  const area = isChat() ? $("message") : $("prompt");
+  if (area.value.trim() === "") {
+    area.focus();
+    return;
+  }
+  if (!isChat()) {
+    await complete();
+    return;
+  }
+  const sent = whole(() => request());
+  if (!sent) return;
+  conversation.addUser(area.value);
+  area.value = "";
+  await answer(sent);
+}
+
+/** `read()`, or null after having said what is wrong with the parameters. */
+function whole(read) {
+  try {
+    return read();
+  } catch (error) {
+    if (!(error instanceof ParameterError)) throw error;
+    $("parameters").open = true;
+    const details = error.element.closest("details");
+    if (details) details.open = true;
+    showTrouble(error);
+    error.element.focus();
+    return null;
+  }
+}
+
+async function answer({ path, body }) {
+  const target = conversation.addAnswer();
+  const outcome = await perform(path, body, {
+    onText: (text) => following(() => target.write(text)),
+    onToolCall: (delta) => following(() => target.writeToolCall(delta)),
+    again: () => (target.isEmpty ? submit() : answerAgain()),
+  });
+  if (!target.isEmpty) {
+    target.close({ length: "Cut at the length limit", stopped: "Stopped" }[outcome?.finishReason]);
+    return;
+  }
+  // What got no answer goes back to where it was written: two messages of the user in a row suit no template.
+  target.remove();
+  const message = conversation.takeBack();
+  if (message !== null && $("message").value === "") $("message").value = message;
+}
+
+function answerAgain() {
+  conversation.dropAnswer();
+  const sent = whole(() => request(conversation.toSend($("system").value)));
+  if (sent) answer(sent);
+}
+
+async function complete() {
+  const sent = whole(() => request());
+  if (!sent) return;
+  $("output").textContent = "";
+  $("append").hidden = true;
+  $("output-box").hidden = false;
+  const node = $("output").appendChild(document.createTextNode(""));
+  $("output").classList.add("writing");
+  await perform(sent.path, sent.body, { onText: (text) => following(() => node.appendData(text)), again: complete });
+  $("output").classList.remove("writing");
+  $("output-box").hidden = isChat() || node.data === "";
+  $("append").hidden = node.data === "";
+}
+
+/** Runs a request with everything around it; the outcome, or null after a failure, which it shows. */
+async function perform(path, body, { onText, onToolCall, again }) {
+  controller = new AbortController();
+  hideOutcome();
+  showRunning(true);
+  try {
+    const outcome = await run(path, body, { signal: controller.signal, onText, onToolCall });
+    showStats(outcome);
+    return outcome;
+  } catch (error) {
+    if (error.outcome?.numPieces) showStats(error.outcome);
+    showTrouble(error, { again });
+    return null;
+  } finally {
+    controller = null;
+    showRunning(false);
+  }
+}
+
+/** Keeps the end of the page in sight while it grows, unless the reader has scrolled away from it. */
+function following(write) {
+  const page = document.scrollingElement;
+  const atEnd = page.scrollHeight - page.scrollTop - innerHeight < 40;
+  write();
+  if (atEnd) page.scrollTop = page.scrollHeight;
+}
+
+function stop() {
+  controller?.abort();
+}
+
+function clear() {
+  stop();
+  if (isChat()) conversation.clear();
+  else $("prompt").value = $("output").textContent = "";
+  showMode();
+  (isChat() ? $("message") : $("prompt")).focus();
+}
+
+function append() {
+  $("prompt").value += $("output").textContent;
+  $("output").textContent = "";
+  showMode();
+  $("prompt").focus();
+  $("prompt").scrollTop = $("prompt").scrollHeight;
+}
+
+function showRunning(running) {
+  const stopHadFocus = document.activeElement === $("stop");
+  $("stop").hidden = !running;
+  $("send").hidden = running;
+  for (const radio of $("mode").querySelectorAll("input")) radio.disabled = running;
+  $("editor").setAttribute("aria-busy", String(running));
+  if (!running && stopHadFocus) (isChat() ? $("message") : $("prompt")).focus();
+}
+
+function showStats(outcome) {
+  const { usage, numPieces, firstTextS, finishReason } = outcome;
+  const cached = usage?.prompt_tokens_details?.cached_tokens;
+  const rate = speed(outcome);
+  const rows = [
+    ["Finish", FINISH[finishReason] ?? finishReason],
+    ["Tokens", usage ? usage.completion_tokens : `about ${numPieces}`],
+    ["Prompt", usage && `${usage.prompt_tokens}${cached ? `, ${cached} cached` : ""}`],
+    ["Speed", rate && `${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`],
+    ["First token", firstTextS !== null && milliseconds(firstTextS)],
+    ["Total", milliseconds(outcome.totalS)],
+  ].filter(([, value]) => value);
+  $("stats").replaceChildren(...rows.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+  $("stats").hidden = false;
+  $("announce").textContent = rows.map(([name, value]) => `${name}: ${value}`).join(", ");
+}
+
+function milliseconds(seconds) {
+  return seconds < 1 ? `${Math.round(seconds * 1000)} ms` : `${seconds.toFixed(2)} s`;
+}
+
+function showTrouble(error, { again = null } = {}) {
+  const where = error.param ? ` (${error.param})` : "";
+  const when = error.retryAfterS ? ` Try again in ${error.retryAfterS} s.` : "";
+  const button = again && make("button", { type: "button", class: "secondary", onclick: retry }, "Try again");
+  function retry() {
+    hideTrouble();
+    again();
+  }
+  $("trouble").replaceChildren(...[make("p", {}, error.message + where + when), button].filter(Boolean));
+  $("trouble").hidden = false;
+}
+
+function hideTrouble() {
+  $("trouble").hidden = true;
+}
+
+function hideOutcome() {
+  hideTrouble();
+  $("stats").hidden = true;
+  $("announce").textContent = "";
+}
+
+async function copySnippet(what, format) {
+  const sent = whole(() => request());
+  if (!sent) return;
+  const base = new URL("v1", document.baseURI).href;
+  const options = { withKey: currentKey() !== null, chat: isChat() };
+  const text = format === asCurl ? asCurl(new URL(sent.path, document.baseURI).href, sent.body, options) : asPython(base, sent.body, options);
+  toast((await copy(text)) ? `The ${what} is in the clipboard` : "The browser did not let the page use the clipboard");
+}
+
+function sendOnCtrlEnter(event) {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    submit();
+  }
+}

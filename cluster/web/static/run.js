@@ -1,0 +1,46 @@
+// One request from its first byte to its end: text as it comes, and what it took.
+// Knows the two shapes of chunks, whole answers too. Knows no elements of the page.
+
+import { streamJson } from "./api.js";
+
+/**
+ * Streams `body`; `onText(text)` for each piece, `onToolCall(delta)` for pieces of tool calls.
+ * Returns {finishReason, usage, numPieces, firstTextS, totalS, textS}: finishReason is "stopped" after an abort; seconds since the start,
+ * textS from the first piece to the last; firstTextS is null when nothing came. Throws ApiError; `error.outcome` has what was until then.
+ */
+export async function run(path, body, { signal, onText, onToolCall }) {
+  const startedAt = performance.now();
+  const outcome = { finishReason: null, usage: null, numPieces: 0, firstTextS: null, textS: 0, totalS: 0 };
+  const seconds = () => (performance.now() - startedAt) / 1000;
+  try {
+    for await (const event of streamJson(path, body, signal)) {
+      outcome.usage = event.usage ?? outcome.usage;
+      const choice = event.choices?.find((c) => c.index === 0);
+      if (!choice) continue;
+      const said = choice.delta ?? choice.message ?? { content: choice.text };
+      outcome.finishReason = choice.finish_reason ?? outcome.finishReason;
+      for (const call of said.tool_calls ?? []) onToolCall?.(call);
+      if (said.content || said.tool_calls) {
+        outcome.firstTextS ??= seconds();
+        outcome.textS = seconds() - outcome.firstTextS;
+        outcome.numPieces += 1;
+      }
+      if (said.content) onText(said.content);
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      outcome.totalS = seconds();
+      error.outcome = outcome;
+      throw error;
+    }
+    outcome.finishReason = "stopped";
+  }
+  outcome.totalS = seconds();
+  return outcome;
+}
+
+/** Tokens a second behind the first token, or null where there is too little to tell. */
+export function speed({ usage, numPieces, textS }) {
+  const count = usage?.completion_tokens ?? numPieces;
+  return count > 1 && textS > 0 ? (count - 1) / textS : null;
+}
