@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SEAM = {"workers.protocol", "workers.config", "workers.errors"}
+SEAM = {"workers.protocol", "workers.config", "workers.errors", "workers.grammar"}
 RAY_FILES = {"cluster/cli.py", "cluster/serve.py"}
 # Engine parts that decide and do not compute; the tests of the layers above them must stay quick.
 NO_TORCH = {f"workers/engine/{name}.py" for name in ("request", "block_pool", "kv_cache_manager", "scheduler", "loop")}
 NO_TORCH |= {
-    f"workers/{name}.py" for name in ("protocol", "config", "errors", "stream_server", "connection", "cache_diff")
+    f"workers/{name}.py"
+    for name in ("protocol", "config", "errors", "grammar", "stream_server", "connection", "cache_diff")
 }
 NO_TORCH |= {f"workers/{name}.py" for name in ("shard", "lifeline", "rank_process")}
 # Late imports, inside a function, by the places that start what the design says the control plane does not know.

@@ -1,0 +1,71 @@
+"""A SentencePiece vocabulary as llguidance sees it: what bytes each token id adds to a text, and which ids end one.
+
+Gateway and engine build it from the same file, so that a grammar the one accepts is a grammar the other can follow. Knows
+llguidance and SentencePiece; no torch, no requests, no templates.
+
+How a Lark grammar names a control token: by id, `<[5]>`, or by name between angle brackets. llguidance reads `<[...]>` as ids, so
+that a name's own square brackets go: `[TOOL_CALLS]` is `<TOOL_CALLS>`, `[/INST]` is `</INST>`, `</s>` stays `</s>`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llguidance import LLTokenizer, TokenizerWrapper
+from sentencepiece import SentencePieceProcessor
+
+from workers.errors import ConfigError
+
+_SPACE = "▁"
+_ANCHOR = "\n"  # encoded in front of a text, so that the space SentencePiece puts before a text's first word falls off with it
+
+
+def load_grammar_tokenizer(path: str | Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+    """The vocabulary in the SentencePiece model at `path`, for masks of `vocab_size` tokens, the model's number of logits.
+
+    A token is its piece with U+2581 as a space, or the byte of a byte-fallback token. No text contains a control token or the
+    unknown token. Two kinds of ids match nothing: those the tokenizer lacks, and the byte-fallback token of the space, which would
+    be a second way to write one that the detokenizer never drops. Raises ConfigError for a file that is not such a model.
+    """
+    try:
+        sp = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as e:
+        raise ConfigError(f"{path} is not a SentencePiece model: {e}.") from e
+    vocabulary = _Vocabulary(sp, vocab_size, eos_token_ids)
+    return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=list(eos_token_ids))
+
+
+class _Vocabulary:
+    """What TokenizerWrapper reads."""
+
+    def __init__(self, sp: SentencePieceProcessor, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        size = sp.vocab_size()
+        if size > vocab_size:
+            raise ConfigError(
+                f"The tokenizer has {size} tokens but the model only {vocab_size}; they do not belong together."
+            )
+        self._sp = sp
+        self.bos_token_id = sp.bos_id()
+        self.eos_token_id = eos_token_ids[0]
+        self.special_token_ids = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
+        self.tokens = [_token_bytes(sp, i) for i in range(size)] + [b""] * (vocab_size - size)
+        # Only for texts that SentencePiece cannot write: every byte has a token of its own, the space that of its piece.
+        self._byte_tokens = {self.tokens[i][0]: i for i in range(size) if sp.is_byte(i) and self.tokens[i]}
+        self._byte_tokens[ord(" ")] = sp.piece_to_id(_SPACE)
+
+    def __call__(self, text: str) -> list[int]:
+        """How the model would write `text` in the middle of another; llguidance asks where a grammar leaves no choice."""
+        anchor: list[int] = self._sp.encode(_ANCHOR)
+        ids: list[int] = self._sp.encode(_ANCHOR + text)
+        if ids[: len(anchor)] == anchor and b"".join(self.tokens[i] for i in ids[len(anchor) :]) == text.encode():
+            return ids[len(anchor) :]
+        return [self._byte_tokens[byte] for byte in text.encode()]
+
+
+def _token_bytes(sp: SentencePieceProcessor, token_id: int) -> bytes:
+    piece: str = sp.id_to_piece(token_id)
+    if sp.is_byte(token_id):
+        byte = int(piece[3:5], 16)
+        return b"" if byte == ord(" ") else bytes((byte,))
+    if sp.is_control(token_id) or sp.is_unknown(token_id):
+        return f"<{piece[1:-1]}>".encode() if piece.startswith("[") and piece.endswith("]") else piece.encode()
+    return piece.replace(_SPACE, " ").encode()
