@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from cluster.api import admin as admin_api
-from cluster.api import auth, chat, completions, debug, errors, health, models, request_options
+from cluster.api import auth, errors, openapi, pages, request_options
+from cluster.api.endpoints import ENDPOINTS
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.sse import KEEP_ALIVE_S
+from cluster.api.structured import Grammars
 from cluster.metrics import Metrics
 from cluster.router.router import Router
 from cluster.text.chat import ChatTemplate
@@ -35,6 +37,7 @@ def make_app(
     metrics: Metrics | None = None,
     admin: admin_api.Admin | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
+    serves_embeddings: bool = True,
 ) -> web.Application:
     """The OpenAI-compatible application.
 
@@ -53,6 +56,8 @@ def make_app(
         max_sequences_per_request=max_sequences_per_request,
         metrics=metrics or Metrics(router, model_name=names[0]),
         keep_alive_s=keep_alive_s,
+        grammars=Grammars(tokenizer),
+        serves_embeddings=serves_embeddings,
         admin=admin,
     )
     app = web.Application(
@@ -66,19 +71,9 @@ def make_app(
     )
     app[GATEWAY] = gateway
     app.on_response_prepare.append(request_options.add_request_id)
-    app.add_routes(
-        [
-            web.post("/v1/completions", completions.handle),
-            web.post("/v1/chat/completions", chat.handle),
-            web.get("/v1/models", models.list_models),
-            web.get("/v1/models/{model:.+}", models.get_model),
-            web.get("/health", health.handle),
-            web.get("/metrics", health.metrics),
-            web.get("/debug/route", debug.handle),
-            web.get("/admin/cluster", admin_api.cluster),
-            web.post("/admin/replicas/{replica_id}/drain", admin_api.drain),
-        ]
-    )
+    app[openapi.OPENAPI] = openapi.render(ENDPOINTS)
+    app.add_routes([(web.get if e.method == "GET" else web.post)(e.path, e.handler) for e in ENDPOINTS])
+    app.add_routes(pages.routes())
     return app
 
 

@@ -1,43 +1,48 @@
-"""POST /v1/chat/completions: a conversation, answered.
+"""POST /v1/chat/completions: a conversation, answered with text or with calls of the tools it offers.
 
-Knows the endpoint's messages and answer shape; templates are cluster/text/chat.py's. The answer's text opens without the space its
-first token may carry, unless it continues an assistant message with `prefix`.
+Knows the endpoint's parameters and answer shape; the prompt is conversation.py's. The answer's text opens without the space its first
+token may carry, unless it continues an assistant message with `prefix`.
 """
 
 import asyncio
-import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET, UnsetType
 
-from cluster.api import request_options, sampling, sse
-from cluster.api.completions import LONG_TEXT_CHARS, LOWEST_LOGPROB, refuse_hopeless
+from cluster.api import request_options, sampling
+from cluster.api.answering import answer, check_shape
+from cluster.api.conversation import encode_conversation, to_definitions
 from cluster.api.gateway import GATEWAY, Gateway
-from cluster.api.generation import Choice, Event, admit, check_shape, collect, make_choice, run, usage
-from cluster.api.schemas import (
-    AssistantMessage,
+from cluster.api.generation import Choice, Event, Whole, make_choice, usage
+from cluster.api.logprobs import render_chat, render_prompt
+from cluster.api.prompts import truncate
+from cluster.api.schemas.base import PromptLogprobs
+from cluster.api.schemas.chat import (
+    AnsweredFunction,
+    AnsweredToolCall,
     ChatAnswer,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
-    ChatLogprobs,
-    ChatMessage,
     ChatRequest,
-    ChatTokenLogprob,
-    TopLogprob,
-    UserMessage,
-    parse,
+    FunctionDelta,
+    NamedToolChoice,
+    Tool,
+    ToolCallDelta,
 )
-from cluster.text.chat import ChatPrompt, Message, Role
-from cluster.text.output import PlacedLogprob
-from cluster.text.tokenizer import Tokenizer
+from cluster.api.schemas.parse import parse
+from cluster.api.structured import check_combination, structured_output
+from cluster.text.chat import ChatPrompt
+from cluster.text.output import OutputStep
 from workers.errors import RequestError
-from workers.protocol import EngineFacts
+from workers.protocol import EngineFacts, FinishReason
 
 
 async def handle(request: web.Request) -> web.StreamResponse:
@@ -48,83 +53,111 @@ async def handle(request: web.Request) -> web.StreamResponse:
     body = parse(await request.read(), ChatRequest)
     gateway.check_model(body.model)
     facts = gateway.router.facts
-    check_shape(gateway, body, num_prompts=1)
+    check_shape(gateway, body, num_prompts=1, num_copies=body.n or 1)
+    max_tokens = _check(body)
+    tools = _offered_tools(body)
+    head = ChatCompletion(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
+    keep = body.truncate_prompt_tokens
+    prompt = await encode_conversation(
+        gateway, body.messages, tools=tools, safe_prompt=bool(body.safe_prompt), truncates=keep is not None
+    )
+    token_ids = truncate(prompt.token_ids, keep, facts=facts, num_output=max_tokens)
+    prompt = ChatPrompt(token_ids, prompt.continues)
+    grammar = await _grammar(gateway, body, tools, at_start=not prompt.continues, facts=facts)
+    choices = _choices(
+        gateway, body, prompt, max_tokens=max_tokens, grammar=grammar, tools=tools, facts=facts, answer_id=head.id
+    )
+    wording = _Wording(gateway, body, head, choices)
+    return await answer(request, gateway, body, choices, wording, deadline=deadline, arrived=arrived)
+
+
+def _check(body: ChatRequest) -> int | None:
+    """The asked number of output tokens. Raises RequestError for what makes no sense together."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise RequestError("'max_tokens' and 'max_completion_tokens' differ; send one of them.", param="max_tokens")
-    answer = ChatCompletion(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
-    prompt = await _encode(gateway, body.messages, facts=facts)
-    choices = _choices(gateway, body, prompt, facts=facts, answer_id=answer.id)
-    with admit(gateway, choices, deadline=deadline) as admission:
-        events = run(gateway, choices, request, admission=admission, arrived=arrived)
-        async with contextlib.aclosing(events):
-            if body.stream:
-                return await _stream(request, gateway, events, answer=answer, body=body, choices=choices)
-            wholes = await collect(events, choices)
-    finished = [
-        ChatChoice(
-            index=c.index,
-            message=ChatAnswer(content=whole.text),
-            logprobs=render_logprobs(gateway.tokenizer, whole.logprobs) if body.logprobs else None,
-            finish_reason=c.output.finish_reason,
+    if body.max_tokens == 0 and body.prompt_logprobs is None:
+        raise RequestError(
+            "'max_tokens' is 0, so there would be no answer; send at least 1, or ask for 'prompt_logprobs'.",
+            param="max_tokens",
         )
-        for c, whole in zip(choices, wholes, strict=True)
-    ]
-    answer = msgspec.structs.replace(answer, choices=finished, usage=usage(choices))
-    return web.Response(
-        body=msgspec.json.encode(answer),
-        content_type="application/json",
-        headers=request_options.debug_headers(request, choices),
-    )
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
-def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """The template's messages: text parts joined, `developer` as `system`."""
-    converted = []
-    for message in messages:
-        content = message.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        role: Role = "system"
-        prefix = False
-        if isinstance(message, UserMessage):
-            role = "user"
-        elif isinstance(message, AssistantMessage):
-            role, prefix = "assistant", bool(message.prefix)
-        converted.append(Message(role, text, prefix))
-    return converted
+def _offered_tools(body: ChatRequest) -> list[Tool]:
+    """The tools the model may call now. Raises RequestError for a choice among none, or of one that is not there."""
+    tools, choice = body.tools or [], body.tool_choice
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise RequestError("Two tools have the same name; rename one.", param="tools")
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise RequestError("'tool_choice' needs 'tools' to choose from.", param="tool_choice")
+        if body.parallel_tool_calls is not None:
+            raise RequestError("'parallel_tool_calls' needs 'tools'.", param="parallel_tool_calls")
+    if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
+        raise RequestError(
+            f"'tool_choice' names {choice.function.name!r}, which is none of the tools.", param="tool_choice"
+        )
+    return [] if choice == "none" else tools
 
 
-async def _encode(gateway: Gateway, messages: Sequence[ChatMessage], *, facts: EngineFacts) -> ChatPrompt:
-    template = gateway.chat_template
-    if template is None:
-        raise RequestError("This model has no chat template; use /v1/completions.", param="messages")
-    converted = to_messages(messages)
-    num_chars = sum(len(m.content) for m in converted)
-    refuse_hopeless(num_chars, gateway.tokenizer, param="messages", facts=facts)
-    if num_chars + 100 * len(converted) > LONG_TEXT_CHARS:
-        return await asyncio.to_thread(template.encode, converted)
-    return template.encode(converted)
+async def _grammar(
+    gateway: Gateway, body: ChatRequest, tools: Sequence[Tool], *, at_start: bool, facts: EngineFacts
+) -> str | None:
+    """What the output must look like, in llguidance's words; None for anything. Raises RequestError."""
+    wanted = structured_output(body)
+    if tools:
+        if wanted is not None:
+            raise RequestError(
+                f"{wanted[1]!r} cannot be combined with tools; leave one of them out, or set 'tool_choice' to 'none'.",
+                param=wanted[1],
+            )
+        check_combination(body, "tools")
+        from cluster.text.tools import tool_grammar
+
+        compiler = await gateway.grammars.compiler(facts)
+        named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None
+        return await asyncio.to_thread(
+            tool_grammar,
+            to_definitions(tools),
+            compiler=compiler,
+            required=body.tool_choice == "required" or named is not None,
+            name=named,
+            parallel=body.parallel_tool_calls is not False,
+        )
+    if wanted is None:
+        return None
+    check_combination(body, wanted[1])
+    return await gateway.grammars.compile(wanted[0], at_start=at_start, param=wanted[1], facts=facts)
 
 
 def _choices(
-    gateway: Gateway, body: ChatRequest, prompt: ChatPrompt, *, facts: EngineFacts, answer_id: str
+    gateway: Gateway,
+    body: ChatRequest,
+    prompt: ChatPrompt,
+    *,
+    max_tokens: int | None,
+    grammar: str | None,
+    tools: Sequence[Tool],
+    facts: EngineFacts,
+    answer_id: str,
 ) -> list[Choice]:
     seed = sampling.random_seed() if body.seed is None else body.seed
-    max_tokens = sampling.resolve_max_tokens(
-        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
-        default=None,
-        num_prompt_tokens=len(prompt.token_ids),
-        facts=facts,
-        prompt_param="messages",
+    num_tokens = sampling.resolve_max_tokens(
+        max_tokens, default=None, num_prompt_tokens=len(prompt.token_ids), facts=facts, prompt_param="messages"
     )
     choices = []
     for copy in range(body.n or 1):
         params = sampling.sampling_params(
             body,
-            max_tokens=max_tokens,
+            max_tokens=num_tokens,
             seed=sampling.derive_seed(seed, copy),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+            grammar=grammar,
+            tokenizer=gateway.tokenizer,
             facts=facts,
         )
         choices.append(
@@ -137,69 +170,121 @@ def _choices(
                 prompt_token_ids=prompt.token_ids,
                 continues=prompt.continues,
                 sampling=params,
+                tool_calls_token_id=gateway.tokenizer.tool_calls_token_id if tools else None,
             )
         )
     return choices
 
 
-async def _stream(
-    request: web.Request,
-    gateway: Gateway,
-    events: AsyncGenerator[Event, None],
-    *,
-    answer: ChatCompletion,
-    body: ChatRequest,
-    choices: list[Choice],
-) -> web.StreamResponse:
-    opened: set[int] = set()
+@dataclass
+class _Wording:
+    gateway: Gateway
+    body: ChatRequest
+    head: ChatCompletion
+    choices: Sequence[Choice]
+    _opened: set[int] = field(default_factory=set)
 
-    def chunk(part: ChatChunkChoice) -> ChatChunk:
-        return ChatChunk(id=answer.id, created=answer.created, model=answer.model, choices=[part])
-
-    def chunks(event: Event) -> Iterator[ChatChunk]:
-        choice, step = event
-        index = choice.index
-        if index not in opened:
-            opened.add(index)
-            yield chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")))
-        if step.text or step.logprobs:
-            logprobs = render_logprobs(gateway.tokenizer, step.logprobs) if body.logprobs else None
-            yield chunk(ChatChunkChoice(index=index, delta=ChatDelta(content=step.text), logprobs=logprobs))
-        if step.finish_reason is not None:
-            yield chunk(ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=step.finish_reason))
-
-    def last_chunks() -> Iterator[ChatChunk]:
-        if body.include_usage:
-            yield ChatChunk(id=answer.id, created=answer.created, model=answer.model, choices=[], usage=usage(choices))
-
-    return await sse.stream(
-        request,
-        events,
-        chunks=chunks,
-        last_chunks=last_chunks,
-        headers=lambda: request_options.debug_headers(request, choices),
-        keep_alive_s=gateway.keep_alive_s,
-    )
-
-
-def render_logprobs(tokenizer: Tokenizer, placed: Sequence[PlacedLogprob]) -> ChatLogprobs:
-    """OpenAI's list of tokens, each with its alternatives."""
-
-    def top(token_id: int, logprob: float) -> TopLogprob:
-        return TopLogprob(
-            token=tokenizer.token_text(token_id),
-            logprob=max(logprob, LOWEST_LOGPROB),
-            bytes=tokenizer.token_bytes(token_id),
+    def whole(self, wholes: Sequence[Whole]) -> ChatCompletion:
+        finished = []
+        for whole in wholes:
+            calls = _join_calls(whole.steps)
+            message = ChatAnswer(
+                content=None if calls and not whole.text else whole.text, tool_calls=calls if calls else UNSET
+            )
+            finished.append(
+                ChatChoice(
+                    index=whole.choice.index,
+                    message=message,
+                    logprobs=render_chat(self.gateway.tokenizer, whole.logprobs) if self.body.logprobs else None,
+                    finish_reason=_finish_reason(whole.choice, whole.choice.output.finish_reason),
+                    token_ids=whole.token_ids if self.body.return_token_ids else UNSET,
+                )
+            )
+        return msgspec.structs.replace(
+            self.head,
+            choices=finished,
+            usage=usage(self.choices),
+            prompt_logprobs=self._prompt_logprobs(),
+            prompt_token_ids=self._prompt_token_ids(),
         )
 
-    return ChatLogprobs(
-        content=[
-            ChatTokenLogprob(
-                token=tokenizer.token_text(p.logprob.token_id),
-                logprob=max(p.logprob.logprob, LOWEST_LOGPROB),
-                bytes=tokenizer.token_bytes(p.logprob.token_id),
-                top_logprobs=[top(*t) for t in p.logprob.top],
+    def chunks(self, event: Event) -> Iterator[ChatChunk]:
+        choice, step = event.choice, event.step
+        index = choice.index
+        token_ids = event.token_ids if self.body.return_token_ids else UNSET
+        if index not in self._opened:
+            first = not self._opened
+            self._opened.add(index)
+            yield self._chunk(
+                ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content="")),
+                prompt_logprobs=self._prompt_logprobs() if first else UNSET,
+                prompt_token_ids=self._prompt_token_ids() if first else UNSET,
             )
-            for p in placed
-        ]
-    )
+        if step.text or step.logprobs or (token_ids and not getattr(step, "tool_calls", ())):
+            logprobs = render_chat(self.gateway.tokenizer, step.logprobs) if self.body.logprobs else None
+            delta = ChatDelta(content=step.text)
+            yield self._chunk(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, token_ids=token_ids))
+            token_ids = [] if self.body.return_token_ids else UNSET
+        if getattr(step, "tool_calls", ()):
+            delta = ChatDelta(tool_calls=[_call_delta(call) for call in getattr(step, "tool_calls", ())])
+            yield self._chunk(ChatChunkChoice(index=index, delta=delta, token_ids=token_ids))
+        if step.finish_reason is not None:
+            reason = _finish_reason(choice, step.finish_reason)
+            yield self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=reason))
+
+    def last_chunks(self) -> Iterator[ChatChunk]:
+        if self.body.include_usage:
+            yield ChatChunk(
+                id=self.head.id,
+                created=self.head.created,
+                model=self.head.model,
+                choices=[],
+                usage=usage(self.choices),
+            )
+
+    def _chunk(
+        self,
+        part: ChatChunkChoice,
+        *,
+        prompt_logprobs: PromptLogprobs | UnsetType = UNSET,
+        prompt_token_ids: list[int] | UnsetType = UNSET,
+    ) -> ChatChunk:
+        return ChatChunk(
+            id=self.head.id,
+            created=self.head.created,
+            model=self.head.model,
+            choices=[part],
+            usage=usage(self.choices) if self.body.continuous_usage else None,
+            prompt_logprobs=prompt_logprobs,
+            prompt_token_ids=prompt_token_ids,
+        )
+
+    def _prompt_logprobs(self) -> PromptLogprobs | UnsetType:
+        if self.body.prompt_logprobs is None:
+            return UNSET
+        entries = next((c.prompt_logprobs for c in self.choices if c.prompt_logprobs), [])
+        return render_prompt(self.gateway.tokenizer, entries, num_top=self.body.prompt_logprobs)
+
+    def _prompt_token_ids(self) -> list[int] | UnsetType:
+        return self.choices[0].request.prompt_token_ids if self.body.return_token_ids else UNSET
+
+
+def _finish_reason(choice: Choice, reason: FinishReason | None) -> str | None:
+    return "tool_calls" if reason is FinishReason.STOP and getattr(choice.output, "called_tools", False) else reason
+
+
+def _join_calls(steps: Sequence[OutputStep]) -> list[AnsweredToolCall]:
+    """The calls whose pieces the steps hold."""
+    ids: dict[int, str] = {}
+    names: dict[int, str] = {}
+    arguments: dict[int, list[str]] = {}
+    for call in (call for step in steps for call in getattr(step, "tool_calls", ())):
+        if call.id is not None:
+            ids[call.index] = call.id
+        if call.name is not None:
+            names[call.index] = call.name
+        arguments.setdefault(call.index, []).append(call.arguments)
+    return [
+        AnsweredToolCall(id=ids[i], function=AnsweredFunction(name=names[i], arguments="".join(arguments[i])))
+        for i in sorted(ids)
+    ]

@@ -1,30 +1,33 @@
-"""POST /v1/completions: a prompt as text or token ids, continued.
+"""POST /v1/completions: a prompt as text or token ids, continued, echoed, or filled in before a suffix.
 
 Knows the endpoint's prompt forms and answer shape. The text of an answer goes on where the prompt's ended: a first token `▁world`
 behind "Hello" is " world".
 """
 
-import asyncio
-import contextlib
-import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET, UnsetType
 
-from cluster.api import request_options, sampling, sse
+from cluster.api import request_options, sampling
+from cluster.api.answering import answer, check_shape
 from cluster.api.gateway import GATEWAY, Gateway
-from cluster.api.generation import Choice, Event, admit, check_shape, collect, make_choice, run, usage
-from cluster.api.schemas import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest, parse
+from cluster.api.generation import Choice, Event, Whole, make_choice, usage
+from cluster.api.logprobs import EchoedPrompt, echo_prompt, render_completion, render_prompt
+from cluster.api.prompts import encode_prompt, in_thread_if_long, refuse_hopeless, split_prompt, truncate
+from cluster.api.schemas.base import PromptLogprobs
+from cluster.api.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from cluster.api.schemas.parse import parse
+from cluster.api.structured import check_combination, structured_output
+
+encode_infilling = None
 from cluster.text.output import PlacedLogprob
-from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.protocol import EngineFacts
-
-LONG_TEXT_CHARS = 4096  # about a millisecond of encoding; longer texts are encoded in a thread
-LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
 
 async def handle(request: web.Request) -> web.StreamResponse:
@@ -36,55 +39,62 @@ async def handle(request: web.Request) -> web.StreamResponse:
     gateway.check_model(body.model)
     facts = gateway.router.facts
     prompts = split_prompt(body.prompt)
-    check_shape(gateway, body, num_prompts=len(prompts))
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise RequestError("'best_of' other than n is not supported by this server; leave it out.", param="best_of")
-    answer = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
-    choices = await _choices(gateway, body, prompts, facts=facts, answer_id=answer.id)
-    with admit(gateway, choices, deadline=deadline) as admission:
-        events = run(gateway, choices, request, admission=admission, arrived=arrived)
-        async with contextlib.aclosing(events):
-            if body.stream:
-                return await _stream(request, gateway, events, answer=answer, body=body, choices=choices)
-            wholes = await collect(events, choices)
-    finished = [
-        CompletionChoice(
-            index=c.index,
-            text=whole.text,
-            logprobs=None if body.logprobs is None else render_logprobs(gateway.tokenizer, whole.logprobs),
-            finish_reason=c.output.finish_reason,
+    num_copies = body.best_of or body.n or 1
+    _check(body, prompts)
+    check_shape(gateway, body, num_prompts=len(prompts), num_copies=num_copies)
+    head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
+    choices = await _choices(gateway, body, prompts, facts=facts, answer_id=head.id, num_copies=num_copies)
+    wording = _Wording(gateway, body, head, choices)
+    return await answer(request, gateway, body, choices, wording, deadline=deadline, arrived=arrived)
+
+
+def _check(body: CompletionRequest, prompts: Sequence[str | list[int]]) -> None:
+    """Raises RequestError for what makes no sense together."""
+    n = body.n or 1
+    if body.best_of is not None and body.best_of < n:
+        raise RequestError(f"'best_of' is {body.best_of}; it must be at least n, which is {n}.", param="best_of")
+    if body.best_of is not None and body.best_of > n and body.stream:
+        raise RequestError(
+            "'best_of' beyond n cannot be streamed: which ones are best is known at the end.", param="best_of"
         )
-        for c, whole in zip(choices, wholes, strict=True)
-    ]
-    answer = msgspec.structs.replace(answer, choices=finished, usage=usage(choices))
-    return web.Response(
-        body=msgspec.json.encode(answer),
-        content_type="application/json",
-        headers=request_options.debug_headers(request, choices),
-    )
-
-
-def split_prompt(prompt: str | Sequence[str | int | list[int]]) -> list[str | list[int]]:
-    """The prompts a body's `prompt` holds. Raises RequestError for an empty or a mixed list."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt or any(isinstance(p, list) and not p for p in prompt):
-        raise RequestError("'prompt' holds an empty list; send at least one text or token id.", param="prompt")
-    token_ids = [p for p in prompt if isinstance(p, int)]
-    prompts = [p for p in prompt if not isinstance(p, int)]
-    if token_ids and not prompts:
-        return [token_ids]
-    if token_ids or len({type(p) for p in prompts}) > 1:
-        raise RequestError("'prompt' mixes texts and token ids; use one of them.", param="prompt")
-    return prompts
+    if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        raise RequestError(
+            "'max_tokens' is 0, so there would be no answer; send at least 1, or ask for 'echo' or 'prompt_logprobs'.",
+            param="max_tokens",
+        )
+    if body.suffix:
+        if body.echo:
+            raise RequestError("'echo' cannot be combined with 'suffix'; leave one of them out.", param="echo")
+        if not all(isinstance(p, str) for p in prompts):
+            raise RequestError("'suffix' needs a prompt that is text.", param="suffix")
 
 
 async def _choices(
-    gateway: Gateway, body: CompletionRequest, prompts: list[str | list[int]], *, facts: EngineFacts, answer_id: str
+    gateway: Gateway,
+    body: CompletionRequest,
+    prompts: list[str | list[int]],
+    *,
+    facts: EngineFacts,
+    answer_id: str,
+    num_copies: int,
 ) -> list[Choice]:
     choices: list[Choice] = []
+    wanted = structured_output(body)
+    if wanted is not None:
+        check_combination(body, wanted[1])
+    counts = [count for count in (body.logprobs if body.echo else None, body.prompt_logprobs) if count is not None]
+    ranks = num_copies > (body.n or 1)
+    grammars: dict[bool, str] = {}  # by whether the text opens behind nothing
     for prompt in prompts:
-        token_ids = await encode_prompt(gateway.tokenizer, prompt, facts=facts)
+        token_ids = await _encode(gateway, body, prompt, facts=facts)
+        grammar = None
+        if wanted is not None:
+            at_start = _opens(gateway, token_ids)
+            if at_start not in grammars:
+                grammars[at_start] = await gateway.grammars.compile(
+                    wanted[0], at_start=at_start, param=wanted[1], facts=facts
+                )
+            grammar = grammars[at_start]
         max_tokens = sampling.resolve_max_tokens(
             body.max_tokens,
             default=max(sampling.DEFAULT_COMPLETION_TOKENS, body.min_tokens or 0),
@@ -94,12 +104,15 @@ async def _choices(
         )
         # With the client's seed a prompt's text does not depend on its neighbours; without one, equal prompts differ.
         seed = sampling.random_seed() if body.seed is None else body.seed
-        for copy in range(body.n or 1):
+        for copy in range(num_copies):
             params = sampling.sampling_params(
                 body,
                 max_tokens=max_tokens,
                 seed=sampling.derive_seed(seed, copy),
-                logprobs=body.logprobs,
+                logprobs=0 if ranks and body.logprobs is None else body.logprobs,
+                prompt_logprobs=max(counts, default=None),
+                grammar=grammar,
+                tokenizer=gateway.tokenizer,
                 facts=facts,
             )
             choices.append(
@@ -117,68 +130,116 @@ async def _choices(
     return choices
 
 
-async def encode_prompt(tokenizer: Tokenizer, prompt: str | list[int], *, facts: EngineFacts) -> list[int]:
-    """Token ids of one prompt, text with the beginning-of-sequence token before it. Raises RequestError."""
-    if isinstance(prompt, list):
-        sampling.check_token_ids(prompt, param="prompt", vocab_size=facts.vocab_size)
-        return prompt
-    refuse_hopeless(len(prompt), tokenizer, param="prompt", facts=facts)
-    if len(prompt) > LONG_TEXT_CHARS:
-        return await asyncio.to_thread(tokenizer.encode, prompt)
-    return tokenizer.encode(prompt)
-
-
-def refuse_hopeless(num_chars: int, tokenizer: Tokenizer, *, param: str, facts: EngineFacts) -> None:
-    """Raises RequestError for a text too long whatever its tokens are, before time is spent on encoding it."""
-    least = math.ceil(num_chars / tokenizer.max_piece_chars)
-    if least >= facts.max_model_len:
-        raise sampling.too_long(least, param=param, max_model_len=facts.max_model_len, at_least=True)
-
-
-async def _stream(
-    request: web.Request,
-    gateway: Gateway,
-    events: AsyncGenerator[Event, None],
-    *,
-    answer: Completion,
-    body: CompletionRequest,
-    choices: list[Choice],
-) -> web.StreamResponse:
-    def chunks(event: Event) -> Iterator[Completion]:
-        choice, step = event
-        if step.text or step.logprobs or step.finish_reason is not None:
-            logprobs = None if body.logprobs is None else render_logprobs(gateway.tokenizer, step.logprobs)
-            part = CompletionChoice(
-                index=choice.index, text=step.text, logprobs=logprobs, finish_reason=step.finish_reason
+async def _encode(
+    gateway: Gateway, body: CompletionRequest, prompt: str | list[int], *, facts: EngineFacts
+) -> list[int]:
+    tokenizer, keep = gateway.tokenizer, body.truncate_prompt_tokens
+    if body.suffix and isinstance(prompt, str):
+        if keep is not None:
+            raise RequestError(
+                "'truncate_prompt_tokens' cannot be combined with 'suffix'; shorten one of the texts.",
+                param="truncate_prompt_tokens",
             )
-            yield Completion(id=answer.id, created=answer.created, model=answer.model, choices=[part])
-
-    def last_chunks() -> Iterator[Completion]:
-        if body.include_usage:
-            yield msgspec.structs.replace(answer, usage=usage(choices))
-
-    return await sse.stream(
-        request,
-        events,
-        chunks=chunks,
-        last_chunks=last_chunks,
-        headers=lambda: request_options.debug_headers(request, choices),
-        keep_alive_s=gateway.keep_alive_s,
-    )
+        suffix, num_chars = body.suffix, len(prompt) + len(body.suffix)
+        refuse_hopeless(num_chars, tokenizer, param="prompt", facts=facts)
+        return await in_thread_if_long(num_chars, lambda: encode_infilling(tokenizer, prompt, suffix))
+    token_ids = await encode_prompt(tokenizer, prompt, facts=facts, truncates=keep is not None)
+    return truncate(token_ids, keep, facts=facts, num_output=body.max_tokens)
 
 
-def render_logprobs(tokenizer: Tokenizer, placed: Sequence[PlacedLogprob]) -> CompletionLogprobs:
-    """OpenAI's parallel lists. The chosen token is always among `top_logprobs`, even beyond the number asked for."""
-    tops: list[dict[str, float]] = []
-    for p in placed:
-        top: dict[str, float] = {}
-        for token_id, logprob in [*p.logprob.top, (p.logprob.token_id, p.logprob.logprob)]:
-            # Two tokens may read the same; the likelier one, which comes first, stays.
-            top.setdefault(tokenizer.token_text(token_id), max(logprob, LOWEST_LOGPROB))
-        tops.append(top)
-    return CompletionLogprobs(
-        tokens=[tokenizer.token_text(p.logprob.token_id) for p in placed],
-        token_logprobs=[max(p.logprob.logprob, LOWEST_LOGPROB) for p in placed],
-        top_logprobs=tops,
-        text_offset=[p.text_offset for p in placed],
-    )
+def _opens(gateway: Gateway, token_ids: list[int]) -> bool:
+    """Whether the output's text has none before it, so that its first token loses a leading space."""
+    control = gateway.tokenizer.control_token_ids
+    return all(token_id in control for token_id in token_ids)
+
+
+@dataclass
+class _Wording:
+    gateway: Gateway
+    body: CompletionRequest
+    head: Completion
+    choices: Sequence[Choice]
+    _echoes: dict[int, EchoedPrompt] = field(default_factory=dict)  # by choice
+
+    def whole(self, wholes: Sequence[Whole]) -> Completion:
+        kept = self._best(wholes)
+        finished = []
+        for index, whole in enumerate(kept):
+            echoed = self._echoed(whole.choice)
+            finished.append(
+                CompletionChoice(
+                    index=index,
+                    text=(echoed.text if echoed else "") + whole.text,
+                    logprobs=self._logprobs(
+                        whole.choice, whole.logprobs, echoed, start=len(echoed.text) if echoed else 0
+                    ),
+                    finish_reason=whole.choice.output.finish_reason,
+                    prompt_logprobs=self._prompt_logprobs(whole.choice),
+                    prompt_token_ids=self._if_ids(whole.choice.request.prompt_token_ids),
+                    token_ids=self._if_ids(whole.token_ids),
+                )
+            )
+        return msgspec.structs.replace(self.head, choices=finished, usage=usage(self.choices))
+
+    def chunks(self, event: Event) -> Iterator[Completion]:
+        choice, step = event.choice, event.step
+        echoed = self._echoed(choice)
+        start = len(echoed.text) if echoed else 0
+        first_echo = echoed if event.is_first else None
+        says = step.text or step.logprobs or step.finish_reason is not None or first_echo is not None
+        if not says and not (self.body.return_token_ids and event.token_ids):
+            return
+        part = CompletionChoice(
+            index=choice.index,
+            text=(first_echo.text if first_echo else "") + step.text,
+            logprobs=self._logprobs(choice, step.logprobs, first_echo, start=start),
+            finish_reason=step.finish_reason,
+            prompt_logprobs=self._prompt_logprobs(choice) if event.is_first else UNSET,
+            prompt_token_ids=self._if_ids(choice.request.prompt_token_ids) if event.is_first else UNSET,
+            token_ids=self._if_ids(event.token_ids),
+        )
+        so_far = usage(self.choices) if self.body.continuous_usage else None
+        yield msgspec.structs.replace(self.head, choices=[part], usage=so_far)
+
+    def last_chunks(self) -> Iterator[Completion]:
+        if self.body.include_usage:
+            yield msgspec.structs.replace(self.head, usage=usage(self.choices))
+
+    def _best(self, wholes: Sequence[Whole]) -> list[Whole]:
+        """The n likeliest of each prompt's best_of, by log-probability per token; all of them in their order if they are as many."""
+        n, num_copies = self.body.n or 1, self.body.best_of or self.body.n or 1
+        if num_copies == n:
+            return list(wholes)
+        kept: list[Whole] = []
+        for i in range(0, len(wholes), num_copies):
+            kept += sorted(wholes[i : i + num_copies], key=lambda w: -w.choice.mean_logprob)[:n]
+        return kept
+
+    def _echoed(self, choice: Choice) -> EchoedPrompt | None:
+        if not self.body.echo:
+            return None
+        if choice.index not in self._echoes:
+            self._echoes[choice.index] = echo_prompt(self.gateway.tokenizer, choice.request.prompt_token_ids)
+        return self._echoes[choice.index]
+
+    def _logprobs(
+        self, choice: Choice, placed: Sequence[PlacedLogprob], echoed: EchoedPrompt | None, *, start: int
+    ) -> CompletionLogprobs | None:
+        if self.body.logprobs is None:
+            return None
+        return render_completion(
+            self.gateway.tokenizer,
+            placed,
+            num_top=self.body.logprobs,
+            echoed=echoed,
+            echoed_logprobs=choice.prompt_logprobs,
+            start=start,
+        )
+
+    def _prompt_logprobs(self, choice: Choice) -> PromptLogprobs | UnsetType:
+        if self.body.prompt_logprobs is None:
+            return UNSET
+        return render_prompt(self.gateway.tokenizer, choice.prompt_logprobs, num_top=self.body.prompt_logprobs)
+
+    def _if_ids(self, token_ids: list[int]) -> list[int] | UnsetType:
+        return token_ids if self.body.return_token_ids else UNSET

@@ -3,7 +3,7 @@
 import msgspec
 from aiohttp import web
 
-from cluster.api.completions import encode_prompt
+from cluster.api.prompts import encode_prompt
 from cluster.api.gateway import GATEWAY
 from cluster.router.policy import POLICIES
 from workers.errors import RequestError

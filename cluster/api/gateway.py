@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from cluster.api.errors import ModelNotFoundError
+from cluster.api.structured import Grammars
 from cluster.metrics import Metrics
 from cluster.router.router import Router
 from cluster.text.chat import ChatTemplate
@@ -28,6 +29,8 @@ class Gateway:
     max_sequences_per_request: int
     metrics: Metrics
     keep_alive_s: float  # how long a stream stays silent
+    grammars: Grammars
+    serves_embeddings: bool = True
     admin: "Admin | None" = None
     created: int = field(default_factory=lambda: int(time.time()))
 

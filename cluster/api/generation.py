@@ -9,17 +9,18 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from aiohttp import web
 
 from cluster.api.errors import ClientGoneError
 from cluster.api.gateway import Gateway
-from cluster.api.schemas import GenerationRequest, PromptTokensDetails, Usage
+from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usage
 from cluster.router.admission import Admission
 from cluster.router.stream import Trace
 from cluster.text.output import OutputStep, OutputText, PlacedLogprob
-from workers.errors import EngineError, RequestError
-from workers.protocol import FinishReason, GenerateRequest, SamplingParams
+from workers.errors import EngineError
+from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenLogprob
 
 
 @dataclass
@@ -31,10 +32,22 @@ class Choice:
     request: GenerateRequest
     output: OutputText
     num_cached_tokens: int | None = None  # None before the first delta
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # there with the first delta, if asked for
+    sum_logprob: float = 0.0  # of the output's tokens, where log-probabilities were asked for
     trace: Trace = field(default_factory=Trace)
 
+    @property
+    def mean_logprob(self) -> float:
+        return self.sum_logprob / max(self.output.num_tokens, 1)
 
-Event = tuple[Choice, OutputStep]
+
+class Event(NamedTuple):
+    """What one delta adds to a choice. `token_ids`: all it generated, those without text included."""
+
+    choice: Choice
+    step: OutputStep
+    token_ids: list[int]
+    is_first: bool
 
 
 def make_choice(
@@ -47,8 +60,9 @@ def make_choice(
     prompt_token_ids: list[int],
     continues: Sequence[int],
     sampling: SamplingParams,
+    tool_calls_token_id: int | None = None,
 ) -> Choice:
-    """continues: the ids whose text stands before the answer's (see Detokenizer)."""
+    """continues: the ids whose text stands before the answer's (see Detokenizer). tool_calls_token_id: None for no tools."""
     request = GenerateRequest(
         request_id=f"{answer_id}-{index}",
         prompt_token_ids=prompt_token_ids,
@@ -63,20 +77,6 @@ def make_choice(
         min_tokens=sampling.min_tokens,
     )
     return Choice(index, copy, request, output)
-
-
-def check_shape(gateway: Gateway, body: GenerationRequest, *, num_prompts: int) -> None:
-    """Raises RequestError for a body whose fields contradict each other or ask for too many sequences."""
-    if body.stream_options is not None and not body.stream:
-        raise RequestError("'stream_options' needs 'stream' to be true.", param="stream_options")
-    if not all(body.stop_strings):
-        raise RequestError("'stop' must not hold an empty string.", param="stop")
-    total, most = num_prompts * (body.n or 1), gateway.max_sequences_per_request
-    if total > most:
-        raise RequestError(
-            f"The request asks for {total} sequences ({num_prompts} prompts times n), more than the {most} one request may have.",
-            param="n" if num_prompts <= most else "prompt",
-        )
 
 
 def admit(
@@ -104,7 +104,7 @@ def usage(choices: Sequence[Choice]) -> Usage:
 async def run(
     gateway: Gateway, choices: Sequence[Choice], http_request: web.Request, *, admission: Admission, arrived: float
 ) -> AsyncGenerator[Event, None]:
-    """Yields (choice, what it adds) until every choice has finished. arrived: time.monotonic() at the request's first byte.
+    """Yields what each delta adds until every choice has finished. arrived: time.monotonic() at the request's first byte.
 
     Raises what the router raises, EngineError for a sequence the engine gave up, ClientGoneError when nobody listens any more.
     """
@@ -125,20 +125,24 @@ async def run(
 class Whole:
     """All of one choice, for an answer in one piece."""
 
+    choice: Choice
     text: str = ""
     logprobs: list[PlacedLogprob] = field(default_factory=list)
+    steps: list[OutputStep] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
 
 
 async def collect(events: AsyncGenerator[Event, None], choices: Sequence[Choice]) -> list[Whole]:
     """Runs to the end; one result per choice, in their order."""
-    texts: list[list[str]] = [[] for _ in choices]
-    results = [Whole() for _ in choices]
-    async for choice, step in events:
-        texts[choice.index].append(step.text)
-        results[choice.index].logprobs += step.logprobs
-    for result, parts in zip(results, texts, strict=True):
-        result.text = "".join(parts)
-    return results
+    results = {c.index: Whole(c) for c in choices}
+    async for event in events:
+        result = results[event.choice.index]
+        result.steps.append(event.step)
+        result.token_ids += event.token_ids
+    for result in results.values():
+        result.text = "".join([step.text for step in result.steps])
+        result.logprobs = [placed for step in result.steps for placed in step.logprobs]
+    return list(results.values())
 
 
 async def _run_one(
@@ -147,6 +151,7 @@ async def _run_one(
     metrics = gateway.metrics.sequence(num_prompt_tokens=len(choice.request.prompt_token_ids), arrived=arrived)
     trace = choice.trace
     outcome = "abort"
+    is_first = True
     try:
         deltas = gateway.router.generate(choice.request, admission=admission, trace=trace)
         async with contextlib.aclosing(deltas):
@@ -160,12 +165,18 @@ async def _run_one(
                         metrics.routed(
                             num_predicted_cached=trace.num_cached_tokens_predicted, num_cached=choice.num_cached_tokens
                         )
+                if delta.prompt_logprobs is not None:
+                    choice.prompt_logprobs = delta.prompt_logprobs
                 num_before = choice.output.num_tokens
                 step = choice.output.push(delta)
-                metrics.produced(choice.output.num_tokens - num_before, time.monotonic())
+                num_new = choice.output.num_tokens - num_before
+                if delta.logprobs is not None:
+                    choice.sum_logprob += sum(entry.logprob for entry in delta.logprobs[:num_new])
+                metrics.produced(num_new, time.monotonic())
                 if step.finish_reason is not None:
                     outcome = step.finish_reason.value
-                yield choice, step
+                yield Event(choice, step, delta.token_ids[:num_new], is_first)
+                is_first = False
                 if step.finish_reason is not None:
                     return
     except Exception:
@@ -178,9 +189,8 @@ async def _run_one(
 async def _merge(
     gateway: Gateway, choices: Sequence[Choice], *, admission: Admission, arrived: float
 ) -> AsyncGenerator[Event, None]:
-    queue: asyncio.Queue[Event | Exception] = asyncio.Queue(
-        maxsize=len(choices)
-    )  # a slow reader slows the readers below
+    # A slow reader slows the readers below.
+    queue: asyncio.Queue[Event | Exception] = asyncio.Queue(maxsize=len(choices))
 
     async def pump(choice: Choice) -> None:
         try:
@@ -197,7 +207,7 @@ async def _merge(
             event = await queue.get()
             if isinstance(event, Exception):
                 raise event
-            if event[1].finish_reason is not None:
+            if event.step.finish_reason is not None:
                 num_open -= 1
             yield event
     finally:

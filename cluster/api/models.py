@@ -7,7 +7,7 @@ import msgspec
 from aiohttp import web
 
 from cluster.api.gateway import GATEWAY, Gateway
-from cluster.api.schemas import ModelCard, ModelList
+from cluster.api.schemas.other import ModelCard, ModelList
 from workers.errors import ReplicaUnavailableError
 
 

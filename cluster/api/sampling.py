@@ -6,7 +6,8 @@ Knows the model's facts and OpenAI's rules for lengths. Knows no prompt text and
 import hashlib
 import secrets
 
-from cluster.api.schemas import GenerationRequest
+from cluster.api.schemas.base import GenerationRequest
+from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.protocol import EngineFacts, SamplingParams
 
@@ -65,7 +66,15 @@ def resolve_max_tokens(
 
 
 def sampling_params(
-    body: GenerationRequest, *, max_tokens: int, seed: int, logprobs: int | None, facts: EngineFacts
+    body: GenerationRequest,
+    *,
+    max_tokens: int,
+    seed: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    grammar: str | None = None,
+    tokenizer: Tokenizer,
+    facts: EngineFacts,
 ) -> SamplingParams:
     """Raises RequestError for what only the model can tell: token ids it does not have, min_tokens beyond max_tokens."""
     min_tokens = body.min_tokens or 0
@@ -73,9 +82,10 @@ def sampling_params(
         raise RequestError(
             f"'min_tokens' is {min_tokens}, more than the {max_tokens} tokens allowed.", param="min_tokens"
         )
-    stop_token_ids, logit_bias = body.stop_token_ids or [], body.logit_bias or {}
+    stop_token_ids, logit_bias, allowed = body.stop_token_ids or [], body.logit_bias or {}, body.allowed_token_ids
     check_token_ids(stop_token_ids, param="stop_token_ids", vocab_size=facts.vocab_size)
     check_token_ids(list(logit_bias), param="logit_bias", vocab_size=facts.vocab_size)
+    check_token_ids(allowed or [], param="allowed_token_ids", vocab_size=facts.vocab_size)
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
@@ -91,4 +101,8 @@ def sampling_params(
         stop_token_ids=tuple(stop_token_ids),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
+        bad_words=tokenizer.bad_words_ids(body.bad_words) if body.bad_words else (),
+        grammar=grammar,
     )

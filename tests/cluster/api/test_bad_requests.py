@@ -11,7 +11,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from fake_replica import FakeReplica
 
 from cluster.api.app import make_app
-from cluster.api.schemas import UNSUPPORTED, ChatRequest, CompletionRequest
+from cluster.api.schemas.chat import ChatRequest
+from cluster.api.schemas.completions import CompletionRequest
+from cluster.api.schemas.parse import UNSUPPORTED
 from cluster.router.router import Router
 from cluster.text.chat import ChatTemplate
 from cluster.text.tokenizer import load_tokenizer
@@ -57,8 +59,8 @@ BAD_COMPLETIONS = [
     ({"prompt": {"text": "x"}}, "prompt", "prompt"),
     ({"prompt": [5] * 64}, "prompt", "64 tokens"),
     ({"prompt": "x " * 40_000}, "prompt", "at least"),
-    ({"max_tokens": 0}, "max_tokens", ">= 1"),
-    ({"max_tokens": -5}, "max_tokens", ">= 1"),
+    ({"max_tokens": 0}, "max_tokens", "'echo' or 'prompt_logprobs'"),
+    ({"max_tokens": -5}, "max_tokens", ">= 0"),
     ({"max_tokens": 1.5}, "max_tokens", "int"),
     ({"max_tokens": "5"}, "max_tokens", "int"),
     (
@@ -82,7 +84,8 @@ BAD_COMPLETIONS = [
     ({"n": 129}, "n", "<= 128"),
     ({"n": 5, "prompt": ["a"] * 2}, "n", "10 sequences"),
     ({"prompt": ["a"] * 9}, "prompt", "9 sequences"),
-    ({"best_of": 2}, "best_of", "best_of"),
+    ({"best_of": 1, "n": 2}, "best_of", "at least n"),
+    ({"best_of": 9}, "n", "9 sequences"),
     ({"logprobs": 21}, "logprobs", "<= 20"),
     ({"logprobs": True}, "logprobs", "int"),
     ({"logit_bias": {"4096": 1}}, "logit_bias", "token id 4096"),
@@ -136,7 +139,7 @@ BAD_CHATS = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "<= 20"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "differ"),
     ({"max_completion_tokens": 100}, "max_tokens", "100 for the output"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
 ]
 
 

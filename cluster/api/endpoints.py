@@ -1,0 +1,178 @@
+"""The table of endpoints: what the router serves and what /openapi.json says come from the same rows, so neither can be forgotten.
+
+Knows every endpoint's path, types and statuses. The web page's files are not in it (pages.py).
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from aiohttp import web
+
+from cluster.api import (
+    admin,
+    chat,
+    completions,
+    debug,
+    embeddings,
+    health,
+    models,
+    moderations,
+    openapi,
+    tokens,
+    version,
+)
+from cluster.api.schemas import other
+from cluster.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
+from cluster.api.schemas.completions import Completion, CompletionRequest
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+BODY_ERRORS = (400, 408, 413, 415)
+MODEL_ERRORS = (403, 404)
+RUN_ERRORS = (429, 500, 503, 504)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """One row. `answer`: the type of a 200's JSON, None where it is no JSON of ours. `chunk`: of a stream's events."""
+
+    method: Literal["GET", "POST"]
+    path: str
+    handler: Handler
+    summary: str
+    body: type | None = None
+    answer: Any = None
+    chunk: Any = None
+    success: int = 200
+    content_type: str = "application/json"
+    errors: tuple[int, ...] = ()
+    query: tuple[str, ...] = ()
+    is_open: bool = False  # needs no key
+
+
+ENDPOINTS = (
+    Endpoint(
+        method="POST",
+        path="/v1/completions",
+        handler=completions.handle,
+        summary="Continue a prompt.",
+        body=CompletionRequest,
+        answer=Completion,
+        chunk=Completion,
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, *RUN_ERRORS),
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/chat/completions",
+        handler=chat.handle,
+        summary="Answer a conversation.",
+        body=ChatRequest,
+        answer=ChatCompletion,
+        chunk=ChatChunk,
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, *RUN_ERRORS),
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/embeddings",
+        handler=embeddings.handle,
+        summary="Embed texts: the mean of the last hidden states.",
+        body=other.EmbeddingRequest,
+        answer=other.EmbeddingList,
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, *RUN_ERRORS),
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/moderations",
+        handler=moderations.handle,
+        summary="Let the model judge texts by Mistral's 13 categories.",
+        body=other.ModerationRequest,
+        answer=other.ModerationAnswer,
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, *RUN_ERRORS),
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/models",
+        handler=models.list_models,
+        summary="The served names.",
+        answer=other.ModelList,
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/models/{model:.+}",
+        handler=models.get_model,
+        summary="One served name.",
+        answer=other.ModelCard,
+        errors=(404,),
+    ),
+    Endpoint(
+        method="POST",
+        path="/tokenize",
+        handler=tokens.tokenize,
+        summary="A prompt's or a conversation's token ids.",
+        body=other.TokenizeRequest,
+        answer=other.TokenizeAnswer,
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 429, 503),
+    ),
+    Endpoint(
+        method="POST",
+        path="/detokenize",
+        handler=tokens.detokenize,
+        summary="The text of token ids.",
+        body=other.DetokenizeRequest,
+        answer=other.DetokenizeAnswer,
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 429, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/version",
+        handler=version.handle,
+        summary="The server's release.",
+        answer=other.VersionAnswer,
+    ),
+    Endpoint(
+        method="GET",
+        path="/health",
+        handler=health.handle,
+        summary="Whether a request sent now would be served.",
+        answer=health.HealthAnswer,
+        errors=(503,),
+    ),
+    Endpoint(
+        method="GET",
+        path="/metrics",
+        handler=health.metrics,
+        summary="Prometheus metrics.",
+        content_type="text/plain",
+    ),
+    Endpoint(
+        method="GET",
+        path="/openapi.json",
+        handler=openapi.handle,
+        summary="This document.",
+    ),
+    Endpoint(
+        method="GET",
+        path="/debug/route",
+        handler=debug.handle,
+        summary="Where a prompt would go now, and why.",
+        query=("prompt", "prompt_token_ids", "policy"),
+        errors=(400, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/admin/cluster",
+        handler=admin.cluster,
+        summary="Replicas, ranks, nodes and gateways.",
+        errors=(404, 503),
+    ),
+    Endpoint(
+        method="POST",
+        path="/admin/replicas/{replica_id}/drain",
+        handler=admin.drain,
+        summary="Take a replica out of service without losing a stream.",
+        body=admin.DrainRequest,
+        success=202,
+        errors=(*BODY_ERRORS, 404, 503),
+    ),
+)

@@ -1,0 +1,62 @@
+"""Requests that compute a prompt and generate nothing: what embeddings and moderations run on.
+
+A few at a time, so that one HTTP request of 2,048 inputs neither takes all of the server's room nor is refused for want of it.
+Knows admission and the router; not what the results are for.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from cluster.api.gateway import Gateway
+from cluster.router.admission import Admission
+from workers.errors import EngineError
+from workers.protocol import FinishReason, GenerateRequest, TokenDelta
+
+MAX_AT_ONCE = 32
+
+
+def admit_inputs(
+    gateway: Gateway, requests: Sequence[GenerateRequest], *, deadline: float | None
+) -> contextlib.AbstractContextManager[Admission]:
+    """Room for as many of them as run at once. Raises as Router.admit does."""
+    num_tokens = sum(len(r.prompt_token_ids) for r in requests)
+    num_sequences = min(len(requests), MAX_AT_ONCE)
+    return gateway.router.admit(num_sequences, num_tokens, priority=requests[0].priority, deadline=deadline)
+
+
+async def run_inputs(
+    gateway: Gateway, requests: Sequence[GenerateRequest], *, admission: Admission, arrived: float
+) -> list[TokenDelta]:
+    """The last delta of each request, in their order. Raises what the router raises, EngineError for one the engine gave up."""
+    turns = asyncio.Semaphore(MAX_AT_ONCE)
+
+    async def run(request: GenerateRequest) -> TokenDelta:
+        async with turns:
+            return await _run_one(gateway, request, admission=admission, arrived=arrived)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run(request)) for request in requests]
+    except ExceptionGroup as e:
+        raise e.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _run_one(gateway: Gateway, request: GenerateRequest, *, admission: Admission, arrived: float) -> TokenDelta:
+    metrics = gateway.metrics.sequence(num_prompt_tokens=len(request.prompt_token_ids), arrived=arrived)
+    outcome = "abort"
+    try:
+        async with contextlib.aclosing(gateway.router.generate(request, admission=admission)) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+                    raise EngineError(delta.error or "The engine ended this request before it was complete.")
+                if delta.finish_reason is not None:
+                    outcome = delta.finish_reason.value
+                    return delta
+        raise EngineError("The engine ended this request before it was complete.")
+    except Exception:
+        outcome = "error"
+        raise
+    finally:
+        metrics.ended(outcome)

@@ -1,0 +1,50 @@
+"""How a body asks for output of a certain form: OpenAI's `response_format` and vLLM's `structured_outputs`.
+
+Knows their shapes only; cluster/api/structured.py reads them, cluster/text/grammar.py makes grammars of them.
+"""
+
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+MAX_CHOICES = 4096
+MAX_PATTERN_CHARS = 65_536
+
+JsonSchema = dict[str, Any] | bool
+
+
+class JsonSchemaFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`schema` is always adhered to, whatever `strict` says; without one, any JSON object will do."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class TextFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+    """Any text: no constraint."""
+
+
+class JsonObjectFormat(
+    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"
+):
+    """Any JSON object."""
+
+
+class SchemaFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+    """JSON that conforms to a schema."""
+
+    json_schema: JsonSchemaFormat
+
+
+ResponseFormat = TextFormat | JsonObjectFormat | SchemaFormat
+
+
+class StructuredOutputs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Exactly one of them. json: a JSON schema, also as text; regex: of the whole output; grammar: Lark."""
+
+    json: JsonSchema | str | None = None
+    regex: Annotated[str, Meta(min_length=1, max_length=MAX_PATTERN_CHARS)] | None = None
+    choice: Annotated[list[str], Meta(min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: Annotated[str, Meta(min_length=1, max_length=MAX_PATTERN_CHARS)] | None = None
