@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate test test-chaos lint format bench demo-model clean
+.PHONY: serve generate test test-chaos test-fuzz lint format bench demo-model clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tramontane serve $(ARGS)
@@ -14,8 +15,12 @@ serve: $(VENV)/.installed
 generate: $(VENV)/.installed
 	@exec $(BIN)/tramontane generate $(ARGS)
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev $(CLIENTS)/.installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# The long forms of the fuzzers: some thousand requests each, a few minutes.
+test-fuzz: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m fuzz tests/clients $(ARGS)
 
 # A rank killed at each of 64 tokens, nodes that come and go, then five minutes of random deaths under load: a quarter of an hour.
 test-chaos: $(VENV)/.installed-dev
@@ -42,7 +47,7 @@ demo-model: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_model/train.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -59,3 +64,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+# Other people's clients want other releases than the server does, and need nothing of it but HTTP: an environment of their own.
+$(CLIENTS)/.installed: tests/clients/requirements.txt | $(BIN)/python
+	@test -e $@ || echo "Installing the clients that the tests use into $(CLIENTS); the first time takes a minute or two." >&2
+	@test -e $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tests/clients/requirements.txt
+	@touch $@
