@@ -87,9 +87,9 @@ function figures(view, rates, looks) {
     { class: "figures" },
     figure("Tokens per second", known.length ? count(sum(known)) : NOTHING, sparkline(points, POINTS, "Tokens per second, the last minute")),
     figure("KV cache", percent(load("num_used_blocks"), blocks), bar(load("num_used_blocks"), blocks, "KV cache in use")),
-    figure("Running", count(load("num_running")), note("sequences on replicas")),
-    figure("Waiting", count(load("num_waiting")), note("sequences on replicas")),
-    figure("Queued", count(sum(view.gateways.map((g) => g.num_queued))), note("sequences at gateways")),
+    figure("Running", count(load("num_running")), note("on replicas")),
+    figure("Waiting", count(load("num_waiting")), note("on replicas")),
+    figure("Queued", count(sum(view.gateways.map((g) => g.num_queued))), note("at gateways")),
   );
 }
 
@@ -108,7 +108,7 @@ function card(replica, rate, looks) {
   return make(
     "article",
     { class: "card" },
-    make("header", {}, make("h2", {}, replica.replica_id), pill(stateOf(replica), replica.state)),
+    make("header", {}, make("h2", {}, replica.replica_id), pill(stateOf(replica), replica.state), uptime(replica)),
     replica.reason && make("p", { class: "reason" }, replica.reason),
     replica.state === "starting" && bar(replica.progress[0], replica.progress[1], "Weights read"),
     make(
@@ -118,7 +118,6 @@ function card(replica, rate, looks) {
       fact("Running", count(load.num_running)),
       fact("Waiting", count(load.num_waiting)),
       fact("Cache hits", percent(load.prefix_hits_total, load.prefix_queries_total)),
-      fact("Up", replica.ready_at === null ? NOTHING : duration(Date.now() / 1000 - replica.ready_at)),
     ),
     sparkline(points, POINTS, `Tokens per second of ${replica.replica_id}, the last minute`),
     make("div", { class: "kv" }, make("span", {}, "KV cache"), make("span", {}, load.num_blocks ? kv : NOTHING)),
@@ -168,6 +167,10 @@ function gateways(list) {
 
 function pill(text, state) {
   return make("span", { class: `pill ${state}` }, text);
+}
+
+function uptime({ ready_at: readyAt }) {
+  return readyAt !== null && make("span", { class: "hint" }, `up ${duration(Date.now() / 1000 - readyAt)}`);
 }
 
 function fact(name, value) {

@@ -21,10 +21,12 @@ export function sparkline(points, count, label) {
   const y = (value) => HEIGHT - 1.5 - (value / top) * (HEIGHT - 4);
   const line = points.map((value, i) => `${x(i).toFixed(1)},${y(value).toFixed(1)}`);
   const svg = { class: "sparkline", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": label };
-  if (points.length < 2) return makeSvg("svg", svg);
+  const ground = makeSvg("path", { class: "ground", d: `M0,${HEIGHT - 1.5} H${WIDTH}` });
+  if (points.length < 2) return makeSvg("svg", svg, ground);
   return makeSvg(
     "svg",
     svg,
+    ground,
     makeSvg("path", { class: "area", d: `M${x(0).toFixed(1)},${HEIGHT} L${line.join(" L")} L${WIDTH},${HEIGHT} Z` }),
     makeSvg("polyline", { points: line.join(" ") }),
   );

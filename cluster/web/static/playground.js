@@ -46,6 +46,7 @@ function isChat() {
 
 function showMode() {
   const chat = isChat();
+  $("stage").classList.toggle("chat", chat);
   for (const id of ["system-box", "log", "message"]) $(id).hidden = !chat;
   $("chat-empty").hidden = !chat || !conversation.isEmpty;
   $("prompt").hidden = chat;
@@ -120,7 +121,7 @@ async function answer({ path, body }) {
     again: () => (target.isEmpty ? submit() : answerAgain()),
   });
   if (!target.isEmpty) {
-    target.close({ length: "Cut at the length limit", stopped: "Stopped" }[outcome?.finishReason]);
+    following(() => target.close({ length: "Cut at the length limit", stopped: "Stopped" }[outcome?.finishReason]));
     return;
   }
   // What got no answer goes back to where it was written: two messages of the user in a row suit no template.
@@ -156,11 +157,13 @@ async function perform(path, body, { onText, onToolCall, again }) {
   showRunning(true);
   try {
     const outcome = await run(path, body, { signal: controller.signal, onText, onToolCall });
-    showStats(outcome);
+    following(() => showStats(outcome));
     return outcome;
   } catch (error) {
-    if (error.outcome?.numPieces) showStats(error.outcome);
-    showTrouble(error, { again });
+    following(() => {
+      if (error.outcome?.numPieces) showStats(error.outcome);
+      showTrouble(error, { again });
+    });
     return null;
   } finally {
     controller = null;
@@ -227,7 +230,7 @@ function milliseconds(seconds) {
 }
 
 function showTrouble(error, { again = null } = {}) {
-  const where = error.param ? ` (${error.param})` : "";
+  const where = error.param && !error.message.includes(error.param) ? ` (${error.param})` : "";
   const when = error.retryAfterS ? ` Try again in ${error.retryAfterS} s.` : "";
   const button = again && make("button", { type: "button", class: "secondary", onclick: retry }, "Try again");
   function retry() {
