@@ -1,4 +1,4 @@
-"""Bearer authentication: one key guards every path but /health, which load balancers probe without one.
+"""Bearer authentication: one key guards every path but the pages and /health, which load balancers probe without one.
 
 Knows the key only as a hash, and compares in constant time. Keeps no sessions and no users.
 """
@@ -11,7 +11,7 @@ from aiohttp.typedefs import Middleware
 
 from cluster.api.errors import ErrorBody, Handler, envelope
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/", "/docs"})  # the pages hold nothing; they ask the API, with a key
 
 
 def make_middleware(api_key: str | None) -> Middleware:
@@ -20,7 +20,7 @@ def make_middleware(api_key: str | None) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if expected is None or request.path in OPEN_PATHS:
+        if expected is None or request.path in OPEN_PATHS or request.path.startswith("/static/"):
             return await handler(request)
         scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
         # The hash is compared even without a key: the time taken says nothing about what was wrong.
