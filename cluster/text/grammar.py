@@ -52,7 +52,8 @@ class GrammarCompiler:
     """Checks grammars against one vocabulary. `compile` may run in a thread: it waits for nothing and shares nothing."""
 
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        self._tokenizer = load_grammar_tokenizer(tokenizer.path, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+        self.tokenizer = tokenizer
+        self._vocabulary = load_grammar_tokenizer(tokenizer.path, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
         self._leading_space = sum(1 << i for i, starts in enumerate(tokenizer.pieces.starts_with_space) if starts)
 
     def compile(self, output: StructuredOutput, *, at_start: bool, param: str) -> str:
@@ -75,7 +76,7 @@ class GrammarCompiler:
 
     def check(self, grammar: str) -> bool:
         """Whether a text of this grammar may open with a space. Raises GrammarError when the grammar cannot be used."""
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
         first = self._mask(matcher)
         # What explodes only when it is used, such as an object of a thousand optional properties, shall be refused now.
         rng, mask = random.Random(0), first

@@ -1,16 +1,19 @@
-"""One sequence's way from token deltas to text that may be shown: detokenizer, stop strings and log-probability positions.
+"""One sequence's way from token deltas to what may be shown: text, tool calls and log-probability positions.
 
 Knows what a gateway must remember about a sequence. All of it follows from the arguments and the output ids so far, so that
-`replay` rebuilds it on another gateway. Knows no HTTP and no replica.
+`replay` rebuilds it on another gateway (the ids of calls are random, and went out with the call's first piece).
+Behind the token [TOOL_CALLS] the output is calls: no stop strings apply, and its tokens have no log-probabilities, which OpenAI
+defines for the content only. Knows no HTTP and no replica.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from cluster.text.detokenizer import Detokenizer
 from cluster.text.stop_strings import StopChecker
 from cluster.text.tokenizer import Tokenizer
+from cluster.text.tool_calls import ToolCallDelta, ToolCallParser, new_tool_call_id
 from workers.protocol import FinishReason, TokenDelta, TokenLogprob
 
 
@@ -29,10 +32,14 @@ class OutputStep:
     text: str
     logprobs: list[PlacedLogprob]
     finish_reason: FinishReason | None
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
 
 
 class OutputText:
-    """`continues`: see Detokenizer. Stop strings count only behind the first `min_tokens` tokens."""
+    """`continues`: see Detokenizer. Stop strings count only behind the first `min_tokens` tokens.
+
+    `tool_calls_token_id`: the token behind which tool calls stand; None where no tools are offered, all is text then.
+    """
 
     def __init__(
         self,
@@ -42,14 +49,25 @@ class OutputText:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
+        tool_calls_token_id: int | None = None,
+        new_tool_call_id: Callable[[], str] = new_tool_call_id,
     ) -> None:
+        self._pieces = tokenizer.pieces
         self._detokenizer = Detokenizer(tokenizer.pieces, continues=continues)
         self._checker = StopChecker(stop, include_stop=include_stop)
         self._min_tokens = min_tokens
+        self._tool_calls_token_id = tool_calls_token_id
+        self._new_tool_call_id = new_tool_call_id
+        self._parser: ToolCallParser | None = None  # from the token on
         self._waiting: deque[tuple[int, PlacedLogprob]] = deque()  # (where the token's text ends, ...)
         self.num_tokens = 0
         self.num_chars = 0  # shown so far
         self.finish_reason: FinishReason | None = None
+
+    @property
+    def called_tools(self) -> bool:
+        """Whether the output so far calls a tool."""
+        return self._parser is not None and self._parser.num_calls > 0
 
     def replay(self, token_ids: Sequence[int]) -> None:
         """Takes up the state behind these output ids, shown before; they did not end the sequence."""
@@ -60,12 +78,22 @@ class OutputText:
         """The text and log-probabilities that may be shown now. A stop string found ends the sequence with STOP."""
         assert self.finish_reason is None, "the sequence has ended"
         parts: list[str] = []
+        calls: list[ToolCallDelta] = []
         reason = delta.finish_reason
         last = len(delta.token_ids) - 1
         for i, token_id in enumerate(delta.token_ids):
             self.num_tokens += 1
             if i == last and delta.stop_token_id is not None:
                 break  # counted, but no part of the text
+            if self._parser is None and token_id == self._tool_calls_token_id:
+                if self._end_text(parts):
+                    reason = FinishReason.STOP
+                    break
+                self._parser = ToolCallParser(new_id=self._new_tool_call_id)
+                self._detokenizer = Detokenizer(self._pieces)
+            if self._parser is not None:
+                self._take_calls(parts, calls, self._detokenizer.push_token(token_id)[1])
+                continue
             offset, text = self._detokenizer.push_token(token_id)
             if delta.logprobs is not None:
                 self._waiting.append((self._detokenizer.num_chars, PlacedLogprob(delta.logprobs[i], offset)))
@@ -73,14 +101,26 @@ class OutputText:
                 reason = FinishReason.STOP
                 break
         if reason is not None:
-            if self._checker.stop is None and not self._take(parts, self._detokenizer.flush()):
-                parts.append(self._checker.flush())
-            elif self._checker.stop is not None:
+            if self._parser is not None:
+                self._take_calls(parts, calls, self._detokenizer.flush())
+            elif self._end_text(parts):
                 reason = FinishReason.STOP
         text = "".join(parts)
         self.num_chars += len(text)
         self.finish_reason = reason
-        return OutputStep(text, self._release(), reason)
+        return OutputStep(text, self._release(), reason, calls)
+
+    def _end_text(self, parts: list[str]) -> bool:
+        """No text follows: what was held back comes out. Whether a stop string ended it."""
+        if self._checker.stop is None and not self._take(parts, self._detokenizer.flush()):
+            parts.append(self._checker.flush())
+        return self._checker.stop is not None
+
+    def _take_calls(self, parts: list[str], calls: list[ToolCallDelta], text: str) -> None:
+        assert self._parser is not None
+        shown, deltas = self._parser.push(text)
+        parts.append(shown)
+        calls += deltas
 
     def _take(self, parts: list[str], text: str) -> bool:
         if self.num_tokens <= self._min_tokens:

@@ -10,6 +10,7 @@ into text (detokenizer.py).
 
 import logging
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 TemplateVersion = Literal["v1", "v2", "v3"]
 TEMPLATE_VERSIONS: tuple[TemplateVersion, ...] = get_args(TemplateVersion)
 _SPACE = "▁"
+_ANCHOR = "☺"  # mistral-common's own choice for the same purpose
 _V3_VOCAB_SIZE = 32_768
 _VERSIONED = re.compile(r"\.model\.(v\d+)(m\d+)?$")
 
@@ -89,6 +91,45 @@ class Tokenizer:
     def max_piece_chars(self) -> int:
         """No token stands for more characters than this, so a text's length bounds its tokens from below."""
         return max(map(len, self.pieces.surfaces))
+
+    @cached_property
+    def tool_calls_token_id(self) -> int | None:
+        """The control token behind which tool calls stand, in vocabularies that have it (v2 and v3)."""
+        return self.control_token_id("[TOOL_CALLS]")
+
+    def control_token_id(self, name: str) -> int | None:
+        """The id of a control token, or None: a piece of that name that is plain text does not count."""
+        token_id: int = self.sp.piece_to_id(name)
+        return token_id if self.sp.is_control(token_id) else None
+
+    def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token sequences that would write these words, for SamplingParams.bad_words.
+
+        Each word counts at a text's or word's start and, where its encoding differs there, right behind other text. Raises
+        RequestError for a word that no token stands for.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            stripped = word.lstrip(" ")
+            if not stripped:
+                raise RequestError("'bad_words' has a word that is empty or blank; remove it.", param="bad_words")
+            for ids in (self._encode_word(stripped), self.encode_continuation(stripped)):
+                found[tuple(ids)] = None
+        return tuple(found)
+
+    def _encode_word(self, word: str) -> list[int]:
+        try:
+            return self.encode(word, bos=False)
+        except RequestError as e:
+            raise RequestError(str(e), param="bad_words") from e
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of text that stands right behind other text: without the space that SentencePiece puts before a first word."""
+        return self.encode(_ANCHOR + text, bos=False)[self._num_anchor_ids :]
+
+    @cached_property
+    def _num_anchor_ids(self) -> int:
+        return len(self.sp.encode(_ANCHOR))
 
     def token_text(self, token_id: int) -> str:
         """One token alone, as log-probabilities show it: `</s>` for control tokens, `<0xE2>` for a byte that is no character."""

@@ -15,12 +15,12 @@ from fake_replica import FakeReplica, tokens
 
 from cluster.api.app import make_app
 from cluster.router.router import Router
-from cluster.text.chat import ChatTemplate
+from cluster.text.chat import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.protocol import FinishReason, TokenDelta
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
-TEMPLATE = ChatTemplate(TOKENIZER)
+TEMPLATE = MistralTemplate(TOKENIZER)
 MODEL = "demo"
 
 

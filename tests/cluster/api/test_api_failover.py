@@ -16,12 +16,12 @@ from fake_replica import FakeReplica, tokens
 import cluster.api.sse
 from cluster.api.app import make_app
 from cluster.router.router import Outlook, Router
-from cluster.text.chat import ChatTemplate
+from cluster.text.chat import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.protocol import GenerateRequest, TokenDelta
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
-TEMPLATE = ChatTemplate(TOKENIZER)
+TEMPLATE = MistralTemplate(TOKENIZER)
 TEXT = "".join(f" wörld {i} 日本 of," for i in range(20))
 OUTPUT = TOKENIZER.encode(TEXT, bos=False)[:64]
 STOP_AT = "2 日本 o"  # spread over several tokens, some of them bytes of one character

@@ -15,11 +15,11 @@ from cluster.api.schemas.chat import ChatRequest
 from cluster.api.schemas.completions import CompletionRequest
 from cluster.api.schemas.parse import UNSUPPORTED
 from cluster.router.router import Router
-from cluster.text.chat import ChatTemplate
+from cluster.text.chat import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
-TEMPLATE = ChatTemplate(TOKENIZER)
+TEMPLATE = MistralTemplate(TOKENIZER)
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "x"}
 
