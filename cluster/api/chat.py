@@ -41,6 +41,8 @@ from cluster.api.schemas.parse import parse
 from cluster.api.structured import check_combination, structured_output
 from cluster.text.chat import ChatPrompt
 from cluster.text.output import OutputStep
+from cluster.text.tool_calls import ToolCallDelta as CallPiece
+from cluster.text.tools import tool_grammar
 from workers.errors import RequestError
 from workers.protocol import EngineFacts, FinishReason
 
@@ -115,8 +117,6 @@ async def _grammar(
                 param=wanted[1],
             )
         check_combination(body, "tools")
-        from cluster.text.tools import tool_grammar
-
         compiler = await gateway.grammars.compiler(facts)
         named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None
         return await asyncio.to_thread(
@@ -188,9 +188,7 @@ class _Wording:
         finished = []
         for whole in wholes:
             calls = _join_calls(whole.steps)
-            message = ChatAnswer(
-                content=None if calls and not whole.text else whole.text, tool_calls=calls if calls else UNSET
-            )
+            message = ChatAnswer(content=None if calls and not whole.text else whole.text, tool_calls=calls or UNSET)
             finished.append(
                 ChatChoice(
                     index=whole.choice.index,
@@ -220,13 +218,13 @@ class _Wording:
                 prompt_logprobs=self._prompt_logprobs() if first else UNSET,
                 prompt_token_ids=self._prompt_token_ids() if first else UNSET,
             )
-        if step.text or step.logprobs or (token_ids and not getattr(step, "tool_calls", ())):
+        if step.text or step.logprobs or (token_ids and not step.tool_calls):
             logprobs = render_chat(self.gateway.tokenizer, step.logprobs) if self.body.logprobs else None
             delta = ChatDelta(content=step.text)
             yield self._chunk(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, token_ids=token_ids))
             token_ids = [] if self.body.return_token_ids else UNSET
-        if getattr(step, "tool_calls", ()):
-            delta = ChatDelta(tool_calls=[_call_delta(call) for call in getattr(step, "tool_calls", ())])
+        if step.tool_calls:
+            delta = ChatDelta(tool_calls=[_call_delta(call) for call in step.tool_calls])
             yield self._chunk(ChatChunkChoice(index=index, delta=delta, token_ids=token_ids))
         if step.finish_reason is not None:
             reason = _finish_reason(choice, step.finish_reason)
@@ -270,7 +268,7 @@ class _Wording:
 
 
 def _finish_reason(choice: Choice, reason: FinishReason | None) -> str | None:
-    return "tool_calls" if reason is FinishReason.STOP and getattr(choice.output, "called_tools", False) else reason
+    return "tool_calls" if reason is FinishReason.STOP and choice.output.called_tools else reason
 
 
 def _join_calls(steps: Sequence[OutputStep]) -> list[AnsweredToolCall]:
@@ -278,7 +276,7 @@ def _join_calls(steps: Sequence[OutputStep]) -> list[AnsweredToolCall]:
     ids: dict[int, str] = {}
     names: dict[int, str] = {}
     arguments: dict[int, list[str]] = {}
-    for call in (call for step in steps for call in getattr(step, "tool_calls", ())):
+    for call in (call for step in steps for call in step.tool_calls):
         if call.id is not None:
             ids[call.index] = call.id
         if call.name is not None:
@@ -288,3 +286,13 @@ def _join_calls(steps: Sequence[OutputStep]) -> list[AnsweredToolCall]:
         AnsweredToolCall(id=ids[i], function=AnsweredFunction(name=names[i], arguments="".join(arguments[i])))
         for i in sorted(ids)
     ]
+
+
+def _call_delta(piece: CallPiece) -> ToolCallDelta:
+    opens = piece.id is not None
+    return ToolCallDelta(
+        index=piece.index,
+        id=piece.id,
+        type="function" if opens else None,
+        function=FunctionDelta(name=piece.name, arguments=piece.arguments),
+    )

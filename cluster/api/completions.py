@@ -23,8 +23,7 @@ from cluster.api.schemas.base import PromptLogprobs
 from cluster.api.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from cluster.api.schemas.parse import parse
 from cluster.api.structured import check_combination, structured_output
-
-encode_infilling = None
+from cluster.text.infilling import encode_infilling
 from cluster.text.output import PlacedLogprob
 from workers.errors import RequestError
 from workers.protocol import EngineFacts
@@ -125,6 +124,7 @@ async def _choices(
                     prompt_token_ids=token_ids,
                     continues=token_ids,
                     sampling=params,
+                    shows_end=True,  # whoever scores a continuation by echo counts on one entry for each token
                 )
             )
     return choices

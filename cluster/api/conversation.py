@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from cluster.api.gateway import Gateway
 from cluster.api.prompts import in_thread_if_long, refuse_hopeless
 from cluster.api.schemas.chat import AssistantMessage, ChatMessage, Tool, ToolMessage, UserMessage
-from cluster.text.chat import ChatPrompt, Message, Role
+from cluster.text.chat import ChatPrompt, Message
+from cluster.text.safe_prompt import with_safe_prompt
+from cluster.text.tools import ToolCall, ToolDefinition
 from workers.errors import RequestError
 
 
@@ -29,17 +31,13 @@ async def encode_conversation(
         raise RequestError("This model has no chat template; use /v1/completions.", param="messages")
     converted = to_messages(messages)
     if safe_prompt:
-        from cluster.text.safe_prompt import with_safe_prompt
-
         converted = with_safe_prompt(converted)
     definitions = to_definitions(tools)
     num_chars = sum(len(m.content) for m in converted)
     if not truncates:
         refuse_hopeless(num_chars, gateway.tokenizer, param="messages", facts=gateway.router.facts)
     num_chars += 100 * len(converted) + 1000 * len(definitions)
-    return await in_thread_if_long(
-        num_chars, lambda: template.encode(converted, **({"tools": definitions} if definitions else {}))
-    )
+    return await in_thread_if_long(num_chars, lambda: template.encode(converted, tools=definitions))
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -47,12 +45,8 @@ def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
     return [_convert(message) for message in messages]
 
 
-def to_definitions(tools: Sequence[Tool]) -> list:
+def to_definitions(tools: Sequence[Tool]) -> list[ToolDefinition]:
     """The template's tools."""
-    if not tools:
-        return []
-    from cluster.text.tools import ToolDefinition
-
     return [
         ToolDefinition(
             name=tool.function.name,
@@ -64,13 +58,15 @@ def to_definitions(tools: Sequence[Tool]) -> list:
     ]
 
 
-def _convert(message):
-    content = message.content
+def _convert(message: ChatMessage) -> Message:
+    content = message.content or ""
     text = content if isinstance(content, str) else "".join(part.text for part in content)
-    role: Role = "system"
-    prefix = False
-    if isinstance(message, UserMessage):
-        role = "user"
-    elif isinstance(message, AssistantMessage):
-        role, prefix = "assistant", bool(message.prefix)
-    return Message(role, text, prefix)
+    match message:
+        case UserMessage():
+            return Message("user", text)
+        case ToolMessage():
+            return Message("tool", text, name=message.name, tool_call_id=message.tool_call_id)
+        case AssistantMessage():
+            calls = tuple(ToolCall(c.id, c.function.name, c.function.arguments) for c in message.tool_calls or ())
+            return Message("assistant", text, prefix=bool(message.prefix), tool_calls=calls)
+    return Message("system", text)

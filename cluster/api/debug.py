@@ -3,8 +3,8 @@
 import msgspec
 from aiohttp import web
 
-from cluster.api.prompts import encode_prompt
 from cluster.api.gateway import GATEWAY
+from cluster.api.prompts import encode_prompt
 from cluster.router.policy import POLICIES
 from workers.errors import RequestError
 

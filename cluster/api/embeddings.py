@@ -14,11 +14,11 @@ from aiohttp import web
 from cluster.api import request_options
 from cluster.api.answering import json_answer
 from cluster.api.gateway import GATEWAY, Gateway
-from cluster.api.prompts import encode_prompt, split_prompt, truncate
-from cluster.api.schemas.other import MAX_INPUTS, EmbeddingItem, EmbeddingList, EmbeddingRequest, InputUsage
-from cluster.api.sampling import too_long
-from cluster.api.schemas.parse import parse
 from cluster.api.inputs import admit_inputs, run_inputs
+from cluster.api.prompts import encode_prompt, split_prompt, truncate
+from cluster.api.sampling import too_long
+from cluster.api.schemas.other import MAX_INPUTS, EmbeddingItem, EmbeddingList, EmbeddingRequest, InputUsage
+from cluster.api.schemas.parse import parse
 from workers.errors import EngineError, RequestError
 from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 

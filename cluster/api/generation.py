@@ -61,8 +61,9 @@ def make_choice(
     continues: Sequence[int],
     sampling: SamplingParams,
     tool_calls_token_id: int | None = None,
+    shows_end: bool = False,
 ) -> Choice:
-    """continues: the ids whose text stands before the answer's (see Detokenizer). tool_calls_token_id: None for no tools."""
+    """continues, tool_calls_token_id, shows_end: see OutputText."""
     request = GenerateRequest(
         request_id=f"{answer_id}-{index}",
         prompt_token_ids=prompt_token_ids,
@@ -75,6 +76,8 @@ def make_choice(
         stop=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),
         min_tokens=sampling.min_tokens,
+        tool_calls_token_id=tool_calls_token_id,
+        shows_end=shows_end,
     )
     return Choice(index, copy, request, output)
 

@@ -21,8 +21,7 @@ from cluster.api.sampling import too_long
 from cluster.api.schemas.other import Moderation, ModerationAnswer, ModerationRequest
 from cluster.api.schemas.parse import parse
 from cluster.text.chat import Message
-
-CATEGORIES, NOT_MODERATED, moderation_prompt = ("a",), "n", str
+from cluster.text.moderation import CATEGORIES, NOT_MODERATED, moderation_prompt
 from workers.errors import EngineError, RequestError
 from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 

@@ -6,6 +6,7 @@ Knows the tokenizer and the chat template; runs nothing on a replica.
 import asyncio
 
 from aiohttp import web
+from msgspec import UNSET
 
 from cluster.api.answering import json_answer
 from cluster.api.conversation import encode_conversation
@@ -14,7 +15,6 @@ from cluster.api.prompts import in_thread_if_long
 from cluster.api.sampling import check_token_ids
 from cluster.api.schemas.other import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
 from cluster.api.schemas.parse import parse
-from msgspec import UNSET
 from workers.errors import RequestError
 
 

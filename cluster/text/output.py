@@ -38,6 +38,7 @@ class OutputStep:
 class OutputText:
     """`continues`: see Detokenizer. Stop strings count only behind the first `min_tokens` tokens.
 
+    `shows_end`: a stop token, which is no part of the text, has its log-probability among the others'.
     `tool_calls_token_id`: the token behind which tool calls stand; None where no tools are offered, all is text then.
     """
 
@@ -50,12 +51,14 @@ class OutputText:
         include_stop: bool = False,
         min_tokens: int = 0,
         tool_calls_token_id: int | None = None,
+        shows_end: bool = False,
         new_tool_call_id: Callable[[], str] = new_tool_call_id,
     ) -> None:
         self._pieces = tokenizer.pieces
         self._detokenizer = Detokenizer(tokenizer.pieces, continues=continues)
         self._checker = StopChecker(stop, include_stop=include_stop)
         self._min_tokens = min_tokens
+        self._shows_end = shows_end
         self._tool_calls_token_id = tool_calls_token_id
         self._new_tool_call_id = new_tool_call_id
         self._parser: ToolCallParser | None = None  # from the token on
@@ -84,6 +87,9 @@ class OutputText:
         for i, token_id in enumerate(delta.token_ids):
             self.num_tokens += 1
             if i == last and delta.stop_token_id is not None:
+                if self._shows_end and delta.logprobs is not None:
+                    end = self._detokenizer.num_chars
+                    self._waiting.append((end, PlacedLogprob(delta.logprobs[i], end)))
                 break  # counted, but no part of the text
             if self._parser is None and token_id == self._tool_calls_token_id:
                 if self._end_text(parts):

@@ -13,7 +13,7 @@ from engines import make_config
 from cluster.api.app import make_app
 from cluster.replicas.client import ReplicaClient
 from cluster.router.router import Router
-from cluster.text.chat import ChatTemplate
+from cluster.text.chat import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.engine.llm_engine import LLMEngine
 from workers.engine.loop import EngineLoop
@@ -21,7 +21,7 @@ from workers.stream_server import StreamServer
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
 TOKENIZER = load_tokenizer(DEMO)
-TEMPLATE = ChatTemplate(TOKENIZER)
+TEMPLATE = MistralTemplate(TOKENIZER)
 TOKEN = "secret"
 
 
