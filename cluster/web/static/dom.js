@@ -32,7 +32,7 @@ let toastTimer = 0;
 
 /** A sentence at the bottom of the page for a moment. */
 export function toast(text) {
-  const element = $("toast");
+  const element = document.querySelector(".toast") ?? document.body.appendChild(make("div", { class: "toast", role: "status" }));
   element.textContent = text;
   element.classList.add("shown");
   clearTimeout(toastTimer);

@@ -2,7 +2,7 @@
 // In sessionStorage, which ends with the tab, or in localStorage if the user wants it remembered. Knows one request, by which a key
 // is tried before it is kept; api.js knows the others.
 
-import { $ } from "./dom.js";
+import { $, make } from "./dom.js";
 
 const STORE = "tramontane.key";
 const listeners = new Set();
@@ -46,7 +46,7 @@ export function askForKey(problem = null) {
 }
 
 function ask(problem) {
-  const dialog = $("key-dialog");
+  const dialog = document.getElementById("key-dialog") ?? document.body.appendChild(makeDialog());
   const input = $("key");
   const save = $("key-save");
   let accepted = false;
@@ -111,4 +111,31 @@ async function tryKey(key) {
   } catch {
     return "The server does not answer; try again in a moment.";
   }
+}
+
+function makeDialog() {
+  const button = (id, kind, text) => make("button", { type: "button", class: kind, id }, text);
+  const key = { id: "key", type: "password", autocomplete: "current-password", spellcheck: "false", autocapitalize: "none" };
+  return make(
+    "dialog",
+    { id: "key-dialog", "aria-labelledby": "key-title" },
+    make(
+      "form",
+      { method: "dialog", id: "key-form" },
+      make("h2", { id: "key-title" }, "API key"),
+      make("p", {}, "This server asks for a key."),
+      make("label", { for: "key" }, "Key"),
+      make("input", { ...key, required: true, "aria-describedby": "key-error key-hint" }),
+      make("p", { class: "field-error", id: "key-error", role: "alert", hidden: true }),
+      make("label", { class: "check" }, make("input", { type: "checkbox", id: "key-remember" }), "Remember it in this browser"),
+      make("p", { class: "hint", id: "key-hint" }, "Otherwise it is forgotten with this tab. It is sent to this server only."),
+      make(
+        "div",
+        { class: "dialog-actions" },
+        button("key-forget", "quiet danger", "Forget key"),
+        button("key-cancel", "secondary", "Cancel"),
+        make("button", { type: "submit", class: "primary", id: "key-save" }, "Use key"),
+      ),
+    ),
+  );
 }
