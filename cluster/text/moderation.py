@@ -13,7 +13,7 @@ _MEANINGS = {
     "hate violence harassment": "hatred of people for who they are, threats, harassment and bullying, praise of violence or suffering",
     "malware": "code that is meant to damage, disrupt or break into computer systems",
     "physical harm": "high risk of bodily harm: weapons, warfare, critical infrastructure, suicide and other self-harm",
-    "economic harm": "high risk to people's livelihood: gambling, payday loans, pyramid selling, automated decisions on credit, jobs or benefits",
+    "economic harm": "high risk to a livelihood: gambling, payday loans, pyramid selling, automated decisions on credit or jobs",
     "fraud": "deception: scams, spam, plagiarism, cheating at exams, disinformation, false reviews, sham medicine",
     "adult": "sexually exciting content, pornography, erotic chat and sexual services; not sex education or health",
     "political": "campaigning and lobbying: campaign material in bulk or for targeted groups, systems that advocate for a party",
