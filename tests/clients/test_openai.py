@@ -188,7 +188,13 @@ def test_chat_logprobs(client):
 
 
 def test_the_stream_helper_assembles_what_create_returns(client):
-    options = {"model": MODEL, "messages": CHAT, "max_tokens": 12, "seed": 5}
+    options = {
+        "model": MODEL,
+        "messages": CHAT,
+        "max_tokens": 200,
+        "seed": 5,
+        "stop": "\n",
+    }  # the helper wants a whole answer
     with client.chat.completions.stream(**options) as stream:
         events = list(stream)
         final = stream.get_final_completion()
