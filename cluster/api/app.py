@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from cluster.api import admin as admin_api
-from cluster.api import auth, errors, openapi, pages, request_options
+from cluster.api import auth, door, errors, limits, openapi, pages, request_options
 from cluster.api.endpoints import ENDPOINTS
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.sse import KEEP_ALIVE_S
 from cluster.api.structured import Grammars
+from cluster.keys.accounts import Accounts
+from cluster.keys.keyring import Keyring
+from cluster.keys.ledger import Ledger
 from cluster.metrics import Metrics
 from cluster.router.router import Router
 from cluster.text.chat import ChatTemplate
@@ -32,6 +35,12 @@ def make_app(
     chat_template: ChatTemplate | None,
     model_name: str | Sequence[str],
     api_key: str | None = None,
+    keyring: Keyring | None = None,
+    accounts: Accounts | None = None,
+    ledger: Ledger | None = None,
+    cors_origins: Sequence[str] = (),
+    local_only: bool = False,
+    body_timeout_s: float = door.BODY_TIMEOUT_S,
     max_body_bytes: int = MAX_BODY_BYTES,
     max_sequences_per_request: int = MAX_SEQUENCES_PER_REQUEST,
     metrics: Metrics | None = None,
@@ -43,7 +52,8 @@ def make_app(
 
     tokenizer: `load_tokenizer(folder)`. chat_template: `ChatTemplate(tokenizer)`, or None for a model that cannot chat.
     model_name: the served name or names; responses carry the first unless the request used another.
-    api_key: guards everything but /health. max_sequences_per_request: prompts times n. admin: without it there is no /admin.
+    keyring: guards everything but what auth.py calls open; api_key is short for a keyring of this key. accounts, ledger: of the keys.
+    cors_origins, local_only: see door.py. max_sequences_per_request: prompts times n. admin: without it there is no /admin.
     keep_alive_s: after so much silence a stream gets a comment, so that nothing on the way closes it.
     """
     names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
@@ -60,17 +70,22 @@ def make_app(
         serves_embeddings=serves_embeddings,
         admin=admin,
     )
+    keyring = keyring or Keyring(api_key=api_key)
+    entrance = door.Door(origins=cors_origins, guarded=keyring.guards, local_only=local_only)
     app = web.Application(
         middlewares=[
             request_options.request_id_middleware,
             _count_answers,
             errors.middleware,
-            auth.make_middleware(api_key),
+            entrance.make_middleware(),
+            auth.make_middleware(keyring),
+            limits.make_middleware(accounts or Accounts(), ledger),
+            door.make_body_middleware(body_timeout_s),
         ],
         client_max_size=max_body_bytes,
     )
     app[GATEWAY] = gateway
-    app.on_response_prepare.append(request_options.add_request_id)
+    app.on_response_prepare.extend([request_options.add_request_id, entrance.add_headers, limits.add_headers])
     app[openapi.OPENAPI] = openapi.render(ENDPOINTS)
     app.add_routes([(web.get if e.method == "GET" else web.post)(e.path, e.handler) for e in ENDPOINTS])
     app.add_routes(pages.routes())

@@ -1,42 +1,51 @@
-"""Bearer authentication: one key guards every path but the pages and /health, which load balancers probe without one.
+"""Bearer authentication: which key a request carries, and which paths need one.
 
-Knows the key only as a hash, and compares in constant time. Keeps no sessions and no users.
+Without a key only liveness and the page's own files answer, which hold no data. What operators use needs an admin's key. Paths are
+taken from the route that matched, so that no spelling of a path is one thing here and another in the router. Keeps no sessions.
 """
-
-import hashlib
-import hmac
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from cluster.api.errors import ErrorBody, Handler, envelope
+from cluster.api.errors import Handler, Refusal
+from cluster.keys.key import ApiKey, NotAllowedError
+from cluster.keys.keyring import Keyring
 
-OPEN_PATHS = frozenset({"/health", "/", "/docs"})  # the pages hold nothing; they ask the API, with a key
+KEY = web.RequestKey("key", ApiKey)  # absent where no key is needed
+OPEN = ("/health/live", "/", "/docs", "/static/{name}")
+ADMIN = ("/admin/", "/debug/", "/metrics")
 
 
-def make_middleware(api_key: str | None) -> Middleware:
-    """Lets everything pass when there is no key."""
-    expected = _digest(api_key) if api_key is not None else None
+def make_middleware(keyring: Keyring) -> Middleware:
+    """Lets everything pass when the keyring guards nothing."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if expected is None or request.path in OPEN_PATHS or request.path.startswith("/static/"):
+        path = path_of(request)
+        if not keyring.guards or path in OPEN:
             return await handler(request)
-        scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-        # The hash is compared even without a key: the time taken says nothing about what was wrong.
-        matches = hmac.compare_digest(_digest(key.strip()), expected)
-        if scheme.lower() == "bearer" and matches:
-            return await handler(request)
-        message = (
-            "Incorrect API key provided."
-            if key
-            else "You didn't provide an API key; send it as 'Authorization: Bearer KEY'."
-        )
-        body = ErrorBody(message=message, type="invalid_request_error", code="invalid_api_key")
-        return envelope(body, status=401, headers={hdrs.WWW_AUTHENTICATE: "Bearer"})
+        key = request[KEY] = _authenticate(request, keyring)
+        if path.startswith(ADMIN) and not key.admin:
+            raise NotAllowedError("This API key is no admin's, which this path needs.", code="admin_key_required")
+        return await handler(request)
 
     return middleware
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def path_of(request: web.Request) -> str:
+    """The matched route's, with names for its variables; "" for a path that is not there."""
+    resource = request.match_info.route.resource
+    return "" if resource is None else resource.canonical
+
+
+def _authenticate(request: web.Request, keyring: Keyring) -> ApiKey:
+    scheme, _, secret = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    key = keyring.find(secret.strip())
+    if scheme.lower() == "bearer" and key is not None:
+        return key
+    message = (
+        "Incorrect API key provided."
+        if secret
+        else "You didn't provide an API key; send it as 'Authorization: Bearer KEY'."
+    )
+    raise Refusal(401, message, code="invalid_api_key", headers={hdrs.WWW_AUTHENTICATE: "Bearer"})

@@ -11,7 +11,7 @@ from array import array
 
 from aiohttp import web
 
-from cluster.api import request_options
+from cluster.api import limits, request_options
 from cluster.api.answering import json_answer
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.inputs import admit_inputs, run_inputs
@@ -70,7 +70,7 @@ async def _requests(
                 request_id=f"{answer_id}-{i}",
                 prompt_token_ids=token_ids,
                 sampling=SamplingParams(max_tokens=0, seed=0),
-                priority=body.priority or 0,
+                priority=limits.priority(body.priority),
                 embed=True,
             )
         )

@@ -140,6 +140,22 @@ ENDPOINTS = (
     ),
     Endpoint(
         method="GET",
+        path="/health/ready",
+        handler=health.handle,
+        summary="The same as /health.",
+        answer=health.HealthAnswer,
+        errors=(503,),
+    ),
+    Endpoint(
+        method="GET",
+        path="/health/live",
+        handler=health.live,
+        summary="Whether the server runs.",
+        answer=health.LiveAnswer,
+        is_open=True,
+    ),
+    Endpoint(
+        method="GET",
         path="/metrics",
         handler=health.metrics,
         summary="Prometheus metrics.",

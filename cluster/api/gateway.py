@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from cluster.api import limits
 from cluster.api.errors import ModelNotFoundError
 from cluster.api.structured import Grammars
 from cluster.metrics import Metrics
@@ -35,7 +36,7 @@ class Gateway:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str) -> None:
-        """Raises ModelNotFoundError unless `name` is served here."""
+        """Raises ModelNotFoundError unless `name` is served here, NotAllowedError unless the request's key may use it."""
         if name not in self.model_names:
             served = ", ".join(repr(n) for n in self.model_names)
             raise ModelNotFoundError(
@@ -43,6 +44,7 @@ class Gateway:
                 param="model",
                 code="model_not_found",
             )
+        limits.check_model(name)
 
 
 GATEWAY = web.AppKey("gateway", Gateway)

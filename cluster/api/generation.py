@@ -7,12 +7,13 @@ whatever reason, closes every stream it opened, and so frees what the replicas h
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from aiohttp import web
 
+from cluster.api import limits
 from cluster.api.errors import ClientGoneError
 from cluster.api.gateway import Gateway
 from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usage
@@ -68,7 +69,7 @@ def make_choice(
         request_id=f"{answer_id}-{index}",
         prompt_token_ids=prompt_token_ids,
         sampling=sampling,
-        priority=body.priority or 0,
+        priority=limits.priority(body.priority),
     )
     output = OutputText(
         gateway.tokenizer,
@@ -82,13 +83,17 @@ def make_choice(
     return Choice(index, copy, request, output)
 
 
-def admit(
-    gateway: Gateway, choices: Sequence[Choice], *, deadline: float | None
-) -> contextlib.AbstractContextManager[Admission]:
-    """Room for all of these sequences or none; see Router.admit."""
+@contextlib.contextmanager
+def admit(gateway: Gateway, choices: Sequence[Choice], *, deadline: float | None) -> Iterator[Admission]:
+    """Room for all of these sequences or none, within the key's limits; see Router.admit."""
     requests = [c.request for c in choices]
     num_tokens = sum(len(r.prompt_token_ids) for r in requests)
-    return gateway.router.admit(len(requests), num_tokens, priority=requests[0].priority, deadline=deadline)
+    num_charged = sum(len(c.request.prompt_token_ids) for c in choices if c.copy == 0)
+    with (
+        limits.reserve(num_charged),
+        gateway.router.admit(len(requests), num_tokens, priority=requests[0].priority, deadline=deadline) as admission,
+    ):
+        yield admission
 
 
 def usage(choices: Sequence[Choice]) -> Usage:
@@ -163,6 +168,8 @@ async def _run_one(
                     raise EngineError(delta.error or "The engine ended this request before it was complete.")
                 if choice.num_cached_tokens is None and trace.queue_s is not None:
                     choice.num_cached_tokens = delta.num_cached_tokens or 0
+                    if choice.copy == 0:
+                        limits.cached(choice.num_cached_tokens)
                     metrics.queued(trace.queue_s)
                     if trace.num_cached_tokens_predicted is not None:
                         metrics.routed(
@@ -176,6 +183,7 @@ async def _run_one(
                 if delta.logprobs is not None:
                     choice.sum_logprob += sum(entry.logprob for entry in delta.logprobs[:num_new])
                 metrics.produced(num_new, time.monotonic())
+                limits.produced(num_new)
                 if step.finish_reason is not None:
                     outcome = step.finish_reason.value
                 yield Event(choice, step, delta.token_ids[:num_new], is_first)
@@ -184,6 +192,7 @@ async def _run_one(
                     return
     except Exception:
         outcome = "error"
+        limits.failed()
         raise
     finally:
         metrics.ended(outcome)

@@ -1,7 +1,7 @@
-"""GET /health and /metrics: what is true about the replicas now, for load balancers, people and Prometheus.
+"""GET /health, /health/ready, /health/live and /metrics: what is true now, for load balancers, people and Prometheus.
 
-/health needs no key and says 200 only when a request sent now would be served, if need be by waking a replica. Knows nothing the
-router does not tell it.
+Ready, and /health with it, says 200 only when a request sent now would be served, if need be by waking a replica. Live says that this
+process's event loop runs, to anybody and without a key. Knows nothing the router does not tell it.
 """
 
 import msgspec
@@ -26,6 +26,15 @@ class HealthAnswer(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     replicas: list[ReplicaHealth]
     reason: str | None = None
+
+
+class LiveAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    status: str = "ok"
+
+
+async def live(request: web.Request) -> web.Response:
+    """200 whenever this process can answer at all."""
+    return web.Response(body=msgspec.json.encode(LiveAnswer()), content_type="application/json")
 
 
 async def handle(request: web.Request) -> web.Response:

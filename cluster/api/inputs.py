@@ -6,8 +6,9 @@ Knows admission and the router; not what the results are for.
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from cluster.api import limits
 from cluster.api.gateway import Gateway
 from cluster.router.admission import Admission
 from workers.errors import EngineError
@@ -16,13 +17,19 @@ from workers.protocol import FinishReason, GenerateRequest, TokenDelta
 MAX_AT_ONCE = 32
 
 
+@contextlib.contextmanager
 def admit_inputs(
     gateway: Gateway, requests: Sequence[GenerateRequest], *, deadline: float | None
-) -> contextlib.AbstractContextManager[Admission]:
-    """Room for as many of them as run at once. Raises as Router.admit does."""
+) -> Iterator[Admission]:
+    """Room for as many of them as run at once, within the key's limits. Raises as Router.admit does."""
     num_tokens = sum(len(r.prompt_token_ids) for r in requests)
     num_sequences = min(len(requests), MAX_AT_ONCE)
-    return gateway.router.admit(num_sequences, num_tokens, priority=requests[0].priority, deadline=deadline)
+    priority = requests[0].priority
+    with (
+        limits.reserve(num_tokens),
+        gateway.router.admit(num_sequences, num_tokens, priority=priority, deadline=deadline) as admission,
+    ):
+        yield admission
 
 
 async def run_inputs(
@@ -53,6 +60,7 @@ async def _run_one(gateway: Gateway, request: GenerateRequest, *, admission: Adm
                     raise EngineError(delta.error or "The engine ended this request before it was complete.")
                 if delta.finish_reason is not None:
                     outcome = delta.finish_reason.value
+                    limits.cached(delta.num_cached_tokens or 0)
                     return delta
         raise EngineError("The engine ended this request before it was complete.")
     except Exception:

@@ -253,7 +253,7 @@ async def test_a_model_without_a_chat_template() -> None:
         ("bearer secret", 200),
     ],
 )
-async def test_the_key_guards_everything_but_health(header: str | None, status: int) -> None:
+async def test_the_key_guards_everything_but_liveness(header: str | None, status: int) -> None:
     headers = {"Authorization": header} if header else {}
     async with serving(api_key="secret") as (client, replica):
         for method, path, body in (
@@ -261,6 +261,8 @@ async def test_the_key_guards_everything_but_health(header: str | None, status: 
             ("POST", CHAT, {"model": "demo", "messages": [USER]}),
             ("GET", "/v1/models", None),
             ("GET", "/metrics", None),
+            ("GET", "/health", None),
+            ("GET", "/health/ready", None),
         ):
             response = await client.request(method, path, json=body, headers=headers)
             assert response.status == status, path
@@ -270,4 +272,4 @@ async def test_the_key_guards_everything_but_health(header: str | None, status: 
         if status == 401:
             assert (await client.get("/nowhere", headers=headers)).status == 401, "strangers learn no addresses"
             assert not replica.requests
-        assert (await client.get("/health", headers=headers)).status == 200
+        assert (await client.get("/health/live", headers=headers)).status == 200
