@@ -158,13 +158,13 @@ def load_tokenizer(
     folder = Path(folder)
     if version is not None and version not in TEMPLATE_VERSIONS:
         raise ConfigError(f"Chat template {version!r} is not known; use one of {', '.join(TEMPLATE_VERSIONS)}.")
-    path = _find(folder)
+    path = find_tokenizer(folder)
     named = _VERSIONED.search(path.name)
     tokenizer = Tokenizer(path, "v1")
     if version is not None:
         tokenizer.template_version = version
     elif named is not None:
-        tokenizer.template_version = named[1]  # type: ignore[assignment]  # _find offers only known versions
+        tokenizer.template_version = named[1]  # type: ignore[assignment]  # find_tokenizer offers only known versions
     elif tokenizer.vocab_size == _V3_VOCAB_SIZE:
         tokenizer.template_version = "v3"
     _ = tokenizer.max_piece_chars  # builds the piece table now, not during the first request
@@ -177,7 +177,8 @@ def load_tokenizer(
     return tokenizer
 
 
-def _find(folder: Path) -> Path:
+def find_tokenizer(folder: Path) -> Path:
+    """The checkpoint's SentencePiece model. Raises ConfigError when there is none this server can use."""
     for name in ("tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1", "tokenizer.model"):
         if (folder / name).is_file():
             return folder / name
