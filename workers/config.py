@@ -91,7 +91,7 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How one replica runs. Sizes are tokens unless named otherwise. `num_kv_blocks` None: from `kv_cache_bytes` or
-    free memory.
+    free memory. `tokenizer_path`: a SentencePiece model, which rank 0 needs for grammars; None refuses requests that have one.
     """
 
     model_path: str
@@ -107,6 +107,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024  # the most one step computes: long prompts are prefilled in chunks
     enable_prefix_caching: bool = True
+    tokenizer_path: str | None = None
     num_threads: int | None = None  # torch threads per CPU rank; None divides the cores among the ranks
 
     def __post_init__(self) -> None:

@@ -10,13 +10,22 @@ that a name's own square brackets go: `[TOOL_CALLS]` is `<TOOL_CALLS>`, `[/INST]
 from collections.abc import Sequence
 from pathlib import Path
 
-from llguidance import LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from sentencepiece import SentencePieceProcessor
 
 from workers.errors import ConfigError
 
 _SPACE = "▁"
 _ANCHOR = "\n"  # encoded in front of a text, so that the space SentencePiece puts before a text's first word falls off with it
+# llguidance's own limits (about 15 ms of work for one mask), but for the items in a row, 2,000 there. What an ambiguous grammar such
+# as `s: s s | "a"` costs a token grows with the square of them: with 2,000 half a second, with 800 under 100 ms before it ends.
+# An object with 200 optional properties still fits.
+LIMITS = LLParserLimits(max_items_in_row=800, verbose_errors=False)
+
+
+def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+    """`grammar` as SamplingParams has it, within the limits of both gateway and engine. Raises nothing: see LLMatcher.is_error."""
+    return LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
 
 
 def load_grammar_tokenizer(path: str | Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:

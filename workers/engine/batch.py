@@ -13,7 +13,7 @@ import numpy as np
 from workers.engine.block_pool import NULL_BLOCK
 from workers.engine.scheduler import ScheduledRequest
 
-_HEADER_INTS = 4
+_HEADER_INTS = 5
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,24 @@ class ForwardBatch:
     slot_mapping: np.ndarray  # [num_tokens]
     query_lens: np.ndarray  # [num_seqs]
     seq_lens: np.ndarray  # [num_seqs]
-    logits_indices: np.ndarray  # [num_sampling_seqs] flat indices of the tokens whose logits are wanted
+    logits_indices: np.ndarray  # [num_sampling_seqs] flat indices of the tokens whose logits choose the next one
+    prompt_logits_indices: np.ndarray  # [num_prompt_rows] those whose logits a prompt's log-probabilities are made of
     block_table: np.ndarray  # [num_seqs, max_blocks]
 
     def pack(self) -> np.ndarray:
-        """One 1-D int32 array: four lengths, then the arrays in the order of their declaration."""
-        header = [len(self.token_ids), len(self.query_lens), len(self.logits_indices), self.block_table.shape[1]]
+        """One 1-D int32 array: five lengths, then the arrays in the order of their declaration."""
+        num_logits, num_prompt_logits = len(self.logits_indices), len(self.prompt_logits_indices)
+        header = [len(self.token_ids), len(self.query_lens), num_logits, num_prompt_logits, self.block_table.shape[1]]
         parts = [np.array(header, dtype=np.int32), self.token_ids, self.positions, self.slot_mapping]
-        parts += [self.query_lens, self.seq_lens, self.logits_indices, self.block_table.ravel()]
-        return np.concatenate(parts)
+        parts += [self.query_lens, self.seq_lens, self.logits_indices, self.prompt_logits_indices]
+        return np.concatenate([*parts, self.block_table.ravel()])
 
     @classmethod
     def unpack(cls, message: np.ndarray) -> "ForwardBatch":
-        num_tokens, num_seqs, num_logits, max_blocks = (int(n) for n in message[:_HEADER_INTS])
-        sizes = [num_tokens] * 3 + [num_seqs] * 2 + [num_logits, num_seqs * max_blocks]
-        token_ids, positions, slot_mapping, query_lens, seq_lens, logits_indices, block_table = np.split(
-            message[_HEADER_INTS:], np.cumsum(sizes)[:-1]
+        num_tokens, num_seqs, num_logits, num_prompt_logits, max_blocks = (int(n) for n in message[:_HEADER_INTS])
+        sizes = [num_tokens] * 3 + [num_seqs] * 2 + [num_logits, num_prompt_logits, num_seqs * max_blocks]
+        token_ids, positions, slot_mapping, query_lens, seq_lens, logits_indices, prompt_logits_indices, block_table = (
+            np.split(message[_HEADER_INTS:], np.cumsum(sizes)[:-1])
         )
         return cls(
             token_ids=token_ids,
@@ -49,6 +51,7 @@ class ForwardBatch:
             query_lens=query_lens,
             seq_lens=seq_lens,
             logits_indices=logits_indices,
+            prompt_logits_indices=prompt_logits_indices,
             block_table=block_table.reshape(num_seqs, max_blocks),
         )
 
@@ -68,13 +71,15 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
     1 = 9.
     """
     token_ids: list[int] = []
-    positions, slots, query_lens, seq_lens, logits_indices = [], [], [], [], []
+    positions, slots, query_lens, seq_lens, logits_indices, prompt_logits_indices = [], [], [], [], [], []
     max_blocks = max(len(s.request.block_ids) for s in scheduled)
     block_table = np.full((len(scheduled), max_blocks), NULL_BLOCK, dtype=np.int32)
     for row, s in enumerate(scheduled):
         request, start = s.request, s.request.num_computed_tokens
         end = start + s.num_new_tokens
         block_table[row, : len(request.block_ids)] = request.block_ids
+        if request.prompt_output is not None and request.prompt_output.needs_logits:
+            prompt_logits_indices += [len(token_ids) + p - start for p in s.prompt_rows]
         token_ids += request.token_ids[start:end]
         position = np.arange(start, end, dtype=np.int32)
         positions.append(position)
@@ -90,11 +95,14 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
         query_lens=np.array(query_lens, dtype=np.int32),
         seq_lens=np.array(seq_lens, dtype=np.int32),
         logits_indices=np.array(logits_indices, dtype=np.int32),
+        prompt_logits_indices=np.array(prompt_logits_indices, dtype=np.int32),
         block_table=block_table,
     )
 
 
-def dummy_batch(num_tokens: int, max_tokens_per_seq: int, block_size: int) -> ForwardBatch:
+def dummy_batch(
+    num_tokens: int, max_tokens_per_seq: int, block_size: int, *, num_prompt_logits: int = 0
+) -> ForwardBatch:
     """A batch that computes `num_tokens` tokens into the null block: for warm-up, memory profiling and heartbeats."""
     full, rest = divmod(num_tokens, max_tokens_per_seq)
     query_lens = np.array([max_tokens_per_seq] * full + [rest] * (rest > 0), dtype=np.int32)
@@ -107,5 +115,6 @@ def dummy_batch(num_tokens: int, max_tokens_per_seq: int, block_size: int) -> Fo
         query_lens=query_lens,
         seq_lens=query_lens,
         logits_indices=np.cumsum(query_lens, dtype=np.int32) - 1,
+        prompt_logits_indices=np.arange(num_prompt_logits, dtype=np.int32),
         block_table=np.full((len(query_lens), -(-max_tokens_per_seq // block_size)), NULL_BLOCK, dtype=np.int32),
     )

@@ -8,16 +8,29 @@ import itertools
 import logging
 import time
 
+import numpy as np
+import torch
+
 from workers.config import EngineConfig
 from workers.engine.batch import STOP, dummy_batch, make_batch
+from workers.engine.constraint import Grammars
 from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.model_runner import ModelRunner
+from workers.engine.prompt_outputs import MeanEmbedding, PromptLogprobs, PromptReader, make_prompt_output
 from workers.engine.request import Request, make_request
 from workers.engine.sampler import Sampled, SamplingRow, sample
 from workers.engine.scheduler import ScheduledRequest, Scheduler
 from workers.errors import RequestError
 from workers.parallel.group import TensorParallel
-from workers.protocol import CacheEvents, EngineFacts, FinishReason, GenerateRequest, LoadReport, TokenDelta
+from workers.protocol import (
+    CacheEvents,
+    EngineFacts,
+    FinishReason,
+    GenerateRequest,
+    LoadReport,
+    TokenDelta,
+    TokenLogprob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +38,8 @@ log = logging.getLogger(__name__)
 SLOW_STEP_S = 1.0
 # How much of the speed known before a step with prompts survives it.
 SPEED_DECAY = 0.9
+# With nothing to do but compile grammars, the engine thread looks this often whether there is something else.
+COMPILING_POLL_S = 0.01
 
 
 class EngineCore:
@@ -44,6 +59,9 @@ class EngineCore:
             self.kv_cache, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
         )
         self.max_model_len = self._max_model_len()
+        self.grammars = Grammars(
+            config.tokenizer_path, vocab_size=config.model.vocab_size, eos_token_ids=config.model.eos_token_ids
+        )
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
         self.num_steps_total = 0
@@ -66,44 +84,44 @@ class EngineCore:
             vocab_size=self.config.model.vocab_size,
             max_model_len=self.max_model_len,
         )
+        request.prompt_output = make_prompt_output(message)
+        if request.sampling.grammar is None:
+            self.scheduler.add(request)
+        else:
+            self.grammars.compile(request)  # until that is done, the scheduler does not know of it
         self._requests[request.request_id] = request
-        self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         """Forgets a request at any stage and frees its blocks. Unknown ids are ignored: it may have ended a
         moment ago.
         """
         request = self._requests.pop(request_id, None)
-        if request is not None:
+        if request is not None and not self.grammars.forget(request):
             self.scheduler.finish(request)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work()
+        return self.scheduler.has_work() or self.grammars.num_compiling > 0
 
     def step(self) -> list[TokenDelta]:
         """One forward pass for as many requests as fit; empty when there is no work. Raises GroupError if a rank is
         gone.
         """
+        failed = self._admit_compiled()
         # Empty twice means empty for good: the first call may have preempted everyone, the second starts from there.
         scheduled = self.scheduler.schedule() or self.scheduler.schedule()
         if not scheduled:
-            return self._fail_head_of_line()
+            return failed + self._fail_head_of_line()
         began = self._step_began = time.monotonic()
         batch = make_batch(scheduled, self.config.block_size)
         self.tp.broadcast(batch.pack())
-        logits = self.runner.execute(batch)
         sampling = [s.request for s in scheduled if s.samples]
-        sampled: list[Sampled] = []
-        if sampling:
-            assert logits is not None, "rank 0 gathers the logits"
-            rows = [SamplingRow(r.sampling, r.token_ids, r.num_prompt_tokens) for r in sampling]
-            sampled = sample(logits, rows, eos_token_ids=self.config.model.eos_token_ids)
-        else:
-            self.runner.synchronize()  # sampling waits for the device by itself; `forward_age_s` must not run ahead of it
-        deltas = self._update(scheduled, dict(zip((r.request_id for r in sampling), sampled, strict=True)))
+        masks = self.grammars.begin_masks(sampling)  # computed while the model computes
+        logits = self.runner.execute(batch, PromptReader(scheduled))
+        sampled = self._sample(sampling, logits, masks.result() if masks is not None else {})
+        deltas = self._update(scheduled, sampled)
         self._step_ended(began)
         self._measure_speed(scheduled)
-        return deltas
+        return failed + deltas
 
     def take_cache_events(self) -> CacheEvents | None:
         """What the prefix cache gained and lost since the last call; None when nothing."""
@@ -128,7 +146,7 @@ class EngineCore:
         requests = [*self.scheduler.running, *self.scheduler.waiting]  # copies: the engine thread changes the lists
         return LoadReport(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + self.grammars.num_compiling,
             num_pending_tokens=sum(r.num_tokens - r.num_computed_tokens for r in requests),
             tokens_per_s=self._recent_tokens / self._recent_s if self._recent_s else 0.0,
             num_blocks=pool.num_blocks,
@@ -160,37 +178,77 @@ class EngineCore:
             bos_token_id=self.config.model.bos_token_id,
             eos_token_ids=self.config.model.eos_token_ids,
             attention_backend=self.runner.attention_backend,
+            hidden_size=self.config.model.hidden_size,
         )
+
+    def _admit_compiled(self) -> list[TokenDelta]:
+        """Hands requests whose grammar is compiled to the scheduler; ends those whose grammar cannot be used."""
+        failed = []
+        timeout_s = 0.0 if self.scheduler.has_work() else COMPILING_POLL_S
+        for request, error in self.grammars.take_compiled(timeout_s=timeout_s):
+            self.scheduler.add(request)
+            if error is not None:
+                failed.append(self._fail(request, error))
+        return failed
+
+    def _sample(
+        self, requests: list[Request], logits: torch.Tensor | None, masks: dict[str, np.ndarray]
+    ) -> dict[str, Sampled]:
+        if not requests:
+            self.runner.synchronize()  # sampling waits for the device by itself; `forward_age_s` must not run ahead of it
+            return {}
+        assert logits is not None, "rank 0 gathers the logits"
+        rows = [SamplingRow(r.sampling, r.token_ids, r.num_prompt_tokens, masks.get(r.request_id)) for r in requests]
+        sampled = sample(logits, rows, eos_token_ids=self.config.model.eos_token_ids)
+        return dict(zip((r.request_id for r in requests), sampled, strict=True))
 
     def _update(self, scheduled: list[ScheduledRequest], sampled: dict[str, Sampled]) -> list[TokenDelta]:
         deltas = []
         for s in scheduled:
-            request = s.request
+            request, completes = s.request, s.completes
             request.num_computed_tokens += s.num_new_tokens
             self.kv_cache.commit(request)
-            if request.request_id not in sampled:
+            if not completes:
                 continue
-            chosen = sampled[request.request_id]
             if request.num_output_tokens == 0:
                 self._prompt_tokens_total += request.num_prompt_tokens
-            request.append(chosen.token_id)
-            self._generated_tokens_total += 1
-            deltas.append(self._delta(request, chosen))
+            deltas.append(self._advance(request, sampled.get(request.request_id)))
         return deltas
 
-    def _delta(self, request: Request, chosen: Sampled) -> TokenDelta:
-        reason = request.finish_reason(eos_token_ids=self.config.model.eos_token_ids, max_model_len=self.max_model_len)
+    def _advance(self, request: Request, chosen: Sampled | None) -> TokenDelta:
+        """`chosen` None: the request wants no token, only what its prompt gives."""
+        if chosen is None:
+            return self._delta(request, [], None)
+        if chosen.token_id is None:
+            return self._fail(request, "Every token is banned here; allow more tokens, or ban fewer.")
+        request.append(chosen.token_id)
+        if request.constraint is not None and request.constraint.error is not None:
+            return self._fail(request, request.constraint.error)
+        self._generated_tokens_total += 1
+        return self._delta(request, [chosen.token_id], chosen.logprob)
+
+    def _delta(self, request: Request, token_ids: list[int], logprob: TokenLogprob | None) -> TokenDelta:
+        eos_token_ids = self.config.model.eos_token_ids
+        reason = request.finish_reason(eos_token_ids=eos_token_ids, max_model_len=self.max_model_len)
         if reason is not None:
             self.abort(request.request_id)
         num_cached_tokens, request.num_cached_tokens = request.num_cached_tokens, None
+        output, request.prompt_output = request.prompt_output, None
         return TokenDelta(
             request_id=request.request_id,
-            token_ids=[chosen.token_id],
-            logprobs=None if chosen.logprob is None else [chosen.logprob],
+            token_ids=token_ids,
+            logprobs=None if logprob is None else [logprob],
             finish_reason=reason,
-            stop_token_id=chosen.token_id if reason is FinishReason.STOP else None,
+            stop_token_id=token_ids[-1] if reason is FinishReason.STOP and request.stops(eos_token_ids) else None,
             num_cached_tokens=num_cached_tokens,
+            prompt_logprobs=output.logprobs if isinstance(output, PromptLogprobs) else None,
+            embedding=output.to_bytes() if isinstance(output, MeanEmbedding) else None,
         )
+
+    def _fail(self, request: Request, sentence: str) -> TokenDelta:
+        """Ends this request alone."""
+        self.abort(request.request_id)
+        return TokenDelta(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=sentence)
 
     def _fail_head_of_line(self) -> list[TokenDelta]:
         """Nothing can be scheduled: either there is no work, or the first request can never run and would block all
@@ -200,13 +258,10 @@ class EngineCore:
             return []
         request = self.scheduler.waiting[0]
         log.error("request %s cannot be scheduled in an otherwise empty engine; it is ended", request.request_id)
-        self.abort(request.request_id)
         return [
-            TokenDelta(
-                request_id=request.request_id,
-                finish_reason=FinishReason.ERROR,
-                error="The request needs more KV cache than this replica has; "
-                f"use fewer than {request.num_tokens} tokens.",
+            self._fail(
+                request,
+                f"The request needs more KV cache than this replica has; use fewer than {request.num_tokens} tokens.",
             )
         ]
 

@@ -27,12 +27,12 @@ class KVCacheManager:
     def find_prefix(self, request: Request) -> list[int]:
         """The longest run of cached blocks the request can start from, null blocks where the window makes one needless.
 
-        At least one token is left to compute, since only computing yields logits.
+        At most `request.max_prefix_tokens`: what must be computed is not looked for.
         """
         if not self.enable_prefix_caching:
             return []
-        self._extend_hashes(request, request.num_tokens - 1)
-        cached = [self.pool.find(h) for h in request.block_hashes[: (request.num_tokens - 1) // self.block_size]]
+        self._extend_hashes(request, request.max_prefix_tokens)
+        cached = [self.pool.find(h) for h in request.block_hashes[: request.max_prefix_tokens // self.block_size]]
         if self.sliding_window is None:
             length = next((i for i, block_id in enumerate(cached) if block_id is None), len(cached))
             return [block_id for block_id in cached[:length] if block_id is not None]

@@ -1,8 +1,10 @@
 """Runs one ForwardBatch through the model on one rank. The same on rank 0 and on followers.
 
 Knows the model, the KV cache tensors and the batch; no requests, no sampling. Input tensors live in static buffers that
-are overwritten each step, and nothing reads the device back, so that a step can be captured in a CUDA graph.
+are overwritten each step, and nothing reads the device back before the model is through, so that it can be captured in a CUDA graph.
 """
+
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +15,19 @@ from workers.engine import kv_cache
 from workers.engine.batch import ForwardBatch, dummy_batch
 from workers.model.mistral import KVCaches, MistralForCausalLM
 from workers.parallel.group import TensorParallel
+
+# Logits of this many rows of prompts exist at a time: with a vocabulary of 32,768, 16 MiB in float32, and three times that in use.
+PROMPT_LOGITS_AT_ONCE = 128
+
+
+class PromptRows(Protocol):
+    """Who reads what a step computed of prompts; the tensors are only lent."""
+
+    def read_hidden_states(self, hidden_states: torch.Tensor) -> None:
+        """hidden_states: [num_tokens, hidden_size], behind the final norm, in the order of the batch."""
+
+    def read_logits(self, logits: torch.Tensor) -> None:
+        """logits: [n, vocab_size] float32, the next n rows of `prompt_logits_indices`."""
 
 
 class _Buffer:
@@ -66,6 +81,7 @@ class ModelRunner:
         self._seq_lens = buffer(seqs)
         self._cu_seqlens_q = buffer(seqs + 1)
         self._logits_indices = buffer(seqs, torch.int64)
+        self._prompt_logits_indices = buffer(tokens, torch.int64)
         self._block_table = buffer(seqs * max_blocks)
 
     def allocate_kv_cache(self) -> int:
@@ -80,8 +96,8 @@ class ModelRunner:
         return self.num_blocks
 
     @torch.inference_mode()
-    def execute(self, batch: ForwardBatch) -> torch.Tensor | None:
-        """Logits [num_sampling_seqs, vocab_size] in float32 on rank 0, None elsewhere."""
+    def execute(self, batch: ForwardBatch, prompts: PromptRows | None = None) -> torch.Tensor | None:
+        """Logits [num_sampling_seqs, vocab_size] in float32 on rank 0, None elsewhere. `prompts` reads on rank 0 only."""
         if self._num_threads_to_set is not None:
             # Only now, on the thread that computes: OpenMP keeps a pool per calling thread, and as soon as the pools together
             # have more threads than the machine has cores, its barriers sleep instead of spinning (a step of the demo model:
@@ -94,9 +110,16 @@ class ModelRunner:
         metadata = self._metadata(batch)
         token_ids, positions = self._token_ids.fill(batch.token_ids), self._positions.fill(batch.positions)
         logits_indices = self._logits_indices.fill(batch.logits_indices)
+        prompt_logits_indices = self._prompt_logits_indices.fill(batch.prompt_logits_indices)
         if self._inputs_copied is not None:
             self._inputs_copied.record()
         hidden_states = self.model(token_ids, positions, self.kv_cache, metadata)
+        if prompts is not None:
+            prompts.read_hidden_states(hidden_states)
+        for indices in prompt_logits_indices.split(PROMPT_LOGITS_AT_ONCE) if len(prompt_logits_indices) else ():
+            prompt_logits = self.model.compute_logits(hidden_states[indices])  # every rank has its part in it
+            if prompts is not None and prompt_logits is not None:
+                prompts.read_logits(prompt_logits)
         if not len(batch.logits_indices):
             return None
         return self.model.compute_logits(hidden_states[logits_indices])
@@ -130,6 +153,18 @@ class ModelRunner:
         # As many sequences as may sample in one step: the logits are the largest activation.
         longest = min(longest, max(1, config.max_num_batched_tokens // config.max_num_seqs))
         num_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * longest)
-        self.execute(dummy_batch(num_tokens, longest, config.block_size))
+        num_prompt_logits = min(num_tokens, PROMPT_LOGITS_AT_ONCE)
+        batch = dummy_batch(num_tokens, longest, config.block_size, num_prompt_logits=num_prompt_logits)
+        self.execute(batch, _LikePromptLogprobs())
         torch.cuda.synchronize(self.tp.device)
         self.kv_cache = []
+
+
+class _LikePromptLogprobs:
+    """Needs as much memory as reading a slice of a prompt's log-probabilities does, and as an embedding of the longest chunk."""
+
+    def read_hidden_states(self, hidden_states: torch.Tensor) -> None:
+        hidden_states.double()
+
+    def read_logits(self, logits: torch.Tensor) -> None:
+        logits.log_softmax(dim=-1).topk(1)

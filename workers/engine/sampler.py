@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
 import torch
 
+from workers.engine.logprobs import token_logprobs
 from workers.protocol import SamplingParams, TokenLogprob
 
 # Below this, dividing by the temperature only amplifies rounding: such requests are greedy.
@@ -22,11 +24,15 @@ MIN_TEMPERATURE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """One sequence that wants a token. `token_ids` is prompt and output in a row, as for repetition_penalty."""
+    """One sequence that wants a token. `token_ids` is prompt and output in a row, as for repetition_penalty.
+
+    `mask`: what its grammar allows behind them, a bit for each token, the lowest bit of a byte first. [at least vocab_size / 8]
+    """
 
     params: SamplingParams
     token_ids: Sequence[int]
     num_prompt_tokens: int
+    mask: np.ndarray | None = None
 
     @property
     def position(self) -> int:
@@ -35,7 +41,9 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    token_id: int
+    """`token_id` None: every token is banned."""
+
+    token_id: int | None
     logprob: TokenLogprob | None
 
 
@@ -46,17 +54,21 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: 
     raw = logits[wants_logprobs].clone() if wants_logprobs else None
     for i, row in enumerate(rows):
         _adjust(logits[i], row, eos_token_ids)
-    token_ids = logits.argmax(dim=-1)
+    _apply_masks(logits, rows)
+    best, token_ids = logits.max(dim=-1)
     random = [i for i, row in enumerate(rows) if row.params.temperature >= MIN_TEMPERATURE]
     if random:
         token_ids[random] = _draw(logits[random], [rows[i] for i in random])
-    chosen = token_ids.tolist()
+    chosen, possible = torch.stack([token_ids, best > -torch.inf]).tolist()
     logprobs: dict[int, TokenLogprob] = {}
     if raw is not None:
-        params = [rows[i].params for i in wants_logprobs]
-        found = _logprobs(raw, [chosen[i] for i in wants_logprobs], params)
+        num_tops = [rows[i].params.logprobs or 0 for i in wants_logprobs]
+        found = token_logprobs(raw, [chosen[i] for i in wants_logprobs], num_tops)
         logprobs = dict(zip(wants_logprobs, found, strict=True))
-    return [Sampled(token_id, logprobs.get(i)) for i, token_id in enumerate(chosen)]
+    return [
+        Sampled(token_id, logprobs.get(i)) if may else Sampled(None, None)
+        for i, (token_id, may) in enumerate(zip(chosen, possible, strict=True))
+    ]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -66,7 +78,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _adjust(logits: torch.Tensor, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
-    """logits: [vocab_size], changed in place: penalties, then bias, then the ban of stop tokens before min_tokens."""
+    """logits: [vocab_size], changed in place: penalties, then bias, then bans, which nothing undoes."""
     p = row.params
     if p.repetition_penalty != 1.0:
         # Of prompt and output alike (CTRL, Keskar et al. 2019): divide what is positive, multiply what is negative.
@@ -82,10 +94,34 @@ def _adjust(logits: torch.Tensor, row: SamplingRow, eos_token_ids: Sequence[int]
     if p.logit_bias:
         biased = torch.tensor(list(p.logit_bias), device=logits.device)
         logits[biased] += torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=logits.device)
+    output = row.token_ids[row.num_prompt_tokens :] if p.bad_words else ()
+    banned = {word[-1] for word in p.bad_words if _completes(word, output)}
     if row.position < p.min_tokens:
-        banned = {*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)}
-        if banned:
-            logits[torch.tensor(sorted(banned), device=logits.device)] = -torch.inf
+        banned |= {*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)}
+    if banned:
+        logits[torch.tensor(sorted(banned), device=logits.device)] = -torch.inf
+    if p.allowed_token_ids is not None:
+        allowed = torch.tensor(p.allowed_token_ids, device=logits.device)
+        kept = logits[allowed]
+        logits.fill_(-torch.inf)
+        logits[allowed] = kept
+
+
+def _completes(word: Sequence[int], output: Sequence[int]) -> bool:
+    """Whether the word's last token would complete it: its other tokens are the newest of the output."""
+    num_before = len(word) - 1
+    return num_before == 0 or list(output[-num_before:]) == list(word[:-1])
+
+
+def _apply_masks(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+    """logits: [len(rows), vocab_size], changed in place: what a row's mask leaves out becomes -inf."""
+    masked = [i for i, row in enumerate(rows) if row.mask is not None]
+    if not masked:
+        return
+    packed = torch.from_numpy(np.stack([row.mask for row in rows if row.mask is not None])).to(logits.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = ((packed[:, :, None] >> shifts) & 1).bool().flatten(1)[:, : logits.shape[-1]]
+    logits[masked] = logits[masked].masked_fill(~allowed, -torch.inf)
 
 
 def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -105,7 +141,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     picked = torch.searchsorted(cumulative, u * total, right=True)
     # Rounding can carry u * total up to total itself; the last token with any probability is then meant.
     last = torch.searchsorted(cumulative, total)
-    # The clamp is for rows without any finite logit: a token, even a meaningless one, is better than a dead engine.
+    # The clamp is for rows without any finite logit, whose sums are NaN.
     return torch.minimum(picked, last).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
@@ -129,23 +165,3 @@ def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
     excluded |= before >= column([p.top_p for p in params])
     excluded[:, 0] = False
     return ordered.masked_fill(excluded, -torch.inf).gather(1, order.argsort(dim=-1))
-
-
-def _logprobs(logits: torch.Tensor, chosen: list[int], params: Sequence[SamplingParams]) -> list[TokenLogprob]:
-    """logits: [n, vocab_size] as the model gave them."""
-    logprobs = logits.log_softmax(dim=-1)
-    ids = torch.tensor(chosen, device=logits.device)[:, None]
-    chosen_logprobs = logprobs.gather(1, ids)
-    ranks = (logprobs > chosen_logprobs).sum(dim=-1) + 1
-    most = min(max(p.logprobs or 0 for p in params), logits.shape[-1])
-    top_logprobs, top_ids = logprobs.topk(most, dim=-1)
-    columns = (chosen_logprobs.squeeze(1).tolist(), ranks.tolist(), top_ids.tolist(), top_logprobs.tolist())
-    return [
-        TokenLogprob(
-            token_id=token_id,
-            logprob=logprob,
-            rank=rank,
-            top=list(zip(row_ids[: p.logprobs], row_logprobs[: p.logprobs], strict=True)),
-        )
-        for token_id, p, logprob, rank, row_ids, row_logprobs in zip(chosen, params, *columns, strict=True)
-    ]

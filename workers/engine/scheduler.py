@@ -18,9 +18,22 @@ class ScheduledRequest:
     num_new_tokens: int
 
     @property
-    def samples(self) -> bool:
-        """Whether this step computes the request's last token, whose logits choose the next."""
+    def completes(self) -> bool:
+        """Whether this step computes the request's last token."""
         return self.request.num_computed_tokens + self.num_new_tokens == self.request.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the logits of its last token choose the next one in this step."""
+        return self.completes and self.request.sampling.max_tokens > 0
+
+    @property
+    def prompt_rows(self) -> range:
+        """The positions this step computes of those its `prompt_output` still waits for."""
+        if self.request.prompt_output is None:
+            return range(0)
+        start, wanted = self.request.num_computed_tokens, self.request.prompt_output.rows
+        return range(max(start, wanted.start), min(start + self.num_new_tokens, wanted.stop))
 
 
 class Scheduler:

@@ -3,10 +3,11 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
-from workers.engine.sampler import SamplingRow, sample, uniform
+from workers.engine.sampler import Sampled, SamplingRow, sample, uniform
 from workers.protocol import SamplingParams
 
 VOCAB = 50
@@ -124,12 +125,63 @@ def test_min_tokens_bans_every_way_to_stop():
     assert greedy(logits, min_tokens=1, ignore_eos=True) == 2, "an ignored eos does not stop"
 
 
-def test_banning_everything_still_gives_a_token():
+def test_banning_everything_gives_no_token():
     everything = tuple(range(VOCAB))
     for temperature in (0.0, 1.0):
         params = row(temperature=temperature, min_tokens=1, stop_token_ids=everything, logprobs=1)
-        (sampled,) = sample(torch.zeros(1, VOCAB), [params], eos_token_ids=EOS)
-        assert 0 <= sampled.token_id < VOCAB
+        beside = row(temperature=temperature)
+        banned, free = sample(torch.zeros(2, VOCAB), [params, beside], eos_token_ids=EOS)
+        assert banned == Sampled(None, None)
+        assert free == sample(torch.zeros(1, VOCAB), [beside], eos_token_ids=EOS)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_allowed_token_ids(temperature):
+    probabilities = {3: 0.6, 7: 0.3, 9: 0.1}
+    params = {"allowed_token_ids": (9, 7, 7), "temperature": temperature}
+    assert set(draw(probabilities, **params)) == ({7, 9} if temperature else {7})
+    assert set(draw(probabilities, **params, logit_bias={3: 100.0})) <= {7, 9}, "a bias allows nothing"
+    assert set(draw(probabilities, **params, top_k=1)) == {7}, "truncation counts what is allowed"
+    assert set(draw(probabilities, **params, output=(3, 3), frequency_penalty=-50.0)) <= {7, 9}
+
+
+@pytest.mark.parametrize(
+    ("bad_words", "output", "banned"),
+    [
+        (((5,),), (), True),
+        (((5,),), (8, 9), True),
+        (((8, 5),), (), False),
+        (((8, 5),), (8,), True),
+        (((8, 5),), (8, 9), False),
+        (((8, 9, 5),), (9,), False),
+        (((8, 9, 5),), (8, 9), True),
+        (((8, 9, 5),), (7, 8, 9), True),
+        (((8, 9, 5), (6,)), (9, 9), False),
+        (((8, 5), (6,)), (8,), True),
+    ],
+)
+def test_bad_words(bad_words, output, banned):
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5], logits[0, 6], logits[0, 4] = 3.0, 2.0, 1.0
+    prompt = (8, 9)  # what the prompt ends with is no part of the output
+    chosen = greedy(logits, bad_words=bad_words, output=output, prompt=prompt, logit_bias={5: 50.0})
+    assert chosen == (5 if not banned else 4 if (6,) in bad_words else 6)
+
+
+def test_a_mask_is_the_last_word():
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 5], logits[:, 6] = 3.0, 2.0
+    mask = np.packbits(
+        np.isin(np.arange(56), [6, 9, 51]), bitorder="little"
+    )  # longer than the vocabulary, as masks are
+    params = SamplingParams(max_tokens=9, seed=0, temperature=0.0, logprobs=1, logit_bias={5: 100.0})
+    only_beyond = np.packbits(np.arange(56) == 51, bitorder="little")
+    rows = [SamplingRow(params, [1], 1, mask), SamplingRow(params, [1], 1), SamplingRow(params, [1], 1, only_beyond)]
+    masked, free, nothing = sample(logits.clone(), rows, eos_token_ids=EOS)
+    assert (masked.token_id, free.token_id, nothing.token_id) == (6, 5, None)
+    assert masked.logprob is not None
+    assert masked.logprob.top[0][0] == 5, "log-probabilities stay the model's own"
+    assert masked.logprob.logprob == pytest.approx(logits.log_softmax(-1)[0, 6].item(), abs=1e-6)
 
 
 def test_a_token_depends_on_seed_and_position_only():
@@ -156,6 +208,8 @@ def test_a_row_does_not_depend_on_its_neighbours():
         {"frequency_penalty": 0.5, "output": (3, 3, 4)},
         {"logit_bias": {4: 3.0}, "logprobs": 0},
         {"min_tokens": 3},
+        {"allowed_token_ids": (3, 4, 9, 11)},
+        {"bad_words": ((7,), (3, 8)), "output": (3,)},
     ]
     rows = [row(**({"seed": i} | kinds[i % len(kinds)])) for i in range(32)]
     together = sample(logits.clone(), rows, eos_token_ids=EOS)

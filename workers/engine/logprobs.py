@@ -1,0 +1,27 @@
+"""Log-probabilities of given tokens, and the most likely ones beside them, from logits as the model gave them.
+
+A row's values depend on that row alone. Knows torch and TokenLogprob; no requests.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from workers.protocol import TokenLogprob
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_tops: Sequence[int]) -> list[TokenLogprob]:
+    """One for each row. logits: [n, vocab_size] float32; token_ids, num_tops: [n], the tokens meant and how many others to name."""
+    logprobs = logits.log_softmax(dim=-1)
+    ids = torch.tensor(token_ids, device=logits.device)[:, None]
+    chosen = logprobs.gather(1, ids)
+    ranks = (logprobs > chosen).sum(dim=-1) + 1
+    most = min(max(num_tops), logits.shape[-1])
+    top_logprobs, top_ids = logprobs.topk(most, dim=-1)
+    columns = (chosen.squeeze(1).tolist(), ranks.tolist(), top_ids.tolist(), top_logprobs.tolist())
+    return [
+        TokenLogprob(
+            token_id=token_id, logprob=logprob, rank=rank, top=list(zip(row_ids[:n], row_logprobs[:n], strict=True))
+        )
+        for token_id, n, logprob, rank, row_ids, row_logprobs in zip(token_ids, num_tops, *columns, strict=True)
+    ]

@@ -1,0 +1,108 @@
+"""What a request wants of its prompt beside the next token: log-probabilities of the prompt's tokens, or one embedding of it.
+
+Rank 0 only, and fed step by step with the rows that a step computes. Row p is what the model makes of the token at position p: its
+hidden state, and the logits that foretell the token at p + 1. Each wanted row is read once: the prefix cache serves a request up to
+its next wanted row, and rows computed again after a preemption are passed over.
+
+Worked example, a prompt of 10 tokens in chunks of 4, prompt_logprobs from index 3 on: rows 2 to 8 are wanted, of the first chunk 2
+and 3, of the second 4 to 7, of the third 8. Row 9 is left to the sampler.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from workers.engine.logprobs import token_logprobs
+from workers.engine.scheduler import ScheduledRequest
+from workers.protocol import GenerateRequest, TokenLogprob
+
+
+class PromptLogprobs:
+    """The list that TokenDelta.prompt_logprobs holds, as far as it is computed. `rows`: those still to read."""
+
+    needs_logits = True
+
+    def __init__(self, prompt: Sequence[int], *, start: int, num_top: int) -> None:
+        self.rows = range(max(start, 1) - 1, len(prompt) - 1)
+        self.logprobs: list[TokenLogprob | None] = [None] if start == 0 else []
+        self._prompt = prompt
+        self._num_top = num_top
+
+    def read(self, rows: range, logits: torch.Tensor) -> None:
+        """logits: [len(rows), vocab_size] float32."""
+        token_ids = self._prompt[rows.start + 1 : rows.stop + 1]
+        self.logprobs += token_logprobs(logits, token_ids, [self._num_top] * len(rows))
+        self.rows = range(rows.stop, self.rows.stop)
+
+
+class MeanEmbedding:
+    """The mean of the prompt's last hidden states, summed in double precision. `rows`: those still to read."""
+
+    needs_logits = False
+
+    def __init__(self, num_prompt_tokens: int) -> None:
+        self.rows = range(num_prompt_tokens)
+        self._num_prompt_tokens = num_prompt_tokens
+        self._sum: torch.Tensor | None = None
+
+    def read(self, rows: range, hidden_states: torch.Tensor) -> None:
+        """hidden_states: [len(rows), hidden_size] of any type."""
+        part = hidden_states.double().sum(dim=0)
+        self._sum = part if self._sum is None else self._sum + part
+        self.rows = range(rows.stop, self.rows.stop)
+
+    def to_bytes(self) -> bytes:
+        """hidden_size little-endian float32 values."""
+        assert self._sum is not None, "every prompt has a token"
+        assert not self.rows, f"rows {self.rows} are not computed yet"
+        return (self._sum / self._num_prompt_tokens).cpu().numpy().astype("<f4").tobytes()
+
+
+PromptOutput = PromptLogprobs | MeanEmbedding
+
+
+def make_prompt_output(message: GenerateRequest) -> PromptOutput | None:
+    """None where nothing of the kind is wanted, or where it was delivered with output that the request has already."""
+    if message.output_token_ids:
+        return None
+    if message.embed:
+        return MeanEmbedding(len(message.prompt_token_ids))
+    if message.sampling.prompt_logprobs is None:
+        return None
+    return PromptLogprobs(
+        message.prompt_token_ids,
+        start=message.sampling.prompt_logprobs_start,
+        num_top=message.sampling.prompt_logprobs,
+    )
+
+
+class PromptReader:
+    """Hands one step's rows to those who want them; see workers.engine.model_runner.PromptRows for the calls."""
+
+    def __init__(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        self._pooled: list[
+            tuple[MeanEmbedding, range, int]
+        ] = []  # (whose, rows, where they begin among the step's tokens)
+        self._logits: list[tuple[PromptLogprobs, range]] = []  # in the order of ForwardBatch.prompt_logits_indices
+        begin = 0
+        for s in scheduled:
+            output, rows = s.request.prompt_output, s.prompt_rows
+            if rows and isinstance(output, MeanEmbedding):
+                self._pooled.append((output, rows, begin + rows.start - s.request.num_computed_tokens))
+            elif rows and isinstance(output, PromptLogprobs):
+                self._logits.append((output, rows))
+            begin += s.num_new_tokens
+
+    def read_hidden_states(self, hidden_states: torch.Tensor) -> None:
+        for output, rows, begin in self._pooled:
+            output.read(rows, hidden_states[begin : begin + len(rows)])
+
+    def read_logits(self, logits: torch.Tensor) -> None:
+        begin = 0
+        while begin < len(logits):
+            output, rows = self._logits.pop(0)
+            part = rows[: len(logits) - begin]
+            output.read(part, logits[begin : begin + len(part)])
+            begin += len(part)
+            if len(part) < len(rows):  # the next slice goes on with it
+                self._logits.insert(0, (output, rows[len(part) :]))
