@@ -9,16 +9,19 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from cluster.config import (
     API_KEY_ENV,
+    CHAT_TEMPLATES,
     DEFAULT_DEPLOYMENT,
     METRICS_PREFIXES,
     ROUTING_POLICIES,
-    TEMPLATE_VERSIONS,
     parse_bytes,
     parse_replicas,
 )
+from cluster.keys.commands import add_parser as add_keys_parser
+from cluster.keys.file import API_KEYS_ENV
 from cluster.log import LOG_FORMATS, LOG_LEVELS, setup_logging
 from workers.errors import ConfigError, TramontaneError
 
@@ -35,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if getattr(args, "api_key", "") is None:
         args.api_key = os.environ.get(API_KEY_ENV) or None
+    if getattr(args, "api_keys", "") is None and os.environ.get(API_KEYS_ENV):
+        args.api_keys = Path(os.environ[API_KEYS_ENV])
     setup_logging(args.log_level, format=getattr(args, "log_format", "text"))
     try:
         args.run(args)
@@ -68,8 +73,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--api-key",
         help=f"key clients must send; better given as {API_KEY_ENV}, which does not show in the process list",
     )
+    _add_security_options(http)
     http.add_argument("--served-model-name", metavar="NAME", help="name clients use (default: MODEL)")
-    http.add_argument("--chat-template", choices=TEMPLATE_VERSIONS, help="chat template (default: the checkpoint's)")
+    http.add_argument(
+        "--chat-template",
+        default="auto",
+        metavar="NAME",
+        help=f"one of {', '.join(CHAT_TEMPLATES)}, or the path of a .jinja file; jinja: the checkpoint's own",
+    )
     http.add_argument(
         "--gateways", type=_positive, default=1, metavar="N", help="HTTP servers, this one included; on other nodes too"
     )
@@ -80,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--metrics-prefix", choices=METRICS_PREFIXES, default="tramontane", help="vllm: for dashboards made for vLLM"
     )
     watching.add_argument("--log-format", choices=LOG_FORMATS, default="text", help="json: one object a line")
+    watching.add_argument("--log-prompts", action="store_true", help="write prompts into the log, at level info")
     _add_engine_options(serve)
 
     status = commands.add_parser(
@@ -122,6 +134,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_name_option(down)
     down.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="debug also shows tracebacks")
 
+    add_keys_parser(commands)
+
     generate = commands.add_parser(
         "generate",
         help="complete one prompt in this process",
@@ -138,6 +152,20 @@ def make_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--seed", type=int, help="the same seed gives the same text (default: a random one)")
     _add_engine_options(generate)
     return parser
+
+
+def _add_security_options(http: "argparse._ArgumentGroup") -> None:
+    http.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help=f"keys with limits, made by `tramontane keys create`; read again when it changes (default: {API_KEYS_ENV})",
+    )
+    http.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM format, for https")
+    http.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key; both are read again when they change")
+    http.add_argument(
+        "--cors-origin", action="append", metavar="ORIGIN", help="web pages that may use it; may be repeated"
+    )
 
 
 def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +222,7 @@ def _add_name_option(parser: "argparse.ArgumentParser | argparse._ArgumentGroup"
 
 def _add_url_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where a gateway listens")
+    parser.add_argument("--ca-cert", type=Path, metavar="FILE", help="certificate to trust, where https uses one of your own")
     parser.add_argument("--api-key", help=f"the server's key; better given as {API_KEY_ENV}")
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="debug also shows tracebacks")
 

@@ -26,8 +26,7 @@ RoutingPolicy = Literal["prefix", "least_load", "round_robin"]
 ROUTING_POLICIES: tuple[RoutingPolicy, ...] = get_args(RoutingPolicy)
 MetricsPrefix = Literal["tramontane", "vllm"]
 METRICS_PREFIXES: tuple[MetricsPrefix, ...] = get_args(MetricsPrefix)
-TemplateVersion = Literal["v1", "v2", "v3"]
-TEMPLATE_VERSIONS: tuple[TemplateVersion, ...] = get_args(TemplateVersion)
+CHAT_TEMPLATES = ("auto", "v1", "v2", "v3", "jinja")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -51,10 +50,15 @@ class ServeConfig:
     ttft_objective_s: float
     scale_down_after_s: float
     drain_timeout_s: float
-    chat_template: TemplateVersion | None
+    chat_template: str  # one of CHAT_TEMPLATES, or the absolute path of a .jinja file
     metrics_prefix: MetricsPrefix
     log_level: LogLevel
     log_format: LogFormat
+    log_prompts: bool = False
+    api_keys: str | None = None  # paths are absolute: a gateway elsewhere needs the same files in the same place
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -76,11 +80,35 @@ class ServeConfig:
             raise ConfigError(
                 "The API key is empty or has spaces or non-ASCII characters in it; use printable ASCII only."
             )
-        if self.api_key is None and not is_loopback(self.host):
+        if not self.has_keys and not is_loopback(self.host):
             raise ConfigError(
-                f"--host {self.host} would open the server to the network without a key; add --api-key KEY, "
-                f"set {API_KEY_ENV}, or leave --host at 127.0.0.1."
+                f"--host {self.host} would open the server to the network without a key; make keys with `tramontane keys create "
+                f"NAME` and add --api-keys FILE, or add --api-key KEY, set {API_KEY_ENV}, or leave --host at 127.0.0.1."
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("--tls-key", "--tls-cert") if self.tls_cert is None else ("--tls-cert", "--tls-key")
+            raise ConfigError(f"{given} needs {missing} beside it; TLS takes both.")
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]+", origin):
+                raise ConfigError(f"--cors-origin {origin} is no origin; write it like https://example.org, without a path.")
+        if "*" in self.cors_origins and not self.has_keys:
+            raise ConfigError(
+                "--cors-origin '*' would let every web page use this server, which has no key; name the origins, or add a key."
+            )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients need a key."""
+        return self.api_key is not None or self.api_keys is not None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server, and whoever is on it may."""
+        return not self.has_keys and is_loopback(self.host)
+
+    def url(self, port: int) -> str:
+        """Where a browser on this machine finds the server."""
+        return url_of(self.host, port, scheme="http" if self.tls_cert is None else "https")
 
 
 def serve_config(args: Namespace, folder: Path, model_name: str, *, device: Device) -> ServeConfig:
@@ -102,11 +130,32 @@ def serve_config(args: Namespace, folder: Path, model_name: str, *, device: Devi
         ttft_objective_s=args.ttft_objective,
         scale_down_after_s=args.scale_down_after,
         drain_timeout_s=args.drain_timeout,
-        chat_template=args.chat_template,
+        chat_template=chat_template(args.chat_template),
         metrics_prefix=args.metrics_prefix,
         log_level=args.log_level,
         log_format=args.log_format,
+        log_prompts=args.log_prompts,
+        api_keys=_absolute(args.api_keys),
+        tls_cert=_absolute(args.tls_cert),
+        tls_key=_absolute(args.tls_key),
+        cors_origins=tuple(args.cors_origin or ()),
     )
+
+
+def chat_template(asked: str) -> str:
+    """One of CHAT_TEMPLATES, or a .jinja file's absolute path. Raises ConfigError."""
+    if asked in CHAT_TEMPLATES:
+        return asked
+    path = Path(asked).expanduser().absolute()
+    if not asked.endswith(".jinja") or not path.is_file():
+        raise ConfigError(
+            f"--chat-template {asked} is neither a .jinja file that exists nor one of {', '.join(CHAT_TEMPLATES)}."
+        )
+    return str(path)
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
 
 
 def parse_replicas(text: str) -> tuple[int, int]:
@@ -118,10 +167,10 @@ def parse_replicas(text: str) -> tuple[int, int]:
     return low, high
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(host: str, port: int, *, scheme: str = "http") -> str:
     """Where a browser on this machine finds a server bound to `host`."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
+    return f"{scheme}://{shown}:{port}"
 
 
 def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineConfig:
@@ -142,6 +191,7 @@ def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineCon
     }
     return EngineConfig(
         model_path=str(folder),
+        tokenizer_path=_tokenizer_path(folder),
         model=model,
         device=device,
         dtype=choose_dtype(args.dtype, model, device=device),
@@ -152,6 +202,15 @@ def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineCon
         enable_prefix_caching=not args.no_prefix_caching,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _tokenizer_path(folder: Path) -> str | None:
+    from cluster.text.tokenizer import find_tokenizer  # late: SentencePiece is not needed to refuse an option
+
+    try:
+        return str(find_tokenizer(folder))
+    except ConfigError:  # whoever needs the text says so; token ids do without
+        return None
 
 
 def choose_dtype(asked: Literal["auto"] | Dtype, model: ModelConfig, *, device: Device) -> Dtype:

@@ -8,15 +8,20 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.api.app import make_app
 from cluster.api.listener import Listener
-from cluster.config import ServeConfig, url_of
+from cluster.config import ServeConfig
+from cluster.keys.accounts import Accounts
+from cluster.keys.keyring import Keyring
+from cluster.keys.ledger import Ledger, ledger_path
 from cluster.metrics import Metrics
 from cluster.replicas.fleet import Fleet
 from cluster.replicas.state import ClusterView, without_secrets
 from cluster.router.router import Router
+from cluster.tls import open_certificate
 from workers.errors import ConfigError, EngineError, ReplicaUnavailableError
 
 if TYPE_CHECKING:
@@ -28,7 +33,10 @@ log = logging.getLogger(__name__)
 
 
 class Gateway:
-    """`await Gateway(...).open()`, then `drain` and `close`. on_view: called with every view of the cluster."""
+    """`await Gateway(...).open()`, then `drain` and `close`. on_view: called with every view of the cluster.
+
+    Raises ConfigError for files of keys or certificates that this host does not have, or that cannot work.
+    """
 
     def __init__(
         self,
@@ -51,16 +59,24 @@ class Gateway:
         self.metrics = Metrics(
             self.router, model_name=config.model_name, prefix=config.metrics_prefix, view=lambda: self.view
         )
+        keys = None if config.api_keys is None else Path(config.api_keys)
+        keyring = Keyring(keys, api_key=config.api_key)
+        self._ledger = None if keys is None else Ledger(ledger_path(keys))
+        self._certificate = open_certificate(config.tls_cert, config.tls_key)
         app = make_app(
             router=self.router,
             tokenizer=tokenizer,
             chat_template=chat_template,
             model_name=config.model_name,
-            api_key=config.api_key,
+            keyring=keyring,
+            accounts=Accounts(num_gateways=config.num_gateways),
+            ledger=self._ledger,
+            cors_origins=config.cors_origins,
+            local_only=config.is_local,
             metrics=self.metrics,
             admin=self,
         )
-        self._listener = Listener(app)
+        self._listener = Listener(app, tls=None if self._certificate is None else self._certificate.context)
         self._on_view = on_view
         self._fleet: Fleet | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -77,11 +93,15 @@ class Gateway:
             await self._listener.open(config.host, config.port, shared=config.num_gateways > 1)
         except OSError as e:
             raise ConfigError(f"Port {config.port} on {config.host} was taken meanwhile: {e.strerror}.") from e
-        self.url = url_of(config.host, self._listener.port)
+        self.url = config.url(self._listener.port)
         self._fleet = Fleet(
             self._controller, self.router, gateway_id=self.gateway_id, url=self.url, on_view=self._on_view
         )
         self._tasks = [asyncio.create_task(self._fleet.run(), name="fleet")]
+        if self._ledger is not None:
+            self.spawn(asyncio.create_task(self._ledger.run(), name="usage ledger"))
+        if self._certificate is not None:
+            self.spawn(asyncio.create_task(self._certificate.run(), name="TLS certificate"))
         return self
 
     def spawn(self, task: asyncio.Task[None]) -> None:
@@ -114,6 +134,8 @@ class Gateway:
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
             await fleet.close()
+        if self._ledger is not None:
+            await self._ledger.close()
 
     # What /admin asks for.
 

@@ -8,7 +8,9 @@ import json
 import urllib.error
 import urllib.request
 from argparse import Namespace
+from pathlib import Path
 
+from cluster.tls import client_context, distrust
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
 
 TIMEOUT_S = 15.0
@@ -17,11 +19,11 @@ TIMEOUT_S = 15.0
 def drain(args: Namespace) -> None:
     """Returns when the replica takes nothing new. Raises TramontaneError."""
     body = {} if args.grace is None else {"grace_s": args.grace}
-    ask(f"{args.url}/admin/replicas/{args.replica}/drain", api_key=args.api_key, body=body)
+    ask(f"{args.url}/admin/replicas/{args.replica}/drain", api_key=args.api_key, ca_cert=args.ca_cert, body=body)
     print(f"Replica {args.replica} takes nothing new; its streams finish or move, then it ends.")
 
 
-def ask(url: str, *, api_key: str | None, body: object | None = None) -> bytes:
+def ask(url: str, *, api_key: str | None, ca_cert: Path | None = None, body: object | None = None) -> bytes:
     """GET, or POST of `body` as JSON. Raises ReplicaUnavailableError, ConfigError for a wrong key, RequestError otherwise."""
     headers = {"Content-Type": "application/json"}
     if api_key:
@@ -29,7 +31,7 @@ def ask(url: str, *, api_key: str | None, body: object | None = None) -> bytes:
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(
-            urllib.request.Request(url, data=data, headers=headers), timeout=TIMEOUT_S
+            urllib.request.Request(url, data=data, headers=headers), timeout=TIMEOUT_S, context=client_context(ca_cert)
         ) as answer:
             return answer.read()
     except urllib.error.HTTPError as e:
@@ -38,6 +40,8 @@ def ask(url: str, *, api_key: str | None, body: object | None = None) -> bytes:
             raise ConfigError(f"{message} Give the server's key with --api-key or TRAMONTANE_API_KEY.") from e
         raise RequestError(message) from e
     except (OSError, ValueError) as e:
+        if distrusted := distrust(url, e):
+            raise distrusted from e
         raise ReplicaUnavailableError(f"Nothing answers at {url} ({e}); give the server's address with --url.") from e
 
 

@@ -18,13 +18,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.config import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig, check_port_is_free, detect_device, serve_config
 from cluster.console import Console
+from cluster.keys.keyring import Keyring
 from cluster.models import resolve_model
 from cluster.startup import Startup
 from cluster.text.load import load_text
+from cluster.tls import open_certificate
 
 if TYPE_CHECKING:
     from cluster.gateway import Gateway
@@ -57,6 +60,9 @@ def _serve(args: Namespace, console: Console) -> None:
     else:  # the cluster's nodes decide, once it is joined
         device = "cpu" if args.device == "auto" else args.device
     config = serve_config(args, folder, model_name, device=device)
+    # Before the minutes of start-up are spent.
+    Keyring(None if config.api_keys is None else Path(config.api_keys))
+    open_certificate(config.tls_cert, config.tls_key)
     check_port_is_free(config.host, config.port, shared=config.num_gateways > 1)
     with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
         text = pool.submit(load_text, config)
@@ -209,8 +215,8 @@ def _banner(config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed
     url, *others = urls
     body = json.dumps({"model": config.model_name, "prompt": "def fibonacci(n):", "max_tokens": 64})
     # The key itself is never printed; where the environment holds it, the line works as pasted.
-    key_word = f"${API_KEY_ENV}" if os.environ.get(API_KEY_ENV) == config.api_key else "YOUR_KEY"
-    key = f' -H "Authorization: Bearer {key_word}"' if config.api_key else ""
+    is_there = config.api_key is not None and os.environ.get(API_KEY_ENV) == config.api_key
+    key = f' -H "Authorization: Bearer {f"${API_KEY_ENV}" if is_there else "YOUR_KEY"}"' if config.has_keys else ""
     lines = [
         "",
         f"Ready in {elapsed_s:.1f} s.",

@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import msgspec
 from rich.console import Console, Group, RenderableType
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.replicas.state import ClusterView, RankRecord, ReplicaRecord, ReplicaState
+from cluster.tls import client_context, distrust
 from workers.errors import ConfigError, ReplicaUnavailableError
 
 ADMIN_PATH = "/admin/cluster"
@@ -60,7 +62,7 @@ class Sample:
 
 
 def status(args: Namespace) -> None:
-    """args: url, api_key, watch (seconds between two looks), once, json. Raises ConfigError, ReplicaUnavailableError."""
+    """args: url, api_key, ca_cert, watch (seconds between two looks), once, json. Raises ConfigError, ReplicaUnavailableError."""
     is_terminal = sys.stdout.isatty()
     console = Console(markup=False, highlight=False, width=None if is_terminal else PLAIN_WIDTH)
     if args.json or args.once or not is_terminal:
@@ -93,11 +95,11 @@ def _watch(args: Namespace, console: Console) -> None:
 
 
 def _look(args: Namespace) -> Sample:
-    view = fetch(args.url, args.api_key)
+    view = fetch(args.url, args.api_key, ca_cert=args.ca_cert)
     return Sample(view, time.monotonic())
 
 
-def fetch(url: str, api_key: str | None) -> ClusterView:
+def fetch(url: str, api_key: str | None, *, ca_cert: Path | None = None) -> ClusterView:
     """Raises ReplicaUnavailableError when nothing useful answers now, ConfigError when it never will."""
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url {url} is not the address of a server; write it like http://127.0.0.1:8000.")
@@ -105,11 +107,14 @@ def fetch(url: str, api_key: str | None) -> ClusterView:
     if api_key is not None:
         request.add_header("Authorization", f"Bearer {api_key}")
     try:
-        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
+        context = client_context(ca_cert)
+        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S, context=context) as response:
             body = response.read()
     except urllib.error.HTTPError as e:
         raise _refusal(url, e) from e
     except (OSError, http.client.HTTPException) as e:
+        if distrusted := distrust(url, e):
+            raise distrusted from e
         reason = e.reason if isinstance(e, urllib.error.URLError) else e
         reason = getattr(reason, "strerror", None) or reason
         raise ReplicaUnavailableError(

@@ -2,12 +2,14 @@
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
 
 from cluster import serve as serve_module
 from cluster.cli import main, make_parser
 from cluster.config import API_KEY_ENV, is_loopback, parse_bytes, serve_config
+from cluster.keys.file import API_KEYS_ENV, read_keys
 from cluster.models import resolve_model
 from workers.errors import CheckpointError, ConfigError
 
@@ -27,12 +29,14 @@ CONFIG = {
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "tokenizer.model.v3").touch()
     return tmp_path
 
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
     monkeypatch.delenv(API_KEY_ENV, raising=False)
+    monkeypatch.delenv(API_KEYS_ENV, raising=False)
 
 
 def configure(folder, *options, device="cpu"):
@@ -77,7 +81,11 @@ def test_every_engine_option_arrives(folder):
         ("--tensor-parallel-size 0", r"Use one of 1, 2\."),
         ("--max-model-len 4096", "use at most 2048"),
         ("--host 0.0.0.0", "add --api-key KEY, set TRAMONTANE_API_KEY"),
-        ("--host ::", "add --api-key KEY"),
+        ("--host ::", "tramontane keys create"),
+        ("--tls-cert a.pem", "--tls-cert needs --tls-key"),
+        ("--tls-key a.pem", "--tls-key needs --tls-cert"),
+        ("--cors-origin https://a.org/path", "write it like https://example.org"),
+        ("--cors-origin *", "has no key"),
         ("--port 70000", "use 1 to 65535"),
         ("--drain-timeout -1", "negative"),
         ("--drain-timeout inf", "without end"),
@@ -139,6 +147,62 @@ def test_an_empty_or_broken_key_is_refused(folder):
 
 def test_a_key_opens_the_public_address(folder):
     assert configure(folder, "--host", "0.0.0.0", "--api-key", "k").api_key == "k"
+    config = configure(folder, "--host", "0.0.0.0", "--api-keys", "keys.json")
+    assert config.has_keys and not config.is_local
+    assert config.api_keys == str(Path.cwd() / "keys.json"), "a gateway has another working directory"
+    assert configure(folder).is_local and not configure(folder, "--api-key", "k").is_local
+
+
+def test_every_security_option_arrives(folder):
+    options = "--tls-cert /c --tls-key /k --cors-origin https://a.org --cors-origin http://b:1 --log-prompts"
+    config = configure(folder, *options.split())
+    assert (config.tls_cert, config.tls_key, config.log_prompts) == ("/c", "/k", True)
+    assert config.cors_origins == ("https://a.org", "http://b:1")
+    assert config.url(1) == "https://127.0.0.1:1"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--api-keys /none/keys.json", "There is no API keys file /none/keys.json; make one with"),
+        ("--tls-cert /none/c --tls-key /none/k", "--tls-cert /none/c cannot be read"),
+    ],
+)
+def test_missing_files_are_refused_before_anything_starts(folder, capsys, options, says):
+    assert main(["serve", str(folder), *options.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_keys_are_created_listed_used_and_revoked(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "keys.json"
+    monkeypatch.setenv(API_KEYS_ENV, str(path))
+    limits = "--requests-per-minute 6 --tokens-per-minute 70 --max-concurrency 8 --model a --model b --priority -1"
+    assert main(["keys", "create", "alice", *limits.split(), "--admin"]) == 0
+    secret = capsys.readouterr().out
+    assert secret.startswith("tm-") and secret.count("\n") == 1, "nothing but the secret, for a shell's $(...)"
+    (key,) = read_keys(path)
+    assert main(["keys", "list"]) == 0
+    table = capsys.readouterr().out
+    for word in (key.id, "alice", "admin, 6 requests/min, 70 tokens/min, 8 at once, models a, b, priority -1"):
+        assert word in " ".join(table.split())
+    assert secret.strip() not in table and key.sha256 not in table
+    assert main(["keys", "list", "--json", "--file", str(path)]) == 0
+    (line,) = json.loads(capsys.readouterr().out)
+    assert line["limits"]["tokens_per_minute"] == 70 and line["usage"]["requests"] == 0
+    assert main(["keys", "usage", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert main(["keys", "revoke", "alice"]) == 0
+    assert read_keys(path) == []
+    capsys.readouterr()
+    for arguments, says in (
+        (["revoke", "alice"], "no key 'alice'"),
+        (["create", "bob", "--priority", "99999999999"], "priority"),
+        (["create", "bob", "--max-concurrency", "0"], "at least 1"),
+        (["usage", "--days", "0"], "at least 1"),
+        (["list", "--file", "/none/x"], "There is no API keys file"),
+    ):
+        assert main(["keys", *arguments]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_the_key_comes_from_the_environment_too(folder, monkeypatch):

@@ -158,11 +158,11 @@ def serve() -> Iterator[Serve]:
 
 def test_one_shot_prints_a_table_when_not_on_a_terminal(serve: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     url = serve([(200, msgspec.json.encode(VIEW)), (200, msgspec.json.encode(after()))])
-    status(Namespace(url=url, api_key="secret", watch=0.01, once=False, json=False))
+    status(Namespace(url=url, api_key="secret", ca_cert=None, watch=0.01, once=False, json=False))
     text = capsys.readouterr().out
     assert "mistral: 1 of 2 replicas ready" in text
     url = serve([(200, msgspec.json.encode(VIEW)), (200, msgspec.json.encode(after()))])
-    status(Namespace(url=url + "/", api_key="secret", watch=0.01, once=False, json=True))
+    status(Namespace(url=url + "/", api_key="secret", ca_cert=None, watch=0.01, once=False, json=True))
     assert json.loads(capsys.readouterr().out)["rates"]["r0"]["tokens_per_s"] > 0
 
 
