@@ -19,7 +19,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
-from workers.grammar import load_grammar_tokenizer
+from workers.grammar import load_grammar_tokenizer, new_matcher
 
 GrammarKind = Literal["json", "json_object", "regex", "choice", "grammar"]
 
@@ -76,7 +76,7 @@ class GrammarCompiler:
 
     def check(self, grammar: str) -> bool:
         """Whether a text of this grammar may open with a space. Raises GrammarError when the grammar cannot be used."""
-        matcher = LLMatcher(self._vocabulary, grammar, log_level=0)
+        matcher = new_matcher(self._vocabulary, grammar)
         first = self._mask(matcher)
         # What explodes only when it is used, such as an object of a thousand optional properties, shall be refused now.
         rng, mask = random.Random(0), first
@@ -86,6 +86,8 @@ class GrammarCompiler:
             if matcher.is_stopped():
                 break
             mask = self._mask(matcher)
+        if matcher.is_error():
+            raise GrammarError(_explain(matcher.get_error()))
         return bool(first & self._leading_space)
 
     def _mask(self, matcher: LLMatcher) -> int:
