@@ -29,7 +29,8 @@ class LiveReplica:
     """Serves from the start at `address`, until `close`. settings: EngineConfig fields."""
 
     def __init__(self, folder: Path = DEMO, *, replica_id: str = "r0", **settings: Any) -> None:
-        self.core = LLMEngine(make_config(folder, **settings)).core
+        config = make_config(folder, **({"tokenizer_path": str(TOKENIZER.path)} | settings))
+        self.core = LLMEngine(config).core
         self._loop = EngineLoop(self.core, lambda deltas, events: self.server.publish(deltas, events))
         self.server = StreamServer(
             self.core.facts(replica_id), TOKEN, submit=self._loop.submit, abort=self._loop.abort, load=self.core.load

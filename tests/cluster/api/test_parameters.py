@@ -4,6 +4,7 @@ The engine, the socket, the router and the application are the real ones, over t
 that counts them.
 """
 
+import asyncio
 import base64
 import json
 import math
@@ -93,7 +94,7 @@ class Api:
 
 @pytest.fixture(scope="module")
 def replica() -> Iterator[LiveReplica]:
-    replica = LiveReplica(max_num_batched_tokens=256, num_kv_blocks=512)
+    replica = LiveReplica(max_model_len=1024, max_num_batched_tokens=256, num_kv_blocks=1024)
     yield replica
     replica.close()
 
@@ -206,7 +207,7 @@ async def temperature(api: Api) -> None:
     assert await api.text() == await api.text(seed=3), "greedy takes no notice of a seed"
     hot = {await api.text(temperature=1.5, seed=seed) for seed in range(4)}
     assert len(hot) == 4
-    assert len({await api.text(temperature=0.01, seed=seed) for seed in range(4)}) == 1
+    assert len({await api.text(temperature=0.001, seed=seed) for seed in range(4)}) == 1
 
 
 @case("GenerationRequest.top_p", "GenerationRequest.top_k", "GenerationRequest.min_p")
@@ -322,10 +323,10 @@ async def truncate_prompt_tokens(api: Api) -> None:
     answer = await api.complete(truncate_prompt_tokens=4, return_token_ids=True)
     assert answer["choices"][0]["prompt_token_ids"] == [1, *ids[-3:]]
     assert answer["usage"]["prompt_tokens"] == 4
-    long = [5] * 600
+    long = [5] * 1100
     await api.refused("/v1/completions", GREEDY | {"prompt": long}, "prompt", "context")
     fits = await api.complete(prompt=long, truncate_prompt_tokens=-1)
-    assert fits["usage"]["prompt_tokens"] == 512 - 16
+    assert fits["usage"]["prompt_tokens"] == 1024 - 16
     assert (await api.chat(truncate_prompt_tokens=3))["usage"]["prompt_tokens"] == 3
     body = GREEDY | {"truncate_prompt_tokens": 0}
     await api.refused("/v1/completions", body, "truncate_prompt_tokens", "leaves no prompt")
@@ -387,8 +388,8 @@ async def structured_outputs(api: Api) -> None:
     for wrong, words in (
         ({}, "exactly one"),
         ({"regex": "a", "choice": ["b"]}, "exactly one"),
-        ({"regex": "("}, "regex"),
-        ({"grammar": "start: ???"}, "grammar"),
+        ({"regex": "("}, "unclosed group"),
+        ({"grammar": "start: ???"}, "cannot be used"),
         ({"json": "{"}, "JSON"),
     ):
         body = CHAT | {"structured_outputs": wrong}
@@ -649,7 +650,7 @@ async def tool_results(api: Api) -> None:
     text = TOKENIZER.decode(await api.prompt_ids(turns))
     assert all(word in text for word in ("add", "it is 42", call["id"]))
     turns[2] = turns[2] | {"tool_call_id": "unknown00"}
-    await api.refused("/v1/chat/completions", CHAT | {"messages": turns}, "messages", "tool call")
+    await api.refused("/v1/chat/completions", CHAT | {"messages": turns}, "messages", "'tool_call_id'")
     turns[1] = {"role": "assistant", "content": "", "tool_calls": [call | {"type": "x"}]}
     await api.refused("/v1/chat/completions", CHAT | {"messages": turns}, "messages", "type")
 
@@ -711,7 +712,7 @@ async def tokenize(api: Api) -> None:
     answer = await api.post("/tokenize", {"model": "demo", "prompt": PROMPT, "return_token_strs": True})
     assert (answer["tokens"], answer["count"]) == (ids, len(ids))
     assert answer["token_strs"] == [TOKENIZER.token_text(i) for i in ids]
-    assert answer["max_model_len"] == 512
+    assert answer["max_model_len"] == 1024
     plain = await api.post("/tokenize", {"prompt": PROMPT, "add_special_tokens": False})
     assert plain["tokens"] == ids[1:]
     assert "token_strs" not in plain
@@ -739,7 +740,9 @@ async def drain(api: Api) -> None:
 @pytest.mark.parametrize("check", dict.fromkeys(CASES.values()), ids=lambda check: check.__name__)
 async def test_field(api: Api, check: Check) -> None:
     await check(api)
-    assert not api.replica.core.has_work()
+    async with asyncio.timeout(10):  # the last abort may be on its way
+        while api.replica.core.has_work():
+            await asyncio.sleep(0.01)
 
 
 def test_every_field_of_every_body_has_a_case() -> None:
