@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.api_key = os.environ.get(API_KEY_ENV) or None
     if getattr(args, "api_keys", "") is None and os.environ.get(API_KEYS_ENV):
         args.api_keys = Path(os.environ[API_KEYS_ENV])
-    setup_logging(args.log_level, format=getattr(args, "log_format", "text"))
+    setup_logging(
+        args.log_level, format=getattr(args, "log_format", "text"), prompts=getattr(args, "log_prompts", False)
+    )
     try:
         args.run(args)
     except TramontaneError as e:
@@ -74,6 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"key clients must send; better given as {API_KEY_ENV}, which does not show in the process list",
     )
     _add_security_options(http)
+    http.add_argument("--no-embeddings", action="store_true", help="refuse /v1/embeddings")
     http.add_argument("--served-model-name", metavar="NAME", help="name clients use (default: MODEL)")
     http.add_argument(
         "--chat-template",

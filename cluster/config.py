@@ -55,6 +55,7 @@ class ServeConfig:
     log_level: LogLevel
     log_format: LogFormat
     log_prompts: bool = False
+    serves_embeddings: bool = True
     api_keys: str | None = None  # paths are absolute: a gateway elsewhere needs the same files in the same place
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -135,6 +136,7 @@ def serve_config(args: Namespace, folder: Path, model_name: str, *, device: Devi
         log_level=args.log_level,
         log_format=args.log_format,
         log_prompts=args.log_prompts,
+        serves_embeddings=not args.no_embeddings,
         api_keys=_absolute(args.api_keys),
         tls_cert=_absolute(args.tls_cert),
         tls_key=_absolute(args.tls_key),

@@ -73,6 +73,7 @@ class Gateway:
             ledger=self._ledger,
             cors_origins=config.cors_origins,
             local_only=config.is_local,
+            serves_embeddings=config.serves_embeddings,
             metrics=self.metrics,
             admin=self,
         )
