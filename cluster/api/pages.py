@@ -54,6 +54,5 @@ def _file(path: Path) -> web.FileResponse:
         hdrs.CONTENT_TYPE: CONTENT_TYPES[path.suffix],
         hdrs.CACHE_CONTROL: "no-cache",
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-        "X-Content-Type-Options": "nosniff",
     }
     return web.FileResponse(path, headers=headers)

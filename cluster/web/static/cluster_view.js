@@ -191,6 +191,7 @@ function count(value) {
 }
 
 function percent(part, whole) {
+  if (part > 0 && part / whole < 0.005) return "< 1 %";
   return whole ? `${Math.round((100 * part) / whole)} %` : NOTHING;
 }
 
