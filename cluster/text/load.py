@@ -1,6 +1,15 @@
-"""Everything a gateway needs to turn text into tokens and back, read from the model's folder. Knows what chat can do without."""
+"""Everything a gateway needs to turn text into tokens and back, read from the model's folder. Knows what chat can do without.
+
+--chat-template     the template
+auto (default)      the checkpoint's own Jinja template if it is of another family: it has no [INST]; else mistral-common's
+v1, v2, v3          mistral-common's of that version
+jinja               the checkpoint's own, in tokenizer_config.json or chat_template.jinja
+PATH.jinja          that file, with the checkpoint's special tokens
+"""
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workers.errors import ConfigError
@@ -15,16 +24,43 @@ log = logging.getLogger(__name__)
 
 def load_text(config: "ServeConfig") -> "tuple[Tokenizer, ChatTemplate | None]":
     """The tokenizer, and the chat template or None for a model that cannot chat. Raises ConfigError."""
-    from cluster.text.chat import MistralTemplate
-    from cluster.text.tokenizer import load_tokenizer
+    from cluster.text.tokenizer import TEMPLATE_VERSIONS, load_tokenizer
 
-    tokenizer = load_tokenizer(
-        config.engine.model_path, version=config.chat_template, model_vocab_size=config.engine.model.vocab_size
-    )
+    asked: str = config.chat_template
+    vocab_size = config.engine.model.vocab_size
+    version = next((v for v in TEMPLATE_VERSIONS if v == asked), None)
+    tokenizer = load_tokenizer(config.engine.model_path, version=version, model_vocab_size=vocab_size)
     try:
-        return tokenizer, MistralTemplate(tokenizer)
+        return tokenizer, _choose(tokenizer, Path(config.engine.model_path), asked, model_vocab_size=vocab_size)
     except ConfigError as e:
-        if config.chat_template is not None:
+        if asked != "auto":
             raise
         log.warning("Chat is off: %s", e)
         return tokenizer, None
+
+
+def _choose(tokenizer: "Tokenizer", folder: Path, asked: str, *, model_vocab_size: int) -> "ChatTemplate":
+    from cluster.text.chat import MistralTemplate
+    from cluster.text.jinja_template import JinjaTemplate
+    from cluster.text.template_files import DEFAULT, read_source, read_template_files
+
+    if asked in ("v1", "v2", "v3"):
+        return MistralTemplate(tokenizer)
+    files = read_template_files(folder)
+    if asked == "auto":
+        own = files.templates.get(DEFAULT) or next(iter(files.templates.values()), None)
+        if own is None or "[INST]" in own:
+            why = "the checkpoint brings none" if own is None else "the checkpoint's own is of Mistral's family"
+            log.info("chat template: mistral-common's %s, since %s", tokenizer.template_version, why)
+            return MistralTemplate(tokenizer)
+        log.info("chat template: the checkpoint's own, since it is of another family than Mistral's (it has no [INST])")
+    elif asked == "jinja":
+        if not files.templates:
+            raise ConfigError(
+                f"--chat-template jinja: {folder} has no template in tokenizer_config.json or chat_template.jinja."
+            )
+        log.info("chat template: the checkpoint's own, as asked")
+    else:
+        files = replace(files, templates={DEFAULT: read_source(Path(asked))})
+        log.info("chat template: %s, as asked", asked)
+    return JinjaTemplate(tokenizer, files, model_vocab_size=model_vocab_size)
