@@ -223,6 +223,7 @@ def _banner(config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed
         f"  Endpoint   {url}/v1",
         *(f"             {other}/v1" for other in others),
         f"  Try        curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
+        f"  Open       {url}/ in a browser: playground and live cluster view; {url}/docs",
         f"  Watch      tramontane status --url {url}",
     ]
     if cluster.dashboard_url:
