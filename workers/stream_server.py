@@ -255,8 +255,9 @@ class StreamServer:
             load = self._report(now)
             for prefix, batch in batches.items():
                 connection = self._connections[prefix]
-                frame = StepFrame(deltas=batch, load=load, cache=connection.unsent_events.take())
-                connection.send(encode_frame(frame), now)
+                for part in _frames(batch):
+                    frame = StepFrame(deltas=part, load=load, cache=connection.unsent_events.take())
+                    connection.send(encode_frame(frame), now)
 
     def _remember(self, events: CacheEvents) -> None:
         for block_hash in events.evicted:
@@ -292,6 +293,13 @@ class StreamServer:
         self._waited_since = {rank: self._waited_since.get(rank, now) for rank in load.stuck_ranks}
         stuck = tuple(rank for rank, since in self._waited_since.items() if now - since >= STUCK_AFTER_S)
         return load if stuck == load.stuck_ranks else msgspec.structs.replace(load, stuck_ranks=stuck)
+
+
+def _frames(deltas: list[TokenDelta]) -> list[list[TokenDelta]]:
+    """All in one frame, but each prompt's log-probabilities in one of their own: together they could be more than a frame holds."""
+    small = [delta for delta in deltas if delta.prompt_logprobs is None]
+    large = [[delta] for delta in deltas if delta.prompt_logprobs is not None]
+    return [small, *large] if small else large
 
 
 async def _read_message(reader: asyncio.StreamReader, max_bytes: int) -> ToReplica:

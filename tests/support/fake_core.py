@@ -1,8 +1,10 @@
 """An engine core without a model, for everything above the engine: token i of a request is (seed + i) % VOCAB_SIZE.
 
+The log-probability of token t is -t / VOCAB_SIZE, an embedding holds 1.0, 2.0, 3.0 and 4.0; grammars mean nothing here.
 A test can hold a step back, make it fail, and read what the core still holds. Follows workers/engine/loop.py `Core`.
 """
 
+import struct
 import threading
 import time
 from collections import deque
@@ -16,6 +18,7 @@ from workers.protocol import (
     LoadReport,
     SamplingParams,
     TokenDelta,
+    TokenLogprob,
 )
 
 VOCAB_SIZE = 1000
@@ -32,6 +35,7 @@ FACTS = EngineFacts(
     bos_token_id=1,
     eos_token_ids=(2,),
     attention_backend="fake",
+    hidden_size=4,
 )
 
 
@@ -42,6 +46,17 @@ def request(request_id: str, *, max_tokens: int = 5, seed: int = 100) -> Generat
 
 def expected_tokens(req: GenerateRequest) -> list[int]:
     return [(req.sampling.seed + i) % VOCAB_SIZE for i in range(req.sampling.max_tokens)]
+
+
+def _logprob(token_id: int) -> TokenLogprob:
+    return TokenLogprob(token_id=token_id, logprob=-token_id / VOCAB_SIZE, rank=token_id + 1)
+
+
+def _prompt_logprobs(req: GenerateRequest) -> list[TokenLogprob | None] | None:
+    if req.sampling.prompt_logprobs is None:
+        return None
+    start = req.sampling.prompt_logprobs_start
+    return [_logprob(t) if i else None for i, t in enumerate(req.prompt_token_ids[start:], start=start)]
 
 
 class FakeCore:
@@ -82,13 +97,22 @@ class FakeCore:
         self.num_steps += 1
         deltas = []
         for request_id, (req, done) in list(self.requests.items()):
-            token = (req.sampling.seed + done) % VOCAB_SIZE
-            finished = done + 1 == req.sampling.max_tokens
+            wants_token = req.sampling.max_tokens > 0
+            token_ids = [(req.sampling.seed + done) % VOCAB_SIZE] if wants_token else []
+            finished = done + len(token_ids) == req.sampling.max_tokens
             self.requests[request_id] = (req, done + 1)
             if finished:
                 del self.requests[request_id]
-            reason = FinishReason.LENGTH if finished else None
-            deltas.append(TokenDelta(request_id=request_id, token_ids=[token], finish_reason=reason))
+            deltas.append(
+                TokenDelta(
+                    request_id=request_id,
+                    token_ids=token_ids,
+                    logprobs=None if req.sampling.logprobs is None else [_logprob(t) for t in token_ids],
+                    finish_reason=FinishReason.LENGTH if finished else None,
+                    prompt_logprobs=None if done else _prompt_logprobs(req),
+                    embedding=struct.pack("<4f", 1.0, 2.0, 3.0, 4.0) if req.embed else None,
+                )
+            )
         return deltas
 
     def take_cache_events(self) -> CacheEvents | None:

@@ -169,6 +169,25 @@ async def test_garbage_after_hello_aborts_what_the_connection_had(engine, connec
     assert any(r.endswith("/b") for r in engine.core.aborted)
 
 
+async def test_each_prompts_log_probabilities_have_a_frame_of_their_own(engine, connect):
+    """Together they could be more than a frame holds."""
+    engine.core.gate.clear()
+    client = await connect()
+    client.send(*(Submit(request=request(name)) for name in "abc"))
+    await until(lambda: engine.loop._inbox.qsize() + len(engine.core.requests) == 3)
+    (prefix,) = engine.server._connections
+    prompts = {"a": None, "b": [None], "c": [None]}
+    engine.server.publish([TokenDelta(request_id=prefix + r, prompt_logprobs=p) for r, p in prompts.items()])
+    frames: list[list[str]] = []
+    while len(frames) < 3:
+        message = await client.receive()
+        client.send(Heartbeat())
+        if message.deltas:
+            frames.append([d.request_id for d in message.deltas])
+    assert frames == [["a"], ["b"], ["c"]]
+    engine.core.gate.set()
+
+
 async def test_deltas_of_one_step_share_a_frame_and_ids_belong_to_connections(engine, connect):
     one, two = await connect(), await connect()
     engine.core.gate.clear()
