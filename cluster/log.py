@@ -1,7 +1,8 @@
 """Sets up logging for a control-plane process: on stderr, our own loggers at the chosen level and the rest at warnings.
 
 Text for people, or one JSON object a line for machines; both carry the id of the request that is being served, if there is one. Knows
-nothing of HTTP: whoever serves a request sets `request_id_var`, and tasks made meanwhile inherit it.
+nothing of HTTP: whoever serves a request sets `request_id_var`, and tasks made meanwhile inherit it. Prompts are in no log unless asked
+for, and then through `log_prompt` only.
 """
 
 import logging
@@ -20,12 +21,28 @@ LOG_FORMATS: tuple[LogFormat, ...] = get_args(LogFormat)
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
-def setup_logging(level: LogLevel, *, format: LogFormat = "text") -> None:  # noqa: A002  # logging's own word
+_prompts = logging.getLogger("cluster.prompts")
+_prompts.setLevel(logging.CRITICAL)  # never used: silent until asked
+
+
+def log_prompt(prompt: object) -> None:
+    """Text, token ids or messages, at info; nowhere without --log-prompts."""
+    _prompts.info("Prompt: %r", prompt)
+
+
+def setup_logging(
+    level: LogLevel,
+    *,
+    format: LogFormat = "text",  # noqa: A002  # logging's own word
+    prompts: bool = False,
+) -> None:
+    """prompts: whether `log_prompt` writes, whatever the level."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     for name in ("cluster", "workers"):
         logging.getLogger(name).setLevel(level.upper())
+    _prompts.setLevel(logging.INFO if prompts else logging.CRITICAL)
 
 
 class TextFormatter(logging.Formatter):

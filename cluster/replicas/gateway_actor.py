@@ -31,7 +31,7 @@ class GatewayActor:
     """Opens at once; `url` waits for that and raises what went wrong."""
 
     def __init__(self, config: ServeConfig) -> None:
-        setup_logging(config.log_level, format=config.log_format)
+        setup_logging(config.log_level, format=config.log_format, prompts=config.log_prompts)
         self._config = config
         self._opened = threading.Event()
         self._url = ""

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from cluster.log import JsonFormatter, TextFormatter, request_id_var
+from cluster.log import JsonFormatter, TextFormatter, log_prompt, request_id_var, setup_logging
 
 
 @pytest.fixture(params=[TextFormatter, JsonFormatter])
@@ -79,3 +79,15 @@ def test_setup_sends_ours_at_the_level_and_the_rest_at_warnings(log_format: str)
     assert done.stdout == "", "logs belong on stderr"
     assert [("ours" in line, "their trouble" in line) for line in lines] == [(True, False), (False, True)], done.stderr
     assert all(line.startswith("{") == (log_format == "json") for line in lines), done.stderr
+
+
+@pytest.mark.parametrize("level", ["debug", "error"])
+def test_prompts_are_logged_only_when_asked(level: str, caplog: pytest.LogCaptureFixture) -> None:
+    try:
+        for prompts in (False, True):
+            setup_logging(level, prompts=prompts)  # type: ignore[arg-type]
+            caplog.clear()
+            log_prompt("my secret")
+            assert ("my secret" in caplog.text) is prompts
+    finally:
+        setup_logging("warning")
