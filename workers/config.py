@@ -16,6 +16,10 @@ Layout = Literal["huggingface", "mistral"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+BACKGROUND_TOKENS = {
+    "cpu": 8,
+    "cuda": 128,
+}  # the CPU's measured (benchmarks/batch.md), the GPU's from its ratio of FLOP/s to bytes/s
 
 
 _SIZES = (
@@ -90,8 +94,10 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How one replica runs. Sizes are tokens unless named otherwise. `num_kv_blocks` None: from `kv_cache_bytes` or
-    free memory. `tokenizer_path`: a SentencePiece model, which rank 0 needs for grammars; None refuses requests that have one.
+    """How one replica runs. Sizes are tokens unless named otherwise.
+
+    `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`.
+    `tokenizer_path`: a SentencePiece model, which rank 0 needs for grammars; None refuses requests that have one.
     """
 
     model_path: str
@@ -106,17 +112,27 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024  # the most one step computes: long prompts are prefilled in chunks
+    max_background_tokens: int | None = None
     enable_prefix_caching: bool = True
     tokenizer_path: str | None = None
     num_threads: int | None = None  # torch threads per CPU rank; None divides the cores among the ranks
+
+    @property
+    def background_tokens(self) -> int:
+        """The most that batch lines add to a step beside online requests. None in the configuration: so many as a step takes in
+        with little delay, since it has to read every weight anyway.
+        """
+        return self.max_background_tokens or BACKGROUND_TOKENS[self.device]
 
     def __post_init__(self) -> None:
         self.model.check_tensor_parallel_size(self.tensor_parallel_size)
         for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.num_kv_blocks is not None and self.num_kv_blocks < 1:
-            raise ConfigError(f"num_kv_blocks is {self.num_kv_blocks}; it must be at least 1.")
+        for name in ("num_kv_blocks", "max_background_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1.")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "

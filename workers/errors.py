@@ -6,6 +6,7 @@ TramontaneError
 ├── RequestError            a request refused at the door; `param` names the field
 ├── GroupError              a collective failed or timed out; `ranks` names those that did not arrive
 ├── EngineError             the engine stopped; every request it held ends with this
+│   └── CrashedError        replicas crashed while they worked on this request; `num_crashes` of them
 ├── ReplicaUnavailableError no replica can take or finish the request now; a retry may succeed
 ├── OverloadedError         the server holds as many requests as it may; `retry_after_s` says when to come back
 └── DeadlineExceededError   the time the client gave its request is over
@@ -43,6 +44,14 @@ class GroupError(TramontaneError):
 
 class EngineError(TramontaneError):
     """The engine stopped; every request it held ends with this."""
+
+
+class CrashedError(EngineError):
+    """Replicas crashed while they worked on this request, `num_crashes` of them: it may be why, and is not tried again here."""
+
+    def __init__(self, message: str, *, num_crashes: int) -> None:
+        super().__init__(message)
+        self.num_crashes = num_crashes
 
 
 class ReplicaUnavailableError(TramontaneError):

@@ -14,6 +14,9 @@ import msgspec
 
 PROTOCOL_VERSION = 3
 
+# From here on a request is background work: lines of batches, which use what online requests leave. Smaller runs first.
+BATCH_PRIORITY = 1_000_000
+
 
 class FinishReason(enum.StrEnum):
     """Why a request ended. STOP: eos or a stop token id. LENGTH: max_tokens or the model's context. ERROR: see
@@ -68,8 +71,12 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     prompt_token_ids: list[int]
     sampling: SamplingParams
     output_token_ids: list[int] = []
-    priority: int = 0  # smaller runs first, as in vLLM
+    priority: int = 0  # smaller runs first, as in vLLM; from BATCH_PRIORITY on it is background work
     embed: bool = False
+
+    @property
+    def is_background(self) -> bool:
+        return self.priority >= BATCH_PRIORITY
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -103,11 +110,17 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The replica's state after a step. Counts named `_total` only grow. Times are seconds."""
+    """The replica's state after a step. Counts named `_total` only grow. Times are seconds.
+
+    Those named `_background_` are parts of the counts without it: they stand in nobody's way but each other's.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
     num_pending_tokens: int = 0  # still to be computed before every request, running or waiting, has its next token
+    num_background: int = 0  # running and waiting
+    num_background_pending_tokens: int = 0
+    num_background_blocks: int = 0  # of the used ones: at least so many are held by background requests alone
     tokens_per_s: float = 0.0  # recent speed of steps that computed prompts; 0 before the first
     num_blocks: int = 0  # usable KV blocks, the null block not counted
     num_used_blocks: int = 0  # held by running requests; cached but unreferenced blocks count as free

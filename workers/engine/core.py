@@ -56,7 +56,10 @@ class EngineCore:
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self.scheduler = Scheduler(
-            self.kv_cache, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+            self.kv_cache,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_background_tokens=config.background_tokens,
         )
         self.max_model_len = self._max_model_len()
         self.grammars = Grammars(
@@ -143,11 +146,20 @@ class EngineCore:
     def load(self) -> LoadReport:
         now, began = time.monotonic(), self._step_began
         pool = self.kv_cache.pool
-        requests = [*self.scheduler.running, *self.scheduler.waiting]  # copies: the engine thread changes the lists
+        running, waiting = (
+            list(self.scheduler.running),
+            list(self.scheduler.waiting),
+        )  # the engine thread changes the lists
+        requests = running + waiting
+        background = [r for r in requests if r.is_background]
+        num_foreground_blocks = sum(r.num_blocks_held for r in running if not r.is_background)
         return LoadReport(
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting) + self.grammars.num_compiling,
+            num_running=len(running),
+            num_waiting=len(waiting) + self.grammars.num_compiling,
             num_pending_tokens=sum(r.num_tokens - r.num_computed_tokens for r in requests),
+            num_background=len(background),
+            num_background_pending_tokens=sum(r.num_tokens - r.num_computed_tokens for r in background),
+            num_background_blocks=max(0, pool.num_used - num_foreground_blocks),
             tokens_per_s=self._recent_tokens / self._recent_s if self._recent_s else 0.0,
             num_blocks=pool.num_blocks,
             num_used_blocks=pool.num_used,
@@ -286,7 +298,10 @@ class EngineCore:
         self.step_s_total += self._last_step_s
 
     def _measure_speed(self, scheduled: list[ScheduledRequest]) -> None:
-        """Steps in which somebody catches up count: what they show is how fast waiting tokens are worked off."""
-        if any(s.num_new_tokens > 1 for s in scheduled):
+        """Steps in which somebody catches up count: what they show is how fast waiting tokens are worked off. Background requests
+        that keep to a budget catch up slowly, and show nothing.
+        """
+        held_back = self.scheduler.foreground_is_near
+        if any(s.num_new_tokens > 1 and not (held_back and s.request.is_background) for s in scheduled):
             self._recent_s = SPEED_DECAY * self._recent_s + self._last_step_s
             self._recent_tokens = SPEED_DECAY * self._recent_tokens + sum(s.num_new_tokens for s in scheduled)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from workers.errors import RequestError
-from workers.protocol import FinishReason, GenerateRequest, SamplingParams
+from workers.protocol import BATCH_PRIORITY, FinishReason, GenerateRequest, SamplingParams
 
 if TYPE_CHECKING:
     from workers.engine.constraint import Constraint
@@ -63,6 +63,14 @@ class Request:
     def order(self) -> tuple[int, int]:
         """Smaller is served first and preempted last."""
         return (self.priority, self.arrival)
+
+    @property
+    def is_background(self) -> bool:
+        return self.priority >= BATCH_PRIORITY
+
+    @property
+    def num_blocks_held(self) -> int:
+        return len(self.block_ids) - self.num_released_blocks
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)

@@ -1,0 +1,44 @@
+"""Drives a scheduler without a model. Knows no torch."""
+
+from workers.engine.kv_cache_manager import KVCacheManager
+from workers.engine.request import Request
+from workers.engine.scheduler import Scheduler
+from workers.protocol import SamplingParams
+
+
+def make_scheduler(*, num_blocks=100, block_size=4, max_num_seqs=8, max_num_batched_tokens=16, window=None):
+    kv_cache = KVCacheManager(
+        num_blocks=num_blocks, block_size=block_size, sliding_window=window, enable_prefix_caching=True
+    )
+    return Scheduler(kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+
+
+def add(scheduler, arrival, num_tokens, *, priority=0, max_tokens=10):
+    request = Request(
+        request_id=str(arrival),
+        sampling=SamplingParams(max_tokens=max_tokens, seed=0),
+        num_prompt_tokens=num_tokens,
+        token_ids=[arrival * 1000 + i for i in range(num_tokens)],
+        arrival=arrival,
+        priority=priority,
+    )
+    scheduler.add(request)
+    return request
+
+
+def run_step(scheduler):
+    """Plays one step; returns {request id: new tokens}."""
+    return play(scheduler, scheduler.schedule())
+
+
+def play(scheduler, scheduled):
+    """What a core does with what was scheduled; every sampled token is 1."""
+    for s in scheduled:
+        samples = s.samples
+        s.request.num_computed_tokens += s.num_new_tokens
+        scheduler.kv_cache.commit(s.request)
+        if samples:
+            s.request.append(1)
+            if s.request.num_output_tokens >= s.request.sampling.max_tokens:
+                scheduler.finish(s.request)
+    return {s.request.request_id: s.num_new_tokens for s in scheduled}
