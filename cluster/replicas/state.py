@@ -78,8 +78,20 @@ class ReplicaRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchDemand:
+    """One batch that runs at a gateway. Tokens are estimates, of prompts and outputs together."""
+
+    remaining_tokens: int  # of lines that have no answer yet
+    deadline_s: float | None = None  # seconds left; None: as soon as `max_replicas` of them can
+    max_replicas: int | None = None  # None: as many as the cluster may have
+
+
+@dataclass(frozen=True, kw_only=True)
 class GatewayReport:
-    """What one gateway holds, said every half second. A gateway that says nothing for a while is forgotten."""
+    """What one gateway holds, said every half second. A gateway that says nothing for a while is forgotten.
+
+    Lines of batches are told of in `batches` and counted in `num_running` and `streams_per_replica`, and nowhere else.
+    """
 
     gateway_id: str
     url: str
@@ -90,6 +102,8 @@ class GatewayReport:
     arrived_tokens_total: int = 0  # prompt tokens of all requests so far: the arrival rate is its slope
     ttft_p95_s: float | None = None  # of the last seconds; None without requests
     streams_per_replica: dict[str, int] = field(default_factory=dict)
+    batches: tuple[BatchDemand, ...] = ()
+    batch_tokens_total: int = 0  # of lines answered so far, by the same estimate as `remaining_tokens`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Who is let in: the bounds on what one gateway holds, and how long whoever comes now would wait.
 
-Knows counts, tokens and times. Knows no replica and no line: the router tells what it sees.
+Knows counts, tokens and times. Knows no replica and no line: the router tells what it sees. Batch lines have bounds of their own: they
+take nobody's room, and nobody takes theirs.
 """
 
 import math
@@ -13,6 +14,9 @@ from workers.errors import OverloadedError
 MAX_INFLIGHT_REQUESTS = 1024
 # Prompt tokens not yet on a replica. A plain number, since there may be no replica to measure it by: some minutes' work for one GPU.
 MAX_QUEUED_TOKENS = 2_000_000
+# Batch lines, whose runner keeps a window of its own: only against what runs wild.
+MAX_INFLIGHT_BATCH_REQUESTS = 16_384
+MAX_QUEUED_BATCH_TOKENS = 20_000_000
 MAX_RETRY_AFTER_S = 60
 RECENT_S = 30.0
 

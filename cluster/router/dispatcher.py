@@ -109,7 +109,8 @@ class Dispatcher:
 
     def _on_news(self, seat: Seat) -> None:
         self._watch_drain(seat)
-        if self.line and (self.table.has_room(seat) or not self.has_hope):
+        first = self.line.first()
+        if first is not None and (self.table.has_room(seat, first.stream) or not self.has_hope):
             self._dispatch()
 
     def _lose_patience(self, waiter: Waiter[Place], patience_s: float) -> None:

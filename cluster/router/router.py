@@ -11,9 +11,11 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
-from cluster.replicas.state import GatewayReport
+from cluster.replicas.state import BatchDemand, GatewayReport
 from cluster.router.admission import (
+    MAX_INFLIGHT_BATCH_REQUESTS,
     MAX_INFLIGHT_REQUESTS,
+    MAX_QUEUED_BATCH_TOKENS,
     MAX_QUEUED_TOKENS,
     Admission,
     Bounds,
@@ -29,7 +31,7 @@ from cluster.router.replica import Outlook, Replica
 from cluster.router.stream import Stream, StreamMovedError, Trace
 from cluster.router.table import Place
 from workers.errors import DeadlineExceededError, ReplicaUnavailableError
-from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
+from workers.protocol import BATCH_PRIORITY, EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 
 __all__ = ["Explanation", "Health", "Outlook", "Replica", "ReplicaStatus", "Router", "Trace"]
 
@@ -41,7 +43,8 @@ QUEUE_TIMEOUT_S = 300.0  # longer than any start-up that is worth waiting for
 class Router:
     """Use on one event loop.
 
-    max_inflight_requests: sequences held at once, running or waiting. max_queued_tokens: prompt tokens not yet on a replica.
+    max_inflight_requests: sequences held at once, running or waiting. max_queued_tokens: prompt tokens not yet on a replica. Both without
+    batch lines (BATCH_PRIORITY and beyond), for whom there is `batch_room`.
     queue_timeout_s: the longest wait for a replica or for room on one; each resumption waits anew.
     """
 
@@ -58,6 +61,9 @@ class Router:
         self._policy = policy
         self._clock = clock
         self._bounds = Bounds(max_inflight_requests=max_inflight_requests, max_queued_tokens=max_queued_tokens)
+        self._batch_bounds = Bounds(
+            max_inflight_requests=MAX_INFLIGHT_BATCH_REQUESTS, max_queued_tokens=MAX_QUEUED_BATCH_TOKENS
+        )
         self._dispatcher = Dispatcher(
             policy,
             queue_timeout_s=queue_timeout_s,
@@ -70,13 +76,16 @@ class Router:
         self._first_tokens = Recent()
         self._stays = Recent()  # on the replica that finished a sequence
         self.num_failovers_total = 0  # a sequence going on elsewhere, because its replica was lost or drained
-        self.arrived_tokens_total = 0  # prompt tokens of all that was admitted
+        self.arrived_tokens_total = 0  # prompt tokens of all that was admitted, without batch lines
+        # Told by whoever runs batches here, for the report.
+        self.batches: tuple[BatchDemand, ...] = ()
+        self.batch_tokens_total = 0
         self.update(replicas, Outlook())
 
     @property
     def num_inflight_requests(self) -> int:
         """Sequences admitted and not finished."""
-        return self._bounds.num_inflight_requests
+        return self._bounds.num_inflight_requests + self._batch_bounds.num_inflight_requests
 
     @property
     def num_waiting(self) -> int:
@@ -86,7 +95,7 @@ class Router:
     @property
     def num_queued_tokens(self) -> int:
         """Prompt tokens of sequences that are not on a replica yet, or not any more."""
-        return self._bounds.num_queued_tokens
+        return self._bounds.num_queued_tokens + self._batch_bounds.num_queued_tokens
 
     @property
     def facts(self) -> EngineFacts:
@@ -106,6 +115,12 @@ class Router:
         """What is true now; costs no request."""
         return look(self._table, self._dispatcher.outlook, shutting_down=self._shutting_down, now=self._clock())
 
+    def batch_room(self) -> int:
+        """How many more batch sequences the replicas could take now: what others leave of them, with a few that are next. For a
+        runner, who adds it to those it has in flight.
+        """
+        return max(0, self._table.background_room() - self._dispatcher.line.num_background)
+
     def report(self, gateway_id: str, url: str) -> GatewayReport:
         """What this router holds now, for whoever scales."""
         now, line = self._clock(), self._dispatcher.line
@@ -114,12 +129,14 @@ class Router:
             gateway_id=gateway_id,
             url=url,
             num_running=sum(per_replica.values()),
-            num_queued=len(line),
-            num_queued_tokens=self.num_queued_tokens,
+            num_queued=len(line) - line.num_background,
+            num_queued_tokens=self._bounds.num_queued_tokens,
             oldest_wait_s=line.oldest_wait_s(now),
             arrived_tokens_total=self.arrived_tokens_total,
             ttft_p95_s=self._first_tokens.p95(now),
             streams_per_replica=per_replica,
+            batches=self.batches,
+            batch_tokens_total=self.batch_tokens_total,
         )
 
     async def explain(self, prompt_token_ids: list[int], *, policy: PolicyName | None = None) -> Explanation:
@@ -146,9 +163,10 @@ class Router:
         now = self._clock()
         if self._shutting_down or not (self._dispatcher.outlook.expected or self._table.look_for_ready()):
             raise ReplicaUnavailableError(self.health().reason or "No replica is ready; try again in a moment.")
-        self._bounds.check(num_sequences, num_tokens, wait_s=self._estimated_wait_s)
+        bounds = self._bounds_for(priority)
+        bounds.check(num_sequences, num_tokens, wait_s=lambda: self._estimated_wait_s(priority))
         if deadline is not None:
-            check_deadline(deadline - now, self._estimated_wait_s(priority))
+            check_deadline(deadline - now, self._estimated_wait_s(priority, overtakes=True))
         admission = Admission(
             num_sequences,
             num_tokens,
@@ -157,27 +175,34 @@ class Router:
             arrived=now,
             arrival=next(self._arrivals),
         )
-        self.arrived_tokens_total += num_tokens
-        self._bounds.take(admission)
+        if bounds is self._bounds:
+            self.arrived_tokens_total += num_tokens
+        bounds.take(admission)
         try:
             yield admission
         finally:
-            self._bounds.give_back(admission)
+            bounds.give_back(admission)
 
     async def generate(
-        self, request: GenerateRequest, *, admission: Admission | None = None, trace: Trace | None = None
+        self,
+        request: GenerateRequest,
+        *,
+        admission: Admission | None = None,
+        trace: Trace | None = None,
+        max_crashes: int | None = None,
     ) -> AsyncGenerator[TokenDelta, None]:
         """Yields the request's deltas, the last one with a finish_reason. Closing the generator aborts the request.
 
         admission: what the caller's `admit` gave; without it the request is admitted here. trace: is kept up to date for the caller.
-        Raises OverloadedError, ReplicaUnavailableError, DeadlineExceededError, and EngineError for a request that outlived
-        too many replicas.
+        max_crashes: replicas that may crash in all while they work on it; at None, only those without a token in between count.
+        Raises OverloadedError, ReplicaUnavailableError, DeadlineExceededError, CrashedError for a request that outlived too many
+        replicas that crashed, and EngineError for one that outlived too many of all.
         """
         with contextlib.ExitStack() as stack:
             if admission is None:
                 num_tokens = len(request.prompt_token_ids)
                 admission = stack.enter_context(self.admit(1, num_tokens, priority=request.priority))
-            stream = Stream(request, order=admission.order, trace=trace)
+            stream = Stream(request, order=admission.order, trace=trace, max_crashes=max_crashes)
             stack.callback(self._watch_deadline(stream, admission))
             while True:
                 if self._policy == "prefix":
@@ -188,7 +213,8 @@ class Router:
                     async for delta in deltas:
                         yield delta
                         if delta.finish_reason is not None:
-                            self._stays.add(self._clock(), self._clock() - placed)
+                            if not stream.is_background:
+                                self._stays.add(self._clock(), self._clock() - placed)
                             return
                 if pause_s := stream.pause_s:
                     await stream.interrupt.wait(lambda: asyncio.sleep(pause_s))
@@ -203,7 +229,8 @@ class Router:
             trace.queue_s = self._clock() - admission.arrived
             if self._policy == "prefix":
                 trace.num_cached_tokens_predicted = place.decision.num_cached_tokens
-        self._bounds.placed(admission, num_tokens)
+        bounds = self._bounds_for(admission.priority)
+        bounds.placed(admission, num_tokens)
         deltas = replica.generate(stream.next_attempt())
         is_first = True
         try:
@@ -212,7 +239,7 @@ class Router:
                 if is_first:
                     is_first = False
                     self._table.report_knows(seat, stream)
-                    if not stream.output_token_ids:
+                    if not stream.output_token_ids and not stream.is_background:
                         self._first_tokens.add(self._clock(), self._clock() - admission.arrived)
                 yield stream.take(delta)
         except StopAsyncIteration:
@@ -230,7 +257,10 @@ class Router:
                 await deltas.aclose()  # type: ignore[attr-defined]  # a Replica's generate is an async generator
             finally:
                 self._dispatcher.leave(seat, stream)
-        self._bounds.displaced(admission, num_tokens)
+        bounds.displaced(admission, num_tokens)
+
+    def _bounds_for(self, priority: int) -> Bounds:
+        return self._batch_bounds if priority >= BATCH_PRIORITY else self._bounds
 
     def _lost(self, stream: Stream, replica: Replica, error: ReplicaUnavailableError) -> None:
         stream.lose(replica, error)
@@ -256,17 +286,20 @@ class Router:
         delay = max(0.0, admission.deadline - self._clock())
         return asyncio.get_running_loop().call_later(delay, stream.interrupt.set, error).cancel
 
-    def _estimated_wait_s(self, priority: int | None = None) -> float | None:
+    def _estimated_wait_s(self, priority: int, *, overtakes: bool = False) -> float | None:
         """Of a request that came now: for prompts before it, and for those in line to find room. None when nothing is known.
 
-        priority: only those in line that it would not overtake count; None: all.
+        overtakes: only those in line that it would not overtake count; else all of its kind, batch lines or others.
         """
-        num_tokens, num_before = self.num_queued_tokens, self.num_waiting
-        if priority is not None and num_before:
-            before = [w.stream.num_tokens for w in self._dispatcher.line if w.stream.order[0] <= priority]
+        line, bounds = self._dispatcher.line, self._bounds_for(priority)
+        background = bounds is self._batch_bounds
+        num_of_kind = line.num_background if background else len(line) - line.num_background
+        num_tokens, num_before = bounds.num_queued_tokens, num_of_kind
+        if overtakes and len(line):
+            before = [w.stream.num_tokens for w in line if w.stream.order[0] <= priority]
             num_tokens, num_before = sum(before), len(before)
-        by_tokens = self._table.estimated_wait_s(num_tokens)
+        by_tokens = self._table.estimated_wait_s(num_tokens, background=background)
         # Not by how many ended lately: on replicas that were idle until now these were few.
-        stay_s, num_placed = self._stays.mean(self._clock()), self.num_inflight_requests - self.num_waiting
+        stay_s, num_placed = self._stays.mean(self._clock()), bounds.num_inflight_requests - num_of_kind
         by_places = num_before * stay_s / num_placed if stay_s and num_placed > 0 else None
         return max((w for w in (by_tokens, by_places) if w is not None), default=None)

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import msgspec
 
-from workers.errors import EngineError, ReplicaUnavailableError
-from workers.protocol import GenerateRequest, TokenDelta
+from workers.errors import CrashedError, EngineError, ReplicaUnavailableError
+from workers.protocol import BATCH_PRIORITY, GenerateRequest, TokenDelta
 
 # Without a token in between. So many crashes may be the request's own doing; of other losses any number is bad luck, but not for ever.
 MAX_CRASHES_WITHOUT_PROGRESS = 5
@@ -89,11 +89,21 @@ class Interrupt:
 
 
 class Stream:
-    """`order`: (priority, arrival); smaller is served first."""
+    """`order`: (priority, arrival); smaller is served first. max_crashes: of replicas, in all, before it is given up; None: any number
+    with tokens in between.
+    """
 
-    def __init__(self, request: GenerateRequest, *, order: tuple[int, int], trace: Trace | None = None) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        order: tuple[int, int],
+        trace: Trace | None = None,
+        max_crashes: int | None = None,
+    ) -> None:
         self.request = request
         self.order = order
+        self.is_background = order[0] >= BATCH_PRIORITY
         self.trace = trace or Trace()
         self.interrupt = Interrupt()
         self.output_token_ids = list(request.output_token_ids)
@@ -103,6 +113,8 @@ class Stream:
         self._num_attempts = 0
         self._num_losses = 0
         self._num_crashes = 0
+        self._num_crashes_total = 0
+        self._max_crashes = max_crashes
 
     @property
     def num_tokens(self) -> int:
@@ -144,16 +156,26 @@ class Stream:
         return min(FIRST_PAUSE_S * 2.0 ** (self._num_losses - 2), MAX_PAUSE_S) * random.uniform(0.5, 1.0)
 
     def lose(self, replica: object, error: ReplicaUnavailableError) -> None:
-        """The replica was lost. Raises EngineError when it was one too many since the last token."""
+        """The replica was lost. Raises EngineError when it was one too many since the last token, CrashedError when crashes are why."""
         self.trace.num_failovers += 1
         self.lost_on.add(replica)
         self._num_losses += 1
         self._num_crashes += error.crashed
-        if self._num_crashes >= MAX_CRASHES_WITHOUT_PROGRESS or self._num_losses >= MAX_LOSSES_WITHOUT_PROGRESS:
-            raise EngineError(
-                f"{self._num_losses} replicas in a row were lost while they worked on this request, the last one with: {error} "
-                "It is not tried again."
+        self._num_crashes_total += error.crashed
+        in_a_row = (
+            f"{self._num_losses} replicas in a row were lost while they worked on this request, the last one with: {error} "
+            "It is not tried again."
+        )
+        if self._num_crashes >= MAX_CRASHES_WITHOUT_PROGRESS:
+            raise CrashedError(in_a_row, num_crashes=self._num_crashes_total) from error
+        if error.crashed and self._max_crashes is not None and self._num_crashes_total >= self._max_crashes:
+            times = "once" if self._num_crashes_total == 1 else f"{self._num_crashes_total} times"
+            raise CrashedError(
+                f"A replica crashed {times} while it worked on this request, the last time with: {error}",
+                num_crashes=self._num_crashes_total,
             ) from error
+        if self._num_losses >= MAX_LOSSES_WITHOUT_PROGRESS:
+            raise EngineError(in_a_row) from error
 
     def move(self) -> None:
         """It goes elsewhere without a loss."""

@@ -2,6 +2,9 @@
 
 Knows replicas, what their frames report, and which sequences this gateway has on them, some of them too fresh for any report. Knows
 no line of waiters and no HTTP. The choice itself is cluster/router/policy.py's.
+
+There are two views of the same replicas. Background sequences give way to all others within a step, so for these they are not there:
+neither as sequences nor as tokens or KV blocks. A background sequence sees everything, and thus takes only what is left.
 """
 
 import asyncio
@@ -31,6 +34,7 @@ class Seat:
         self.replica = replica
         self.slot: int | None = slot
         self.streams: set[Stream] = set()
+        self.num_background = 0  # of the streams
         self.unreported: dict[Stream, tuple[float, int]] = {}  # sent when, with how many tokens to compute
         self.move_timer: asyncio.TimerHandle | None = None  # while draining
 
@@ -53,7 +57,8 @@ class ReplicaTable:
         self._seats: dict[int, Seat] = {}  # by slot
         self._slot_of: dict[int, int] = {}  # by id() of the replica: two of one name may follow each other
         self._index = PrefixIndex()
-        self._snapshot = _rows(0)
+        self._without_background = _rows(0)
+        self._everything = _rows(0)
         self._ready = np.zeros(0, np.bool_)
         self._limit = np.zeros(0, np.int64)
         self._no_match = np.zeros(0, np.int64)
@@ -101,11 +106,14 @@ class ReplicaTable:
     def enter(self, seat: Seat, stream: Stream, num_cached_tokens: int) -> None:
         """The sequence is on its way to the replica; until a report can know of it, it counts here."""
         seat.streams.add(stream)
+        seat.num_background += stream.is_background
         seat.unreported[stream] = (self._clock(), max(stream.num_tokens - num_cached_tokens, 1))
         self._refresh_load(seat)
 
     def leave(self, seat: Seat, stream: Stream) -> None:
-        seat.streams.discard(stream)
+        if stream in seat.streams:
+            seat.streams.remove(stream)
+            seat.num_background -= stream.is_background
         seat.unreported.pop(stream, None)
         self._refresh_load(seat)
 
@@ -123,21 +131,24 @@ class ReplicaTable:
         """A ready replica with room, by the policy. None when there is none."""
         now = self._clock()
         self._sweep_if_due(now)
-        if not self._snapshot.available.any():  # asked often while a line waits: spares the matching of a long prompt
+        if not self._rows_for(
+            stream
+        ).available.any():  # asked often while a line waits: spares the matching of a long prompt
             return None
         while True:
             decision = self._decide(stream)
             if decision is None:
                 return None
             seat = self._seats[decision.slot]
-            if self._look(seat, now):
+            self._look(seat, now)
+            if self.has_room(seat, stream):
                 self._turn += 1
                 return Place(seat, decision)
 
     def explain(self, stream: Stream, policy: PolicyName) -> list[tuple[Seat, Row]]:
         """What `choose` would see now, for people."""
         self.sweep()
-        rows = explain(policy, self._snapshot, self._view(stream), turn=self._turn)
+        rows = explain(policy, self._rows_for(stream), self._view(stream), turn=self._turn)
         return [(self._seats[row.slot], row) for row in rows if row.slot in self._seats]
 
     def sweep(self) -> None:
@@ -150,15 +161,25 @@ class ReplicaTable:
         if len(self._seats) <= MANY_REPLICAS or now - self._swept >= SWEEP_EVERY_S:
             self.sweep()
 
-    def estimated_wait_s(self, num_tokens: int) -> float | None:
+    def estimated_wait_s(self, num_tokens: int, *, background: bool = False) -> float | None:
         """Until the ready replicas have computed what waits there and these tokens; None when nobody knows."""
-        speed = float(self._snapshot.tokens_per_s[self._ready].sum())
+        rows = self._everything if background else self._without_background
+        speed = float(rows.tokens_per_s[self._ready].sum())
         if speed <= 0:
             return None
-        return (float(self._snapshot.pending_tokens[self._ready].sum()) + num_tokens) / speed
+        return (float(rows.pending_tokens[self._ready].sum()) + num_tokens) / speed
 
-    def has_room(self, seat: Seat) -> bool:
-        return seat.slot is not None and bool(self._snapshot.available[seat.slot])
+    def has_room(self, seat: Seat, stream: Stream) -> bool:
+        return seat.slot is not None and bool(self._rows_for(stream).available[seat.slot])
+
+    def background_room(self) -> int:
+        """How many more background sequences the ready replicas could take now, beside everything that is there."""
+        self._sweep_if_due(self._clock())
+        room = np.maximum(self._limit - self._everything.num_requests, 0)
+        return int(room[self._ready].sum())
+
+    def _rows_for(self, stream: Stream) -> Snapshot:
+        return self._everything if stream.is_background else self._without_background
 
     def _add(self, replica: Replica) -> None:
         slot = next(i for i in range(len(self._seats) + 1) if i not in self._seats)
@@ -181,16 +202,16 @@ class ReplicaTable:
         more = num_slots - len(self._ready)
         if more <= 0:
             return
-        old, new = self._snapshot, _rows(more)
-        joined = {f.name: np.concatenate([getattr(old, f.name), getattr(new, f.name)]) for f in fields(Snapshot)}
-        self._snapshot = Snapshot(**joined)
+        self._without_background = _joined(self._without_background, _rows(more))
+        self._everything = _joined(self._everything, _rows(more))
         self._ready = np.concatenate([self._ready, np.zeros(more, np.bool_)])
         self._limit = np.concatenate([self._limit, np.zeros(more, np.int64)])
         self._no_match = np.zeros(num_slots, np.int64)
 
     def _clear(self, slot: int) -> None:
-        for field, empty in zip(fields(Snapshot), _EMPTY_ROW, strict=True):
-            getattr(self._snapshot, field.name)[slot] = empty
+        for rows in (self._without_background, self._everything):
+            for field, empty in zip(fields(Snapshot), _EMPTY_ROW, strict=True):
+                getattr(rows, field.name)[slot] = empty
         self._ready[slot] = False
         self._limit[slot] = 0
 
@@ -208,32 +229,52 @@ class ReplicaTable:
         self._on_news(seat)
 
     def _refresh_load(self, seat: Seat) -> None:
-        slot, rows = seat.slot, self._snapshot
-        if slot is None:
+        if seat.slot is None:
             return
         load, fresh = seat.replica.load, seat.unreported
-        rows.num_requests[slot] = max(len(seat.streams), load.num_running + load.num_waiting + len(fresh))
-        rows.pending_tokens[slot] = load.num_pending_tokens + sum(tokens for _, tokens in fresh.values())
-        rows.tokens_per_s[slot] = load.tokens_per_s
-        rows.kv_usage[slot] = load.num_used_blocks / load.num_blocks if load.num_blocks else 0.0
-        rows.available[slot] = self._ready[slot] and rows.num_requests[slot] < self._limit[slot]
+        num_reported = load.num_running + load.num_waiting
+        others = [tokens for stream, (_, tokens) in fresh.items() if not stream.is_background]
+        self._fill(
+            self._without_background,
+            seat,
+            num_requests=max(len(seat.streams) - seat.num_background, num_reported - load.num_background + len(others)),
+            pending_tokens=load.num_pending_tokens - load.num_background_pending_tokens + sum(others),
+            num_used_blocks=load.num_used_blocks - load.num_background_blocks,
+        )
+        self._fill(
+            self._everything,
+            seat,
+            num_requests=max(len(seat.streams), num_reported + len(fresh)),
+            pending_tokens=load.num_pending_tokens + sum(tokens for _, tokens in fresh.values()),
+            num_used_blocks=load.num_used_blocks,
+        )
 
-    def _look(self, seat: Seat, now: float) -> bool:
-        """Whether the replica takes new work, and has room for it."""
+    def _fill(
+        self, rows: Snapshot, seat: Seat, *, num_requests: int, pending_tokens: int, num_used_blocks: int
+    ) -> None:
+        slot, load = seat.slot, seat.replica.load
+        assert slot is not None, "a replica that was taken out has no row"
+        rows.num_requests[slot] = num_requests
+        rows.pending_tokens[slot] = pending_tokens
+        rows.tokens_per_s[slot] = load.tokens_per_s
+        rows.kv_usage[slot] = num_used_blocks / load.num_blocks if load.num_blocks else 0.0
+        rows.available[slot] = self._ready[slot] and num_requests < self._limit[slot]
+
+    def _look(self, seat: Seat, now: float) -> None:
+        """Whether the replica takes new work, and for whom it has room."""
         slot, replica = seat.slot, seat.replica
         assert slot is not None, "a replica that was taken out is not asked"
         self._ready[slot] = replica.drain_until is None and replica.is_ready(now)
         if not self._limit[slot] and self._ready[slot]:
             most = replica.facts.max_num_seqs
-            self._snapshot.max_num_seqs[slot] = most
+            self._without_background.max_num_seqs[slot] = self._everything.max_num_seqs[slot] = most
             self._limit[slot] = most + max(1, int(most * OVERSHOOT))
             self._refresh_load(seat)
-        available = bool(self._ready[slot] and self._snapshot.num_requests[slot] < self._limit[slot])
-        self._snapshot.available[slot] = available
-        return available
+        for rows in (self._without_background, self._everything):
+            rows.available[slot] = self._ready[slot] and rows.num_requests[slot] < self._limit[slot]
 
     def _decide(self, stream: Stream) -> Decision | None:
-        view, rows = self._view(stream), self._snapshot
+        view, rows = self._view(stream), self._rows_for(stream)
         if stream.lost_on:
             others = rows.available.copy()
             for slot, seat in self._seats.items():
@@ -251,6 +292,11 @@ class ReplicaTable:
         window = window_blocks(facts.sliding_window, facts.block_size)
         matched = self._index.match(stream.block_hashes, window_blocks=window)
         return RequestView(stream.num_tokens, matched * facts.block_size)
+
+
+def _joined(first: Snapshot, second: Snapshot) -> Snapshot:
+    columns = {f.name: np.concatenate([getattr(first, f.name), getattr(second, f.name)]) for f in fields(Snapshot)}
+    return Snapshot(**columns)
 
 
 _EMPTY_ROW = (False, 0, 0.0, 0.0, 0.0, 1)  # in the order of Snapshot's fields

@@ -35,11 +35,15 @@ class Waiter(Generic[P]):
 
 
 class WaitingLine(Generic[P]):
-    """Whoever leaves early is skipped when its turn comes, or swept out when many have, so that leaving costs next to nothing."""
+    """`num_background`: batch lines among those that wait, behind all others.
+
+    Whoever leaves early is skipped when its turn comes, or swept out when many have, so that leaving costs next to nothing.
+    """
 
     def __init__(self) -> None:
         self._heap: list[Waiter[P]] = []
         self._num_waiting = 0
+        self.num_background = 0
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -52,6 +56,7 @@ class WaitingLine(Generic[P]):
         waiter: Waiter[P] = Waiter(stream, now)
         heapq.heappush(self._heap, waiter)
         self._num_waiting += 1
+        self.num_background += stream.is_background
         return waiter
 
     def first(self) -> Waiter[P] | None:
@@ -65,6 +70,7 @@ class WaitingLine(Generic[P]):
         if waiter.in_line:
             waiter.in_line = False
             self._num_waiting -= 1
+            self.num_background -= waiter.stream.is_background
             if len(self._heap) > 2 * self._num_waiting + MAX_LEFT:
                 self._heap = [w for w in self._heap if w.in_line]
                 heapq.heapify(self._heap)
@@ -79,4 +85,5 @@ class WaitingLine(Generic[P]):
             waiter.future.set_exception(error)
 
     def oldest_wait_s(self, now: float) -> float:
-        return max((now - w.since for w in self), default=0.0)
+        """Of those that are no background work."""
+        return max((now - w.since for w in self if not w.stream.is_background), default=0.0)
