@@ -99,8 +99,8 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One request of a batch: where it lies in the input file, and what planning and running need of it.
 
-    `number` counts the file's lines from 1, empty ones too. `group_key`: equal for lines whose prompts open alike. `num_tokens`: an estimate,
-    prompt and answer. `position`: its place in the order of running. `crashes`: replicas that died while they worked on it.
+    `number` counts the file's lines from 1, empty ones too. `group_key`: equal for lines whose prompts open alike. `num_tokens`: an
+    estimate, prompt and answer. `position`: its place in the order of running. `crashes`: replicas that died while they worked on it.
     """
 
     number: int

@@ -1,0 +1,201 @@
+"""Plain lines, CSV and Parquet into the lines of a batch file, streamed. Whether a request makes sense is checked later.
+
+A row becomes a request by what it holds: `prompt` a completion, `messages` a conversation, `input` an embedding. A row that is a request
+of a batch file already passes as it is. Of tables, only columns named like a request's fields are taken, and the text may be made of
+several columns by a template. Rows without a `custom_id` or `id` are named by their number.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, Literal, get_args
+
+import msgspec
+
+from cluster.batch.lines import MAX_LINE_BYTES
+from workers.errors import ConfigError, RequestError
+
+Format = Literal["jsonl", "csv", "parquet"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+_ENDINGS: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+_BY_FIELD = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/embeddings"}
+_ID_COLUMNS = ("custom_id", "id")
+_PARQUET_ROWS = 1024
+# Columns of a table that are parameters of a request, with how a text is read.
+_COLUMNS: dict[str, type] = {
+    "model": str,
+    "max_tokens": int,
+    "max_completion_tokens": int,
+    "min_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "n": int,
+    "seed": int,
+    "stop": str,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "repetition_penalty": float,
+    "priority": int,
+    "suffix": str,
+    "user": str,
+}
+_FIELDS = {*_COLUMNS, *_BY_FIELD}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineTemplate:
+    """What a row does not say. `endpoint` None: as the row's fields suggest. `defaults`: body fields for rows without them.
+
+    `text`: with columns in braces ("Translate: {text}"), makes the prompt, the user's message or the input, as the endpoint asks.
+    """
+
+    model: str
+    endpoint: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    text: str | None = None
+
+
+def guess_format(name: str) -> Format:
+    """By a file name's or an address' ending. Raises ConfigError for one that says nothing."""
+    found = _ENDINGS.get(PurePosixPath(name.lower()).suffix)
+    if found is None:
+        raise ConfigError(f"What {name} holds is not told by its name; say --format jsonl, csv or parquet.")
+    return found
+
+
+def convert(source: BinaryIO, *, format: Format, template: LineTemplate) -> Iterator[bytes]:  # noqa: A002 - the option's name
+    """The lines of a batch file, each with its end. Raises RequestError that names the row that cannot be one."""
+    endpoint = template.endpoint
+    for number, row in _rows(source, format):
+        if isinstance(row, bytes):  # a batch's line already
+            yield row + b"\n"
+            continue
+        found, line = _request(row, number, template, is_table=format != "jsonl")
+        endpoint = endpoint or found
+        if found != endpoint:
+            raise RequestError(
+                f"Row {number} is for {found}, those before it for {endpoint}; a batch has one endpoint: split the file."
+            )
+        yield line
+
+
+def _rows(source: BinaryIO, kind: Format) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
+    readers = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}
+    yield from readers[kind](source)
+
+
+def _request(row: dict[str, Any], number: int, template: LineTemplate, *, is_table: bool) -> tuple[str, bytes]:
+    endpoint = template.endpoint
+    ids = [str(row[name]) for name in _ID_COLUMNS if row.get(name) not in (None, "")]
+    only_fields = is_table or template.text is not None
+    kept = {k: v for k, v in row.items() if (k in _FIELDS if only_fields else k not in _ID_COLUMNS)}
+    body = {"model": template.model, **template.defaults, **kept}
+    if template.text is not None:
+        endpoint = endpoint or "/v1/completions"
+        text = _fill(template.text, row, number)
+        body = {k: v for k, v in body.items() if k not in _BY_FIELD}
+        name = next(name for name, path in _BY_FIELD.items() if path == endpoint)
+        body[name] = [{"role": "user", "content": text}] if name == "messages" else text
+    names = [name for name in _BY_FIELD if body.get(name) not in (None, "")]
+    if len(names) != 1:
+        held = ", ".join(sorted(row)[:20]) or "nothing"
+        raise RequestError(
+            f"Row {number} must hold one of 'prompt', 'messages' and 'input'; it holds {held}."
+            if not names
+            else f"Row {number} holds {' and '.join(repr(n) for n in names)}; it must hold one of them."
+        )
+    if endpoint is not None and _BY_FIELD[names[0]] != endpoint:
+        if names[0] != "prompt" or endpoint == "/v1/completions":
+            raise RequestError(f"Row {number} holds {names[0]!r}, which {endpoint} does not take.")
+        # A plain prompt is fine for the other two: they say the same in other words.
+        text = body.pop("prompt")
+        if endpoint == "/v1/embeddings":
+            body["input"] = text
+        else:
+            body["messages"] = [{"role": "user", "content": text}]
+    endpoint = endpoint or _BY_FIELD[names[0]]
+    line = {"custom_id": ids[0] if ids else f"line-{number}", "method": "POST", "url": endpoint, "body": body}
+    return endpoint, msgspec.json.encode(line) + b"\n"
+
+
+def _fill(text: str, row: dict[str, Any], number: int) -> str:
+    def value(found: re.Match[str]) -> str:
+        if row.get(found[1]) is None:
+            held = ", ".join(sorted(row)[:20])
+            raise RequestError(f"Row {number} has no {found[1]!r}, which the template asks for; it has {held}.")
+        return str(row[found[1]])
+
+    return re.sub(r"\{(\w+)\}", value, text)
+
+
+def _json_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
+    decoder = msgspec.json.Decoder(dict[str, Any])
+    number = 0
+    while raw := source.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(raw) > MAX_LINE_BYTES:
+            raise RequestError(f"Line {number} is longer than the {MAX_LINE_BYTES:,} bytes that are allowed.")
+        data = raw.removeprefix(b"\xef\xbb\xbf").strip()
+        if not data:
+            continue
+        try:
+            row = decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            raise RequestError(f"Line {number} is no JSON object: {e}.") from e
+        yield number, data if "body" in row and "custom_id" in row else row
+
+
+def _csv_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = io.TextIOWrapper(source, encoding="utf-8-sig", newline="")
+    csv.field_size_limit(MAX_LINE_BYTES)
+    try:
+        reader = csv.DictReader(text, strict=True)
+        for number, row in enumerate(reader, start=1):
+            if None in row:  # DictReader's key for what has no header
+                raise RequestError(f"Row {number} has more fields than the header has names.")
+            yield number, _typed(row, number)
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise RequestError(f"The CSV cannot be read near line {reader.line_num + 1}: {e}.") from e
+    finally:
+        text.detach()  # the source is the caller's to close
+
+
+def _typed(row: dict[str, Any], number: int) -> dict[str, Any]:
+    typed: dict[str, Any] = {}
+    for name, value in row.items():
+        if value in (None, ""):
+            continue
+        try:
+            typed[name] = _COLUMNS.get(name, str)(value) if name != "messages" else msgspec.json.decode(value)
+        except (ValueError, msgspec.DecodeError) as e:
+            raise RequestError(f"Row {number}: {name!r} is {value[:40]!r}, which cannot be read.") from e
+    return typed
+
+
+def _parquet_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError as e:
+        raise ConfigError("Parquet needs pyarrow; install it with: pip install 'tramontane[parquet]'.") from e
+    try:
+        table = ParquetFile(source)
+        number = 0
+        for rows in table.iter_batches(batch_size=_PARQUET_ROWS):
+            for row in rows.to_pylist():
+                number += 1
+                yield number, {name: value for name, value in row.items() if value is not None}
+    except ArrowInvalid as e:
+        raise RequestError(f"The Parquet file cannot be read: {e}.") from e

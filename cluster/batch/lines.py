@@ -1,0 +1,217 @@
+"""Reads a batch's input file: one request a line, checked before anything runs. Streams; holds a few hundred lines at a time.
+
+Knows the form of OpenAI's lines and of their errors; whether a body can be answered is the executor's word (`check`). Also tells what
+planning needs of a line: which others open like it, and about how many tokens it costs. Both are read off the JSON as it stands.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import msgspec
+
+from cluster.batch.records import Line, LineError
+from workers.errors import RequestError
+
+MAX_LINE_BYTES = 4 * 1024 * 1024
+MAX_LINES = 5_000_000
+MAX_ERRORS = 200  # kept of a file; reading stops there
+MAX_CUSTOM_ID_CHARS = 512
+CHUNK_LINES = 500  # few: whoever else needs the interpreter waits no longer than these take
+CHUNK_BYTES = 4 * 1024 * 1024
+GROUP_BYTES = 256  # of a prompt's JSON: shorter common openings are not worth an order
+BYTES_PER_TOKEN = 4
+DEFAULT_OUTPUT_TOKENS = {"/v1/completions": 16, "/v1/chat/completions": 256, "/v1/embeddings": 0}
+
+
+class _Request(msgspec.Struct, frozen=True):
+    custom_id: str
+    method: str
+    url: str
+    body: msgspec.Raw
+
+
+class _Body(msgspec.Struct, frozen=True):
+    """What planning reads of a body; it may still be wrong, so nothing is typed."""
+
+    model: Any = None
+    prompt: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    n: Any = None
+
+
+_request = msgspec.json.Decoder(_Request)
+_body = msgspec.json.Decoder(_Body)
+
+
+@dataclass
+class Scan:
+    """A chunk of a file: its lines, those that are wrong as errors."""
+
+    lines: list[Line] = field(default_factory=list)
+    errors: list[LineError] = field(default_factory=list)
+    num_bytes: int = 0
+    models: set[str] = field(default_factory=set)
+
+
+def scan(
+    source: BinaryIO,
+    *,
+    endpoint: str,
+    check: Callable[[str, bytes], str],
+    max_line_bytes: int = MAX_LINE_BYTES,
+    max_lines: int = MAX_LINES,
+) -> Iterator[Scan]:
+    """Chunks of the file, in order. Ends early at the line that makes it too long. `check`: see LineExecutor."""
+    chunk, num_lines = Scan(), 0
+    for number, offset, data in _split(source, max_line_bytes):
+        num_lines += 1
+        if num_lines > max_lines:
+            message = f"The file has more than {max_lines:,} requests; split it into several batches."
+            chunk.errors.append(LineError(code="too_many_requests", message=message, line=number))
+            break
+        if data is None:
+            message = f"This line is longer than the {max_line_bytes:,} bytes that are allowed."
+            chunk.errors.append(LineError(code="line_too_long", message=message, line=number))
+        else:
+            _read(data, number, offset, endpoint, check, chunk)
+            chunk.num_bytes += len(data)
+        if len(chunk.lines) + len(chunk.errors) >= CHUNK_LINES or chunk.num_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk = Scan()
+    if num_lines == 0:
+        message = "The batch input file is empty. Please ensure that the batch contains at least one request."
+        chunk.errors.append(LineError(code="empty_file", message=message))
+    yield chunk
+
+
+def body_of(data: bytes) -> bytes:
+    """The body of a line that was checked."""
+    return bytes(_request.decode(data).body)
+
+
+def duplicate_error(line: Line) -> LineError:
+    """For a line whose custom_id an earlier one has."""
+    message = (
+        f"The custom_id {line.custom_id[:80]!r} of this request is a duplicate of another request's. "
+        "The custom_id parameter must be unique for each request in a batch."
+    )
+    return LineError(code="duplicate_custom_id", message=message, line=line.number, param="custom_id")
+
+
+def estimate_tokens(endpoint: str, body: _Body) -> int:
+    """Prompt and answer. Token ids are counted, text by its length; an answer is taken to be as long as it may."""
+    prompt = sum(_num_prompt_tokens(memoryview(raw)) for raw in (body.prompt, body.messages, body.input))
+    wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    output = wanted if isinstance(wanted, int) and wanted >= 0 else DEFAULT_OUTPUT_TOKENS[endpoint]
+    copies = body.n if isinstance(body.n, int) and body.n > 0 else 1
+    return prompt + min(output, 1_000_000) * min(copies, 1000)
+
+
+def group_key(body: _Body) -> int:
+    """A signed 64-bit number, equal for prompts of one model that open alike."""
+    opening = b"\0".join(bytes(memoryview(raw)[:GROUP_BYTES]) for raw in (body.prompt, body.messages, body.input))
+    digest = hashlib.blake2b(opening, digest_size=8, key=str(body.model).encode()[:64]).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def _split(source: BinaryIO, max_line_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:
+    """(number, offset, the line without its end) of each line that is not empty; None for one that is too long."""
+    number = offset = 0
+    while raw := source.readline(max_line_bytes + 1):
+        number, start = number + 1, offset
+        offset += len(raw)
+        if len(raw) > max_line_bytes and not raw.endswith(b"\n"):
+            while raw and not raw.endswith(b"\n"):
+                raw = source.readline(max_line_bytes)
+                offset += len(raw)
+            yield number, start, None
+            continue
+        if number == 1 and raw.startswith(b"\xef\xbb\xbf"):  # the byte-order mark that Windows' editors write
+            raw, start = raw[3:], start + 3
+        data = raw.rstrip()
+        if data:
+            yield number, start, data
+
+
+def _read(
+    data: bytes, number: int, offset: int, endpoint: str, check: Callable[[str, bytes], str], chunk: Scan
+) -> None:
+    try:
+        request = _request.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # ValidationError is one of them
+        chunk.errors.append(_diagnose(data, number))
+        return
+    error = _check_envelope(request, number, endpoint)
+    if error is None:
+        body = bytes(request.body)
+        try:
+            chunk.models.add(check(endpoint, body))
+            planned = _body.decode(body)
+        except RequestError as e:
+            error = LineError(code=e.code or "invalid_request", message=str(e), line=number, param=e.param)
+        except msgspec.DecodeError:
+            error = LineError(code="invalid_type", message=_BODY_TYPE, line=number, param="body")
+    if error is not None:
+        chunk.errors.append(error)
+        return
+    chunk.lines.append(
+        Line(
+            number=number,
+            custom_id=request.custom_id,
+            offset=offset,
+            num_bytes=len(data),
+            group_key=group_key(planned),
+            num_tokens=estimate_tokens(endpoint, planned),
+        )
+    )
+
+
+_BODY_TYPE = "Invalid type for 'body': expected an object."
+
+
+def _check_envelope(request: _Request, number: int, endpoint: str) -> LineError | None:
+    if request.method != "POST":
+        message = f"Invalid value: {request.method[:40]!r}. Supported values are: 'POST'."
+        return LineError(code="invalid_method", message=message, line=number, param="method")
+    if request.url != endpoint:
+        message = f"The URL provided for this request does not match the batch endpoint, which is {endpoint}."
+        return LineError(code="invalid_url", message=message, line=number, param="url")
+    if not 0 < len(request.custom_id) <= MAX_CUSTOM_ID_CHARS or "\0" in request.custom_id:
+        message = f"Invalid 'custom_id': a text of 1 to {MAX_CUSTOM_ID_CHARS} characters without NUL is expected."
+        return LineError(code="invalid_custom_id", message=message, line=number, param="custom_id")
+    return None
+
+
+def _diagnose(data: bytes, number: int) -> LineError:
+    """What keeps a line from being a request."""
+    try:
+        found = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        message = "This line is not parseable as valid JSON."
+        try:
+            msgspec.json.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return LineError(code="invalid_json_line", message=message, line=number)
+        message = "This line is no JSON object."
+        return LineError(code="invalid_json_line", message=message, line=number)
+    for name in ("custom_id", "method", "url", "body"):
+        if name not in found:
+            message = f"Missing required parameter: '{name}'."
+            return LineError(code="missing_required_parameter", message=message, line=number, param=name)
+    for name in ("custom_id", "method", "url"):
+        if not bytes(found[name]).startswith(b'"'):
+            message = f"Invalid type for '{name}': expected a string."
+            return LineError(code="invalid_type", message=message, line=number, param=name)
+    return LineError(code="invalid_json_line", message="This line is not parseable as valid JSON.", line=number)
+
+
+def _num_prompt_tokens(raw: memoryview) -> int:
+    data = bytes(raw)
+    if data.startswith(b"[") and data[1:16].lstrip(b" \t[")[:1].isdigit():
+        return data.count(b",") + 1
+    return len(data) // BYTES_PER_TOKEN
