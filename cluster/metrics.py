@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from cluster.batch.records import BatchRecord
 from cluster.replicas.state import ClusterView, RankStats, ReplicaState
 from cluster.router.router import Router
 from workers.errors import ReplicaUnavailableError
@@ -60,15 +61,25 @@ _RANK_COUNTERS = (
     ("rank_all_reduce_seconds", "Time of the rank in all-reduces, waiting included.", "all_reduce_s_total"),
 )
 
+LINE_OUTCOMES = ("completed", "failed")
+
 Row = tuple[Sequence[str], float]
 
 
 class _StateCollector(Collector):
     """Samples what the router and the newest view say at the moment of the scrape."""
 
-    def __init__(self, router: Router, view: Callable[[], ClusterView | None], model_name: str, prefix: str) -> None:
+    def __init__(
+        self,
+        router: Router,
+        view: Callable[[], ClusterView | None],
+        batches: Callable[[], Sequence[BatchRecord]] | None,
+        model_name: str,
+        prefix: str,
+    ) -> None:
         self._router = router
         self._view = view
+        self._batches = batches
         self._model_name = model_name
         self._prefix = prefix
 
@@ -78,6 +89,8 @@ class _StateCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._gateway()
         yield from self._replicas()
+        if self._batches is not None:
+            yield from self._backlog(self._batches())
         view = self._view()
         if view is not None:
             yield from self._cluster(view)
@@ -91,6 +104,14 @@ class _StateCollector(Collector):
         yield self._gauge("num_queued_tokens", "Their prompt tokens.", [((), router.num_queued_tokens)])
         yield self._counter(
             "num_failovers", "Sequences that went on elsewhere in mid-stream.", [((), router.num_failovers_total)]
+        )
+
+    def _backlog(self, batches: Sequence[BatchRecord]) -> Iterator[Metric]:
+        lines, tokens = sum(b.num_lines - b.num_answered for b in batches), sum(b.remaining_tokens for b in batches)
+        yield self._gauge("num_batches_running", "Batches that have not ended.", [((), len(batches))])
+        yield self._gauge("num_batch_lines_pending", "Their lines without an answer.", [((), lines)])
+        yield self._gauge(
+            "num_batch_tokens_pending", "An estimate of these lines' tokens, answers included.", [((), tokens)]
         )
 
     def _replicas(self) -> Iterator[Metric]:
@@ -151,6 +172,7 @@ class Metrics:
     """One gateway's metrics. Counts are per sequence; times are seconds as the gateway saw them.
 
     view: the newest ClusterView, None where there is none; without it nothing is said of ranks and of replicas that are not there yet.
+    batches: those that have not ended; every gateway tells of all of them.
     """
 
     def __init__(
@@ -160,13 +182,16 @@ class Metrics:
         model_name: str,
         prefix: MetricsPrefix = "tramontane",
         view: Callable[[], ClusterView | None] = lambda: None,
+        batches: Callable[[], Sequence[BatchRecord]] | None = None,
     ) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_StateCollector(router, view, model_name, f"{prefix}:"))
+        self.registry.register(_StateCollector(router, view, batches, model_name, f"{prefix}:"))
         self._prefix = f"{prefix}:"
         self._model_name = model_name
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
+        self.batch_prompt_tokens = self._counter("batch_prompt_tokens", "Of them, those of batches' lines.")
+        self.batch_generation_tokens = self._counter("batch_generation_tokens", "Of them, those of batches' lines.")
         self.predicted_cached_tokens = self._counter(
             "routing_predicted_cached_tokens", "Prompt tokens the router expected in the chosen replica's cache."
         )
@@ -198,15 +223,27 @@ class Metrics:
         )
         for reason in FinishReason:
             self._success.labels(model_name, reason.value)  # a rate needs the zero before the first
+        self._lines = Counter(
+            self._prefix + "batch_lines",
+            "Lines of batches this gateway answered.",
+            ["model_name", "outcome"],
+            registry=r,
+        )
+        for outcome in LINE_OUTCOMES:
+            self._lines.labels(model_name, outcome)
         self._http = Counter(self._prefix + "http_requests", "HTTP answers.", ["path", "status"], registry=r)
 
-    def sequence(self, *, num_prompt_tokens: int, arrived: float) -> "SequenceMetrics":
-        """What observes one sequence. arrived: time.monotonic() at its request's first byte."""
-        return SequenceMetrics(self, num_prompt_tokens=num_prompt_tokens, arrived=arrived)
+    def sequence(self, *, num_prompt_tokens: int, arrived: float, is_line: bool = False) -> "SequenceMetrics":
+        """What observes one sequence. arrived: time.monotonic() at its request's first byte. is_line: of a batch."""
+        return SequenceMetrics(self, num_prompt_tokens=num_prompt_tokens, arrived=arrived, is_line=is_line)
 
     def finished(self, reason: str) -> None:
         """Counts a sequence by why it ended: stop, length, abort (the client left) or error."""
         self._success.labels(self._model_name, reason).inc()
+
+    def line_answered(self, *, completed: bool) -> None:
+        """Counts a line of a batch that has its result."""
+        self._lines.labels(self._model_name, LINE_OUTCOMES[0 if completed else 1]).inc()
 
     def answered(self, path: str, status: int) -> None:
         """Counts an HTTP answer. path is the route's pattern, so that strangers' paths make no new series."""
@@ -225,10 +262,14 @@ class Metrics:
 
 
 class SequenceMetrics:
-    """Turns one sequence's events into observations. Call `ended` exactly once; `now` is time.monotonic()."""
+    """Turns one sequence's events into observations. Call `ended` exactly once; `now` is time.monotonic().
 
-    def __init__(self, metrics: Metrics, *, num_prompt_tokens: int, arrived: float) -> None:
+    Lines of batches wait for whatever is none: their tokens count, their times would say nothing about the service.
+    """
+
+    def __init__(self, metrics: Metrics, *, num_prompt_tokens: int, arrived: float, is_line: bool = False) -> None:
         self._metrics = metrics
+        self._is_line = is_line
         self._num_prompt_tokens = num_prompt_tokens
         self._arrived = arrived
         self._num_tokens = 0
@@ -242,18 +283,24 @@ class SequenceMetrics:
 
     def queued(self, queue_s: float) -> None:
         """How long it waited until a replica took it."""
-        self._metrics.queue_time.observe(queue_s)
+        if not self._is_line:
+            self._metrics.queue_time.observe(queue_s)
 
     def produced(self, num_tokens: int, now: float) -> None:
         """One delta of `num_tokens` new tokens."""
         if not num_tokens:
             return
         m = self._metrics
+        if self._is_line:
+            m.batch_generation_tokens.inc(num_tokens)
         if self._first is None:
             self._first = now
             m.prompt_tokens.inc(self._num_prompt_tokens)
-            m.time_to_first_token.observe(now - self._arrived)
-        else:
+            if self._is_line:
+                m.batch_prompt_tokens.inc(self._num_prompt_tokens)
+            else:
+                m.time_to_first_token.observe(now - self._arrived)
+        elif not self._is_line:
             m.inter_token_latency.observe((now - self._last) / num_tokens)
         self._last = now
         self._num_tokens += num_tokens
@@ -263,7 +310,7 @@ class SequenceMetrics:
         """reason: stop, length, abort (the client left) or error. Durations and sizes are of sequences that came to their end."""
         m = self._metrics
         m.finished(reason)
-        if reason not in (FinishReason.STOP, FinishReason.LENGTH):
+        if reason not in (FinishReason.STOP, FinishReason.LENGTH) or self._is_line:
             return
         m.e2e_latency.observe((time.monotonic() if now is None else now) - self._arrived)
         m.request_prompt_tokens.observe(self._num_prompt_tokens)

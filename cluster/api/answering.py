@@ -1,4 +1,4 @@
-"""From the sequences of one request to its HTTP answer, whole or as a stream: what completions and chat have in common.
+"""From the sequences of one request to its answer, whole or as a stream: what completions and chat have in common.
 
 Knows admission, running and the two forms of an answer; an endpoint's `Wording` says what stands in them. Checks what makes no sense
 together in any endpoint.
@@ -6,7 +6,8 @@ together in any endpoint.
 
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -51,37 +52,69 @@ def check_shape(gateway: Gateway, body: GenerationRequest, *, num_prompts: int, 
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request that was checked and encoded: all that running it takes."""
+
+    body: GenerationRequest
+    choices: Sequence[Choice]
+    wording: Wording
+
+
 async def answer(
-    http_request: web.Request,
+    http_request: web.Request, gateway: Gateway, prepared: Prepared, *, deadline: float | None, arrived: float
+) -> web.StreamResponse:
+    """Runs the choices and answers. Raises what `admit` and `run` raise, as long as nothing was sent."""
+
+    def headers() -> dict[str, str]:
+        return request_options.debug_headers(http_request, prepared.choices)
+
+    def is_gone() -> bool:
+        return http_request.transport is None or http_request.transport.is_closing()
+
+    if not prepared.body.stream:
+        value = await complete(gateway, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone)
+        return json_answer(value, headers=headers())
+    async with _running(gateway, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone) as events:
+        return await sse.stream(
+            http_request,
+            events,
+            chunks=prepared.wording.chunks,
+            last_chunks=prepared.wording.last_chunks,
+            headers=headers,
+            keep_alive_s=gateway.keep_alive_s,
+        )
+
+
+async def complete(
     gateway: Gateway,
-    body: GenerationRequest,
-    choices: Sequence[Choice],
-    wording: Wording,
+    prepared: Prepared,
+    *,
+    deadline: float | None = None,
+    arrived: float,
+    is_gone: Callable[[], bool] | None = None,
+) -> msgspec.Struct:
+    """The answer in one piece. Raises what `admit` and `run` raise."""
+    async with _running(gateway, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone) as events:
+        return prepared.wording.whole(await collect(events, prepared.choices))
+
+
+@contextlib.asynccontextmanager
+async def _running(
+    gateway: Gateway,
+    prepared: Prepared,
     *,
     deadline: float | None,
     arrived: float,
-) -> web.StreamResponse:
-    """Runs the choices and answers. Raises what `admit` and `run` raise, as long as nothing was sent."""
-    if body.user is not None:
-        log.info("Request of user %r: %d sequences.", body.user, len(choices))
-
-    def headers() -> dict[str, str]:
-        return request_options.debug_headers(http_request, choices)
-
+    is_gone: Callable[[], bool] | None,
+) -> AsyncIterator[AsyncGenerator[Event, None]]:
+    choices = prepared.choices
+    if prepared.body.user is not None:
+        log.info("Request of user %r: %d sequences.", prepared.body.user, len(choices))
     with admit(gateway, choices, deadline=deadline) as admission:
-        events = run(gateway, choices, http_request, admission=admission, arrived=arrived)
+        events = run(gateway, choices, admission=admission, arrived=arrived, is_gone=is_gone)
         async with contextlib.aclosing(events):
-            if body.stream:
-                return await sse.stream(
-                    http_request,
-                    events,
-                    chunks=wording.chunks,
-                    last_chunks=wording.last_chunks,
-                    headers=headers,
-                    keep_alive_s=gateway.keep_alive_s,
-                )
-            wholes = await collect(events, choices)
-    return json_answer(wording.whole(wholes), headers=headers())
+            yield events
 
 
 def json_answer(value: msgspec.Struct, *, headers: dict[str, str] | None = None) -> web.Response:

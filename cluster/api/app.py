@@ -12,8 +12,9 @@ from aiohttp import web
 
 from cluster.api import admin as admin_api
 from cluster.api import auth, door, errors, limits, openapi, pages, request_options
+from cluster.api.batch_store import Batches
 from cluster.api.endpoints import ENDPOINTS
-from cluster.api.gateway import GATEWAY, Gateway
+from cluster.api.gateway import GATEWAY, NO_BATCHES, Gateway
 from cluster.api.sse import KEEP_ALIVE_S
 from cluster.api.structured import Grammars
 from cluster.keys.accounts import Accounts
@@ -47,6 +48,8 @@ def make_app(
     admin: admin_api.Admin | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
     serves_embeddings: bool = True,
+    batches: Batches | None = None,
+    no_batches: str = NO_BATCHES,
 ) -> web.Application:
     """The OpenAI-compatible application.
 
@@ -55,6 +58,7 @@ def make_app(
     keyring: guards everything but what auth.py calls open; api_key is short for a keyring of this key. accounts, ledger: of the keys.
     cors_origins, local_only: see door.py. max_sequences_per_request: prompts times n. admin: without it there is no /admin.
     keep_alive_s: after so much silence a stream gets a comment, so that nothing on the way closes it.
+    batches: where files and batches are kept; without it their endpoints say `no_batches`.
     """
     names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
     assert names, "make_app needs at least one served model name"
@@ -69,6 +73,9 @@ def make_app(
         grammars=Grammars(tokenizer),
         serves_embeddings=serves_embeddings,
         admin=admin,
+        batches=batches,
+        no_batches=no_batches,
+        body_timeout_s=body_timeout_s,
     )
     keyring = keyring or Keyring(api_key=api_key)
     entrance = door.Door(origins=cors_origins, guarded=keyring.guards, local_only=local_only)
@@ -80,14 +87,15 @@ def make_app(
             entrance.make_middleware(),
             auth.make_middleware(keyring),
             limits.make_middleware(accounts or Accounts(), ledger),
-            door.make_body_middleware(body_timeout_s),
+            door.make_body_middleware(body_timeout_s, forms={e.path for e in ENDPOINTS if e.form is not None}),
         ],
         client_max_size=max_body_bytes,
     )
     app[GATEWAY] = gateway
     app.on_response_prepare.extend([request_options.add_request_id, entrance.add_headers, limits.add_headers])
     app[openapi.OPENAPI] = openapi.render(ENDPOINTS)
-    app.add_routes([(web.get if e.method == "GET" else web.post)(e.path, e.handler) for e in ENDPOINTS])
+    routes = {"GET": web.get, "POST": web.post, "DELETE": web.delete}
+    app.add_routes([routes[e.method](e.path, e.handler) for e in ENDPOINTS])
     app.add_routes(pages.routes())
     return app
 

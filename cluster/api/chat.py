@@ -15,11 +15,12 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from cluster.api import request_options, sampling
-from cluster.api.answering import answer, check_shape
+from cluster.api.answering import Prepared, answer, check_shape
 from cluster.api.conversation import encode_conversation, to_definitions
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.generation import Choice, Event, Whole, make_choice, usage
 from cluster.api.logprobs import render_chat, render_prompt
+from cluster.api.origin import HTTP, Origin
 from cluster.api.prompts import truncate
 from cluster.api.schemas.base import PromptLogprobs
 from cluster.api.schemas.chat import (
@@ -52,29 +53,37 @@ async def handle(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    body = parse(await request.read(), ChatRequest)
+    prepared = await prepare(gateway, read(gateway, await request.read()))
+    return await answer(request, gateway, prepared, deadline=deadline, arrived=arrived)
+
+
+def read(gateway: Gateway, data: bytes) -> ChatRequest:
+    """The body, checked as far as that needs no replica. Raises RequestError."""
+    body = parse(data, ChatRequest)
     gateway.check_model(body.model)
-    facts = gateway.router.facts
     check_shape(gateway, body, num_prompts=1, num_copies=body.n or 1)
-    max_tokens = _check(body)
+    _check(body)
+    return body
+
+
+async def prepare(gateway: Gateway, body: ChatRequest, origin: Origin = HTTP) -> Prepared:
+    """Raises RequestError for what the model cannot do, ReplicaUnavailableError while no replica has told what it can."""
+    facts = gateway.router.facts
     tools = _offered_tools(body)
     head = ChatCompletion(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
     keep = body.truncate_prompt_tokens
     prompt = await encode_conversation(
         gateway, body.messages, tools=tools, safe_prompt=bool(body.safe_prompt), truncates=keep is not None
     )
-    token_ids = truncate(prompt.token_ids, keep, facts=facts, num_output=max_tokens)
+    token_ids = truncate(prompt.token_ids, keep, facts=facts, num_output=_max_tokens(body))
     prompt = ChatPrompt(token_ids, prompt.continues)
     grammar = await _grammar(gateway, body, tools, at_start=not prompt.continues, facts=facts)
-    choices = _choices(
-        gateway, body, prompt, max_tokens=max_tokens, grammar=grammar, tools=tools, facts=facts, answer_id=head.id
-    )
-    wording = _Wording(gateway, body, head, choices)
-    return await answer(request, gateway, body, choices, wording, deadline=deadline, arrived=arrived)
+    choices = _choices(gateway, body, prompt, origin, grammar=grammar, tools=tools, facts=facts, answer_id=head.id)
+    return Prepared(body=body, choices=choices, wording=_Wording(gateway, body, head, choices))
 
 
-def _check(body: ChatRequest) -> int | None:
-    """The asked number of output tokens. Raises RequestError for what makes no sense together."""
+def _check(body: ChatRequest) -> None:
+    """Raises RequestError for what makes no sense together."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
@@ -84,11 +93,11 @@ def _check(body: ChatRequest) -> int | None:
             "'max_tokens' is 0, so there would be no answer; send at least 1, or ask for 'prompt_logprobs'.",
             param="max_tokens",
         )
-    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    _check_tools(body)
 
 
-def _offered_tools(body: ChatRequest) -> list[Tool]:
-    """The tools the model may call now. Raises RequestError for a choice among none, or of one that is not there."""
+def _check_tools(body: ChatRequest) -> None:
+    """Raises RequestError for a choice among none, or of one that is not there."""
     tools, choice = body.tools or [], body.tool_choice
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
@@ -102,7 +111,15 @@ def _offered_tools(body: ChatRequest) -> list[Tool]:
         raise RequestError(
             f"'tool_choice' names {choice.function.name!r}, which is none of the tools.", param="tool_choice"
         )
-    return [] if choice == "none" else tools
+
+
+def _offered_tools(body: ChatRequest) -> list[Tool]:
+    """The tools the model may call now."""
+    return [] if body.tool_choice == "none" else body.tools or []
+
+
+def _max_tokens(body: ChatRequest) -> int | None:
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
 async def _grammar(
@@ -137,16 +154,16 @@ def _choices(
     gateway: Gateway,
     body: ChatRequest,
     prompt: ChatPrompt,
+    origin: Origin,
     *,
-    max_tokens: int | None,
     grammar: str | None,
     tools: Sequence[Tool],
     facts: EngineFacts,
     answer_id: str,
 ) -> list[Choice]:
-    seed = sampling.random_seed() if body.seed is None else body.seed
+    seed = origin.seed_of(body.seed)
     num_tokens = sampling.resolve_max_tokens(
-        max_tokens, default=None, num_prompt_tokens=len(prompt.token_ids), facts=facts, prompt_param="messages"
+        _max_tokens(body), default=None, num_prompt_tokens=len(prompt.token_ids), facts=facts, prompt_param="messages"
     )
     choices = []
     for copy in range(body.n or 1):
@@ -164,6 +181,7 @@ def _choices(
             make_choice(
                 gateway,
                 body,
+                origin=origin,
                 answer_id=answer_id,
                 index=copy,
                 copy=copy,

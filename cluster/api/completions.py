@@ -14,10 +14,11 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from cluster.api import request_options, sampling
-from cluster.api.answering import answer, check_shape
+from cluster.api.answering import Prepared, answer, check_shape
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.generation import Choice, Event, Whole, make_choice, usage
 from cluster.api.logprobs import EchoedPrompt, echo_prompt, render_completion, render_prompt
+from cluster.api.origin import HTTP, Origin
 from cluster.api.prompts import encode_prompt, in_thread_if_long, refuse_hopeless, split_prompt, truncate
 from cluster.api.schemas.base import PromptLogprobs
 from cluster.api.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
@@ -34,17 +35,29 @@ async def handle(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    body = parse(await request.read(), CompletionRequest)
+    prepared = await prepare(gateway, read(gateway, await request.read()))
+    return await answer(request, gateway, prepared, deadline=deadline, arrived=arrived)
+
+
+def read(gateway: Gateway, data: bytes) -> CompletionRequest:
+    """The body, checked as far as that needs no replica. Raises RequestError."""
+    body = parse(data, CompletionRequest)
     gateway.check_model(body.model)
-    facts = gateway.router.facts
     prompts = split_prompt(body.prompt)
-    num_copies = body.best_of or body.n or 1
     _check(body, prompts)
-    check_shape(gateway, body, num_prompts=len(prompts), num_copies=num_copies)
+    check_shape(gateway, body, num_prompts=len(prompts), num_copies=_num_copies(body))
+    return body
+
+
+async def prepare(gateway: Gateway, body: CompletionRequest, origin: Origin = HTTP) -> Prepared:
+    """Raises RequestError for what the model cannot do, ReplicaUnavailableError while no replica has told what it can."""
     head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
-    choices = await _choices(gateway, body, prompts, facts=facts, answer_id=head.id, num_copies=num_copies)
-    wording = _Wording(gateway, body, head, choices)
-    return await answer(request, gateway, body, choices, wording, deadline=deadline, arrived=arrived)
+    choices = await _choices(gateway, body, origin, facts=gateway.router.facts, answer_id=head.id)
+    return Prepared(body=body, choices=choices, wording=_Wording(gateway, body, head, choices))
+
+
+def _num_copies(body: CompletionRequest) -> int:
+    return body.best_of or body.n or 1
 
 
 def _check(body: CompletionRequest, prompts: Sequence[str | list[int]]) -> None:
@@ -71,12 +84,12 @@ def _check(body: CompletionRequest, prompts: Sequence[str | list[int]]) -> None:
 async def _choices(
     gateway: Gateway,
     body: CompletionRequest,
-    prompts: list[str | list[int]],
+    origin: Origin,
     *,
     facts: EngineFacts,
     answer_id: str,
-    num_copies: int,
 ) -> list[Choice]:
+    num_copies = _num_copies(body)
     choices: list[Choice] = []
     wanted = structured_output(body)
     if wanted is not None:
@@ -84,7 +97,7 @@ async def _choices(
     counts = [count for count in (body.logprobs if body.echo else None, body.prompt_logprobs) if count is not None]
     ranks = num_copies > (body.n or 1)
     grammars: dict[bool, str] = {}  # by whether the text opens behind nothing
-    for prompt in prompts:
+    for prompt in split_prompt(body.prompt):
         token_ids = await _encode(gateway, body, prompt, facts=facts)
         grammar = None
         if wanted is not None:
@@ -102,7 +115,7 @@ async def _choices(
             prompt_param="prompt",
         )
         # With the client's seed a prompt's text does not depend on its neighbours; without one, equal prompts differ.
-        seed = sampling.random_seed() if body.seed is None else body.seed
+        seed = origin.seed_of(body.seed)
         for copy in range(num_copies):
             params = sampling.sampling_params(
                 body,
@@ -118,6 +131,7 @@ async def _choices(
                 make_choice(
                     gateway,
                     body,
+                    origin=origin,
                     answer_id=answer_id,
                     index=len(choices),
                     copy=copy,
@@ -207,7 +221,7 @@ class _Wording:
 
     def _best(self, wholes: Sequence[Whole]) -> list[Whole]:
         """The n likeliest of each prompt's best_of, by log-probability per token; all of them in their order if they are as many."""
-        n, num_copies = self.body.n or 1, self.body.best_of or self.body.n or 1
+        n, num_copies = self.body.n or 1, _num_copies(self.body)
         if num_copies == n:
             return list(wholes)
         kept: list[Whole] = []

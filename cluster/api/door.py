@@ -1,22 +1,23 @@
 """What a request must be to be looked at: from where it may come, what its body may be, and what every answer's headers say.
 
 A server without a key trusts whoever reaches it, so no web page of another origin may: by CORS, by a form, or by a name that its owner
-points at this machine (DNS rebinding). Bodies are JSON and arrive in time. Knows no key and no endpoint.
+points at this machine (DNS rebinding). Bodies are JSON, where no form is expected, and arrive in time. Knows no key and no endpoint.
 """
 
 import asyncio
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 from multidict import CIMultiDict
 
+from cluster.api.auth import path_of
 from cluster.api.errors import Handler, Refusal
 
 BODY_TIMEOUT_S = 60.0
-_METHODS = "GET, POST, OPTIONS"
+_METHODS = "GET, POST, DELETE, OPTIONS"
 _HEADERS = "Authorization, Content-Type, X-Request-Id, X-Request-Timeout, X-Tramontane-Debug"
 _EXPOSED = (
     "Retry-After, X-Request-Id, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, X-RateLimit-Reset-Requests, "
@@ -116,12 +117,18 @@ def harden(headers: CIMultiDict[str]) -> None:
         headers.setdefault("Content-Security-Policy", _HTML_POLICY)
 
 
-def make_body_middleware(timeout_s: float = BODY_TIMEOUT_S) -> Middleware:
-    """Innermost: handlers find the body read."""
+def make_body_middleware(timeout_s: float = BODY_TIMEOUT_S, *, forms: Container[str] = ()) -> Middleware:
+    """Innermost: handlers find the body read. forms: paths that take a form instead, and read it themselves."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method != "POST" or request.match_info.http_exception is not None:
+            return await handler(request)
+        if path_of(request) in forms:
+            if request.content_type != "multipart/form-data":
+                raise Refusal(
+                    415, "The body must be a form, 'Content-Type: multipart/form-data'.", code="unsupported_media_type"
+                )
             return await handler(request)
         most = request.client_max_size
         if request.content_length is not None and request.content_length > most:

@@ -11,10 +11,11 @@ from array import array
 
 from aiohttp import web
 
-from cluster.api import limits, request_options
+from cluster.api import request_options
 from cluster.api.answering import json_answer
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.inputs import admit_inputs, run_inputs
+from cluster.api.origin import HTTP, Origin
 from cluster.api.prompts import encode_prompt, split_prompt, truncate
 from cluster.api.sampling import too_long
 from cluster.api.schemas.other import MAX_INPUTS, EmbeddingItem, EmbeddingList, EmbeddingRequest, InputUsage
@@ -28,39 +29,55 @@ async def handle(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
+    body = read(gateway, await request.read())
+    return json_answer(await complete(gateway, body, deadline=deadline, arrived=arrived))
+
+
+def read(gateway: Gateway, data: bytes) -> EmbeddingRequest:
+    """The body, checked as far as that needs no replica. Raises RequestError."""
     if not gateway.serves_embeddings:
         raise RequestError("This server was started without embeddings (--no-embeddings).", code="embeddings_disabled")
-    body = parse(await request.read(), EmbeddingRequest)
+    body = parse(data, EmbeddingRequest)
     gateway.check_model(body.model)
+    inputs = split_prompt(body.input, param="input")
+    if len(inputs) > MAX_INPUTS:
+        raise RequestError(f"'input' holds {len(inputs)} inputs; send at most {MAX_INPUTS} at once.", param="input")
+    return body
+
+
+async def complete(
+    gateway: Gateway,
+    body: EmbeddingRequest,
+    origin: Origin = HTTP,
+    *,
+    deadline: float | None = None,
+    arrived: float,
+) -> EmbeddingList:
+    """Raises what the router raises, and RequestError for what the model cannot do."""
     facts = gateway.router.facts
     if body.dimensions is not None and body.dimensions != facts.hidden_size:
         raise RequestError(
             f"This model's embeddings have {facts.hidden_size} dimensions and cannot be shortened; leave 'dimensions' out.",
             param="dimensions",
         )
-    inputs = split_prompt(body.input, param="input")
-    if len(inputs) > MAX_INPUTS:
-        raise RequestError(f"'input' holds {len(inputs)} inputs; send at most {MAX_INPUTS} at once.", param="input")
-    requests = await _requests(gateway, body, inputs, facts=facts)
+    requests = await _requests(gateway, body, origin, facts=facts)
     with admit_inputs(gateway, requests, deadline=deadline) as admission:
-        deltas = await run_inputs(gateway, requests, admission=admission, arrived=arrived)
+        deltas = await run_inputs(gateway, requests, origin=origin, admission=admission, arrived=arrived)
     num_tokens = sum(len(r.prompt_token_ids) for r in requests)
     as_base64 = body.encoding_format == "base64"
-    return json_answer(
-        EmbeddingList(
-            model=body.model,
-            data=[EmbeddingItem(index=i, embedding=_render(delta, as_base64)) for i, delta in enumerate(deltas)],
-            usage=InputUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
-        )
+    return EmbeddingList(
+        model=body.model,
+        data=[EmbeddingItem(index=i, embedding=_render(delta, as_base64)) for i, delta in enumerate(deltas)],
+        usage=InputUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
     )
 
 
 async def _requests(
-    gateway: Gateway, body: EmbeddingRequest, inputs: list[str | list[int]], *, facts: EngineFacts
+    gateway: Gateway, body: EmbeddingRequest, origin: Origin, *, facts: EngineFacts
 ) -> list[GenerateRequest]:
     keep, answer_id = body.truncate_prompt_tokens, f"embd-{uuid.uuid4().hex}"
     requests = []
-    for i, text in enumerate(inputs):
+    for i, text in enumerate(split_prompt(body.input, param="input")):
         encoded = await encode_prompt(gateway.tokenizer, text, facts=facts, truncates=keep is not None, param="input")
         token_ids = truncate(encoded, keep, facts=facts, num_output=None)
         if len(token_ids) >= facts.max_model_len:
@@ -70,7 +87,7 @@ async def _requests(
                 request_id=f"{answer_id}-{i}",
                 prompt_token_ids=token_ids,
                 sampling=SamplingParams(max_tokens=0, seed=0),
-                priority=limits.priority(body.priority),
+                priority=origin.priority_of(body.priority),
                 embed=True,
             )
         )

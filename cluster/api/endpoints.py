@@ -11,10 +11,12 @@ from aiohttp import web
 
 from cluster.api import (
     admin,
+    batches,
     chat,
     completions,
     debug,
     embeddings,
+    files,
     health,
     models,
     moderations,
@@ -22,6 +24,7 @@ from cluster.api import (
     tokens,
     version,
 )
+from cluster.api.schemas import batches as batch_schemas
 from cluster.api.schemas import other
 from cluster.api.schemas.chat import ChatChunk, ChatCompletion, ChatRequest
 from cluster.api.schemas.completions import Completion, CompletionRequest
@@ -31,17 +34,22 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 BODY_ERRORS = (400, 408, 413, 415)
 MODEL_ERRORS = (403, 404)
 RUN_ERRORS = (429, 500, 503, 504)
+STORE_ERRORS = (400, 404, 503)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """One row. `answer`: the type of a 200's JSON, None where it is no JSON of ours. `chunk`: of a stream's events."""
+    """One row. `answer`: the type of a 200's JSON, None where it is no JSON of ours. `chunk`: of a stream's events.
 
-    method: Literal["GET", "POST"]
+    `form`: of the fields of a body that is no JSON but a form, which the handler reads itself.
+    """
+
+    method: Literal["GET", "POST", "DELETE"]
     path: str
     handler: Handler
     summary: str
     body: type | None = None
+    form: type | None = None
     answer: Any = None
     chunk: Any = None
     success: int = 200
@@ -122,6 +130,82 @@ ENDPOINTS = (
         body=other.DetokenizeRequest,
         answer=other.DetokenizeAnswer,
         errors=(*BODY_ERRORS, *MODEL_ERRORS, 429, 503),
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/files",
+        handler=files.create,
+        summary="Upload a file of requests for a batch.",
+        form=batch_schemas.FileUpload,
+        answer=batch_schemas.FileObject,
+        errors=(*BODY_ERRORS, 429, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/files",
+        handler=files.list_files,
+        summary="Files, by their time.",
+        answer=batch_schemas.FileList,
+        query=("after", "limit", "order", "purpose"),
+        errors=(400, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/files/{file_id}",
+        handler=files.get,
+        summary="What is known of a file.",
+        answer=batch_schemas.FileObject,
+        errors=STORE_ERRORS,
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/files/{file_id}/content",
+        handler=files.content,
+        summary="A file itself.",
+        content_type="application/octet-stream",
+        errors=STORE_ERRORS,
+    ),
+    Endpoint(
+        method="DELETE",
+        path="/v1/files/{file_id}",
+        handler=files.delete,
+        summary="Delete a file that no running batch reads.",
+        answer=batch_schemas.FileDeleted,
+        errors=STORE_ERRORS,
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/batches",
+        handler=batches.create,
+        summary="Answer every line of a file, behind whatever else is asked.",
+        body=batch_schemas.BatchRequest,
+        answer=batch_schemas.Batch,
+        errors=(*BODY_ERRORS, 404, 429, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/batches",
+        handler=batches.list_batches,
+        summary="Batches, the youngest first.",
+        answer=batch_schemas.BatchList,
+        query=("after", "limit"),
+        errors=(400, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/batches/{batch_id}",
+        handler=batches.get,
+        summary="How far a batch is.",
+        answer=batch_schemas.Batch,
+        errors=STORE_ERRORS,
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/batches/{batch_id}/cancel",
+        handler=batches.cancel,
+        summary="End a batch; what is answered stays.",
+        answer=batch_schemas.Batch,
+        errors=(*BODY_ERRORS, 404, 429, 503),
     ),
     Endpoint(
         method="GET",

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 from aiohttp import hdrs, web
 
+from cluster.batch.errors import BatchError
 from cluster.keys.key import NotAllowedError
 from workers.errors import (
     DeadlineExceededError,
@@ -39,8 +40,12 @@ class ErrorEnvelope(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorBody
 
 
-class ModelNotFoundError(RequestError):
-    """The request names a model that is not served here; answered with 404."""
+class NotFoundError(RequestError):
+    """The request names something that is not here, or not its key's; answered with 404."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """The request names a model that is not served here."""
 
 
 class ClientGoneError(TramontaneError):
@@ -66,12 +71,16 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         return error.status, ErrorBody(message=message, type=kind, code=error.code)
     if isinstance(error, RequestError):
-        status = 404 if isinstance(error, ModelNotFoundError) else 403 if isinstance(error, NotAllowedError) else 400
+        status = 404 if isinstance(error, NotFoundError) else 403 if isinstance(error, NotAllowedError) else 400
         return status, ErrorBody(message=message, type="invalid_request_error", param=error.param, code=error.code)
     if isinstance(error, OverloadedError):
         return 429, ErrorBody(message=message, type="rate_limit_error", code="rate_limit_exceeded")
     if isinstance(error, ReplicaUnavailableError):
         return 503, ErrorBody(message=message, type="service_unavailable_error", code="service_unavailable")
+    if isinstance(error, BatchError):
+        log.error("A request about files or batches failed: %s", error)
+        message = "Files and batches cannot be read or written now; the server's log says why. Nothing is lost; try again later."
+        return 503, ErrorBody(message=message, type="service_unavailable_error", code="store_unavailable")
     if isinstance(error, DeadlineExceededError):
         return 504, ErrorBody(message=message, type="timeout_error", code="deadline_exceeded")
     if isinstance(error, ClientGoneError):
@@ -101,7 +110,7 @@ def retry_headers(error: Exception) -> dict[str, str]:
     """Retry-After, where a retry helps, and what a refusal brings along."""
     if isinstance(error, OverloadedError):
         return {hdrs.RETRY_AFTER: str(error.retry_after_s)}
-    if isinstance(error, ReplicaUnavailableError):
+    if isinstance(error, ReplicaUnavailableError | BatchError):
         return {hdrs.RETRY_AFTER: "1"}
     return error.headers if isinstance(error, Refusal) else {}
 

@@ -19,6 +19,9 @@ from cluster.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from cluster.api.admin import Admin
+    from cluster.api.batch_store import Batches
+
+NO_BATCHES = "This server was started without batches (--no-batches)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,12 @@ class Gateway:
     max_sequences_per_request: int
     metrics: Metrics
     keep_alive_s: float  # how long a stream stays silent
+    body_timeout_s: float  # how long a body may take to arrive, or each piece of a long one
     grammars: Grammars
     serves_embeddings: bool = True
     admin: "Admin | None" = None
+    batches: "Batches | None" = None
+    no_batches: str = NO_BATCHES  # what is said where they are None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str) -> None:

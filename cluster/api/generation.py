@@ -1,21 +1,20 @@
-"""Runs the sequences of one HTTP request and merges what they say, in the order it comes.
+"""Runs the sequences of one request and merges what they say, in the order it comes.
 
-Knows choices, the router and the request's connection. Does not know how an endpoint words its answer. Leaving `run`, for
-whatever reason, closes every stream it opened, and so frees what the replicas hold.
+Knows choices and the router; no HTTP, and not how an endpoint words its answer. Leaving `run`, for whatever reason, closes every
+stream it opened, and so frees what the replicas hold.
 """
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-from aiohttp import web
 
 from cluster.api import limits
 from cluster.api.errors import ClientGoneError
 from cluster.api.gateway import Gateway
+from cluster.api.origin import Origin
 from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usage
 from cluster.router.admission import Admission
 from cluster.router.stream import Trace
@@ -32,6 +31,7 @@ class Choice:
     copy: int
     request: GenerateRequest
     output: OutputText
+    origin: Origin
     num_cached_tokens: int | None = None  # None before the first delta
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # there with the first delta, if asked for
     sum_logprob: float = 0.0  # of the output's tokens, where log-probabilities were asked for
@@ -55,6 +55,7 @@ def make_choice(
     gateway: Gateway,
     body: GenerationRequest,
     *,
+    origin: Origin,
     answer_id: str,
     index: int,
     copy: int,
@@ -69,7 +70,7 @@ def make_choice(
         request_id=f"{answer_id}-{index}",
         prompt_token_ids=prompt_token_ids,
         sampling=sampling,
-        priority=limits.priority(body.priority),
+        priority=origin.priority_of(body.priority),
     )
     output = OutputText(
         gateway.tokenizer,
@@ -80,7 +81,7 @@ def make_choice(
         tool_calls_token_id=tool_calls_token_id,
         shows_end=shows_end,
     )
-    return Choice(index, copy, request, output)
+    return Choice(index, copy, request, output, origin)
 
 
 @contextlib.contextmanager
@@ -110,9 +111,15 @@ def usage(choices: Sequence[Choice]) -> Usage:
 
 
 async def run(
-    gateway: Gateway, choices: Sequence[Choice], http_request: web.Request, *, admission: Admission, arrived: float
+    gateway: Gateway,
+    choices: Sequence[Choice],
+    *,
+    admission: Admission,
+    arrived: float,
+    is_gone: Callable[[], bool] | None = None,
 ) -> AsyncGenerator[Event, None]:
     """Yields what each delta adds until every choice has finished. arrived: time.monotonic() at the request's first byte.
+    is_gone: whether nobody waits for the answer any more.
 
     Raises what the router raises, EngineError for a sequence the engine gave up, ClientGoneError when nobody listens any more.
     """
@@ -124,7 +131,7 @@ async def run(
     async with contextlib.aclosing(events):
         async for event in events:
             # A server run with handler_cancellation=True cancels us sooner; this needs no such setting.
-            if http_request.transport is None or http_request.transport.is_closing():
+            if is_gone is not None and is_gone():
                 raise ClientGoneError("The client closed the connection.")
             yield event
 
@@ -156,12 +163,16 @@ async def collect(events: AsyncGenerator[Event, None], choices: Sequence[Choice]
 async def _run_one(
     gateway: Gateway, choice: Choice, *, admission: Admission, arrived: float
 ) -> AsyncGenerator[Event, None]:
-    metrics = gateway.metrics.sequence(num_prompt_tokens=len(choice.request.prompt_token_ids), arrived=arrived)
+    metrics = gateway.metrics.sequence(
+        num_prompt_tokens=len(choice.request.prompt_token_ids), arrived=arrived, is_line=choice.origin.is_line
+    )
     trace = choice.trace
     outcome = "abort"
     is_first = True
     try:
-        deltas = gateway.router.generate(choice.request, admission=admission, trace=trace)
+        deltas = gateway.router.generate(
+            choice.request, admission=admission, trace=trace, max_crashes=choice.origin.max_crashes
+        )
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):

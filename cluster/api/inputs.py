@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from cluster.api import limits
 from cluster.api.gateway import Gateway
+from cluster.api.origin import HTTP, Origin
 from cluster.router.admission import Admission
 from workers.errors import EngineError
 from workers.protocol import FinishReason, GenerateRequest, TokenDelta
@@ -33,14 +34,19 @@ def admit_inputs(
 
 
 async def run_inputs(
-    gateway: Gateway, requests: Sequence[GenerateRequest], *, admission: Admission, arrived: float
+    gateway: Gateway,
+    requests: Sequence[GenerateRequest],
+    *,
+    origin: Origin = HTTP,
+    admission: Admission,
+    arrived: float,
 ) -> list[TokenDelta]:
     """The last delta of each request, in their order. Raises what the router raises, EngineError for one the engine gave up."""
     turns = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def run(request: GenerateRequest) -> TokenDelta:
         async with turns:
-            return await _run_one(gateway, request, admission=admission, arrived=arrived)
+            return await _run_one(gateway, request, origin=origin, admission=admission, arrived=arrived)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -50,11 +56,16 @@ async def run_inputs(
     return [task.result() for task in tasks]
 
 
-async def _run_one(gateway: Gateway, request: GenerateRequest, *, admission: Admission, arrived: float) -> TokenDelta:
-    metrics = gateway.metrics.sequence(num_prompt_tokens=len(request.prompt_token_ids), arrived=arrived)
+async def _run_one(
+    gateway: Gateway, request: GenerateRequest, *, origin: Origin, admission: Admission, arrived: float
+) -> TokenDelta:
+    metrics = gateway.metrics.sequence(
+        num_prompt_tokens=len(request.prompt_token_ids), arrived=arrived, is_line=origin.is_line
+    )
     outcome = "abort"
     try:
-        async with contextlib.aclosing(gateway.router.generate(request, admission=admission)) as deltas:
+        generating = gateway.router.generate(request, admission=admission, max_crashes=origin.max_crashes)
+        async with contextlib.aclosing(generating) as deltas:
             async for delta in deltas:
                 if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
                     raise EngineError(delta.error or "The engine ended this request before it was complete.")

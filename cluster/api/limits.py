@@ -5,6 +5,7 @@ Knows HTTP's side; the arithmetic is cluster/keys/accounts.py's. Admin paths cos
 """
 
 import contextlib
+from collections.abc import Iterator
 from contextvars import ContextVar
 
 from aiohttp import web
@@ -38,12 +39,23 @@ def make_middleware(accounts: Accounts, ledger: Ledger | None = None) -> Middlew
         finally:
             _use.reset(token)
             if ledger is not None:
-                _write(ledger, use)
+                write(ledger, use)
 
     return middleware
 
 
-def _write(ledger: Ledger, use: Use) -> None:
+@contextlib.contextmanager
+def using(use: Use) -> Iterator[None]:
+    """What handlers say inside is said to this use: for a line of a batch, which comes through no middleware."""
+    token = _use.set(use)
+    try:
+        yield
+    finally:
+        _use.reset(token)
+
+
+def write(ledger: Ledger, use: Use) -> None:
+    """One request, with all that it used."""
     group = Group(today(), use.key.id, use.model, use.endpoint, use.key.name)
     tokens = (use.num_prompt_tokens, use.num_cached_tokens, use.num_completion_tokens)
     ledger.add(group, Sums(1, *tokens, int(use.failed)))

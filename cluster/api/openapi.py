@@ -40,7 +40,7 @@ async def handle(request: web.Request) -> web.Response:
 
 def render(endpoints: Sequence["Endpoint"]) -> bytes:
     """The document for these endpoints."""
-    types = [ErrorEnvelope, *(t for e in endpoints for t in (e.body, e.answer, e.chunk) if t is not None)]
+    types = [ErrorEnvelope, *(t for e in endpoints for t in (e.body, e.form, e.answer, e.chunk) if t is not None)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     schema_of = dict(zip(map(id, types), schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
@@ -93,6 +93,9 @@ def _operation(endpoint: "Endpoint", path: str, schema_of: dict[int, Any]) -> di
     if endpoint.body is not None:
         schema = schema_of[id(endpoint.body)]
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    if endpoint.form is not None:
+        schema = schema_of[id(endpoint.form)]
+        operation["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
     if endpoint.is_open:
         operation["security"] = []
     return operation

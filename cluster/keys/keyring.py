@@ -29,6 +29,7 @@ class Keyring:
         self._clock = clock
         self._version: tuple[int, ...] | None = None
         self._by_digest: dict[str, ApiKey] = {}
+        self._by_id: dict[str, ApiKey] = {}
         if path is not None:
             self._version = _version_of(path)
             self._take(read_keys(path))
@@ -49,6 +50,11 @@ class Keyring:
         """
         self._look_again()
         return self._by_digest.get(digest(secret))
+
+    def get(self, key_id: str) -> ApiKey | None:
+        """The key of this id, if there still is one."""
+        self._look_again()
+        return self._by_id.get(key_id)
 
     def _look_again(self) -> None:
         now = self._clock()
@@ -71,6 +77,7 @@ class Keyring:
         self._by_digest = {key.sha256: key for key in keys}
         if self._own is not None:
             self._by_digest[self._own.sha256] = self._own
+        self._by_id = {key.id: key for key in self._by_digest.values()}
 
 
 def _version_of(path: Path) -> tuple[int, ...] | None:
