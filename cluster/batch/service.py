@@ -54,6 +54,11 @@ class BatchService:
         self._not_before = 0.0
         self._swept_at = -float("inf")
 
+    @property
+    def batch_ids(self) -> set[str]:
+        """The batches that run here now."""
+        return {task.get_name() for task in self._running}
+
     def wake(self) -> None:
         """A batch was created or cancelled."""
         self._wake.set()
@@ -94,7 +99,7 @@ class BatchService:
         lease, batch = taken
         log.info("Batch %s: %s, runner %d", batch.id, batch.status, lease.fence)
         runner = BatchRunner(self._store, self._files, self._executor, options=self._options, room=self._share)
-        task = asyncio.create_task(self._run(runner, lease, batch))
+        task = asyncio.create_task(self._run(runner, lease, batch), name=batch.id)
         self._running[task] = runner
         task.add_done_callback(self._ended)
         return True
