@@ -1,0 +1,182 @@
+"""Where a batch's input is read and its output goes: a local path, "-" for stdin and stdout, or an object in a cloud's storage.
+
+Knows fsspec, and which extra brings which storage; knows nothing of what the files hold. An output is there whole or not at all: local ones
+are renamed into place, and a storage shows an object when its last byte has arrived.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from workers.errors import ConfigError, TramontaneError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+STANDARD = "-"
+COPY_BYTES = 1024 * 1024
+TEMPORARY = ".tramontane-tmp"
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
+
+class LocationError(TramontaneError):
+    """A location that cannot be read or written now: permission, room, network, or nothing there."""
+
+
+def is_address(location: str) -> bool:
+    """Whether it is an object in some storage, not a local path."""
+    return "://" in location and not location.startswith("file://")
+
+
+def absolute(location: str) -> str:
+    """The same place, whatever the working directory is later."""
+    if location == STANDARD or is_address(location):
+        return location
+    return str(local_path(location).absolute())
+
+
+def local_path(location: str) -> Path:
+    return Path(location.removeprefix("file://")).expanduser()
+
+
+def with_suffix(location: str, suffix: str) -> str:
+    """A location beside this one: "out.jsonl" with ".errors" is "out.errors.jsonl"."""
+    folder, slash, name = location.rpartition("/")
+    stem, dot, ending = name.rpartition(".")
+    return f"{folder}{slash}{stem}{suffix}.{ending}" if dot and stem else f"{location}{suffix}"
+
+
+def plain_name(location: str) -> str:
+    """Without what a compression adds: its ending tells the format."""
+    return next((location.removesuffix(c) for c in _COMPRESSED if location.endswith(c)), location)
+
+
+@contextlib.contextmanager
+def reading(location: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
+    """The bytes, uncompressed if the name ends in .gz, .bz2, .xz or .zst. Raises ConfigError and LocationError.
+
+    Also what reading inside the block raises becomes a LocationError. seekable: the format needs it; stdin cannot.
+    """
+    with _guarded(location, "read"):
+        if location == STANDARD:
+            if seekable:
+                raise ConfigError("This format cannot be read from stdin; give the input as a file.")
+            yield sys.stdin.buffer
+            return
+        compressed = plain_name(location) != location
+        if not is_address(location) and not compressed:
+            with local_path(location).open("rb") as source:
+                yield source
+            return
+        import fsspec
+
+        _file_system(location)
+        target = location if is_address(location) else str(local_path(location).absolute())
+        with fsspec.open(target, "rb", compression="infer" if compressed else None) as source:
+            yield source
+
+
+def exists(location: str) -> bool:
+    """Raises ConfigError and LocationError."""
+    if location == STANDARD:
+        return False
+    with _guarded(location, "reached"):
+        if not is_address(location):
+            return local_path(location).exists()
+        fs, path = _file_system(location)
+        return fs.exists(path)
+
+
+def check_writable(location: str) -> None:
+    """Before hours of work are spent for it. Of a storage only that its library is there. Raises ConfigError and LocationError."""
+    if location == STANDARD:
+        return
+    if is_address(location):
+        _file_system(location)
+        return
+    path = local_path(location)
+    if path.is_dir():
+        raise ConfigError(f"{location} is a folder; name a file in it.")
+    probe = path.with_name(f"{path.name}{TEMPORARY}")
+    with _guarded(location, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.open("wb").close()
+        probe.unlink()
+
+
+def deliver(source: Path, location: str) -> None:
+    """Puts a copy of `source` there. May be repeated; whatever stops it, there is no half of it. Raises LocationError."""
+    with _guarded(location, "written"):
+        if location == STANDARD:
+            with source.open("rb") as file:
+                shutil.copyfileobj(file, sys.stdout.buffer, COPY_BYTES)
+            sys.stdout.buffer.flush()
+        elif is_address(location):
+            fs, path = _file_system(location)
+            fs.put_file(str(source), path)
+        else:
+            _replace(source, local_path(location))
+
+
+def remove(location: str) -> None:
+    """Idempotent. Raises LocationError."""
+    if location == STANDARD:
+        return
+    with _guarded(location, "deleted"), contextlib.suppress(FileNotFoundError):
+        if is_address(location):
+            fs, path = _file_system(location)
+            fs.rm_file(path)
+        else:
+            local_path(location).unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    temporary = target.with_name(f"{target.name}{TEMPORARY}")
+    try:
+        with source.open("rb") as file, temporary.open("wb") as copy:
+            shutil.copyfileobj(file, copy, COPY_BYTES)
+            copy.flush()
+            os.fsync(copy.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _file_system(location: str) -> "tuple[AbstractFileSystem, Any]":
+    """The storage and the path in it. Raises ConfigError when its library is not installed or the kind is unknown."""
+    import fsspec  # late: most commands touch no storage
+
+    scheme = location.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(location)
+    except ImportError as e:
+        extra = _EXTRAS.get(scheme)
+        how = f"pip install 'tramontane[{extra}]'" if extra else "install the library that fsspec names for it"
+        raise ConfigError(f"{scheme}:// needs a library that is not installed; {how}.") from e
+    except ValueError as e:
+        raise ConfigError(f"{scheme}:// is no storage that can be used here; use s3://, gs://, az:// or a path.") from e
+
+
+@contextlib.contextmanager
+def _guarded(location: str, verb: str) -> Iterator[None]:
+    """Storage libraries raise whatever they like; all of it is one sentence about this location."""
+    try:
+        yield
+    except (TramontaneError, GeneratorExit):
+        raise
+    except FileNotFoundError as e:
+        what = "it" if verb == "read" else "its folder or bucket"
+        raise LocationError(f"{location} cannot be {verb}: {what} is not there.") from e
+    except OSError as e:
+        raise LocationError(f"{location} cannot be {verb}: {e.strerror or e}.") from e
+    except Exception as e:
+        if not is_address(location):
+            raise
+        raise LocationError(f"{location} cannot be {verb}: {type(e).__name__}: {e}.") from e
