@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.config import (
     API_KEY_ENV,
+    BATCH_STORE_ENV,
     CHAT_TEMPLATES,
     DEFAULT_DEPLOYMENT,
     METRICS_PREFIXES,
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if getattr(args, "api_key", "") is None:
         args.api_key = os.environ.get(API_KEY_ENV) or None
+    if getattr(args, "batch_store", "") is None and not args.no_batches:
+        args.batch_store = os.environ.get(BATCH_STORE_ENV) or None
     if getattr(args, "api_keys", "") is None and os.environ.get(API_KEYS_ENV):
         args.api_keys = Path(os.environ[API_KEYS_ENV])
     setup_logging(
@@ -87,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     http.add_argument(
         "--gateways", type=_positive, default=1, metavar="N", help="HTTP servers, this one included; on other nodes too"
     )
+    _add_batch_options(serve)
     _add_cluster_options(serve)
     _add_routing_options(serve)
     watching = serve.add_argument_group("monitoring")
@@ -165,10 +169,29 @@ def _add_security_options(http: "argparse._ArgumentGroup") -> None:
         help=f"keys with limits, made by `tramontane keys create`; read again when it changes (default: {API_KEYS_ENV})",
     )
     http.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM format, for https")
-    http.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key; both are read again when they change")
+    http.add_argument(
+        "--tls-key", type=Path, metavar="FILE", help="its private key; both are read again when they change"
+    )
     http.add_argument(
         "--cors-origin", action="append", metavar="ORIGIN", help="web pages that may use it; may be repeated"
     )
+
+
+def _add_batch_options(parser: argparse.ArgumentParser) -> None:
+    batches = parser.add_argument_group("batches")
+    batches.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="where files and batches are kept (default: tramontane/NAME in XDG_DATA_HOME or ~/.local/share)",
+    )
+    batches.add_argument(
+        "--batch-store",
+        metavar="URL",
+        help="PostgreSQL database for the batches of gateways on several hosts, postgresql://...; better given as "
+        f"{BATCH_STORE_ENV}, which does not show in the process list",
+    )
+    batches.add_argument("--no-batches", action="store_true", help="refuse /v1/files and /v1/batches")
 
 
 def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
@@ -225,7 +248,9 @@ def _add_name_option(parser: "argparse.ArgumentParser | argparse._ArgumentGroup"
 
 def _add_url_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where a gateway listens")
-    parser.add_argument("--ca-cert", type=Path, metavar="FILE", help="certificate to trust, where https uses one of your own")
+    parser.add_argument(
+        "--ca-cert", type=Path, metavar="FILE", help="certificate to trust, where https uses one of your own"
+    )
     parser.add_argument("--api-key", help=f"the server's key; better given as {API_KEY_ENV}")
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="debug also shows tracebacks")
 

@@ -18,6 +18,7 @@ from workers.errors import ConfigError
 
 Device = Literal["cpu", "cuda"]
 API_KEY_ENV = "TRAMONTANE_API_KEY"
+BATCH_STORE_ENV = "TRAMONTANE_BATCH_STORE"
 # FlashAttention's paged kernel takes blocks in multiples of 256; on the CPU small blocks share more prefixes.
 BLOCK_SIZES: dict[Device, int] = {"cpu": 16, "cuda": 256}
 MAX_DEFAULT_MODEL_LEN = 32_768
@@ -56,6 +57,9 @@ class ServeConfig:
     log_format: LogFormat
     log_prompts: bool = False
     serves_embeddings: bool = True
+    serves_batches: bool = True
+    data_dir: str | None = None  # None: the user's own, see data_dir.py
+    batch_store: str | None = field(default=None, repr=False)  # may hold a password; None: a file in the data directory
     api_keys: str | None = None  # paths are absolute: a gateway elsewhere needs the same files in the same place
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -89,9 +93,17 @@ class ServeConfig:
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("--tls-key", "--tls-cert") if self.tls_cert is None else ("--tls-cert", "--tls-key")
             raise ConfigError(f"{given} needs {missing} beside it; TLS takes both.")
+        if not self.serves_batches and (self.data_dir is not None or self.batch_store is not None):
+            raise ConfigError("--no-batches leaves no use for --data-dir and --batch-store; leave them out.")
+        if self.batch_store is not None and not re.match(r"postgres(ql)?://", self.batch_store):
+            raise ConfigError(
+                "--batch-store is no address of a PostgreSQL database; write postgresql://USER@HOST/DATABASE."
+            )
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]+", origin):
-                raise ConfigError(f"--cors-origin {origin} is no origin; write it like https://example.org, without a path.")
+                raise ConfigError(
+                    f"--cors-origin {origin} is no origin; write it like https://example.org, without a path."
+                )
         if "*" in self.cors_origins and not self.has_keys:
             raise ConfigError(
                 "--cors-origin '*' would let every web page use this server, which has no key; name the origins, or add a key."
@@ -137,6 +149,9 @@ def serve_config(args: Namespace, folder: Path, model_name: str, *, device: Devi
         log_format=args.log_format,
         log_prompts=args.log_prompts,
         serves_embeddings=not args.no_embeddings,
+        serves_batches=not args.no_batches,
+        data_dir=_absolute(args.data_dir),
+        batch_store=args.batch_store,
         api_keys=_absolute(args.api_keys),
         tls_cert=_absolute(args.tls_cert),
         tls_key=_absolute(args.tls_key),

@@ -1,4 +1,4 @@
-"""One gateway, put together: router, fleet, HTTP application and listener, in this order, and ended in the opposite one.
+"""One gateway, put together: router, fleet, HTTP application, batches and listener, in this order, and ended in the opposite one.
 
 Knows what a gateway is made of; no Ray (the controller is handed in) and no console. `serve` runs one in its own process,
 `replicas/gateway_actor.py` runs further ones.
@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.api.app import make_app
+from cluster.api.batch_lines import ApiLineExecutor
+from cluster.api.gateway import GATEWAY, NO_BATCHES
 from cluster.api.listener import Listener
+from cluster.batching import Batching, open_batching
 from cluster.config import ServeConfig
 from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
@@ -35,7 +38,8 @@ log = logging.getLogger(__name__)
 class Gateway:
     """`await Gateway(...).open()`, then `drain` and `close`. on_view: called with every view of the cluster.
 
-    Raises ConfigError for files of keys or certificates that this host does not have, or that cannot work.
+    Raises ConfigError for files of keys or certificates that this host does not have, or that cannot work, and for a data directory or
+    a store of batches that was asked for and cannot be used.
     """
 
     def __init__(
@@ -56,27 +60,37 @@ class Gateway:
             max_queued_tokens=config.max_queued_tokens,
             queue_timeout_s=config.queue_timeout_s,
         )
-        self.metrics = Metrics(
-            self.router, model_name=config.model_name, prefix=config.metrics_prefix, view=lambda: self.view
-        )
         keys = None if config.api_keys is None else Path(config.api_keys)
         keyring = Keyring(keys, api_key=config.api_key)
         self._ledger = None if keys is None else Ledger(ledger_path(keys))
         self._certificate = open_certificate(config.tls_cert, config.tls_key)
+        accounts = Accounts(num_gateways=config.num_gateways)
+        opened = open_batching(config, self.router)
+        batching = self._batching = opened if isinstance(opened, Batching) else None
+        self.metrics = Metrics(
+            self.router,
+            model_name=config.model_name,
+            prefix=config.metrics_prefix,
+            view=lambda: self.view,
+            batches=None if batching is None else lambda: batching.running,
+        )
         app = make_app(
             router=self.router,
             tokenizer=tokenizer,
             chat_template=chat_template,
             model_name=config.model_name,
             keyring=keyring,
-            accounts=Accounts(num_gateways=config.num_gateways),
+            accounts=accounts,
             ledger=self._ledger,
             cors_origins=config.cors_origins,
             local_only=config.is_local,
             serves_embeddings=config.serves_embeddings,
             metrics=self.metrics,
             admin=self,
+            batches=None if batching is None else batching.api,
+            no_batches=opened if isinstance(opened, str) else NO_BATCHES,
         )
+        self._executor = ApiLineExecutor(app[GATEWAY], keyring=keyring, accounts=accounts, ledger=self._ledger)
         self._listener = Listener(app, tls=None if self._certificate is None else self._certificate.context)
         self._on_view = on_view
         self._fleet: Fleet | None = None
@@ -99,6 +113,8 @@ class Gateway:
             self._controller, self.router, gateway_id=self.gateway_id, url=self.url, on_view=self._on_view
         )
         self._tasks = [asyncio.create_task(self._fleet.run(), name="fleet")]
+        if self._batching is not None:
+            self._tasks += self._batching.start(self._executor)
         if self._ledger is not None:
             self.spawn(asyncio.create_task(self._ledger.run(), name="usage ledger"))
         if self._certificate is not None:
@@ -116,7 +132,9 @@ class Gateway:
         raise EngineError(f"The gateway cannot go on: its task {names} ended.") from next(iter(done)).exception()
 
     async def drain(self, timeout_s: float, stop_now: asyncio.Event | None = None) -> None:
-        """Takes nothing new and waits for what runs, at most `timeout_s` or until `stop_now`."""
+        """Takes nothing new and waits for what runs, at most `timeout_s` or until `stop_now`. Lines of batches are no reason to wait."""
+        if self._batching is not None:
+            await self._batching.stop()
         self.router.start_draining()
         await self._listener.stop_accepting()
         deadline = asyncio.get_running_loop().time() + timeout_s
@@ -135,6 +153,8 @@ class Gateway:
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
             await fleet.close()
+        if self._batching is not None:
+            await self._batching.close()
         if self._ledger is not None:
             await self._ledger.close()
 
