@@ -8,10 +8,16 @@ takes to start, over what one replica computes, plus a reserve for the measured 
 missed. Backlog: what would clear a backlog above its objective by the time a replica ordered now could help. Decode:
 sequences and KV blocks. Latency: one more when TTFT is missed while work waits. Up at once to the largest need; down only
 to the largest need of a whole window.
+
+Batches have a number of their own beside that (cluster/batch_scaling.py), and the larger wins: replicas that only batches
+wanted go when these end, without a window.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from cluster.batch_scaling import BatchState, size_for_batches
+from cluster.replicas.state import BatchDemand
 
 BUCKET_S = 5.0  # arrivals are counted over this long: shorter is noise, longer sees a rise late
 LEVEL_S = 120.0  # how long the average arrival rate remembers
@@ -49,7 +55,7 @@ class AutoscalerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """The cluster now. Totals only grow; `num_starting` counts replicas being placed or started."""
+    """The cluster now, batch lines apart. Totals only grow; `num_starting` counts replicas being placed or started."""
 
     num_ready: int
     num_starting: int = 0
@@ -63,6 +69,8 @@ class Observation:
     prefill_tokens_per_s: float | None = None  # of one replica, lately; None before any measurement
     ttft_p95_s: float | None = None
     startup_s: float | None = None  # from order to ready, as measured
+    batches: tuple[BatchDemand, ...] = ()
+    batch_tokens_total: int = 0  # of batch lines answered
 
     @property
     def horizon_s(self) -> float:
@@ -72,7 +80,7 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoscalerState:
-    """What is remembered between two decisions; bounded."""
+    """What is remembered between two decisions; bounded. `num_replicas`: without what only batches want."""
 
     num_replicas: int
     speed: float | None = None  # prompt tokens/s of one replica
@@ -92,6 +100,7 @@ class AutoscalerState:
     asked_at: float | None = None  # when there was last anything to do
     seen_at: float | None = None
     started_at: float | None = None  # when there was a first look
+    batch: BatchState = field(default_factory=BatchState)
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,30 @@ def decide(
     needs = [*needs, Need(1.0, "a request waits")] if _is_wanted(config, state, now) else needs[:1]
     need = max(needs, key=lambda n: n.replicas)
     decision = _choose(config, state, need, now)
-    return replace(state, num_replicas=decision.num_replicas), decision
+    state = replace(state, num_replicas=decision.num_replicas)
+    return _beside_batches(config, observation, state, decision, now)
+
+
+def _beside_batches(
+    config: AutoscalerConfig, seen: Observation, state: AutoscalerState, online: ScalingDecision, now: float
+) -> tuple[AutoscalerState, ScalingDecision]:
+    batch, need = size_for_batches(
+        seen.batches,
+        state.batch,
+        now,
+        tokens_total=seen.batch_tokens_total,
+        num_ready=seen.num_ready,
+        startup_s=seen.startup_s or UNKNOWN_STARTUP_S,
+        max_replicas=config.max_replicas,
+    )
+    before = max(online.num_replicas, state.batch.num_replicas)
+    state = replace(state, batch=batch)
+    if need.num_replicas > online.num_replicas:
+        change = f"{before} -> {need.num_replicas}" if before != need.num_replicas else f"{before} are enough"
+        return state, ScalingDecision(need.num_replicas, f"{change}: {need.reason}.")
+    if before > online.num_replicas:
+        return state, ScalingDecision(online.num_replicas, f"{before} -> {online.num_replicas}: {need.reason}.")
+    return state, online
 
 
 def with_reserve(rate: float, variance: float, limit_s: float) -> float:

@@ -112,7 +112,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     """The replica's state after a step. Counts named `_total` only grow. Times are seconds.
 
-    Those named `_background_` are parts of the counts without it: they stand in nobody's way but each other's.
+    Those named `background` are parts of the counts without it: they stand in nobody's way but each other's.
     """
 
     num_running: int = 0
@@ -130,6 +130,8 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens_total: int = 0
     prefix_queries_total: int = 0  # prompt tokens looked up in the prefix cache
     prefix_hits_total: int = 0  # of those, found
+    background_prefix_queries_total: int = 0
+    background_prefix_hits_total: int = 0
     last_step_s: float = 0.0
     step_s_total: float = 0.0
     step_age_s: float | None = None  # of the step now running; None between steps

@@ -197,9 +197,13 @@ class Controller:
             self._supervisor.wake()
 
     def _wake_for_demand(self, report: GatewayReport) -> None:
-        """A request that finds no replica is not kept waiting for the scaling loop's next round."""
-        if report.num_queued and not self._supervisor.desired and self._spec.max_replicas:
+        """Whoever finds no replica is not kept waiting for the scaling loop's next round."""
+        if self._supervisor.desired or not self._spec.max_replicas:
+            return
+        if report.num_queued:
             self._set_desired(self._scaling.wake())
+        elif any(batch.remaining_tokens for batch in report.batches):
+            self._set_desired(self._scaling.wake_for_batch())
 
     async def _scale_forever(self) -> None:
         while True:

@@ -81,6 +81,7 @@ class ReplicaRecord:
 class BatchDemand:
     """One batch that runs at a gateway. Tokens are estimates, of prompts and outputs together."""
 
+    batch_id: str
     remaining_tokens: int  # of lines that have no answer yet
     deadline_s: float | None = None  # seconds left; None: as soon as `max_replicas` of them can
     max_replicas: int | None = None  # None: as many as the cluster may have

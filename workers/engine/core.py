@@ -169,6 +169,8 @@ class EngineCore:
             generated_tokens_total=self._generated_tokens_total,
             prefix_queries_total=self.kv_cache.prefix_queries_total,
             prefix_hits_total=self.kv_cache.prefix_hits_total,
+            background_prefix_queries_total=self.kv_cache.background_prefix_queries_total,
+            background_prefix_hits_total=self.kv_cache.background_prefix_hits_total,
             last_step_s=self._last_step_s,
             step_s_total=self.step_s_total,
             step_age_s=None if began is None else now - began,

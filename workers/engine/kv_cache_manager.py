@@ -23,6 +23,9 @@ class KVCacheManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.prefix_queries_total = 0
         self.prefix_hits_total = 0
+        # Of those, for background requests.
+        self.background_prefix_queries_total = 0
+        self.background_prefix_hits_total = 0
 
     def find_prefix(self, request: Request) -> list[int]:
         """The longest run of cached blocks the request can start from, null blocks where the window makes one needless.
@@ -63,6 +66,9 @@ class KVCacheManager:
             if self.enable_prefix_caching:
                 self.prefix_queries_total += request.num_prompt_tokens
                 self.prefix_hits_total += request.num_cached_tokens
+                if request.is_background:
+                    self.background_prefix_queries_total += request.num_prompt_tokens
+                    self.background_prefix_hits_total += request.num_cached_tokens
         return True
 
     def grow(self, request: Request, num_new_tokens: int) -> bool:

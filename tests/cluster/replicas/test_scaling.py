@@ -1,9 +1,11 @@
 """What the controller sees, in the autoscaler's terms."""
 
+from dataclasses import replace
+
 import pytest
 
-from cluster.replicas.scaling import Scaling, observe
-from cluster.replicas.state import ClusterSpec, GatewayReport, ReplicaRecord, ReplicaState
+from cluster.replicas.scaling import TAKEOVER_S, Scaling, _Total, observe
+from cluster.replicas.state import BatchDemand, ClusterSpec, GatewayReport, ReplicaRecord, ReplicaState
 from workers.protocol import LoadReport
 
 
@@ -54,16 +56,54 @@ def test_initial(low, high, live, expected):
 
 
 def test_a_gateway_that_comes_with_a_large_total_is_no_burst():
-    scaling = Scaling(spec(1, 8))
-    assert scaling._count_arrivals([report("a", arrived_tokens_total=100)]) == 0
-    assert scaling._count_arrivals([report("a", arrived_tokens_total=150)]) == 50
-    assert (
-        scaling._count_arrivals([report("a", arrived_tokens_total=150), report("b", arrived_tokens_total=10**9)]) == 50
-    )
-    assert scaling._count_arrivals([report("b", arrived_tokens_total=10**9 + 7)]) == 57
+    total = _Total()
+    assert total.add({"a": 100}) == 0
+    assert total.add({"a": 150}) == 50
+    assert total.add({"a": 150, "b": 10**9}) == 50
+    assert total.add({"b": 10**9 + 7}) == 57
 
 
 def test_a_waiting_request_wakes_the_first_replica():
     scaling = Scaling(spec(0, 2))
     assert scaling.wake() == 1
     assert "waits" in scaling.reason
+
+
+def test_batch_lines_are_no_online_load():
+    seen = observe(
+        [
+            record(
+                "r0",
+                num_running=10, num_waiting=4, num_background=12, num_pending_tokens=900, num_background_pending_tokens=850,
+                num_blocks=100, num_used_blocks=80, num_background_blocks=70,
+                prefix_queries_total=1_000, prefix_hits_total=800,
+                background_prefix_queries_total=900, background_prefix_hits_total=800,
+            )
+        ],
+        [],
+        arrived_tokens_total=0,
+    )  # fmt: skip
+    assert (seen.num_requests, seen.num_running, seen.num_backlog_tokens) == (2, 2, 50)
+    assert (seen.kv_cache_usage, seen.prompt_hit_rate) == (0.1, 0.0)
+
+
+def test_a_batch_wakes_a_replica_which_goes_when_the_batch_ends():
+    scaling = Scaling(spec(0, 4))
+    batch = BatchDemand(batch_id="b", remaining_tokens=10**9)
+    assert scaling.wake_for_batch() == 1
+    assert scaling.reason == "0 -> 1: a batch waits."
+    assert scaling.decide([], [report(batches=(batch,))], 1.0) == 1
+    assert scaling.decide([record("r0")], [report()], 2.0) == 0
+    assert scaling.reason == "1 -> 0: no batch runs."
+
+
+def test_a_batch_outlives_its_gateway_until_another_one_takes_it_over():
+    scaling = Scaling(spec(0, 4))
+    batch = BatchDemand(batch_id="b", remaining_tokens=10**9)
+    assert scaling.decide([], [report("a", batches=(batch,)), report("b")], 1.0) == 1
+    assert scaling.decide([], [report("b")], TAKEOVER_S) == 1, "its gateway died"
+    taken = replace(batch, remaining_tokens=5)
+    assert scaling._known_batches([report("b", batches=(taken,))], TAKEOVER_S + 0.5) == (taken,), "once, not twice"
+    assert scaling.decide([], [report("b")], TAKEOVER_S + 1.0) == 0, "it ended where it ran"
+    assert scaling.decide([], [report("a", batches=(batch,))], 100.0) == 1
+    assert scaling.decide([], [], 101.0 + TAKEOVER_S) == 0, "nobody took it over"

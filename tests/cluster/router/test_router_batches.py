@@ -99,7 +99,7 @@ async def test_the_report_tells_of_batches_apart() -> None:
     replica = idle(max_num_seqs=1, hold_after=0)
     router = Router([replica])
     lines = await start(router, ["line0", "line1", "line2"], BATCH_PRIORITY)
-    demand = BatchDemand(remaining_tokens=700, deadline_s=60.0, max_replicas=3)
+    demand = BatchDemand(batch_id="b", remaining_tokens=700, deadline_s=60.0, max_replicas=3)
     router.batches, router.batch_tokens_total = (demand,), 300
     report = router.report("g", "u")
     assert (report.num_running, report.streams_per_replica) == (2, {"r0": 2})
