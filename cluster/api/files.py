@@ -161,7 +161,12 @@ class _Form:
             if part.filename is None:
                 raise RequestError("'file' must be sent as a file, with a filename.", param="file")
             self.filename = _clean(part.filename)
-            self.num_bytes = await self._batches.files.write(self._file_id, self._chunks(part))
+            try:
+                self.num_bytes = await self._batches.files.write(self._file_id, self._chunks(part))
+            except RequestError as e:
+                if e.code == "file_too_large":
+                    raise Refusal(413, str(e), code=e.code) from e
+                raise
         elif name == "purpose":
             purpose = await self._text(name, part)
             if purpose != "batch":

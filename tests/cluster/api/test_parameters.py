@@ -9,17 +9,22 @@ import base64
 import json
 import math
 import struct
+import tempfile
 import types
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import msgspec
 import pytest
 from aiohttp.test_utils import TestClient
-from live_replica import TEMPLATE, TOKENIZER, LiveReplica, live_gateway
+from batch_app import batch_app
+from live_replica import TEMPLATE, TOKEN, TOKENIZER, LiveReplica, live_gateway
 
 from cluster.api.endpoints import ENDPOINTS
+from cluster.replicas.client import ReplicaClient
 from cluster.text.chat import Message
 
 PROMPT = "def fibonacci(n):"
@@ -729,6 +734,47 @@ async def detokenize(api: Api) -> None:
     await api.refused("/detokenize", {"tokens": [5], "model": "x"}, "model", "does not exist", status=404)
 
 
+@case(
+    "FileUpload.file",
+    "FileUpload.purpose",
+    "FileUpload.expires_after",
+    "BatchRequest.input_file_id",
+    "BatchRequest.endpoint",
+    "BatchRequest.completion_window",
+    "BatchRequest.metadata",
+    "BatchRequest.output_expires_after",
+    "ExpiresAfter.anchor",
+    "ExpiresAfter.seconds",
+)
+async def batches(api: Api) -> None:
+    """What they refuse is in test_files.py and test_batches.py."""
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": {"model": "demo", "input": "one"}}
+    form = aiohttp.FormData()
+    fields = {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    for name, value in fields.items():
+        form.add_field(name, value)
+    form.add_field("file", json.dumps(line).encode(), filename="in.jsonl")
+    body = {"endpoint": "/v1/embeddings", "completion_window": "2h", "metadata": {"k": "v"}}
+    body["output_expires_after"] = {"anchor": "created_at", "seconds": 7200}
+    with tempfile.TemporaryDirectory() as folder:
+        async with (
+            ReplicaClient("r0", api.replica.address, TOKEN) as replica,
+            batch_app(Path(folder), [replica]) as client,
+        ):
+            file = await (await client.post("/v1/files", data=form)).json()
+            assert (file["purpose"], file["expires_at"] - file["created_at"]) == ("batch", 3600)
+            batch = await (await client.post("/v1/batches", json=body | {"input_file_id": file["id"]})).json()
+            assert batch["expires_at"] - batch["created_at"] == 7200
+            while batch["status"] != "completed":
+                await asyncio.sleep(0.02)
+                batch = await (await client.get(f"/v1/batches/{batch['id']}")).json()
+            assert (batch["metadata"], batch["request_counts"]["completed"]) == ({"k": "v"}, 1)
+            output = await (await client.get(f"/v1/files/{batch['output_file_id']}")).json()
+            assert output["expires_at"] - output["created_at"] == 7200
+            content = await (await client.get(f"/v1/files/{output['id']}/content")).text()
+            assert json.loads(content)["response"]["body"]["object"] == "list"
+
+
 @case("DrainRequest.grace_s")
 async def drain(api: Api) -> None:
     response = await api.client.post("/admin/replicas/r0/drain", json={"grace_s": -1})
@@ -746,7 +792,7 @@ async def test_field(api: Api, check: Check) -> None:
 
 
 def test_every_field_of_every_body_has_a_case() -> None:
-    fields = {name for e in ENDPOINTS if e.body is not None for name in _fields(e.body)}
+    fields = {name for e in ENDPOINTS for kind in (e.body, e.form) if kind is not None for name in _fields(kind)}
     assert fields - CASES.keys() == set(), "these fields of request bodies have no case here"
     assert CASES.keys() - fields == set(), "these cases are of fields that no body has"
 
