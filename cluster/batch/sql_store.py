@@ -43,7 +43,7 @@ from cluster.batch.store import Order
 from workers.errors import RequestError
 
 _T = TypeVar("_T")
-PLAN_ROWS = 20_000  # of one transaction; others get their turn between two
+PLAN_ROWS = 5_000  # of one transaction; others get their turn between two
 PURGE_ROWS = 5_000
 
 

@@ -17,7 +17,10 @@ from cluster.batch.errors import StoreError
 from cluster.batch.sql_store import SqlStore
 
 BUSY_TIMEOUT_S = 20.0  # another process may be storing a long list of lines
-CACHE_KIB = 16 * 1024
+CACHE_KIB = 4 * 1024  # of each connection; the system caches the file as well
+CHECKPOINT_PAGES = (
+    8000  # fewer and longer: the pages of an index that is filled in no order are written once for many changes
+)
 
 
 def open_sqlite(path: Path) -> SqlStore:
@@ -140,6 +143,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
+        connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         connection.execute("PRAGMA journal_size_limit=67108864")
     except BaseException:
         connection.close()

@@ -68,6 +68,7 @@ class Window:
         self._unstored: list[LineResult] = []
         self._unstored_bytes = 0
         self._storing: asyncio.Task[None] | None = None
+        self._judging: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._paused_until = 0.0
         self._pause_s = options.min_pause_s
@@ -178,8 +179,12 @@ class Window:
 
     async def _judge(self) -> None:
         """Counts crashes against the lines that were under way, in the store first."""
-        if not self._crashed:
-            return
+        if self._crashed:
+            # Once begun it is seen to its end, whoever cancels: counted twice or not at all would both be wrong.
+            self._judging = asyncio.create_task(self._count_crashes())
+            await asyncio.shield(self._judging)
+
+    async def _count_crashes(self) -> None:
         crashed, self._crashed = self._crashed, []
         reasons = {line.number: reason for line, reason in crashed}
         log.warning(
@@ -223,6 +228,8 @@ class Window:
         await asyncio.gather(*self._under_way, return_exceptions=True)
         if self._storing is not None:
             await self._storing
+        if self._judging is not None:
+            await self._judging
         if self._crashed:
-            await self._store.add_crashes(self._lease, [line.number for line, _ in self._crashed])
+            await self._count_crashes()
         await self._store_all()
