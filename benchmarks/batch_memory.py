@@ -1,4 +1,4 @@
-"""A batch of a million lines through validate, plan, run and output with a simulated executor: lines per second of each phase, and the memory.
+"""A batch of a million lines, with an executor that answers at once: lines per second of each phase, and the memory.
 
 Each size runs in a process of its own, whose peak resident memory is its own; the input is generated beforehand. The executor answers
 at once, so that what is measured is the store, the files and the runner. Writes a Markdown table.
@@ -8,11 +8,15 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
+import platform
 import resource
+import sqlite3
 import sys
 import tempfile
 import time
 from contextlib import aclosing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +129,14 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _child(num_lines: int, source: str, queue: "multiprocessing.Queue[dict[str, float]]") -> None:
+def machine() -> str:
+    """Without torch, which benchmarks/machine.py needs."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {platform.system()}, SQLite {sqlite3.sqlite_version}"
+
+
+def _child(source: str, queue: "multiprocessing.Queue[dict[str, float]]") -> None:
     with tempfile.TemporaryDirectory(dir=Path(source).parent) as folder:
         queue.put(asyncio.run(measure(Path(folder), Path(source))))
 
@@ -135,7 +146,7 @@ def measure_apart(num_lines: int, folder: Path) -> dict[str, float]:
     write_input(source, num_lines)
     context = multiprocessing.get_context("spawn")
     queue: multiprocessing.Queue[dict[str, float]] = context.Queue()
-    process = context.Process(target=_child, args=(num_lines, str(source), queue))
+    process = context.Process(target=_child, args=(str(source), queue))
     process.start()
     found = queue.get(timeout=3600)
     process.join()
@@ -154,6 +165,14 @@ def table(measured: dict[int, dict[str, float]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+REPORT = """# A million lines in bounded memory
+
+`python benchmarks/batch_memory.py`, {date}, on {machine}. SQLite and files on the local disk; an executor that answers at once with some
+300 bytes; {capacity} lines under way; results stored in groups every 50 ms, each group on the disk (`synchronous=FULL`) before it counts.
+Each size in a process of its own. Memory is the highest resident set, and what of it Python and the modules take before the batch.
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, nargs="*", default=SIZES)
@@ -168,15 +187,9 @@ def main() -> None:
     text = table(measured)
     print(text)
     if args.output is not None:
-        args.output.write_text(f"{REPORT}\n{text}\n", encoding="utf-8")
-
-
-REPORT = f"""# A million lines in bounded memory
-
-`python benchmarks/batch_memory.py --output benchmarks/batch_memory.md` on the machine of `benchmarks/machine.py`'s kind: SQLite and files on
-the local disk, an executor that answers at once with some 350 bytes, {CAPACITY} lines under way, results stored in groups every 50 ms, each
-group on the disk (`synchronous=FULL`) before it counts. Each size in a process of its own. Memory is the highest resident set.
-"""
+        today = datetime.now(UTC).date().isoformat()
+        head = REPORT.format(date=today, machine=machine(), capacity=CAPACITY)
+        args.output.write_text(f"{head}\n{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

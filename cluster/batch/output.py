@@ -1,4 +1,4 @@
-"""A batch's output and error files, made from the stored results in the order of its lines. Streams; holds a hundred answers at a time.
+"""A batch's output and error files, made from the stored results in the order of its lines. Streams some megabytes at a time.
 
 The files have the form of OpenAI's: an answer with status 200 goes to the output file; one with another status, and a line that has none,
 to the error file. Files are renamed into place when they are whole, under ids that no other runner of the batch uses; what a crash cut
@@ -15,7 +15,8 @@ from cluster.batch.files import FileContents, NewFile
 from cluster.batch.records import BatchRecord, FileRecord, Lease, Line, LineResult
 from cluster.batch.store import Store
 
-PAGE_LINES = 128
+MAX_PAGE_LINES = 128
+PAGE_BYTES = 8 * 1024 * 1024  # of answers read at once, if the next are like those before
 BUFFER_BYTES = 1024 * 1024
 Kind = Literal["output", "error"]
 _NOT_RUN = {
@@ -58,14 +59,16 @@ async def write_output(
     async with AsyncExitStack() as stack:
         output = _Sink(files, file_id(lease, "output"), stack)
         errors = _Sink(files, file_id(lease, "error"), stack)
-        after = 0
-        while page := await store.answered(batch.id, after=after, limit=PAGE_LINES):
+        after, num_lines = 0, 8
+        while page := await store.answered(batch.id, after=after, limit=num_lines):
             for line, result in page:
                 sink = output if result is not None and result.is_completed else errors
                 sink.add(render(batch, line, result))
             await output.flush(BUFFER_BYTES)
             await errors.flush(BUFFER_BYTES)
             after = page[-1][0].number
+            mean_bytes = 1 + sum(len(result.body) for _, result in page if result is not None) // len(page)
+            num_lines = max(1, min(MAX_PAGE_LINES, PAGE_BYTES // mean_bytes))
         await output.commit()
         await errors.commit()
     return output.record(batch, "output", now=now), errors.record(batch, "error", now=now)

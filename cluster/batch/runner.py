@@ -119,6 +119,9 @@ class BatchRunner:
 
     async def _validate(self, lease: Lease, batch: BatchRecord) -> BatchRecord:
         await self._store.clear_lines(lease)
+        if self._clock() >= batch.expires_at:
+            message = "The completion window ended before the requests could be checked."
+            return await self._store.fail(lease, [LineError(code="batch_expired", message=message)], now=self._clock())
         errors: list[LineError] = []
         models: set[str] = set()
         source = await asyncio.to_thread(self._files.open, batch.input_file_id)

@@ -16,14 +16,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from batches import FAST, SimulatedExecutor, opened
+from batches import FAST, SimulatedExecutor
 
 from cluster.batch.errors import BatchError, LeaseLostError
+from cluster.batch.open import open_files, open_store
 from cluster.batch.runner import run_batch
 
 
 async def run(args: argparse.Namespace) -> str:
-    store, files = opened(args.folder)
+    store, files = open_store(args.folder, database_url=args.database_url), open_files(args.folder)
     executor = SimulatedExecutor(latency_s=args.latency_s, capacity=16)
     options = replace(FAST, lease_ttl_s=args.lease_ttl_s)
     try:
@@ -51,8 +52,19 @@ def lives(args: argparse.Namespace) -> None:
         if not os.WIFSIGNALED(status):
             assert status == 0, f"a life ended with {status}"
             return
-        connection = sqlite3.connect(args.folder / "batches.db")
-        print(f"killed: {connection.execute('SELECT status FROM batches').fetchone()[0]}", flush=True)
+        print(f"killed: {_status(args)}", flush=True)
+
+
+def _status(args: argparse.Namespace) -> str:
+    if args.database_url is not None:
+        import psycopg
+
+        with psycopg.connect(args.database_url) as server:
+            return server.execute("SELECT status FROM batches").fetchone()[0]
+    connection = sqlite3.connect(args.folder / "batches.db")
+    try:
+        return connection.execute("SELECT status FROM batches").fetchone()[0]
+    finally:
         connection.close()
 
 
@@ -63,6 +75,7 @@ def main() -> None:
     parser.add_argument("--latency-s", type=float, default=0.004)
     parser.add_argument("--file-limit", type=int)
     parser.add_argument("--lease-ttl-s", type=float, default=30.0)
+    parser.add_argument("--database-url")
     parser.add_argument("--lives", type=int)
     parser.add_argument("--life-s", type=float, default=0.1)
     args = parser.parse_args()

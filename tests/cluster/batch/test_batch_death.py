@@ -18,6 +18,7 @@ from batches import FAST, SimulatedExecutor, add_batch, opened, read_lines, requ
 
 from cluster.batch.errors import LeaseLostError, StoreError
 from cluster.batch.files import FileContents
+from cluster.batch.open import open_files, open_store
 from cluster.batch.owner import is_dead, new_owner
 from cluster.batch.records import LineResult, line_seed
 from cluster.batch.runner import BatchRunner, run_batch
@@ -66,8 +67,8 @@ async def said(process) -> str:
     return out.decode().strip()
 
 
-async def check_exactly_once(folder: Path, undisturbed: dict[str, str]) -> None:
-    store, files = opened(folder)
+async def check_exactly_once(folder: Path, undisturbed: dict[str, str], *, database_url: str | None = None) -> None:
+    store, files = open_store(folder, database_url=database_url), open_files(folder)
     batch = await store.get_batch(BATCH_ID)
     output, errors = read_lines(files, batch.output_file_id), read_lines(files, batch.error_file_id)
     assert (batch.status, batch.num_completed, batch.num_failed) == ("completed", NUM_LINES - 3, 3)
@@ -99,6 +100,17 @@ async def test_killed_at_random_moments(tmp_path, undisturbed):
             break
     assert len(deaths) >= 50
     assert {"validating", "in_progress"} <= set(deaths), Counter(deaths)
+
+
+async def test_killed_beside_a_database_server(tmp_path, undisturbed, postgres_url):
+    """What the dead left open, the server rolls back."""
+    store = open_store(tmp_path, database_url=postgres_url)
+    await add_batch(store, open_files(tmp_path), inputs(), batch_id=BATCH_ID)
+    await store.close()
+    async with child(tmp_path, "--lives", "1", "--life-s", "0.2", "--database-url", postgres_url) as process:
+        *killed, end = (await said(process)).splitlines()
+    assert (end, bool(killed)) == ("completed", True)
+    await check_exactly_once(tmp_path, undisturbed, database_url=postgres_url)
 
 
 async def test_an_answer_is_stored_once_whoever_sends_it(tmp_path):
