@@ -4,6 +4,7 @@ Knows which endpoint reads and answers which body, whose usage a line is, and wh
 limits of a key per minute do not hold here: lines wait for whatever is no line anyway. Knows no store and no runner.
 """
 
+import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -16,6 +17,10 @@ from cluster.api import answering, chat, completions, embeddings, limits
 from cluster.api.errors import ErrorEnvelope, describe
 from cluster.api.gateway import Gateway
 from cluster.api.origin import Origin
+from cluster.api.schemas.chat import ChatRequest
+from cluster.api.schemas.completions import CompletionRequest
+from cluster.api.schemas.other import EmbeddingRequest
+from cluster.api.schemas.parse import parse
 from cluster.batch.records import Line, LineResult
 from cluster.keys.accounts import Accounts, Use
 from cluster.keys.key import ApiKey, NotAllowedError, admin_key
@@ -24,14 +29,16 @@ from cluster.keys.ledger import Ledger
 from cluster.log import request_id_var
 from workers.errors import CrashedError, EngineError, OverloadedError, ReplicaUnavailableError, RequestError
 
+LARGE_BYTES = 64 * 1024  # about a millisecond of parsing; beyond, a line is read beside the event loop
 NOBODY = admin_key("")  # whose lines are where nobody needs a key: it may do everything and nobody is charged
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Endpoint:
-    """`read`: from bytes to a checked body. `answer`: from that body to the answer."""
+    """`body`: its struct. `check`: what can be said of one without a replica. `answer`: from a checked body to the answer."""
 
-    read: Callable[[Gateway, bytes], Any]
+    body: type[msgspec.Struct]
+    check: Callable[[Gateway, Any], None]
     answer: Callable[[Gateway, Any, Origin], Awaitable[msgspec.Struct]]
 
 
@@ -50,9 +57,9 @@ async def _embed(gateway: Gateway, body: Any, origin: Origin) -> msgspec.Struct:
 
 
 _ENDPOINTS = {
-    "/v1/completions": _Endpoint(read=completions.read, answer=_complete),
-    "/v1/chat/completions": _Endpoint(read=chat.read, answer=_chat),
-    "/v1/embeddings": _Endpoint(read=embeddings.read, answer=_embed),
+    "/v1/completions": _Endpoint(body=CompletionRequest, check=completions.check, answer=_complete),
+    "/v1/chat/completions": _Endpoint(body=ChatRequest, check=chat.check, answer=_chat),
+    "/v1/embeddings": _Endpoint(body=EmbeddingRequest, check=embeddings.check, answer=_embed),
 }
 
 
@@ -103,7 +110,12 @@ class ApiLineExecutor:
         origin = Origin(seed=seed, is_line=True, max_crashes=1)
         with limits.using(use):
             try:
-                answer = await _ENDPOINTS[endpoint].answer(self._gateway, self._read(endpoint, body), origin)
+                request = (
+                    self._read(endpoint, body)
+                    if len(body) <= LARGE_BYTES
+                    else await asyncio.to_thread(self._read, endpoint, body)
+                )
+                answer = await _ENDPOINTS[endpoint].answer(self._gateway, request, origin)
             except CrashedError as e:
                 raise ReplicaUnavailableError(str(e), crashed=True) from e
             except (ReplicaUnavailableError, OverloadedError):
@@ -129,7 +141,8 @@ class ApiLineExecutor:
 
     def _read(self, endpoint: str, data: bytes) -> Any:
         """Raises RequestError."""
-        body = _ENDPOINTS[endpoint].read(self._gateway, data)
+        body: Any = parse(data, _ENDPOINTS[endpoint].body)
+        _ENDPOINTS[endpoint].check(self._gateway, body)
         if getattr(body, "stream", None):
             raise RequestError("A line of a batch cannot be streamed; leave 'stream' out.", param="stream")
         if body.priority is not None and body.priority < 0:

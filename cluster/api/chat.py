@@ -53,17 +53,18 @@ async def handle(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    prepared = await prepare(gateway, read(gateway, await request.read()))
+    body = parse(await request.read(), ChatRequest)
+    check(gateway, body)
+    prepared = await prepare(gateway, body)
     return await answer(request, gateway, prepared, deadline=deadline, arrived=arrived)
 
 
-def read(gateway: Gateway, data: bytes) -> ChatRequest:
-    """The body, checked as far as that needs no replica. Raises RequestError."""
-    body = parse(data, ChatRequest)
+def check(gateway: Gateway, body: ChatRequest) -> None:
+    """As far as that needs no replica. Raises RequestError."""
     gateway.check_model(body.model)
     check_shape(gateway, body, num_prompts=1, num_copies=body.n or 1)
-    _check(body)
-    return body
+    _check_fields(body)
+    _check_tools(body)
 
 
 async def prepare(gateway: Gateway, body: ChatRequest, origin: Origin = HTTP) -> Prepared:
@@ -82,7 +83,7 @@ async def prepare(gateway: Gateway, body: ChatRequest, origin: Origin = HTTP) ->
     return Prepared(body=body, choices=choices, wording=_Wording(gateway, body, head, choices))
 
 
-def _check(body: ChatRequest) -> None:
+def _check_fields(body: ChatRequest) -> None:
     """Raises RequestError for what makes no sense together."""
     if body.top_logprobs is not None and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
@@ -93,7 +94,6 @@ def _check(body: ChatRequest) -> None:
             "'max_tokens' is 0, so there would be no answer; send at least 1, or ask for 'prompt_logprobs'.",
             param="max_tokens",
         )
-    _check_tools(body)
 
 
 def _check_tools(body: ChatRequest) -> None:

@@ -35,18 +35,18 @@ async def handle(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    prepared = await prepare(gateway, read(gateway, await request.read()))
+    body = parse(await request.read(), CompletionRequest)
+    check(gateway, body)
+    prepared = await prepare(gateway, body)
     return await answer(request, gateway, prepared, deadline=deadline, arrived=arrived)
 
 
-def read(gateway: Gateway, data: bytes) -> CompletionRequest:
-    """The body, checked as far as that needs no replica. Raises RequestError."""
-    body = parse(data, CompletionRequest)
+def check(gateway: Gateway, body: CompletionRequest) -> None:
+    """As far as that needs no replica. Raises RequestError."""
     gateway.check_model(body.model)
     prompts = split_prompt(body.prompt)
-    _check(body, prompts)
+    _check_fields(body, prompts)
     check_shape(gateway, body, num_prompts=len(prompts), num_copies=_num_copies(body))
-    return body
 
 
 async def prepare(gateway: Gateway, body: CompletionRequest, origin: Origin = HTTP) -> Prepared:
@@ -60,7 +60,7 @@ def _num_copies(body: CompletionRequest) -> int:
     return body.best_of or body.n or 1
 
 
-def _check(body: CompletionRequest, prompts: Sequence[str | list[int]]) -> None:
+def _check_fields(body: CompletionRequest, prompts: Sequence[str | list[int]]) -> None:
     """Raises RequestError for what makes no sense together."""
     n = body.n or 1
     if body.best_of is not None and body.best_of < n:

@@ -29,20 +29,19 @@ async def handle(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    body = read(gateway, await request.read())
+    body = parse(await request.read(), EmbeddingRequest)
+    check(gateway, body)
     return json_answer(await complete(gateway, body, deadline=deadline, arrived=arrived))
 
 
-def read(gateway: Gateway, data: bytes) -> EmbeddingRequest:
-    """The body, checked as far as that needs no replica. Raises RequestError."""
+def check(gateway: Gateway, body: EmbeddingRequest) -> None:
+    """As far as that needs no replica. Raises RequestError."""
     if not gateway.serves_embeddings:
         raise RequestError("This server was started without embeddings (--no-embeddings).", code="embeddings_disabled")
-    body = parse(data, EmbeddingRequest)
     gateway.check_model(body.model)
     inputs = split_prompt(body.input, param="input")
     if len(inputs) > MAX_INPUTS:
         raise RequestError(f"'input' holds {len(inputs)} inputs; send at most {MAX_INPUTS} at once.", param="input")
-    return body
 
 
 async def complete(
