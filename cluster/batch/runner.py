@@ -87,8 +87,9 @@ class BatchRunner:
         renewed_at = -float("inf")
         while True:
             self._look.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), self._options.check_every_s)
+            with contextlib.suppress(TimeoutError):  # not wait_for, which may swallow a cancellation on Python 3.11
+                async with asyncio.timeout(self._options.check_every_s):
+                    await self._look.wait()
             try:
                 if time.monotonic() - renewed_at >= self._options.lease_ttl_s / 4:
                     found: BatchRecord | None = await self._store.renew(
@@ -181,8 +182,9 @@ class BatchRunner:
         """Returns at the deadline, or when the batch is cancelled."""
         while self._clock() < batch.expires_at and not self._cancelled.is_set():
             left_s = min(batch.expires_at - self._clock(), self._options.check_every_s)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._cancelled.wait(), max(left_s, 0.001))
+            with contextlib.suppress(TimeoutError):  # not wait_for, which may swallow a cancellation on Python 3.11
+                async with asyncio.timeout(max(left_s, 0.001)):
+                    await self._cancelled.wait()
 
     async def _finalize(self, lease: Lease, batch: BatchRecord) -> BatchRecord:
         if batch.in_progress_at is None:  # cancelled before its lines were known

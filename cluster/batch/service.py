@@ -71,8 +71,9 @@ class BatchService:
             while True:
                 self._wake.clear()
                 await self._look()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._service.look_every_s)
+                with contextlib.suppress(TimeoutError):  # not wait_for, which may swallow a cancellation on Python 3.11
+                    async with asyncio.timeout(self._service.look_every_s):
+                        await self._wake.wait()
         finally:
             for task in self._running:
                 task.cancel()
