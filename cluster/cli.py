@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from cluster.batch.commands import add_parser as add_batch_parser
 from cluster.config import (
     API_KEY_ENV,
     BATCH_STORE_ENV,
@@ -141,6 +142,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_name_option(down)
     down.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="debug also shows tracebacks")
 
+    add_batch_parser(commands, add_engine_options=_add_engine_options)
     add_keys_parser(commands)
 
     generate = commands.add_parser(

@@ -66,7 +66,7 @@ def _serve(args: Namespace, console: Console) -> None:
     check_port_is_free(config.host, config.port, shared=config.num_gateways > 1)
     with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
         text = pool.submit(load_text, config)
-        with _ray(console, config) as cluster:
+        with open_ray(console, config) as cluster:
             if config.ray_address and args.device == "auto" and cluster.num_gpus() >= args.tensor_parallel_size:
                 config = serve_config(args, folder, model_name, device="cuda")
             asyncio.run(_run(config, console, text, cluster))
@@ -83,7 +83,7 @@ def _headline(config: ServeConfig) -> str:
 
 
 @contextmanager
-def _ray(console: Console, config: ServeConfig) -> Iterator["RayCluster"]:
+def open_ray(console: Console, config: ServeConfig) -> Iterator["RayCluster"]:
     console.line(_headline(config))
     with console.phase(f"Joining Ray at {config.ray_address}" if config.ray_address else "Starting Ray"):
         from cluster.replicas.ray_cluster import connect
@@ -121,12 +121,12 @@ def spec_of(config: ServeConfig, *, own_cluster: bool) -> "ClusterSpec":
 
 
 async def _run(config: ServeConfig, console: Console, text: "Text", cluster: "RayCluster") -> None:
-    stop, stop_now = _catch_signals()
+    stop, stop_now = catch_signals()
     async with contextlib.AsyncExitStack() as stack:
         startup = Startup(console, num_ranks=config.engine.tensor_parallel_size)
         starting = asyncio.create_task(_start(config, text, cluster, startup, stack, stop_now))
         stopping = asyncio.create_task(stop.wait())
-        stack.push_async_callback(_cancel, starting, stopping)
+        stack.push_async_callback(cancel_all, starting, stopping)
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
         startup.end()
         if starting.done():
@@ -179,16 +179,16 @@ async def _until_stopped(stop: asyncio.Event, gateway: "Gateway") -> None:
         if working.done():
             working.result()
     finally:
-        await _cancel(stopping, working)
+        await cancel_all(stopping, working)
 
 
-async def _cancel(*tasks: "asyncio.Task[object]") -> None:
+async def cancel_all(*tasks: "asyncio.Task[object]") -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
+def catch_signals() -> tuple[asyncio.Event, asyncio.Event]:
     """Events for the first and the second SIGINT or SIGTERM."""
     stop, stop_now = asyncio.Event(), asyncio.Event()
 

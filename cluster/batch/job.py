@@ -1,7 +1,7 @@
 """A command's batch on this machine: the folder beside its output that remembers it, so that any death can be followed by `resume`.
 
-The folder holds `batch.json` (what was asked, which batch it is, how it ended), a lock, and in it, where no server keeps them, the store and
-the files. Knows no Ray, no HTTP and no lines. What is written is renamed into place; one process at a time holds the lock.
+The folder holds `batch.json` (what was asked, which batch it is, how it ended), a lock, and, where no server keeps them, the store and the
+files. Knows no Ray, no HTTP and no lines. What is written is renamed into place; one process at a time holds the lock.
 """
 
 import contextlib
@@ -128,7 +128,7 @@ class JobFolder:
             for entry in self.path.iterdir():
                 if entry.is_dir():
                     shutil.rmtree(entry)
-                elif not (keep_job and entry.name == _JOB):
+                elif not (keep_job and entry.name in (_JOB, _LOCK)):  # whoever holds the lock still does
                     entry.unlink(missing_ok=True)
             if not keep_job:
                 self.path.rmdir()
