@@ -144,7 +144,9 @@ def _add_place_options(
         )
     add_engine_options(parser)
     if is_resume:  # what is not given again is as it was
-        parser.set_defaults(**{a.dest: SUPPRESS for a in parser._actions if a.dest not in before})
+        for action in parser._actions:
+            if action.dest not in before:
+                action.default = SUPPRESS
 
 
 def _run(args: Namespace) -> None:
@@ -177,7 +179,7 @@ def _resume(args: Namespace) -> None:
 def _go_on(folder: JobFolder, job: Job, args: Namespace) -> None:
     """To the end, or to a sentence that says how to go on."""
     if job.outcome is None:
-        given = {k: v for k, v in vars(args).items() if v is not SUPPRESS and k not in NOT_KEPT}
+        given = {k: v for k, v in vars(args).items() if k not in NOT_KEPT}
         options = Namespace(**{**job.options, **{k: v for k, v in given.items() if v is not None}})
         options.log_level = args.log_level
         try:
@@ -193,11 +195,11 @@ def _go_on(folder: JobFolder, job: Job, args: Namespace) -> None:
 
                 job = run_here(folder, job, options, Console())
         except (KeyboardInterrupt, StoppedError):
-            raise StoppedError(f"Stopped. {_how_to_go_on(folder, job)}") from None
+            raise StoppedError(f"Stopped. {_how_to_go_on(folder, folder.read() or job)}") from None
         except TramontaneError as e:
             if folder.read() is None:  # nothing was begun that could go on
                 raise
-            raise type(e)(f"{e}\n{_how_to_go_on(folder, job)}") from e
+            raise type(e)(f"{e}\n{_how_to_go_on(folder, folder.read() or job)}") from e
     sys.stderr.write(f"{summary(job)}\n")
     if (failed := failure(job)) is not None:
         raise failed
