@@ -7,7 +7,7 @@ blocks allow (vLLM V1, Sarathi-Serve).
 The rule: requests are served by priority, of one priority the running before the waiting, then by arrival. Who is served takes
 what it needs from those of worse priorities: their sequences, tokens and blocks, in this very step. So background requests
 (batch lines) starve as long as others fill the engine: that is meant. Beside others they have a token budget of their own,
-which keeps steps short for those that decode, and for whoever comes next.
+which keeps steps short for those that decode, and for whoever comes next; and none in a step that computes another's prompt.
 """
 
 import bisect
@@ -52,6 +52,7 @@ class _Step:
 
     budget: int
     background_budget: int
+    background_is_bounded: bool
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     num_visited: int = 0
     admits_below: float = math.inf  # waiting requests of smaller priorities only
@@ -65,6 +66,10 @@ class _Step:
         self.budget -= num_new_tokens
         if request.is_background:
             self.background_budget -= num_new_tokens
+        elif num_new_tokens > 1 and self.background_is_bounded:
+            self.background_budget = (
+                0  # these are the longest steps: a first token waits for them, and everyone's next one
+            )
 
 
 class Scheduler:
@@ -121,7 +126,7 @@ class Scheduler:
             self._steps_without_foreground += 1
         bound = self.max_background_tokens if self.foreground_is_near else None
         budget = self.max_num_batched_tokens
-        return _Step(budget, budget if bound is None else bound)
+        return _Step(budget, budget if bound is None else bound, background_is_bounded=bound is not None)
 
     def _next(self, step: _Step) -> Request | None:
         """Whose turn it is. Everyone behind it in `running` has the same or a worse priority and no part in this step yet."""
