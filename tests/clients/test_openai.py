@@ -8,6 +8,7 @@ import base64
 import json
 import math
 import struct
+import time
 from typing import Any, Literal
 
 import openai
@@ -421,3 +422,61 @@ async def test_a_stream_that_is_left_ends(async_client, server):
     await asyncio.to_thread(
         server.wait_for, lambda: server.metric("num_requests_running") == 0, timeout_s=10, what="abort the stream"
     )
+
+
+# Batches
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body"),
+    [
+        ("/v1/completions", {"prompt": PROMPT, "max_tokens": 4}),
+        ("/v1/chat/completions", {"messages": CHAT, "max_tokens": 4}),
+        ("/v1/embeddings", {"input": "x"}),
+    ],
+)
+def test_batches(client, tmp_path, endpoint, body):
+    lines = [
+        {"custom_id": f"{i}", "method": "POST", "url": endpoint, "body": {"model": MODEL, **body}} for i in range(3)
+    ]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = client.files.create(file=path, purpose="batch")
+    assert client.files.wait_for_processing(file.id).status == "processed"
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint=endpoint, completion_window="24h", metadata={"of": "a test"}
+    )
+    deadline = time.monotonic() + 60
+    while batch.status not in ("completed", "failed", "expired", "cancelled"):
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.05)
+        batch = client.batches.retrieve(batch.id)
+    assert (batch.status, batch.errors, batch.error_file_id) == ("completed", None, None)
+    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (3, 3, 0)
+    assert (batch.model, batch.metadata) == (MODEL, {"of": "a test"})
+    answers = [json.loads(line) for line in client.files.content(batch.output_file_id).iter_lines()]
+    assert [answer["custom_id"] for answer in answers] == ["0", "1", "2"]
+    assert all(answer["response"]["body"]["model"] == MODEL for answer in answers)
+    assert batch.id in [b.id for b in client.batches.list(limit=1)]
+    assert {file.id, batch.output_file_id} <= {f.id for f in client.files.list(limit=2, order="asc")}
+    for file_id in (file.id, batch.output_file_id):
+        assert client.files.delete(file_id).deleted
+
+
+def test_a_batch_that_is_wrong_or_cancelled(client, tmp_path):
+    with pytest.raises(openai.BadRequestError, match="'fine-tune' is not supported"):
+        client.files.create(file=("a.jsonl", b"{}"), purpose="fine-tune")
+    with pytest.raises(openai.NotFoundError, match="no file"):
+        client.batches.create(input_file_id="file-0", endpoint="/v1/completions", completion_window="24h")
+    with pytest.raises(openai.NotFoundError, match="no batch"):
+        client.batches.cancel("batch_0")
+    body = {"model": MODEL, "prompt": PROMPT, "max_tokens": 3000, "ignore_eos": True}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    file = client.files.create(file=("a.jsonl", json.dumps(line).encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    deadline = time.monotonic() + 60
+    while client.batches.retrieve(batch.id).status != "cancelled":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert client.files.delete(file.id).deleted
