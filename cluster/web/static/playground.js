@@ -73,11 +73,11 @@ function request(messages = null) {
   return { path: "v1/chat/completions", body: { model, messages: messages ?? draft(), ...others } };
 }
 
-/** The conversation with the message that is being written. */
+/** The conversation with what is being written, or, when nothing is, as it was sent last. */
 function draft() {
-  const messages = conversation.toSend($("system").value);
   const message = $("message").value;
-  return message.trim() || !conversation.endsWithUser ? [...messages, { role: "user", content: message }] : messages;
+  if (message.trim() === "" && !conversation.isEmpty) return conversation.sentLast($("system").value);
+  return conversation.toSend($("system").value, message);
 }
 
 async function submit() {
@@ -93,9 +93,16 @@ async function submit() {
   }
   const sent = whole(() => request());
   if (!sent) return;
-  conversation.addUser(area.value);
+  conversation.say(area.value);
   area.value = "";
-  await answer(sent);
+  showWhatIsNext();
+  if (conversation.openCall === null) await answer(sent); // else there is another result to give
+}
+
+/** Behind a tool call the editor takes its result. */
+function showWhatIsNext() {
+  const name = conversation.openCall?.function.name;
+  $("message").placeholder = name ? `Result of ${name}` : "Message";
 }
 
 /** `read()`, or null after having said what is wrong with the parameters. */
@@ -122,16 +129,19 @@ async function answer({ path, body }) {
   });
   if (!target.isEmpty) {
     following(() => target.close({ length: "Cut at the length limit", stopped: "Stopped" }[outcome?.finishReason]));
+    showWhatIsNext();
     return;
   }
   // What got no answer goes back to where it was written: two messages of the user in a row suit no template.
   target.remove();
   const message = conversation.takeBack();
   if (message !== null && $("message").value === "") $("message").value = message;
+  showWhatIsNext();
 }
 
 function answerAgain() {
   conversation.dropAnswer();
+  showWhatIsNext();
   const sent = whole(() => request(conversation.toSend($("system").value)));
   if (sent) answer(sent);
 }
@@ -187,6 +197,7 @@ function clear() {
   stop();
   if (isChat()) conversation.clear();
   else $("prompt").value = $("output").textContent = "";
+  showWhatIsNext();
   showMode();
   (isChat() ? $("message") : $("prompt")).focus();
 }
