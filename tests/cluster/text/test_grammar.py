@@ -180,7 +180,7 @@ def test_the_longest_chains_allowed_do_not_end_the_process() -> None:
 import sys, threading
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_grammar as t
-from cluster.text import grammar as g
+from cluster.text import json_schema as g
 wide = t.chain((g.MAX_SCHEMA_CHAIN - 10) // 3)
 rules = "start: a0\\n" + "\\n".join(f'a{{i}}: "b" a{{i + 1}}' for i in range(490)) + '\\na490: "x"'
 inside = "start: %json " + __import__("json").dumps(t.chain(190))
