@@ -91,7 +91,7 @@ def admit(gateway: Gateway, choices: Sequence[Choice], *, deadline: float | None
     num_charged = sum(len(c.request.prompt_token_ids) for c in choices if c.copy == 0)
     with (
         limits.reserve(num_charged),
-        gateway.router.admit(len(requests), num_tokens, priority=requests[0].priority, deadline=deadline) as admission,
+        gateway.router.admit(len(requests), num_tokens, priority=requests[0].priority, deadline=deadline, tenant=limits.tenant()) as admission,
     ):
         yield admission
 

@@ -27,7 +27,7 @@ def admit_inputs(
     priority = requests[0].priority
     with (
         limits.reserve(num_tokens),
-        gateway.router.admit(num_sequences, num_tokens, priority=priority, deadline=deadline) as admission,
+        gateway.router.admit(num_sequences, num_tokens, priority=priority, deadline=deadline, tenant=limits.tenant()) as admission,
     ):
         yield admission
 

@@ -13,6 +13,7 @@ from aiohttp.typedefs import Middleware
 from cluster.api.auth import KEY, path_of
 from cluster.api.errors import Handler
 from cluster.keys.accounts import Accounts, Use
+from cluster.keys.key import OWN_ID
 from cluster.keys.ledger import Group, Ledger, Sums, today
 
 USE = web.RequestKey("use", Use)  # for the headers
@@ -70,9 +71,9 @@ def priority(asked: int | None) -> int:
 
 
 def tenant() -> str | None:
-    """Whose request it is; None where nobody needs a key."""
+    """Whose request it is, for the router; None where nobody needs a key, and for the server's own key, which has no limits."""
     use = _use.get()
-    return None if use is None else use.key.id
+    return None if use is None or use.key.id == OWN_ID else use.key.id
 
 
 def reserve(num_prompt_tokens: int) -> contextlib.AbstractContextManager[None]:

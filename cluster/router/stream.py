@@ -89,9 +89,9 @@ class Interrupt:
 
 
 class Stream:
-    """`order`: (priority, arrival); smaller is served first."""
+    """`order`: (priority, turn, arrival); smaller is served first."""
 
-    def __init__(self, request: GenerateRequest, *, order: tuple[int, int], trace: Trace | None = None) -> None:
+    def __init__(self, request: GenerateRequest, *, order: tuple[float, ...], trace: Trace | None = None) -> None:
         self.request = request
         self.order = order
         self.trace = trace or Trace()
