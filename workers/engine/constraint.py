@@ -121,6 +121,11 @@ class Grammars:
         matchers = {r.request_id: r.constraint.matcher for r in requests if r.constraint is not None}
         return self._masker.submit(self._masks, matchers) if matchers else None
 
+    def close(self) -> None:
+        """Ends the threads, once they are through with what they have."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._masker.shutdown(wait=False)
+
     def _masks(self, matchers: dict[str, LLMatcher]) -> dict[str, np.ndarray]:
         masks = np.zeros(get_bitmask_shape(len(matchers), self._vocab_size), dtype=np.int32)
         fill_next_token_bitmask_par(

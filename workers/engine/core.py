@@ -139,6 +139,7 @@ class EngineCore:
     def shutdown(self) -> None:
         """Sends the followers home. The core is not usable afterwards."""
         self.tp.broadcast(STOP)
+        self.grammars.close()
 
     def load(self) -> LoadReport:
         now, began = time.monotonic(), self._step_began

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from engines import make_config
@@ -50,12 +51,29 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     },
 }
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 8, "maxLength": 30},
+        "tags": {"type": "array", "items": {"enum": ["a", "bc", "é"]}, "minItems": 3, "maxItems": 6},
+        "count": {"type": "integer", "minimum": 100, "maximum": 99999},
+    },
+    "required": ["name", "tags", "count"],
+    "additionalProperties": False,
+}
+STRUCTURED: dict[str, dict[str, Any]] = {
+    "json": {"structured_outputs": {"json": SCHEMA}, "logprobs": 1},
+    "regex": {"structured_outputs": {"regex": "([a-z]{2,9}-[0-9]{3}; ){4,6}end"}, "temperature": 1.4},
+}
+
 
 class Replica:
     """Rank 0 without Ray: the engine on its thread, the server on another."""
 
     def __init__(self, folder: Path, replica_id: str) -> None:
-        engine = LLMEngine(make_config(folder, max_num_batched_tokens=16, max_num_seqs=8))
+        engine = LLMEngine(
+            make_config(folder, tokenizer_path=str(TOKENIZER.path), max_num_batched_tokens=16, max_num_seqs=8)
+        )
         self.core = engine.core
         self._loop = EngineLoop(self.core, lambda deltas, events: self.server.publish(deltas, events))
         self.server = StreamServer(
@@ -135,6 +153,31 @@ async def test_the_replica_dies_at_every_token(replicas: list[Replica], kind: st
         answers = await asyncio.gather(*(answer(replicas, body, cut_after=i) for i in cuts))
         wrong += [i for i, data in zip(cuts, answers, strict=True) if data != undisturbed]
     assert not wrong, f"the bytes differ when the replica dies after so many tokens: {wrong}"
+    await all_is_free(replicas)
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+async def test_the_replica_dies_in_the_middle_of_a_grammar(replicas: list[Replica], kind: str) -> None:
+    """The other one takes it up at the same place: the text is the same, and it is what the grammar asks for."""
+    body = {"model": "tiny", "prompt": "x = ", "max_tokens": 200, "seed": 4, **STRUCTURED[kind]}
+    undisturbed = await answer(replicas, body, cut_after=None)
+    whole = json.loads(undisturbed)
+    choice, num_tokens = whole["choices"][0], whole["usage"]["completion_tokens"]
+    assert choice["finish_reason"] == "stop"
+    if kind == "json":
+        jsonschema.validate(json.loads(choice["text"]), SCHEMA)
+    else:
+        assert re.fullmatch(STRUCTURED[kind]["structured_outputs"]["regex"], choice["text"])
+    streamed = await answer(replicas, body | {"stream": True}, cut_after=None)
+    cuts = [0, 1, num_tokens // 3, num_tokens // 2, num_tokens - 2, num_tokens - 1]
+    wholes = await asyncio.gather(*(answer(replicas, body, cut_after=i) for i in cuts))
+    streams = await asyncio.gather(*(answer(replicas, body | {"stream": True}, cut_after=i) for i in cuts))
+    wrong = [i for i, a, b in zip(cuts, wholes, streams, strict=True) if (a, b) != (undisturbed, streamed)]
+    assert not wrong, f"the bytes differ when the replica dies after so many tokens: {wrong}"
+    await all_is_free(replicas)
+
+
+async def all_is_free(replicas: list[Replica]) -> None:
     async with asyncio.timeout(10):  # the last aborts are still on their way
         while any(r.core.has_work() or r.core.kv_cache.pool.num_used for r in replicas):
             await asyncio.sleep(0.01)
