@@ -11,8 +11,9 @@ MAX_TOOLS = 128
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     text: str
+    type: Literal["text"]  # a field and no tag: msgspec asks for a tag only where there are several to tell apart
 
 
 Content = str | list[TextPart]

@@ -494,6 +494,7 @@ async def best_of(api: Api) -> None:
     "UserMessage.content",
     "AssistantMessage.content",
     "TextPart.text",
+    "TextPart.type",
 )
 async def messages(api: Api) -> None:
     turns = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")]
@@ -504,6 +505,9 @@ async def messages(api: Api) -> None:
         for role, text in turns
     ]
     assert await api.prompt_ids(parts) == expected
+    for part in ({"text": "x"}, {"type": "image_url", "text": "x"}):
+        body = CHAT | {"messages": [{"role": "user", "content": [part]}]}
+        await api.refused("/v1/chat/completions", body, "messages", "type")
 
 
 @case("AssistantMessage.prefix")
