@@ -8,6 +8,7 @@ Knows which keywords hold schemas and which hold data. Knows no grammar.
 """
 
 import json
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -136,7 +137,7 @@ def _resolve(schema: dict[str, Any], reference: str) -> Any:
         raise GrammarError("a $ref must point into the schema itself, like '#/$defs/name'.")
     node: Any = schema
     for part in reference.split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
+        key = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
         if isinstance(node, dict) and key in node:
             node = node[key]
         elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):

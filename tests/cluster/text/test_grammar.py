@@ -138,12 +138,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("kind", "value", "says"), REFUSED, ids=[f"{k}: {s}" for k, _, s in REFUSED])
 def test_what_is_refused_is_refused_quickly(kind, value, says: str) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(RequestError, match=says) as error:
         COMPILER.compile(StructuredOutput(kind, value), at_start=True, param="response_format")
     assert error.value.param == "response_format"
     assert "\n" not in str(error.value)
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize(
@@ -161,17 +161,17 @@ def test_what_is_refused_is_refused_quickly(kind, value, says: str) -> None:
     ],
 )
 def test_large_but_fine_is_quick_at_every_token(kind, value) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     grammar = COMPILER.compile(StructuredOutput(kind, value), at_start=True, param="p")
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
     matcher = llguidance.LLMatcher(VOCABULARY, grammar)
-    begun = time.monotonic()
+    begun = time.process_time()
     for _ in range(20):
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
         assert matcher.consume_token(mask.bit_length() - 1), matcher.get_error()[:200]
         if matcher.is_stopped():
             break
-    assert time.monotonic() - begun < 1, "a slow mask would hold up every other request of the replica"
+    assert time.process_time() - begun < 1, "a slow mask would hold up every other request of the replica"
 
 
 def test_the_longest_chains_allowed_do_not_end_the_process() -> None:

@@ -70,6 +70,14 @@ def test_references_move_and_data_stays() -> None:
     }
 
 
+@pytest.mark.parametrize("reference", ["#/$defs/a%20b~1c", "#/%24defs/a%20b~1c", "#/$defs/list/0"])
+def test_references_are_json_pointers_in_uris(compiler, accepts, reference: str) -> None:
+    schema = {"type": "array", "items": {"$ref": reference}, "$defs": {"a b/c": {"const": 7}, "list": [{"const": 7}]}}
+    grammar = compiler.compile(StructuredOutput("json", schema), at_start=False, param="p")
+    assert accepts(grammar, "[7]")
+    assert not accepts(grammar, "[8]")
+
+
 def test_neither_changes_its_argument() -> None:
     schema = {"type": "number", "exclusiveMinimum": 1, "anyOf": [{"$ref": "#"}]}
     before = json.dumps(schema)
