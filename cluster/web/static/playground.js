@@ -10,6 +10,7 @@ import { run, speed } from "./run.js";
 import { asCurl, asPython } from "./snippets.js";
 
 const WIDE = matchMedia("(min-width: 900px)");
+const STAGE_MARGIN_PX = 24;
 const FINISH = { stop: "stop", length: "length limit", tool_calls: "tool call", stopped: "stopped by you" };
 
 let conversation;
@@ -181,12 +182,12 @@ async function perform(path, body, { onText, onToolCall, again }) {
   }
 }
 
-/** Keeps the end of the page in sight while it grows, unless the reader has scrolled away from it. */
+/** Keeps the end of the stage in sight while it grows, unless the reader has scrolled away from it. */
 function following(write) {
-  const page = document.scrollingElement;
-  const atEnd = page.scrollHeight - page.scrollTop - innerHeight < 40;
+  const below = () => $("stage").getBoundingClientRect().bottom + STAGE_MARGIN_PX - innerHeight;
+  const atEnd = below() < 40;
   write();
-  if (atEnd) page.scrollTop = page.scrollHeight;
+  if (atEnd && below() > 0) scrollBy(0, below());
 }
 
 function stop() {
