@@ -31,6 +31,8 @@ MAX_CHOICES_CHARS = 100_000
 MAX_LARK_CHARS = 20_000
 MAX_LARK_LINES = 500  # rules are followed by recursion too; 3,000 in a row ended the process
 _PROBE_STEPS = 16
+# They ask the sampler for something: another temperature, tokens taken back.
+_RULE_ATTRIBUTE = re.compile(r"^[ \t]*[?!]?[\w-]+\s*\[[^\]\n]*?\b(temperature|stop|stop_capture)\b", re.MULTILINE)
 # Without it, llguidance works out every forced continuation before a token: 2 s a token for (a{1000}){1000}.
 _LARK_OPTIONS = '%llguidance {"no_forcing": true}\n'
 
@@ -151,6 +153,11 @@ def _lark_body(text: Any) -> dict[str, Any]:
     check_unicode(text)
     if re.search(r"^[ \t]*%llguidance", text, re.MULTILINE):
         raise GrammarError("%llguidance options cannot be set.")
+    ignored = _RULE_ATTRIBUTE.search(text)
+    if ignored:
+        raise GrammarError(
+            f"the rule attribute {ignored[1]!r} has no effect here; remove it (for stop, use suffix or lazy)."
+        )
     try:
         lark = any_to_lark(text)
     except Exception as e:  # the converter raises plain errors of many kinds

@@ -44,6 +44,7 @@ OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         ("choice", ['a"b', "new\nline", "é", "\\n", "/x/"], ['a"b', "new\nline", "é", "\\n", "/x/"], ["a", "n"]),
         ("grammar", 'start: "a" B\nB: /b+/', ["ab", "abbb"], ["a", "b"]),
         ("grammar", "start: %json " + json.dumps(OBJECT), ['{"a": 1}'], ["{}"]),
+        ("grammar", 'start: "[stop]" head\nhead[suffix="."]: /[a-z]*/', ["[stop]a."], ["[stop]a"]),
         ("grammar", 'root ::= "a" [bc]+', ["abc"], ["a"]),
     ],
 )
@@ -131,6 +132,8 @@ REFUSED = [
     ("grammar", '%llguidance {"no_forcing": false}\nstart: "a"', "cannot be set"),
     ("grammar", "start: %json " + json.dumps(nested(70)), "more than 64 levels"),
     ("grammar", "start: %json {", "cannot be read"),
+    ("grammar", "start: a\na[temperature=0.5]: /.*/", "'temperature' has no effect"),
+    ("grammar", 'start: a\na[capture, stop="x"]: /.*/', "'stop' has no effect"),
     ("grammar", "root ::= (", "cannot be read"),
     ("grammar", "start: " + "(" * 9_000 + '"a"' + ")" * 9_000, "too complex"),
 ]
