@@ -14,9 +14,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from live_listener import MODEL, live_listener
+from live_listener import KEY, MODEL, live_listener
 
-KEY = "fuzz-key"
 SEED = 4
 REQUEST_TIMEOUT_S = 20
 # The document cannot say all that makes a request impossible, such as a prompt beyond the context: such a 400 is no failure.
@@ -45,7 +44,7 @@ def with_model_name(document: dict[str, Any]) -> dict[str, Any]:
 
 async def run_schemathesis(folder: Path, *options: str) -> tuple[int, str]:
     """(How many requests it made, its report.) Fails on any finding of its own."""
-    async with live_listener(api_key=KEY) as url, aiohttp.ClientSession() as session:
+    async with live_listener() as url, aiohttp.ClientSession() as session:
         headers = {"Authorization": f"Bearer {KEY}"}
         async with session.get(f"{url}/openapi.json", headers=headers) as response:
             document = with_model_name(await response.json())
@@ -55,7 +54,16 @@ async def run_schemathesis(folder: Path, *options: str) -> tuple[int, str]:
             *("run", "openapi.json", "--url", url, "--header", f"Authorization: Bearer {KEY}"),
             *("--seed", str(SEED), "--generation-database", "none"),
             *("--exclude-checks", LEFT_OUT, "--request-timeout", str(REQUEST_TIMEOUT_S)),
-            *("--continue-on-failure", "--no-shrink", "--no-color", "--warnings", "off", *options),
+            *(
+                "--continue-on-failure",
+                "--no-shrink",
+                "--no-color",
+                "--warnings",
+                "off",
+                "--output-sanitize",
+                "false",
+                *options,
+            ),
             cwd=folder,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
