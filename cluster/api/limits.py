@@ -5,6 +5,7 @@ Knows HTTP's side; the arithmetic is cluster/keys/accounts.py's. Admin paths cos
 """
 
 import contextlib
+from collections.abc import Callable
 from contextvars import ContextVar
 
 from aiohttp import web
@@ -20,18 +21,27 @@ USE = web.RequestKey("use", Use)  # for the headers
 _use: ContextVar[Use | None] = ContextVar("use", default=None)
 
 
-def make_middleware(accounts: Accounts, ledger: Ledger | None = None) -> Middleware:
-    """Inside authentication, outside everything that costs something, such as reading the body."""
+def make_middleware(
+    accounts: Accounts, ledger: Ledger | None = None, *, check_room: Callable[[str | None], None]
+) -> Middleware:
+    """Inside authentication, outside everything that costs something, such as reading the body.
+
+    check_room: raises OverloadedError when a tenant's next sequence would not fit; so a flood is refused for a fraction of its price.
+    """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         key, path = request.get(KEY), path_of(request)
+        if key is None and path.startswith("/v1/") and request.method == "POST":
+            check_room(None)
         if key is None or request.method != "POST" or not path or path.startswith("/admin/"):
             return await handler(request)
         use = request[USE] = accounts.use(key, path)
         token = _use.set(use)
         try:
             with accounts.running(use):
+                if path.startswith("/v1/"):
+                    check_room(tenant())
                 return await handler(request)
         except Exception:
             use.failed = True

@@ -25,12 +25,15 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 0.5  # whoever drains has waited already; aiohttp takes it twice, then cancels handlers
 BACKLOG = 1024
+MAX_ACCEPTS = 64
 HEAD_TIMEOUT_S = 30.0
 KEEP_ALIVE_S = 75.0  # without a request; longer than proxies commonly keep theirs
 MAX_LINE_BYTES = 8190
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
 MAX_CONNECTIONS = 16_384
+MAX_UNSENT_BYTES = 128 * 1024
+_TCP_NOTSENT_LOWAT = 25  # Linux; Python has no name for it
 _SPARE_FILES = 256  # for everything else that a process opens
 
 
@@ -65,9 +68,13 @@ class Listener:
             self._max_connections = min(MAX_CONNECTIONS, max(_raise_file_limit() - _SPARE_FILES, 64))
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
+        # Connections inherit it. The kernel would buffer megabytes for each client that does not read.
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
         self.port = sock.getsockname()[1]
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._make_connection, sock=sock, ssl=self._tls, backlog=BACKLOG)
+        # asyncio accepts up to `backlog` connections in one go; a thousand requests in one turn of the loop would hold up every stream.
+        self._server = await loop.create_server(self._make_connection, sock=sock, ssl=self._tls, backlog=MAX_ACCEPTS)
+        sock.listen(BACKLOG)
         return self
 
     def _make_connection(self) -> "_Connection":

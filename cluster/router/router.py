@@ -136,6 +136,10 @@ class Router:
         """From now on nothing new is admitted; what runs or waits goes on."""
         self._shutting_down = True
 
+    def check_room(self, tenant: str | None) -> None:
+        """Raises OverloadedError when `admit` would, for one sequence and whatever prompt. Costs nothing and reserves nothing."""
+        self._bounds.check(1, 0, wait_s=self._estimated_wait_s, tenant=tenant)
+
     @contextlib.contextmanager
     def admit(
         self,
