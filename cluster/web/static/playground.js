@@ -124,7 +124,7 @@ function whole(read) {
 async function answer({ path, body }) {
   const target = conversation.addAnswer();
   const outcome = await perform(path, body, {
-    onText: (text) => following(() => target.write(text)),
+    write: (text) => target.write(text),
     onToolCall: (delta) => following(() => target.writeToolCall(delta)),
     again: () => (target.isEmpty ? submit() : answerAgain()),
   });
@@ -155,22 +155,25 @@ async function complete() {
   $("output-box").hidden = false;
   const node = $("output").appendChild(document.createTextNode(""));
   $("output").classList.add("writing");
-  await perform(sent.path, sent.body, { onText: (text) => following(() => node.appendData(text)), again: complete });
+  await perform(sent.path, sent.body, { write: (text) => node.appendData(text), again: complete });
   $("output").classList.remove("writing");
   $("output-box").hidden = isChat() || node.data === "";
   $("append").hidden = node.data === "";
 }
 
 /** Runs a request with everything around it; the outcome, or null after a failure, which it shows. */
-async function perform(path, body, { onText, onToolCall, again }) {
+async function perform(path, body, { write, onToolCall, again }) {
+  const text = perFrame(write);
   controller = new AbortController();
   hideOutcome();
   showRunning(true);
   try {
-    const outcome = await run(path, body, { signal: controller.signal, onText, onToolCall });
+    const outcome = await run(path, body, { signal: controller.signal, onText: text.add, onToolCall });
+    text.flush();
     following(() => showStats(outcome));
     return outcome;
   } catch (error) {
+    text.flush();
     following(() => {
       if (error.outcome?.numPieces) showStats(error.outcome);
       showTrouble(error, { again });
@@ -180,6 +183,20 @@ async function perform(path, body, { onText, onToolCall, again }) {
     controller = null;
     showRunning(false);
   }
+}
+
+/** `write` at most once a frame: to lay a long text out anew for each token takes longer than the tokens. */
+function perFrame(write) {
+  let text = "";
+  const flush = () => {
+    if (text) following(() => write(text));
+    text = "";
+  };
+  const add = (piece) => {
+    if (!text) requestAnimationFrame(flush);
+    text += piece;
+  };
+  return { add, flush };
 }
 
 /** Keeps the end of the stage in sight while it grows, unless the reader has scrolled away from it. */
