@@ -247,9 +247,9 @@ class EngineCore:
         )
 
     def _fail(self, request: Request, sentence: str) -> TokenDelta:
-        """Ends this request alone."""
+        """Ends this request alone, by its own doing."""
         self.abort(request.request_id)
-        return TokenDelta(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=sentence)
+        return TokenDelta(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=sentence, refused=True)
 
     def _fail_head_of_line(self) -> list[TokenDelta]:
         """Nothing can be scheduled: either there is no work, or the first request can never run and would block all
