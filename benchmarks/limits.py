@@ -3,7 +3,7 @@
     python benchmarks/limits.py [--seconds 10] [--output benchmarks/limits.md]
 
 Four processes: a fake engine that steps at a fixed pace and computes 128 sequences at once; a real gateway with a file of keys; the bad
-neighbours, with a key of their own; and the well-behaved client, which asks for one short stream after the other.
+neighbours, with a key of their own; and the well-behaved client, which asks for short streams, a few at once.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,9 +24,10 @@ from pathlib import Path
 import psutil
 from gateway import MODEL, ROOT, run_engine
 
-PACE_S = 0.02
+PACE_S = 0.05  # about what a 7B model takes for a step of so many sequences
 MAX_NUM_SEQS = 128
 NUM_TOKENS = 16  # of each stream of the well-behaved client
+NUM_AT_ONCE = 4  # streams of it
 NUM_IDLE, NUM_SLOW, NUM_QUEUED = 1000, 100, 2000
 SLOW_TOKENS = 4000
 FLOOD_TOKENS = 64
@@ -151,12 +153,20 @@ class Seen:
     refused: int = 0
 
 
-async def behave(port: int, key: str, *, seconds: float, sample: object) -> tuple[Seen, int]:
-    """One stream after the other for so long. Returns what it saw and the gateway's most memory meanwhile."""
-    seen, peak, until, next_sample = Seen(), 0, time.monotonic() + seconds, 0.0
+async def behave(port: int, key: str, *, seconds: float, sample: Callable[[], int]) -> tuple[Seen, int]:
+    """Streams, a few at once, for so long. Returns what it saw and the gateway's most memory meanwhile."""
+    seen, peak, until = Seen(), 0, time.monotonic() + seconds
+    clients = [asyncio.create_task(behave_one(port, key, seen, until=until)) for _ in range(NUM_AT_ONCE)]
+    while not all(client.done() for client in clients):
+        peak = max(peak, await asyncio.to_thread(sample))
+        await asyncio.sleep(0.25)
+    await asyncio.gather(*clients)
+    return seen, peak
+
+
+async def behave_one(port: int, key: str, seen: Seen, *, until: float) -> None:
+    """One stream after the other."""
     while time.monotonic() < until:
-        if time.monotonic() > next_sample:
-            peak, next_sample = max(peak, sample()), time.monotonic() + 0.25  # type: ignore[operator]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         last = asked = time.monotonic()
         writer.write(request_of(key, max_tokens=NUM_TOKENS))
@@ -173,7 +183,6 @@ async def behave(port: int, key: str, *, seconds: float, sample: object) -> tupl
                 (seen.ttft_s if first else seen.gaps_s).append(now - (asked if first else last))
                 first, last = False, now
         writer.close()
-    return seen, peak
 
 
 def p50_p99(values: list[float]) -> str:
@@ -249,7 +258,7 @@ class Rig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--output", type=Path, default=None, help="write the table to this file")
     args = parser.parse_args()
     scenes: list[tuple[str, tuple[str, ...]]] = [
@@ -277,8 +286,8 @@ def main() -> None:
         "# Bad neighbours",
         "",
         f"{machine.describe(torch.device('cpu'))}; fake engine ({MAX_NUM_SEQS} sequences at once, {PACE_S * 1e3:.0f} ms a step), gateway,",
-        "neighbours and the well-behaved client are four processes on it. The client asks for one stream of "
-        f"{NUM_TOKENS} tokens after the other;",
+        "neighbours and the well-behaved client are four processes on it. The client asks for streams of "
+        f"{NUM_TOKENS} tokens, {NUM_AT_ONCE} at once;",
         "the neighbours share another API key. A key may hold three quarters of the gateway's 1,024 sequences, and keys take turns: the",
         "client is neither refused nor last in line, but does wait until a sequence of the neighbours ends. Time to first token (TTFT) and",
         "gap between tokens are as the client sees them; memory is the gateway's resident memory before, at most meanwhile, and after.",
