@@ -112,7 +112,7 @@ def request(name: str, tokenizer: Tokenizer, grammar: str | None, **params: Any)
 
 def speed_table(engine: LLMEngine, tokenizer: Tokenizer, compiler: GrammarCompiler, batches: list[int]) -> list[str]:
     grammars = {
-        kind: output and compiler.compile(output, at_start=True, param="structured_outputs")
+        kind: None if output is None else compiler.compile(output, at_start=True, param="structured_outputs")
         for kind, output in KINDS.items()
     }
     found: dict[tuple[str, int], float] = {}
@@ -178,7 +178,9 @@ def mask_table(tokenizer: Tokenizer) -> list[str]:
 
 def walk(llguidance: Any, grammar: str, eos: int, num_tokens: int = 500) -> tuple[list[float], list[float]]:
     """Seconds of each mask and of each token taken in, along random texts."""
-    rng, masks, takes = random.Random(0), [], []
+    rng = random.Random(0)
+    masks: list[float] = []
+    takes: list[float] = []
     while len(masks) < num_tokens:
         matcher = new_matcher(llguidance, grammar)
         while not matcher.is_stopped() and len(masks) < num_tokens:
