@@ -17,7 +17,7 @@ from typing import Any, Literal
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from cluster.text.json_schema import GrammarError, check_schema, check_unicode, tightened
+from cluster.text.json_schema import GrammarError, check_divisors, check_schema, check_unicode, tightened
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.grammar import load_grammar_tokenizer, new_matcher
@@ -162,12 +162,14 @@ def _lark_body(text: Any) -> dict[str, Any]:
         lark = any_to_lark(text)
     except Exception as e:  # the converter raises plain errors of many kinds
         raise GrammarError("the GBNF grammar cannot be read; check its syntax.") from e
+    schemas = []
     for match in re.finditer(r"%json\s*", lark):
         try:
             schema, _ = json.JSONDecoder().raw_decode(lark, match.end())
         except (ValueError, RecursionError) as e:
             raise GrammarError("the JSON schema behind %json cannot be read.") from e
-        check_schema(schema)
+        schemas.append(check_schema(schema))
+    check_divisors(schemas)
     return {"lark_grammar": lark}
 
 

@@ -8,14 +8,18 @@ Knows which keywords hold schemas and which hold data. Knows no grammar.
 """
 
 import json
+import math
 import urllib.parse
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 MAX_SCHEMA_CHARS = 100_000
 MAX_SCHEMA_DEPTH = 64
 # llguidance follows references by recursion in native code: with 8 MiB of stack, a chain of 1,500 ended the process.
 MAX_SCHEMA_CHAIN = 600
+# A divisor is an automaton of as many states, and several in one lexer multiply: 20 of four digits did not end in ten minutes.
+MAX_DIVISORS_PRODUCT = 10_000
 MAX_OPTIONAL_PROPERTIES = 400  # of one object; each may come next, and the parser holds 2,000 such items
 
 # In these a "$ref" is data, or the name of a property, and no reference.
@@ -44,6 +48,7 @@ def check_schema(schema: Any) -> dict[str, Any] | bool:
     chain += sum(_measure(_resolve(schema, r), set(), level=1) for r in references)
     if chain > MAX_SCHEMA_CHAIN:
         raise GrammarError("the schema's definitions refer to one another too deeply; use fewer of them.")
+    check_divisors(schema)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as e:
@@ -52,6 +57,25 @@ def check_schema(schema: Any) -> dict[str, Any] | bool:
     if len(text) > MAX_SCHEMA_CHARS:
         raise GrammarError(f"the schema has {len(text):,} characters; at most {MAX_SCHEMA_CHARS:,} are allowed.")
     return schema
+
+
+def check_divisors(schema: Any) -> None:
+    """Raises GrammarError when the multipleOf of all the schema together are too much for one lexer."""
+    product, nodes = 1, [schema]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            divisor = node.get("multipleOf")
+            if isinstance(divisor, int | float) and not isinstance(divisor, bool) and math.isfinite(divisor):
+                digits = "".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits))
+                product *= max(1, int(digits[:10]))
+            nodes += node.values()
+        elif isinstance(node, list):
+            nodes += node
+    if product > MAX_DIVISORS_PRODUCT:
+        raise GrammarError(
+            f"the divisors in multipleOf, multiplied, are above {MAX_DIVISORS_PRODUCT:,}; use fewer or rounder ones."
+        )
 
 
 def check_unicode(text: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.text.grammar import JSON_OPTIONS, GrammarCompiler, json_body, wrap
-from cluster.text.json_schema import GrammarError, moved, tightened
+from cluster.text.json_schema import GrammarError, check_divisors, moved, tightened
 from cluster.text.tool_calls import TOOL_CALL_ID_CHARS
 from workers.errors import RequestError
 
@@ -78,6 +78,7 @@ def tool_grammar(
         start = f"TEXT | {start}\nTEXT: /(?s:.*)/"
     grammar = wrap({"json_schema": calls}, start=start)
     try:
+        check_divisors(calls)
         compiler.check(grammar)
     except GrammarError as e:
         raise RequestError(f"tools: {e}", param="tools") from None
