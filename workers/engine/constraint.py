@@ -35,7 +35,8 @@ class Constraint:
         self.matcher = new_matcher(tokenizer, grammar)
         self._check(_UNUSABLE)
         if token_ids:
-            self.matcher.consume_tokens(list(token_ids))
+            for token_id in token_ids:  # one by one: within a call no other thread runs
+                self.matcher.consume_token(token_id)
             self._check("The tokens of output_token_ids do not follow the grammar of structured_outputs.")
             if self.is_finished:
                 self.error = "The tokens of output_token_ids end the grammar of structured_outputs already."
