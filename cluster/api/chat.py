@@ -4,11 +4,11 @@ Knows the endpoint's parameters and answer shape; the prompt is conversation.py'
 token may carry, unless it continues an assistant message with `prefix`.
 """
 
-import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -119,7 +119,7 @@ async def _grammar(
         check_combination(body, "tools")
         compiler = await gateway.grammars.compiler(facts)
         named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None
-        return await asyncio.to_thread(
+        build = partial(
             tool_grammar,
             to_definitions(tools),
             compiler=compiler,
@@ -127,6 +127,7 @@ async def _grammar(
             name=named,
             parallel=body.parallel_tool_calls is not False,
         )
+        return await gateway.grammars.run(build, param="tools")
     if wanted is None:
         return None
     check_combination(body, wanted[1])

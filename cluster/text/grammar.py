@@ -69,7 +69,8 @@ class GrammarCompiler:
             grammar = wrap(body, start='" " @body' if opens_with_space else '" "? @body')
             self.check(grammar)
         except GrammarError as e:
-            raise RequestError(f"{param}: {e}", param=param) from None
+            sentence = re.sub(r"^it\b", _NOUNS[output.kind], str(e))
+            raise RequestError(f"{param}: {sentence}", param=param) from None
         return grammar
 
     def check(self, grammar: str) -> bool:
@@ -173,6 +174,13 @@ def _lark_body(text: Any) -> dict[str, Any]:
     return {"lark_grammar": lark}
 
 
+_NOUNS: dict[GrammarKind, str] = {
+    "json": "the schema",
+    "json_object": "the schema",
+    "regex": "the regular expression",
+    "choice": "the list of choices",
+    "grammar": "the grammar",
+}
 _BODIES: dict[GrammarKind, Callable[[Any], dict[str, Any]]] = {
     "json": json_body,
     "json_object": _json_object_body,
