@@ -7,6 +7,7 @@ end. Seeded. The long form (`make test-fuzz`) sends all mutations, the short one
 
 import json
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +17,7 @@ from live_listener import KEY
 from raw_http import request
 
 SEED = 7
+MAX_WAIT_S = 2.0
 DEEP = [10, 63, 64, 100, 1000, 100_000]
 
 
@@ -93,24 +95,74 @@ def test_deep_nesting(attacker, depth, name, opening, inside, closing):
     attacker.check_alive()
 
 
-def long_text(num_bytes: int, unit: bytes) -> bytes:
-    return unit * (num_bytes // len(unit))
+def with_text(before: bytes, text: bytes, after: bytes, *, num_bytes: int) -> bytes:
+    return before + b'"' + text * (num_bytes // len(text)) + b'"' + after
 
 
 @pytest.mark.parametrize("unit", [b"a", b"a b ", b"\xf0\x9f\xa4\x96", b"\\ud800", b"\\n", b"</s>"], ids=repr)
 def test_megabytes_of_text(attacker, unit):
-    """Just below and just above what a body may have, wherever a text may stand."""
-    for size, statuses in ((7 * MIB, (200, 400)), (10 * MIB, (413,))):
-        text = b'"' + long_text(size, unit) + b'"'
+    """Just below and just above what a body may have, wherever a text may stand; no answer repeats it."""
+    for num_bytes, statuses in ((7 * MIB, (200, 400, 404)), (10 * MIB, (413,))):
         for path, before, after in [
             ("/v1/completions", b'{"model":"demo_model","max_tokens":1,"prompt":', b"}"),
-            ("/v1/completions", b'{"model":"demo_model","max_tokens":1,"truncate_prompt_tokens":9,"prompt":', b"}"),
             ("/v1/chat/completions", b'{"model":"demo_model","messages":[{"role":"user","content":', b"}]}"),
             ("/v1/completions", b'{"model":"demo_model","prompt":"x","stop":', b"}"),
             ("/v1/completions", b'{"prompt":"x","model":', b"}"),
             ("/v1/completions", b'{"model":"demo_model","prompt":"x","structured_outputs":{"regex":', b"}}"),
             ("/v1/embeddings", b'{"model":"demo_model","input":', b"}"),
         ]:
-            answer = attacker.post(path, before + text + after)
+            answer = attacker.post(path, with_text(before, unit, after, num_bytes=num_bytes))
             assert answer.status in statuses, (path, before, answer)
+            assert path != "/v1/chat/completions" or unit * 9 not in answer.body, "prompts are never repeated"
     attacker.check_alive()
+
+
+def big_bodies() -> dict[str, tuple[str, bytes]]:
+    """Bodies of some megabytes made of as many small values as fit: what costs a parser most."""
+    completion, chat = (
+        b'{"model":"demo_model","max_tokens":1,"prompt":',
+        b'{"model":"demo_model","max_tokens":1,"messages":',
+    )
+    message = b'{"role":"user","content":"a"}'
+    return {
+        "lists in a list": ("/v1/completions", completion + b"[" + b"[]," * 2_500_000 + b"[1]]}"),
+        "token ids": ("/v1/completions", completion + b"[" + b"1," * 3_900_000 + b"1]}"),
+        "prompts": ("/v1/completions", completion + b"[" + b'"a",' * 1_900_000 + b'"a"]}'),
+        "unknown fields": (
+            "/v1/completions",
+            completion + b'"x"' + b"".join(b',"k%d":1' % i for i in range(600_000)) + b"}",
+        ),
+        "biases": (
+            "/v1/completions",
+            completion + b'"x","logit_bias":{' + b",".join(b'"%d":1' % i for i in range(600_000)) + b"}}",
+        ),
+        "messages": ("/v1/chat/completions", chat + b"[" + (message + b",") * 200_000 + message + b"]}"),
+        "inputs": ("/v1/embeddings", b'{"model":"demo_model","input":[' + b'"a",' * 1_900_000 + b'"a"]}'),
+        "moderations": ("/v1/moderations", b'{"input":[' + b'"a",' * 2000 + b'"a"]}'),
+        "tokens": ("/detokenize", b'{"tokens":[' + b"5," * 900_000 + b"5]}"),
+        "properties": (
+            "/v1/completions",
+            completion
+            + b'"x","structured_outputs":{"json":{"properties":{'
+            + b",".join(b'"k%d":{}' % i for i in range(300_000))
+            + b"}}}}",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(big_bodies()))
+def test_big_bodies_keep_nobody_waiting(attacker, name):
+    """A replica counts as lost when its gateway is silent for three seconds, which the fixture's look at the log would show."""
+    path, body = big_bodies()[name]
+    probe = request("/health/live", method="GET", key=None, content_type=None)
+    worst_s = 0.0
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(attacker.post, path, body)
+        while not future.done():
+            started = time.monotonic()
+            assert attacker.attack(probe, method="GET")[0].status == 200
+            worst_s = max(worst_s, time.monotonic() - started)
+            time.sleep(0.02)
+        answer = future.result()
+    assert answer.status in (200, 400), answer
+    assert worst_s < MAX_WAIT_S, f"others waited {worst_s:.1f} s"
