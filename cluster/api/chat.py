@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from cluster.api import request_options, sampling
 from cluster.api.answering import answer, check_shape
+from cluster.api.body import read_body
 from cluster.api.conversation import encode_conversation, to_definitions
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.generation import Choice, Event, Whole, make_choice, usage
@@ -37,7 +38,6 @@ from cluster.api.schemas.chat import (
     Tool,
     ToolCallDelta,
 )
-from cluster.api.schemas.parse import parse
 from cluster.api.structured import check_combination, structured_output
 from cluster.text.chat import ChatPrompt
 from cluster.text.output import OutputStep
@@ -52,7 +52,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    body = parse(await request.read(), ChatRequest)
+    body = await read_body(request, ChatRequest)
     gateway.check_model(body.model)
     facts = gateway.router.facts
     check_shape(gateway, body, num_prompts=1, num_copies=body.n or 1)

@@ -13,12 +13,12 @@ from aiohttp import web
 
 from cluster.api import limits, request_options
 from cluster.api.answering import json_answer
+from cluster.api.body import read_body
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.inputs import admit_inputs, run_inputs
 from cluster.api.prompts import encode_prompt, split_prompt, truncate
 from cluster.api.sampling import too_long
 from cluster.api.schemas.other import MAX_INPUTS, EmbeddingItem, EmbeddingList, EmbeddingRequest, InputUsage
-from cluster.api.schemas.parse import parse
 from workers.errors import EngineError, RequestError
 from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 
@@ -30,7 +30,7 @@ async def handle(request: web.Request) -> web.Response:
     deadline = request_options.deadline(request, arrived=arrived)
     if not gateway.serves_embeddings:
         raise RequestError("This server was started without embeddings (--no-embeddings).", code="embeddings_disabled")
-    body = parse(await request.read(), EmbeddingRequest)
+    body = await read_body(request, EmbeddingRequest)
     gateway.check_model(body.model)
     facts = gateway.router.facts
     if body.dimensions is not None and body.dimensions != facts.hidden_size:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from cluster.api.schemas.base import GenerationRequest
-from cluster.api.schemas.parse import check_depth
+from cluster.api.schemas.parse import check_structure
 from cluster.api.schemas.structured import JsonObjectFormat, SchemaFormat, StructuredOutputs
 from cluster.text.grammar import GrammarCompiler, StructuredOutput
 from cluster.text.tokenizer import Tokenizer
@@ -135,11 +135,11 @@ def _from_structured_outputs(wanted: StructuredOutputs) -> StructuredOutput:
         )
     kind, value = given[0]
     if kind == "json" and isinstance(value, str):
+        check_structure(value.encode("utf-8", "surrogatepass"))
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
             raise RequestError("'structured_outputs.json' is not valid JSON.", param="structured_outputs") from e
         if not isinstance(value, dict | bool):
             raise RequestError("'structured_outputs.json' must be a JSON schema.", param="structured_outputs")
-        check_depth(value)
     return StructuredOutput(kind, value)
