@@ -2,7 +2,7 @@
 
     python benchmarks/limits.py [--seconds 10] [--output benchmarks/limits.md]
 
-Four processes: a fake engine that steps at a fixed pace and computes 128 sequences at once; a real gateway with a file of keys; the bad
+Four processes: a fake engine that steps at a fixed pace and computes 64 sequences at once; a real gateway with a file of keys; the bad
 neighbours, with a key of their own; and the well-behaved client, which asks for short streams, a few at once.
 """
 
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import multiprocessing
+import random
 import socket
 import statistics
 import tempfile
@@ -24,13 +25,16 @@ from pathlib import Path
 import psutil
 from gateway import MODEL, ROOT, run_engine
 
-PACE_S = 0.05  # about what a 7B model takes for a step of so many sequences
-MAX_NUM_SEQS = 128
+PACE_S = (
+    0.1  # what a 7B model may take for a step of so many sequences; little enough work for two cores and four processes
+)
+MAX_NUM_SEQS = 64
 NUM_TOKENS = 16  # of each stream of the well-behaved client
 NUM_AT_ONCE = 4  # streams of it
 NUM_IDLE, NUM_SLOW, NUM_QUEUED = 1000, 100, 2000
 SLOW_TOKENS = 4000
-FLOOD_TOKENS = 64
+FLOOD_TOKENS = (16, 112)  # evenly, so that places become free one by one
+SETTLE_S = 8.0
 
 
 def run_gateway(link: Connection, address: tuple[str, int], keys: Path) -> None:
@@ -109,7 +113,7 @@ def run_neighbours(link: Connection, port: int, key: str) -> None:
         while True:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                writer.write(request_of(key, max_tokens=FLOOD_TOKENS))
+                writer.write(request_of(key, max_tokens=random.randint(*FLOOD_TOKENS)))
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
                 statuses[head[9:12]] += 1
                 if "retry-after: " in head:
@@ -134,7 +138,7 @@ def run_neighbours(link: Connection, port: int, key: str) -> None:
                     tasks.append(asyncio.create_task(kind()))
                     if i % 100 == 99:
                         await asyncio.sleep(0.05)
-            await asyncio.sleep(1)
+            await asyncio.sleep(SETTLE_S)
             link.send(None)
             await asyncio.to_thread(link.recv)
             for task in tasks:

@@ -5,6 +5,7 @@ tells what it sees.
 """
 
 import math
+import random
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ MAX_INFLIGHT_REQUESTS = 1024
 MAX_QUEUED_TOKENS = 2_000_000
 MAX_TENANT_SHARE = 0.75  # of either bound: whoever floods the server leaves room for others to get in
 MAX_RETRY_AFTER_S = 60
+MAX_RETURNS_PER_S = 100  # of refused requests, if as many were refused as are held
 RECENT_S = 30.0
 
 
@@ -123,13 +125,13 @@ class Bounds:
             raise OverloadedError(
                 f"The server holds {self.num_inflight_requests} of at most {self.max_inflight_requests} sequences and has no "
                 f"room for {num_sequences} more; try again later.",
-                retry_after_s=retry_after_s(wait_s()),
+                retry_after_s=self._retry_after_s(wait_s()),
             )
         if self.num_queued_tokens and self.num_queued_tokens + num_tokens > self.max_queued_tokens:
             raise OverloadedError(
                 f"{self.num_queued_tokens} prompt tokens wait for a replica and at most {self.max_queued_tokens} may; there is "
                 f"no room for {num_tokens} more. Try again later.",
-                retry_after_s=retry_after_s(wait_s()),
+                retry_after_s=self._retry_after_s(wait_s()),
             )
 
     def _check_share(
@@ -140,14 +142,19 @@ class Bounds:
         if held and held + num_sequences > most:
             raise OverloadedError(
                 f"This API key holds {held} of the at most {most} sequences that one key may; wait for some to end.",
-                retry_after_s=retry_after_s(wait_s()),
+                retry_after_s=self._retry_after_s(wait_s()),
             )
         if queued and queued + num_tokens > most_tokens:
             raise OverloadedError(
                 f"{queued} prompt tokens of this API key wait for a replica and at most {most_tokens:.0f} of one key may; there is no "
                 f"room for {num_tokens} more. Try again later.",
-                retry_after_s=retry_after_s(wait_s()),
+                retry_after_s=self._retry_after_s(wait_s()),
             )
+
+    def _retry_after_s(self, wait_s: float | None) -> int:
+        """Spread over the longer a time the more is held: those refused together would else come back together, and be refused again."""
+        spread_s = 2 * self.num_inflight_requests / MAX_RETURNS_PER_S
+        return min(MAX_RETRY_AFTER_S, retry_after_s(wait_s) + int(random.uniform(0, spread_s)))
 
     def _add(self, admission: Admission, num_sequences: int, num_tokens: int) -> None:
         self.num_inflight_requests += num_sequences
