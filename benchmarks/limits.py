@@ -2,7 +2,7 @@
 
     python benchmarks/limits.py [--seconds 10] [--output benchmarks/limits.md]
 
-Four processes: a fake engine that steps at a fixed pace and computes 64 sequences at once; a real gateway with a file of keys; the bad
+Four processes: a fake engine that steps at a fixed pace and computes 128 sequences at once; a real gateway with a file of keys; the bad
 neighbours, with a key of their own; and the well-behaved client, which asks for short streams, a few at once.
 """
 
@@ -28,7 +28,7 @@ from gateway import MODEL, ROOT, run_engine
 PACE_S = (
     0.1  # what a 7B model may take for a step of so many sequences; little enough work for two cores and four processes
 )
-MAX_NUM_SEQS = 64
+MAX_NUM_SEQS = 128
 NUM_TOKENS = 16  # of each stream of the well-behaved client
 NUM_AT_ONCE = 4  # streams of it
 NUM_IDLE, NUM_SLOW, NUM_QUEUED = 1000, 100, 2000
