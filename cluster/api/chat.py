@@ -39,6 +39,7 @@ from cluster.api.schemas.chat import (
     ToolCallDelta,
 )
 from cluster.api.structured import check_combination, structured_output
+from cluster.log import log_prompt
 from cluster.text.chat import ChatPrompt
 from cluster.text.output import OutputStep
 from cluster.text.tool_calls import ToolCallDelta as CallPiece
@@ -54,6 +55,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, ChatRequest)
     gateway.check_model(body.model)
+    log_prompt(body.messages)
     facts = gateway.router.facts
     check_shape(gateway, body, num_prompts=1, num_copies=body.n or 1)
     max_tokens = _check(body)

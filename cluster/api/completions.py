@@ -23,6 +23,7 @@ from cluster.api.prompts import encode_prompt, in_thread_if_long, refuse_hopeles
 from cluster.api.schemas.base import PromptLogprobs
 from cluster.api.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from cluster.api.structured import check_combination, structured_output
+from cluster.log import log_prompt
 from cluster.text.infilling import encode_infilling
 from cluster.text.output import PlacedLogprob
 from workers.errors import RequestError
@@ -36,6 +37,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, CompletionRequest)
     gateway.check_model(body.model)
+    log_prompt(body.prompt)
     facts = gateway.router.facts
     prompts = split_prompt(body.prompt)
     num_copies = body.best_of or body.n or 1

@@ -19,6 +19,7 @@ from cluster.api.inputs import admit_inputs, run_inputs
 from cluster.api.prompts import encode_prompt, split_prompt, truncate
 from cluster.api.sampling import too_long
 from cluster.api.schemas.other import MAX_INPUTS, EmbeddingItem, EmbeddingList, EmbeddingRequest, InputUsage
+from cluster.log import log_prompt
 from workers.errors import EngineError, RequestError
 from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 
@@ -32,6 +33,7 @@ async def handle(request: web.Request) -> web.Response:
         raise RequestError("This server was started without embeddings (--no-embeddings).", code="embeddings_disabled")
     body = await read_body(request, EmbeddingRequest)
     gateway.check_model(body.model)
+    log_prompt(body.input)
     facts = gateway.router.facts
     if body.dimensions is not None and body.dimensions != facts.hidden_size:
         raise RequestError(

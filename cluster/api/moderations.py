@@ -21,6 +21,7 @@ from cluster.api.inputs import admit_inputs, run_inputs
 from cluster.api.prompts import refuse_hopeless
 from cluster.api.sampling import too_long
 from cluster.api.schemas.other import Moderation, ModerationAnswer, ModerationRequest
+from cluster.log import log_prompt
 from cluster.text.chat import Message
 from cluster.text.moderation import CATEGORIES, NOT_MODERATED, moderation_prompt
 from workers.errors import EngineError, RequestError
@@ -37,6 +38,7 @@ async def handle(request: web.Request) -> web.Response:
     body = await read_body(request, ModerationRequest)
     model = body.model or gateway.model_names[0]
     gateway.check_model(model)
+    log_prompt(body.input)
     facts = gateway.router.facts
     answer_id = f"modr-{uuid.uuid4().hex}"
     texts = [body.input] if isinstance(body.input, str) else body.input

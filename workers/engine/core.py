@@ -220,11 +220,12 @@ class EngineCore:
         """`chosen` None: the request wants no token, only what its prompt gives."""
         if chosen is None:
             return self._delta(request, [], None)
-        if chosen.token_id is None:
-            return self._fail(request, "Every token is banned here; allow more tokens, or ban fewer.")
-        request.append(chosen.token_id)
+        if chosen.token_id is not None:
+            request.append(chosen.token_id)
         if request.constraint is not None and request.constraint.error is not None:
             return self._fail(request, request.constraint.error)
+        if chosen.token_id is None:
+            return self._fail(request, "Every token is banned here; allow more tokens, or ban fewer.")
         self._generated_tokens_total += 1
         return self._delta(request, [chosen.token_id], chosen.logprob)
 

@@ -258,3 +258,36 @@ def test_without_a_tokenizer_grammars_are_refused(folder):
     assert caught.value.param == "structured_outputs"
     assert not core.has_work()
     assert core._requests == {}
+
+
+def test_a_panic_in_the_masks_ends_the_guilty_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        """As pyo3 raises it."""
+
+    engine = new_engine(folder)
+    undisturbed = engine.generate([constrained("good", NUMBERS)])[0]
+    fill, guilty = constraint_module.fill_next_token_bitmask_par, []
+
+    def panics(executor: Any, rows: list[Any], masks: Any) -> None:
+        if any(matcher in guilty for matcher, _ in rows):
+            raise Panic("index out of bounds")
+        fill(executor, rows, masks)
+
+    monkeypatch.setattr(constraint_module, "fill_next_token_bitmask_par", panics)
+    core = engine.core
+    for name, grammar in (("good", NUMBERS), ("bad", schema_grammar(SCHEMA))):
+        core.add_request(constrained(name, grammar))
+    ids: list[int] = []
+    errors: dict[str, str | None] = {}
+    while core.has_work():
+        for delta in core.step():
+            if delta.request_id == "good":
+                ids += delta.token_ids
+            if delta.finish_reason is FinishReason.ERROR:
+                errors[delta.request_id] = delta.error
+        bad = next((r for r in core.scheduler.running if r.request_id == "bad"), None)
+        if bad is not None and bad.constraint is not None:
+            guilty.append(bad.constraint.matcher)
+    assert ids == undisturbed
+    assert list(errors) == ["bad"], "the neighbour of a grammar that breaks goes on"
+    assert "too complex" in (errors["bad"] or "")
