@@ -165,7 +165,9 @@ def _add_security_options(http: "argparse._ArgumentGroup") -> None:
         help=f"keys with limits, made by `tramontane keys create`; read again when it changes (default: {API_KEYS_ENV})",
     )
     http.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate chain in PEM format, for https")
-    http.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key; both are read again when they change")
+    http.add_argument(
+        "--tls-key", type=Path, metavar="FILE", help="its private key; both are read again when they change"
+    )
     http.add_argument(
         "--cors-origin", action="append", metavar="ORIGIN", help="web pages that may use it; may be repeated"
     )
@@ -225,7 +227,9 @@ def _add_name_option(parser: "argparse.ArgumentParser | argparse._ArgumentGroup"
 
 def _add_url_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="where a gateway listens")
-    parser.add_argument("--ca-cert", type=Path, metavar="FILE", help="certificate to trust, where https uses one of your own")
+    parser.add_argument(
+        "--ca-cert", type=Path, metavar="FILE", help="certificate to trust, where https uses one of your own"
+    )
     parser.add_argument("--api-key", help=f"the server's key; better given as {API_KEY_ENV}")
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="debug also shows tracebacks")
 

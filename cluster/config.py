@@ -91,7 +91,9 @@ class ServeConfig:
             raise ConfigError(f"{given} needs {missing} beside it; TLS takes both.")
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]+", origin):
-                raise ConfigError(f"--cors-origin {origin} is no origin; write it like https://example.org, without a path.")
+                raise ConfigError(
+                    f"--cors-origin {origin} is no origin; write it like https://example.org, without a path."
+                )
         if "*" in self.cors_origins and not self.has_keys:
             raise ConfigError(
                 "--cors-origin '*' would let every web page use this server, which has no key; name the origins, or add a key."
