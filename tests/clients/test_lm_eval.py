@@ -19,7 +19,7 @@ from transformers import MistralForCausalLM
 FOLDER = Path(__file__).parent
 MAX_NEW_TOKENS = 16  # tramontane_endings.yaml
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 
 
 class Reference:
@@ -71,7 +71,7 @@ def evaluation(server, tmp_path_factory) -> dict[str, Any]:
         server=server,
         cwd=cwd,
         env={"TRAMONTANE_TOKENIZER": str(write_tokenizer(cwd / "tokenizer"))},
-        timeout_s=100,
+        timeout_s=280,
     )
     return json.loads(output.splitlines()[-1])
 
