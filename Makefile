@@ -38,8 +38,10 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/engine.py --output benchmarks/engine.md
+	$(BIN)/python benchmarks/constrained.py --output benchmarks/constrained.md
 	$(BIN)/python benchmarks/serving.py --output benchmarks/serving.md $(ARGS)
 	$(BIN)/python benchmarks/gateway.py --output benchmarks/gateway.md
+	$(BIN)/python benchmarks/limits.py --output benchmarks/limits.md
 	$(BIN)/python benchmarks/routing.py --output benchmarks/routing.md
 	$(BIN)/python benchmarks/autoscaling.py --output benchmarks/autoscaling.md
 

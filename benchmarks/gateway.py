@@ -25,7 +25,7 @@ NUM_TIMED = 8
 MODEL = "demo"
 
 
-def run_engine(link: Connection) -> None:
+def run_engine(link: Connection, max_num_seqs: int = 1024) -> None:
     """Process 1: sends its address, then obeys: a pace in seconds, or None to end."""
     from workers.engine.loop import EngineLoop
     from workers.protocol import EngineFacts, FinishReason, GenerateRequest, LoadReport, TokenDelta, TokenLogprob
@@ -83,7 +83,7 @@ def run_engine(link: Connection) -> None:
 
     core = PacedCore()
     facts = EngineFacts(
-        replica_id="fake", tensor_parallel_size=1, vocab_size=32768, max_model_len=4096, max_num_seqs=1024, block_size=16,
+        replica_id="fake", tensor_parallel_size=1, vocab_size=32768, max_model_len=4096, max_num_seqs=max_num_seqs, block_size=16,
         num_blocks=100_000, sliding_window=None, enable_prefix_caching=False, bos_token_id=1, eos_token_ids=(2,),
         attention_backend="fake",
     )  # fmt: skip

@@ -130,7 +130,7 @@ def fetch(url: str, api_key: str | None, *, ca_cert: Path | None = None) -> Clus
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
     if error.code in (401, 403):
-        return ConfigError(f"The server at {url} wants its API key; pass --api-key or set TRAMONTANE_API_KEY.")
+        return ConfigError(f"The server at {url} wants an admin's API key; pass --api-key or set TRAMONTANE_API_KEY.")
     if error.code == 404:
         return ConfigError(
             f"The server at {url} has no {ADMIN_PATH}; --url must be a Tramontane gateway without a path behind it."

@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SEAM = {"workers.protocol", "workers.config", "workers.errors", "workers.grammar"}
 RAY_FILES = {"cluster/cli.py", "cluster/serve.py"}
 # Engine parts that decide and do not compute; the tests of the layers above them must stay quick.
-NO_TORCH = {f"workers/engine/{name}.py" for name in ("request", "block_pool", "kv_cache_manager", "scheduler", "loop")}
+NO_TORCH = {
+    f"workers/engine/{name}.py"
+    for name in ("request", "block_pool", "kv_cache_manager", "scheduler", "loop", "constraint")
+}
 NO_TORCH |= {
     f"workers/{name}.py"
     for name in ("protocol", "config", "errors", "grammar", "stream_server", "connection", "cache_diff")

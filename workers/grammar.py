@@ -17,10 +17,10 @@ from workers.errors import ConfigError
 
 _SPACE = "▁"
 _ANCHOR = "\n"  # encoded in front of a text, so that the space SentencePiece puts before a text's first word falls off with it
-# llguidance's own limits (about 15 ms of work for one mask), but for the items in a row, 2,000 there. What an ambiguous grammar such
-# as `s: s s | "a"` costs a token grows with the square of them: with 2,000 half a second, with 800 under 100 ms before it ends.
-# An object with 200 optional properties still fits.
-LIMITS = LLParserLimits(max_items_in_row=800, verbose_errors=False)
+# llguidance's own limits (about 15 ms of work for one mask), but for two. Items in a row, 2,000 there: what an ambiguous grammar such
+# as `s: s s | "a"` costs a token grows with their square; with 2,000 half a second, with 800 under 100 ms before it ends, and an
+# object of 200 optional properties still fits. Lexer states, 250,000 there: each takes up to 2 kB, and all requests have their own.
+LIMITS = LLParserLimits(max_items_in_row=800, max_lexer_states=50_000, verbose_errors=False)
 
 
 def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:

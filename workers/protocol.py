@@ -95,7 +95,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     the gateway can leave it out of the text. `num_cached_tokens` (prompt tokens found in the prefix cache) comes with
     the first delta, and so do `prompt_logprobs` (one for each prompt token from `prompt_logprobs_start` on, None for index 0),
     unless the request had output already. `embedding`: hidden_size little-endian float32 values, in a request's only delta.
-    `error` is a sentence for the user when finish_reason is ERROR.
+    `error` is a sentence for the user when finish_reason is ERROR. `refused`: it is the request's own doing, and the same everywhere.
     """
 
     request_id: str
@@ -107,6 +107,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprob | None] | None = None
     embedding: bytes | None = None
     error: str | None = None
+    refused: bool = False
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):

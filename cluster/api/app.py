@@ -86,7 +86,7 @@ def make_app(
             errors.middleware,
             entrance.make_middleware(),
             auth.make_middleware(keyring),
-            limits.make_middleware(accounts or Accounts(), ledger),
+            limits.make_middleware(accounts or Accounts(), ledger, check_room=router.check_room),
             door.make_body_middleware(body_timeout_s, forms={e.path for e in ENDPOINTS if e.form is not None}),
         ],
         client_max_size=max_body_bytes,

@@ -4,11 +4,11 @@ Knows the endpoint's parameters and answer shape; the prompt is conversation.py'
 token may carry, unless it continues an assistant message with `prefix`.
 """
 
-import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 from aiohttp import web
@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 
 from cluster.api import request_options, sampling
 from cluster.api.answering import Prepared, answer, check_shape
+from cluster.api.body import read_body
 from cluster.api.conversation import encode_conversation, to_definitions
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.generation import Choice, Event, Whole, make_choice, usage
@@ -38,8 +39,8 @@ from cluster.api.schemas.chat import (
     Tool,
     ToolCallDelta,
 )
-from cluster.api.schemas.parse import parse
 from cluster.api.structured import check_combination, structured_output
+from cluster.log import log_prompt
 from cluster.text.chat import ChatPrompt
 from cluster.text.output import OutputStep
 from cluster.text.tool_calls import ToolCallDelta as CallPiece
@@ -53,8 +54,9 @@ async def handle(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    body = parse(await request.read(), ChatRequest)
+    body = await read_body(request, ChatRequest)
     check(gateway, body)
+    log_prompt(body.messages)
     prepared = await prepare(gateway, body)
     return await answer(request, gateway, prepared, deadline=deadline, arrived=arrived)
 
@@ -136,7 +138,7 @@ async def _grammar(
         check_combination(body, "tools")
         compiler = await gateway.grammars.compiler(facts)
         named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None
-        return await asyncio.to_thread(
+        build = partial(
             tool_grammar,
             to_definitions(tools),
             compiler=compiler,
@@ -144,6 +146,7 @@ async def _grammar(
             name=named,
             parallel=body.parallel_tool_calls is not False,
         )
+        return await gateway.grammars.run(build, param="tools")
     if wanted is None:
         return None
     check_combination(body, wanted[1])

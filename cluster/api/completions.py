@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from cluster.api import request_options, sampling
 from cluster.api.answering import Prepared, answer, check_shape
+from cluster.api.body import read_body
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.generation import Choice, Event, Whole, make_choice, usage
 from cluster.api.logprobs import EchoedPrompt, echo_prompt, render_completion, render_prompt
@@ -22,8 +23,8 @@ from cluster.api.origin import HTTP, Origin
 from cluster.api.prompts import encode_prompt, in_thread_if_long, refuse_hopeless, split_prompt, truncate
 from cluster.api.schemas.base import PromptLogprobs
 from cluster.api.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
-from cluster.api.schemas.parse import parse
 from cluster.api.structured import check_combination, structured_output
+from cluster.log import log_prompt
 from cluster.text.infilling import encode_infilling
 from cluster.text.output import PlacedLogprob
 from workers.errors import RequestError
@@ -35,8 +36,9 @@ async def handle(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    body = parse(await request.read(), CompletionRequest)
+    body = await read_body(request, CompletionRequest)
     check(gateway, body)
+    log_prompt(body.prompt)
     prepared = await prepare(gateway, body)
     return await answer(request, gateway, prepared, deadline=deadline, arrived=arrived)
 

@@ -133,6 +133,8 @@ def make_body_middleware(timeout_s: float = BODY_TIMEOUT_S, *, forms: Container[
         most = request.client_max_size
         if request.content_length is not None and request.content_length > most:
             raise _too_large(most)
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+            raise Refusal(415, "The body is packed; send it without Content-Encoding.", code="unsupported_media_type")
         # A form of another site can send any text, but not this type; see https://fetch.spec.whatwg.org/#cors-safelisted-request-header
         if request.body_exists and hdrs.CONTENT_TYPE in request.headers and request.content_type != "application/json":
             raise Refusal(

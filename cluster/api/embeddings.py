@@ -13,13 +13,14 @@ from aiohttp import web
 
 from cluster.api import request_options
 from cluster.api.answering import json_answer
+from cluster.api.body import read_body
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.inputs import admit_inputs, run_inputs
 from cluster.api.origin import HTTP, Origin
 from cluster.api.prompts import encode_prompt, split_prompt, truncate
 from cluster.api.sampling import too_long
 from cluster.api.schemas.other import MAX_INPUTS, EmbeddingItem, EmbeddingList, EmbeddingRequest, InputUsage
-from cluster.api.schemas.parse import parse
+from cluster.log import log_prompt
 from workers.errors import EngineError, RequestError
 from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 
@@ -29,8 +30,9 @@ async def handle(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    body = parse(await request.read(), EmbeddingRequest)
+    body = await read_body(request, EmbeddingRequest)
     check(gateway, body)
+    log_prompt(body.input)
     return json_answer(await complete(gateway, body, deadline=deadline, arrived=arrived))
 
 

@@ -19,8 +19,8 @@ from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usa
 from cluster.router.admission import Admission
 from cluster.router.stream import Trace
 from cluster.text.output import OutputStep, OutputText, PlacedLogprob
-from workers.errors import EngineError
-from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenLogprob
+from workers.errors import EngineError, RequestError
+from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta, TokenLogprob
 
 
 @dataclass
@@ -92,7 +92,9 @@ def admit(gateway: Gateway, choices: Sequence[Choice], *, deadline: float | None
     num_charged = sum(len(c.request.prompt_token_ids) for c in choices if c.copy == 0)
     with (
         limits.reserve(num_charged),
-        gateway.router.admit(len(requests), num_tokens, priority=requests[0].priority, deadline=deadline) as admission,
+        gateway.router.admit(
+            len(requests), num_tokens, priority=requests[0].priority, deadline=deadline, tenant=limits.tenant()
+        ) as admission,
     ):
         yield admission
 
@@ -136,6 +138,13 @@ async def run(
             yield event
 
 
+def raise_if_failed(delta: TokenDelta) -> None:
+    """RequestError for a sequence that failed by its own doing, EngineError for one that the engine gave up."""
+    if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+        sentence = delta.error or "The engine ended this request before it was complete."
+        raise RequestError(sentence) if delta.refused else EngineError(sentence)
+
+
 @dataclass
 class Whole:
     """All of one choice, for an answer in one piece."""
@@ -175,8 +184,7 @@ async def _run_one(
         )
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
-                if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise EngineError(delta.error or "The engine ended this request before it was complete.")
+                raise_if_failed(delta)
                 if choice.num_cached_tokens is None and trace.queue_s is not None:
                     choice.num_cached_tokens = delta.num_cached_tokens or 0
                     if choice.copy == 0:

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 
 from cluster.api import limits
 from cluster.api.gateway import Gateway
+from cluster.api.generation import raise_if_failed
 from cluster.api.origin import HTTP, Origin
 from cluster.router.admission import Admission
 from workers.errors import EngineError
-from workers.protocol import FinishReason, GenerateRequest, TokenDelta
+from workers.protocol import GenerateRequest, TokenDelta
 
 MAX_AT_ONCE = 32
 
@@ -28,7 +29,9 @@ def admit_inputs(
     priority = requests[0].priority
     with (
         limits.reserve(num_tokens),
-        gateway.router.admit(num_sequences, num_tokens, priority=priority, deadline=deadline) as admission,
+        gateway.router.admit(
+            num_sequences, num_tokens, priority=priority, deadline=deadline, tenant=limits.tenant()
+        ) as admission,
     ):
         yield admission
 
@@ -67,8 +70,7 @@ async def _run_one(
         generating = gateway.router.generate(request, admission=admission, max_crashes=origin.max_crashes)
         async with contextlib.aclosing(generating) as deltas:
             async for delta in deltas:
-                if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                    raise EngineError(delta.error or "The engine ended this request before it was complete.")
+                raise_if_failed(delta)
                 if delta.finish_reason is not None:
                     outcome = delta.finish_reason.value
                     limits.cached(delta.num_cached_tokens or 0)

@@ -5,7 +5,7 @@ Knows HTTP's side; the arithmetic is cluster/keys/accounts.py's. Admin paths cos
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 from aiohttp import web
@@ -14,24 +14,34 @@ from aiohttp.typedefs import Middleware
 from cluster.api.auth import KEY, path_of
 from cluster.api.errors import Handler
 from cluster.keys.accounts import Accounts, Use
+from cluster.keys.key import OWN_ID
 from cluster.keys.ledger import Group, Ledger, Sums, today
 
 USE = web.RequestKey("use", Use)  # for the headers
 _use: ContextVar[Use | None] = ContextVar("use", default=None)
 
 
-def make_middleware(accounts: Accounts, ledger: Ledger | None = None) -> Middleware:
-    """Inside authentication, outside everything that costs something, such as reading the body."""
+def make_middleware(
+    accounts: Accounts, ledger: Ledger | None = None, *, check_room: Callable[[str | None], None]
+) -> Middleware:
+    """Inside authentication, outside everything that costs something, such as reading the body.
+
+    check_room: raises OverloadedError when a tenant's next sequence would not fit; so a flood is refused for a fraction of its price.
+    """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         key, path = request.get(KEY), path_of(request)
+        if key is None and path.startswith("/v1/") and request.method == "POST":
+            check_room(None)
         if key is None or request.method != "POST" or not path or path.startswith("/admin/"):
             return await handler(request)
         use = request[USE] = accounts.use(key, path)
         token = _use.set(use)
         try:
             with accounts.running(use):
+                if path.startswith("/v1/"):
+                    check_room(tenant())
                 return await handler(request)
         except Exception:
             use.failed = True
@@ -82,9 +92,9 @@ def priority(asked: int | None) -> int:
 
 
 def tenant() -> str | None:
-    """Whose request it is; None where nobody needs a key."""
+    """Whose request it is, for the router; None where nobody needs a key, and for the server's own key, which has no limits."""
     use = _use.get()
-    return None if use is None else use.key.id
+    return None if use is None or use.key.id == OWN_ID else use.key.id
 
 
 def reserve(num_prompt_tokens: int) -> contextlib.AbstractContextManager[None]:

@@ -13,7 +13,8 @@ import ssl
 from collections.abc import Callable
 from typing import Any, Self
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
@@ -25,12 +26,16 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 0.5  # whoever drains has waited already; aiohttp takes it twice, then cancels handlers
 BACKLOG = 1024
+MAX_ACCEPTS = 64
 HEAD_TIMEOUT_S = 30.0
 KEEP_ALIVE_S = 75.0  # without a request; longer than proxies commonly keep theirs
 MAX_LINE_BYTES = 8190
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
 MAX_CONNECTIONS = 16_384
+VERSIONS = (HttpVersion10, HttpVersion11)
+MAX_UNSENT_BYTES = 128 * 1024
+_TCP_NOTSENT_LOWAT = 25  # Linux; Python has no name for it
 _SPARE_FILES = 256  # for everything else that a process opens
 
 
@@ -65,9 +70,13 @@ class Listener:
             self._max_connections = min(MAX_CONNECTIONS, max(_raise_file_limit() - _SPARE_FILES, 64))
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
+        # Connections inherit it. The kernel would buffer megabytes for each client that does not read.
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
         self.port = sock.getsockname()[1]
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._make_connection, sock=sock, ssl=self._tls, backlog=BACKLOG)
+        # asyncio accepts up to `backlog` connections in one go; a thousand requests in one turn of the loop would hold up every stream.
+        self._server = await loop.create_server(self._make_connection, sock=sock, ssl=self._tls, backlog=MAX_ACCEPTS)
+        sock.listen(BACKLOG)
         return self
 
     def _make_connection(self) -> "_Connection":
@@ -83,6 +92,7 @@ class Listener:
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_LINE_BYTES,
             max_headers=MAX_HEADERS,
+            auto_decompress=False,  # aiohttp would unpack as bytes come, for anybody, on the event loop; see door.py
         )
 
     def _opened(self, connection: "_Connection") -> None:
@@ -145,6 +155,7 @@ class _Connection(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         was_idle = self.is_idle
         super().data_received(data)
+        self._refuse_versions()
         if not (was_idle and self.is_idle) or not data:
             self._forget_head()
             return
@@ -153,6 +164,13 @@ class _Connection(web.RequestHandler):
             self._head_timer = self._loop.call_later(self._head_timeout_s, self._head_is_late)
         if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse(431)
+
+    def _refuse_versions(self) -> None:
+        """aiohttp serves what calls itself HTTP/9.9 and answers in kind, which no client can read."""
+        for i, (message, _) in enumerate(self._messages):
+            if isinstance(message, RawRequestMessage) and message.version not in VERSIONS:
+                error = _ErrInfo(status=400, exc=HttpProcessingError(), message="")
+                self._messages[i] = (error, EMPTY_PAYLOAD)
 
     def _forget_head(self) -> None:
         self._head_bytes = 0

@@ -6,6 +6,7 @@ computed once; the replica's prefix cache spares it the others.
 Knows the endpoint's shapes and the scoring; the question is cluster/text/moderation.py's.
 """
 
+import asyncio
 import math
 import time
 import uuid
@@ -14,12 +15,13 @@ from aiohttp import web
 
 from cluster.api import request_options
 from cluster.api.answering import json_answer
+from cluster.api.body import read_body
 from cluster.api.gateway import GATEWAY, Gateway
 from cluster.api.inputs import admit_inputs, run_inputs
-from cluster.api.prompts import in_thread_if_long, refuse_hopeless
+from cluster.api.prompts import refuse_hopeless
 from cluster.api.sampling import too_long
 from cluster.api.schemas.other import Moderation, ModerationAnswer, ModerationRequest
-from cluster.api.schemas.parse import parse
+from cluster.log import log_prompt
 from cluster.text.chat import Message
 from cluster.text.moderation import CATEGORIES, NOT_MODERATED, moderation_prompt
 from workers.errors import EngineError, RequestError
@@ -33,17 +35,19 @@ async def handle(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
-    body = parse(await request.read(), ModerationRequest)
+    body = await read_body(request, ModerationRequest)
     model = body.model or gateway.model_names[0]
     gateway.check_model(model)
+    log_prompt(body.input)
     facts = gateway.router.facts
     answer_id = f"modr-{uuid.uuid4().hex}"
     texts = [body.input] if isinstance(body.input, str) else body.input
-    questions = [await _question(gateway, text, facts=facts) for text in texts]
+    answers = [gateway.tokenizer.encode(answer, bos=False) for answer in ANSWERS]
+    questions = await asyncio.to_thread(_questions, gateway, texts, facts=facts)
     requests = [
-        _scored(question, gateway.tokenizer.encode(answer, bos=False), facts=facts, request_id=f"{answer_id}-{i}-{k}")
+        _scored(question, answer, facts=facts, request_id=f"{answer_id}-{i}-{k}")
         for i, question in enumerate(questions)
-        for k, answer in enumerate(ANSWERS)
+        for k, answer in enumerate(answers)
     ]
     with admit_inputs(gateway, requests, deadline=deadline) as admission:
         deltas: list[TokenDelta] = []
@@ -57,14 +61,16 @@ async def handle(request: web.Request) -> web.Response:
     return json_answer(ModerationAnswer(id=answer_id, model=model, results=results))
 
 
-async def _question(gateway: Gateway, text: str, *, facts: EngineFacts) -> list[int]:
-    prompt = moderation_prompt(text)
+def _questions(gateway: Gateway, texts: list[str], *, facts: EngineFacts) -> list[list[int]]:
     template = gateway.chat_template
     if template is None:
         raise RequestError("This model has no chat template, which moderations need.", code="moderations_disabled")
-    refuse_hopeless(len(prompt), gateway.tokenizer, param="input", facts=facts)
-    encoded = await in_thread_if_long(len(prompt), lambda: template.encode([Message("user", prompt)]))
-    return encoded.token_ids
+    questions = []
+    for text in texts:
+        prompt = moderation_prompt(text)
+        refuse_hopeless(len(prompt), gateway.tokenizer, param="input", facts=facts)
+        questions.append(template.encode([Message("user", prompt)]).token_ids)
+    return questions
 
 
 def _scored(question: list[int], answer: list[int], *, facts: EngineFacts, request_id: str) -> GenerateRequest:

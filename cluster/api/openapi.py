@@ -70,7 +70,11 @@ def _operation(endpoint: "Endpoint", path: str, schema_of: dict[int, Any]) -> di
     }
     if endpoint.chunk is not None:
         content["text/event-stream"] = {
-            "schema": {"type": "string", "description": "Events `data: JSON` and at the end `data: [DONE]`."},
+            "schema": {
+                "type": "object",
+                "required": ["data"],
+                "properties": {"data": {"type": "string", "description": "JSON of `x-event`; at the end `[DONE]`."}},
+            },
             "x-event": schema_of[id(endpoint.chunk)],
         }
     error = {"application/json": {"schema": schema_of[id(ErrorEnvelope)]}}

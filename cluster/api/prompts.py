@@ -6,13 +6,14 @@ Knows the tokenizer and the model's context length. Knows no endpoint; conversat
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from cluster.api import sampling
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.protocol import EngineFacts
 
+MAX_TRUNCATED_CHARS = 1_000_000
 LONG_TEXT_CHARS = 4096  # about a millisecond of encoding; longer texts are encoded in a thread
 
 T = TypeVar("T")
@@ -22,15 +23,16 @@ def split_prompt(prompt: str | Sequence[str | int | list[int]], *, param: str = 
     """The prompts that a body's `prompt` or `input` holds. Raises RequestError for an empty or a mixed list."""
     if isinstance(prompt, str):
         return [prompt]
-    if not prompt or any(isinstance(p, list) and not p for p in prompt):
-        raise RequestError(f"{param!r} holds an empty list; send at least one text or token id.", param=param)
-    token_ids = [p for p in prompt if isinstance(p, int)]
-    prompts = [p for p in prompt if not isinstance(p, int)]
-    if token_ids and not prompts:
-        return [token_ids]
-    if token_ids or len({type(p) for p in prompts}) > 1:
+    kinds = set(
+        map(type, prompt)
+    )  # a body may hold millions: no loop of ours over them before their number is known to be small
+    if len(kinds) > 1:
         raise RequestError(f"{param!r} mixes texts and token ids; use one of them.", param=param)
-    return prompts
+    if not prompt or (kinds == {list} and not all(prompt)):
+        raise RequestError(f"{param!r} holds an empty list; send at least one text or token id.", param=param)
+    if kinds == {int}:
+        return [cast(list[int], prompt)]
+    return cast(list[str | list[int]], prompt)
 
 
 async def encode_prompt(
@@ -50,12 +52,20 @@ async def encode_prompt(
         return prompt
     if not truncates:
         refuse_hopeless(len(prompt), tokenizer, param=param, facts=facts)
+    elif len(prompt) > MAX_TRUNCATED_CHARS:
+        raise RequestError(
+            f"{param!r} has {len(prompt)} characters; of a text that shall be truncated send at most {MAX_TRUNCATED_CHARS}.",
+            param=param,
+        )
     return await in_thread_if_long(len(prompt), lambda: tokenizer.encode(prompt))
 
 
 async def in_thread_if_long(num_chars: int, encode: Callable[[], T]) -> T:
     """What `encode` returns, computed beside the event loop when the text is long."""
-    return await asyncio.to_thread(encode) if num_chars > LONG_TEXT_CHARS else encode()
+    if num_chars > LONG_TEXT_CHARS:
+        return await asyncio.to_thread(encode)
+    await asyncio.sleep(0)  # a body may hold thousands of short texts: others have a turn between them
+    return encode()
 
 
 def refuse_hopeless(num_chars: int, tokenizer: Tokenizer, *, param: str, facts: EngineFacts) -> None:

@@ -86,6 +86,11 @@ def sampling_params(
     check_token_ids(stop_token_ids, param="stop_token_ids", vocab_size=facts.vocab_size)
     check_token_ids(list(logit_bias), param="logit_bias", vocab_size=facts.vocab_size)
     check_token_ids(allowed or [], param="allowed_token_ids", vocab_size=facts.vocab_size)
+    if allowed is not None and min_tokens and set(allowed) <= {*stop_token_ids, *_ends(body, facts)}:
+        raise RequestError(
+            "'allowed_token_ids' allows only tokens that would end the output, which 'min_tokens' forbids; allow others.",
+            param="allowed_token_ids",
+        )
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
@@ -106,3 +111,7 @@ def sampling_params(
         bad_words=tokenizer.bad_words_ids(body.bad_words) if body.bad_words else (),
         grammar=grammar,
     )
+
+
+def _ends(body: GenerationRequest, facts: EngineFacts) -> tuple[int, ...]:
+    return () if body.ignore_eos else facts.eos_token_ids

@@ -4,25 +4,38 @@ Knows the two fields and what cannot be combined with a grammar. Grammars themse
 """
 
 import asyncio
+import contextlib
 import json
+import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from cluster.api.schemas.base import GenerationRequest
-from cluster.api.schemas.parse import check_depth
+from cluster.api.schemas.parse import check_structure
 from cluster.api.schemas.structured import JsonObjectFormat, SchemaFormat, StructuredOutputs
 from cluster.text.grammar import GrammarCompiler, StructuredOutput
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.protocol import EngineFacts
 
+TIME_LIMIT_S = 10.0  # the largest that the bounds let through take 0.8 s
+MAX_AT_ONCE = 2
+
 
 class Grammars:
-    """The compiler of one gateway, made at its first use, beside the event loop: a vocabulary takes a while to read in."""
+    """The compiler of one gateway, made at its first use: a vocabulary takes a while to read in.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    It works in threads that nothing waits for: llguidance cannot be interrupted, and a grammar that got past every bound and keeps it
+    busy shall cost its sender an answer, not the server its end. Such a thread keeps its turn for as long as it runs.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, time_limit_s: float = TIME_LIMIT_S) -> None:
         self._tokenizer = tokenizer
+        self._time_limit_s = time_limit_s
         self._compiler: GrammarCompiler | None = None
         self._lock = asyncio.Lock()
+        self._turns = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def compiler(self, facts: EngineFacts) -> GrammarCompiler:
         async with self._lock:
@@ -38,7 +51,44 @@ class Grammars:
     async def compile(self, output: StructuredOutput, *, at_start: bool, param: str, facts: EngineFacts) -> str:
         """Raises RequestError for what no grammar can be made of."""
         compiler = await self.compiler(facts)
-        return await asyncio.to_thread(compiler.compile, output, at_start=at_start, param=param)
+        return await self.run(partial(compiler.compile, output, at_start=at_start, param=param), param=param)
+
+    async def run(self, build: Callable[[], str], *, param: str) -> str:
+        """What `build` returns. Raises what it raises, and RequestError naming `param` when it takes too long."""
+        try:
+            async with asyncio.timeout(self._time_limit_s):
+                await self._turns.acquire()
+                return await self._in_thread(build)
+        except TimeoutError as e:
+            raise RequestError(
+                f"{param}: no grammar could be made of it in {self._time_limit_s:g} s; make it simpler, or try again later.",
+                param=param,
+            ) from e
+
+    def _in_thread(self, build: Callable[[], str]) -> "asyncio.Future[str]":
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[str] = loop.create_future()
+
+        def deliver(value: str | None, error: Exception | None) -> None:
+            self._turns.release()
+            if result.done():
+                return
+            if error is not None:
+                result.set_exception(error)
+            else:
+                result.set_result(value or "")
+
+        def work() -> None:
+            value, error = None, None
+            try:
+                value = build()
+            except Exception as e:  # handed to whoever waits
+                error = e
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(deliver, value, error)
+
+        threading.Thread(target=work, name="grammar", daemon=True).start()
+        return result
 
 
 def structured_output(body: GenerationRequest) -> tuple[StructuredOutput, str] | None:
@@ -85,11 +135,11 @@ def _from_structured_outputs(wanted: StructuredOutputs) -> StructuredOutput:
         )
     kind, value = given[0]
     if kind == "json" and isinstance(value, str):
+        check_structure(value.encode("utf-8", "surrogatepass"))
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
             raise RequestError("'structured_outputs.json' is not valid JSON.", param="structured_outputs") from e
         if not isinstance(value, dict | bool):
             raise RequestError("'structured_outputs.json' must be a JSON schema.", param="structured_outputs")
-        check_depth(value)
     return StructuredOutput(kind, value)

@@ -9,19 +9,19 @@ from aiohttp import web
 from msgspec import UNSET
 
 from cluster.api.answering import json_answer
+from cluster.api.body import read_body
 from cluster.api.conversation import encode_conversation
 from cluster.api.gateway import GATEWAY
 from cluster.api.prompts import in_thread_if_long
 from cluster.api.sampling import check_token_ids
 from cluster.api.schemas.other import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
-from cluster.api.schemas.parse import parse
 from workers.errors import RequestError
 
 
 async def tokenize(request: web.Request) -> web.Response:
     """The ids of a prompt or of a conversation."""
     gateway = request.app[GATEWAY]
-    body = parse(await request.read(), TokenizeRequest)
+    body = await read_body(request, TokenizeRequest)
     if body.model is not None:
         gateway.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
@@ -46,7 +46,7 @@ async def tokenize(request: web.Request) -> web.Response:
 async def detokenize(request: web.Request) -> web.Response:
     """The text of some ids; control tokens add nothing."""
     gateway = request.app[GATEWAY]
-    body = parse(await request.read(), DetokenizeRequest)
+    body = await read_body(request, DetokenizeRequest)
     if body.model is not None:
         gateway.check_model(body.model)
     check_token_ids(body.tokens, param="tokens", vocab_size=gateway.router.facts.vocab_size)

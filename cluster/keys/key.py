@@ -13,6 +13,7 @@ import msgspec
 from workers.errors import RequestError
 
 SECRET_PREFIX = "tm-"
+OWN_ID = "admin"  # of the server's own key
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 
 
@@ -87,7 +88,7 @@ def new_key(name: str, *, admin: bool = False, limits: Limits | None = None) -> 
 
 def admin_key(secret: str) -> ApiKey:
     """The server's own key, of --api-key: may do everything."""
-    return ApiKey(id="admin", name="--api-key", sha256=digest(secret), created=0, admin=True)
+    return ApiKey(id=OWN_ID, name="--api-key", sha256=digest(secret), created=0, admin=True)
 
 
 def digest(secret: str) -> str:

@@ -15,7 +15,7 @@ from typing import Self
 
 import msgspec
 
-from workers.errors import ReplicaUnavailableError
+from workers.errors import ReplicaUnavailableError, RequestError, TramontaneError
 from workers.protocol import (
     FRAME_HEADER_BYTES,
     HEARTBEAT_INTERVAL_S,
@@ -50,7 +50,58 @@ _TICK_S = HEARTBEAT_INTERVAL_S / 2
 _STANDSTILL_S = _TICK_S + 1.0  # no tick for so long: this process itself stood still
 
 _decoder = msgspec.msgpack.Decoder(FromReplica)
-_StreamQueue = asyncio.Queue[TokenDelta | ReplicaUnavailableError]
+MAX_LAG_BYTES = 4 * 2**20  # about 10,000 plain deltas: more than a model makes while a writer waits for its client
+LAG_PATIENCE_S = 5.0  # what comes in a burst, after this process stood still, say, is no reader's fault
+
+
+class _Inbox:
+    """What one stream has not read yet, and about how much memory that takes."""
+
+    __slots__ = ("_lags_since", "_num_bytes", "_queue")
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[TokenDelta | TramontaneError] = asyncio.Queue()
+        self._num_bytes = 0
+        self._lags_since: float | None = None
+
+    def put(self, delta: TokenDelta, now: float) -> bool:
+        """False when the reader lags too far behind, and has for a while: then it gets an error in place of all that waited."""
+        self._num_bytes += _size_of(delta)
+        if self._num_bytes > MAX_LAG_BYTES and not self._queue.empty():
+            self._lags_since = self._lags_since or now
+        if self._lags_since is not None and now - self._lags_since > LAG_PATIENCE_S:
+            while not self._queue.empty():
+                self._queue.get_nowait()
+            self.end(
+                RequestError(
+                    "The client reads this stream more slowly than it is made; read faster.", code="slow_reader"
+                )
+            )
+            return False
+        self._queue.put_nowait(delta)
+        return True
+
+    def end(self, error: TramontaneError) -> None:
+        self._queue.put_nowait(error)
+
+    async def get(self) -> TokenDelta:
+        """Raises what the stream ended with."""
+        item = await self._queue.get()
+        if isinstance(item, TramontaneError):
+            raise item
+        self._num_bytes -= _size_of(item)
+        if self._num_bytes <= MAX_LAG_BYTES:
+            self._lags_since = None
+        return item
+
+
+def _size_of(delta: TokenDelta) -> int:
+    """In bytes, roughly; log-probabilities are what can make it large."""
+    size = 400 + 36 * len(delta.token_ids)
+    for entries in (delta.logprobs, delta.prompt_logprobs):
+        if entries:
+            size += sum(200 + 100 * len(entry.top) for entry in entries if entry is not None)
+    return size
 
 
 class ReplicaClient:
@@ -70,7 +121,7 @@ class ReplicaClient:
         self._facts: EngineFacts | None = None
         self._load = LoadReport()
         self._load_received = 0.0
-        self._streams: dict[str, _StreamQueue] = {}
+        self._streams: dict[str, _Inbox] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._last_received = 0.0
         self._last_sent = 0.0
@@ -195,19 +246,17 @@ class ReplicaClient:
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
         """Yields the request's deltas until one has a finish_reason. Closing it early aborts the request.
 
-        Raises ReplicaUnavailableError when the replica is lost; the deltas yielded so far stand.
+        Raises ReplicaUnavailableError when the replica is lost; the deltas yielded so far stand. Raises RequestError for whoever lets
+        more than MAX_LAG_BYTES wait.
         """
         if self._writer is None or self._condemned is not None:
             raise ReplicaUnavailableError(self.not_ready_reason(time.monotonic()) or "The replica is gone.")
         assert request.request_id not in self._streams, f"request id {request.request_id} is already in use"
-        queue: _StreamQueue = asyncio.Queue()
-        self._streams[request.request_id] = queue
+        inbox = self._streams[request.request_id] = _Inbox()
         try:
             self._send(Submit(request=request))
             while True:
-                delta = await queue.get()
-                if isinstance(delta, ReplicaUnavailableError):
-                    raise delta
+                delta = await inbox.get()
                 yield delta
                 if delta.finish_reason is not None:
                     return
@@ -306,11 +355,15 @@ class ReplicaClient:
         self._load = frame.load
         for delta in frame.deltas:
             if delta.finish_reason is not None:
-                queue = self._streams.pop(delta.request_id, None)
+                inbox = self._streams.pop(delta.request_id, None)
             else:
-                queue = self._streams.get(delta.request_id)
-            if queue is not None:
-                queue.put_nowait(delta)
+                inbox = self._streams.get(delta.request_id)
+            if (
+                inbox is not None
+                and not inbox.put(delta, now)
+                and self._streams.pop(delta.request_id, None) is not None
+            ):
+                self._send(Abort(request_id=delta.request_id))
         if self._on_frame is not None:
             self._on_frame(frame)
         elif frame.cache is not None:
@@ -332,9 +385,9 @@ class ReplicaClient:
             self._writer = None
             self._lost = reason
         streams, self._streams = self._streams, {}
-        for queue in streams.values():
+        for inbox in streams.values():
             sentence = self._condemned or f"Replica {self.replica_id} was lost: {reason}."
-            queue.put_nowait(ReplicaUnavailableError(sentence, crashed=crashed))
+            inbox.end(ReplicaUnavailableError(sentence, crashed=crashed))
 
 
 async def _read_message(reader: asyncio.StreamReader) -> FromReplica:

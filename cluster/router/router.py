@@ -20,6 +20,7 @@ from cluster.router.admission import (
     Admission,
     Bounds,
     Recent,
+    Turns,
     check_deadline,
 )
 from cluster.router.dispatcher import Dispatcher
@@ -72,6 +73,7 @@ class Router:
         )
         self._table = self._dispatcher.table
         self._arrivals = itertools.count()
+        self._turns = Turns()
         self._shutting_down = False
         self._first_tokens = Recent()
         self._stays = Recent()  # on the replica that finished a sequence
@@ -151,20 +153,31 @@ class Router:
         """From now on nothing new is admitted; what runs or waits goes on."""
         self._shutting_down = True
 
+    def check_room(self, tenant: str | None) -> None:
+        """Raises OverloadedError when `admit` would, for one sequence and whatever prompt. Costs nothing and reserves nothing."""
+        self._bounds.check(1, 0, wait_s=lambda: self._estimated_wait_s(0), tenant=tenant)
+
     @contextlib.contextmanager
     def admit(
-        self, num_sequences: int, num_tokens: int = 0, *, priority: int = 0, deadline: float | None = None
+        self,
+        num_sequences: int,
+        num_tokens: int = 0,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        tenant: str | None = None,
     ) -> Iterator[Admission]:
         """Reserves room for this many sequences while the block runs: all of them or none. num_tokens: of all their prompts.
 
-        deadline: on the router's clock (time.monotonic()). Raises OverloadedError when there is no room or the wait would outlast
-        the deadline, ReplicaUnavailableError when no replica is ready and none is expected.
+        deadline: on the router's clock (time.monotonic()). tenant: whose it is; tenants take turns, and none may hold all the room.
+        Raises OverloadedError when there is no room or the wait would outlast the deadline, ReplicaUnavailableError when no replica is
+        ready and none is expected.
         """
         now = self._clock()
         if self._shutting_down or not (self._dispatcher.outlook.expected or self._table.look_for_ready()):
             raise ReplicaUnavailableError(self.health().reason or "No replica is ready; try again in a moment.")
         bounds = self._bounds_for(priority)
-        bounds.check(num_sequences, num_tokens, wait_s=lambda: self._estimated_wait_s(priority))
+        bounds.check(num_sequences, num_tokens, wait_s=lambda: self._estimated_wait_s(priority), tenant=tenant)
         if deadline is not None:
             check_deadline(deadline - now, self._estimated_wait_s(priority, overtakes=True))
         admission = Admission(
@@ -174,6 +187,8 @@ class Router:
             deadline=deadline,
             arrived=now,
             arrival=next(self._arrivals),
+            tenant=tenant,
+            turn=self._turns.take(tenant, num_sequences),
         )
         if bounds is self._bounds:
             self.arrived_tokens_total += num_tokens
@@ -231,6 +246,7 @@ class Router:
                 trace.num_cached_tokens_predicted = place.decision.num_cached_tokens
         bounds = self._bounds_for(admission.priority)
         bounds.placed(admission, num_tokens)
+        self._turns.came(admission.turn)
         deltas = replica.generate(stream.next_attempt())
         is_first = True
         try:

@@ -89,15 +89,15 @@ class Interrupt:
 
 
 class Stream:
-    """`order`: (priority, arrival); smaller is served first. max_crashes: of replicas, in all, before it is given up; None: any number
-    with tokens in between.
+    """`order`: (priority, turn, arrival); smaller is served first. max_crashes: of replicas, in all, before it is given up; None: any
+    number with tokens in between.
     """
 
     def __init__(
         self,
         request: GenerateRequest,
         *,
-        order: tuple[int, int],
+        order: tuple[float, ...],
         trace: Trace | None = None,
         max_crashes: int | None = None,
     ) -> None:

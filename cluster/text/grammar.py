@@ -17,6 +17,7 @@ from typing import Any, Literal
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
+from cluster.text.json_schema import GrammarError, check_divisors, check_schema, check_unicode, tightened
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.grammar import load_grammar_tokenizer, new_matcher
@@ -24,17 +25,14 @@ from workers.grammar import load_grammar_tokenizer, new_matcher
 GrammarKind = Literal["json", "json_object", "regex", "choice", "grammar"]
 
 JSON_OPTIONS = {"whitespace_pattern": r" |\n {0,32}"}
-MAX_SCHEMA_CHARS = 100_000
-MAX_SCHEMA_DEPTH = 64
-# llguidance follows references by recursion in native code: with 8 MiB of stack, a chain of 1,500 ended the process.
-MAX_SCHEMA_CHAIN = 600
-MAX_OPTIONAL_PROPERTIES = 400  # of one object; each may come next, and the parser holds 2,000 such items
 MAX_PATTERN_CHARS = 10_000
 MAX_CHOICES = 10_000
 MAX_CHOICES_CHARS = 100_000
 MAX_LARK_CHARS = 20_000
 MAX_LARK_LINES = 500  # rules are followed by recursion too; 3,000 in a row ended the process
 _PROBE_STEPS = 16
+# They ask the sampler for something: another temperature, tokens taken back.
+_RULE_ATTRIBUTE = re.compile(r"^[ \t]*[?!]?[\w-]+\s*\[[^\]\n]*?\b(temperature|stop|stop_capture)\b", re.MULTILINE)
 # Without it, llguidance works out every forced continuation before a token: 2 s a token for (a{1000}){1000}.
 _LARK_OPTIONS = '%llguidance {"no_forcing": true}\n'
 
@@ -71,7 +69,8 @@ class GrammarCompiler:
             grammar = wrap(body, start='" " @body' if opens_with_space else '" "? @body')
             self.check(grammar)
         except GrammarError as e:
-            raise RequestError(f"{param}: {e}", param=param) from None
+            sentence = re.sub(r"^it\b", _NOUNS[output.kind], str(e))
+            raise RequestError(f"{param}: {sentence}", param=param) from None
         return grammar
 
     def check(self, grammar: str) -> bool:
@@ -101,72 +100,9 @@ class GrammarCompiler:
         return mask
 
 
-class GrammarError(Exception):
-    """Why a grammar cannot be used: the end of a sentence that began with the parameter's name."""
-
-
 def wrap(body: dict[str, Any], *, start: str = "@body") -> str:
     """llguidance's JSON form of `body` ({"json_schema": ...} or {"lark_grammar": ...}), which `start` refers to as @body."""
     return json.dumps({"grammars": [{"lark_grammar": f"{_LARK_OPTIONS}start: {start}"}, {"name": "body", **body}]})
-
-
-def check_schema(schema: Any) -> dict[str, Any] | bool:
-    """The schema, if it is within our bounds. Raises GrammarError."""
-    if isinstance(schema, bool):
-        return schema
-    if not isinstance(schema, dict):
-        raise GrammarError("a JSON schema is an object, or true or false.")
-    if "x-guidance" in schema:
-        raise GrammarError("the schema's 'x-guidance' is not supported; remove it.")
-    references: set[str] = set()
-    chain = _measure(schema, references, level=1)
-    chain += sum(_measure(_resolve(schema, r), set(), level=1) for r in references)
-    if chain > MAX_SCHEMA_CHAIN:
-        raise GrammarError("the schema's definitions refer to one another too deeply; use fewer of them.")
-    try:
-        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise GrammarError("the schema holds a number that JSON does not have.") from e
-    _check_unicode(text)
-    if len(text) > MAX_SCHEMA_CHARS:
-        raise GrammarError(f"the schema has {len(text):,} characters; at most {MAX_SCHEMA_CHARS:,} are allowed.")
-    return schema
-
-
-def _measure(node: Any, references: set[str], *, level: int) -> int:
-    """How many containers stand within one another; collects the targets of $ref."""
-    if level > MAX_SCHEMA_DEPTH:
-        raise GrammarError(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep; make it flatter.")
-    if isinstance(node, dict):
-        if isinstance(node.get("$ref"), str):
-            references.add(node["$ref"])
-        properties, required = node.get("properties"), node.get("required")
-        num_required = len(required) if isinstance(required, list) else 0
-        if isinstance(properties, dict) and len(properties) - num_required > MAX_OPTIONAL_PROPERTIES:
-            raise GrammarError(
-                f"an object has more than {MAX_OPTIONAL_PROPERTIES} optional properties; require them, or use fewer."
-            )
-        children = list(node.values())
-    elif isinstance(node, list):
-        children = node
-    else:
-        return 0
-    return 1 + max((_measure(child, references, level=level + 1) for child in children), default=0)
-
-
-def _resolve(schema: dict[str, Any], reference: str) -> Any:
-    if reference != "#" and not reference.startswith("#/"):
-        raise GrammarError("a $ref must point into the schema itself, like '#/$defs/name'.")
-    node: Any = schema
-    for part in reference.split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(node, dict) and key in node:
-            node = node[key]
-        elif isinstance(node, list) and key.isdecimal() and int(key) < len(node):
-            node = node[int(key)]
-        else:
-            raise GrammarError("a $ref points to nothing in the schema.")
-    return node
 
 
 def json_body(schema: Any) -> dict[str, Any]:
@@ -175,7 +111,7 @@ def json_body(schema: Any) -> dict[str, Any]:
         schema = {}
     if schema is False:
         raise GrammarError("no document matches the schema false.")
-    return {"json_schema": {**schema, "x-guidance": JSON_OPTIONS}}
+    return {"json_schema": {**tightened(schema), "x-guidance": JSON_OPTIONS}}
 
 
 def _json_object_body(_: None) -> dict[str, Any]:
@@ -189,7 +125,7 @@ def _regex_body(pattern: Any) -> dict[str, Any]:
         raise GrammarError(
             f"the regular expression has {len(pattern):,} characters; at most {MAX_PATTERN_CHARS:,} are allowed."
         )
-    _check_unicode(pattern)
+    check_unicode(pattern)
     return {"lark_grammar": f"start: PATTERN\nPATTERN: /{regex_to_lark(pattern, '')}/"}
 
 
@@ -203,7 +139,7 @@ def _choice_body(choices: Any) -> dict[str, Any]:
     if len(set(choices)) < len(choices):
         raise GrammarError("the same choice is listed twice.")
     for choice in choices:
-        _check_unicode(choice)
+        check_unicode(choice)
     # One terminal: as alternatives of a rule, a few thousand would overflow the parser.
     return {"lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices))}
 
@@ -215,29 +151,36 @@ def _lark_body(text: Any) -> dict[str, Any]:
         raise GrammarError(
             f"the grammar is too large; at most {MAX_LARK_CHARS:,} characters and {MAX_LARK_LINES} lines are allowed."
         )
-    _check_unicode(text)
+    check_unicode(text)
     if re.search(r"^[ \t]*%llguidance", text, re.MULTILINE):
         raise GrammarError("%llguidance options cannot be set.")
+    ignored = _RULE_ATTRIBUTE.search(text)
+    if ignored:
+        raise GrammarError(
+            f"the rule attribute {ignored[1]!r} has no effect here; remove it (for stop, use suffix or lazy)."
+        )
     try:
         lark = any_to_lark(text)
     except Exception as e:  # the converter raises plain errors of many kinds
         raise GrammarError("the GBNF grammar cannot be read; check its syntax.") from e
+    schemas = []
     for match in re.finditer(r"%json\s*", lark):
         try:
             schema, _ = json.JSONDecoder().raw_decode(lark, match.end())
         except (ValueError, RecursionError) as e:
             raise GrammarError("the JSON schema behind %json cannot be read.") from e
-        check_schema(schema)
+        schemas.append(check_schema(schema))
+    check_divisors(schemas)
     return {"lark_grammar": lark}
 
 
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise GrammarError("it is not valid Unicode: it holds half of a surrogate pair.") from e
-
-
+_NOUNS: dict[GrammarKind, str] = {
+    "json": "the schema",
+    "json_object": "the schema",
+    "regex": "the regular expression",
+    "choice": "the list of choices",
+    "grammar": "the grammar",
+}
 _BODIES: dict[GrammarKind, Callable[[Any], dict[str, Any]]] = {
     "json": json_body,
     "json_object": _json_object_body,

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.text.grammar import JSON_OPTIONS, GrammarCompiler, GrammarError, json_body, wrap
+from cluster.text.grammar import JSON_OPTIONS, GrammarCompiler, json_body, wrap
+from cluster.text.json_schema import GrammarError, check_divisors, moved, tightened
 from cluster.text.tool_calls import TOOL_CALL_ID_CHARS
 from workers.errors import RequestError
 
@@ -19,9 +20,6 @@ MAX_PARALLEL_CALLS = 16
 MAX_TOOLS_CHARS = 400_000  # of all their schemas together
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _MISTRAL_ID = re.compile(rf"[a-zA-Z0-9]{{{TOOL_CALL_ID_CHARS}}}")
-# In these a "$ref" is data, or the name of a property, and no reference.
-_DATA_KEYS = {"const", "enum", "default", "examples", "example"}
-_MAP_KEYS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +78,7 @@ def tool_grammar(
         start = f"TEXT | {start}\nTEXT: /(?s:.*)/"
     grammar = wrap({"json_schema": calls}, start=start)
     try:
+        check_divisors(calls)
         compiler.check(grammar)
     except GrammarError as e:
         raise RequestError(f"tools: {e}", param="tools") from None
@@ -103,7 +102,7 @@ def _parameters(tool: ToolDefinition, compiler: GrammarCompiler) -> dict[str, An
 
 def _calls_schema(schemas: dict[str, dict[str, Any]], *, max_calls: int) -> dict[str, Any]:
     """The JSON schema of a list of calls. Each tool's schema moves to a place of its own, and its references with it."""
-    definitions = {f"t{i}": _moved(schema, f"#/$defs/t{i}") for i, schema in enumerate(schemas.values())}
+    definitions = {f"t{i}": tightened(moved(schema, f"#/$defs/t{i}")) for i, schema in enumerate(schemas.values())}
     items = [
         {
             "type": "object",
@@ -115,20 +114,3 @@ def _calls_schema(schemas: dict[str, dict[str, Any]], *, max_calls: int) -> dict
     ]
     calls = {"type": "array", "items": {"anyOf": items}, "minItems": 1, "maxItems": max_calls, "$defs": definitions}
     return calls | {"x-guidance": JSON_OPTIONS}
-
-
-def _moved(schema: Any, root: str) -> Any:
-    """The schema with references that are right when it stands at `root`."""
-    if isinstance(schema, list):
-        return [_moved(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str):
-            moved[key] = root + value[1:]
-        elif key in _MAP_KEYS and isinstance(value, dict):
-            moved[key] = {name: _moved(item, root) for name, item in value.items()}
-        else:
-            moved[key] = value if key in _DATA_KEYS else _moved(value, root)
-    return moved

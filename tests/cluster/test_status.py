@@ -195,8 +195,8 @@ def read_until(fd: int, words: str) -> None:
 def test_what_cannot_be_read_is_said_in_a_sentence(serve: Serve) -> None:
     url = serve([(200, b'{"replicas": 3}')])
     cases = (
-        (url, None, ConfigError, "wants its API key; pass --api-key or set TRAMONTANE_API_KEY"),
-        (url, "wrong", ConfigError, "wants its API key"),
+        (url, None, ConfigError, "wants an admin's API key; pass --api-key or set TRAMONTANE_API_KEY"),
+        (url, "wrong", ConfigError, "wants an admin's API key"),
         (url + "/v1", "secret", ConfigError, "has no /admin/cluster; --url must be"),
         (url, "secret", ConfigError, "is not a Tramontane of this version"),
         (serve([(500, b"")]), "secret", ReplicaUnavailableError, "answered 500 Internal Server Error"),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLTokenizer
+from llguidance import LLExecutor, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par, get_bitmask_shape
 
 from workers.engine.request import Request
@@ -35,7 +35,8 @@ class Constraint:
         self.matcher = new_matcher(tokenizer, grammar)
         self._check(_UNUSABLE)
         if token_ids:
-            self.matcher.consume_tokens(list(token_ids))
+            for token_id in token_ids:  # one by one: within a call no other thread runs
+                self.matcher.consume_token(token_id)
             self._check("The tokens of output_token_ids do not follow the grammar of structured_outputs.")
             if self.is_finished:
                 self.error = "The tokens of output_token_ids end the grammar of structured_outputs already."
@@ -118,12 +119,29 @@ class Grammars:
 
         No constraint may be touched before the result is there. The mask of one that is in error means nothing.
         """
-        matchers = {r.request_id: r.constraint.matcher for r in requests if r.constraint is not None}
-        return self._masker.submit(self._masks, matchers) if matchers else None
+        constraints = {r.request_id: r.constraint for r in requests if r.constraint is not None}
+        return self._masker.submit(self._masks, constraints) if constraints else None
 
-    def _masks(self, matchers: dict[str, LLMatcher]) -> dict[str, np.ndarray]:
-        masks = np.zeros(get_bitmask_shape(len(matchers), self._vocab_size), dtype=np.int32)
-        fill_next_token_bitmask_par(
-            self._executor, [(matcher, i) for i, matcher in enumerate(matchers.values())], masks
-        )
-        return dict(zip(matchers, masks.view(np.uint8), strict=True))
+    def close(self) -> None:
+        """Ends the threads, once they are through with what they have."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._masker.shutdown(wait=False)
+
+    def _masks(self, constraints: dict[str, Constraint]) -> dict[str, np.ndarray]:
+        masks = np.zeros(get_bitmask_shape(len(constraints), self._vocab_size), dtype=np.int32)
+        rows = [(constraint.matcher, i) for i, constraint in enumerate(constraints.values())]
+        try:
+            fill_next_token_bitmask_par(self._executor, rows, masks)
+        except BaseException as e:  # a panic in native code is no Exception; it must not end the engine
+            log.error("The masks of a step could not be computed together: %r", e)
+            self._masks_alone(constraints, masks)
+        return dict(zip(constraints, masks.view(np.uint8), strict=True))
+
+    def _masks_alone(self, constraints: dict[str, Constraint], masks: np.ndarray) -> None:
+        """One by one, so that only the guilty fails."""
+        for i, constraint in enumerate(constraints.values()):
+            try:
+                fill_next_token_bitmask_par(self._executor, [(constraint.matcher, 0)], masks[i : i + 1])
+            except BaseException as e:
+                log.error("A mask could not be computed: %r", e)
+                constraint.error = _TOO_COMPLEX

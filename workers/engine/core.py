@@ -142,6 +142,7 @@ class EngineCore:
     def shutdown(self) -> None:
         """Sends the followers home. The core is not usable afterwards."""
         self.tp.broadcast(STOP)
+        self.grammars.close()
 
     def load(self) -> LoadReport:
         now, began = time.monotonic(), self._step_began
@@ -233,11 +234,12 @@ class EngineCore:
         """`chosen` None: the request wants no token, only what its prompt gives."""
         if chosen is None:
             return self._delta(request, [], None)
-        if chosen.token_id is None:
-            return self._fail(request, "Every token is banned here; allow more tokens, or ban fewer.")
-        request.append(chosen.token_id)
+        if chosen.token_id is not None:
+            request.append(chosen.token_id)
         if request.constraint is not None and request.constraint.error is not None:
             return self._fail(request, request.constraint.error)
+        if chosen.token_id is None:
+            return self._fail(request, "Every token is banned here; allow more tokens, or ban fewer.")
         self._generated_tokens_total += 1
         return self._delta(request, [chosen.token_id], chosen.logprob)
 
@@ -260,9 +262,9 @@ class EngineCore:
         )
 
     def _fail(self, request: Request, sentence: str) -> TokenDelta:
-        """Ends this request alone."""
+        """Ends this request alone, by its own doing."""
         self.abort(request.request_id)
-        return TokenDelta(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=sentence)
+        return TokenDelta(request_id=request.request_id, finish_reason=FinishReason.ERROR, error=sentence, refused=True)
 
     def _fail_head_of_line(self) -> list[TokenDelta]:
         """Nothing can be scheduled: either there is no work, or the first request can never run and would block all

@@ -111,7 +111,7 @@ class EngineLoop:
         try:
             self._core.add_request(request)
         except RequestError as e:
-            self._publish([_error(request.request_id, str(e))], None)
+            self._publish([_error(request.request_id, str(e), refused=True)], None)
         except Exception as e:  # a strange request must end alone
             log.exception("Request %s could not be added: %s", request.request_id, e)
             message = "The engine could not take this request because of an error."
@@ -129,5 +129,5 @@ class EngineLoop:
             self._on_failure(failure)
 
 
-def _error(request_id: str, message: str) -> TokenDelta:
-    return TokenDelta(request_id=request_id, finish_reason=FinishReason.ERROR, error=message)
+def _error(request_id: str, message: str, *, refused: bool = False) -> TokenDelta:
+    return TokenDelta(request_id=request_id, finish_reason=FinishReason.ERROR, error=message, refused=refused)

@@ -7,12 +7,14 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from cluster.api.schemas.base import GenerationRequest, NumLogprobs, PromptLogprobs, Usage
 
 MAX_TOOLS = 128
+MAX_MESSAGES = 16_384
 
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     text: str
+    type: Literal["text"]  # a field and no tag: msgspec asks for a tag only where there are several to tell apart
 
 
 Content = str | list[TextPart]
@@ -98,7 +100,7 @@ class NamedToolChoice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`max_completion_tokens` is the newer name of `max_tokens`; `safe_prompt` puts Mistral's guardrail before the conversation."""
 
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)]
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None

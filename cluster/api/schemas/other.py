@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from cluster.api.schemas.base import MAX_VOCABULARY, Int32, TokenIds
-from cluster.api.schemas.chat import ChatMessage, Tool
+from cluster.api.schemas.chat import MAX_MESSAGES, ChatMessage, Tool
 
 MAX_INPUTS = 2048
+MAX_MODERATIONS = 128  # each computes the question once and 14 answers
+MAX_TOKENIZE_CHARS = 1_000_000
 
 
 class ModelCard(Struct, frozen=True, kw_only=True):
@@ -58,7 +60,7 @@ class EmbeddingList(Struct, frozen=True, kw_only=True):
 class ModerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`model` may be left out: it is the served one."""
 
-    input: str | Annotated[list[str], Meta(min_length=1, max_length=MAX_INPUTS)]
+    input: str | Annotated[list[str], Meta(min_length=1, max_length=MAX_MODERATIONS)]
     model: str | None = None
 
 
@@ -81,8 +83,8 @@ class TokenizeRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Either `prompt` or `messages` (with `tools`, through the chat template)."""
 
     model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    prompt: Annotated[str, Meta(max_length=MAX_TOKENIZE_CHARS)] | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None  # the beginning-of-sequence token before a prompt; default true
     return_token_strs: bool | None = None

@@ -2,7 +2,7 @@
 
 import { $, make } from "./dom.js";
 
-const NAMES = { user: "You", assistant: "Model" };
+const NAMES = { user: "You", assistant: "Model", tool: "Result" };
 
 /** The messages so far. An answer is added empty, and grows. */
 export class Conversation {
@@ -14,27 +14,44 @@ export class Conversation {
     return this.#messages.length === 0;
   }
 
-  get endsWithUser() {
-    return this.#messages.at(-1)?.role === "user";
+  /** Whether the model is to say something: its own words are not the last. */
+  get awaitsAnswer() {
+    return !this.isEmpty && this.#messages.at(-1).role !== "assistant";
   }
 
-  /** As the API wants them, the system prompt first if there is one. */
-  toSend(system) {
+  /** The first call of the last answer that has no result yet, or null. What is said next is its result. */
+  get openCall() {
+    const last = this.#messages.findLastIndex((message) => message.role === "assistant");
+    const results = this.#messages.slice(last + 1).map((message) => message.tool_call_id);
+    return this.#messages[last]?.tool_calls?.find((call) => !results.includes(call.id)) ?? null;
+  }
+
+  /** As the API wants them, the system prompt first if there is one, with `said` as if it were said now. */
+  toSend(system, said = null) {
     const first = system.trim() ? [{ role: "system", content: system }] : [];
-    return [...first, ...this.#messages.map(({ role, content, tool_calls }) => ({
-      role,
-      content: tool_calls && !content ? null : content,
-      ...(tool_calls && { tool_calls }),
-    }))];
+    const all = said === null ? this.#messages : [...this.#messages, this.#message(said)];
+    return [...first, ...all.map(asSent)];
   }
 
-  addUser(content) {
-    this.#add({ role: "user", content });
+  /** The same up to what the model answered last: what was sent for it. */
+  sentLast(system) {
+    const end = this.#messages.findLastIndex((message) => message.role !== "assistant") + 1;
+    return this.toSend(system).slice(0, end + (system.trim() ? 1 : 0));
   }
 
-  /** Takes the last message of the user back, and gives its text; null where there is none. */
+  /** What the user says: a message, or the result of a call. */
+  say(content) {
+    this.#add(this.#message(content));
+  }
+
+  #message(content) {
+    const call = this.openCall;
+    return call ? { role: "tool", tool_call_id: call.id, content } : { role: "user", content };
+  }
+
+  /** Takes what the user said last back, and gives its text; null where there is none. */
   takeBack() {
-    if (!this.endsWithUser) return null;
+    if (!this.awaitsAnswer) return null;
     const { content } = this.#messages.at(-1);
     this.#remove(this.#messages.at(-1));
     return content;
@@ -73,7 +90,7 @@ export class Conversation {
 
   /** Takes the last answer away, so that it can be given again. */
   dropAnswer() {
-    while (!this.isEmpty && !this.endsWithUser) this.#remove(this.#messages.at(-1));
+    while (!this.isEmpty && !this.awaitsAnswer) this.#remove(this.#messages.at(-1));
   }
 
   clear() {
@@ -86,7 +103,7 @@ export class Conversation {
   #add(message) {
     this.#messages.push(message);
     this.#empty.hidden = true;
-    const text = make("div", { class: "text" }, message.role === "user" && message.content);
+    const text = make("div", { class: "text" }, message.role !== "assistant" && message.content);
     message.item = make("li", { class: message.role }, make("p", { class: "who" }, NAMES[message.role]), text);
     this.#list.append(message.item);
     return text;
@@ -97,4 +114,9 @@ export class Conversation {
     message.item.remove();
     this.#empty.hidden = !this.isEmpty;
   }
+}
+
+function asSent({ role, content, tool_calls: calls, tool_call_id: id }) {
+  if (calls) return { role, content: content || null, tool_calls: calls };
+  return id ? { role, content, tool_call_id: id } : { role, content };
 }

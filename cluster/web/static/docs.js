@@ -33,7 +33,7 @@ function show(spec) {
   );
   const links = [...groups].map(([name, operations]) => [
     make("h2", {}, name),
-    make("ul", {}, operations.map(({ id, method, path }) => make("li", {}, make("a", { href: `#${id}` }, badge(method), code(path))))),
+    make("ul", {}, operations.map(({ id, method, path }) => make("li", {}, make("a", { href: `#${id}` }, badge(method), breakable(path))))),
   ]);
   $("main").replaceChildren(
     make("h1", {}, `${spec.info.title} ${spec.info.version}`),
@@ -120,6 +120,11 @@ function part(title, ...children) {
 
 function badge(method) {
   return make("span", { class: `method ${method}` }, method.toUpperCase());
+}
+
+/** A path that breaks before its slashes. */
+function breakable(path) {
+  return make("code", {}, path.split(/(?=\/)/).flatMap((part) => [make("wbr"), part]));
 }
 
 function code(text) {

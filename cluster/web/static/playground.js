@@ -10,6 +10,7 @@ import { run, speed } from "./run.js";
 import { asCurl, asPython } from "./snippets.js";
 
 const WIDE = matchMedia("(min-width: 900px)");
+const STAGE_MARGIN_PX = 24;
 const FINISH = { stop: "stop", length: "length limit", tool_calls: "tool call", stopped: "stopped by you" };
 
 let conversation;
@@ -73,11 +74,11 @@ function request(messages = null) {
   return { path: "v1/chat/completions", body: { model, messages: messages ?? draft(), ...others } };
 }
 
-/** The conversation with the message that is being written. */
+/** The conversation with what is being written, or, when nothing is, as it was sent last. */
 function draft() {
-  const messages = conversation.toSend($("system").value);
   const message = $("message").value;
-  return message.trim() || !conversation.endsWithUser ? [...messages, { role: "user", content: message }] : messages;
+  if (message.trim() === "" && !conversation.isEmpty) return conversation.sentLast($("system").value);
+  return conversation.toSend($("system").value, message);
 }
 
 async function submit() {
@@ -93,9 +94,16 @@ async function submit() {
   }
   const sent = whole(() => request());
   if (!sent) return;
-  conversation.addUser(area.value);
+  conversation.say(area.value);
   area.value = "";
-  await answer(sent);
+  showWhatIsNext();
+  if (conversation.openCall === null) await answer(sent); // else there is another result to give
+}
+
+/** Behind a tool call the editor takes its result. */
+function showWhatIsNext() {
+  const name = conversation.openCall?.function.name;
+  $("message").placeholder = name ? `Result of ${name}` : "Message";
 }
 
 /** `read()`, or null after having said what is wrong with the parameters. */
@@ -116,22 +124,25 @@ function whole(read) {
 async function answer({ path, body }) {
   const target = conversation.addAnswer();
   const outcome = await perform(path, body, {
-    onText: (text) => following(() => target.write(text)),
+    write: (text) => target.write(text),
     onToolCall: (delta) => following(() => target.writeToolCall(delta)),
     again: () => (target.isEmpty ? submit() : answerAgain()),
   });
   if (!target.isEmpty) {
     following(() => target.close({ length: "Cut at the length limit", stopped: "Stopped" }[outcome?.finishReason]));
+    showWhatIsNext();
     return;
   }
   // What got no answer goes back to where it was written: two messages of the user in a row suit no template.
   target.remove();
   const message = conversation.takeBack();
   if (message !== null && $("message").value === "") $("message").value = message;
+  showWhatIsNext();
 }
 
 function answerAgain() {
   conversation.dropAnswer();
+  showWhatIsNext();
   const sent = whole(() => request(conversation.toSend($("system").value)));
   if (sent) answer(sent);
 }
@@ -144,22 +155,25 @@ async function complete() {
   $("output-box").hidden = false;
   const node = $("output").appendChild(document.createTextNode(""));
   $("output").classList.add("writing");
-  await perform(sent.path, sent.body, { onText: (text) => following(() => node.appendData(text)), again: complete });
+  await perform(sent.path, sent.body, { write: (text) => node.appendData(text), again: complete });
   $("output").classList.remove("writing");
   $("output-box").hidden = isChat() || node.data === "";
   $("append").hidden = node.data === "";
 }
 
 /** Runs a request with everything around it; the outcome, or null after a failure, which it shows. */
-async function perform(path, body, { onText, onToolCall, again }) {
+async function perform(path, body, { write, onToolCall, again }) {
+  const text = perFrame(write);
   controller = new AbortController();
   hideOutcome();
   showRunning(true);
   try {
-    const outcome = await run(path, body, { signal: controller.signal, onText, onToolCall });
+    const outcome = await run(path, body, { signal: controller.signal, onText: text.add, onToolCall });
+    text.flush();
     following(() => showStats(outcome));
     return outcome;
   } catch (error) {
+    text.flush();
     following(() => {
       if (error.outcome?.numPieces) showStats(error.outcome);
       showTrouble(error, { again });
@@ -171,12 +185,26 @@ async function perform(path, body, { onText, onToolCall, again }) {
   }
 }
 
-/** Keeps the end of the page in sight while it grows, unless the reader has scrolled away from it. */
+/** `write` at most once a frame: to lay a long text out anew for each token takes longer than the tokens. */
+function perFrame(write) {
+  let text = "";
+  const flush = () => {
+    if (text) following(() => write(text));
+    text = "";
+  };
+  const add = (piece) => {
+    if (!text) requestAnimationFrame(flush);
+    text += piece;
+  };
+  return { add, flush };
+}
+
+/** Keeps the end of the stage in sight while it grows, unless the reader has scrolled away from it. */
 function following(write) {
-  const page = document.scrollingElement;
-  const atEnd = page.scrollHeight - page.scrollTop - innerHeight < 40;
+  const below = () => $("stage").getBoundingClientRect().bottom + STAGE_MARGIN_PX - innerHeight;
+  const atEnd = below() < 40;
   write();
-  if (atEnd) page.scrollTop = page.scrollHeight;
+  if (atEnd && below() > 0) scrollBy(0, below());
 }
 
 function stop() {
@@ -187,6 +215,7 @@ function clear() {
   stop();
   if (isChat()) conversation.clear();
   else $("prompt").value = $("output").textContent = "";
+  showWhatIsNext();
   showMode();
   (isChat() ? $("message") : $("prompt")).focus();
 }

@@ -19,7 +19,7 @@ export async function run(path, body, { signal, onText, onToolCall }) {
       if (!choice) continue;
       const said = choice.delta ?? choice.message ?? { content: choice.text };
       outcome.finishReason = choice.finish_reason ?? outcome.finishReason;
-      for (const call of said.tool_calls ?? []) onToolCall?.(call);
+      said.tool_calls?.forEach((call, index) => onToolCall?.({ index, ...call })); // a whole answer's have no index
       if (said.content || said.tool_calls) {
         outcome.firstTextS ??= seconds();
         outcome.textS = seconds() - outcome.firstTextS;

@@ -212,8 +212,8 @@ async def test_completion_logprobs(connect: Connect, stream: bool) -> None:
         logprobs: dict[str, list[Any]] = {name: [x for p in parts for x in p[name]] for name in parts[0]}
     else:
         logprobs = (await response.json())["choices"][0]["logprobs"]
-    assert logprobs["tokens"] == [TOKENIZER.token_text(i) for i in output], "the stop token is no text"
-    assert logprobs["token_logprobs"] == [-0.5] * len(output)
+    assert logprobs["tokens"] == [TOKENIZER.token_text(i) for i in [*output, 2]], "one entry a token, its end included"
+    assert logprobs["token_logprobs"] == [-0.5] * (len(output) + 1)
     assert logprobs["text_offset"][0] == 0
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
     assert all(
@@ -474,9 +474,9 @@ async def test_the_openai_client(connect: Connect) -> None:
         assert usage.completion_tokens == len(ids("Hi there")) + 1
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             await api.completions.create(model="other", prompt="x")
-        with pytest.raises(openai.BadRequestError, match="'tools' is not supported"):
+        with pytest.raises(openai.BadRequestError, match="'functions' is not supported"):
             await api.chat.completions.create(
                 model=MODEL,
                 messages=[{"role": "user", "content": "x"}],
-                tools=[{"type": "function", "function": {"name": "f"}}],
+                functions=[{"name": "f"}],
             )

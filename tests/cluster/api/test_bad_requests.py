@@ -125,7 +125,8 @@ BAD_CHATS = [
     ({"messages": [{"content": "x"}]}, "messages", "role"),
     ({"messages": [{"role": "user"}]}, "messages", "content"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages", "wizard"),
-    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages", "tool"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "tool_call_id"),
+    ({"messages": [USER, {"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages", "tool_call_id"),
     ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages", "messages[0].name"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages", "image_url"),
     ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "messages", "last message"),
@@ -273,3 +274,25 @@ async def test_the_key_guards_everything_but_liveness(header: str | None, status
             assert (await client.get("/nowhere", headers=headers)).status == 401, "strangers learn no addresses"
             assert not replica.requests
         assert (await client.get("/health/live", headers=headers)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (b"[" * 65 + b"]" * 65, "deeper than 64"),
+        (b'"' + b"[" * 100 + b'"', "the prompt has 101 tokens"),  # text, and no list
+        (b'"\\"' + b"[" * 100 + b'"', "the prompt has 102 tokens"),
+        (b'"\\\\", "user": ' + b"[" * 100 + b"]" * 100, "deeper than 64"),
+        (b"[" + b"[5]," * 100_000 + b"[5]]", "100,003 lists and objects"),
+        (b"[" + b"5," * 2_000_000 + b"5]", "2,000,003 values"),
+        (b"[" + b"[]," * 1000 + b"[5]]", "empty list"),
+    ],
+    ids=lambda v: repr(v)[:20],
+)
+async def test_what_a_body_may_hold_is_known_before_anything_is_made_of_it(value: bytes, says: str) -> None:
+    async with serving() as (client, _):
+        body = b'{"model": "demo", "prompt": ' + value + b"}"
+        response = await client.post(COMPLETIONS, data=body, headers={"Content-Type": "application/json"})
+        error = await error_of(response)
+        assert response.status == 400
+        assert says in error["message"]

@@ -87,7 +87,8 @@ BODY = b'{"model": "demo", "prompt": "x", "max_tokens": 2}'
         (f"{POST}Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n".encode(), 400, "malformed_request"),
         (f"{POST}Content-Length: 5\r\nContent-Length: 6\r\n\r\n12345".encode(), 400, "malformed_request"),
         (f"{POST}Transfer-Encoding: chunked\r\n\r\nxyz\r\n\r\n".encode(), 400, None),
-        (f"{POST}Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\n12345".encode(), 400, "invalid_body"),
+        (f"{POST}Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\n12345".encode(), 415, "unsupported_media_type"),
+        (b"GET /health/live HTTP/2.0\r\nHost: x\r\n\r\n", 400, "malformed_request"),
         (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, "headers_too_large"),
         (f"{GET}A: {'a' * 9000}\r\n\r\n".encode(), 431, "headers_too_large"),
         ((GET + "".join(f"A{i}: a\r\n" for i in range(MAX_HEADERS + 9)) + "\r\n").encode(), 400, "malformed_request"),
@@ -122,7 +123,6 @@ async def test_every_answer_is_an_envelope(data: bytes, status: int, code: str |
 
 async def test_good_requests_in_odd_clothes() -> None:
     async with listening() as port:
-        packed = gzip.compress(BODY)
         size = f"Content-Length: {len(BODY)}\r\n\r\n"
         for data in (
             f"{POST}{size}".encode() + BODY,
@@ -130,7 +130,7 @@ async def test_good_requests_in_odd_clothes() -> None:
             f"{POST}Expect: 100-continue\r\n{size}".encode() + BODY,
             POST.replace("json", "json; charset=utf-8").encode() + size.encode() + BODY,
             f"{POST}Transfer-Encoding: chunked\r\n\r\n{len(BODY):x}\r\n".encode() + BODY + b"\r\n0\r\n\r\n",
-            f"{POST}Content-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n\r\n".encode() + packed,
+            f"{POST}Content-Encoding: identity\r\n{size}".encode() + BODY,
             f"{GET}\r\n".encode(),
         ):
             assert (await send(port, data))[0] in (100, 200), data
@@ -141,7 +141,7 @@ async def test_good_requests_in_odd_clothes() -> None:
         writer.close()
 
 
-async def test_a_bomb_of_zeros_does_not_pass_the_size_limit() -> None:
+async def test_a_bomb_of_zeros_is_not_even_unpacked() -> None:
     bomb = gzip.compress(bytes(300 * 2**20), compresslevel=1)
     head = f"{POST}Content-Encoding: gzip\r\nContent-Length: {len(bomb)}\r\n\r\n".encode()
     async with listening() as port:
@@ -157,8 +157,8 @@ async def test_a_bomb_of_zeros_does_not_pass_the_size_limit() -> None:
         watching = asyncio.create_task(watch())
         status, _, body = await send(port, head + bomb)
         watching.cancel()
-        assert (status, json.loads(body)["error"]["code"]) == (413, "request_too_large")
-        assert peak < 100 * 2**20
+        assert (status, json.loads(body)["error"]["code"]) == (415, "unsupported_media_type")
+        assert peak < 20 * 2**20
 
 
 async def test_a_head_is_timed_from_its_first_byte_and_an_idle_connection_is_not() -> None:

@@ -89,7 +89,9 @@ class Api:
         assert blocks[-2:] == ["data: [DONE]", ""]
         return [json.loads(block[6:]) for block in blocks[:-2]]
 
-    async def refused(self, path: str, body: dict[str, Any], param: str, words: str, *, status: int = 400) -> None:
+    async def refused(
+        self, path: str, body: dict[str, Any], param: str | None, words: str, *, status: int = 400
+    ) -> None:
         response = await self.client.post(path, json=body)
         answer = await response.json()
         assert response.status == status, answer
@@ -320,6 +322,10 @@ async def bad_words(api: Api) -> None:
 async def allowed_token_ids(api: Api) -> None:
     assert set(await api.ids(SAMPLED, allowed_token_ids=[70, 71, 72])) <= {70, 71, 72}
     await api.refused("/v1/completions", GREEDY | {"allowed_token_ids": [4096]}, "allowed_token_ids", "4096")
+    no_way = GREEDY | {"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 1}
+    await api.refused("/v1/completions", no_way, "allowed_token_ids", "'min_tokens' forbids")
+    words = [ids[0] for ids in TOKENIZER.bad_words_ids(["return"])]
+    await api.refused("/v1/completions", GREEDY | {"allowed_token_ids": words, "bad_words": ["return"]}, None, "banned")
 
 
 @case("GenerationRequest.truncate_prompt_tokens")
@@ -499,6 +505,7 @@ async def best_of(api: Api) -> None:
     "UserMessage.content",
     "AssistantMessage.content",
     "TextPart.text",
+    "TextPart.type",
 )
 async def messages(api: Api) -> None:
     turns = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")]
@@ -509,6 +516,9 @@ async def messages(api: Api) -> None:
         for role, text in turns
     ]
     assert await api.prompt_ids(parts) == expected
+    for part in ({"text": "x"}, {"type": "image_url", "text": "x"}):
+        body = CHAT | {"messages": [{"role": "user", "content": [part]}]}
+        await api.refused("/v1/chat/completions", body, "messages", "type")
 
 
 @case("AssistantMessage.prefix")

@@ -72,7 +72,8 @@ def test_names_are_unique_and_revoking_takes_either(path):
         ('{"version": 1, "keys": [], "more": 1}', "more"),
         (json.dumps({"version": 1, "keys": [{"id": i, "name": "a", "sha256": "0" * 64, "created": 1} for i in "ab"]}), "same name"),
         (
-            f'{{"version": 1, "keys": [{{"id": "a", "name": "a", "sha256": "{"0" * 64}", "created": 1, "limits": {{"priority": {2**40}}}}}]}}',
+            f'{{"version": 1, "keys": [{{"id": "a", "name": "a", "sha256": "{"0" * 64}", "created": 1, '
+            f'"limits": {{"priority": {2**40}}}}}]}}',
             "must lie between",
         ),
     ],

@@ -11,7 +11,7 @@ from fake_engine import TOKEN, FakeEngine
 import cluster.replicas.client
 import workers.stream_server
 from cluster.replicas.client import ReplicaClient
-from workers.errors import GroupError, ReplicaUnavailableError
+from workers.errors import GroupError, ReplicaUnavailableError, RequestError
 from workers.protocol import CacheEvents, FinishReason, LoadReport, StepFrame, encode_frame
 
 
@@ -156,6 +156,22 @@ async def test_a_connection_closed_because_this_process_stood_still_is_no_crash(
         async for _ in stream:
             pass
     assert not error.value.crashed
+
+
+async def test_a_reader_that_lags_is_cut_and_holds_no_memory(engine, client, monkeypatch):
+    monkeypatch.setattr(cluster.replicas.client, "LAG_PATIENCE_S", 0.05)
+    monkeypatch.setattr(cluster.replicas.client, "MAX_LAG_BYTES", 100_000)
+    stream = client.generate(request("slow", max_tokens=10**9))
+    await anext(stream)
+    (inbox,) = client._streams.values()
+    await until(lambda: not client._streams)
+    await until(lambda: not engine.core.requests)
+    assert inbox._queue.qsize() == 1, "nothing but the error"
+    with pytest.raises(RequestError, match="read faster") as error:
+        await anext(stream)
+    assert error.value.code == "slow_reader"
+    req = request("quick", max_tokens=3000)
+    assert await collect(client, req) == expected_tokens(req), "more than may wait, but read at once"
 
 
 async def test_a_listener_that_fails_leaves_no_stream_hanging(engine, client, caplog):

@@ -13,25 +13,19 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from engines import make_config
+from live_replica import TOKEN, TOKENIZER, LiveReplica
 from relay import CuttingRelay
 from tiny import write_tiny_checkpoint
 
 from cluster.api.app import make_app
 from cluster.replicas.client import ReplicaClient
 from cluster.router.router import Outlook, Router
-from cluster.text.tokenizer import load_tokenizer
-from workers.engine.llm_engine import LLMEngine
-from workers.engine.loop import EngineLoop
-from workers.stream_server import StreamServer
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
-TOKEN = "secret"
 NUM_TOKENS = 64
 AT_A_TIME = 8  # in one batch, as streams are that move together
 _OWN = re.compile(
@@ -50,29 +44,27 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     },
 }
 
-
-class Replica:
-    """Rank 0 without Ray: the engine on its thread, the server on another."""
-
-    def __init__(self, folder: Path, replica_id: str) -> None:
-        engine = LLMEngine(make_config(folder, max_num_batched_tokens=16, max_num_seqs=8))
-        self.core = engine.core
-        self._loop = EngineLoop(self.core, lambda deltas, events: self.server.publish(deltas, events))
-        self.server = StreamServer(
-            self.core.facts(replica_id), TOKEN, submit=self._loop.submit, abort=self._loop.abort, load=self.core.load
-        )
-        self.address = self.server.start()
-        self._loop.start()
-
-    def close(self) -> None:
-        assert self._loop.stop()
-        self.server.close()
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 8, "maxLength": 30},
+        "tags": {"type": "array", "items": {"enum": ["a", "bc", "é"]}, "minItems": 3, "maxItems": 6},
+        "count": {"type": "integer", "minimum": 100, "maximum": 99999},
+    },
+    "required": ["name", "tags", "count"],
+    "additionalProperties": False,
+}
+STRUCTURED: dict[str, dict[str, Any]] = {
+    "json": {"structured_outputs": {"json": SCHEMA}, "logprobs": 1},
+    "regex": {"structured_outputs": {"regex": "([a-z]{2,9}-[0-9]{3}; ){4,6}end"}, "temperature": 1.4},
+}
 
 
 @pytest.fixture(scope="module")
-def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Replica]]:
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LiveReplica]]:
     folder = write_tiny_checkpoint(tmp_path_factory.mktemp("model"), vocab_size=TOKENIZER.vocab_size, sliding_window=24)
-    replicas = [Replica(folder, name) for name in ("r0", "r1")]
+    settings = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
+    replicas = [LiveReplica(folder, replica_id=name, **settings) for name in ("r0", "r1")]
     yield replicas
     for replica in replicas:
         replica.close()
@@ -81,7 +73,7 @@ def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Replica]
 
 @contextlib.asynccontextmanager
 async def serving(
-    replicas: list[Replica], *, cut_after: int | None
+    replicas: list[LiveReplica], *, cut_after: int | None
 ) -> AsyncIterator[tuple[TestClient, Router, CuttingRelay]]:
     async with (
         CuttingRelay(replicas[0].address, cut_after=cut_after) as relay,
@@ -98,7 +90,7 @@ async def serving(
             yield client, router, relay
 
 
-async def answer(replicas: list[Replica], body: dict[str, Any], *, cut_after: int | None) -> bytes:
+async def answer(replicas: list[LiveReplica], body: dict[str, Any], *, cut_after: int | None) -> bytes:
     async with serving(replicas, cut_after=cut_after) as (client, router, relay):
         response = await client.post("/v1/completions", json=body, headers={"X-Tramontane-Debug": "1"})
         data = await response.read()
@@ -117,7 +109,7 @@ def a_late_stop_string(whole: bytes) -> str:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", SAMPLINGS)
-async def test_the_replica_dies_at_every_token(replicas: list[Replica], kind: str, stream: bool) -> None:
+async def test_the_replica_dies_at_every_token(replicas: list[LiveReplica], kind: str, stream: bool) -> None:
     prompt = "def fibonacci(n):\n    a, b = 0, 1\n    while n:"
     body = {"model": "tiny", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **SAMPLINGS[kind]}
     num_tokens = NUM_TOKENS
@@ -135,6 +127,31 @@ async def test_the_replica_dies_at_every_token(replicas: list[Replica], kind: st
         answers = await asyncio.gather(*(answer(replicas, body, cut_after=i) for i in cuts))
         wrong += [i for i, data in zip(cuts, answers, strict=True) if data != undisturbed]
     assert not wrong, f"the bytes differ when the replica dies after so many tokens: {wrong}"
+    await all_is_free(replicas)
+
+
+@pytest.mark.parametrize("kind", STRUCTURED)
+async def test_the_replica_dies_in_the_middle_of_a_grammar(replicas: list[LiveReplica], kind: str) -> None:
+    """The other one takes it up at the same place: the text is the same, and it is what the grammar asks for."""
+    body = {"model": "tiny", "prompt": "x = ", "max_tokens": 200, "seed": 4, **STRUCTURED[kind]}
+    undisturbed = await answer(replicas, body, cut_after=None)
+    whole = json.loads(undisturbed)
+    choice, num_tokens = whole["choices"][0], whole["usage"]["completion_tokens"]
+    assert choice["finish_reason"] == "stop"
+    if kind == "json":
+        jsonschema.validate(json.loads(choice["text"]), SCHEMA)
+    else:
+        assert re.fullmatch(STRUCTURED[kind]["structured_outputs"]["regex"], choice["text"])
+    streamed = await answer(replicas, body | {"stream": True}, cut_after=None)
+    cuts = [0, 1, num_tokens // 3, num_tokens // 2, num_tokens - 2, num_tokens - 1]
+    wholes = await asyncio.gather(*(answer(replicas, body, cut_after=i) for i in cuts))
+    streams = await asyncio.gather(*(answer(replicas, body | {"stream": True}, cut_after=i) for i in cuts))
+    wrong = [i for i, a, b in zip(cuts, wholes, streams, strict=True) if (a, b) != (undisturbed, streamed)]
+    assert not wrong, f"the bytes differ when the replica dies after so many tokens: {wrong}"
+    await all_is_free(replicas)
+
+
+async def all_is_free(replicas: list[LiveReplica]) -> None:
     async with asyncio.timeout(10):  # the last aborts are still on their way
         while any(r.core.has_work() or r.core.kv_cache.pool.num_used for r in replicas):
             await asyncio.sleep(0.01)

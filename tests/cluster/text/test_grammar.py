@@ -44,6 +44,7 @@ OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         ("choice", ['a"b', "new\nline", "é", "\\n", "/x/"], ['a"b', "new\nline", "é", "\\n", "/x/"], ["a", "n"]),
         ("grammar", 'start: "a" B\nB: /b+/', ["ab", "abbb"], ["a", "b"]),
         ("grammar", "start: %json " + json.dumps(OBJECT), ['{"a": 1}'], ["{}"]),
+        ("grammar", 'start: "[stop]" head\nhead[suffix="."]: /[a-z]*/', ["[stop]a."], ["[stop]a"]),
         ("grammar", 'root ::= "a" [bc]+', ["abc"], ["a"]),
     ],
 )
@@ -109,7 +110,8 @@ REFUSED = [
     ),
     ("json", {"const": "x" * 100_001}, "at most 100,000"),
     ("json", {"properties": {f"p{i}": {} for i in range(401)}}, "400 optional properties"),
-    ("json", {"type": "integer", "multipleOf": 1234567, "minimum": 3}, "too complex"),
+    ("json", {"type": "integer", "multipleOf": 99991}, "divisors in multipleOf"),
+    ("json", {"anyOf": [{"type": "integer", "multipleOf": 9973 - k} for k in range(20)]}, "divisors in multipleOf"),
     ("json", {"allOf": [{"enum": [f"v{i}" for i in range(1200)]}] * 4}, "too complex"),
     ("regex", "", "not empty"),
     ("regex", "(a", "unclosed group"),
@@ -131,6 +133,8 @@ REFUSED = [
     ("grammar", '%llguidance {"no_forcing": false}\nstart: "a"', "cannot be set"),
     ("grammar", "start: %json " + json.dumps(nested(70)), "more than 64 levels"),
     ("grammar", "start: %json {", "cannot be read"),
+    ("grammar", "start: a\na[temperature=0.5]: /.*/", "'temperature' has no effect"),
+    ("grammar", 'start: a\na[capture, stop="x"]: /.*/', "'stop' has no effect"),
     ("grammar", "root ::= (", "cannot be read"),
     ("grammar", "start: " + "(" * 9_000 + '"a"' + ")" * 9_000, "too complex"),
 ]
@@ -138,12 +142,12 @@ REFUSED = [
 
 @pytest.mark.parametrize(("kind", "value", "says"), REFUSED, ids=[f"{k}: {s}" for k, _, s in REFUSED])
 def test_what_is_refused_is_refused_quickly(kind, value, says: str) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(RequestError, match=says) as error:
         COMPILER.compile(StructuredOutput(kind, value), at_start=True, param="response_format")
     assert error.value.param == "response_format"
     assert "\n" not in str(error.value)
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize(
@@ -161,17 +165,17 @@ def test_what_is_refused_is_refused_quickly(kind, value, says: str) -> None:
     ],
 )
 def test_large_but_fine_is_quick_at_every_token(kind, value) -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     grammar = COMPILER.compile(StructuredOutput(kind, value), at_start=True, param="p")
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
     matcher = llguidance.LLMatcher(VOCABULARY, grammar)
-    begun = time.monotonic()
+    begun = time.process_time()
     for _ in range(20):
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
         assert matcher.consume_token(mask.bit_length() - 1), matcher.get_error()[:200]
         if matcher.is_stopped():
             break
-    assert time.monotonic() - begun < 1, "a slow mask would hold up every other request of the replica"
+    assert time.process_time() - begun < 1, "a slow mask would hold up every other request of the replica"
 
 
 def test_the_longest_chains_allowed_do_not_end_the_process() -> None:
@@ -180,7 +184,7 @@ def test_the_longest_chains_allowed_do_not_end_the_process() -> None:
 import sys, threading
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_grammar as t
-from cluster.text import grammar as g
+from cluster.text import json_schema as g
 wide = t.chain((g.MAX_SCHEMA_CHAIN - 10) // 3)
 rules = "start: a0\\n" + "\\n".join(f'a{{i}}: "b" a{{i + 1}}' for i in range(490)) + '\\na490: "x"'
 inside = "start: %json " + __import__("json").dumps(t.chain(190))

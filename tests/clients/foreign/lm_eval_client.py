@@ -1,0 +1,44 @@
+"""lm-eval's `local-completions` on the tasks beside this folder, through its Python entry: the command line would first index
+all the tasks it comes with. Prints one JSON object: scores by task, and what the server answered to each document."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+TASKS = ("tramontane_choices", "tramontane_endings", "tramontane_files")
+
+
+def main(batch_size: int) -> None:
+    folder = Path(__file__).parents[1] / "lm_eval_task"
+    os.chdir(folder)  # the tasks name their files relative to it
+    results = simple_evaluate(
+        model="local-completions",
+        model_args={
+            "base_url": os.environ["TRAMONTANE_URL"] + "/v1/completions",
+            "model": "demo_model",
+            "tokenizer": os.environ["TRAMONTANE_TOKENIZER"],
+            "max_length": 1024,
+            "max_retries": 1,
+        },
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        batch_size=batch_size,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    samples = {
+        task: [
+            [resp[0] for resp in sample["resps"]]
+            for sample in sorted(results["samples"][task], key=lambda s: s["doc_id"])
+        ]
+        for task in TASKS
+    }
+    print("\n" + json.dumps({"scores": results["results"], "samples": samples}, default=str))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

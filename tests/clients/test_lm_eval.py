@@ -1,0 +1,132 @@
+"""lm-eval scores the served model as transformers scores the same checkpoint: every log-likelihood, every answer, every metric.
+
+What lm-eval sees went through HTTP, batches of token ids, `echo` and `logprobs`; the reference here is MistralForCausalLM in fp32
+with SentencePiece's own ids, and lm-eval's formulas written out.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from foreign_clients import DEMO_MODEL, run, write_tokenizer
+from sentencepiece import SentencePieceProcessor
+from transformers import MistralForCausalLM
+
+FOLDER = Path(__file__).parent
+MAX_NEW_TOKENS = 16  # tramontane_endings.yaml
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+
+
+class Reference:
+    def __init__(self) -> None:
+        self.sp = SentencePieceProcessor(model_file=str(DEMO_MODEL / "tokenizer.model.v3"))
+        self.model = MistralForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        """The continuation's log-likelihood, and whether greedy sampling would say it."""
+        ids = torch.tensor([context + continuation])
+        logprobs = self.model(ids).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        target = torch.tensor(continuation)
+        return logprobs.gather(1, target[:, None]).sum().item(), bool((logprobs.argmax(-1) == target).all())
+
+    def score_text(self, context: str, continuation: str) -> tuple[float, bool]:
+        ids, whole = self.sp.encode(context), self.sp.encode(context + continuation)
+        return self.score(
+            ids, whole[len(ids) :]
+        )  # lm-eval's way, even where the two would be encoded otherwise together
+
+    def score_file(self, text: str) -> float:
+        return self.score([self.sp.bos_id()], self.sp.encode(text))[0]
+
+    @torch.inference_mode()
+    def next_is_end(self, ids: list[int]) -> bool:
+        return self.model(torch.tensor([ids])).logits[0, -1].argmax().item() == self.sp.eos_id()
+
+    @torch.inference_mode()
+    def complete_line(self, prompt: str) -> str:
+        """The rest of the prompt's last line, greedily."""
+        ids = self.sp.encode(prompt)
+        output = self.model.generate(
+            torch.tensor([ids]), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=0
+        )[0].tolist()
+        return self.sp.decode(output)[len(self.sp.decode(ids)) :].split("\n")[0]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference()
+
+
+@pytest.fixture(scope="module")
+def evaluation(server, tmp_path_factory) -> dict[str, Any]:
+    cwd = tmp_path_factory.mktemp("lm_eval")
+    output = run(
+        [FOLDER / "foreign" / "lm_eval_client.py", "4"],
+        server=server,
+        cwd=cwd,
+        env={"TRAMONTANE_TOKENIZER": str(write_tokenizer(cwd / "tokenizer"))},
+        timeout_s=280,
+    )
+    return json.loads(output.splitlines()[-1])
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return json.loads((FOLDER / "lm_eval_task" / name).read_text())
+
+
+def test_multiple_choice(evaluation, reference):
+    docs = documents("choices.json")
+    expected = [[reference.score_text(d["code"], choice) for choice in d["choices"]] for d in docs]
+    for doc, ours, theirs in zip(docs, evaluation["samples"]["tramontane_choices"], expected, strict=True):
+        for (logprob, greedy), (reference_logprob, reference_greedy) in zip(ours, theirs, strict=True):
+            assert logprob == pytest.approx(reference_logprob, abs=1e-3), doc
+            assert greedy == reference_greedy, doc
+    best = [max(range(3), key=lambda i: row[i][0]) for row in expected]
+    best_norm = [
+        max(range(3), key=lambda i: row[i][0] / len(d["choices"][i])) for d, row in zip(docs, expected, strict=True)
+    ]
+    scores = evaluation["scores"]["tramontane_choices"]
+    assert scores["acc,none"] == pytest.approx(share(b == d["answer"] for b, d in zip(best, docs, strict=True)))
+    assert scores["acc_norm,none"] == pytest.approx(
+        share(b == d["answer"] for b, d in zip(best_norm, docs, strict=True))
+    )
+    assert 0 < scores["acc,none"] < 1, "a task that is all right or all wrong proves little"
+    assert {greedy for row in expected for _, greedy in row} == {True, False}
+
+
+def test_generation(evaluation, reference):
+    docs = documents("endings.json")
+    expected = [reference.complete_line(d["code"]) for d in docs]
+    assert evaluation["samples"]["tramontane_endings"] == [[text] for text in expected]
+    score = share(text == d["ending"] for text, d in zip(expected, docs, strict=True))
+    assert evaluation["scores"]["tramontane_endings"]["exact_match,none"] == pytest.approx(score)
+    assert 0 < score < 1
+
+
+def test_whole_files(evaluation, reference):
+    texts = [d["text"] for d in documents("files.json")]
+    expected = [reference.score_file(text) for text in texts]
+    ours = evaluation["samples"]["tramontane_files"]
+    assert [o[0] for o in ours] == pytest.approx(expected, abs=1e-3)
+    total, scores = sum(expected), evaluation["scores"]["tramontane_files"]
+    num_words = sum(len(re.split(r"\s+", text)) for text in texts)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    assert scores["word_perplexity,none"] == pytest.approx(math.exp(-total / num_words), rel=1e-4)
+    assert scores["byte_perplexity,none"] == pytest.approx(math.exp(-total / num_bytes), rel=1e-4)
+    assert scores["bits_per_byte,none"] == pytest.approx(-total / num_bytes / math.log(2), rel=1e-4)
+    encoded = [reference.sp.encode(text) for text in texts]
+    assert max(map(len, encoded)) > reference.model.config.sliding_window
+    assert any(reference.next_is_end([reference.sp.bos_id(), *ids]) for ids in encoded), (
+        "one file should be followed by the end token, whose entry lm-eval cuts off"
+    )
+
+
+def share(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)

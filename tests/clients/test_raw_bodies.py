@@ -1,0 +1,168 @@
+"""Bodies that no client would send, to the real listener over a real engine: other types and broken text in every field of every
+schema, nesting, megabytes.
+
+Good requests are served in between; every answer is an envelope and none a 5xx; see the fixture `attacker` for what is checked at the
+end. Seeded. The long form (`make test-fuzz`) sends all mutations, the short one a sample.
+"""
+
+import json
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from attacker import MIB, Attacker
+from fuzz_bodies import FULL, mutated_bodies, other_bodies
+from live_listener import KEY
+from raw_http import request
+
+SEED = 7
+MAX_WAIT_S = 2.0
+DEEP = [10, 63, 64, 100, 1000, 100_000]
+
+
+def send_all(attacker: Attacker, bodies: list[tuple[str, bytes]]) -> dict[int, int]:
+    """How many answers had which status. A good request after every fiftieth."""
+    statuses: dict[int, int] = {}
+    with ThreadPoolExecutor(4) as threads:
+        for start in range(0, len(bodies), 50):
+            batch = bodies[start : start + 50]
+            for answer in threads.map(lambda item: attacker.post(*item), batch):
+                statuses[answer.status] = statuses.get(answer.status, 0) + 1
+            attacker.check_alive()
+    return statuses
+
+
+def test_every_field_of_every_body_is_attacked(attacker):
+    """A new field or endpoint in the document must come into the bodies above."""
+    (answer,) = attacker.attack(request("/openapi.json", method="GET", key=KEY, content_type=None))
+    document = json.loads(answer.body)
+    schemas = document["components"]["schemas"]
+    for path, methods in document["paths"].items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content")
+        if content is not None:
+            name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            assert set(schemas[name]["properties"]) <= set(FULL[path]), f"{path}: fields that no fuzzer sends"
+
+
+def test_a_sample_of_mutated_bodies(attacker):
+    rng = random.Random(SEED)
+    every = list(mutated_bodies())
+    assert len(every) > 5000
+    statuses = send_all(attacker, [*rng.sample(every, 250), *other_bodies(rng, 150)])
+    assert statuses.get(200) and statuses.get(400), statuses
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(1200)
+def test_all_mutated_bodies(attacker):
+    rng = random.Random(SEED + 1)
+    statuses = send_all(attacker, [*mutated_bodies(), *other_bodies(rng, 3000)])
+    print(statuses)
+    assert sum(statuses.values()) > 8000
+
+
+NESTINGS = [
+    # (name, opening, inside, closing) around a body
+    ("lists", b"[", b"", b"]"),
+    ("objects", b'{"a":', b"1", b"}"),
+    ("both", b'[{"a":', b"1", b"}]"),
+    ("unclosed", b"[", b"", b""),
+]
+
+
+@pytest.mark.parametrize("depth", DEEP)
+@pytest.mark.parametrize(("name", "opening", "inside", "closing"), NESTINGS, ids=[n[0] for n in NESTINGS])
+def test_deep_nesting(attacker, depth, name, opening, inside, closing):
+    deep = opening * depth + inside + closing * depth
+    chat = b'{"model":"demo_model","max_tokens":1,"messages":[{"role":"user","content":"x"}],'
+    for path, body in [
+        ("/v1/completions", deep),
+        ("/v1/completions", b'{"model":"demo_model","max_tokens":1,"prompt":' + deep + b"}"),
+        (
+            "/v1/completions",
+            b'{"model":"demo_model","max_tokens":1,"prompt":"x","structured_outputs":{"json":' + deep + b"}}",
+        ),
+        (
+            "/v1/chat/completions",
+            chat + b'"tools":[{"type":"function","function":{"name":"f","parameters":' + deep + b"}}]}",
+        ),
+        ("/tokenize", b'{"prompt":"x","messages":' + deep + b"}"),
+    ]:
+        answer = attacker.post(path, body)
+        assert answer.status in (200, 400), (path, answer)
+        assert answer.status == 400 or depth < 64, "limits of depth"
+    attacker.check_alive()
+
+
+def with_text(before: bytes, text: bytes, after: bytes, *, num_bytes: int) -> bytes:
+    return before + b'"' + text * (num_bytes // len(text)) + b'"' + after
+
+
+@pytest.mark.parametrize("unit", [b"a", b"a b ", b"\xf0\x9f\xa4\x96", b"\\ud800", b"\\n", b"</s>"], ids=repr)
+def test_megabytes_of_text(attacker, unit):
+    """Just below and just above what a body may have, wherever a text may stand; no answer repeats it."""
+    for num_bytes, statuses in ((7 * MIB, (200, 400, 404)), (10 * MIB, (413,))):
+        for path, before, after in [
+            ("/v1/completions", b'{"model":"demo_model","max_tokens":1,"prompt":', b"}"),
+            ("/v1/chat/completions", b'{"model":"demo_model","messages":[{"role":"user","content":', b"}]}"),
+            ("/v1/completions", b'{"model":"demo_model","prompt":"x","stop":', b"}"),
+            ("/v1/completions", b'{"prompt":"x","model":', b"}"),
+            ("/v1/completions", b'{"model":"demo_model","prompt":"x","structured_outputs":{"regex":', b"}}"),
+            ("/v1/embeddings", b'{"model":"demo_model","input":', b"}"),
+        ]:
+            answer = attacker.post(path, with_text(before, unit, after, num_bytes=num_bytes))
+            assert answer.status in statuses, (path, before, answer)
+            assert path != "/v1/chat/completions" or unit * 9 not in answer.body, "prompts are never repeated"
+    attacker.check_alive()
+
+
+def big_bodies() -> dict[str, tuple[str, bytes]]:
+    """Bodies of some megabytes made of as many small values as fit: what costs a parser most."""
+    completion, chat = (
+        b'{"model":"demo_model","max_tokens":1,"prompt":',
+        b'{"model":"demo_model","max_tokens":1,"messages":',
+    )
+    message = b'{"role":"user","content":"a"}'
+    return {
+        "lists in a list": ("/v1/completions", completion + b"[" + b"[]," * 2_500_000 + b"[1]]}"),
+        "token ids": ("/v1/completions", completion + b"[" + b"1," * 3_900_000 + b"1]}"),
+        "prompts": ("/v1/completions", completion + b"[" + b'"a",' * 1_900_000 + b'"a"]}'),
+        "unknown fields": (
+            "/v1/completions",
+            completion + b'"x"' + b"".join(b',"k%d":1' % i for i in range(600_000)) + b"}",
+        ),
+        "biases": (
+            "/v1/completions",
+            completion + b'"x","logit_bias":{' + b",".join(b'"%d":1' % i for i in range(600_000)) + b"}}",
+        ),
+        "messages": ("/v1/chat/completions", chat + b"[" + (message + b",") * 200_000 + message + b"]}"),
+        "inputs": ("/v1/embeddings", b'{"model":"demo_model","input":[' + b'"a",' * 1_900_000 + b'"a"]}'),
+        "moderations": ("/v1/moderations", b'{"input":[' + b'"a",' * 2000 + b'"a"]}'),
+        "tokens": ("/detokenize", b'{"tokens":[' + b"5," * 900_000 + b"5]}"),
+        "properties": (
+            "/v1/completions",
+            completion
+            + b'"x","structured_outputs":{"json":{"properties":{'
+            + b",".join(b'"k%d":{}' % i for i in range(300_000))
+            + b"}}}}",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(big_bodies()))
+def test_big_bodies_keep_nobody_waiting(attacker, name):
+    """A replica counts as lost when its gateway is silent for three seconds, which the fixture's look at the log would show."""
+    path, body = big_bodies()[name]
+    probe = request("/health/live", method="GET", key=None, content_type=None)
+    worst_s = 0.0
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(attacker.post, path, body)
+        while not future.done():
+            started = time.monotonic()
+            assert attacker.attack(probe, method="GET")[0].status == 200
+            worst_s = max(worst_s, time.monotonic() - started)
+            time.sleep(0.02)
+        answer = future.result()
+    assert answer.status in (200, 400), answer
+    assert worst_s < MAX_WAIT_S, f"others waited {worst_s:.1f} s"

@@ -1,0 +1,106 @@
+"""schemathesis reads /openapi.json and tries to break what it promises: no 5xx, no status or answer that the document does not
+name, nothing accepted that it forbids, no hang. Seeded; against the real listener and a real engine with a short context.
+
+What the document leaves open is the served model's name; it is filled in, or all requests would end with 404.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from live_listener import KEY, MODEL, live_listener
+
+SEED = 4
+REQUEST_TIMEOUT_S = 20
+# The document cannot say all that makes a request impossible, such as a prompt beyond the context: such a 400 is no failure.
+LEFT_OUT = "positive_data_acceptance"
+
+
+def with_model_name(document: dict[str, Any]) -> dict[str, Any]:
+    """The document as the user of this server reads it: `model` has one value."""
+    named = 0
+    for schema in document["components"]["schemas"].values():
+        model = schema.get("properties", {}).get("model")
+        if model is not None and not schema.get("title", "").endswith(
+            ("Card", "Answer", "Completion", "Chunk", "List")
+        ):
+            strings = (
+                [model]
+                if model.get("type") == "string"
+                else [s for s in model.get("anyOf", ()) if s.get("type") == "string"]
+            )
+            for string in strings:
+                string["enum"] = [MODEL]
+                named += 1
+    assert named >= 4, "completions, chat, embeddings and others name a model"
+    return document
+
+
+async def run_schemathesis(folder: Path, *options: str) -> tuple[int, str]:
+    """(How many requests it made, its report.) Fails on any finding of its own."""
+    async with live_listener() as url, aiohttp.ClientSession() as session:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        async with session.get(f"{url}/openapi.json", headers=headers) as response:
+            document = with_model_name(await response.json())
+        (folder / "openapi.json").write_text(json.dumps(document))
+        process = await asyncio.create_subprocess_exec(
+            str(Path(sys.executable).parent / "schemathesis"),
+            *("run", "openapi.json", "--url", url, "--header", f"Authorization: Bearer {KEY}"),
+            *("--seed", str(SEED), "--generation-database", "none"),
+            *("--exclude-checks", LEFT_OUT, "--request-timeout", str(REQUEST_TIMEOUT_S)),
+            *(
+                "--continue-on-failure",
+                "--no-shrink",
+                "--no-color",
+                "--warnings",
+                "off",
+                "--output-sanitize",
+                "false",
+                *options,
+            ),
+            cwd=folder,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            output = (await process.communicate())[0].decode()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        async with session.post(
+            f"{url}/v1/completions", headers=headers, json={"model": MODEL, "prompt": "x", "max_tokens": 1}
+        ) as response:
+            assert response.status == 200, "the server must go on"
+    assert process.returncode == 0, output[-20_000:]
+    counted = re.search(r"(\d+) generated", output)
+    assert counted, output
+    return int(counted[1]), output
+
+
+def assert_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that a client sends is a surprise worth a traceback."""
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR or r.exc_info] == []
+
+
+async def test_some_hundred_requests(tmp_path, caplog):
+    num_requests, output = await run_schemathesis(tmp_path, "--phases", "fuzzing", "--max-examples", "25")
+    assert num_requests >= 200, output
+    assert_quiet(caplog)
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(900)
+async def test_some_thousand_requests(tmp_path, caplog):
+    num_requests, output = await run_schemathesis(
+        tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "250"
+    )
+    print(f"{num_requests} requests")
+    assert num_requests >= 4000, output
+    assert_quiet(caplog)

@@ -1,0 +1,40 @@
+"""One vocabulary for the tests of grammars: reading it in takes longer than most of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import llguidance
+import pytest
+
+from cluster.text.grammar import GrammarCompiler
+from cluster.text.tokenizer import Tokenizer, load_tokenizer
+from workers.grammar import load_grammar_tokenizer
+
+
+@pytest.fixture(scope="package")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+
+
+@pytest.fixture(scope="package")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, vocab_size=tokenizer.vocab_size, eos_token_ids=(tokenizer.eos_token_id,))
+
+
+@pytest.fixture(scope="package")
+def vocabulary(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
+    return load_grammar_tokenizer(
+        tokenizer.path, vocab_size=tokenizer.vocab_size, eos_token_ids=(tokenizer.eos_token_id,)
+    )
+
+
+@pytest.fixture(scope="package")
+def accepts(vocabulary: llguidance.LLTokenizer) -> Callable[[str, str], bool]:
+    """Whether a grammar accepts a text as a whole."""
+
+    def accepts(grammar: str, text: str) -> bool:
+        matcher = llguidance.LLMatcher(vocabulary, grammar)
+        ids = vocabulary.greedy_tokenize(text)
+        return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+    return accepts
