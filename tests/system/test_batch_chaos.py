@@ -20,8 +20,8 @@ import psutil
 import pytest
 from batch_command import BatchCommand, answers, num_results, ranks_of, wait_until, write_lines
 from ray_hosts import RayHosts, can_make_namespaces, free_port
+from scaling_hosts import num_raylets, scaling_hosts
 from system_server import API_KEY, Server
-from test_node_autoscaling import FAKE_HEAD_NODE_ID, autoscaling_config, num_raylets
 
 pytestmark = pytest.mark.chaos
 
@@ -271,17 +271,8 @@ def test_a_full_and_a_read_only_disk_lose_nothing(asked, small_disk, tmp_path):
 
 
 @pytest.fixture
-def scaling_hosts(tmp_path: Path) -> Iterator[RayHosts]:
-    env = {
-        "RAY_FAKE_CLUSTER": "1",
-        "RAY_enable_autoscaler_v2": "1",
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
-    }
-    port = free_port()
-    config = autoscaling_config(tmp_path, f"127.0.0.1:{port}")
-    hosts = RayHosts([0], port=port, head_options=[f"--autoscaling-config={config}"], head_env=env)
+def scaling(tmp_path: Path) -> Iterator[RayHosts]:
+    hosts = scaling_hosts(tmp_path)
     try:
         yield hosts
     finally:
@@ -289,16 +280,16 @@ def scaling_hosts(tmp_path: Path) -> Iterator[RayHosts]:
 
 
 @pytest.mark.timeout(1500)
-def test_nodes_come_work_and_go_with_a_batch(asked, tmp_path, scaling_hosts):
+def test_nodes_come_work_and_go_with_a_batch(asked, tmp_path, scaling):
     source, ids, expected = asked
-    options = ("--ray-address", scaling_hosts.address, "--max-replicas", "2", "--max-num-seqs", "4")
-    assert num_raylets(scaling_hosts) == 1
-    batch = Batch(tmp_path, source, options=options, env=scaling_hosts.env)
+    options = ("--ray-address", scaling.address, "--max-replicas", "2", "--max-num-seqs", "4")
+    assert num_raylets(scaling) == 1
+    batch = Batch(tmp_path, source, options=options, env=scaling.env)
     figures = {}
     try:
         for count in (2, 3):
             wait_until(
-                lambda count=count: num_raylets(scaling_hosts) >= count or not batch.command.is_running,
+                lambda count=count: num_raylets(scaling) >= count or not batch.command.is_running,
                 timeout_s=300,
                 what=f"{count - 1} nodes",
             )
@@ -306,7 +297,7 @@ def test_nodes_come_work_and_go_with_a_batch(asked, tmp_path, scaling_hosts):
             figures[f"lines answered by then ({count - 1})"] = batch.num_done
         batch.code = batch.command.wait(900)
         figures["all answered"] = time.monotonic() - batch.began
-        wait_until(lambda: num_raylets(scaling_hosts) == 1, timeout_s=200, what="the nodes are given back")
+        wait_until(lambda: num_raylets(scaling) == 1, timeout_s=200, what="the nodes are given back")
         figures["no node left"] = time.monotonic() - batch.began
         print(json.dumps({name: round(value, 1) for name, value in figures.items()}), flush=True)
         batch.check(ids, expected)
