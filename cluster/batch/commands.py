@@ -208,7 +208,10 @@ def _go_on(folder: JobFolder, job: Job, args: Namespace) -> None:
 def _how_to_go_on(folder: JobFolder, job: Job) -> str:
     target = job.output if folder.path == folder_for(job.output, None).path else str(folder.path)
     where = f"the server at {job.url} works on; " if (job.url is not None and job.batch_id is not None) else ""
-    return f"Nothing is lost: {where}`tramontane batch resume {target}` goes on."
+    text = f"Nothing is lost: {where}`tramontane batch resume {target}` goes on."
+    if (address := job.options.get("ray_address")) is not None:
+        text += f" Without it, `tramontane down --ray-address {address} --name {job.deployment}` removes what is left in Ray."
+    return text
 
 
 def _status(args: Namespace) -> None:
