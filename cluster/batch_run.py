@@ -7,6 +7,7 @@ Ray that was joined the batch is a deployment of its own, which is taken down at
 import asyncio
 import contextlib
 import logging
+import signal
 import time
 from argparse import Namespace
 from collections.abc import Coroutine
@@ -54,6 +55,7 @@ SCALE_DOWN_AFTER_S = 60.0
 
 def run_here(folder: JobFolder, job: Job, options: Namespace, console: Console) -> Job:
     """Brings the job to its end, from wherever it is; the caller holds the folder. Raises TramontaneError with a sentence for the user."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # until the event loop takes both
     model_folder, model_name = resolve_model(job.request["model"], revision=job.request["revision"])
     served_name = job.request["served_model_name"] or model_name
     store, files = open_store(folder.path), open_files(folder.path)

@@ -194,7 +194,11 @@ def _go_on(folder: JobFolder, job: Job, args: Namespace) -> None:
                 from cluster.batch_run import run_here
 
                 job = run_here(folder, job, options, Console())
-        except (KeyboardInterrupt, StoppedError):
+        except (
+            KeyboardInterrupt,
+            SystemExit,
+            StoppedError,
+        ):  # the second from the SIGTERM handler that ray.init installs
             raise StoppedError(f"Stopped. {_how_to_go_on(folder, folder.read() or job)}") from None
         except TramontaneError as e:
             if folder.read() is None:  # nothing was begun that could go on
