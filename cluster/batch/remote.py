@@ -21,7 +21,7 @@ from cluster.api.schemas.batches import Batch, BatchList, FileList, FileObject
 from cluster.batch.errors import StoreError
 from cluster.batch.job import Job, JobFolder, Outcome
 from cluster.batch.progress import Display, Snapshot
-from cluster.batch.records import ENDED, LineError
+from cluster.batch.records import ENDED, MAX_REPLICAS_KEY, LineError
 from cluster.batch.steps import Lines, conclude, endpoint_of, refused
 from cluster.tls import client_context, distrust
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
@@ -35,7 +35,6 @@ LOOK_EVERY_S = 1.0
 RETRY_S = 2.0
 PIECE_BYTES = 1024 * 1024
 RUN_KEY = "tramontane_run"
-MAX_REPLICAS_KEY = "max_replicas"
 
 
 class RemoteBatches:
