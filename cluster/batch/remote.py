@@ -196,7 +196,7 @@ def run_there(folder: JobFolder, job: Job, remote: RemoteBatches, display: Displ
             job.source, [LineError(code=e.code, message=e.message, line=e.line, param=e.param) for e in errors]
         )
     output = _fetch(folder, remote, batch.output_file_id, "output", display)
-    errors = _fetch(folder, remote, batch.error_file_id, "errors", display)
+    error_file = _fetch(folder, remote, batch.error_file_id, "errors", display)
     outcome = Outcome(
         status=batch.status,
         num_lines=batch.request_counts.total,
@@ -205,7 +205,7 @@ def run_there(folder: JobFolder, job: Job, remote: RemoteBatches, display: Displ
         num_prompt_tokens=batch.usage.input_tokens,
         num_output_tokens=batch.usage.output_tokens,
     )
-    return conclude(folder, job, outcome, output=output, errors=errors)
+    return conclude(folder, job, outcome, output=output, errors=error_file)
 
 
 def snapshot_of(batch: Batch, replicas: tuple[int, int] | None) -> Snapshot:
