@@ -7,6 +7,7 @@ Ray that was joined the batch is a deployment of its own, which is taken down at
 import asyncio
 import contextlib
 import logging
+import signal
 import time
 from argparse import Namespace
 from collections.abc import Coroutine
@@ -54,6 +55,7 @@ SCALE_DOWN_AFTER_S = 60.0
 
 def run_here(folder: JobFolder, job: Job, options: Namespace, console: Console) -> Job:
     """Brings the job to its end, from wherever it is; the caller holds the folder. Raises TramontaneError with a sentence for the user."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # until the event loop takes both
     model_folder, model_name = resolve_model(job.request["model"], revision=job.request["revision"])
     served_name = job.request["served_model_name"] or model_name
     store, files = open_store(folder.path), open_files(folder.path)
@@ -67,16 +69,27 @@ def run_here(folder: JobFolder, job: Job, options: Namespace, console: Console) 
             batch = asyncio.run(run_batch(store, files, _NoExecutor(), batch.id))
         elif not batch.has_ended:
             config = batch_config(options, job, model_folder, served_name)
+            _end_abandoned(folder)
             with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
                 text = pool.submit(load_text, config)
                 with open_ray(console, config) as cluster:
+                    folder.note_ray(cluster.folder)
                     if config.ray_address and options.device == "auto" and cluster.num_gpus() >= _num_ranks(config):
                         options.device = "cuda"
                         config = batch_config(options, job, model_folder, served_name)
                     batch = asyncio.run(_answer(config, options, console, text, cluster, store, files, batch))
+            folder.note_ray(None)
         return _conclude(folder, job, files, batch)
     finally:
         asyncio.run(store.close())
+
+
+def _end_abandoned(folder: JobFolder) -> None:
+    """A command that was killed could not clean up its Ray, whose processes may live a little longer."""
+    if (ray_folder := folder.note_ray(None)) is not None:
+        from cluster.replicas.ray_cluster import end_abandoned
+
+        end_abandoned(ray_folder)
 
 
 def end_here(folder: JobFolder, job: Job) -> Job:
@@ -110,11 +123,6 @@ def look_here(folder: JobFolder, job: Job) -> BatchRecord | None:
         asyncio.run(store.close())
 
 
-def deployment_of(job: Job) -> str:
-    """Its name in Ray."""
-    return f"batch-{job.run_id}"
-
-
 def batch_config(options: Namespace, job: Job, model_folder: Path, model_name: str) -> ServeConfig:
     """What a gateway of this job is made of. Raises ConfigError."""
     if options.ray_address is None:
@@ -131,7 +139,7 @@ def batch_config(options: Namespace, job: Job, model_folder: Path, model_name: s
         port=0,
         api_key=None,
         ray_address=options.ray_address,
-        deployment=deployment_of(job),
+        deployment=job.deployment,
         min_replicas=low,
         max_replicas=high,
         num_gateways=1,

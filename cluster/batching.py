@@ -15,7 +15,7 @@ from cluster.batch.errors import StoreError
 from cluster.batch.executor import LineExecutor
 from cluster.batch.files import FileContents
 from cluster.batch.open import open_files, open_store
-from cluster.batch.records import BatchRecord
+from cluster.batch.records import MAX_REPLICAS_KEY, BatchRecord
 from cluster.batch.service import BatchService
 from cluster.batch.store import Store
 from cluster.config import ServeConfig, is_loopback
@@ -82,11 +82,18 @@ class Batching:
                     batch_id=batch.id,
                     remaining_tokens=batch.remaining_tokens,
                     deadline_s=max(0.0, batch.expires_at - now),
+                    max_replicas=_max_replicas(batch),
                 )
                 for batch in self.running
                 if batch.id in here and batch.remaining_tokens
             )
             await asyncio.sleep(LOOK_EVERY_S)
+
+
+def _max_replicas(batch: BatchRecord) -> int | None:
+    """What `tramontane batch run --max-replicas` wrote into the batch's metadata; None for anything else."""
+    text = (batch.metadata or {}).get(MAX_REPLICAS_KEY, "")
+    return max(1, int(text)) if text.isascii() and text.isdigit() and len(text) < 6 else None
 
 
 def open_batching(config: ServeConfig, router: Router) -> Batching | str:

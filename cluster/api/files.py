@@ -8,6 +8,7 @@ import contextlib
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import msgspec
 from aiohttp import BodyPartReader, MultipartReader, hdrs, web
@@ -42,7 +43,6 @@ MAX_FIELD_BYTES = 1024
 MAX_FIELDS = 8
 MAX_FILENAME_CHARS = 255
 _EXPIRES_AFTER = re.compile(r"expires_after\[(anchor|seconds)\]")
-_EXPIRES_AFTER_FIELDS = frozenset(ExpiresAfter.__struct_fields__)
 
 
 async def create(request: web.Request) -> web.Response:
@@ -136,7 +136,7 @@ class _Form:
         self._batches = batches
         self._file_id = file_id
         self._patience_s = request.app[GATEWAY].body_timeout_s
-        self._expires_after: dict[str, str] = {}
+        self._expires_after: Any = None
         self._seen: set[str] = set()
 
     async def read(self) -> "_Form":
@@ -152,7 +152,7 @@ class _Form:
         for name in ("file", "purpose"):
             if name not in self._seen:
                 raise RequestError(f"You must provide {name!r}.", param=name, code="missing_required_parameter")
-        if self._expires_after:
+        if self._expires_after is not None:
             self.expires_after_s = _seconds(self._expires_after)
         return self
 
@@ -176,7 +176,12 @@ class _Form:
                     code="unsupported_purpose",
                 )
         elif found := _EXPIRES_AFTER.fullmatch(name):
-            self._expires_after[found[1]] = await self._text(name, part)
+            self._expires_after = {**(self._expires_after or {}), found[1]: await self._text(name, part)}
+        elif name == "expires_after" and self._expires_after is None:  # as OpenAPI has an object in a form
+            try:
+                self._expires_after = msgspec.json.decode(await self._text(name, part), type=dict[str, Any] | None)
+            except msgspec.DecodeError as e:
+                raise _wrong_expiry() from e
         else:
             raise RequestError(
                 f"Unrecognized request argument supplied: {name[:80]}", param=name[:80], code="unknown_parameter"
@@ -231,18 +236,20 @@ def _broken_form() -> Iterator[None]:
         ) from e
 
 
-def _seconds(fields: dict[str, str]) -> int:
+def _seconds(fields: dict[str, Any]) -> int:
     """Of expires_after's two fields. Raises RequestError."""
     try:
-        if fields.keys() != _EXPIRES_AFTER_FIELDS:
-            raise ValueError("it has two parts")
         return msgspec.convert(fields, ExpiresAfter, strict=False).seconds
-    except ValueError as e:  # msgspec's ValidationError is one
-        raise RequestError(
-            "'expires_after' needs an 'anchor', which is 'created_at', and 'seconds' from 3600 to 2592000.",
-            param="expires_after",
-            code="invalid_value",
-        ) from e
+    except msgspec.ValidationError as e:
+        raise _wrong_expiry() from e
+
+
+def _wrong_expiry() -> RequestError:
+    return RequestError(
+        "'expires_after' needs an 'anchor', which is 'created_at', and 'seconds' from 3600 to 2592000.",
+        param="expires_after",
+        code="invalid_value",
+    )
 
 
 def _clean(filename: str) -> str:

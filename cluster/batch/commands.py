@@ -194,7 +194,11 @@ def _go_on(folder: JobFolder, job: Job, args: Namespace) -> None:
                 from cluster.batch_run import run_here
 
                 job = run_here(folder, job, options, Console())
-        except (KeyboardInterrupt, StoppedError):
+        except (
+            KeyboardInterrupt,
+            SystemExit,
+            StoppedError,
+        ):  # the second from the SIGTERM handler that ray.init installs
             raise StoppedError(f"Stopped. {_how_to_go_on(folder, folder.read() or job)}") from None
         except TramontaneError as e:
             if folder.read() is None:  # nothing was begun that could go on
@@ -208,7 +212,10 @@ def _go_on(folder: JobFolder, job: Job, args: Namespace) -> None:
 def _how_to_go_on(folder: JobFolder, job: Job) -> str:
     target = job.output if folder.path == folder_for(job.output, None).path else str(folder.path)
     where = f"the server at {job.url} works on; " if (job.url is not None and job.batch_id is not None) else ""
-    return f"Nothing is lost: {where}`tramontane batch resume {target}` goes on."
+    text = f"Nothing is lost: {where}`tramontane batch resume {target}` goes on."
+    if (address := job.options.get("ray_address")) is not None:
+        text += f" Without it, `tramontane down --ray-address {address} --name {job.deployment}` removes what is left in Ray."
+    return text
 
 
 def _status(args: Namespace) -> None:

@@ -19,6 +19,7 @@ BatchStatus = Literal[
 ]
 ENDED: tuple[BatchStatus, ...] = ("completed", "failed", "expired", "cancelled")
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+MAX_REPLICAS_KEY = "max_replicas"  # in a batch's metadata: most replicas that may be added for its sake
 MAX_WINDOW_S = 365 * 86_400
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 

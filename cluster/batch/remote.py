@@ -21,7 +21,7 @@ from cluster.api.schemas.batches import Batch, BatchList, FileList, FileObject
 from cluster.batch.errors import StoreError
 from cluster.batch.job import Job, JobFolder, Outcome
 from cluster.batch.progress import Display, Snapshot
-from cluster.batch.records import ENDED, LineError
+from cluster.batch.records import ENDED, MAX_REPLICAS_KEY, LineError
 from cluster.batch.steps import Lines, conclude, endpoint_of, refused
 from cluster.tls import client_context, distrust
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
@@ -35,7 +35,6 @@ LOOK_EVERY_S = 1.0
 RETRY_S = 2.0
 PIECE_BYTES = 1024 * 1024
 RUN_KEY = "tramontane_run"
-MAX_REPLICAS_KEY = "max_replicas"
 
 
 class RemoteBatches:
@@ -197,7 +196,7 @@ def run_there(folder: JobFolder, job: Job, remote: RemoteBatches, display: Displ
             job.source, [LineError(code=e.code, message=e.message, line=e.line, param=e.param) for e in errors]
         )
     output = _fetch(folder, remote, batch.output_file_id, "output", display)
-    errors = _fetch(folder, remote, batch.error_file_id, "errors", display)
+    error_file = _fetch(folder, remote, batch.error_file_id, "errors", display)
     outcome = Outcome(
         status=batch.status,
         num_lines=batch.request_counts.total,
@@ -206,7 +205,7 @@ def run_there(folder: JobFolder, job: Job, remote: RemoteBatches, display: Displ
         num_prompt_tokens=batch.usage.input_tokens,
         num_output_tokens=batch.usage.output_tokens,
     )
-    return conclude(folder, job, outcome, output=output, errors=errors)
+    return conclude(folder, job, outcome, output=output, errors=error_file)
 
 
 def snapshot_of(batch: Batch, replicas: tuple[int, int] | None) -> Snapshot:

@@ -192,9 +192,8 @@ class BatchRunner:
             return await self._store.finish(lease, output=None, errors=None, now=self._clock())
         batch = await self._store.finalize(lease, now=self._clock())
         output, errors = await write_output(self._store, self._files, lease=lease, batch=batch, now=self._clock())
-        ended = await self._store.finish(lease, output=output, errors=errors, now=self._clock())
-        await self._remove_attempts(lease)
-        return ended
+        await self._remove_attempts(lease)  # before the end: after it nobody would come back for them
+        return await self._store.finish(lease, output=output, errors=errors, now=self._clock())
 
     async def _remove_attempts(self, lease: Lease) -> None:
         """What runners before made of this batch's files and did not finish."""

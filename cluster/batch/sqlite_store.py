@@ -162,5 +162,6 @@ def _migrate(connection: sqlite3.Connection) -> None:
     for migration in MIGRATIONS[version:]:
         for statement in migration:
             connection.execute(statement.format(key="INTEGER PRIMARY KEY", bytes="BLOB", clustered=" WITHOUT ROWID"))
-    connection.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+    if version < len(MIGRATIONS):  # else nothing is written, so that a full disk does not keep it from being opened
+        connection.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
     connection.execute("COMMIT")

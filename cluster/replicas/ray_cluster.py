@@ -163,16 +163,21 @@ def _shut_down_and_kill(folder: Path | None) -> None:
     thread.start()
     thread.join(SHUTDOWN_TIMEOUT_S)
     if folder is not None:
-        deadline = time.monotonic() + KILL_TIMEOUT_S
-        while pids := _marked_processes(folder):
-            if time.monotonic() > deadline:
-                log.error("Processes %s of Ray cannot be ended; they may hang in the kernel.", pids)
-                break
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
-        shutil.rmtree(folder, ignore_errors=True)
+        end_abandoned(folder)
+
+
+def end_abandoned(folder: Path) -> None:
+    """Ends what is left of a Ray of ours whose command was killed, and removes its files."""
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    while pids := _marked_processes(folder):
+        if time.monotonic() > deadline:
+            log.error("Processes %s of Ray cannot be ended; they may hang in the kernel.", pids)
+            break
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _marked_processes(folder: Path) -> list[int]:

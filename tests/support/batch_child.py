@@ -40,13 +40,14 @@ async def run(args: argparse.Namespace) -> str:
 
 def lives(args: argparse.Namespace) -> None:
     """A child for each life, forked, so that only the first start of Python is paid for. Prints the batch's status at each death."""
-    chance = random.Random(args.lives)
+    chance, life_s = random.Random(args.lives), args.life_s
     while True:
+        life_s *= 1.05  # so that on a busy machine, too, one is long enough at last
         pid = os.fork()
         if pid == 0:
             print(asyncio.run(run(args)), flush=True)
             os._exit(0)
-        time.sleep(chance.uniform(0, args.life_s))
+        time.sleep(chance.uniform(0, life_s))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if not os.WIFSIGNALED(status):

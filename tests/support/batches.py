@@ -42,9 +42,11 @@ class SimulatedExecutor:
         self.poison = frozenset(poison)
         self.fault = fault
         self.executed: list[str] = []
+        self.answered: list[str] = []
         self.together: list[int] = []  # how many were under way as each began
         self.num_deaths = 0
-        self._under_way: set[asyncio.Future[None]] = set()
+        self.disturbed_suspects: list[str] = []  # lines that had crashes, and others beside them
+        self._under_way: dict[asyncio.Future[None], Line] = {}
 
     def check(self, endpoint: str, body: bytes, *, owner: str) -> str:
         found = json.loads(body)
@@ -61,13 +63,17 @@ class SimulatedExecutor:
             self.fault(line)
         if self.latency_s or self.poison:
             await self._wait(line)
+        self.answered.append(line.custom_id)
         return answer(line, body, seed)
 
     async def _wait(self, line: Line) -> None:
         death = asyncio.get_running_loop().create_future()
-        self._under_way.add(death)
+        self._under_way[death] = line
+        if len(self._under_way) > 1:
+            self.disturbed_suspects += [x.custom_id for x in self._under_way.values() if x.crashes]
         try:
-            async with asyncio.timeout(self.latency_s * random.uniform(0.5, 1.5)):
+            factor = 0.25 if line.custom_id in self.poison else random.uniform(0.5, 1.5)  # it dies beside others
+            async with asyncio.timeout(self.latency_s * factor):
                 await death
         except TimeoutError:
             if line.custom_id not in self.poison:
@@ -78,7 +84,7 @@ class SimulatedExecutor:
                     other.set_exception(ReplicaUnavailableError("replica r0 ended: out of memory", crashed=True))
             raise ReplicaUnavailableError("replica r0 ended: out of memory", crashed=True) from None
         finally:
-            self._under_way.discard(death)
+            del self._under_way[death]
 
 
 def answer(line: Line, body: bytes, seed: int) -> LineResult:

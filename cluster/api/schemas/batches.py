@@ -26,7 +26,7 @@ class ExpiresAfter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class FileUpload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A form, multipart/form-data. `expires_after` comes as two fields, expires_after[anchor] and expires_after[seconds]."""
+    """A form, multipart/form-data. `expires_after`: as JSON, or as two fields, expires_after[anchor] and expires_after[seconds]."""
 
     file: Annotated[str, Meta(extra_json_schema={"format": "binary"})]
     purpose: Literal["batch"]

@@ -89,9 +89,12 @@ async def test_a_large_file_passes_the_limit_of_other_bodies(tmp_path: Path) -> 
 
 
 async def test_it_expires_when_asked_to(client: TestClient) -> None:
-    after = (("expires_after[anchor]", "created_at"), ("expires_after[seconds]", "3600"))
-    made = await upload(client, form(*after, *PLAIN))
-    assert made["expires_at"] == made["created_at"] + 3600
+    parts = (("expires_after[anchor]", "created_at"), ("expires_after[seconds]", "3600"))
+    whole = (("expires_after", '{"anchor": "created_at", "seconds": 3600}'),)
+    for after in (parts, whole):
+        made = await upload(client, form(*after, *PLAIN))
+        assert made["expires_at"] == made["created_at"] + 3600
+    assert (await upload(client, form(("expires_after", "null"), *PLAIN)))["expires_at"] is None
 
 
 REFUSED = [
@@ -104,6 +107,9 @@ REFUSED = [
     ([*PLAIN, ("expires_after[anchor]", "created_at")], "expires_after", "3600"),
     ([*PLAIN, ("expires_after[anchor]", "now"), ("expires_after[seconds]", "3600")], "expires_after", "created_at"),
     ([*PLAIN, ("expires_after[anchor]", "created_at"), ("expires_after[seconds]", "1")], "expires_after", "3600"),
+    ([*PLAIN, ("expires_after", "[]")], "expires_after", "3600"),
+    ([*PLAIN, ("expires_after", "{")], "expires_after", "3600"),
+    ([*PLAIN, ("expires_after", '{"anchor": "created_at", "seconds": 3600, "x": 1}')], "expires_after", "3600"),
     ([("purpose", "b" * 5000), ("file", None)], "purpose", "too long"),
 ]
 

@@ -78,13 +78,16 @@ PROMPTS = [{"prompt": "a"}, {"prompt": "b", "custom_id": "mine"}]
 
 
 async def test_plain_lines_there_and_back(command: Command) -> None:
-    code, out, err = await command.run(command.write("in.jsonl", *PROMPTS), "--max-tokens", "2")
+    code, out, err = await command.run(
+        command.write("in.jsonl", *PROMPTS), "--max-tokens", "2", "--max-replicas", "3", "--deadline", "2h"
+    )
     assert (code, out) == (0, ""), err
     assert "2 of 2 lines answered" in err
     assert {k: v["status_code"] for k, v in command.answers().items()} == {"line-1": 200, "mine": 200}
     assert not (command.folder / "out.errors.jsonl").exists()
     assert KEY not in "".join(p.read_text() for p in command.folder.rglob("*") if p.is_file())
-    assert len(await command.on_the_server("batches")) == 1
+    (batch,) = await command.on_the_server("batches")
+    assert (batch["metadata"]["max_replicas"], batch["completion_window"]) == ("3", "2h")
 
 
 async def test_the_second_time_it_refuses_and_overwrite_begins_anew(command: Command) -> None:

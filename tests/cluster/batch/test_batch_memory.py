@@ -1,33 +1,27 @@
-"""Memory does not grow with the lines: what Python holds at its most while a batch runs, for one size and for ten times as many."""
+"""Memory does not grow with the lines: the benchmark in small, each size in a process of its own whose peak is told apart."""
 
-import tracemalloc
+import importlib
+from pathlib import Path
 
-from batches import SimulatedExecutor, add_batch, opened, requests
+import pytest
 
-from cluster.batch.runner import run_batch
-
-
-async def peak_bytes(folder, num_lines: int) -> int:
-    store, files = opened(folder)
-    batch = await add_batch(store, files, requests(num_lines))
-    executor = SimulatedExecutor()
-    executor.executed = executor.together = _Nothing()
-    tracemalloc.start()
-    try:
-        ended = await run_batch(store, files, executor, batch.id)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert (ended.status, ended.num_completed) == ("completed", num_lines)
-    await store.close()
-    return peak
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 
 
-class _Nothing(list):
-    def append(self, _) -> None:
-        pass
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("PYTHONPATH", f"{BENCHMARKS}:{BENCHMARKS.parent}")  # for the processes it starts
+    return importlib.import_module("batch_memory")
 
 
-async def test_twenty_thousand_lines(tmp_path):
-    small, large = await peak_bytes(tmp_path / "a", 2_000), await peak_bytes(tmp_path / "b", 20_000)
-    assert large < 1.5 * small + 4 * 2**20, f"2,000 lines take {small:,} bytes, 20,000 take {large:,}"
+def test_twenty_thousand_lines(bench, tmp_path):
+    """With its answers a line is about 1 KiB, so that 20,000 lines held anywhere would be seen."""
+    small, large = (bench.measure_apart(num_lines, tmp_path) for num_lines in (5_000, 20_000))
+    assert large["peak"] - small["peak"] < 9, (
+        f"MiB: {small['peak']:.1f} for 5,000 lines, {large['peak']:.1f} for 20,000"
+    )
+    assert list(tmp_path.iterdir()) == []
+    rows = bench.table({5_000: small, 20_000: large}).splitlines()
+    assert len(rows) == 4
+    assert rows[3].startswith("| 20,000 |")

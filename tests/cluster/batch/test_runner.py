@@ -101,13 +101,13 @@ async def test_poison_is_found_and_the_rest_is_answered(place):
 
 async def test_suspects_run_alone(place):
     store, files = place
-    executor = SimulatedExecutor(latency_s=0.004, capacity=8, poison=["r3"])
-    batch = await add_batch(store, files, requests(8))
-    await run_batch(store, files, executor, batch.id, options=FAST)
-    assert sorted(executor.executed[:8]) == [f"r{i}" for i in range(8)]
-    again = executor.together[8:]
-    assert again, "somebody was a suspect"
-    assert set(again) == {1}, f"suspects were under way with others: {again}"
+    # r6 runs first. Lines take longer than it takes to store results, which wakes the runner beside the last suspect.
+    executor = SimulatedExecutor(latency_s=0.1, capacity=4, poison=["r6"])
+    batch = await add_batch(store, files, requests(16))
+    ended = await run_batch(store, files, executor, batch.id, options=FAST)
+    assert (ended.num_completed, ended.num_failed) == (15, 1)
+    assert len(executor.executed) > 17, "somebody beside the guilty one was a suspect"
+    assert executor.disturbed_suspects == []
 
 
 async def test_crashes_are_counted_over_restarts(place):
@@ -115,8 +115,12 @@ async def test_crashes_are_counted_over_restarts(place):
     store, files = place
     batch = await add_batch(store, files, [request("bad"), request("good")])
 
+    def fault(line):
+        if line.crashes:  # its trial does not come about any more
+            raise OverloadedError("full", retry_after_s=1)
+
     async def interrupted() -> None:
-        first = SimulatedExecutor(latency_s=0.002, poison=["bad"], capacity=1)
+        first = SimulatedExecutor(latency_s=0.002, poison=["bad"], capacity=1, fault=fault)
         task = asyncio.create_task(run_batch(store, files, first, batch.id, options=FAST))
         while first.num_deaths == 0:
             await asyncio.sleep(0.001)
@@ -220,7 +224,7 @@ async def test_interrupted_goes_on(place):
     with pytest.raises(asyncio.CancelledError):
         await task
     done = (await store.get_batch(batch.id)).num_completed
-    assert 20 <= done < 100
+    assert 20 <= done == len(executor.answered) < 100
     second = SimulatedExecutor()
     ended = await run_batch(store, files, second, batch.id, options=FAST)
     assert (ended.num_completed, len(second.executed)) == (100, 100 - done)

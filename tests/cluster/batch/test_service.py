@@ -54,7 +54,8 @@ async def test_two_services_share_the_batches(tmp_path):
     assert {(await one.get_batch(b.id)).num_completed for b in batches} == {20}
     assert sum(len(e.executed) for e in executors) == 8 * 20, "each line was asked for once"
     assert all(e.executed for e in executors)
-    assert all(max(e.together) <= 9 for e in executors), "batches share the room"
+    # A batch that has just been taken has its share at once; those that ran before shrink to theirs line by line.
+    assert all(max(e.together) <= 9 + 9 // 2 + 9 // 3 for e in executors), "batches share the room"
     await one.close()
     await two.close()
 
