@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from cluster.api import answering, chat, completions, embeddings, limits
+from cluster.api.body import LARGE_BYTES
 from cluster.api.errors import ErrorEnvelope, describe
 from cluster.api.gateway import Gateway
 from cluster.api.origin import Origin
@@ -29,7 +30,6 @@ from cluster.keys.ledger import Ledger
 from cluster.log import request_id_var
 from workers.errors import CrashedError, EngineError, OverloadedError, ReplicaUnavailableError, RequestError
 
-LARGE_BYTES = 64 * 1024  # about a millisecond of parsing; beyond, a line is read beside the event loop
 NOBODY = admin_key("")  # whose lines are where nobody needs a key: it may do everything and nobody is charged
 
 

@@ -32,7 +32,7 @@ def make_middleware(
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         key, path = request.get(KEY), path_of(request)
-        if key is None and path.startswith("/v1/") and request.method == "POST":
+        if key is None and request.method == "POST" and _takes_room(path):
             check_room(None)
         if key is None or request.method != "POST" or not path or path.startswith("/admin/"):
             return await handler(request)
@@ -40,7 +40,7 @@ def make_middleware(
         token = _use.set(use)
         try:
             with accounts.running(use):
-                if path.startswith("/v1/"):
+                if _takes_room(path):
                     check_room(tenant())
                 return await handler(request)
         except Exception:
@@ -69,6 +69,11 @@ def write(ledger: Ledger, use: Use) -> None:
     group = Group(today(), use.key.id, use.model, use.endpoint, use.key.name)
     tokens = (use.num_prompt_tokens, use.num_cached_tokens, use.num_completion_tokens)
     ledger.add(group, Sums(1, *tokens, int(use.failed)))
+
+
+def _takes_room(path: str) -> bool:
+    """Whether it computes something. Files and batches only make work for later, which has a room of its own."""
+    return path.startswith("/v1/") and not path.startswith(("/v1/files", "/v1/batches"))
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
