@@ -16,7 +16,7 @@ generate: $(VENV)/.installed
 	@exec $(BIN)/tramontane generate $(ARGS)
 
 test: $(VENV)/.installed-dev $(CLIENTS)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The long forms of the fuzzers: some thousand requests each, a few minutes.
 test-fuzz: $(VENV)/.installed-dev
