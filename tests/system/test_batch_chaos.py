@@ -123,11 +123,11 @@ def in_random_order(
     return order
 
 
-def kill_rank(processes: list[psutil.Process], chance: random.Random) -> None:
-    ranks = ranks_of(processes)
-    if ranks:  # else one is just being started again
-        with contextlib.suppress(psutil.NoSuchProcess):
-            chance.choice(ranks).kill()
+def kill_rank(processes: Callable[[], list[psutil.Process]], chance: random.Random) -> None:
+    """One of those that live, or else that is being started just now."""
+    wait_until(lambda: bool(ranks_of(processes())), timeout_s=120, what="a rank that could be killed")
+    with contextlib.suppress(psutil.NoSuchProcess):
+        chance.choice(ranks_of(processes())).kill()
 
 
 def torment(
@@ -164,7 +164,7 @@ def test_on_a_ray_of_its_own(asked, tmp_path):
         start=lambda folder, source: Batch(folder, source, options=()),
         kinds=lambda batch: {
             "command and store": (6, lambda: batch().kill_command()),
-            "rank": (4, lambda: kill_rank(batch().command.descendants(), chance)),
+            "rank": (4, lambda: kill_rank(batch().command.descendants, chance)),
         },
     )
 
@@ -221,7 +221,7 @@ def test_on_a_ray_cluster_of_two_nodes(asked, tmp_path, hosts):
             start=lambda folder, source: Batch(folder, source, options=options, prefix=hosts.prefix(0), env=hosts.env),
             kinds=lambda batch: {
                 "command and store": (14, lambda: batch().kill_command()),
-                "rank": (10, lambda: kill_rank([*on_host(0), *on_host(1)], chance)),
+                "rank": (10, lambda: kill_rank(lambda: [*on_host(0), *on_host(1)], chance)),
                 "controller": (4, kill_controller),
                 "node": (4, kill_node),
             },
@@ -257,7 +257,7 @@ def test_on_a_server(asked, tmp_path):
             kinds=lambda batch: {
                 "server and store": (4, kill_server),
                 "command": (3, lambda: batch().kill_command()),
-                "rank": (1, lambda: kill_rank(server.all_descendants(), chance)),
+                "rank": (1, lambda: kill_rank(server.all_descendants, chance)),
             },
         )
     finally:
