@@ -102,6 +102,13 @@ FULL: dict[str, dict[str, Any]] = {
         "return_token_strs": True,
     },
     "/detokenize": {"tokens": [5, 6], "model": MODEL},
+    "/v1/batches": {
+        "input_file_id": "file-x",
+        "endpoint": "/v1/completions",
+        "completion_window": "24h",
+        "metadata": {"a": "b"},
+        "output_expires_after": {"anchor": "created_at", "seconds": 3600},
+    },
     "/admin/replicas/{replica_id}/drain": {"grace_s": 1.0},
 }
 # Fragments put where a value was: other types, numbers beyond every type, text that is none, and what is no JSON at all.

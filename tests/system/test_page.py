@@ -386,7 +386,7 @@ async def test_dark_and_light(site: Site) -> None:
     dark = await page.evaluate(ground)
     assert sum(_rgb(light)) > 700 > 100 > sum(_rgb(dark))
     toggle = page.get_by_role("button", name="Dark theme")
-    assert await toggle.get_attribute("aria-pressed") == "true"
+    await playwright.expect(toggle).to_have_attribute("aria-pressed", "true")  # the change of medium is an event
     await toggle.click()
     assert await page.evaluate(ground) == light
     await page.reload()
@@ -428,7 +428,7 @@ async def test_the_documentation_lists_tries_and_links_everything(site: Site) ->
     for path in paths:
         await playwright.expect(
             page.locator("main details.operation > summary > code").get_by_text(path, exact=True)
-        ).to_have_count(1)
+        ).not_to_have_count(0)  # one for each method
     await page.locator("#contents a").first.click()
     operation = page.locator("details.operation[open]")
     await playwright.expect(operation.locator(".fields").get_by_text("temperature", exact=True)).to_be_visible()

@@ -32,7 +32,8 @@ def made(tmp_path):
 
 @pytest.fixture
 def memory():
-    fs = fsspec.filesystem("memory")
+    fs = fsspec.filesystem("memory")  # one for the whole process
+    fs.store.clear()
     yield "memory://bucket/out.jsonl"
     fs.store.clear()
 

@@ -196,8 +196,8 @@ async def test_cancelled_before_it_started(place):
 async def test_at_the_deadline_the_rest_expires(place):
     store, files = place
     executor = SimulatedExecutor(latency_s=0.05, capacity=2)
-    batch = await add_batch(store, files, requests(500), lasts_s=1.5)
-    ended = await asyncio.wait_for(run_batch(store, files, executor, batch.id, options=FAST), 10)
+    batch = await add_batch(store, files, requests(500), lasts_s=4.0)
+    ended = await asyncio.wait_for(run_batch(store, files, executor, batch.id, options=FAST), 30)
     assert (ended.status, ended.expired_at is not None) == ("expired", True)
     output, errors = read_lines(files, ended.output_file_id), read_lines(files, ended.error_file_id)
     assert {(x["error"]["code"], x["response"]) for x in errors} == {("batch_expired", None)}

@@ -14,6 +14,7 @@ from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
 from workers.engine.model_runner import PROMPT_LOGITS_AT_ONCE
+from workers.engine.scheduler import _Step
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
 TOLERANCE = 1e-4
@@ -133,7 +134,7 @@ def test_a_preempted_prompt_goes_on_where_its_log_probabilities_end(checkpoint):
         core.step()
         (running,) = core.scheduler.running
         assert running.num_computed_tokens == 64
-        core.scheduler._preempt_last()
+        core.scheduler._preempt_last(_Step(budget=0, background_budget=0, background_is_bounded=False))
         (final,) = [d for _ in range(4) if core.has_work() for d in core.step()]
         assert not core.has_work()
         if final.prompt_logprobs is not None:
