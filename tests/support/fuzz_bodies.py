@@ -48,6 +48,7 @@ GENERATION: dict[str, Any] = {
 }
 # By endpoint: a body that is served, and one with every field, which may contradict each other.
 PLAIN: dict[str, dict[str, Any]] = {
+    "/v1/batches": {"input_file_id": "file-x", "endpoint": "/v1/completions", "completion_window": "24h"},
     "/v1/completions": {"model": MODEL, "prompt": "x", "max_tokens": 1},
     "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
     "/v1/embeddings": {"model": MODEL, "input": "x"},
