@@ -23,7 +23,7 @@ def test_chaos_fails_no_request_and_changes_no_byte(server):
     outcome = asyncio.run(
         run_chaos(
             server.url,
-            seconds=30,
+            seconds=15,
             num_clients=32,
             num_replicas=3,
             seed=3,
