@@ -1,4 +1,4 @@
-"""Half a minute of benchmarks/chaos.py: 32 clients on 3 replicas while ranks are killed, frozen and drained."""
+"""A quarter of a minute of benchmarks/chaos.py: 32 clients on 3 replicas while ranks are killed, frozen and drained."""
 
 import asyncio
 from collections.abc import Iterator
