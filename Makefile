@@ -16,9 +16,9 @@ generate: $(VENV)/.installed
 	@exec $(BIN)/tramontane generate $(ARGS)
 
 test: $(VENV)/.installed-dev $(CLIENTS)/.installed
-	@# Side by side what computes; one after the other what starts servers, whose threads and clocks want the cores for themselves.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/system --ignore tests/clients $(ARGS) || test $$? = 5
-	$(BIN)/python -m pytest tests/clients tests/system $(ARGS) || test $$? = 5
+	@# Side by side what computes; one after the other what starts and kills clusters, whose clocks want the cores for themselves.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/system $(ARGS) || test $$? = 5
+	$(BIN)/python -m pytest tests/system $(ARGS) || test $$? = 5
 
 # The long forms of the fuzzers: some thousand requests each, a few minutes.
 test-fuzz: $(VENV)/.installed-dev

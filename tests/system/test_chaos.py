@@ -18,6 +18,7 @@ def server() -> Iterator[Server]:
         server.kill()
 
 
+@pytest.mark.chaos
 @pytest.mark.timeout(400)
 def test_chaos_fails_no_request_and_changes_no_byte(server):
     outcome = asyncio.run(
