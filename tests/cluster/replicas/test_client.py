@@ -150,8 +150,9 @@ async def test_a_stopped_replica_did_not_crash(engine, client):
 async def test_a_connection_closed_because_this_process_stood_still_is_no_crash(engine, client):
     stream = client.generate(request("r", max_tokens=10**9))
     await anext(stream)
-    time.sleep(cluster.replicas.client._STANDSTILL_S + 0.1)  # the point of it
-    await asyncio.to_thread(engine.server.close)
+    closing = asyncio.get_running_loop().run_in_executor(None, engine.server.close)
+    time.sleep(cluster.replicas.client._STANDSTILL_S + 0.1)  # the point of it: meanwhile the other end gives up
+    await closing
     with pytest.raises(ReplicaUnavailableError, match=r"closed the connection|reset by peer") as error:
         async for _ in stream:
             pass
