@@ -19,7 +19,7 @@ TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 BACKGROUND_TOKENS = {
     "cpu": 8,
     "cuda": 128,
-}  # the CPU's measured (benchmarks/batch.md), the GPU's from its ratio of FLOP/s to bytes/s
+}  # a compromise seen on 2 cores; the GPU's from its ratio of FLOP/s to bytes/s. benchmarks/batch.py measures
 
 
 _SIZES = (
