@@ -9,6 +9,7 @@ import logging
 import ssl
 from pathlib import Path
 
+from cluster.file_version import version_of
 from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Certificate:
             self._version = version
 
     def _version_now(self) -> tuple[object, ...]:
-        return tuple(_version_of(path) for path in (self._cert, self._key))
+        return tuple(version_of(path) for path in (self._cert, self._key))
 
 
 def open_certificate(cert: str | None, key: str | None) -> Certificate | None:
@@ -106,11 +107,3 @@ def distrust(url: str, error: Exception) -> ConfigError | None:
 def _reason(error: Exception) -> str:
     reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
     return str(reason).lower().replace("_", " ")
-
-
-def _version_of(path: Path) -> tuple[int, ...] | None:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino

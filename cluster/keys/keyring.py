@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.file_version import version_of
 from cluster.keys.file import read_keys
 from cluster.keys.key import ApiKey, admin_key, digest
 from workers.errors import ConfigError
@@ -31,7 +32,7 @@ class Keyring:
         self._by_digest: dict[str, ApiKey] = {}
         self._by_id: dict[str, ApiKey] = {}
         if path is not None:
-            self._version = _version_of(path)
+            self._version = version_of(path)
             self._take(read_keys(path))
         else:
             self._take([])
@@ -61,7 +62,7 @@ class Keyring:
         if self._path is None or now - self._looked < LOOK_AGAIN_S:
             return
         self._looked = now
-        version = _version_of(self._path)
+        version = version_of(self._path)
         if version == self._version:
             return
         self._version = version
@@ -78,12 +79,3 @@ class Keyring:
         if self._own is not None:
             self._by_digest[self._own.sha256] = self._own
         self._by_id = {key.id: key for key in self._by_digest.values()}
-
-
-def _version_of(path: Path) -> tuple[int, ...] | None:
-    """What changes when the file does; None while it is not there."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
