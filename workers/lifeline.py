@@ -36,6 +36,7 @@ LOADING_SILENCE_S = 60.0
 LOOK_S = 0.05
 MAX_LINE_BYTES = 16 * 1024
 HELLO_TIMEOUT_S = 3.0
+PARTING_S = 0.5
 DIED = "its process died"
 _TICK_S = HEARTBEAT_INTERVAL_S / 2
 _HEARTBEAT, _BYE, _FAILED = b"\n", b"bye\n", b"failed "
@@ -166,11 +167,26 @@ class Lifeline:
                         peer.last_received = now
                 last, next_tick = now, now + _TICK_S
                 self._tick(now)
+            self._part()
         except Exception as e:  # without it nobody would notice a rank's end any more: better no replica
             log.exception("The lifeline of rank %s broke: %s", self.rank, e)
             self._on_failed(f"The lifeline of rank {self.rank} broke: {e!r}.")
         finally:
             self._release()
+
+    def _part(self) -> None:
+        """Reads what still comes until the others have closed too: a socket closed with something unread resets the connection,
+        and the reset throws away our last line where the other end has not read it yet."""
+        deadline = time.monotonic() + PARTING_S
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.sock.shutdown(socket.SHUT_WR)
+        for peer in self._peers:
+            with contextlib.suppress(OSError):  # gone, or it takes too long: a timeout is an OSError
+                while True:
+                    peer.sock.settimeout(max(0.001, deadline - time.monotonic()))
+                    if not peer.sock.recv(MAX_LINE_BYTES):
+                        break
 
     def _look(self) -> None:
         for peer in list(self._peers):

@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 
 import lifeline_rank
+import msgspec
 import pytest
 
 from workers import lifeline
 from workers.errors import GroupError
 from workers.lifeline import Lifeline
 from workers.protocol import SILENCE_IS_DEATH_S
+from workers.rank_process import this_process
 
 DEATH_SEEN_WITHIN_S = 1.0  # measured: a few milliseconds; the rest is a busy machine's
 FREEZE_SEEN_WITHIN_S = SILENCE_IS_DEATH_S + 2.0
@@ -218,6 +220,29 @@ def test_strangers_are_refused_and_harm_nobody(listening, monkeypatch):
                 assert stranger.recv(1) == b"", "a stranger was answered"
     assert noticed == []
     member.close()
+
+
+def test_the_last_line_arrives_however_much_was_left_unread(listening):
+    leader, port, _ = listening
+    with socket.create_connection(("127.0.0.1", port), 10) as member:
+        member.sendall(msgspec.json.encode(this_process(1, "right")) + b"\n")
+        member.recv(4096)  # its greeting
+        over = threading.Event()
+
+        def chatter() -> None:
+            with contextlib.suppress(OSError):
+                while not over.is_set():
+                    member.sendall(b"\n" * 1000)
+
+        threading.Thread(target=chatter).start()
+        closing = threading.Thread(target=leader.close)
+        closing.start()
+        received = b""
+        while chunk := member.recv(4096):
+            received += chunk
+        over.set()
+    closing.join()
+    assert received.endswith(b"bye\n")
 
 
 def test_nobody_there_is_an_error_that_names_the_address():
