@@ -1,6 +1,6 @@
 """Batch lines beside online requests, and batch lines alone: what they cost the ones, and what a replica makes of the others.
 
-    python benchmarks/batch.py [--background-tokens 4,8,1024] [--pairs 4] [--seconds 20] [--output benchmarks/batch.md]
+    python benchmarks/batch.py [--background-tokens 4,8] [--pairs 4] [--seconds 20] [--output benchmarks/batch.md]
 
 A real engine with the demo model in a process of its own, behind its socket; a real router in this one, with an open loop of online
 requests and the window of a batch's runner, which is `Router.batch_room`. The engine computes on one thread, so that on two cores
@@ -30,7 +30,6 @@ UTILISATION = 0.3  # of the online requests a replica can answer
 ONLINE_PROMPT, ONLINE_OUTPUT = 64, 32
 FILL_S = 0.005  # how often the simulated runner looks for room
 SETTLE_S = 2.0  # of batch lines alone, before online requests come
-LEAD_S = 1.0  # of online requests that do not count: the first after a quiet second may meet a batch's full step
 
 Shape = tuple[int, int, int]  # (max_num_seqs, max_background_tokens, number of threads)
 
@@ -172,8 +171,7 @@ async def open_loop(
     began = at = time.perf_counter()
     while (at := at + rng.expovariate(rate)) < began + seconds:
         await asyncio.sleep(at - time.perf_counter())
-        counts = at > began + LEAD_S
-        tasks.append(asyncio.create_task(ask(router, online(next(numbers)), seen if counts else Seen())))
+        tasks.append(asyncio.create_task(ask(router, online(next(numbers)), seen)))
     await asyncio.gather(*tasks)
     seen.elapsed_s += time.perf_counter() - began
 
@@ -259,8 +257,7 @@ async def bench(args: argparse.Namespace) -> str:
             f"An open loop at {UTILISATION:.0%} of the online requests that one replica can answer: prompts of {ONLINE_PROMPT} tokens,",
             f"{ONLINE_OUTPUT} of output, max_num_seqs {args.max_num_seqs}; {args.pairs} turns of {args.seconds:.0f} s without and with,",
             "the same arrivals. Milliseconds, p50 / p99; ratios of p50 and p99. The first column is max_background_tokens of",
-            "EngineConfig, the most that batch lines add to a step beside online requests; 8 is the CPU's default. The first second",
-            "of a turn does not count: the first request after a quiet second may meet one full step of batch lines under way.",
+            "EngineConfig, the most that batch lines add to a step beside online requests; 8 is the CPU's default.",
             "",
             "| background tokens | requests/s | requests | TTFT without | TTFT beside | ratio "
             "| token gap without | token gap beside | ratio | batch tokens/s beside |",
@@ -282,13 +279,13 @@ async def bench(args: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--background-tokens", default="4,8,1024")
-    parser.add_argument("--batch-sizes", default="32,64,128")
+    parser.add_argument("--background-tokens", default="4,8")
+    parser.add_argument("--batch-sizes", default="64,128")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="beside online requests")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--lines", type=int, default=384)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of the engine")
     parser.add_argument("--output", type=Path, default=None, help="write the tables to this file")
     args = parser.parse_args()
