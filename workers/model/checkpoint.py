@@ -1,11 +1,10 @@
 """A checkpoint folder as a mapping from tensor names to tensors that are read only where they are indexed.
 
-Finds the safetensors files of either layout and gives every tensor its Hugging Face name and row order, so that nothing behind this
+Reads the safetensors files of either layout and gives every tensor its Hugging Face name and row order, so that nothing behind this
 file knows that Mistral's own layout exists. Knows no model and no ranks.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,9 @@ from safetensors import SafetensorError, safe_open
 
 from workers.config import Layout
 from workers.errors import CheckpointError
+from workers.model.weight_files import weight_files
 from workers.parallel.linear import Index
 
-PATTERNS = {"huggingface": "model*.safetensors", "mistral": "consolidated*.safetensors"}
-INDEXES = {"huggingface": "model.safetensors.index.json", "mistral": "consolidated.safetensors.index.json"}
-UNSAFE = ("*.bin", "*.pth", "*.pt")
 BUFFERS = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rope\.freqs)"
 )  # old conversions stored what is computed from the config
@@ -88,7 +85,7 @@ def open_checkpoint(
     tensors: dict[str, CheckpointTensor | InterleavedRows] = {}
     paths: dict[str, Path] = {}
     with contextlib.ExitStack() as stack:
-        for path in _files(Path(folder), layout):
+        for path in weight_files(Path(folder), layout):
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as e:
@@ -113,28 +110,6 @@ def open_checkpoint(
                 else:
                     tensors[_huggingface_name(name)] = tensor
         yield tensors
-
-
-def _files(folder: Path, layout: Layout) -> list[Path]:
-    index = folder / INDEXES[layout]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise CheckpointError(f"{index} is not a safetensors index with a weight_map; download it again.") from e
-        for name in names:
-            if not (folder / name).is_file():
-                raise CheckpointError(f"{index} names {name}, which is not there; download it too.")
-        return [folder / name for name in names]
-    paths = sorted(folder.glob(PATTERNS[layout]))
-    if paths:
-        return paths
-    for pattern in UNSAFE:
-        for path in sorted(folder.glob(pattern)):
-            raise CheckpointError(
-                f"{path} is a pickle file, which Tramontane does not load; convert it to safetensors."
-            )
-    raise CheckpointError(f"{folder} has no {PATTERNS[layout]}; the weights must lie beside the configuration file.")
 
 
 def _huggingface_name(name: str) -> str:

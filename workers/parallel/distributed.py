@@ -7,11 +7,8 @@ Knows no model and no Ray.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
-import socket
-import struct
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -22,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from workers.errors import GroupError
+from workers.parallel.interface import interface_towards
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +56,7 @@ class DistributedGroup:
         self._closed = threading.Event()
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         try:
-            with _gloo_interface(_interface_towards(master_address)):
+            with _gloo_interface(interface_towards(master_address)):
                 self._meet(master_address, master_port, backend, timedelta(seconds=join_timeout_s))
         except (RuntimeError, ValueError) as e:  # dist.DistError is a RuntimeError
             _destroy()
@@ -203,20 +201,3 @@ def _gloo_interface(name: str | None) -> Iterator[None]:
         yield
     finally:
         os.environ.pop("GLOO_SOCKET_IFNAME", None)
-
-
-def _interface_towards(address: str) -> str | None:
-    """The network interface whose IPv4 address this host would use to reach `address`; None if it cannot be told.
-
-    Gloo would take the address that the host's own name resolves to, which Debian and Ubuntu set to 127.0.1.1:
-    no other host can connect to that.
-    """
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.connect((address, 9))  # a datagram socket sends nothing here
-        local = s.getsockname()[0]
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):  # an interface without an IPv4 address
-                request = struct.pack("256s", name.encode()[:15])
-                if socket.inet_ntoa(fcntl.ioctl(s, 0x8915, request)[20:24]) == local:  # SIOCGIFADDR
-                    return name
-    return None

@@ -14,8 +14,9 @@ from rank_threads import unique_name
 
 from workers.errors import ConfigError, GroupError
 from workers.parallel import join, shared_file
-from workers.parallel.distributed import DistributedGroup, _interface_towards
+from workers.parallel.distributed import DistributedGroup
 from workers.parallel.group import SingleRank
+from workers.parallel.interface import addresses, interface_towards
 from workers.parallel.join import join_group
 
 SIZE = 3
@@ -71,8 +72,9 @@ def test_joining_alone_fails_and_leaves_no_group():
 
 
 def test_the_interface_towards_an_address():
-    assert _interface_towards("127.0.0.1") == socket.if_indextoname(1) == "lo"
-    assert _interface_towards("no.such.host.invalid") is None
+    assert interface_towards("127.0.0.1") == socket.if_indextoname(1) == "lo"
+    assert interface_towards("no.such.host.invalid") is None
+    assert addresses()["lo"] == "127.0.0.1"
 
 
 def settings(**changes):
