@@ -47,23 +47,28 @@ class EngineError(TramontaneError):
 
 
 class CrashedError(EngineError):
-    """Replicas crashed while they worked on this request, `num_crashes` of them: it may be why, and is not tried again here."""
+    """Replicas crashed while they worked on this request, `num_crashes` of them: it may be why, and is not tried again here.
 
-    def __init__(self, message: str, *, num_crashes: int) -> None:
+    `alone`: the last one worked on nothing else.
+    """
+
+    def __init__(self, message: str, *, num_crashes: int, alone: bool) -> None:
         super().__init__(message)
         self.num_crashes = num_crashes
+        self.alone = alone
 
 
 class ReplicaUnavailableError(TramontaneError):
     """No replica can take or finish the request now; a retry may succeed.
 
     `crashed`: the replica ended by itself in mid-work, so that a request it worked on may be what ended it. False for one that froze,
-    was cut off or was stopped.
+    was cut off or was stopped. `alone`: the request is known to be the only one that it worked on.
     """
 
-    def __init__(self, message: str, *, crashed: bool = False) -> None:
+    def __init__(self, message: str, *, crashed: bool = False, alone: bool = False) -> None:
         super().__init__(message)
         self.crashed = crashed
+        self.alone = alone
 
 
 class OverloadedError(TramontaneError):

@@ -117,7 +117,7 @@ class ApiLineExecutor:
                 )
                 answer = await _ENDPOINTS[endpoint].answer(self._gateway, request, origin)
             except CrashedError as e:
-                raise ReplicaUnavailableError(str(e), crashed=True) from e
+                raise ReplicaUnavailableError(str(e), crashed=True, alone=e.alone) from e
             except (ReplicaUnavailableError, OverloadedError):
                 raise
             except EngineError as e:

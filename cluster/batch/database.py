@@ -37,6 +37,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (batch, number)
         )""",
     ),
+    ("ALTER TABLE lines ADD COLUMN lone_crashes INTEGER NOT NULL DEFAULT 0",),
 )
 
 

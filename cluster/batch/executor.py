@@ -25,5 +25,5 @@ class LineExecutor(Protocol):
         """Answers one line; `seed` is for a body that brings none. A request that is refused is a result too, with its status and body.
 
         Raises ReplicaUnavailableError and OverloadedError when it can be tried again later; the former with `crashed` if a replica died
-        of itself while it worked on this line, which then counts against the line. Cancelled: aborts the request on its replica.
+        of itself while it worked on this line, `alone` if on nothing else. Cancelled: aborts the request on its replica.
         """

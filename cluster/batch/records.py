@@ -101,7 +101,8 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One request of a batch: where it lies in the input file, and what planning and running need of it.
 
     `number` counts the file's lines from 1, empty ones too. `group_key`: equal for lines whose prompts open alike. `num_tokens`: an
-    estimate, prompt and answer. `position`: its place in the order of running. `crashes`: replicas that died while they worked on it.
+    estimate, prompt and answer. `position`: its place in the order of running. `crashes`: replicas that died while they worked on it, and
+    `lone_crashes`: those of them that worked on nothing else.
     """
 
     number: int
@@ -112,6 +113,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int = 0
     position: int = 0
     crashes: int = 0
+    lone_crashes: int = 0
 
 
 class LineResult(msgspec.Struct, frozen=True, kw_only=True):

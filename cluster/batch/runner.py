@@ -21,6 +21,7 @@ from cluster.batch.output import file_id, write_output
 from cluster.batch.owner import is_dead, new_owner
 from cluster.batch.records import BatchRecord, Lease, LineError
 from cluster.batch.store import Store
+from cluster.batch.suspects import Trials
 from cluster.batch.window import Window, WindowOptions
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,9 @@ class RunnerOptions:
 
 
 class BatchRunner:
-    """`run` once. `room`: how many of its lines may be under way now; as many as the executor takes if None."""
+    """`run` once. `room`: how many of its lines may be under way now; as many as the executor takes if None. `trials`: shared by
+    all runners whose lines may be on the same replicas.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class BatchRunner:
         *,
         options: RunnerOptions,
         room: Callable[[], int] | None = None,
+        trials: Trials | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
@@ -56,6 +60,7 @@ class BatchRunner:
         self._executor = executor
         self._options = options
         self._room = room or (lambda: executor.capacity)
+        self._trials = trials or Trials()
         self._clock = clock
         self._cancelled = asyncio.Event()
         self._look = asyncio.Event()
@@ -161,6 +166,7 @@ class BatchRunner:
             lease=lease,
             batch=batch,
             room=self._room,
+            trials=self._trials,
             options=self._options.window,
         )
         answering = asyncio.create_task(window.run())

@@ -16,6 +16,7 @@ from cluster.batch.owner import is_dead, new_owner
 from cluster.batch.records import BatchRecord, Lease
 from cluster.batch.runner import BatchRunner, RunnerOptions
 from cluster.batch.store import Store
+from cluster.batch.suspects import Trials
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class BatchService:
         self._executor = executor
         self._options = options or RunnerOptions()
         self._service = service or ServiceOptions()
+        self._trials = Trials()
         self._owner = new_owner()
         self._running: dict[asyncio.Task[None], BatchRunner] = {}
         self._wake = asyncio.Event()
@@ -99,7 +101,9 @@ class BatchService:
             return False
         lease, batch = taken
         log.info("Batch %s: %s, runner %d", batch.id, batch.status, lease.fence)
-        runner = BatchRunner(self._store, self._files, self._executor, options=self._options, room=self._share)
+        runner = BatchRunner(
+            self._store, self._files, self._executor, options=self._options, room=self._share, trials=self._trials
+        )
         task = asyncio.create_task(self._run(runner, lease, batch), name=batch.id)
         self._running[task] = runner
         task.add_done_callback(self._ended)

@@ -17,7 +17,7 @@ from workers.errors import RequestError
 
 _T = TypeVar("_T")
 RUNNING: tuple[BatchStatus, ...] = ("validating", "in_progress", "finalizing", "cancelling")
-LINE_COLUMNS = "l.number, l.custom_id, l.start, l.num_bytes, l.group_key, l.num_tokens, l.crashes"
+LINE_COLUMNS = "l.number, l.custom_id, l.start, l.num_bytes, l.group_key, l.num_tokens, l.crashes, l.lone_crashes"
 RUNNING_MARKS = ", ".join("?" for _ in RUNNING)
 PLAN = """
 SELECT l.number FROM lines l JOIN (
@@ -47,7 +47,7 @@ r.num_prompt_tokens, r.num_cached_tokens, r.num_output_tokens, r.body
 FROM lines l LEFT JOIN results r ON r.batch = l.batch AND r.number = l.number
 WHERE l.batch = ? AND l.number > ? ORDER BY l.number LIMIT ?
 """
-INSERT_LINE = "INSERT INTO lines VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+INSERT_LINE = "INSERT INTO lines VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 INSERT_RESULT = "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -132,7 +132,7 @@ def end(batch: BatchRecord, *, is_whole: bool, now: int) -> BatchRecord:
 
 
 def to_line(row: Row, position: int = 0) -> Line:
-    number, custom_id, offset, num_bytes, group_key, num_tokens, crashes = row[:7]
+    number, custom_id, offset, num_bytes, group_key, num_tokens, crashes, lone_crashes = row[:8]
     return Line(
         number=number,
         custom_id=custom_id,
@@ -141,12 +141,13 @@ def to_line(row: Row, position: int = 0) -> Line:
         group_key=group_key,
         num_tokens=num_tokens,
         crashes=crashes,
+        lone_crashes=lone_crashes,
         position=position,
     )
 
 
 def to_result(row: Row) -> LineResult | None:
-    status_code, request_id, error_code, error_message, num_prompt, num_cached, num_output, body = row[7:]
+    status_code, request_id, error_code, error_message, num_prompt, num_cached, num_output, body = row[8:]
     if request_id is None:  # no row of results was joined
         return None
     return LineResult(
@@ -165,7 +166,8 @@ def to_result(row: Row) -> LineResult | None:
 def line_row(seq: int, line: Line) -> Row:
     """For INSERT_LINE."""
     place = (seq, line.number, line.custom_id, line.offset, line.num_bytes)
-    return (*place, line.group_key, line.num_tokens, length_class(line.num_tokens), line.crashes)
+    kind = (line.group_key, line.num_tokens, length_class(line.num_tokens))
+    return (*place, *kind, line.crashes, line.lone_crashes)
 
 
 def result_row(seq: int, result: LineResult) -> Row:

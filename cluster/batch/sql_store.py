@@ -5,7 +5,7 @@ with a lock, and a runner's change compares the lease's fence in the same transa
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -239,20 +239,21 @@ class SqlStore:
 
     async def pending_lines(self, batch_id: str, *, after: int, limit: int) -> list[Line]:
         rows = await self._of_batch(batch_id, lambda s, seq: s.execute(PENDING, (seq, after, limit)))
-        return [to_line(row, position=row[7]) for row in rows]
+        return [to_line(row, position=row[8]) for row in rows]
 
     async def suspects(self, batch_id: str) -> list[Line]:
         rows = await self._of_batch(batch_id, lambda s, seq: s.execute(SUSPECTS, (seq,)))
         return [to_line(row) for row in rows]
 
-    async def add_crashes(self, lease: Lease, numbers: Sequence[int]) -> list[Line]:
+    async def add_crashes(self, lease: Lease, crashes: Mapping[int, bool]) -> list[Line]:
         def work(s: Session) -> list[Line]:
             seq, _ = held(s, lease)
             s.execute_many(
-                "UPDATE lines SET crashes = crashes + 1 WHERE batch = ? AND number = ?", [(seq, n) for n in numbers]
+                "UPDATE lines SET crashes = crashes + 1, lone_crashes = lone_crashes + ? WHERE batch = ? AND number = ?",
+                [(int(alone), seq, number) for number, alone in crashes.items()],
             )
             found: list[Line] = []
-            for n in numbers:
+            for n in crashes:
                 rows = s.execute(f"SELECT {LINE_COLUMNS} FROM lines l WHERE batch = ? AND number = ?", (seq, n))
                 found += [to_line(row) for row in rows]
             return found

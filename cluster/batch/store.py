@@ -4,7 +4,7 @@ A runner's methods take its Lease and raise LeaseLostError when a younger one ex
 nothing. Every method raises StoreError when the database cannot be reached or written. Knows no SQL (sql_store.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from cluster.batch.records import BatchRecord, FileRecord, Lease, Line, LineError, LineResult
@@ -88,8 +88,8 @@ class Store(Protocol):
     async def suspects(self, batch_id: str) -> list[Line]:
         """Unanswered lines that have crashes, in order of position."""
 
-    async def add_crashes(self, lease: Lease, numbers: Sequence[int]) -> list[Line]:
-        """One crash more for each of these lines; returns them as they are now."""
+    async def add_crashes(self, lease: Lease, crashes: Mapping[int, bool]) -> list[Line]:
+        """One crash more for each of these lines, by number: whether it was alone on that replica. Returns them as they are now."""
 
     async def commit_results(self, lease: Lease, results: Sequence[LineResult]) -> BatchRecord:
         """Stores results and counts them. One for a line that has an answer already is left out: the first answer stands."""

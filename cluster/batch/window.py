@@ -1,8 +1,8 @@
 """Answers the lines of one batch: so many under way at once, results stored in groups, and the lines that kill replicas found out.
 
-A line that was under way on a replica that died becomes a suspect, which the store remembers. Suspects run one at a time, with no other
-line of the batch beside them, so that the next death names the guilty one: after `max_crashes` it is answered with an error. Replicas that
-are lost otherwise, or full, only cost a pause. Knows no lease's renewal and no end of the batch: its runner stops it (runner.py).
+A line that was under way on a replica that died becomes a suspect, which the store remembers. While there are suspects, they alone run, in
+ever smaller company, until the guilty one is known (suspects.py): it is answered with an error. Replicas that are lost otherwise, or
+full, only cost a pause. Knows no lease's renewal and no end of the batch: its runner stops it (runner.py).
 """
 
 import asyncio
@@ -11,12 +11,13 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.batch.executor import LineExecutor
 from cluster.batch.feed import Feed, Work
-from cluster.batch.records import BatchRecord, Lease, Line, LineResult, line_seed
+from cluster.batch.records import BatchRecord, Lease, LineResult, line_seed
 from cluster.batch.store import Store
+from cluster.batch.suspects import Patience, Suspects, Trials
 from workers.errors import DeadlineExceededError, OverloadedError, ReplicaUnavailableError, TramontaneError
 
 log = logging.getLogger(__name__)
@@ -29,12 +30,12 @@ CHECK_EVERY_S = 0.25  # whether there is room again
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
-    """`max_crashes`: replicas that may die of a line before it is given up. Results wait at most `commit_every_s` to be stored.
+    """Results wait at most `commit_every_s` to be stored. `patience` with lines that replicas die of.
 
     A line that finds no replica is tried again after `min_pause_s`, doubled up to `max_pause_s`.
     """
 
-    max_crashes: int = 2
+    patience: Patience = field(default_factory=Patience)
     commit_every_s: float = 0.05
     min_pause_s: float = 0.2
     max_pause_s: float = 10.0
@@ -52,6 +53,7 @@ class Window:
         lease: Lease,
         batch: BatchRecord,
         room: Callable[[], int],
+        trials: Trials,
         options: WindowOptions,
     ) -> None:
         self._store = store
@@ -60,11 +62,12 @@ class Window:
         self._lease = lease
         self._batch = batch
         self._room = room
+        self._trials = trials
         self._options = options
         self._under_way: dict[asyncio.Task[None], Work] = {}
-        self._suspects: deque[Line] = deque()
+        self._suspects = Suspects()
         self._again: deque[Work] = deque()
-        self._crashed: list[tuple[Line, str]] = []  # with the reason; not yet in the store
+        self._crashed: dict[int, ReplicaUnavailableError] = {}  # by the line's number; not yet in the store
         self._unstored: list[LineResult] = []
         self._unstored_bytes = 0
         self._storing: asyncio.Task[None] | None = None
@@ -79,7 +82,7 @@ class Window:
 
         However it ends, nothing of it runs on, and what was answered until then is stored, if the store can.
         """
-        self._suspects.extend(await self._store.suspects(self._batch.id))
+        self._suspects = Suspects(await self._store.suspects(self._batch.id))
         try:
             while not self._is_done():
                 self._wake.clear()
@@ -88,7 +91,10 @@ class Window:
                 await self._begin()
                 await self._sleep()
         finally:
-            await self._stop()
+            try:
+                await self._stop()
+            finally:
+                self._trials.end(self)
 
     def _is_done(self) -> bool:
         waiting = self._suspects or self._again or not self._feed.is_empty
@@ -110,13 +116,14 @@ class Window:
         full = len(self._unstored) >= MAX_UNSTORED or self._unstored_bytes >= MAX_UNSTORED_BYTES
         if full or time.monotonic() < self._paused_until:
             return
-        room = self._room()
-        if self._suspects:
-            if not self._under_way and room > 0:
-                self._execute(await self._feed.work_for(self._suspects.popleft()))
+        room, lines = self._room(), [work.line for work in self._under_way.values()]
+        if self._suspects or any(line.crashes for line in lines):
+            if all(line.crashes for line in lines) and self._trials.begin(self):
+                while (line := self._suspects.take(lines, room)) is not None:
+                    self._execute(await self._feed.work_for(line))
+                    lines.append(line)
             return
-        if any(work.line.crashes for work in self._under_way.values()):
-            return
+        self._trials.end(self)
         while len(self._under_way) < room:
             work = self._again.popleft() if self._again else self._feed.take()
             if work is None:
@@ -144,7 +151,7 @@ class Window:
             )
         except ReplicaUnavailableError as e:
             if e.crashed:
-                self._crashed.append((line, str(e)))
+                self._crashed[line.number] = e
             else:
                 self._try_later(work, None)
         except OverloadedError as e:
@@ -167,7 +174,7 @@ class Window:
 
     def _try_later(self, work: Work, after_s: float | None) -> None:
         if work.line.crashes:
-            self._suspects.appendleft(work.line)
+            self._suspects.add(work.line)
         else:
             self._again.append(work)
         now = time.monotonic()
@@ -185,22 +192,19 @@ class Window:
             await asyncio.shield(self._judging)
 
     async def _count_crashes(self) -> None:
-        crashed, self._crashed = self._crashed, []
-        reasons = {line.number: reason for line, reason in crashed}
+        crashed, self._crashed = self._crashed, {}
         log.warning(
-            "A replica died while it worked on %d lines of %s; they run alone now: %s",
+            "A replica died while it worked on %d lines of %s, which run in smaller company now: %s",
             len(crashed),
             self._batch.id,
-            crashed[0][1],
+            next(iter(crashed.values())),
         )
-        for line in await self._store.add_crashes(self._lease, list(reasons)):
-            if line.crashes < self._options.max_crashes:
-                self._suspects.append(line)
+        for line in await self._store.add_crashes(self._lease, {number: e.alone for number, e in crashed.items()}):
+            verdict = self._options.patience.verdict(line)
+            if verdict is None:
+                self._suspects.add(line)
                 continue
-            message = (
-                f"{line.crashes} replicas ended while they worked on this request, so it is left out and the batch goes on. "
-                f"The last one: {reasons[line.number]}"
-            )
+            message = f"{verdict}, so it is left out and the batch goes on. The last one: {crashed[line.number]}"
             self._add(LineResult(number=line.number, error_code="replica_crashed", error_message=message))
 
     def _store_results(self) -> None:

@@ -30,7 +30,7 @@ from cluster.router.health import Health, ReplicaStatus, look
 from cluster.router.policy import PolicyName
 from cluster.router.replica import Outlook, Replica
 from cluster.router.stream import Stream, StreamMovedError, Trace
-from cluster.router.table import Place
+from cluster.router.table import Place, Seat
 from workers.errors import DeadlineExceededError, ReplicaUnavailableError
 from workers.protocol import BATCH_PRIORITY, EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 
@@ -259,11 +259,9 @@ class Router:
                         self._first_tokens.add(self._clock(), self._clock() - admission.arrived)
                 yield stream.take(delta)
         except StopAsyncIteration:
-            self._lost(
-                stream, replica, ReplicaUnavailableError(f"Replica {replica.replica_id} ended the stream early.")
-            )
+            self._lost(stream, seat, ReplicaUnavailableError(f"Replica {replica.replica_id} ended the stream early."))
         except ReplicaUnavailableError as e:
-            self._lost(stream, replica, e)
+            self._lost(stream, seat, e)
         except StreamMovedError as e:
             self.num_failovers_total += 1
             stream.move()
@@ -278,8 +276,8 @@ class Router:
     def _bounds_for(self, priority: int) -> Bounds:
         return self._batch_bounds if priority >= BATCH_PRIORITY else self._bounds
 
-    def _lost(self, stream: Stream, replica: Replica, error: ReplicaUnavailableError) -> None:
-        stream.lose(replica, error)
+    def _lost(self, stream: Stream, seat: Seat, error: ReplicaUnavailableError) -> None:
+        stream.lose(seat.replica, error, alone=self._table.lost(seat))
         self.num_failovers_total += 1
         log.info(
             "Request %s goes on elsewhere after %d tokens: %s",

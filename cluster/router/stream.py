@@ -155,8 +155,10 @@ class Stream:
             return 0.0
         return min(FIRST_PAUSE_S * 2.0 ** (self._num_losses - 2), MAX_PAUSE_S) * random.uniform(0.5, 1.0)
 
-    def lose(self, replica: object, error: ReplicaUnavailableError) -> None:
-        """The replica was lost. Raises EngineError when it was one too many since the last token, CrashedError when crashes are why."""
+    def lose(self, replica: object, error: ReplicaUnavailableError, *, alone: bool) -> None:
+        """The replica was lost; `alone`: it had no other request. Raises EngineError when it was one too many since the last token,
+        CrashedError when crashes are why.
+        """
         self.trace.num_failovers += 1
         self.lost_on.add(replica)
         self._num_losses += 1
@@ -167,12 +169,13 @@ class Stream:
             "It is not tried again."
         )
         if self._num_crashes >= MAX_CRASHES_WITHOUT_PROGRESS:
-            raise CrashedError(in_a_row, num_crashes=self._num_crashes_total) from error
+            raise CrashedError(in_a_row, num_crashes=self._num_crashes_total, alone=alone) from error
         if error.crashed and self._max_crashes is not None and self._num_crashes_total >= self._max_crashes:
             times = "once" if self._num_crashes_total == 1 else f"{self._num_crashes_total} times"
             raise CrashedError(
                 f"A replica crashed {times} while it worked on this request, the last time with: {error}",
                 num_crashes=self._num_crashes_total,
+                alone=alone,
             ) from error
         if self._num_losses >= MAX_LOSSES_WITHOUT_PROGRESS:
             raise EngineError(in_a_row) from error

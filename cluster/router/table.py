@@ -37,6 +37,7 @@ class Seat:
         self.num_background = 0  # of the streams
         self.unreported: dict[Stream, tuple[float, int]] = {}  # sent when, with how many tokens to compute
         self.move_timer: asyncio.TimerHandle | None = None  # while draining
+        self.was_alone: bool | None = None  # one request, as the replica was lost; None before
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,7 @@ class ReplicaTable:
     def enter(self, seat: Seat, stream: Stream, num_cached_tokens: int) -> None:
         """The sequence is on its way to the replica; until a report can know of it, it counts here."""
         seat.streams.add(stream)
+        seat.was_alone = None
         seat.num_background += stream.is_background
         seat.unreported[stream] = (self._clock(), max(stream.num_tokens - num_cached_tokens, 1))
         self._refresh_load(seat)
@@ -116,6 +118,18 @@ class ReplicaTable:
             seat.num_background -= stream.is_background
         seat.unreported.pop(stream, None)
         self._refresh_load(seat)
+
+    def lost(self, seat: Seat) -> bool:
+        """Whether the replica, which was lost, worked on one request alone, whatever number of sequences.
+
+        The first stream that tells of the loss decides, before the streams leave one by one. What other gateways had there is known from
+        the last report, which may count a sequence that has just ended: then it is rather not alone.
+        """
+        if seat.was_alone is None:
+            load = seat.replica.load
+            num_known = load.num_running + load.num_waiting + len(seat.unreported)
+            seat.was_alone = len({s.order for s in seat.streams}) == 1 and num_known <= len(seat.streams)
+        return seat.was_alone
 
     def report_knows(self, seat: Seat, stream: Stream) -> None:
         """The replica has said something about it."""

@@ -79,10 +79,11 @@ class SimulatedExecutor:
             if line.custom_id not in self.poison:
                 return
             self.num_deaths += 1
+            alone = len(self._under_way) == 1
             for other in self._under_way:
                 if not other.done():
                     other.set_exception(ReplicaUnavailableError("replica r0 ended: out of memory", crashed=True))
-            raise ReplicaUnavailableError("replica r0 ended: out of memory", crashed=True) from None
+            raise ReplicaUnavailableError("replica r0 ended: out of memory", crashed=True, alone=alone) from None
         finally:
             del self._under_way[death]
 

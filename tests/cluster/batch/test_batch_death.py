@@ -125,7 +125,7 @@ async def test_an_answer_is_stored_once_whoever_sends_it(tmp_path):
     with pytest.raises(LeaseLostError):
         await store.commit_results(young, [LineResult(number=1, status_code=200, body=b"1")])
     with pytest.raises(LeaseLostError):
-        await store.add_crashes(young, [1])
+        await store.add_crashes(young, {1: True})
     with pytest.raises(LeaseLostError):
         await store.finalize(young, now=0)
     first = await store.commit_results(newer, [LineResult(number=1, status_code=200, body=b"1")])

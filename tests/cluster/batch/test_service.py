@@ -5,7 +5,7 @@ import os
 import time
 from contextlib import asynccontextmanager
 
-from batches import FAST, SimulatedExecutor, add_batch, opened, request, requests
+from batches import FAST, SimulatedExecutor, add_batch, opened, read_lines, request, requests
 
 from cluster.batch.errors import StoreError
 from cluster.batch.owner import is_dead, new_owner
@@ -58,6 +58,22 @@ async def test_two_services_share_the_batches(tmp_path):
     assert all(max(e.together) <= 9 + 9 // 2 + 9 // 3 for e in executors), "batches share the room"
     await one.close()
     await two.close()
+
+
+async def test_poison_of_one_batch_is_not_blamed_on_another(tmp_path):
+    """Both have suspects on the one replica, which would die of the poison beside any of them."""
+    store, files = opened(tmp_path)
+    guilty = await add_batch(store, files, [request("bad"), *requests(20)])
+    innocent = await add_batch(store, files, requests(40))
+    executor = SimulatedExecutor(latency_s=0.01, capacity=8, poison=["bad"])
+    async with running(BatchService(store, files, executor, options=FAST, service=QUICK)):
+        await until(all_ended(store))
+    assert executor.num_deaths >= 3
+    ended = [await store.get_batch(b.id) for b in (guilty, innocent)]
+    assert [(b.num_completed, b.num_failed) for b in ended] == [(20, 1), (40, 0)]
+    [line] = read_lines(files, ended[0].error_file_id)
+    assert (line["custom_id"], line["error"]["code"]) == ("bad", "replica_crashed")
+    await store.close()
 
 
 async def test_a_cancelled_batch_ends_at_once(tmp_path):

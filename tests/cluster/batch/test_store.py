@@ -130,7 +130,7 @@ LATE = [
     ("fail", lambda s, x: s.fail(x, [], now=1)),
     ("plan", lambda s, x: s.plan(x)),
     ("start", lambda s, x: s.start(x, now=1, model=None)),
-    ("add_crashes", lambda s, x: s.add_crashes(x, [1])),
+    ("add_crashes", lambda s, x: s.add_crashes(x, {1: True})),
     ("commit_results", lambda s, x: s.commit_results(x, [ok(1)])),
     ("finalize", lambda s, x: s.finalize(x, now=1)),
     ("finish", lambda s, x: s.finish(x, output=a_file("file-o"), errors=None, now=1)),
@@ -212,8 +212,10 @@ async def test_results_are_counted_once(store):
 
 async def test_suspects(store):
     lease = await started(store, [a_line(i) for i in range(1, 6)])
-    assert [(x.number, x.crashes) for x in await store.add_crashes(lease, [2, 4])] == [(2, 1), (4, 1)]
-    assert [(x.number, x.crashes) for x in await store.add_crashes(lease, [4])] == [(4, 2)]
+    crashed = await store.add_crashes(lease, {2: False, 4: False})
+    assert [(x.number, x.crashes, x.lone_crashes) for x in crashed] == [(2, 1, 0), (4, 1, 0)]
+    [crashed] = await store.add_crashes(lease, {4: True})
+    assert (crashed.number, crashed.crashes, crashed.lone_crashes) == (4, 2, 1)
     assert [x.number for x in await store.pending_lines("batch_1", after=0, limit=9)] == [1, 3, 5]
     assert [(x.number, x.crashes) for x in await store.suspects("batch_1")] == [(2, 1), (4, 2)]
     await store.commit_results(lease, [ok(4)])

@@ -7,6 +7,7 @@ import pytest
 from fake_replica import FakeReplica, tokens
 
 from cluster.replicas.state import BatchDemand
+from cluster.router.admission import Admission
 from cluster.router.router import Outlook, Router
 from workers.errors import CrashedError, EngineError, OverloadedError
 from workers.protocol import BATCH_PRIORITY, GenerateRequest, LoadReport, SamplingParams
@@ -144,6 +145,45 @@ async def test_crashes_count_in_all_where_it_is_asked_for(max_crashes, monkeypat
     assert isinstance(error.value, EngineError)
     assert sum(len(r.requests) for r in replicas) == max_crashes
     assert (router.num_inflight_requests, router.num_queued_tokens, router.num_waiting) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "num_reported", "alone"), [(1, 0, True), (2, 0, False), (1, 3, False)], ids=["alone", "two", "others"]
+)
+async def test_a_crash_tells_whether_the_request_was_alone(num_lines, num_reported, alone) -> None:
+    """num_reported: what the replica last said it works on; more than ours are other gateways'."""
+    replica = FakeReplica(tokens(OUTPUT), hold_after=1)
+    replica.load = LoadReport(num_blocks=100, tokens_per_s=1000.0)
+    router = Router([replica])
+    names = [f"line-{i}" for i in range(num_lines)]
+    tasks = [asyncio.create_task(collect(router, name, BATCH_PRIORITY, max_crashes=1)) for name in names]
+    while replica.num_open < num_lines:
+        await asyncio.sleep(0)
+    await replica.holding.wait()
+    replica.say(num_running=num_reported)
+    replica.lose()
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [(type(e), e.alone) for e in errors] == [(CrashedError, alone)] * num_lines
+
+
+async def test_the_sequences_of_one_request_are_no_company_to_each_other() -> None:
+    replica = FakeReplica(tokens(OUTPUT), hold_after=1)
+    replica.load = LoadReport(num_blocks=100, tokens_per_s=1000.0)
+    router = Router([replica])
+
+    async def run(name: str, admission: Admission) -> None:
+        async for _ in router.generate(request(name, BATCH_PRIORITY), admission=admission, max_crashes=1):
+            pass
+
+    with router.admit(2, 4, priority=BATCH_PRIORITY) as admission:
+        tasks = [asyncio.create_task(run(f"line-{i}", admission)) for i in range(2)]
+        while replica.num_open < 2:
+            await asyncio.sleep(0)
+        await replica.holding.wait()
+        replica.say(num_running=2)
+        replica.lose()
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [(type(e), e.alone) for e in errors] == [(CrashedError, True)] * 2
 
 
 async def test_losses_that_are_no_crashes_do_not_count() -> None:
