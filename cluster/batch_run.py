@@ -69,27 +69,16 @@ def run_here(folder: JobFolder, job: Job, options: Namespace, console: Console) 
             batch = asyncio.run(run_batch(store, files, _NoExecutor(), batch.id))
         elif not batch.has_ended:
             config = batch_config(options, job, model_folder, served_name)
-            _end_abandoned(folder)
             with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
                 text = pool.submit(load_text, config)
                 with open_ray(console, config) as cluster:
-                    folder.note_ray(cluster.folder)
                     if config.ray_address and options.device == "auto" and cluster.num_gpus() >= _num_ranks(config):
                         options.device = "cuda"
                         config = batch_config(options, job, model_folder, served_name)
                     batch = asyncio.run(_answer(config, options, console, text, cluster, store, files, batch))
-            folder.note_ray(None)
         return _conclude(folder, job, files, batch)
     finally:
         asyncio.run(store.close())
-
-
-def _end_abandoned(folder: JobFolder) -> None:
-    """A command that was killed could not clean up its Ray, whose processes may live a little longer."""
-    if (ray_folder := folder.note_ray(None)) is not None:
-        from cluster.replicas.ray_cluster import end_abandoned
-
-        end_abandoned(ray_folder)
 
 
 def end_here(folder: JobFolder, job: Job) -> Job:

@@ -22,7 +22,7 @@ from cluster.batch.locations import STANDARD, is_address, local_path
 from workers.errors import ConfigError
 
 FOLDER_SUFFIX = ".tramontane"
-_JOB, _LOCK, _RAY = "batch.json", "lock", "ray"
+_JOB, _LOCK = "batch.json", "lock"
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,19 +96,6 @@ class JobFolder:
             raise StoreError(
                 f"The batch's folder {self.path} cannot be written: {e.strerror}. Nothing that was stored is lost."
             ) from e
-
-    def note_ray(self, ray_folder: Path | None) -> Path | None:
-        """Remembers the folder of a Ray of the command's own; returns the one that an earlier command left. Raises StoreError."""
-        note = self.path / _RAY
-        try:
-            before = Path(note.read_text()) if note.exists() else None
-            if ray_folder is None:
-                note.unlink(missing_ok=True)
-            else:
-                note.write_text(str(ray_folder))
-        except OSError as e:
-            raise StoreError(f"The batch's folder {self.path} cannot be written: {e.strerror}.") from e
-        return before
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

@@ -4,29 +4,24 @@ A Ray we start serves this machine only: token authentication on, dashboard on l
 temporary folder that goes when it goes.
 """
 
-import atexit
 import contextlib
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.replicas.ray_folder import MARK, RayFolder, make_folder, sweep
 from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-KILL_TIMEOUT_S = 10.0
 SHUTDOWN_TIMEOUT_S = 5.0
 REACH_TIMEOUT_S = 5.0
-_MARK = "TRAMONTANE_RAY_FOLDER"  # in the environment of every process of a Ray of ours
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not travel through Ray; this is near the smallest it accepts
 
 
@@ -35,7 +30,7 @@ class RayCluster:
     """A connection to Ray. `folder` is set when the cluster is ours."""
 
     dashboard_url: str | None
-    folder: Path | None
+    folder: RayFolder | None
 
     @property
     def is_ours(self) -> bool:
@@ -55,15 +50,15 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
     """Joins the cluster at `address`, or starts one on this machine with `num_cpus` CPU slots. Raises ConfigError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    sweep()
     folder = None
     if address is not None:
         _check_reachable(address)
     else:
         os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster unasked
         _use_token_authentication()
-        folder = Path(tempfile.mkdtemp(prefix="tramontane-", dir=os.environ.get("RAY_TMPDIR", "/tmp")))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # behind Ray's own handlers, which still write there
-        os.environ[_MARK] = str(folder)
+        folder = make_folder()
+        os.environ[MARK] = str(folder.path)
     import ray
 
     try:
@@ -78,7 +73,7 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
                 namespace=namespace,
                 log_to_driver=log_to_driver,
                 logging_level=logging.ERROR,
-                _temp_dir=str(folder),
+                _temp_dir=str(folder.path),
             )
     except BaseException as e:
         _end_ray(folder)
@@ -133,7 +128,7 @@ def _use_token_authentication() -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
-def _end_ray(folder: Path | None) -> None:
+def _end_ray(folder: RayFolder | None) -> None:
     """Shuts Ray down as it is meant to be, and makes sure of it where the processes and files are ours.
 
     A service manager may have signalled all processes at once; without its control store `ray.shutdown` waits for a minute.
@@ -156,36 +151,11 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _shut_down_and_kill(folder: Path | None) -> None:
+def _shut_down_and_kill(folder: RayFolder | None) -> None:
     import ray
 
     thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
     thread.start()
     thread.join(SHUTDOWN_TIMEOUT_S)
     if folder is not None:
-        end_abandoned(folder)
-
-
-def end_abandoned(folder: Path) -> None:
-    """Ends what is left of a Ray of ours whose command was killed, and removes its files."""
-    deadline = time.monotonic() + KILL_TIMEOUT_S
-    while pids := _marked_processes(folder):
-        if time.monotonic() > deadline:
-            log.error("Processes %s of Ray cannot be ended; they may hang in the kernel.", pids)
-            break
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _marked_processes(folder: Path) -> list[int]:
-    """Living processes of the cluster in `folder`, wherever they hang in the process tree. Linux only; elsewhere none."""
-    mark = f"{_MARK}={folder}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if mark in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return found
+        folder.end()

@@ -1,10 +1,8 @@
-"""What surrounds a Ray of our own, without starting one: its token, its marked processes, and addresses that are dead."""
+"""What surrounds a Ray of our own, without starting one: its token, and addresses that are dead."""
 
 import os
 import socket
 import stat
-import subprocess
-import sys
 
 import pytest
 
@@ -44,25 +42,6 @@ def test_without_a_writable_home_the_token_lives_in_the_environment(home):
     (home / ".ray").write_text("a file where the folder should be")
     ray_cluster._use_token_authentication()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_only_processes_with_this_folders_mark_are_found(tmp_path):
-    def sleeper(folder) -> subprocess.Popen:
-        code = "print('up', flush=True); input()"
-        env = {**os.environ, ray_cluster._MARK: str(folder)}
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        process.stdout.readline()
-        return process
-
-    mine, other = sleeper(tmp_path), sleeper(f"{tmp_path}-other")
-    try:
-        assert ray_cluster._marked_processes(tmp_path) == [mine.pid]
-    finally:
-        for process in (mine, other):
-            process.communicate("\n", timeout=10)
 
 
 def test_a_dead_address_is_named_at_once():
