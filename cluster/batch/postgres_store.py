@@ -5,13 +5,13 @@ that could not even begin is run once more. Rows are locked by SELECT ... FOR UP
 may differ.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, LiteralString
 
 import psycopg
 
+from cluster.batch.connection_thread import ConnectionThread
 from cluster.batch.database import MIGRATIONS, Row, T
 from cluster.batch.errors import StoreError
 from cluster.batch.sql_store import SqlStore
@@ -50,23 +50,23 @@ class _Session:
 
 class _Database:
     def __init__(self, url: str) -> None:
-        self._url = url
-        self._writing = _Thread(url, "batch-writer")
-        self._reading = _Thread(url, "batch-reader")
+        self._connect = partial(_connect, url)
+        self._writing = _Thread("batch-writer", self._connect)
+        self._reading = _Thread("batch-reader", self._connect)
 
     async def write(self, work: Callable[[_Session], T]) -> T:
-        return await self._writing.run(lambda connection: work(_Session(connection)))
+        return await self._writing.transact(lambda connection: work(_Session(connection)))
 
     async def read(self, work: Callable[[_Session], T]) -> T:
-        return await self._reading.run(lambda connection: work(_Session(connection)))
+        return await self._reading.transact(lambda connection: work(_Session(connection)))
 
     async def stream(
         self, sql: str, parameters: Sequence[Any] = (), *, num_rows: int
     ) -> AsyncGenerator[list[Row], None]:
-        thread = _Thread(self._url, "batch-stream")
+        thread = _Thread("batch-stream", self._connect)
         try:
-            cursor = await thread.begin(lambda connection: _open_cursor(connection, sql, parameters))
-            while rows := await thread.begin(lambda _: cursor.fetchmany(num_rows)):
+            cursor = await thread.run(lambda connection: _open_cursor(connection, sql, parameters))
+            while rows := await thread.run(lambda _: cursor.fetchmany(num_rows)):
                 yield rows
         finally:
             await thread.close()
@@ -76,17 +76,12 @@ class _Database:
         await self._reading.close()
 
 
-class _Thread:
-    """One thread with one connection."""
+class _Thread(ConnectionThread["psycopg.Connection[Row]"]):
+    """`run` in whatever transaction `work` begins."""
 
-    def __init__(self, url: str, name: str) -> None:
-        self._url = url
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._connection: psycopg.Connection[Row] | None = None
-        self._closed = False
-        self._has_begun = False
+    _has_begun = False
 
-    async def run(self, work: "Callable[[psycopg.Connection[Row]], T]") -> T:
+    async def transact(self, work: "Callable[[psycopg.Connection[Row]], T]") -> T:
         """In a transaction of its own."""
 
         def transaction(connection: "psycopg.Connection[Row]") -> T:
@@ -94,28 +89,13 @@ class _Thread:
                 self._has_begun = True
                 return work(connection)
 
-        return await self.begin(transaction)
+        return await self.run(transaction)
 
-    async def begin(self, work: "Callable[[psycopg.Connection[Row]], T]") -> T:
-        """In whatever transaction `work` begins."""
-        if self._closed:
-            raise StoreError("The batch store is closed.")
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, work)
-
-    async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._disconnect)
-        self._pool.shutdown()
-
-    def _run(self, work: "Callable[[psycopg.Connection[Row]], T]") -> T:
+    def _attempt(self, work: "Callable[[psycopg.Connection[Row]], T]") -> T:
         for is_last in (False, True):
             self._has_begun = False
             try:
-                if self._connection is None or self._connection.closed:
-                    self._connection = _connect(self._url)
-                return work(self._connection)
+                return work(self._connected())
             except psycopg.Error as e:
                 was_stale = self._connection is not None and self._connection.closed and not self._has_begun
                 self._disconnect()
@@ -125,10 +105,10 @@ class _Thread:
                     ) from e
         raise AssertionError("the last try returns or raises")
 
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
+    def _connected(self) -> "psycopg.Connection[Row]":
+        if self._connection is not None and self._connection.closed:
             self._connection = None
+        return super()._connected()
 
 
 def _connect(url: str) -> "psycopg.Connection[Row]":

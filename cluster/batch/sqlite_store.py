@@ -4,14 +4,14 @@ Write-ahead log, so that readers do not wait for writers; a transaction is on th
 thread writes, one reads: SQLite lets one write at a time anyway. The SQL is sql_store.py's.
 """
 
-import asyncio
 import sqlite3
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.batch.connection_thread import ConnectionThread
 from cluster.batch.database import MIGRATIONS, Row, T
 from cluster.batch.errors import StoreError
 from cluster.batch.sql_store import SqlStore
@@ -55,9 +55,9 @@ class _Session:
 
 class _Database:
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._writing = _Thread(path, "batch-writer")
-        self._reading = _Thread(path, "batch-reader")
+        self._connect = partial(_connect, path)
+        self._writing = _Thread("batch-writer", self._connect)
+        self._reading = _Thread("batch-reader", self._connect)
 
     async def write(self, work: Callable[[_Session], T]) -> T:
         def transaction(connection: sqlite3.Connection) -> T:
@@ -86,7 +86,7 @@ class _Database:
     async def stream(
         self, sql: str, parameters: Sequence[Any] = (), *, num_rows: int
     ) -> AsyncGenerator[list[Row], None]:
-        thread = _Thread(self._path, "batch-stream")  # of its own: the cursor stays open while others read
+        thread = _Thread("batch-stream", self._connect)  # of its own: the cursor stays open while others read
         try:
             cursor = await thread.run(lambda connection: connection.execute(sql, parameters))
             while rows := await thread.run(lambda _: cursor.fetchmany(num_rows)):
@@ -99,42 +99,15 @@ class _Database:
         await self._reading.close()
 
 
-class _Thread:
-    """One thread with one connection, opened by the first use."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._path = path
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._connection: sqlite3.Connection | None = None
-        self._closed = False
-
-    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        if self._closed:
-            raise StoreError("The batch store is closed.")
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._run, work)
-
-    async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._disconnect)
-        self._pool.shutdown()
-
-    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+class _Thread(ConnectionThread[sqlite3.Connection]):
+    def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            if self._connection is None:
-                self._connection = _connect(self._path)
-            return work(self._connection)
+            return work(self._connected())
         except sqlite3.Error as e:
             self._disconnect()  # whatever state it is in, the next one starts clean
             raise StoreError(
                 f"The batch store cannot be read or written ({e}); nothing that was stored is lost."
             ) from e
-
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
 
 
 def _connect(path: Path) -> sqlite3.Connection:
