@@ -13,7 +13,7 @@ import pytest
 from batch_app import batch_app
 from fake_replica import FakeReplica, tokens
 
-from cluster.batch import locations, remote
+from cluster.batch import locations, remote, remote_run
 from cluster.batch.commands import add_parser
 from cluster.batch.job import JobFolder, find_job
 from cluster.cli import main
@@ -65,8 +65,8 @@ class Command:
 async def command(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Command]:
-    monkeypatch.setattr(remote, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(remote, "RETRY_S", 0.02)
+    monkeypatch.setattr(remote_run, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(remote_run, "RETRY_S", 0.02)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     async with batch_app(tmp_path / "data", [FakeReplica(tokens([42, 43]))], keyring=Keyring(api_key=KEY)) as server:
         work = tmp_path / "work"
@@ -272,7 +272,7 @@ async def test_status_and_cancel(command: Command, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "_wait", stop)
+        patch.setattr(remote_run, "_wait", stop)
         code, _, err = await command.run(source)
     assert code == 1, "Ctrl-C is no success"
     assert (
