@@ -126,8 +126,10 @@ def test_prometheus_configuration_scrapes_the_gateway_with_its_key_and_ray() -> 
     jobs = {job["job_name"]: job for job in config["scrape_configs"]}
     assert jobs["tramontane"]["authorization"] == {"type": "Bearer", "credentials_file": "api_key"}
     assert jobs["ray"]["file_sd_configs"][0]["files"][0].endswith("/prom_metrics_service_discovery.json")
-    assert [(DEPLOY / "prometheus" / name).is_file() for name in config["rule_files"]] == [True]
+    named = [*config["rule_files"], *jobs["tramontane"]["file_sd_configs"][0]["files"]]
+    assert [(DEPLOY / "prometheus" / name).is_file() for name in named] == [True, True]
     ours = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/tramontane.yml").read_text())["datasources"]
+    assert ours[0]["url"] == "${TRAMONTANE_PROMETHEUS}"
     assert ours[0]["jsonData"]["timeInterval"] == config["global"]["scrape_interval"], "rates would have holes"
     provider = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/tramontane.yml").read_text())["providers"][0]
     assert provider["options"]["path"] == "${TRAMONTANE_DASHBOARDS}"

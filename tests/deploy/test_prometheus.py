@@ -130,7 +130,7 @@ async def prometheus(target: str, folder: Path, *, key: str = KEY) -> AsyncItera
     (folder / "api_key").write_text(key)
     config = yaml.safe_load((folder / "prometheus.yml").read_text())
     config["global"] = dict.fromkeys(config["global"], f"{int(SCRAPE_INTERVAL_S * 1000)}ms")
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
+    (folder / "gateways.yml").write_text(yaml.safe_dump([{"targets": [target]}]))
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
