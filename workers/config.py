@@ -16,6 +16,7 @@ Layout = Literal["huggingface", "mistral"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 BACKGROUND_TOKENS = {
     "cpu": 8,
     "cuda": 128,
@@ -116,6 +117,21 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     tokenizer_path: str | None = None
     num_threads: int | None = None  # torch threads per CPU rank; None divides the cores among the ranks
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one KV block over all layers on one rank: keys and values of this rank's KV heads."""
+        model = self.model
+        heads = model.num_key_value_heads // self.tensor_parallel_size
+        return 2 * model.num_hidden_layers * self.block_size * heads * model.head_dim * DTYPE_BYTES[self.dtype]
+
+    def num_kv_blocks_within(self, num_bytes: int) -> int:
+        """Usable KV blocks in so much of one rank's memory; less than 1 where there is room for none.
+
+        One more is allocated, the null block; more than could ever be in use at once are not.
+        """
+        most_useful = self.max_num_seqs * -(-self.max_model_len // self.block_size)
+        return min(num_bytes // self.kv_block_bytes - 1, most_useful)
 
     @property
     def background_tokens(self) -> int:

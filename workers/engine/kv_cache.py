@@ -10,14 +10,7 @@ from workers.errors import ConfigError
 from workers.model.mistral import KVCaches
 
 
-def block_bytes(config: EngineConfig, dtype: torch.dtype) -> int:
-    """Bytes of one block over all layers on one rank: keys and values of this rank's KV heads."""
-    model = config.model
-    heads = model.num_key_value_heads // config.tensor_parallel_size
-    return 2 * model.num_hidden_layers * config.block_size * heads * model.head_dim * dtype.itemsize
-
-
-def num_blocks_that_fit(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> int:
+def num_blocks_that_fit(config: EngineConfig, device: torch.device) -> int:
     """Usable blocks on this rank. On CUDA, call it after a profiling pass so that peak activations are known.
 
     Raises ConfigError when not even one block fits.
@@ -34,16 +27,13 @@ def num_blocks_that_fit(config: EngineConfig, dtype: torch.dtype, device: torch.
         remedy = "raise --gpu-memory-utilization, lower --max-num-batched-tokens or use more tensor-parallel ranks"
     else:
         budget, remedy = config.kv_cache_bytes, "raise --kv-cache-memory"
-    # One more than the usable ones: the null block.
-    num_blocks = budget // block_bytes(config, dtype) - 1
+    num_blocks = config.num_kv_blocks_within(budget)
     if num_blocks < 1:
         raise ConfigError(
             f"No room for the KV cache: {max(0, budget) / 2**20:.0f} MiB are left and one block of "
-            f"{config.block_size} tokens takes {block_bytes(config, dtype) / 2**20:.2f} MiB; {remedy}."
+            f"{config.block_size} tokens takes {config.kv_block_bytes / 2**20:.2f} MiB; {remedy}."
         )
-    # More than this many could never be in use at once.
-    most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size)
-    return min(num_blocks, most_useful)
+    return num_blocks
 
 
 def allocate(config: EngineConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> KVCaches:

@@ -90,7 +90,7 @@ class ModelRunner:
         """
         if self.tp.device.type == "cuda" and self.config.num_kv_blocks is None:
             self._profile()
-        fitting = kv_cache.num_blocks_that_fit(self.config, self.dtype, self.tp.device)
+        fitting = kv_cache.num_blocks_that_fit(self.config, self.tp.device)
         self.num_blocks = self.tp.min(fitting)
         self.kv_cache = kv_cache.allocate(self.config, self.num_blocks, self.dtype, self.tp.device)
         return self.num_blocks
