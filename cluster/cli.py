@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cluster.batch.commands import add_parser as add_batch_parser
+from cluster.cloud.notices import PREEMPTION_NOTICES
 from cluster.config import (
     API_KEY_ENV,
     BATCH_STORE_ENV,
@@ -216,6 +217,12 @@ def _add_cluster_options(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         metavar="S",
         help="seconds running requests get at shutdown and drain",
+    )
+    cluster.add_argument(
+        "--preemption-notices",
+        choices=PREEMPTION_NOTICES,
+        default="auto",
+        help="whose notices that a machine goes away are heeded; auto: those of the cloud the machine is in",
     )
     cluster.add_argument(
         "--scale-down-after", type=float, default=600.0, metavar="S", help="how long a replica must have been needless"

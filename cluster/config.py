@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, get_args
 
+from cluster.cloud.notices import PreemptionNotices
 from cluster.log import LogFormat, LogLevel
 from workers.config import Dtype, EngineConfig, ModelConfig, load_model_config
 from workers.errors import ConfigError
@@ -64,6 +65,7 @@ class ServeConfig:
     tls_cert: str | None = None
     tls_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+    preemption_notices: PreemptionNotices = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -156,6 +158,7 @@ def serve_config(args: Namespace, folder: Path, model_name: str, *, device: Devi
         tls_cert=_absolute(args.tls_cert),
         tls_key=_absolute(args.tls_key),
         cors_origins=tuple(args.cors_origin or ()),
+        preemption_notices=args.preemption_notices,
     )
 
 

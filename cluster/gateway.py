@@ -6,7 +6,9 @@ Knows what a gateway is made of; no Ray (the controller is handed in) and no con
 
 import asyncio
 import logging
+import math
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +19,7 @@ from cluster.api.gateway import GATEWAY, NO_BATCHES
 from cluster.api.listener import Listener
 from cluster.batching import Batching, open_batching
 from cluster.config import ServeConfig
+from cluster.departure import ENDS_AHEAD_S, Departure, ended, notice_for
 from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger, ledger_path
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from cluster.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+SHUTTING_DOWN = "The server is shutting down."
+LAST_WORDS_S = 1.0
 
 
 class Gateway:
@@ -92,6 +98,7 @@ class Gateway:
         )
         self._executor = ApiLineExecutor(app[GATEWAY], keyring=keyring, accounts=accounts, ledger=self._ledger)
         self._listener = Listener(app, tls=None if self._certificate is None else self._certificate.context)
+        self._departure = Departure(self.router, lambda: self.view, self.gateway_id)
         self._on_view = on_view
         self._fleet: Fleet | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,7 +119,10 @@ class Gateway:
         self._fleet = Fleet(
             self._controller, self.router, gateway_id=self.gateway_id, url=self.url, on_view=self._on_view
         )
-        self._tasks = [asyncio.create_task(self._fleet.run(), name="fleet")]
+        self._tasks = [
+            asyncio.create_task(self._fleet.run(), name="fleet"),
+            asyncio.create_task(self._departure.run(), name="departure"),
+        ]
         if self._batching is not None:
             self._tasks += self._batching.start(self._executor)
         if self._ledger is not None:
@@ -132,15 +142,27 @@ class Gateway:
         raise EngineError(f"The gateway cannot go on: its task {names} ended.") from next(iter(done)).exception()
 
     async def drain(self, timeout_s: float, stop_now: asyncio.Event | None = None) -> None:
-        """Takes nothing new and waits for what runs, at most `timeout_s` or until `stop_now`. Lines of batches are no reason to wait."""
+        """Takes nothing new and waits for what runs, at most `timeout_s` or until `stop_now`; what runs then is told and ended. Lines of
+        batches are no reason to wait.
+        """
+        self._departure.stop()  # it would have its own idea of who may come
         if self._batching is not None:
             await self._batching.stop()
-        self.router.start_draining()
+        self.router.close(SHUTTING_DOWN)
         await self._listener.stop_accepting()
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while self.router.num_inflight_requests and asyncio.get_running_loop().time() < deadline:
-            if stop_now is not None and stop_now.is_set():
-                return
+        stopped = stop_now or asyncio.Event()
+        await self._until_empty(min(timeout_s, self._left_s()), stopped)
+        if self.router.end_streams(ended(SHUTTING_DOWN)):
+            await self._until_empty(LAST_WORDS_S, asyncio.Event())
+
+    def _left_s(self) -> float:
+        """Until this machine goes away, less what ending takes; without end where it stays."""
+        notice = None if self.view is None else notice_for(self.view, self.gateway_id, time.time())
+        return math.inf if notice is None else max(0.0, notice.deadline - ENDS_AHEAD_S - time.time())
+
+    async def _until_empty(self, timeout_s: float, stopped: asyncio.Event) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.router.num_inflight_requests and time.monotonic() < deadline and not stopped.is_set():
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:

@@ -135,6 +135,9 @@ class _StateCollector(Collector):
 
     def _cluster(self, view: ClusterView) -> Iterator[Metric]:
         yield self._gauge("num_replicas_desired", "Replicas there shall be.", [((), view.num_desired)])
+        left_s = {(n.node_ip, n.source): max(0.0, n.deadline - time.time()) for n in view.notices}
+        yield self._gauge("node_leaving_seconds", "Until the node is taken away.", left_s.items(), "node", "source")
+        yield self._counter("preemption_notices", "Nodes that were to be taken away.", [((), view.num_notices_total)])
         # While a lost replica is being ended its successor may carry its id: the newest speaks.
         replicas = {r.replica_id: r for r in sorted(view.replicas, key=lambda r: r.started_at)}.values()
         states = [((r.replica_id, s.value), float(r.state is s)) for r in replicas for s in ReplicaState]

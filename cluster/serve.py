@@ -116,6 +116,7 @@ def spec_of(config: ServeConfig, *, own_cluster: bool) -> "ClusterSpec":
         ttft_objective_s=config.ttft_objective_s,
         placement_timeout_s=OWN_CLUSTER_PLACEMENT_TIMEOUT_S if own_cluster else None,
         single_host=own_cluster,
+        preemption_notices=config.preemption_notices,
         log_level=config.log_level.upper(),
     )
 

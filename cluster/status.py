@@ -21,7 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.replicas.state import ClusterView, RankRecord, ReplicaRecord, ReplicaState
+from cluster.replicas.state import ClusterView, NodeNotice, RankRecord, ReplicaRecord, ReplicaState
 from cluster.tls import client_context, distrust
 from workers.errors import ConfigError, ReplicaUnavailableError
 
@@ -190,9 +190,21 @@ def render(samples: Sequence[Sample], *, now: float) -> RenderableType:
         _add_rows(table, replica, rate, nodes, now)
     if view.failure is not None:
         notes.append(f"Starting replicas is given up: {view.failure[1]}")
+    notes += [_departure(notice, now) for notice in view.notices]
     gateways = ", ".join(f"{g.url} ({g.num_running} running, {g.num_queued} queued)" for g in view.gateways)
     notes.append(f"Gateways: {gateways or 'none'}")
     return Group(Text(_headline(view), style="bold"), table, *(Text(note) for note in notes))
+
+
+def _departure(notice: NodeNotice, now: float) -> str:
+    left_s = max(notice.deadline - now, 0)
+    so_far = (
+        ""
+        if notice.drained_at is None
+        else f" It was drained {notice.drained_at - notice.seen_at:.1f} s after the notice."
+    )
+    what = f"The head node {notice.node_ip}, and everything with it," if notice.is_head else f"Node {notice.node_ip}"
+    return f"{what} goes away in {_duration(left_s)}: {notice.cause}{so_far}"
 
 
 def _node_names(view: ClusterView) -> dict[str, str]:

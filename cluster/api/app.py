@@ -8,7 +8,7 @@ calls `make_app` runs it, with `handler_cancellation=True`, so that a client tha
 
 from collections.abc import Sequence
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from cluster.api import admin as admin_api
 from cluster.api import auth, door, errors, limits, openapi, pages, request_options
@@ -92,12 +92,20 @@ def make_app(
         client_max_size=max_body_bytes,
     )
     app[GATEWAY] = gateway
+    app.on_response_prepare.append(_close_when_closing)
     app.on_response_prepare.extend([request_options.add_request_id, entrance.add_headers, limits.add_headers])
     app[openapi.OPENAPI] = openapi.render(ENDPOINTS)
     routes = {"GET": web.get, "POST": web.post, "DELETE": web.delete}
     app.add_routes([routes[e.method](e.path, e.handler) for e in ENDPOINTS])
     app.add_routes(pages.routes())
     return app
+
+
+async def _close_when_closing(request: web.Request, response: web.StreamResponse) -> None:
+    """Whoever keeps connections open would send its next request here and nowhere else."""
+    if request.app[GATEWAY].router.closing is not None:
+        response.force_close()
+        response.headers[hdrs.CONNECTION] = "close"
 
 
 @web.middleware

@@ -107,13 +107,14 @@ def _size_of(delta: TokenDelta) -> int:
 class ReplicaClient:
     """One replica as the router sees it. Use on one event loop: `await connect()`, then `generate`, at last `await close()`.
 
-    drain_until: time.monotonic() at which running streams must move; None while it is not draining. For the router; nothing here
-    depends on it.
+    drain_until: time.monotonic() at which running streams must move; None while it is not draining. is_leaving: its node goes away, so
+    streams move as soon as there is room elsewhere. Both for the router; nothing here depends on them.
     """
 
     def __init__(self, replica_id: str, address: tuple[str, int], token: str) -> None:
         self.replica_id = replica_id
         self.drain_until: float | None = None
+        self.is_leaving = False
         self._on_frame: Callable[[StepFrame], None] | None = None
         self._cached_blocks: set[bytes] = set()  # named before anyone listened; bounded by the replica's blocks
         self._address = address

@@ -9,15 +9,23 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ray.exceptions import RayError
-
+from cluster.replicas.evacuation import Evacuation
 from cluster.replicas.leftovers import find_ranks, remove_all
+from cluster.replicas.node_watch import NodeWatch
+from cluster.replicas.ray_nodes import draining_nodes
 from cluster.replicas.replica import RayReplica
 from cluster.replicas.scaling import Scaling
-from cluster.replicas.state import ClusterSpec, ClusterView, GatewayRecord, GatewayReport, ReplicaRecord, ReplicaState
+from cluster.replicas.state import (
+    ClusterSpec,
+    ClusterView,
+    GatewayRecord,
+    GatewayReport,
+    ReplicaRecord,
+    ReplicaState,
+)
 from cluster.replicas.supervisor import Supervisor
 from cluster.replicas.wish import find_wish, keep_wish
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
@@ -55,6 +63,7 @@ class Controller:
         self._scaling = Scaling(spec)
         self._supervisor = Supervisor(self._make_replica, num_streams=self._num_streams, on_change=self._note_change)
         self._supervisor.drain_timeout_s = spec.drain_timeout_s
+        self._evacuation: Evacuation | None = None  # until `start`
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -64,6 +73,8 @@ class Controller:
         except Exception as e:  # what cannot be adopted is replaced
             log.exception("Running replicas could not be adopted: %s", e)
         self._set_desired(self._scaling.initial(len(self._live())))
+        self._evacuation = Evacuation(self._supervisor, self._make_watch, self._note_change)
+        self._evacuation.configure(self._spec)
         self._tasks = [asyncio.create_task(self._supervisor.run()), asyncio.create_task(self._scale_forever())]
 
     async def apply(self, spec: ClusterSpec) -> None:
@@ -78,6 +89,8 @@ class Controller:
         self._spec = spec
         if is_other:
             self._facts = None
+        if self._evacuation is not None:
+            self._evacuation.configure(spec)
         self._scaling.configure(spec)
         self._supervisor.drain_timeout_s = spec.drain_timeout_s
         self._supervisor.forgive()
@@ -114,6 +127,8 @@ class Controller:
                 )
                 for g in self._gateways.values()
             ),
+            notices=() if self._evacuation is None else self._evacuation.notices,
+            num_notices_total=0 if self._evacuation is None else self._evacuation.num_notices_total,
             num_desired=self._supervisor.desired,
             scaling_reason=self._scaling.reason,
             failure=None if failure is None else (type(failure).__name__, str(failure)),
@@ -136,6 +151,8 @@ class Controller:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._evacuation is not None:
+            await self._evacuation.close()
         count = len(self._supervisor.records())
         await self._supervisor.close()
         return count
@@ -166,6 +183,9 @@ class Controller:
             placement_timeout_s=self._spec.placement_timeout_s,
             on_change=self._note_change,
         )
+
+    def _make_watch(self, on_notice: Callable[[], None]) -> NodeWatch:
+        return NodeWatch(on_notice, log_level=self._spec.log_level)
 
     def _note_change(self) -> None:
         self._version += 1
@@ -219,36 +239,14 @@ class Controller:
             if now - gateway.last_seen > GATEWAY_IS_GONE_AFTER_S:
                 log.warning("Gateway %s has not been heard of for %.0f s.", gateway_id, now - gateway.last_seen)
                 del self._gateways[gateway_id]
-        self._drain_preempted(draining)
+        if self._evacuation is not None:
+            nodes = {g.node_id for g in self._gateways.values() if g.node_id}
+            self._evacuation.round(draining, gateway_nodes=nodes)
         reports = [g.report for g in self._gateways.values()]
         desired = self._scaling.decide(self._supervisor.records(), reports, now)
         if self._facts is None:  # nobody can check a request before a first replica has shown what the model can take
             desired = max(desired, min(1, self._spec.max_replicas))
         self._set_desired(desired)
-
-    def _drain_preempted(self, draining: Mapping[str, int]) -> None:
-        """Ray knows of nodes that will go: spot instances with a notice, nodes its autoscaler gives back."""
-        for node_id, deadline_ms in draining.items():
-            for record in self._supervisor.records():
-                if record.state is ReplicaState.LOST or node_id not in {r.node_id for r in record.ranks}:
-                    continue
-                left_s = deadline_ms / 1000 - time.time() if deadline_ms else self._spec.drain_timeout_s
-                grace_s = max(0.0, min(self._spec.drain_timeout_s, left_s - 5.0))
-                if record.drain_until is not None and record.drain_until <= time.time() + grace_s + 1.0:
-                    continue  # it drains already, and soon enough
-                reason = f"Replica {record.replica_id} is being drained: its node goes away."
-                self._supervisor.drain(record.replica_id, grace_s=grace_s, reason=reason)
-
-
-def draining_nodes() -> Mapping[str, int]:
-    """Node id -> when it goes, in milliseconds since 1970, 0 when unknown."""
-    from ray._private.state import state
-
-    try:
-        return state.get_draining_nodes()
-    except (RayError, RuntimeError) as e:
-        log.debug("Ray does not say which nodes are draining: %s", e)
-        return {}
 
 
 class ControllerActor(Controller):

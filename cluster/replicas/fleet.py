@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Protocol
 
 from cluster.replicas.client import ReplicaClient
+from cluster.replicas.leaving import ending
 from cluster.replicas.state import ClusterView, GatewayReport, ReplicaRecord, ReplicaState
 from cluster.router.replica import Outlook, Replica
 from workers.errors import ReplicaUnavailableError, TramontaneError
@@ -99,6 +100,7 @@ class Fleet:
             assert record.address is not None and record.token is not None, f"replica {key} is ready without an address"
             client = self._clients[key] = ReplicaClient(record.replica_id, record.address, record.token)
             self._spawn(self._connect(key, client))
+        client.is_leaving = record.is_leaving
         client.drain_until = None if record.drain_until is None else time.monotonic() + record.drain_until - time.time()
 
     async def _connect(self, key: Key, client: ReplicaClient) -> None:
@@ -137,7 +139,9 @@ def outlook_of(view: ClusterView) -> Outlook:
     reasons = [describe(r) for r in view.replicas if r.state is not ReplicaState.READY]
     reason = view.failure[1] if view.failure else " ".join(reasons) or None
     asleep = view.num_desired == 0 and view.facts is not None and view.failure is None
-    expected = view.failure is None and (asleep or view.num_desired > 0)
+    # Where the head node goes away, nothing will be started any more.
+    stays = view.failure is None and ending(view.notices, time.time()) is None
+    expected = stays and (asleep or view.num_desired > 0)
     return Outlook(expected=expected, reason=reason, facts=view.facts, asleep=asleep)
 
 

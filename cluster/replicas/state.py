@@ -5,9 +5,13 @@ Frozen values, picklable, without Ray and without behaviour. Times are time.time
 
 import enum
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from cluster.cloud.notices import Cloud, PreemptionNotices
 from workers.config import EngineConfig
 from workers.protocol import EngineFacts, LoadReport
+
+NoticeSource = Cloud | Literal["ray"]  # who says that a node goes away
 
 
 class ReplicaState(enum.StrEnum):
@@ -34,6 +38,7 @@ class ClusterSpec:
     ttft_objective_s: float = 2.0
     placement_timeout_s: float | None = None  # None: more nodes may come, so wait for ever
     single_host: bool = False  # sockets stay on loopback: nothing outside this machine takes part
+    preemption_notices: PreemptionNotices = "auto"
     log_level: str = "WARNING"
 
 
@@ -73,6 +78,7 @@ class ReplicaRecord:
     started_at: float = 0.0
     ready_at: float | None = None
     drain_until: float | None = None  # while DRAINING: when streams that still run must move
+    is_leaving: bool = False  # while DRAINING: its node goes away, so streams move as soon as there is room elsewhere
     facts: EngineFacts | None = None
     load: LoadReport = field(default_factory=LoadReport)
 
@@ -117,6 +123,20 @@ class GatewayRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeNotice:
+    """A node will be taken away. `cause`: a sentence of who does it. `deadline`: from when on it may be gone."""
+
+    node_id: str
+    node_ip: str
+    is_head: bool  # everything on Ray ends with it
+    source: NoticeSource
+    cause: str
+    deadline: float
+    seen_at: float
+    drained_at: float | None = None  # no replica has a rank there any more
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterView:
     """What is. `version` grows with every change of another field but `loads` and statistics."""
 
@@ -125,6 +145,8 @@ class ClusterView:
     spec: ClusterSpec | None = None
     replicas: tuple[ReplicaRecord, ...] = ()
     gateways: tuple[GatewayRecord, ...] = ()
+    notices: tuple[NodeNotice, ...] = ()  # of nodes that will be taken away
+    num_notices_total: int = 0  # that this controller has seen
     num_desired: int = 0
     scaling_reason: str = ""
     failure: tuple[str, str] | None = (

@@ -24,6 +24,7 @@ GIVE_BACK_S = (
     0.5  # what a lost replica held is free by then: Ray looks at once for a free place, but not again for a second
 )
 DRAIN_MARGIN_S = 5.0  # behind `drain_until`, for gateways to move what still runs
+SAME_TIME_S = 1.0
 PERMANENT = (ConfigError, CheckpointError)  # trying again cannot help
 
 
@@ -81,11 +82,14 @@ class _Entry:
     state: ReplicaState | None = None  # DRAINING or LOST once decided; else the replica's own
     reason: str | None = None
     drain_until: float | None = None
+    is_leaving: bool = False
     ready_at: float | None = None
     lost_at: float | None = None
 
     def record(self) -> ReplicaRecord:
-        record = replace(self.replica.record(), ready_at=self.ready_at, drain_until=self.drain_until)
+        record = replace(
+            self.replica.record(), ready_at=self.ready_at, drain_until=self.drain_until, is_leaving=self.is_leaving
+        )
         return record if self.state is None else replace(record, state=self.state, reason=self.reason or record.reason)
 
 
@@ -108,6 +112,7 @@ class Supervisor:
         self.desired = 0
         self.drain_timeout_s = 30.0
         self.failure: TramontaneError | None = None  # the first start cannot succeed: none is tried until `forgive`
+        self.hold: str | None = None  # why nothing is started at present
         self._make_replica = make_replica
         self._num_streams = num_streams
         self._on_change = on_change
@@ -138,14 +143,24 @@ class Supervisor:
         self._has_served = True
         self._on_change()
 
-    def drain(self, replica_id: str, *, grace_s: float | None = None, reason: str | None = None) -> None:
-        """Nothing new is sent there; what runs has `grace_s` to end before it moves; then the replica ends. Raises KeyError."""
+    def drain(
+        self, replica_id: str, *, grace_s: float | None = None, reason: str | None = None, is_leaving: bool = False
+    ) -> None:
+        """Nothing new is sent there; what runs has `grace_s` to end before it moves; then the replica ends. Raises KeyError.
+
+        is_leaving: its node goes away. Streams move as soon as another replica has room for them; until one is ready, it serves on.
+        A second drain may only hurry the first.
+        """
         entry = self._entries[replica_id]
         if entry.state is ReplicaState.LOST:
             return
         until = self._wall_clock() + (self.drain_timeout_s if grace_s is None else grace_s)
-        entry.drain_until = until if entry.drain_until is None else min(until, entry.drain_until)
-        entry.reason = entry.reason or reason or f"Replica {replica_id} is being drained."
+        known = entry.drain_until
+        if known is not None and known <= until + SAME_TIME_S and entry.is_leaving >= is_leaving:
+            return
+        entry.drain_until = until if known is None else min(until, known)
+        entry.reason = (reason if is_leaving else entry.reason) or reason or f"Replica {replica_id} is being drained."
+        entry.is_leaving = entry.is_leaving or is_leaving
         entry.state = ReplicaState.DRAINING
         log.info("%s Streams that still run move in %.0f s.", entry.reason, entry.drain_until - self._wall_clock())
         self._on_change()
@@ -187,7 +202,7 @@ class Supervisor:
                     self._start(replica_id)
 
     def _may_start(self, now: float) -> bool:
-        if self.failure is not None or now < self._no_start_before:
+        if self.failure is not None or self.hold is not None or now < self._no_start_before:
             return False
         return not any(e.lost_at is not None and now - e.lost_at < GIVE_BACK_S for e in self._entries.values())
 
@@ -241,8 +256,14 @@ class Supervisor:
         assert entry.drain_until is not None
         late = self._wall_clock() > entry.drain_until + DRAIN_MARGIN_S
         gone = entry.ready_at is None or entry.replica.lost_reason(now) is not None
-        if gone or late or self._num_streams(replica_id) == 0:
+        if gone or late or (self._num_streams(replica_id) == 0 and not self._is_last_resort(entry)):
             self._end(replica_id, entry, entry.reason)
+
+    def _is_last_resort(self, entry: _Entry) -> bool:
+        """A replica whose node goes away serves on until another can, while there is time."""
+        assert entry.drain_until is not None
+        others = any(e.state is None and e.ready_at is not None for e in self._entries.values())
+        return entry.is_leaving and not others and self.desired > 0 and self._wall_clock() < entry.drain_until
 
     def _end(self, replica_id: str, entry: _Entry, reason: str | None) -> None:
         if entry.closing is None:

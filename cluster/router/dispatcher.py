@@ -37,7 +37,8 @@ class Dispatcher:
     def has_hope(self) -> bool:
         """Whether there is a replica, or may be one, for whoever waits."""
         return self.outlook.expected or any(
-            seat.replica.condemned is None and seat.replica.drain_until is None for seat in self.table
+            seat.replica.condemned is None and (seat.replica.drain_until is None or self.table.is_ready(seat))
+            for seat in self.table
         )
 
     def update(self, replicas: Iterable[Replica], outlook: Outlook) -> None:
@@ -125,7 +126,11 @@ class Dispatcher:
 
     def _watch_drain(self, seat: Seat) -> None:
         until = seat.replica.drain_until
-        if until is None or seat.move_timer is not None or not seat.streams:
+        if until is None or not seat.streams:
+            return
+        if seat.replica.is_leaving:
+            self._move(seat, self.table.room_elsewhere() - len(self.line))
+        if seat.move_timer is not None:
             return
         delay = max(0.0, until - self._clock())
         seat.move_timer = asyncio.get_running_loop().call_later(delay, self._move_streams, seat)
@@ -140,5 +145,8 @@ class Dispatcher:
         elif (
             self.outlook.expected or self.table.any_ready
         ):  # else nowhere to go: they stay, and the next frame asks again
-            for stream in list(seat.streams):
-                stream.interrupt.set(StreamMovedError(f"Replica {seat.replica.replica_id} is being drained."))
+            self._move(seat, len(seat.streams))
+
+    def _move(self, seat: Seat, most: int) -> None:
+        for stream in list(seat.streams)[: max(most, 0)]:
+            stream.interrupt.set(StreamMovedError(f"Replica {seat.replica.replica_id} is being drained."))

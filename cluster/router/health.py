@@ -28,7 +28,8 @@ class Health:
     replicas: list[ReplicaStatus]
 
 
-def look(table: ReplicaTable, outlook: Outlook, *, shutting_down: bool, now: float) -> Health:
+def look(table: ReplicaTable, outlook: Outlook, *, closing: str | None, now: float) -> Health:
+    """closing: why this gateway wants nothing new, in a sentence."""
     statuses = []
     for seat in table:
         replica = seat.replica
@@ -39,9 +40,9 @@ def look(table: ReplicaTable, outlook: Outlook, *, shutting_down: bool, now: flo
         else:
             state: Literal["ready", "not_ready"] = "ready" if reason is None else "not_ready"
             statuses.append(ReplicaStatus(replica.replica_id, reason is None, reason, replica.load, state))
-    if shutting_down:
-        return Health(False, "The server is shutting down.", statuses)
-    if any(s.ready for s in statuses):
+    if closing is not None:
+        return Health(False, closing, statuses)
+    if any(s.ready for s in statuses) or table.any_takes:
         return Health(True, None, statuses)
     if outlook.expected and outlook.asleep:
         return Health(True, outlook.reason or ASLEEP, statuses)

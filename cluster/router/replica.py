@@ -14,10 +14,12 @@ class Replica(Protocol):
     """One model replica, as the router sees it.
 
     drain_until: time.monotonic() at which running streams move elsewhere; None while it is not draining.
+    is_leaving: while it drains: its node goes away. Streams move as soon as another replica has room; while none is ready, it serves on.
     on_frame: the router's ear. Whoever sets it hears at once what was said before.
     """
 
     drain_until: float | None
+    is_leaving: bool
 
     @property
     def on_frame(self) -> Callable[[StepFrame], None] | None: ...

@@ -74,7 +74,8 @@ class Router:
         self._table = self._dispatcher.table
         self._arrivals = itertools.count()
         self._turns = Turns()
-        self._shutting_down = False
+        self._closing: str | None = None
+        self._admits = True
         self._first_tokens = Recent()
         self._stays = Recent()  # on the replica that finished a sequence
         self.num_failovers_total = 0  # a sequence going on elsewhere, because its replica was lost or drained
@@ -115,7 +116,7 @@ class Router:
 
     def health(self) -> Health:
         """What is true now; costs no request."""
-        return look(self._table, self._dispatcher.outlook, shutting_down=self._shutting_down, now=self._clock())
+        return look(self._table, self._dispatcher.outlook, closing=self._closing, now=self._clock())
 
     def batch_room(self) -> int:
         """How many more batch sequences the replicas could take now: what others leave of them, with a few that are next. For a
@@ -149,9 +150,30 @@ class Router:
         await self._name_blocks(stream, Hashing())
         return explain_route(self._table, stream, policy or self._policy, num_waiting=self.num_waiting)
 
-    def start_draining(self) -> None:
-        """From now on nothing new is admitted; what runs or waits goes on."""
-        self._shutting_down = True
+    @property
+    def closing(self) -> str | None:
+        """Why this gateway wants nothing new, in a sentence; None while it does."""
+        return self._closing
+
+    def close(self, reason: str, *, admits: bool = False) -> None:
+        """From now on `health` says so, and nothing new is admitted unless `admits`; what runs or waits goes on."""
+        self._closing, self._admits = reason, admits
+
+    def reopen(self) -> None:
+        """Takes `close` back."""
+        self._closing, self._admits = None, True
+
+    def end_streams(self, error: Exception) -> int:
+        """Every stream ends with the error, where it runs or waits, but lines of batches, whose runner brings them back.
+
+        Returns how many.
+        """
+        running = [stream for seat in self._table for stream in seat.streams]
+        streams = {*running, *(waiter.stream for waiter in self._dispatcher.line)}
+        for stream in streams:
+            if not stream.is_background:
+                stream.interrupt.set(error)
+        return sum(not stream.is_background for stream in streams)
 
     def check_room(self, tenant: str | None) -> None:
         """Raises OverloadedError when `admit` would, for one sequence and whatever prompt. Costs nothing and reserves nothing."""
@@ -174,7 +196,7 @@ class Router:
         ready and none is expected.
         """
         now = self._clock()
-        if self._shutting_down or not (self._dispatcher.outlook.expected or self._table.look_for_ready()):
+        if not self._admits or not (self._dispatcher.outlook.expected or self._table.look_for_ready()):
             raise ReplicaUnavailableError(self.health().reason or "No replica is ready; try again in a moment.")
         bounds = self._bounds_for(priority)
         bounds.check(num_sequences, num_tokens, wait_s=lambda: self._estimated_wait_s(priority), tenant=tenant)

@@ -61,6 +61,7 @@ class ReplicaTable:
         self._without_background = _rows(0)
         self._everything = _rows(0)
         self._ready = np.zeros(0, np.bool_)
+        self._takes = np.zeros(0, np.bool_)  # the ready ones; without any, those that leave
         self._limit = np.zeros(0, np.int64)
         self._no_match = np.zeros(0, np.int64)
         self._turn = 0
@@ -85,13 +86,18 @@ class ReplicaTable:
 
     @property
     def any_ready(self) -> bool:
-        """Whether a replica takes new work, by the newest look."""
+        """Whether a replica that does not drain takes new work, by the newest look."""
         return bool(self._ready.any())
 
+    @property
+    def any_takes(self) -> bool:
+        """Whether a request would be taken, if need be by a replica whose node goes away."""
+        return bool(self._takes.any())
+
     def look_for_ready(self) -> bool:
-        """Whether a replica takes new work, with a look at those it may have changed for."""
+        """Whether a request would be taken, with a look at the replicas it may have changed for."""
         self._sweep_if_due(self._clock())
-        return self.any_ready
+        return self.any_takes
 
     def update(self, replicas: list[Replica]) -> None:
         """From now on it is these."""
@@ -138,8 +144,7 @@ class ReplicaTable:
 
     def is_ready(self, seat: Seat) -> bool:
         """Whether what was decided a moment ago still holds."""
-        replica = seat.replica
-        return seat.slot is not None and replica.drain_until is None and replica.is_ready(self._clock())
+        return seat.slot is not None and self._may_take(seat, self._clock())
 
     def choose(self, stream: Stream) -> Place | None:
         """A ready replica with room, by the policy. None when there is none."""
@@ -192,6 +197,11 @@ class ReplicaTable:
         room = np.maximum(self._limit - self._everything.num_requests, 0)
         return int(room[self._ready].sum())
 
+    def room_elsewhere(self) -> int:
+        """How many more sequences the replicas could take that do not drain."""
+        room = np.maximum(self._limit - self._without_background.num_requests, 0)
+        return int(room[self._ready].sum())
+
     def _rows_for(self, stream: Stream) -> Snapshot:
         return self._everything if stream.is_background else self._without_background
 
@@ -219,6 +229,7 @@ class ReplicaTable:
         self._without_background = _joined(self._without_background, _rows(more))
         self._everything = _joined(self._everything, _rows(more))
         self._ready = np.concatenate([self._ready, np.zeros(more, np.bool_)])
+        self._takes = np.concatenate([self._takes, np.zeros(more, np.bool_)])
         self._limit = np.concatenate([self._limit, np.zeros(more, np.int64)])
         self._no_match = np.zeros(num_slots, np.int64)
 
@@ -226,7 +237,7 @@ class ReplicaTable:
         for rows in (self._without_background, self._everything):
             for field, empty in zip(fields(Snapshot), _EMPTY_ROW, strict=True):
                 getattr(rows, field.name)[slot] = empty
-        self._ready[slot] = False
+        self._ready[slot] = self._takes[slot] = False
         self._limit[slot] = 0
 
     def _hear(self, seat: Seat, frame: StepFrame) -> None:
@@ -272,20 +283,28 @@ class ReplicaTable:
         rows.pending_tokens[slot] = pending_tokens
         rows.tokens_per_s[slot] = load.tokens_per_s
         rows.kv_usage[slot] = num_used_blocks / load.num_blocks if load.num_blocks else 0.0
-        rows.available[slot] = self._ready[slot] and num_requests < self._limit[slot]
+        rows.available[slot] = self._takes[slot] and num_requests < self._limit[slot]
 
     def _look(self, seat: Seat, now: float) -> None:
         """Whether the replica takes new work, and for whom it has room."""
         slot, replica = seat.slot, seat.replica
         assert slot is not None, "a replica that was taken out is not asked"
         self._ready[slot] = replica.drain_until is None and replica.is_ready(now)
-        if not self._limit[slot] and self._ready[slot]:
+        self._takes[slot] = self._may_take(seat, now)
+        if not self._limit[slot] and self._takes[slot]:
             most = replica.facts.max_num_seqs
             self._without_background.max_num_seqs[slot] = self._everything.max_num_seqs[slot] = most
             self._limit[slot] = most + max(1, int(most * OVERSHOOT))
             self._refresh_load(seat)
         for rows in (self._without_background, self._everything):
-            rows.available[slot] = self._ready[slot] and rows.num_requests[slot] < self._limit[slot]
+            rows.available[slot] = self._takes[slot] and rows.num_requests[slot] < self._limit[slot]
+
+    def _may_take(self, seat: Seat, now: float) -> bool:
+        """A replica that leaves is better than none."""
+        replica = seat.replica
+        if replica.drain_until is None:
+            return replica.is_ready(now)
+        return replica.is_leaving and now < replica.drain_until and not self.any_ready and replica.is_ready(now)
 
     def _decide(self, stream: Stream) -> Decision | None:
         view, rows = self._view(stream), self._rows_for(stream)

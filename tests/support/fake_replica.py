@@ -87,6 +87,7 @@ class FakeReplica:
         self.condemned: str | None = None
         self.crashes = True  # else it is cut off, freezes or is stopped
         self.drain_until: float | None = None
+        self.is_leaving = False
         self.on_frame: Callable[[StepFrame], None] | None = None
         self.load = LoadReport(num_blocks=100, num_used_blocks=25, num_running=1, forward_age_s=0.1)
         self.facts = EngineFacts(

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 import cluster.replicas.controller as controller_module
+import cluster.replicas.evacuation as evacuation_module
 from cluster.replicas.controller import Controller
-from cluster.replicas.state import ClusterSpec, GatewayReport, RankRecord, ReplicaRecord, ReplicaState
+from cluster.replicas.state import ClusterSpec, GatewayReport, NodeNotice, RankRecord, ReplicaRecord, ReplicaState
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
 
 SPEC = ClusterSpec(model_name="m", engine="engine", max_replicas=2, drain_timeout_s=20.0)  # type: ignore[arg-type]
@@ -47,6 +48,41 @@ class FakeReplica:
         self.closed += 1
 
 
+class FakeWatch:
+    """A NodeWatch that is told the notices: set `notices` and call `on_change`."""
+
+    def __init__(self, on_change) -> None:
+        self.on_change = on_change
+        self.notices: tuple[NodeNotice, ...] = ()
+        self.num_notices_total = 0
+        self.asked = None
+        self.nodes: set[str] = set()
+
+    def configure(self, asked) -> None:
+        self.asked = asked
+
+    def update(self, nodes) -> None:
+        self.nodes = set(nodes)
+
+    async def close(self) -> None: ...
+
+    def say(self, node_id: str, left_s: float, *, is_head: bool = False) -> None:
+        now = time.time()
+        self.notices = (
+            NodeNotice(
+                node_id=node_id,
+                node_ip="10.0.0.2",
+                is_head=is_head,
+                source="aws",
+                cause="AWS terminates this spot instance.",
+                deadline=now + left_s,
+                seen_at=now,
+            ),
+        )
+        self.num_notices_total += 1
+        self.on_change()
+
+
 class World(Controller):
     def __init__(self, spec: ClusterSpec = SPEC) -> None:
         self.made: list[FakeReplica] = []
@@ -55,6 +91,10 @@ class World(Controller):
     def _make_replica(self, replica_id: str, incarnation: str | None = None) -> FakeReplica:
         self.made.append(FakeReplica(replica_id, incarnation or f"i{len(self.made)}", self._note_change))
         return self.made[-1]
+
+    def _make_watch(self, on_notice) -> FakeWatch:
+        self.watch = FakeWatch(on_notice)
+        return self.watch
 
     def states(self) -> dict[str, str]:
         return {r.replica_id: r.state.value for r in self.view().replicas}
@@ -71,7 +111,7 @@ class World(Controller):
 @pytest.fixture
 def ray(monkeypatch):
     """What the controller finds and leaves in Ray."""
-    ray = SimpleNamespace(running={}, kept_wish=None, spared=None, draining={})
+    ray = SimpleNamespace(running={}, kept_wish=None, spared=None, draining={}, told=[])
 
     async def find_ranks(deployment):
         return ray.running
@@ -80,6 +120,7 @@ def ray(monkeypatch):
     monkeypatch.setattr(controller_module, "remove_all", lambda d, keep: setattr(ray, "spared", set(keep)))
     monkeypatch.setattr(controller_module, "keep_wish", lambda d, spec: setattr(ray, "kept_wish", spec))
     monkeypatch.setattr(controller_module, "draining_nodes", lambda: ray.draining)
+    monkeypatch.setattr(evacuation_module, "drain_node", lambda node_id, cause, deadline: ray.told.append(node_id))
     monkeypatch.setattr(controller_module, "SCALING_INTERVAL_S", 0.02)
     return ray
 
@@ -142,6 +183,73 @@ async def test_a_node_that_goes_hurries_a_drain_that_has_begun(world, ray):
     await world.drain("r0", grace_s=500.0)
     ray.draining = {"node-of-r0": int((time.time() + 12.0) * 1000)}
     await world.until(lambda: _drain_until(world) is not None and _drain_until(world) < time.time() + 8.0)
+
+
+async def test_a_node_with_a_notice_is_left_at_once(world, ray):
+    """Its replica drains until shortly before the end, another one is started, Ray is told, and it is said when all is over."""
+    await world.ready(1)
+    await world.sync(-1, report(r0=1))
+    await world.until(lambda: world.watch.nodes == {"node-of-r0"})
+    world.watch.say("node-of-r0", 120.0)
+    assert world.states()["r0"] == "draining", "nothing waits for the next round"
+    assert _drain_until(world) == pytest.approx(time.time() + 110.0, abs=1.0)
+    record = next(r for r in world.view().replicas if r.replica_id == "r0")
+    assert record.is_leaving and "10.0.0.2 goes away" in record.reason
+    await world.until(lambda: world.states() == {"r0": "draining", "r1": "ready"})
+    (notice,) = world.view().notices
+    assert notice.drained_at is None and world.view().num_notices_total == 1
+    await world.sync(world.view().version, report(r1=1))
+    await world.until(lambda: world.states() == {"r1": "ready"})
+    await world.until(lambda: world.view().notices[0].drained_at is not None)
+    assert ray.told == ["node-of-r0"]
+
+
+async def test_the_last_replica_serves_until_another_can(world, monkeypatch):
+    await world.ready(1)
+    gate = asyncio.Event()
+
+    async def start(self) -> None:
+        await gate.wait()
+        self._record = replace(self._record, state=ReplicaState.READY)
+
+    monkeypatch.setattr(FakeReplica, "start", start)
+    world.watch.say("node-of-r0", 120.0)
+    await world.until(lambda: world.states() == {"r0": "draining", "r1": "starting"})
+    for _ in range(3):
+        await world.sync(world.view().version, report())
+    assert world.made[0].closed == 0, "nobody would serve"
+    gate.set()
+    await world.until(lambda: world.states() == {"r1": "ready"})
+
+
+async def test_an_end_that_is_far_away_is_only_shown(world):
+    await world.ready(1)
+    world.watch.say("node-of-r0", 3600.0)
+    await world.sync(world.view().version, report())
+    assert world.states() == {"r0": "ready"}
+    assert len(world.view().notices) == 1
+    world.watch.say("node-of-r0", 100.0)
+    assert world.states()["r0"] == "draining"
+
+
+async def test_with_the_head_node_everything_ends_so_nothing_is_moved_and_nothing_started(world, ray):
+    await world.ready(1)
+    world.watch.say("node-of-r0", 30.0, is_head=True)
+    assert world.states() == {"r0": "ready"}, "there is nowhere to move to"
+    await world.apply(replace(SPEC, min_replicas=2))
+    for _ in range(3):
+        await world.sync(world.view().version, report())
+    assert world.states() == {"r0": "ready"}
+    assert ray.told == []
+    world.watch.notices = ()
+    world.watch.on_change()
+    await world.ready(2)
+
+
+async def test_what_to_listen_to_can_change(world):
+    assert world.watch.asked == "auto"
+    await world.apply(replace(SPEC, preemption_notices="off"))
+    assert world.watch.asked == "off"
 
 
 async def test_another_model_is_refused_while_replicas_or_gateways_are_there(world):

@@ -211,7 +211,7 @@ async def test_shutting_down_admits_nothing_and_lets_what_runs_end() -> None:
     router = Router([replica])
     running = asyncio.create_task(collect(router))
     await replica.holding.wait()
-    router.start_draining()
+    router.close("The server is shutting down.")
     assert not router.health().ready
     with pytest.raises(ReplicaUnavailableError, match="shutting down"):
         await collect(router, "late")
