@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate test test-chaos test-batch test-fuzz lint format bench demo-model clean
+.PHONY: serve generate test test-chaos test-batch test-fuzz test-cloud lint format bench demo-model clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tramontane serve $(ARGS)
@@ -23,6 +23,10 @@ test: $(VENV)/.installed-dev $(CLIENTS)/.installed
 # The long forms of the fuzzers: some thousand requests each, a few minutes.
 test-fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m fuzz tests/clients $(ARGS)
+
+# SkyPilot launches sky/*.yaml on a Slurm cluster made of network namespaces, without any cloud: a quarter of an hour, as root.
+test-cloud: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -s -m cloud tests/cloud $(ARGS)
 
 # Batches of 2,000 lines with 50 deaths, full disks, nodes that come and go: half an hour. TRAMONTANE_CHAOS_SEED draws other moments.
 test-batch: $(VENV)/.installed-dev
