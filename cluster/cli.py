@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from cluster.batch.commands import add_parser as add_batch_parser
+from cluster.cloud.doctor.commands import add_parser as add_doctor_parser
 from cluster.cloud.notices import PREEMPTION_NOTICES
 from cluster.config import (
     API_KEY_ENV,
@@ -145,6 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add_batch_parser(commands, add_engine_options=_add_engine_options)
     add_keys_parser(commands)
+    add_doctor_parser(commands)
 
     generate = commands.add_parser(
         "generate",

@@ -4,10 +4,13 @@ Knows where checkpoints lie; does not look into them. The Hub's own cache and HF
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from workers.errors import ConfigError
 
+HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # `.pth` weights are left out on purpose: unpickling runs code.
 _HUB_FILES = [
@@ -22,15 +25,62 @@ _HUB_FILES = [
 
 def resolve_model(model: str | None, *, revision: str | None = None) -> tuple[Path, str]:
     """The checkpoint's folder and the name to serve it under. May download. Raises ConfigError."""
-    if model is None:
-        folder = _demo_model()
+    folder = _here(model)
+    if folder is not None:
         return folder, folder.name
+    assert model is not None, "the demo model is here"
+    return _from_hub(model, revision), model
+
+
+def find_model(model: str | None, *, revision: str | None = None) -> Path | None:
+    """As resolve_model, but downloads nothing: None for a Hub id that this machine's cache has nothing of. Raises ConfigError."""
+    folder = _here(model)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as e:
+        raise ConfigError(f"{model} is neither a folder here nor a possible Hub id: {e}") from e
+
+
+def resolve_config(model: str, *, revision: str | None = None) -> Path:
+    """A folder with the model's configuration: all that is downloaded of a Hub id. Raises ConfigError as resolve_model does."""
+    from huggingface_hub import snapshot_download
+
+    folder = _here(model)
+    if folder is not None:
+        return folder
+    with _hub_errors(model, revision):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", "params.json"]))
+
+
+def download_bytes(model: str, *, revision: str | None = None) -> int:
+    """How much resolve_model would download of a Hub id. Asks the Hub; raises ConfigError as resolve_model does."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    with _hub_errors(model, revision):
+        info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    ignored = ["consolidated*"] if "config.json" in sizes else None
+    return sum(sizes[name] for name in filter_repo_objects(sizes, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
+
+
+def _here(model: str | None) -> Path | None:
+    """The folder, if MODEL means one on this machine; None for a Hub id. Raises ConfigError."""
+    if model is None:
+        return _demo_model()
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder.resolve(), folder.resolve().name
+        return folder.resolve()
     if folder.is_absolute() or model.startswith((".", "~")) or not _HUB_ID.fullmatch(model):
         raise ConfigError(f"The model folder {model} does not exist; name a folder or a Hub id such as owner/name.")
-    return _from_hub(model, revision), model
+    return None
 
 
 def _demo_model() -> Path:
@@ -45,6 +95,19 @@ def _demo_model() -> Path:
 
 def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+
+    def download(**patterns: list[str]) -> Path:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **patterns))
+
+    with _hub_errors(model, revision):
+        # Mistral's own repositories carry the weights in both layouts; one is enough.
+        folder = download(ignore_patterns=["consolidated*"])
+        return folder if (folder / "config.json").is_file() else download()
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turns what the Hub's client raises into ConfigError with what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -54,13 +117,8 @@ def _from_hub(model: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    def download(**patterns: list[str]) -> Path:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **patterns))
-
     try:
-        # Mistral's own repositories carry the weights in both layouts; one is enough.
-        folder = download(ignore_patterns=["consolidated*"])
-        return folder if (folder / "config.json").is_file() else download()
+        yield
     except GatedRepoError as e:
         raise ConfigError(f"{model} is gated: accept its terms on its Hub page and set HF_TOKEN to your token.") from e
     except RevisionNotFoundError as e:

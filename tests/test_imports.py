@@ -21,11 +21,15 @@ NO_TORCH |= {
     f"workers/{name}.py"
     for name in ("protocol", "config", "errors", "grammar", "stream_server", "connection", "cache_diff")
 }
-NO_TORCH |= {f"workers/{name}.py" for name in ("shard", "lifeline", "rank_process")}
+NO_TORCH |= {f"workers/{name}.py" for name in ("shard", "lifeline", "rank_process", "probe")}
+NO_TORCH |= {"workers/model/weight_files.py", "workers/parallel/interface.py"}
 # Late imports, inside a function, by the places that start what the design says the control plane does not know.
 MAY_SEE = {
     "cluster/replicas/replica.py": {"workers.shard"},
     "cluster/generate.py": {"workers.engine.llm_engine"},
+    "cluster/replicas/probe_ranks.py": {"workers.probe"},
+    "cluster/cloud/doctor/machine.py": {"workers.parallel.interface"},
+    "cluster/cloud/doctor/model_files.py": {"workers.model.weight_files"},
 }
 SUBCLASSES = {
     ("cluster/replicas/rank_actor.py", "workers.shard")

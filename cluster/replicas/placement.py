@@ -7,12 +7,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, Protocol
 
 import ray
 from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from workers.config import EngineConfig
 from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -25,27 +25,42 @@ REASON_INTERVAL_S = 2.0
 Resources = Mapping[str, float]
 
 
-def bundle_of(config: EngineConfig) -> dict[str, float]:
+class Gang(Protocol):
+    """Ranks that run together or not at all; an EngineConfig describes one."""
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]: ...
+
+    @property
+    def tensor_parallel_size(self) -> int: ...
+
+
+def bundle_of(gang: Gang) -> dict[str, float]:
     """What one rank needs."""
-    return {"CPU": 1.0, "GPU": 1.0} if config.device == "cuda" else {"CPU": 1.0}
+    return {"CPU": 1.0, "GPU": 1.0} if gang.device == "cuda" else {"CPU": 1.0}
 
 
 async def place(
     name: str,
-    config: EngineConfig,
+    gang: Gang,
     *,
     timeout_s: float | None,
     on_group: Callable[[PlacementGroup], None],
     on_waiting: Callable[[str], None],
+    spread: bool = False,
+    detached: bool = True,
 ) -> dict[int, str]:
     """Reserves a bundle per rank; returns each rank's node id. `on_group` gets every group made, the last one is the replica's.
 
+    spread: every rank on a node of its own. detached: the reservation outlives this process.
+
     `on_waiting` is told now and then which resource is missing on which node. Raises ConfigError with that after `timeout_s`.
     """
-    bundle, size = bundle_of(config), config.tensor_parallel_size
+    bundle, size = bundle_of(gang), gang.tensor_parallel_size
     began = time.monotonic()
-    one_host = any(holds(node, bundle, size) for node in _totals().values())
-    group = _make_group(name, bundle, size, one_host=one_host)
+    one_host = not spread and any(holds(node, bundle, size) for node in _totals().values())
+    strategy = "STRICT_SPREAD" if spread else "STRICT_PACK" if one_host else "PACK"
+    group = _make_group(name, bundle, size, strategy=strategy, detached=detached)
     on_group(group)
     next_reason = began + REASON_INTERVAL_S / 2
     # `ready()` would be a task, which takes a worker process of its own; the table is free.
@@ -66,7 +81,7 @@ async def place(
             log.warning("No single host has room for the %s ranks of %s: they go to several.", size, name)
             remove_placement_group(group)
             one_host = False
-            group = _make_group(f"{name}-apart", bundle, size, one_host=False)
+            group = _make_group(f"{name}-apart", bundle, size, strategy="PACK", detached=detached)
             on_group(group)
         await asyncio.sleep(POLL_S if waited < 1.0 else SLOW_POLL_S)
     return {int(rank): node for rank, node in table["bundles_to_node_id"].items()}
@@ -99,9 +114,18 @@ def node_ip(node_id: str) -> str:
     return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
 
 
-def _make_group(name: str, bundle: dict[str, float], size: int, *, one_host: bool) -> PlacementGroup:
-    strategy = "STRICT_PACK" if one_host else "PACK"
-    return placement_group([bundle] * size, strategy=strategy, name=name, lifetime="detached")
+def missing_for(gang: Gang, *, spread: bool = False) -> str | None:
+    """Why the gang has no place at this moment, in one sentence; None if it has one."""
+    bundle, size = bundle_of(gang), gang.tensor_parallel_size
+    free = available_resources_per_node().values()
+    num_nodes = sum(holds(node, bundle, 1) for node in free)
+    if num_nodes >= size if spread else fits_apart(free, bundle, size):
+        return None
+    return _missing_now(bundle, size)
+
+
+def _make_group(name: str, bundle: dict[str, float], size: int, *, strategy: str, detached: bool) -> PlacementGroup:
+    return placement_group([bundle] * size, strategy=strategy, name=name, lifetime="detached" if detached else None)
 
 
 def _num_bundles(node: Resources, bundle: Resources) -> int:

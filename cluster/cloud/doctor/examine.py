@@ -1,0 +1,223 @@
+"""The examination: looks at this machine or at a cluster's nodes, tries what can be tried, and has every part judged.
+
+Knows the order and which check needs what; every check is elsewhere. Ray is imported only where it is used.
+"""
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from cluster.cloud.doctor.facts import Failed, Link, Node, NotTried, Reduced
+from cluster.cloud.doctor.findings import Finding, ok, problem
+from cluster.cloud.doctor.judge.gpus import busy_gpus, judge_gpus
+from cluster.cloud.doctor.judge.models import judge_models
+from cluster.cloud.doctor.judge.network import judge_links, judge_network
+from cluster.cloud.doctor.judge.ranks import Device, Gang, choose_device, choose_gang, holds_ranks, judge_all_reduce
+from cluster.cloud.doctor.judge.resources import RAY_FILES, judge_disks, judge_memory, judge_shared_memory
+from cluster.cloud.doctor.judge.versions import judge_versions
+from cluster.cloud.doctor.local import judge_division, judge_port, locate_model
+from cluster.cloud.doctor.look import Look, look
+from cluster.console import Console
+from cluster.data_dir import default_data_dir
+from workers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cluster.replicas.probe import RayNode
+    from cluster.replicas.ray_cluster import RayCluster
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "tramontane-doctor"
+LOOK_TIMEOUT_S = 60.0  # a node starts a process for it, and wakes its GPUs
+LOCAL = "this machine"
+Outcome = Reduced | Failed | NotTried
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What was asked for. `tensor_parallel_size` None: all the ranks there can be."""
+
+    model: str | None
+    revision: str | None
+    ray_address: str | None
+    tensor_parallel_size: int | None
+    device: Literal["auto", "cpu", "cuda"]
+    host: str
+    port: int
+    deployment: str
+    tries_ranks: bool
+    timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    findings: Sequence[Finding]
+    nodes: Sequence[Node]
+    all_reduce: Outcome | None
+
+
+def examine(order: Order, console: Console) -> Examination:
+    """Never raises for what it finds: that is in the findings. Whatever it started has ended when it returns."""
+    findings: list[Finding] = []
+    folder, about_model = locate_model(order.model, order.revision)
+    with _joined(order, console, findings) as cluster:
+        if cluster is not None:
+            nodes, links = asyncio.run(_look_at_nodes(order, folder, console, findings))
+        else:
+            with console.phase("Looking at this machine"):
+                nodes, links = [_this_machine(order, folder)], []
+        device = choose_device(order.device, nodes)
+        findings += about_model
+        if folder is not None and order.tensor_parallel_size is not None:
+            findings += judge_division(folder, order.tensor_parallel_size)
+        findings += _judge_all(nodes, order=order, device=device)
+        findings += judge_links(links, nodes)
+        outcome: Outcome | None = None
+        if order.tries_ranks and (cluster is not None or order.ray_address is None):
+            gang = choose_gang(nodes, device, order.tensor_parallel_size)
+            outcome = None if gang is None else _try(gang, order, console, nodes, cluster, findings)
+            if gang is None or outcome is not None:
+                findings += judge_all_reduce(outcome)
+    findings.append(judge_port(order.host, order.port))
+    return Examination(findings=findings, nodes=nodes, all_reduce=outcome)
+
+
+@contextmanager
+def _joined(order: Order, console: Console, findings: list[Finding]) -> "Iterator[RayCluster | None]":
+    """The cluster that was asked for. None if there was none, or if it cannot be joined, which is a finding."""
+    if order.ray_address is None:
+        yield None
+        return
+    from cluster.replicas.ray_cluster import connect
+
+    with console.phase(f"Joining Ray at {order.ray_address}"):
+        try:
+            cluster = connect(order.ray_address, namespace=NAMESPACE, log_to_driver=False)
+        except ConfigError as e:
+            cluster = None
+            sentence, _, remedy = str(e).partition("; ")
+            findings.append(problem("ray", f"{sentence.rstrip('.')}.", f"{remedy[:1].upper()}{remedy[1:]}"))
+    try:
+        yield cluster
+    finally:
+        if cluster is not None:
+            cluster.close()
+
+
+def _this_machine(order: Order, folder: Path | None) -> Node:
+    disks = {
+        os.environ.get("RAY_TMPDIR", tempfile.gettempdir()): RAY_FILES,
+        str(default_data_dir(order.deployment)): "files and batches",
+    }
+    seen = msgspec.json.decode(look(disks, None if folder is None else str(folder)), type=Look)
+    return Node(address=LOCAL, machine=seen.machine, model=seen.model)
+
+
+async def _look_at_nodes(
+    order: Order, folder: Path | None, console: Console, findings: list[Finding]
+) -> tuple[list[Node], list[Link]]:
+    from cluster.replicas.probe import Probes, living_nodes
+
+    ray_nodes = living_nodes()
+    findings.append(ok("ray", _cluster_sentence(order, ray_nodes)))
+    probes = Probes(ray_nodes, timeout_s=LOOK_TIMEOUT_S)
+    try:
+        with console.phase(f"Looking at {len(ray_nodes)} node{'s' * (len(ray_nodes) != 1)}"):
+            temp_dirs = await probes.temp_dirs()
+            disks = [{} if answer.value is None else {answer.value: RAY_FILES} for answer in temp_dirs]
+            answers = await probes.run(look, [(d, None if folder is None else str(folder)) for d in disks])
+        nodes = []
+        for ray_node, answer in zip(ray_nodes, answers, strict=True):
+            node = Node(address=ray_node.address, ray_cpus=ray_node.num_cpus, ray_gpus=ray_node.num_gpus)
+            if answer.value is None:
+                nodes.append(msgspec.structs.replace(node, failure=answer.failure))
+            else:
+                seen = msgspec.json.decode(answer.value, type=Look)
+                nodes.append(msgspec.structs.replace(node, machine=seen.machine, model=seen.model))
+        with console.phase("Connecting each node to each"):
+            links = await probes.links()
+    finally:
+        probes.close()
+    return nodes, links
+
+
+def _cluster_sentence(order: Order, nodes: "Sequence[RayNode]") -> str:
+    cpus, gpus = sum(n.num_cpus for n in nodes), sum(n.num_gpus for n in nodes)
+    count = f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
+    return f"The Ray cluster at {order.ray_address} has {count} with {cpus:g} CPUs and {gpus:g} GPUs."
+
+
+def _judge_all(nodes: Sequence[Node], *, order: Order, device: Device) -> Iterator[Finding]:
+    """Everything that facts alone decide."""
+    for node in nodes:
+        if node.machine is None:
+            sentence = f"Nothing of Tramontane could be run there: {(node.failure or 'no answer').rstrip('.')}."
+            remedy = "Install the same release of Tramontane there, in the Python that `ray start` runs in."
+            yield problem("node", sentence, remedy, node=node.address)
+    yield from judge_versions(nodes, device=device)
+    # A head that holds no ranks does not need the weights.
+    yield from judge_models([node for node in nodes if holds_ranks(node, device)])
+    yield from judge_network(nodes, device=device)
+    size = order.tensor_parallel_size or 1
+    for node in nodes:
+        if node.machine is None:
+            continue
+        rank_bytes = _rank_bytes(node, size=size, device=device)
+        here = size if node.ray_cpus is None else min(size, int(node.ray_cpus))
+        yield from judge_gpus(node, device=device, rank_bytes=rank_bytes if device == "cuda" else None)
+        yield judge_memory(node, device=device, num_ranks=here, rank_bytes=rank_bytes)
+        yield judge_shared_memory(node, device=device, num_ranks=max(here, 2))
+        yield from judge_disks(node)
+
+
+def _rank_bytes(node: Node, *, size: int, device: Device) -> int | None:
+    """Weights of one rank: as stored on a GPU, in float32 on the CPU. None without a readable model."""
+    model = node.model
+    if model is None or model.bytes_per_weight is None:
+        return None
+    factor = 4 / model.bytes_per_weight if device == "cpu" else 1
+    return int(model.num_bytes * factor / size)
+
+
+def _try(
+    gang: Gang,
+    order: Order,
+    console: Console,
+    nodes: Sequence[Node],
+    cluster: "RayCluster | None",
+    findings: list[Finding],
+) -> Outcome | None:
+    """None if Ray could not be started, which is a finding then."""
+    if cluster is not None:
+        return _run_trial(gang, order, console)
+    if gang.device == "cuda" and (busy := busy_gpus(nodes[0])):
+        return NotTried(reason=f"GPU {', '.join(map(str, busy))} of this machine are in use.")
+    from cluster.replicas.ray_cluster import connect
+
+    try:
+        with console.phase("Starting Ray"):
+            own = connect(None, namespace=NAMESPACE, num_cpus=gang.tensor_parallel_size, log_to_driver=False)
+    except ConfigError as e:
+        remedy = "`tramontane serve` starts it in the same way; --log-level debug shows more."
+        findings.append(problem("ray", str(e).rstrip(".") + ".", remedy))
+        return None
+    try:
+        return _run_trial(gang, order, console)
+    finally:
+        own.close()
+
+
+def _run_trial(gang: Gang, order: Order, console: Console) -> Outcome:
+    from cluster.replicas.probe_ranks import try_all_reduce
+
+    size = gang.tensor_parallel_size
+    with console.phase(f"All-reduce of {size} rank{'s' * (size != 1)}"):
+        return asyncio.run(try_all_reduce(gang, spread=gang.spread, timeout_s=order.timeout_s))

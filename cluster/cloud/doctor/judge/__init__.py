@@ -1,0 +1,1 @@
+"""What facts mean: pure functions from `facts` to findings, each with its remedy. They look at nothing themselves."""

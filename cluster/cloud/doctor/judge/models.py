@@ -1,0 +1,31 @@
+"""The checkpoint as every node that holds ranks sees it: complete, and the same everywhere."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from cluster.cloud.doctor.facts import Model, Node
+from cluster.cloud.doctor.findings import Finding, ok, problem
+
+CHECK = "model"
+
+
+def judge_models(nodes: Sequence[Node]) -> Iterator[Finding]:
+    seen = [(node.address, node.model) for node in nodes if node.model is not None]
+    for address, model in seen:
+        for fault in model.faults:
+            yield problem(CHECK, fault.sentence, fault.remedy, node=address)
+    whole = [(address, model) for address, model in seen if not model.faults]
+    by_print: dict[str | None, list[str]] = defaultdict(list)
+    for address, model in whole:
+        by_print[model.fingerprint].append(address)
+    if len(by_print) > 1:
+        groups = " and ".join(", ".join(addresses) for addresses in by_print.values())
+        remedy = "Download the same revision on every node (--revision), or copy the folder from one to the others."
+        yield problem(CHECK, f"The files in {whole[0][1].folder} are not the same on {groups}.", remedy)
+    elif whole:
+        yield ok(CHECK, f"{_summary(whole[0][1])}{f', the same on {len(whole)} nodes' if len(whole) > 1 else ''}.")
+
+
+def _summary(model: Model) -> str:
+    files = "1 file" if model.num_files == 1 else f"{model.num_files} files"
+    return f"{model.folder} is complete: {files} of weights, {model.num_bytes / 2**30:,.2f} GiB, and a tokenizer"

@@ -1,0 +1,118 @@
+"""Addresses, interfaces and ports: can ranks on different nodes find and reach each other. Knows how Gloo and NCCL choose."""
+
+import ipaddress
+from collections.abc import Iterator, Sequence
+
+from cluster.cloud.doctor.facts import Link, Network, Node
+from cluster.cloud.doctor.findings import Finding, ok, problem, warning
+from cluster.cloud.doctor.judge.ranks import Device
+
+SHOWN_LINKS = 4
+
+
+def judge_network(nodes: Sequence[Node], *, device: Device) -> Iterator[Finding]:
+    seen = [node for node in nodes if node.machine is not None]
+    several = len({_network(node).stack for node in seen}) > 1
+    for node in seen:
+        yield from _judge_interfaces(node, several=several, device=device)
+
+
+def judge_links(links: Sequence[Link], nodes: Sequence[Node]) -> Iterator[Finding]:
+    """links: every pair of nodes, both ways; none on a single node."""
+    broken = [link for link in links if link.failure is not None]
+    if links and not broken:
+        yield ok("ports", f"All {len(nodes)} nodes reach each other on ports the kernel chose.")
+    ranges = {_network(n).ephemeral_ports for n in nodes if n.machine is not None} - {None}
+    ports = ", ".join(f"{low} to {high}" for low, high in sorted(r for r in ranges if r is not None)) or "all ports"
+    for link in broken[:SHOWN_LINKS]:
+        yield problem(
+            "ports",
+            f"{link.source} cannot reach {link.target} on a port the kernel chose: {link.failure}.",
+            f"Open TCP {ports} between the nodes, in their security group or firewall: ranks and gateways meet there.",
+            node=link.source,
+        )
+    if len(broken) > SHOWN_LINKS:
+        rest = broken[SHOWN_LINKS:]
+        pairs = ", ".join(f"{link.source} to {link.target}" for link in rest)
+        yield problem("ports", f"{len(rest)} more pairs cannot reach each other: {pairs}.", "As above.")
+
+
+def _judge_interfaces(node: Node, *, several: bool, device: Device) -> Iterator[Finding]:
+    network, at = _network(node), node.address
+    own = next((name for name, ip in network.interfaces.items() if ip == at), None)
+    gloo = network.gloo_interface
+    if gloo is not None and gloo not in network.interfaces:
+        remedy = f"Unset GLOO_SOCKET_IFNAME, or set it to one of {', '.join(network.interfaces)}."
+        yield problem("interface", f"GLOO_SOCKET_IFNAME names {gloo}, which this host has not.", remedy, node=at)
+        return
+    if not several:
+        yield ok("interface", "The ranks are on one host: they need no network between them.", node=at)
+        return
+    if _is_loopback(at):
+        remedy = (
+            f"Start Ray there again with --node-ip-address set to an address that the other nodes reach"
+            f"{_candidates(network)}."
+        )
+        yield problem(
+            "interface", f"Ray knows this node as {at}, which means another machine on every node.", remedy, node=at
+        )
+        return
+    if own is None:
+        remedy = f"Start Ray there again with --node-ip-address set to an address of its own{_candidates(network)}."
+        yield problem("interface", f"Ray knows this node as {at}, which no interface of it has.", remedy, node=at)
+        return
+    if gloo is not None and gloo != own:
+        what = problem if _is_loopback(network.interfaces[gloo]) else warning
+        remedy = f"Unset GLOO_SOCKET_IFNAME in the environment of `ray start`, or set it to {own}."
+        yield what(
+            "interface",
+            f"GLOO_SOCKET_IFNAME names {gloo}, while the other nodes know this one by {own}.",
+            remedy,
+            node=at,
+        )
+        return
+    if device == "cuda" and (others := _nccl_candidates(network, own)):
+        remedy = f"Set NCCL_SOCKET_IFNAME={own} in the environment of `ray start`."
+        yield warning(
+            "interface",
+            f"NCCL may use {', '.join(others)} beside {own}, over which the nodes know each other.",
+            remedy,
+            node=at,
+        )
+        return
+    name = network.hostname_address
+    aside = f"; its own name means {name}, which ranks do not use" if name is not None and _is_loopback(name) else ""
+    yield ok("interface", f"Ranks talk to other hosts through {own} ({at}){aside}.", node=at)
+
+
+def _nccl_candidates(network: Network, own: str) -> list[str]:
+    """What NCCL would take beside `own`, by its documented rule: all but loopback and docker, or what its variable selects."""
+    chosen = network.nccl_interface
+    if chosen is None:
+        names = [name for name in network.interfaces if not name.startswith(("lo", "docker"))]
+    else:
+        exact = "=" in chosen[:2]
+        patterns = chosen.lstrip("^=").split(",")
+        names = [
+            name
+            for name in network.interfaces
+            if any(name == p if exact else name.startswith(p) for p in patterns) != chosen.startswith("^")
+        ]
+    return [name for name in names if name != own]
+
+
+def _candidates(network: Network) -> str:
+    found = [f"{ip} ({name})" for name, ip in network.interfaces.items() if not _is_loopback(ip)]
+    return f": {' or '.join(found)}" if found else ""
+
+
+def _network(node: Node) -> Network:
+    assert node.machine is not None
+    return node.machine.network
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,197 @@
+"""Looks at the nodes of a Ray cluster from within: an actor on each that runs what it is given, and connects to the others.
+
+Takes no CPU and no GPU of Ray's, so that it runs beside whatever serves there. Knows Ray and TCP; what is looked at, and what
+that means, is the caller's.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.cloud.doctor.facts import Link
+
+CONNECT_TIMEOUT_S = 5.0
+_TOKEN_BYTES = 16
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayNode:
+    node_id: str
+    address: str
+    num_cpus: float
+    num_gpus: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer(Generic[T]):
+    """What a node answered or, with None, why it did not: `failure` ends a sentence about the node."""
+
+    value: T | None = None
+    failure: str | None = None
+
+
+def living_nodes() -> list[RayNode]:
+    """By address."""
+    found = [
+        RayNode(
+            node_id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            num_cpus=node["Resources"].get("CPU", 0.0),
+            num_gpus=node["Resources"].get("GPU", 0.0),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(found, key=lambda node: (node.address, node.node_id))
+
+
+class NodeProbe:
+    """What runs on a node."""
+
+    def __init__(self) -> None:
+        self._listener: socket.socket | None = None
+
+    def run(self, look: Callable[..., T], *arguments: Any) -> T:
+        return look(*arguments)
+
+    def temp_dir(self) -> str:
+        """Where this node's Ray keeps its files."""
+        return str(ray._private.worker.global_worker.node.get_temp_dir_path())
+
+    def listen(self, host: str) -> int:
+        """Sends back what it receives, on a port the kernel chooses, as ranks and gateways find theirs. Raises OSError."""
+        listener = self._listener = socket.create_server((host, 0))
+        threading.Thread(target=_echo, args=(listener,), name="echo", daemon=True).start()
+        return int(listener.getsockname()[1])
+
+    def reach(self, targets: Sequence[tuple[str, int]]) -> list[str | None]:
+        """Of each listener: None, or why it was not reached."""
+        with ThreadPoolExecutor(max(len(targets), 1)) as pool:
+            return list(pool.map(_reach, targets))
+
+
+class Probes:
+    """A probe on each of `nodes`; `close` ends them."""
+
+    def __init__(self, nodes: Sequence[RayNode], *, timeout_s: float) -> None:
+        self.nodes = list(nodes)
+        self._timeout_s = timeout_s
+        self._actors: dict[str, ActorHandle] = {
+            node.node_id: ray.remote(NodeProbe)
+            .options(
+                num_cpus=0,
+                num_gpus=0,
+                max_restarts=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
+            )
+            .remote()
+            for node in nodes
+        }
+
+    async def run(self, look: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[Answer[T]]:
+        """The result of `look` from each node, in their order; `arguments` has those of each."""
+        calls = zip(self.nodes, arguments, strict=True)
+        return await asyncio.gather(*(self._ask(node, "run", look, *own) for node, own in calls))
+
+    async def temp_dirs(self) -> list[Answer[str]]:
+        """Where each node's Ray keeps its files."""
+        return await asyncio.gather(*(self._ask(node, "temp_dir") for node in self.nodes))
+
+    async def links(self) -> list[Link]:
+        """Every ordered pair of nodes, tried at the same time. None with a single node."""
+        if len(self.nodes) < 2:
+            return []
+        ports = await asyncio.gather(*(self._ask(node, "listen", node.address) for node in self.nodes))
+        found: list[Link] = []
+        listening: dict[str, int] = {}
+        for node, port in zip(self.nodes, ports, strict=True):
+            if port.value is not None:
+                listening[node.node_id] = port.value
+        found = [
+            pair
+            for pairs in await asyncio.gather(*(self._reach(node, listening) for node in self.nodes))
+            for pair in pairs
+        ]
+        for node, port in zip(self.nodes, ports, strict=True):
+            if port.value is None:
+                found += [
+                    Link(
+                        source=other.address,
+                        target=node.address,
+                        failure=f"nothing could listen there ({port.failure})",
+                    )
+                    for other in self.nodes
+                    if other is not node
+                ]
+        return found
+
+    def close(self) -> None:
+        """Ends the probes' processes. Idempotent."""
+        actors, self._actors = self._actors, {}
+        for actor in actors.values():
+            with contextlib.suppress(RayError, ValueError):
+                ray.kill(actor)
+
+    async def _reach(self, node: RayNode, listening: Mapping[str, int]) -> list[Link]:
+        others = [other for other in self.nodes if other is not node and other.node_id in listening]
+        targets = [(other.address, listening[other.node_id]) for other in others]
+        answer = await self._ask(node, "reach", targets)
+        failures = answer.value if answer.value is not None else [answer.failure] * len(others)
+        return [
+            Link(source=node.address, target=other.address, failure=failure)
+            for other, failure in zip(others, failures, strict=True)
+        ]
+
+    async def _ask(self, node: RayNode, method: str, *arguments: Any) -> Answer[Any]:
+        actor = self._actors[node.node_id]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return Answer(value=await getattr(actor, method).remote(*arguments))
+        except TimeoutError:
+            return Answer(failure=f"it gave no answer in {self._timeout_s:g} s")
+        except RayTaskError as e:
+            return Answer(failure=f"{type(e.cause).__name__}: {e.cause}")
+        except RayActorError as e:
+            # What the actor's constructor raised, such as a module that is not installed there, is the last line.
+            return Answer(failure=str(e).strip().splitlines()[-1].strip())
+        except RayError as e:
+            return Answer(failure=f"{type(e).__name__}: {e}")
+
+
+def _echo(listener: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(CONNECT_TIMEOUT_S)
+            connection.sendall(connection.recv(_TOKEN_BYTES))
+
+
+def _reach(target: tuple[str, int]) -> str | None:
+    """Connects and has a token sent back: something else may answer at that address in between."""
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    try:
+        with socket.create_connection(target, timeout=CONNECT_TIMEOUT_S) as connection:
+            connection.sendall(token)
+            if connection.recv(_TOKEN_BYTES) != token:
+                return f"something else answers at {target[0]}"
+    except TimeoutError:
+        return f"no answer in {CONNECT_TIMEOUT_S:g} s"
+    except OSError as e:
+        return e.strerror or str(e)
+    return None
