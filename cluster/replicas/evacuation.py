@@ -76,8 +76,7 @@ class Evacuation:
         for replica in leaving_replicas(notices, self._supervisor.records(), now):
             grace_s = replica.until - now
             self._supervisor.drain(replica.replica_id, grace_s=grace_s, reason=replica.reason, is_leaving=True)
-        end = ending(notices, now)
-        self._supervisor.hold = None if end is None else f"The head node {end.node_ip} goes away. {end.cause}"
+        self._supervisor.is_ending = ending(notices, now) is not None
         for notice in notices:
             if not notice.is_head and is_due(notice, now):
                 self._tell_ray(notice)

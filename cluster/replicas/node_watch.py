@@ -94,6 +94,7 @@ class NodeWatch:
             self._asked = asked
             for watched in self._watched.values():
                 watched.stop()
+                watched.notice = None
 
     def update(self, nodes: Collection[str]) -> None:
         """From now on these nodes matter, and the one this runs on."""

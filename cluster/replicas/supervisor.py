@@ -112,7 +112,7 @@ class Supervisor:
         self.desired = 0
         self.drain_timeout_s = 30.0
         self.failure: TramontaneError | None = None  # the first start cannot succeed: none is tried until `forgive`
-        self.hold: str | None = None  # why nothing is started at present
+        self.is_ending = False  # everything is about to end, so nothing is started
         self._make_replica = make_replica
         self._num_streams = num_streams
         self._on_change = on_change
@@ -202,7 +202,7 @@ class Supervisor:
                     self._start(replica_id)
 
     def _may_start(self, now: float) -> bool:
-        if self.failure is not None or self.hold is not None or now < self._no_start_before:
+        if self.failure is not None or self.is_ending or now < self._no_start_before:
             return False
         return not any(e.lost_at is not None and now - e.lost_at < GIVE_BACK_S for e in self._entries.values())
 

@@ -148,5 +148,5 @@ class Dispatcher:
             self._move(seat, len(seat.streams))
 
     def _move(self, seat: Seat, most: int) -> None:
-        for stream in list(seat.streams)[: max(most, 0)]:
+        for stream in sorted(seat.streams, key=lambda stream: stream.order)[: max(most, 0)]:
             stream.interrupt.set(StreamMovedError(f"Replica {seat.replica.replica_id} is being drained."))

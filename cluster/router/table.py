@@ -173,7 +173,8 @@ class ReplicaTable:
     def sweep(self) -> None:
         """Looks at everyone's readiness, which time alone may change."""
         self._swept = now = self._clock()
-        for seat in list(self._seats.values()):
+        # Those that drain come last: whether they are needed depends on the others.
+        for seat in sorted(self._seats.values(), key=lambda seat: seat.replica.drain_until is not None):
             self._look(seat, now)
 
     def _sweep_if_due(self, now: float) -> None:

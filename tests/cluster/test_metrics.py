@@ -1,5 +1,6 @@
 """What /metrics says, under both prefixes, and that vLLM's names, labels and bounds are all there."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from fake_router import FakeRouter, make_view
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import Metrics
-from cluster.replicas.state import RankStats, ReplicaState
+from cluster.replicas.state import NodeNotice, RankStats, ReplicaState
 from workers.errors import ReplicaUnavailableError
 
 # As vLLM names them, each with the labels its dashboards and the Gateway API's endpoint picker filter by.
@@ -109,6 +110,26 @@ def test_replicas_and_ranks_are_sampled_at_the_scrape(router: FakeRouter, metric
     assert value(metrics, "num_failovers_total") == 2
     router.ready = frozenset({"r0", "r1"})
     assert value(metrics, "num_replicas_ready") == 2
+
+
+def test_a_node_that_goes_away_is_told_of_once(router: FakeRouter) -> None:
+    def notice(node_id: str, left_s: float) -> NodeNotice:
+        return NodeNotice(
+            node_id=node_id,
+            node_ip="10.0.0.2",
+            is_head=False,
+            source="azure",
+            cause="Azure takes this spot machine back.",
+            deadline=time.time() + left_s,
+            seen_at=0.0,
+        )
+
+    view = replace(make_view(), notices=(notice("a", 30.0), notice("b", -5.0)), num_notices_total=3)
+    metrics = Metrics(router, model_name="m", view=lambda: view)
+    assert value(metrics, "node_leaving_seconds", node="10.0.0.2", source="azure") == 0.0
+    assert value(metrics, "preemption_notices_total") == 3
+    view = replace(view, notices=())
+    assert "tramontane:node_leaving_seconds" not in samples(metrics)
 
 
 def test_a_replica_and_its_successor_of_the_same_name_are_one_series(router: FakeRouter) -> None:

@@ -23,6 +23,7 @@ from cluster.replicas.state import (
     ClusterSpec,
     ClusterView,
     GatewayRecord,
+    NodeNotice,
     RankRecord,
     RankStats,
     ReplicaRecord,
@@ -82,6 +83,26 @@ def test_a_ready_replica_shows_its_ranks_and_rates() -> None:
     assert rows[0] == "r0 ready 0 10.0.0.2 20.0 5.0 3 0 25% 250 40% 1h02m"
     assert rows[1] == "1 10.0.0.2 20.0 –", "all-reduce is not measured on CUDA"
     assert lines[-1] == "Gateways: http://10.0.0.1:8000 (3 running, 1 queued)"
+
+
+def test_a_node_that_goes_away_is_named_with_its_reason() -> None:
+    notice = NodeNotice(
+        node_id="abcdef0123",
+        node_ip="10.0.0.2",
+        is_head=False,
+        source="aws",
+        cause="AWS terminates this spot instance.",
+        deadline=NOW + 95,
+        seen_at=NOW - 25,
+    )
+    sentence = "goes away in 1m35s: AWS terminates this spot instance."
+    for said, text in (
+        (notice, f"Node 10.0.0.2 {sentence}"),
+        (replace(notice, drained_at=NOW - 23.5), f"Node 10.0.0.2 {sentence} It was drained 1.5 s after the notice."),
+        (replace(notice, is_head=True), f"The head node 10.0.0.2, and everything with it, {sentence}"),
+    ):
+        shown = " ".join(" ".join(show(Sample(replace(VIEW, notices=(said,)), 0.0))).split())
+        assert text in shown
 
 
 def test_nodes_that_share_an_address_are_told_apart() -> None:

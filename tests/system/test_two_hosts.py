@@ -1,73 +1,15 @@
 """Two hosts: network namespaces joined by a veth pair, Ray with its token between them, and the cable pulled."""
 
 import contextlib
-import json
-import subprocess
-import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 from ray_hosts import RayHosts, can_make_namespaces
-from system_server import API_KEY, Server
+from remote_server import Reader, RemoteServer, nodes_of, text_of
 
 pytestmark = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")
 BODY = {"model": "demo_model", "prompt": "class Reader:\n", "max_tokens": 500, "seed": 5, "ignore_eos": True}
-
-
-class RemoteServer(Server):
-    """A server that only commands inside its host reach."""
-
-    def __init__(self, hosts: RayHosts, *options: str) -> None:
-        self._hosts = hosts
-        super().__init__("--ray-address", hosts.address, *options, prefix=hosts.prefix(0), env=hosts.env)
-
-    def curl(self, path: str, body: dict | None = None, *more: str) -> subprocess.Popen:
-        command = [*self._hosts.prefix(0), "curl", "-sS", "-N", "--max-time", "100", f"{self.url}{path}", *more]
-        command += ["-H", f"Authorization: Bearer {API_KEY}", "-H", "Content-Type: application/json"]
-        if body is not None:
-            command += ["-d", json.dumps(body)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def get(self, path: str) -> tuple[int, str]:
-        out, err = self.curl(path, None, "-w", "\n%{http_code}").communicate()
-        assert out, err
-        text, _, status = out.rpartition("\n")
-        return int(status), text
-
-
-def text_of(process: subprocess.Popen) -> str:
-    reader = Reader(process)
-    reader.join(100)
-    return reader.text
-
-
-class Reader(threading.Thread):
-    """Reads a stream from curl's output; `text` is None until it is whole."""
-
-    def __init__(self, process: subprocess.Popen) -> None:
-        super().__init__(daemon=True)
-        self._process = process
-        self.num_events = 0
-        self.longest_pause = 0.0
-        self.text: str | None = None
-        self.start()
-
-    def run(self) -> None:
-        parts, last = [], None
-        for line in self._process.stdout:
-            now = time.monotonic()
-            if line.startswith("data: {"):
-                event = json.loads(line[6:])
-                if "error" in event:
-                    parts.append(str(event))
-                    continue
-                parts.append(event["choices"][0]["text"])
-                self.num_events += 1
-                self.longest_pause = max(self.longest_pause, now - (last or now))
-                last = now
-            elif line.startswith("data: [DONE]"):
-                self.text = "".join(parts)
 
 
 @contextlib.contextmanager
@@ -81,10 +23,6 @@ def cluster(cpus: list[int], *options: str) -> Iterator[tuple[RayHosts, RemoteSe
             server.kill()
     finally:
         hosts.close()
-
-
-def nodes_of(replica: dict) -> list[str]:
-    return [rank["node_ip"] for rank in replica["ranks"]]
 
 
 @pytest.mark.timeout(300)

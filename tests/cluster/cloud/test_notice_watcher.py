@@ -108,9 +108,8 @@ async def test_a_slow_service_is_waited_for(world):
     await world.until(lambda: world.told)
 
 
+@pytest.mark.parametrize("world", ["aws"], indirect=True)
 async def test_a_token_that_has_run_out_is_asked_for_again(world):
-    if world.fake.cloud != "aws":
-        pytest.skip("only AWS has tokens")
     await world.until(lambda: world.fake.tokens)
     world.fake.tokens = {"another session's"}
     world.fake.announce(60.0)
@@ -118,9 +117,8 @@ async def test_a_token_that_has_run_out_is_asked_for_again(world):
     assert world.fake.asked.count("/latest/api/token") == 2
 
 
+@pytest.mark.parametrize("world", ["azure"], indirect=True)
 async def test_a_scale_sets_other_machines_are_not_this_one(world):
-    if world.fake.cloud != "azure":
-        pytest.skip("only Azure tells of other machines")
     world.fake.events_of_others = [azure_event("Preempt", OTHER_MACHINE, "Tue, 24 Nov 2026 08:20:30 GMT")]
     await world.asked_again()
     assert world.told == []
