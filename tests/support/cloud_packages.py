@@ -97,7 +97,8 @@ def unpack_uv(wheels: Path) -> Path:
 
 
 def _pip_wheel(interpreter: list[str], requirements: list[str]) -> None:
-    command = [sys.executable, "-m", "pip", *interpreter, "wheel", "--quiet", f"--wheel-dir={WHEELS}", *requirements]
+    command = [sys.executable, "-m", "pip", *interpreter, "wheel", "--quiet", f"--wheel-dir={WHEELS}"]
+    command += [f"--find-links={WHEELS}", *requirements]  # what is there already is not fetched again
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise Missing(f"The nodes' packages could not be fetched: {done.stderr.strip()[-1000:]}")

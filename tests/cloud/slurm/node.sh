@@ -7,6 +7,7 @@ shift 3
 hostname "$name"
 mount --make-rprivate /
 mount --bind "$lab" /srv
+mount -t tmpfs tmpfs "$checkout" # what a node knows of the project, SkyPilot has brought it
 own=/srv/nodes/$name
 mkdir -p $own/{run/munge,run/sshd,tmp,spool/slurmctld,spool/slurmd,log/munge}
 chmod 1777 $own/tmp
@@ -31,7 +32,6 @@ mount --bind $own/log /var/log
 mount --bind $own/run /run
 mount --bind $own/tmp /tmp
 mount -t tmpfs -o size=4g tmpfs /dev/shm
-mount -t tmpfs tmpfs "$checkout" # what a node knows of the project, SkyPilot has brought it
 
 cd /
 setpriv --reuid=munge --regid=munge --clear-groups munged --key-file=/srv/keys/munge --seed-file=/run/munge/seed
