@@ -25,7 +25,7 @@ from workers.errors import ConfigError, GroupError
 PLACEMENT_TIMEOUT_S = 15.0  # longer than placement waits for one host to become free
 START_S = 60.0  # to import torch, on a cold disk
 ECHO_S = 1.0  # others learn of a failure and say more
-ASK_S = 3.0
+ASK_S = 3.0  # of a rank that may hang
 _RANK = re.compile(r"(?P<deployment>.+)-(?P<replica>r\d+)-[0-9a-f]+-rank(?P<rank>\d+)")
 
 
