@@ -92,7 +92,7 @@ def bucket(cloud: SlurmCloud) -> Iterator[str]:
     url = f"{S3}/bucket"
     cloud.run(["curl", "-fsS", "--retry", "30", "--retry-delay", "1", "--retry-all-errors", "-X", "PUT", url])
     yield url
-    process.terminate()
+    process.kill()
     process.wait()
 
 

@@ -6,14 +6,13 @@ with the test's process, however that ends: no process, mount or link can outliv
 or by the next start.
 """
 
-import contextlib
 import fcntl
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,24 +59,36 @@ class SlurmCloud:
     def popen(
         self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **options
     ) -> subprocess.Popen:
-        """A process on the laptop: in its network and its PIDs, and ended with it."""
+        """A process on the laptop: in its network and its PIDs. Killing what is returned kills it, though not what it has started."""
         init = psutil.Process(self._laptop.pid).children()[0].pid
-        prefix = ["nsenter", f"--target={init}", "--mount", "--net", "--pid", f"--wdns={CHECKOUT}", "--"]
+        prefix = [
+            "nsenter",
+            f"--target={init}",
+            "--mount",
+            "--net",
+            "--pid",
+            f"--wdns={CHECKOUT}",
+            "setpriv",
+            "--pdeathsig=KILL",
+        ]
         return subprocess.Popen(
             [*prefix, *map(str, command)], env={**self.laptop_env(), **(env or {})}, text=True, **options
         )
 
     def run(self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, timeout_s: float = 60) -> str:
         """What a command on the laptop says on stdout; its failure carries both outputs."""
-        process = self.popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        try:
-            out, err = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            err += f"\nended after {timeout_s:.0f} s"
-        assert process.returncode == 0, f"{' '.join(map(str, command))} failed:\n{out}\n{err}"
-        return out
+        # Files, not pipes: what it has started may hold them open for ever.
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = self.popen(command, env=env, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
+            try:
+                end = f"exit code {process.wait(timeout_s)}"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                end = f"still running after {timeout_s:.0f} s"
+            said, complained = ((f.seek(0), f.read())[1] for f in (out, err))
+        assert process.returncode == 0, f"{' '.join(map(str, command))}: {end}\n{said}\n{complained}"
+        return said
 
     def ssh(self, node: str, command: str, *, timeout_s: float = 60) -> str:
         """What a shell command on a node says."""
@@ -117,10 +128,9 @@ class SlurmCloud:
 
     def kill_node(self, name: str) -> None:
         """As by a power cut: every process at once, and the link."""
-        for process in psutil.Process(self._nodes[name].pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
-        self._nodes.pop(name).wait()
+        node = self._nodes.pop(name)
+        node.kill()
+        node.wait()
         self.run(["ip", "netns", "del", name])
 
     def wait_for(self, condition: Callable[[], bool], *, what: str, timeout_s: float = START_TIMEOUT_S) -> float:
