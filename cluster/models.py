@@ -108,6 +108,7 @@ def _from_hub(model: str, revision: str | None) -> Path:
 @contextmanager
 def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     """Turns what the Hub's client raises into ConfigError with what to do."""
+    import httpx  # the Hub's own HTTP client, whose errors it lets through where it only asks
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -129,5 +130,5 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
         raise ConfigError(
             f"There is no folder {model}, and no Hub model that you may see; for a private one set HF_TOKEN."
         ) from e
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as e:
         raise ConfigError(f"{model} is not a folder here, and the Hub could not be reached to download it.") from e

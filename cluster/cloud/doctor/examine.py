@@ -25,6 +25,7 @@ from cluster.cloud.doctor.judge.resources import RAY_FILES, judge_disks, judge_m
 from cluster.cloud.doctor.judge.versions import judge_versions
 from cluster.cloud.doctor.local import judge_division, judge_port, locate_model
 from cluster.cloud.doctor.look import Look, look
+from cluster.cloud.doctor.words import counted, sentence_and_remedy
 from cluster.console import Console
 from cluster.data_dir import default_data_dir
 from workers.errors import ConfigError
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 NAMESPACE = "tramontane-doctor"
 LOOK_TIMEOUT_S = 60.0  # a node starts a process for it, and wakes its GPUs
 LOCAL = "this machine"
+RAY_REMEDY = "--log-level debug, and the logs below Ray's temporary folder, say more."
 Outcome = Reduced | Failed | NotTried
 
 
@@ -103,8 +105,7 @@ def _joined(order: Order, console: Console, findings: list[Finding]) -> "Iterato
             cluster = connect(order.ray_address, namespace=NAMESPACE, log_to_driver=False)
         except ConfigError as e:
             cluster = None
-            sentence, _, remedy = str(e).partition("; ")
-            findings.append(problem("ray", f"{sentence.rstrip('.')}.", f"{remedy[:1].upper()}{remedy[1:]}"))
+            findings.append(problem("ray", *sentence_and_remedy(e, otherwise=RAY_REMEDY)))
     try:
         yield cluster
     finally:
@@ -130,7 +131,7 @@ async def _look_at_nodes(
     findings.append(ok("ray", _cluster_sentence(order, ray_nodes)))
     probes = Probes(ray_nodes, timeout_s=LOOK_TIMEOUT_S)
     try:
-        with console.phase(f"Looking at {len(ray_nodes)} node{'s' * (len(ray_nodes) != 1)}"):
+        with console.phase(f"Looking at {counted(len(ray_nodes), 'node')}"):
             temp_dirs = await probes.temp_dirs()
             disks = [{} if answer.value is None else {answer.value: RAY_FILES} for answer in temp_dirs]
             answers = await probes.run(look, [(d, None if folder is None else str(folder)) for d in disks])
@@ -151,8 +152,7 @@ async def _look_at_nodes(
 
 def _cluster_sentence(order: Order, nodes: "Sequence[RayNode]") -> str:
     cpus, gpus = sum(n.num_cpus for n in nodes), sum(n.num_gpus for n in nodes)
-    count = f"{len(nodes)} node{'s' * (len(nodes) != 1)}"
-    return f"The Ray cluster at {order.ray_address} has {count} with {cpus:g} CPUs and {gpus:g} GPUs."
+    return f"The Ray cluster at {order.ray_address} has {counted(len(nodes), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs."
 
 
 def _judge_all(nodes: Sequence[Node], *, order: Order, device: Device) -> Iterator[Finding]:
@@ -206,8 +206,7 @@ def _try(
         with console.phase("Starting Ray"):
             own = connect(None, namespace=NAMESPACE, num_cpus=gang.tensor_parallel_size, log_to_driver=False)
     except ConfigError as e:
-        remedy = "`tramontane serve` starts it in the same way; --log-level debug shows more."
-        findings.append(problem("ray", str(e).rstrip(".") + ".", remedy))
+        findings.append(problem("ray", *sentence_and_remedy(e, otherwise=RAY_REMEDY)))
         return None
     try:
         return _run_trial(gang, order, console)
@@ -218,6 +217,5 @@ def _try(
 def _run_trial(gang: Gang, order: Order, console: Console) -> Outcome:
     from cluster.replicas.probe_ranks import try_all_reduce
 
-    size = gang.tensor_parallel_size
-    with console.phase(f"All-reduce of {size} rank{'s' * (size != 1)}"):
+    with console.phase(f"All-reduce of {counted(gang.tensor_parallel_size, 'rank')}"):
         return asyncio.run(try_all_reduce(gang, spread=gang.spread, timeout_s=order.timeout_s))

@@ -6,12 +6,12 @@ import urllib.request
 from pathlib import Path
 
 from cluster.cloud.doctor.findings import Finding, ok, problem, warning
+from cluster.cloud.doctor.words import sentence_and_remedy, size
 from cluster.config import check_port_is_free, url_of
 from cluster.models import download_bytes, find_model
 from workers.config import load_model_config
 from workers.errors import ConfigError
 
-GIB = 2**30
 ANSWER_TIMEOUT_S = 3.0
 PAGE_BYTES = 4096
 
@@ -21,8 +21,7 @@ def locate_model(model: str | None, revision: str | None) -> tuple[Path | None, 
     try:
         folder = find_model(model, revision=revision)
     except ConfigError as e:
-        sentence, _, remedy = str(e).rstrip(".").partition("; ")
-        return None, [problem("model", f"{sentence}.", f"{remedy[:1].upper()}{remedy[1:] or 'Check its name'}.")]
+        return None, [problem("model", *sentence_and_remedy(e, otherwise="Check its name."))]
     if folder is not None:
         return folder, []
     assert model is not None, "without a name it is the demo model, which is here"
@@ -34,12 +33,12 @@ def _judge_download(model: str, revision: str | None) -> Finding:
 
     cache = Path(HF_HUB_CACHE)
     try:
-        size = download_bytes(model, revision=revision)
+        num_bytes = download_bytes(model, revision=revision)
     except ConfigError as e:
         return problem("model", f"It is not here yet, and cannot be downloaded: {e}", "Put it right, or name a folder.")
     free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
-    room = f"{size / GIB:,.1f} GiB, {free / GIB:,.1f} GiB are free at {cache}"
-    if free < size:
+    room = f"{size(num_bytes)}, {size(free)} are free at {cache}"
+    if free < num_bytes:
         return problem(
             "model", f"{model} has no room here: its download is {room}.", "Free some, or set HF_HOME to a larger disk."
         )

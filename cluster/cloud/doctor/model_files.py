@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cloud.doctor.facts import Fault, Model
+from cluster.cloud.doctor.words import sentence_and_remedy, size
 from workers.config import ModelConfig, load_model_config
 from workers.errors import CheckpointError, ConfigError
 
@@ -68,7 +69,7 @@ def read_model(folder: str) -> Model:
 
 def read_header(file: Path) -> bytes:
     """The JSON at a safetensors file's beginning, checked against the file's size. Raises _BadFileError, which names the file."""
-    size = file.stat().st_size
+    num_bytes = file.stat().st_size
     try:
         with file.open("rb") as f:
             start = f.read(8)
@@ -77,8 +78,8 @@ def read_header(file: Path) -> bytes:
                 raise _BadFileError(
                     f"{file} is a pointer of Git LFS, not the weights.", "Run `git lfs pull` in its folder."
                 )
-            if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise _BadFileError(f"{file} ({_size(size)}) is truncated in its header, or no safetensors file.")
+            if len(start) < 8 or length > min(num_bytes - 8, MAX_HEADER_BYTES):
+                raise _BadFileError(f"{file} ({size(num_bytes)}) is truncated in its header, or no safetensors file.")
             header = f.read(length)
         ends = [tensor["data_offsets"][1] for tensor in _names(json.loads(header)).values()]
         expected = 8 + length + max(ends, default=0)
@@ -88,10 +89,10 @@ def read_header(file: Path) -> bytes:
         ) from e
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
         raise _BadFileError(f"{file} has a header that is not safetensors'.") from e
-    if size != expected:
+    if num_bytes != expected:
         what = (
-            f"truncated: {_size(size)} of {_size(expected)} are there"
-            if size < expected
+            f"truncated: {size(num_bytes)} of {size(expected)} are there"
+            if num_bytes < expected
             else "longer than its header says"
         )
         raise _BadFileError(f"{file} is {what}.")
@@ -146,19 +147,9 @@ def _check_tokenizer(folder: Path, config: ModelConfig) -> list[Fault]:
 
 
 def _said(error: ConfigError | CheckpointError) -> Fault:
-    """Its sentence says what is wrong and, behind a semicolon, what to do."""
-    sentence, _, remedy = str(error).rstrip(".").partition("; ")
-    return Fault(
-        sentence=f"{sentence}.",
-        remedy=f"{remedy[:1].upper()}{remedy[1:]}."
-        if remedy
-        else "Name a checkpoint that Tramontane supports, complete.",
-    )
+    sentence, remedy = sentence_and_remedy(error, otherwise="Name a checkpoint that Tramontane supports, complete.")
+    return Fault(sentence=sentence, remedy=remedy)
 
 
 def _config_bytes(folder: Path) -> bytes:
     return b"".join(p.read_bytes() for name in ("config.json", "params.json") if (p := folder / name).is_file())
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

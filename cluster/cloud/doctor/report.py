@@ -9,6 +9,7 @@ from rich.text import Text
 
 from cluster.cloud.doctor.facts import Failed, Node, NotTried, Reduced
 from cluster.cloud.doctor.findings import Finding, Severity, count
+from cluster.cloud.doctor.words import counted
 
 _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.PROBLEM: "bold red"}
 
@@ -34,7 +35,7 @@ def render(findings: Sequence[Finding]) -> RenderableType:
 
 def summary(findings: Sequence[Finding]) -> str:
     return (
-        f"{_counted(count(findings, Severity.PROBLEM), 'problem')}, {_counted(count(findings, Severity.WARNING), 'warning')}, "
+        f"{counted(count(findings, Severity.PROBLEM), 'problem')}, {counted(count(findings, Severity.WARNING), 'warning')}, "
         f"{count(findings, Severity.OK)} ok."
     )
 
@@ -56,7 +57,3 @@ def to_json(
 
 
 _OUTCOMES: dict[type, str] = {Reduced: "measured", Failed: "failed", NotTried: "not tried"}
-
-
-def _counted(number: int, word: str) -> str:
-    return f"{number or 'no'} {word}{'s' * (number != 1)}"

@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from cluster.cloud.doctor.facts import Gpu, Machine, Node
 from cluster.cloud.doctor.findings import Finding, ok, problem, warning
 from cluster.cloud.doctor.judge.ranks import Device
+from cluster.cloud.doctor.words import GIB, size
 
 # Within a major release of CUDA a driver runs what any newer toolkit of it built ("minor version compatibility").
 MIN_DRIVERS = {11: 450, 12: 525, 13: 580}
 FLASH_MIN_CAPABILITY = (8, 0)
-BUSY_BYTES = 2**30  # a driver's own share is some hundred MiB
+BUSY_BYTES = GIB  # a driver's own share is some hundred MiB
 OUR_PROCESS = "ray::RankActor"
-GIB = 2**30
 
 
 def judge_gpus(node: Node, *, device: Device, rank_bytes: int | None = None) -> Iterator[Finding]:
@@ -117,10 +117,10 @@ def _memory(gpu: Gpu, name: str, at: str, *, rank_bytes: int | None) -> Finding:
     free, total = gpu.free_bytes, gpu.total_bytes
     if free is None or total is None:
         return ok("gpu", f"{name}; its memory is not reported.", node=at)
-    has = f"{name}: {free / GIB:,.1f} of {total / GIB:,.1f} GiB free"
+    has = f"{name}: {size(free)} of {size(total)} free"
     if rank_bytes is not None and rank_bytes > total:
         remedy = "Divide the model over more GPUs with --tensor-parallel-size, or use larger ones."
-        return problem("gpu", f"{has}, less than the {rank_bytes / GIB:,.1f} GiB of a rank's weights.", remedy, node=at)
+        return problem("gpu", f"{has}, less than the {size(rank_bytes)} of a rank's weights.", remedy, node=at)
     if total - free <= BUSY_BYTES:
         return ok("gpu", f"{has}.", node=at)
     if any(process.name.startswith(OUR_PROCESS) for process in gpu.processes):
@@ -132,7 +132,7 @@ def _memory(gpu: Gpu, name: str, at: str, *, rank_bytes: int | None) -> Finding:
         else "`nvidia-smi` on the host shows what holds it; a container does not."
     )
     if rank_bytes is not None and rank_bytes > free:
-        return problem("gpu", f"{has}, less than the {rank_bytes / GIB:,.1f} GiB of a rank's weights.", remedy, node=at)
+        return problem("gpu", f"{has}, less than the {size(rank_bytes)} of a rank's weights.", remedy, node=at)
     return warning("gpu", f"{has}: the KV cache gets what remains.", remedy, node=at)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from cluster.cloud.doctor.facts import Model, Node
 from cluster.cloud.doctor.findings import Finding, ok, problem
+from cluster.cloud.doctor.words import counted, size
 
 CHECK = "model"
 
@@ -27,5 +28,4 @@ def judge_models(nodes: Sequence[Node]) -> Iterator[Finding]:
 
 
 def _summary(model: Model) -> str:
-    files = "1 file" if model.num_files == 1 else f"{model.num_files} files"
-    return f"{model.folder} is complete: {files} of weights, {model.num_bytes / 2**30:,.2f} GiB, and a tokenizer"
+    return f"{model.folder} is complete: {counted(model.num_files, 'file')} of weights, {size(model.num_bytes)}, and a tokenizer"

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from cluster.cloud.doctor.facts import Filesystem, Node
 from cluster.cloud.doctor.findings import Finding, ok, problem, warning
 from cluster.cloud.doctor.judge.ranks import Device
+from cluster.cloud.doctor.words import GIB, MIB, size
 
-GIB, MIB = 2**30, 2**20
 KV_CACHE_BYTES = GIB  # the default of --kv-cache-memory, per CPU rank
 SHM_PER_RANK_BYTES = 2 * MIB + 4096  # the two buffers of workers.parallel.shared_memory, and its counters
 NCCL_SHM_BYTES = GIB  # NCCL's own advice for containers
@@ -21,7 +21,7 @@ def judge_memory(node: Node, *, device: Device, num_ranks: int, rank_bytes: int 
     free, total = node.machine.free_memory_bytes, node.machine.memory_bytes
     if free is None or total is None:
         return ok("memory", "How much memory is free is not known on this system.", node=node.address)
-    has = f"{free / GIB:,.1f} of {total / GIB:,.1f} GiB of memory are free"
+    has = f"{size(free)} of {size(total)} of memory are free"
     if device == "cuda" or rank_bytes is None:
         if free < 2 * GIB:
             remedy = "End what holds it; torch, Ray and the gateway need about 2 GiB before the first request."
@@ -30,13 +30,13 @@ def judge_memory(node: Node, *, device: Device, num_ranks: int, rank_bytes: int 
     need = rank_bytes + KV_CACHE_BYTES
     if free < need:
         remedy = "Use more ranks on more nodes (--tensor-parallel-size), a smaller --kv-cache-memory, or more memory."
-        sentence = f"{has}; one rank needs {need / GIB:,.1f} GiB (weights and KV cache)."
+        sentence = f"{has}; one rank needs {size(need)} (weights and KV cache)."
         return problem("memory", sentence, remedy, node=node.address)
     if num_ranks > 1 and free < need * num_ranks:
         remedy = "Spread the ranks over more nodes, or give each a smaller --kv-cache-memory."
-        sentence = f"{has}; {num_ranks} ranks here would need {need * num_ranks / GIB:,.1f} GiB."
+        sentence = f"{has}; {num_ranks} ranks here would need {size(need * num_ranks)}."
         return warning("memory", sentence, remedy, node=node.address)
-    return ok("memory", f"{has}; a rank needs {need / GIB:,.1f} GiB.", node=node.address)
+    return ok("memory", f"{has}; a rank needs {size(need)}.", node=node.address)
 
 
 def judge_shared_memory(node: Node, *, device: Device, num_ranks: int) -> Finding:
@@ -48,18 +48,18 @@ def judge_shared_memory(node: Node, *, device: Device, num_ranks: int) -> Findin
         return warning(
             "shared memory", "There is no /dev/shm: ranks of this host talk through the slower Gloo.", remedy, node=at
         )
-    has = f"{_size(shm.free_bytes)} of {_size(shm.total_bytes)} are free in /dev/shm"
+    has = f"{size(shm.free_bytes)} of {size(shm.total_bytes)} are free in /dev/shm"
     need = SHM_PER_RANK_BYTES * num_ranks
     remedy = (
         "`ls -lS /dev/shm` shows what fills it. A container gets more with `docker run --shm-size=8g`, on Kubernetes with an "
         "emptyDir of medium Memory at /dev/shm."
     )
     if num_ranks > 1 and shm.free_bytes < need:
-        return problem("shared memory", f"{has}; {num_ranks} ranks need {_size(need)}.", remedy, node=at)
+        return problem("shared memory", f"{has}; {num_ranks} ranks need {size(need)}.", remedy, node=at)
     num_gpus = len(node.machine.nvidia.gpus) if device == "cuda" else 0
     if num_gpus > 1 and shm.free_bytes < NCCL_SHM_BYTES:
         return warning(
-            "shared memory", f"{has}; NCCL wants about {_size(NCCL_SHM_BYTES)} for {num_gpus} GPUs.", remedy, node=at
+            "shared memory", f"{has}; NCCL wants about {size(NCCL_SHM_BYTES)} for {num_gpus} GPUs.", remedy, node=at
         )
     return ok("shared memory", f"{has}.", node=at)
 
@@ -71,7 +71,7 @@ def judge_disks(node: Node) -> Iterator[Finding]:
 
 
 def _judge_disk(disk: Filesystem, at: str) -> Finding:
-    has = f"{_size(disk.free_bytes)} of {_size(disk.total_bytes)} are free at {disk.path}, for {disk.purpose}"
+    has = f"{size(disk.free_bytes)} of {size(disk.total_bytes)} are free at {disk.path}, for {disk.purpose}"
     remedy = "Remove what is not needed there."
     if disk.purpose == RAY_FILES:
         remedy += " RAY_TMPDIR, or --temp-dir of `ray start`, moves Ray's files to another disk."
@@ -84,7 +84,3 @@ def _judge_disk(disk: Filesystem, at: str) -> Finding:
     if disk.free_bytes < LOW_BYTES:
         return warning("disk", f"Only {has}.", remedy, node=at)
     return ok("disk", f"{has}.", node=at)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:,.1f} MiB"

@@ -70,7 +70,7 @@ def worst(findings):
         pytest.param(
             gpu_node(nvidia=nvidia(a10g(free_bytes=9 * GIB, processes=(GpuProcess(pid=7, name="python"),))), num_gpus=1),
             "cuda",
-            [("warning", "gpu", "9.0 of 22.5 GiB free")],
+            [("warning", "gpu", "9.0 GiB of 22.5 GiB free")],
             id="somebody is on it",
         ),
         pytest.param(
