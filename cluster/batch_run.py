@@ -23,21 +23,23 @@ from cluster.batch.executor import LineExecutor
 from cluster.batch.files import FileContents
 from cluster.batch.job import Job, JobFolder, Outcome
 from cluster.batch.open import open_files, open_store
-from cluster.batch.progress import Display, Snapshot
+from cluster.batch.progress import Display
 from cluster.batch.records import BatchRecord, FileRecord, Line, LineResult, parse_window
 from cluster.batch.runner import run_batch
 from cluster.batch.steps import Lines, StoppedError, conclude, refused
 from cluster.batch.store import Store
+from cluster.batch_watch import Watch
+from cluster.batch_watch import snapshot_of as snapshot_of
 from cluster.config import ServeConfig, chat_template, detect_device, engine_config
 from cluster.console import Console
 from cluster.models import resolve_model
 from cluster.replicas.fleet import Fleet
-from cluster.replicas.state import BatchDemand, ClusterView, ReplicaState
+from cluster.replicas.state import ClusterView
 from cluster.router.router import Router
 from cluster.serve import cancel_all, catch_signals, open_ray, spec_of
 from cluster.startup import Startup
 from cluster.text.load import load_text
-from workers.errors import ConfigError, RequestError, TramontaneError
+from workers.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from cluster.replicas.ray_cluster import RayCluster
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 0.5
 NO_DEADLINE = "365d"  # the longest there is
 SCALE_DOWN_AFTER_S = 60.0
 
@@ -209,20 +210,30 @@ async def _answer(
     stop, _ = catch_signals()
     async with contextlib.AsyncExitStack() as stack:
         controller = ControllerClient(config.deployment)
-        stack.push_async_callback(controller.stop_replicas if cluster.is_ours else controller.down)
+        watch = Watch(store, batch.id, has_deadline=options.deadline is not None)
+
+        async def give_back() -> None:
+            if not watch.is_cut_off:  # else nobody is there to be asked
+                await (controller.stop_replicas() if cluster.is_ours else controller.down())
+
+        stack.push_async_callback(give_back)
         await _unless(stop, controller.start(spec_of(config, own_cluster=cluster.is_ours)))
         tokenizer, template = await asyncio.wrap_future(text)
         startup = Startup(console, num_ranks=_num_ranks(config))
         stack.callback(startup.end)
         router = Router(policy=config.routing_policy)
         app = make_app(router=router, tokenizer=tokenizer, chat_template=template, model_name=config.model_name)
-        fleet = Fleet(controller, router, gateway_id=config.deployment, url=config.deployment, on_view=startup.take)
+
+        def on_view(view: ClusterView) -> None:
+            startup.take(view)
+            watch.take(view)
+
+        fleet = Fleet(controller, router, gateway_id=config.deployment, url=config.deployment, on_view=on_view)
         stack.push_async_callback(fleet.close)
-        watch = _Watch(store, router, fleet, batch.id, has_deadline=options.deadline is not None)
         background = [
             asyncio.create_task(fleet.run()),
             asyncio.create_task(publish_forever(app[GATEWAY].metrics.registry)),
-            asyncio.create_task(watch.run()),
+            asyncio.create_task(watch.run(router)),
         ]
         stack.push_async_callback(cancel_all, *background)
         # At once: the lines are checked while the replicas start.
@@ -230,7 +241,7 @@ async def _answer(
         stack.push_async_callback(cancel_all, running)
         starting = asyncio.create_task(startup.until_ready(router.health))
         stack.push_async_callback(cancel_all, starting)
-        if await _first(stop, running, starting) is starting:
+        if await _first(stop, running, starting, watch.hopeless) is starting:
             starting.result()
             startup.end()
             display = Display()
@@ -263,58 +274,6 @@ async def _unless(stop: asyncio.Event, work: Coroutine[object, object, None]) ->
         task.result()
     finally:
         await cancel_all(task)
-
-
-class _Watch:
-    """Tells the router, for whoever scales, what is left of the batch, and the person at the terminal. `run` as a task."""
-
-    def __init__(self, store: Store, router: Router, fleet: Fleet, batch_id: str, *, has_deadline: bool) -> None:
-        self.display: Display | None = None
-        self.hopeless: asyncio.Future[TramontaneError] = asyncio.get_running_loop().create_future()
-        self._store = store
-        self._router = router
-        self._fleet = fleet
-        self._batch_id = batch_id
-        self._has_deadline = has_deadline
-
-    async def run(self) -> None:
-        while True:
-            with contextlib.suppress(BatchError):  # the runner says it
-                batch = await self._store.get_batch(self._batch_id)
-                assert batch is not None, "a batch is not forgotten while it runs"
-                self._tell(batch)
-            await asyncio.sleep(LOOK_EVERY_S)
-
-    def _tell(self, batch: BatchRecord) -> None:
-        demand = BatchDemand(
-            batch_id=batch.id,
-            remaining_tokens=batch.remaining_tokens,
-            deadline_s=max(0.0, batch.expires_at - time.time()) if self._has_deadline else None,
-        )
-        self._router.batches = (demand,) if demand.remaining_tokens and not batch.has_ended else ()
-        self._router.batch_tokens_total = batch.answered_tokens
-        view = self._fleet.view
-        if self.display is not None:
-            self.display.show(snapshot_of(batch, view))
-        if view is not None and view.failure is not None and not _num_ready(view) and not self.hopeless.done():
-            self.hopeless.set_result(BatchError(view.failure[1]))
-
-
-def snapshot_of(batch: BatchRecord, view: ClusterView | None) -> Snapshot:
-    """For a display."""
-    return Snapshot(
-        status=batch.status,
-        num_lines=batch.num_lines,
-        num_completed=batch.num_completed,
-        num_failed=batch.num_failed,
-        num_tokens=batch.num_prompt_tokens + batch.num_output_tokens,
-        share_left=batch.remaining_tokens / batch.estimated_tokens if batch.estimated_tokens else None,
-        replicas=None if view is None else (_num_ready(view), view.num_desired),
-    )
-
-
-def _num_ready(view: ClusterView) -> int:
-    return sum(r.state is ReplicaState.READY for r in view.replicas)
 
 
 async def _end(store: Store, files: FileContents, job: Job) -> BatchRecord:

@@ -6,7 +6,10 @@ Every method raises the controller's own TramontaneErrors, and ReplicaUnavailabl
 import asyncio
 import contextlib
 import logging
-from typing import Any
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -23,6 +26,7 @@ CONTROLLER_NAME = "tramontane-controller"
 HEAD_NODE = "node:__internal_head__"  # the resource by which Ray marks it
 CALL_TIMEOUT_S = 10.0
 DOWN_TIMEOUT_S = 30.0
+T = TypeVar("T")
 
 
 class ControllerClient:
@@ -87,7 +91,7 @@ class ControllerClient:
         try:
             async with asyncio.timeout(timeout_s):
                 # Looking it up hangs while Ray's control store is away; the streams of this process must not.
-                actor = self._actor = self._actor or await asyncio.to_thread(self._find)
+                actor = self._actor = self._actor or await _in_daemon_thread(self._find)
                 if actor is None:
                     raise ReplicaUnavailableError(
                         f"The controller of {self.deployment!r} does not run on this Ray cluster."
@@ -105,3 +109,20 @@ class ControllerClient:
         with contextlib.suppress(ValueError):
             return ray.get_actor(CONTROLLER_NAME)
         return None
+
+
+async def _in_daemon_thread(work: Callable[[], T]) -> T:
+    """What it returns. Unlike asyncio.to_thread's, its thread keeps neither the loop nor the process from ending while it hangs."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            tell = partial(done.set_result, work())
+        except Exception as e:
+            tell = partial(done.set_exception, e)
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(lambda: done.done() or tell())
+
+    threading.Thread(target=run, name="controller-lookup", daemon=True).start()
+    return await done

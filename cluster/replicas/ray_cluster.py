@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
 REACH_TIMEOUT_S = 5.0
+_SYSTEM_CONFIG = {
+    "prestart_worker_first_driver": False,  # Ray 2.60 waits for that worker, and for ever if it dies as it starts
+    "worker_register_timeout_seconds": 30,  # of one that dies as it starts; 60 is as long as the controller is waited for
+}
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not travel through Ray; this is near the smallest it accepts
 
 
@@ -74,6 +78,7 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
                 log_to_driver=log_to_driver,
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder.path),
+                _system_config=_SYSTEM_CONFIG,
             )
     except BaseException as e:
         _end_ray(folder)
