@@ -71,7 +71,7 @@ class RayHosts:
             if self.namespaces:
                 self._make_network()
             for i, count in enumerate(cpus):
-                self._start(i, count, head_options if i == 0 else ())
+                self.start(i, count, head_options if i == 0 else ())
         except BaseException:
             self.close()
             raise
@@ -121,7 +121,8 @@ class RayHosts:
             _run(["ip", "-n", name, "addr", "add", f"{ip}/24", "dev", "eth0"])
             _run(["ip", "-n", name, "link", "set", "eth0", "up"])
 
-    def _start(self, host: int, num_cpus: int, options: Sequence[str]) -> None:
+    def start(self, host: int, num_cpus: int, options: Sequence[str] = ()) -> None:
+        """The node on that host, which must not run, or not any more."""
         place = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={free_port()}"]
         command = [
             *self.prefix(host), str(BIN / "ray"), "start", "--block", f"--num-cpus={num_cpus}", "--num-gpus=0",
