@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+LINTERS := .venv-linters
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate test test-chaos test-batch test-fuzz test-cloud lint format bench demo-model clean
+.PHONY: serve generate test test-chaos test-batch test-fuzz test-cloud lint lint-deploy format bench demo-model clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tramontane serve $(ARGS)
@@ -30,17 +31,21 @@ test-cloud: $(VENV)/.installed-dev
 
 # Batches of 2,000 lines with 50 deaths, full disks, nodes that come and go: half an hour. TRAMONTANE_CHAOS_SEED draws other moments.
 test-batch: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -s -m chaos tests/system/test_batch_chaos.py $(ARGS)
+	$(BIN)/python -m pytest -s -m chaos tests/system/test_batch_chaos.py tests/system/test_batch_autoscaling.py $(ARGS)
 
 # A rank killed at each of 64 tokens, nodes that come and go, then five minutes of random deaths under load: a quarter of an hour.
 test-chaos: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m chaos tests/system --ignore tests/system/test_batch_chaos.py
+	$(BIN)/python -m pytest -m chaos tests/system --ignore-glob 'tests/system/test_batch_*'
 	$(BIN)/python benchmarks/chaos.py --output benchmarks/chaos.md $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The files in deploy/, judged by hadolint, the Compose specification and Kubernetes' own schemas.
+lint-deploy: $(VENV)/.installed-dev $(LINTERS)/.installed
+	$(BIN)/python -m pytest tests/deploy $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -59,7 +64,7 @@ demo-model: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_model/train.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(LINTERS) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -82,4 +87,9 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt | $(BIN)/python
 	@test -e $@ || echo "Installing the clients that the tests use into $(CLIENTS); the first time takes a minute or two." >&2
 	@test -e $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tests/clients/requirements.txt
+	@touch $@
+
+$(LINTERS)/.installed: tests/deploy/requirements.txt | $(BIN)/python
+	@test -e $(LINTERS)/bin/python || $(BIN)/python -m venv $(LINTERS)
+	$(LINTERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tests/deploy/requirements.txt
 	@touch $@

@@ -1,0 +1,144 @@
+"""The Dockerfile: what is pinned, what the context holds, who runs, and that its health check tells the truth of a real application."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from aiohttp.test_utils import TestServer
+from deployments import DEPLOY, PINNED, PINS, PROJECT, ROOT, linter
+from dockerfile import Instruction, context_files, instructions
+from fake_replica import FakeReplica, tokens
+
+from cluster.api.app import make_app
+from cluster.cli import make_parser
+from cluster.config import is_loopback
+from cluster.router.router import Router
+from cluster.text.tokenizer import load_tokenizer
+
+DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
+IGNORE = DEPLOY / "docker" / "Dockerfile.dockerignore"
+ALL = instructions(DOCKERFILE)
+FINAL = [i for i in ALL if i.stage == max(i.stage for i in ALL)]
+KEY = "a-secret"
+MAX_CONTEXT_BYTES = 20 * 2**20
+
+
+def one(name: str, among: list[Instruction] = FINAL) -> str:
+    (found,) = [i.value for i in among if i.name == name]
+    return found
+
+
+def tree() -> list[str]:
+    names = []
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [f for f in folders if not f.startswith((".venv", ".git"))]
+        names += [str((Path(folder) / name).relative_to(ROOT)) for name in files]
+    return names
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    done = subprocess.run([linter("hadolint"), str(DOCKERFILE)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_release_is_pinned() -> None:
+    image = one("ARG", [i for i in ALL if i.stage == -1]).partition("=")[2]
+    assert PINNED.fullmatch(image), f"{image} may be another one tomorrow"
+    assert {i.words()[0] for i in ALL if i.name == "FROM"} == {"${PYTHON_IMAGE}"}
+    python = tuple(map(int, re.search(r":(\d+)\.(\d+)", image).groups()))
+    least = tuple(map(int, PROJECT["requires-python"].removeprefix(">=").split(".")))
+    assert python >= least
+    extras = re.search(r'EXTRAS="([^"]*)"', " ".join(i.value for i in ALL if i.name == "ARG"))[1].split()
+    asked = [*PROJECT["dependencies"], *(r for e in extras for r in PROJECT["optional-dependencies"][e])]
+    for requirement in asked:
+        name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+        assert name in PINS, f"{name} is not in constraints.txt, so two builds may differ"
+    assert any("-c constraints.txt" in i.value for i in ALL if i.name == "RUN")
+    assert f'org.opencontainers.image.version="{PROJECT["version"]}"' in one("LABEL")
+
+
+def test_the_driver_asked_for_is_the_one_that_torch_was_built_for() -> None:
+    asked = re.search(r'NVIDIA_REQUIRE_CUDA="?cuda>=(\d+)\.', one("ENV"))[1]
+    assert asked == PINS["cuda-bindings"].partition(".")[0] == PINS["nvidia-nvjitlink"].partition(".")[0]
+
+
+def test_the_context_has_what_is_copied_and_little_else() -> None:
+    names = context_files(ROOT, IGNORE, tree())
+    copied = [i for i in ALL if i.name == "COPY" and "--from" not in i.value]
+    sources = [source for i in copied for source in i.words()[:-1]]
+    assert len(sources) > 5
+    for source in sources:
+        assert any(n == source or n.startswith(f"{source}/") for n in names), f"{source} is ignored, so COPY fails"
+    for name in names:
+        assert any(name == s or name.startswith(f"{s}/") for s in sources), f"{name} is sent and never copied"
+        assert not name.endswith(".pyc")
+    size = sum((ROOT / name).stat().st_size for name in names)
+    assert size < MAX_CONTEXT_BYTES, f"the context has {size / 2**20:.0f} MiB"
+
+
+def test_the_server_runs_without_root_and_drains_on_sigterm() -> None:
+    assert one("USER") == "1000:1000"
+    for name in ("ENTRYPOINT", "CMD"):
+        assert isinstance(json.loads(one(name)), list), f"in its shell form {name} would keep SIGTERM from the server"
+    entrypoint, command = json.loads(one("ENTRYPOINT")), json.loads(one("CMD"))
+    assert entrypoint[-1] in PROJECT["scripts"]
+    args = make_parser().parse_args(command)
+    assert not is_loopback(args.host), "nobody could reach it from outside the container"
+    assert one("EXPOSE") == str(args.port)
+
+
+def test_commands_in_the_files_name_this_release() -> None:
+    for path in (DOCKERFILE, DEPLOY / "docker" / "compose.yaml", DEPLOY / "kubernetes" / "tramontane.yaml"):
+        named = set(re.findall(r"\btramontane:(\d+\.\d+\.\d+)", path.read_text()))
+        assert named == {PROJECT["version"]}, f"{path.name} names {named}"
+
+
+@contextlib.asynccontextmanager
+async def serving(*replicas: FakeReplica) -> AsyncIterator[str]:
+    app = make_app(
+        router=Router(replicas),
+        tokenizer=load_tokenizer(ROOT / "examples" / "demo_model"),
+        chat_template=None,
+        model_name="demo",
+        api_key=KEY,
+    )
+    server = TestServer(app, host="127.0.0.1")
+    await server.start_server()
+    try:
+        yield f"http://{server.host}:{server.port}"
+    finally:
+        await server.close()
+
+
+async def health(url: str, key: str | None) -> tuple[int, str]:
+    """Exit code and output of the command in HEALTHCHECK."""
+    (command,) = json.loads(one("HEALTHCHECK").partition("CMD ")[2])
+    (source,) = [i.words()[0] for i in FINAL if i.name == "COPY" and i.words()[-1].endswith(f"/bin/{command}")]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(ROOT / source),
+        url,
+        stdout=asyncio.subprocess.PIPE,
+        env={"http_proxy": "http://127.0.0.1:9"} | ({"TRAMONTANE_API_KEY": key} if key else {}),
+    )
+    output, _ = await process.communicate()
+    return process.returncode or 0, output.decode()
+
+
+async def test_the_health_check_tells_ready_from_not_ready() -> None:
+    async with serving(FakeReplica(tokens([42]), replica_id="r0")) as url:
+        code, output = await health(url, KEY)
+        assert code == 0 and '"r0"' in output, output
+        code, output = await health(url, None)
+        assert code == 0 and json.loads(output) == {"status": "ok"}, "without the key it is enough that it lives"
+    code, output = await health(url, KEY)
+    assert code == 1 and "refused" in output
+    async with serving() as url:
+        code, output = await health(url, KEY)
+        assert code == 1 and json.loads(output)["status"] == "unavailable"
