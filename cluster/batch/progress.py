@@ -3,6 +3,7 @@
 On a terminal a bar; elsewhere a line every ten seconds. Knows snapshots, whoever takes them; everything goes to stderr.
 """
 
+import itertools
 import sys
 import time
 from collections import deque
@@ -62,10 +63,26 @@ class Meter:
 
     @property
     def left_s(self) -> float | None:
-        """Until all lines are answered, at the pace of the last half minute; None while there is no pace."""
+        """Until all lines are answered, at the pace of the last half minute; None while there is no pace.
+
+        A refused line takes no time, however long it is. So by the work that is left, what was seen while lines failed tells no pace; where
+        they fail all the time, lines are counted.
+        """
         (began, first), (ended, last) = self._seen[0], self._seen[-1]
-        done = first.left - last.left
-        return last.left * (ended - began) / done if done > 0 else None
+        by_lines = (last.num_answered - first.num_answered, ended - began, last.num_lines - last.num_answered)
+        if last.share_left is None:
+            return _time_for(*by_lines)
+        clean = [
+            (x.left - y.left, until - since)
+            for (since, x), (until, y) in itertools.pairwise(self._seen)
+            if x.num_failed == y.num_failed
+        ]
+        by_work = _time_for(sum(done for done, _ in clean), sum(took for _, took in clean), last.left)
+        return _time_for(*by_lines) if by_work is None and last.num_failed > first.num_failed else by_work
+
+
+def _time_for(done: float, took_s: float, left: float) -> float | None:
+    return left * took_s / done if done > 0 else None
 
 
 def describe(snapshot: Snapshot, meter: Meter) -> str:

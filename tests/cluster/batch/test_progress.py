@@ -35,6 +35,18 @@ def described(*seen: tuple[float, Snapshot]) -> str:
             [(0, snapshot()), (1, snapshot(0, num_failed=3, replicas=(1, 2)))],
             "3 of 100 lines, 3 failed, 0 tokens/s, about 32 s left, 1 of 2 replicas ready",
         ),
+        (  # two huge lines are refused at once, then 2 % of the work are done in 4 s
+            [
+                (0, snapshot(share_left=1.0)),
+                (1, snapshot(0, num_failed=2, share_left=0.22)),
+                (5, snapshot(10, num_failed=2, tokens=500, share_left=0.2)),
+            ],
+            "12 of 100 lines, 2 failed, 100 tokens/s, about 40 s left",
+        ),
+        (  # all fail, one after the other
+            [(0, snapshot(share_left=1.0)), (2, snapshot(num_failed=20, share_left=0.1))],
+            "20 of 100 lines, 20 failed, 0 tokens/s, about 8 s left",
+        ),
         ([(0, snapshot(num_lines=0, status="validating", replicas=(0, 0)))], "validating, no replica"),
         ([(0, snapshot(100, status="finalizing"))], "100 of 100 lines, finalizing"),
     ],
