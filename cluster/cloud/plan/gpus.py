@@ -1,0 +1,112 @@
+"""The GPUs that can be planned for: memory, bandwidth, arithmetic and the link between them, each with where the number is from.
+
+Names are SkyPilot's. Only GPUs on which the CUDA attention kernel runs (Ampere and newer). Knows no model, no cloud and no price.
+"""
+
+from dataclasses import dataclass
+
+from workers.errors import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What joins the GPUs of one machine. `bytes_per_s` is one GPU's, in one direction, as NCCL reaches it; `latency_s` is one
+    small all-reduce's, the launch included. Both are round figures of what nccl-tests shows on such machines, not measured here.
+    """
+
+    name: str
+    bytes_per_s: float
+    latency_s: float
+
+
+# Without peer-to-peer copies, as on the clouds' PCIe machines, data goes through the host's memory.
+PCIE = Link(name="PCIe 4.0 x16", bytes_per_s=10e9, latency_s=30e-6)
+NVLINK_3 = Link(name="NVLink 3", bytes_per_s=230e9, latency_s=15e-6)
+NVLINK_4 = Link(name="NVLink 4", bytes_per_s=360e9, latency_s=15e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """`memory_bytes`: what the driver reports as total, the least seen in public reports; less than the name says, as some is kept
+    for ECC. `flops_per_s`: dense bfloat16 or float16 with float32 accumulation. Bandwidth and FLOP/s are the data sheet's.
+    """
+
+    name: str
+    memory_bytes: int
+    bytes_per_s: float
+    flops_per_s: float
+    link: Link
+    source: str
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu(
+            name="A10G",
+            memory_bytes=int(21.98 * GIB),
+            bytes_per_s=600e9,
+            flops_per_s=70e12,
+            link=PCIE,
+            source="NVIDIA A10G data sheet (AWS G5)",
+        ),
+        Gpu(
+            name="A10",
+            memory_bytes=int(21.98 * GIB),
+            bytes_per_s=600e9,
+            flops_per_s=125e12,
+            link=PCIE,
+            source="NVIDIA A10 data sheet",
+        ),
+        Gpu(
+            name="L4",
+            memory_bytes=int(21.95 * GIB),
+            bytes_per_s=300e9,
+            flops_per_s=121e12,
+            link=PCIE,
+            source="NVIDIA L4 data sheet, half of its figure with sparsity",
+        ),
+        Gpu(
+            name="L40S",
+            memory_bytes=int(44.39 * GIB),
+            bytes_per_s=864e9,
+            flops_per_s=362e12,
+            link=PCIE,
+            source="NVIDIA L40S data sheet",
+        ),
+        Gpu(
+            name="A100",
+            memory_bytes=int(39.39 * GIB),
+            bytes_per_s=1555e9,
+            flops_per_s=312e12,
+            link=NVLINK_3,
+            source="NVIDIA A100 data sheet, 40 GB SXM",
+        ),
+        Gpu(
+            name="A100-80GB",
+            memory_bytes=int(79.14 * GIB),
+            bytes_per_s=1935e9,
+            flops_per_s=312e12,
+            link=NVLINK_3,
+            source="NVIDIA A100 data sheet, 80 GB PCIe; SXM reads 5 % faster",
+        ),
+        Gpu(
+            name="H100",
+            memory_bytes=int(79.1 * GIB),
+            bytes_per_s=3350e9,
+            flops_per_s=989e12,
+            link=NVLINK_4,
+            source="NVIDIA H100 data sheet, SXM, half of its figure with sparsity",
+        ),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """By SkyPilot's name, in any case. Raises ConfigError naming those there are."""
+    for known, gpu in GPUS.items():
+        if known.lower() == name.strip().lower():
+            return gpu
+    raise ConfigError(f"--gpu {name} is not known here; use one of {', '.join(GPUS)}.")
