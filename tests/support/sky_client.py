@@ -49,11 +49,17 @@ class Sky:
         return {job["job_id"]: job["status"] for job in json.loads(self("jobs", "queue", "--all", "--output", "json"))}
 
 
-def on_slurm(yaml_file: str, folder: Path) -> Path:
-    """A copy of sky/YAML_FILE for Slurm, which opens no ports and has no spot: its first choice of accelerators, on two CPUs."""
+def on_slurm(yaml_file: str, folder: Path, **changes: Mapping[str, object]) -> Path:
+    """A copy of sky/YAML_FILE for Slurm, which opens no ports and has no spot: its first choice of accelerators, on two CPUs.
+
+    changes: to other sections, such as pool={"max_workers": 2}.
+    """
     task = yaml.safe_load((CHECKOUT / "sky" / yaml_file).read_text())
-    accelerators = task["resources"]["any_of"][0]["accelerators"]
+    resources = task["resources"]
+    accelerators = resources.get("any_of", [resources])[0]["accelerators"]
     task["resources"] = {"infra": f"slurm/{CLUSTER}/{PARTITION}", "cpus": "2+", "accelerators": accelerators}
+    for section, change in changes.items():
+        task[section].update(change)
     path = folder / yaml_file
     path.write_text(yaml.safe_dump(task, sort_keys=False))
     return path

@@ -1,0 +1,136 @@
+"""sky/batch.yaml, and sky/pool.yaml with its jobs: a file in a bucket, a node that dies, and every line answered exactly once."""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sky_client import JOB_IS_OVER, Sky, env_options, on_slurm
+from slurm_cloud import LAPTOP_IP, SlurmCloud
+
+pytestmark = [pytest.mark.cloud, pytest.mark.timeout(1500)]
+S3 = f"http://{LAPTOP_IP}:5000"
+TRAMONTANE, MOTO = (Path(sys.executable).parent / name for name in ("tramontane", "moto_server"))
+S3_ENVS = {"AWS_ENDPOINT_URL": S3, "AWS_DEFAULT_REGION": "us-east-1"}
+S3_SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+
+
+class Bucket:
+    """A bucket on the laptop, over which S3's protocol is spoken. It asks for no signature, so curl can look into it."""
+
+    def __init__(self, cloud: SlurmCloud) -> None:
+        self._cloud = cloud
+        self.url = f"{S3}/bucket"
+        self._curl("-X", "PUT", "--retry", "30", "--retry-delay", "1", "--retry-all-errors", self.url)
+
+    def put_prompts(self, name: str, num_lines: int, folder: Path) -> list[str]:
+        """A file of so many lines; their ids."""
+        ids = [f"{name}-{i}" for i in range(num_lines)]
+        path = folder / name
+        path.write_text(
+            "".join(json.dumps({"custom_id": i, "prompt": f"def {i}(", "max_tokens": 64}) + "\n" for i in ids)
+        )
+        self._curl("-T", str(path), f"{self.url}/{name}")
+        return ids
+
+    def answers(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in self._curl(f"{self.url}/{name}").splitlines()]
+
+    def names(self, prefix: str = "", suffix: str = "") -> set[str]:
+        found = re.findall(r"<Key>(.*?)</Key>", self._curl(f"{self.url}?list-type=2"))
+        return {name for name in found if name.startswith(prefix) and name.endswith(suffix)}
+
+    def _curl(self, *arguments: str) -> str:
+        return self._cloud.run(["curl", "-sS", "-f", "--max-time", "60", *arguments], timeout_s=120)
+
+
+@pytest.fixture(scope="module")
+def bucket(cloud: SlurmCloud) -> Iterator[Bucket]:
+    with (cloud.lab / "s3.log").open("w") as log:
+        process = cloud.popen([MOTO, "--host", LAPTOP_IP, "--port", "5000"], stdout=log, stderr=log)
+    yield Bucket(cloud)
+    process.kill()
+    process.wait()
+
+
+def assert_each_once(bucket: Bucket, output: str, ids: list[str]) -> None:
+    answers = bucket.answers(f"{output}.jsonl")
+    assert [answer["custom_id"] for answer in answers] == ids
+    assert all(answer["response"]["status_code"] == 200 for answer in answers)
+    assert not bucket.names(f"{output}.errors")
+
+
+def wait_for_success(cloud: SlurmCloud, sky: Sky, jobs: set[int], *, timeout_s: float) -> None:
+    def over() -> bool:
+        statuses = sky.jobs()
+        return all(statuses[job] in JOB_IS_OVER for job in jobs)
+
+    cloud.wait_for(over, what=f"jobs {jobs} to end", timeout_s=timeout_s)
+    for job in jobs:
+        if sky.jobs()[job] != "SUCCEEDED":
+            log = sky("jobs", "logs", "--controller", "--no-follow", str(job))
+            pytest.fail(f"job {job} is {sky.jobs()[job]}:\n{log}")
+
+
+def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str], tmp_path: Path) -> None:
+    num_parts = 12
+    ids = bucket.put_prompts("in.jsonl", 600, tmp_path)
+    start = time.monotonic()
+    envs = {"IN": "s3://bucket/in.jsonl", "OUT": "s3://bucket/out.jsonl", "PARTS": str(num_parts), "MODEL": ""}
+    options = env_options({**envs, "INSTALL": ".[s3]", **S3_ENVS}, {"HF_TOKEN": "", **S3_SECRETS})
+    sky("jobs", "launch", "--yes", "--detach-run", "--name", "batch", on_slurm("batch.yaml", tmp_path), *options)
+    (job,) = sky.jobs()
+
+    def finished() -> set[str]:
+        return bucket.names("out.part", ".done")
+
+    cloud.wait_for(lambda: len(finished()) >= 3, what="the first parts", timeout_s=500)
+    figures["batch.yaml: three parts after"] = f"{time.monotonic() - start:.0f} s"
+    victim = cloud.ssh("c0", "squeue --noheader --states=running --format=%N").strip()
+    before = finished()
+    assert len(before) < num_parts, "the batch was over before a node could die: give it more lines"
+    cloud.kill_node(victim)
+    death = time.monotonic()
+    cloud.wait_for(lambda: len(finished()) > len(before) + 2, what="another node to go on", timeout_s=600)
+    figures["batch.yaml: next parts after the node's death"] = f"{time.monotonic() - death:.0f} s"
+    cloud.start_node(victim)
+    wait_for_success(cloud, sky, {job}, timeout_s=500)
+    figures["batch.yaml: done after"] = f"{time.monotonic() - start:.0f} s"
+    assert_each_once(bucket, "out", ids)
+    figures["batch.yaml: lines"] = f"{len(ids)}, each once; a node killed after {len(before)} of {num_parts} parts"
+
+
+def test_pool(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str], tmp_path: Path) -> None:
+    num_jobs = 4
+    ids = bucket.put_prompts("many.jsonl", 400, tmp_path)
+    before = set(sky.jobs())
+    start = time.monotonic()
+    pool = on_slurm("pool.yaml", tmp_path, pool={"max_workers": 2, "upscale_delay_seconds": 5})
+    install = env_options({"MODEL": "", "INSTALL": ".[s3]"}, {"HF_TOKEN": ""})
+    sky("jobs", "pool", "apply", "--yes", "--pool", "workers", pool, *install)
+    envs = {"IN": "s3://bucket/many.jsonl", "OUT": "s3://bucket/answers.jsonl", "MODEL": ""}
+    options = env_options({**envs, **S3_ENVS}, S3_SECRETS)
+    launch = ["jobs", "launch", "--yes", "--detach-run", "--pool", "workers", "--num-jobs", str(num_jobs)]
+    sky(*launch, on_slurm("pool-job.yaml", tmp_path), *options)
+    jobs = set(sky.jobs()) - before
+    assert len(jobs) == num_jobs
+
+    def busy() -> list[str]:
+        return cloud.ssh("c0", "squeue --noheader --states=running --format=%N").split()
+
+    def is_running() -> bool:
+        return len(busy()) == 2 and "RUNNING" in sky.jobs().values()
+
+    cloud.wait_for(is_running, what="two workers and a job", timeout_s=600)
+    figures["pool.yaml: two workers and a job after"] = f"{time.monotonic() - start:.0f} s"
+    victim = busy()[0]
+    cloud.kill_node(victim)
+    cloud.start_node(victim)
+    wait_for_success(cloud, sky, jobs, timeout_s=900)
+    figures["pool.yaml: done after"] = f"{time.monotonic() - start:.0f} s, a worker killed meanwhile"
+    cloud.run([TRAMONTANE, "batch", "merge", "s3://bucket/answers.jsonl"], env={**S3_ENVS, **S3_SECRETS})
+    assert_each_once(bucket, "answers", ids)
+    sky("jobs", "pool", "down", "--yes", "workers")
