@@ -14,6 +14,7 @@ from pathlib import Path
 from cluster.batch.commands import add_parser as add_batch_parser
 from cluster.cloud.doctor.commands import add_parser as add_doctor_parser
 from cluster.cloud.notices import PREEMPTION_NOTICES
+from cluster.cloud.plan.commands import add_parser as add_plan_parser
 from cluster.config import (
     API_KEY_ENV,
     BATCH_STORE_ENV,
@@ -147,6 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_batch_parser(commands, add_engine_options=_add_engine_options)
     add_keys_parser(commands)
     add_doctor_parser(commands)
+    add_plan_parser(commands)
 
     generate = commands.add_parser(
         "generate",
