@@ -67,18 +67,26 @@ class TormentedBatch:
         self._asked = asked
         self._how = how
         self._deaths: Counter[str] = Counter()
-        self.command = BatchCommand("run", asked.source, "-o", self.out, *options, log=self.log, **how)
+        self._options = options
+        self.run()
 
     @property
     def num_done(self) -> int:
         return num_results(self.store)
+
+    def run(self) -> None:
+        command = ("run", self._asked.source, "-o", self.out, *self._options)
+        self.command = BatchCommand(*command, log=self.log, **self._how)
 
     def resume(self) -> None:
         self.command = BatchCommand("resume", self.out, log=self.log, **self._how)
 
     def kill_command(self) -> None:
         self.command.kill()
-        self.resume()
+        if (self.out.parent / "out.jsonl.tramontane" / "batch.json").exists():
+            self.resume()
+        else:  # killed before it had noted anything: `run` is given again, which goes on where there is something
+            self.run()
 
     def until(self, num_lines: int, *, at_most_s: float | None = None) -> None:
         """Until so many are answered, or that time has passed. Fails when the command ends before."""
