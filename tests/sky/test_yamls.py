@@ -1,0 +1,158 @@
+"""Every file of `sky/` as SkyPilot reads it, offline; and the commands that its comment and docs/deploy.md tell people to type."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sky_reading import commands_in, opening_comment, read_with_sky
+
+from cluster.cli import make_parser
+from cluster.cloud.plan.offers import OFFERS
+
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = sorted((ROOT / "sky").glob("*.yaml"))
+NAMES = [path.name for path in PATHS]
+GUIDE = ROOT / "docs" / "deploy.md"
+RUNS_OUR_CODE = [name for name in NAMES if name != "pool-job.yaml"]
+WRONG = [
+    ["sky", "lunch", "x.yaml"],
+    ["sky", "launch", "--cloudy", "x.yaml"],
+    ["sky", "launch", "--secret", "NOT_SET", "x.yaml"],
+]
+SERVES = [name for name in RUNS_OUR_CODE if name not in ("batch.yaml", "pool.yaml")]
+
+
+def texts() -> dict[str, str]:
+    """Where commands are told."""
+    fenced = "\n".join(
+        re.findall(r"^```sh\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    )
+    return {path.name: opening_comment(path) for path in PATHS} | {GUIDE.name: fenced}
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    commands = [command for text in texts().values() for command in commands_in(text, "sky")]
+    assert len(commands) > 20
+    return read_with_sky(tmp_path_factory.mktemp("home"), PATHS, commands + WRONG)
+
+
+@pytest.fixture
+def tasks(read: dict[str, Any]) -> dict[str, Any]:
+    return read["tasks"]
+
+
+def test_sky_holds_what_the_design_says() -> None:
+    assert NAMES == [
+        "batch.yaml", "cluster.yaml", "pool-job.yaml", "pool.yaml", "private.yaml", "serve-tp.yaml", "serve.yaml", "service.yaml",
+    ]  # fmt: skip
+    assert sorted(p.name for p in (ROOT / "sky").iterdir()) == NAMES, "no Python: it would shadow SkyPilot's package"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_comment_says_how_to_launch_it(name: str) -> None:
+    commands = list(commands_in(opening_comment(ROOT / "sky" / name), "sky"))
+    assert any(f"sky/{name}" in words for words in commands), "the file's own launch is not among its commands"
+    ends = {("sky", "down"), ("sky", "jobs", "cancel"), ("sky", "jobs", "pool"), ("sky", "serve", "down")}
+    assert any(tuple(words[:n]) in ends for words in commands for n in (2, 3)) or name == "pool-job.yaml"
+
+
+def test_sky_takes_the_commands(read: dict[str, Any]) -> None:
+    refused = {command for command, error in read["commands"].items() if error}
+    assert refused == {shlex.join(words) for words in WRONG}, read["commands"]
+
+
+def test_tramontane_takes_the_commands() -> None:
+    commands = [words for text in texts().values() for words in commands_in(text, "tramontane")]
+    assert len(commands) > 5
+    for _, *words in commands:
+        make_parser().parse_args(words)  # exits for an option that is not there
+
+
+def test_machines_are_sold(tasks: dict[str, Any]) -> None:
+    sold = {(offer.cloud, offer.gpu, offer.count) for offer in OFFERS}
+    anywhere = {(gpu, count) for _, gpu, count in sold}
+    for name, task in tasks.items():
+        for resource in task["resources"]:
+            ((gpu, count),) = resource["accelerators"].items()
+            if resource["cloud"] is None:
+                assert (gpu, count) in anywhere, name
+            else:
+                assert (resource["cloud"], gpu, count) in sold, f"{name}: {resource['cloud']} has no {gpu}:{count}"
+
+
+@pytest.mark.parametrize("name", ["serve.yaml", "cluster.yaml", "service.yaml", "private.yaml", "batch.yaml"])
+def test_all_three_clouds_and_the_named_cards(name: str, tasks: dict[str, Any]) -> None:
+    resources = tasks[name]["resources"]
+    assert {r["cloud"] for r in resources} == {"aws", "gcp", "azure"}
+    assert {"A10G", "L4", "A100", "A100-80GB"} <= {gpu for r in resources for gpu in r["accelerators"]}
+
+
+def test_tensor_parallel_counts(tasks: dict[str, Any]) -> None:
+    counts = {(gpu, n) for r in tasks["serve-tp.yaml"]["resources"] for gpu, n in r["accelerators"].items()}
+    assert {("A10G", 4), ("A100", 2), ("A100", 4), ("A100", 8)} <= counts
+    assert all(n in (2, 4, 8) for _, n in counts)  # what 8 KV heads can be divided by
+
+
+def test_only_what_serves_the_world_opens_a_port(tasks: dict[str, Any]) -> None:
+    ports = {name: {tuple(r["ports"] or ()) for r in task["resources"]} for name, task in tasks.items()}
+    public = {"serve.yaml", "serve-tp.yaml", "cluster.yaml", "service.yaml"}
+    assert ports == {name: {("8000",)} if name in public else {()} for name in NAMES}
+
+
+def test_spot_is_for_what_can_lose_a_node(tasks: dict[str, Any]) -> None:
+    spot = {name for name, task in tasks.items() if all(r["use_spot"] for r in task["resources"])}
+    assert spot == {"service.yaml", "batch.yaml", "pool.yaml", "pool-job.yaml"}
+
+
+def test_the_service(tasks: dict[str, Any]) -> None:
+    service = tasks["service.yaml"]["service"]
+    probe, policy = service["readiness_probe"], service["replica_policy"]
+    assert probe["path"] == "/health/ready"
+    assert probe["headers"] == {"Authorization": "Bearer the-key"}
+    assert 1 <= policy["min_replicas"] < policy["max_replicas"]
+    assert policy["dynamic_ondemand_fallback"] and policy["base_ondemand_fallback_replicas"] >= 1
+    assert tasks["service.yaml"]["resources"][0]["ports"] == ["8000"], "SkyServe takes the one port as the service's"
+
+
+def test_the_pool_and_its_job(tasks: dict[str, Any]) -> None:
+    assert [name for name, task in tasks.items() if task["is_pool"]] == ["pool.yaml"]
+    pool = tasks["pool.yaml"]["service"]["pool"]
+    assert pool["min_workers"] == 0 < pool["max_workers"] and pool["queue_length_threshold"] == 1
+    worker, job = (tasks[name]["resources"] for name in ("pool.yaml", "pool-job.yaml"))
+    assert worker == job, "a job asks for what a worker has"
+    assert tasks["pool-job.yaml"]["workdir"] is None, "a pool takes neither workdir nor setup from a job"
+    assert tasks["pool.yaml"]["envs"]["MODEL"] == tasks["pool-job.yaml"]["envs"]["MODEL"]
+
+
+def test_several_nodes(tasks: dict[str, Any]) -> None:
+    assert {name: task["num_nodes"] for name, task in tasks.items() if task["num_nodes"] > 1} == {"cluster.yaml": 2}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_secrets_are_secrets(name: str, tasks: dict[str, Any]) -> None:
+    task = tasks[name]
+    assert not [env for env in task["envs"] if re.search("KEY|TOKEN|SECRET|PASSWORD", env)]
+    assert ("TRAMONTANE_API_KEY" in task["secrets"]) == (name in SERVES)
+    assert ("HF_TOKEN" in task["secrets"]) == (name in RUNS_OUR_CODE)
+    launch = next(words for words in commands_in(opening_comment(ROOT / "sky" / name), "sky") if f"sky/{name}" in words)
+    given = {launch[i + 1] for i, word in enumerate(launch) if word == "--secret"}
+    assert given == set(task["secrets"]), "the command in the comment does not give each secret"
+
+
+@pytest.mark.parametrize("name", RUNS_OUR_CODE)
+def test_all_install_alike_and_pinned(name: str) -> None:
+    task = yaml.safe_load((ROOT / "sky" / name).read_text(encoding="utf-8"))
+    first = yaml.safe_load((ROOT / "sky" / "serve.yaml").read_text(encoding="utf-8"))["setup"]
+    assert task["setup"].startswith(first)
+    assert "--constraint constraints.txt" in first
+    assert task["workdir"] == "." and task["envs"]["INSTALL"].startswith(".")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_waits_by_the_clock_or_takes_the_latest(name: str) -> None:
+    text = (ROOT / "sky" / name).read_text(encoding="utf-8")
+    assert not re.search(r"\bsleep\b|\blatest\b", text)
