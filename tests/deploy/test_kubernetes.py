@@ -160,6 +160,7 @@ def test_pods_come_for_as_many_replicas_as_are_asked_for() -> None:
     assert int(worker["resources"]["limits"]["nvidia.com/gpu"]) == args.tensor_parallel_size
     assert (WORKERS["minReplicas"], WORKERS["maxReplicas"]) == (low, high)
     assert CLUSTER["spec"]["enableInTreeAutoscaling"]
+    assert [HEAD["rayStartParams"][f"num-{kind}"] for kind in ("cpus", "gpus")] == ["0", "0"]
     assert args.device == "cuda", "with no GPU pod at the start `auto` would mean the CPU"
     assert CLUSTER["spec"]["autoscalerOptions"]["idleTimeoutSeconds"] < args.scale_down_after
 
