@@ -4,7 +4,6 @@ Knows the command line and its JSON. Does not know what the tasks do.
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -36,8 +35,7 @@ class Sky:
 
     def __call__(self, *arguments: str | Path, timeout_s: float = 300) -> str:
         """`sky ARGUMENTS`, from the checkout; what it says."""
-        path = f"{self._command.parent}{os.pathsep}{os.environ['PATH']}"
-        output = self._cloud.run([self._command, *arguments], env={**ENV, "PATH": path}, timeout_s=timeout_s)
+        output = self._cloud.run([self._command, *arguments], env=ENV, timeout_s=timeout_s)
         return _COLOURS.sub("", output)
 
     def ip(self, cluster: str) -> str:

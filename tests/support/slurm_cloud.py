@@ -61,19 +61,9 @@ class SlurmCloud:
     ) -> subprocess.Popen:
         """A process on the laptop: in its network and its PIDs. Killing what is returned kills it, though not what it has started."""
         init = psutil.Process(self._laptop.pid).children()[0].pid
-        prefix = [
-            "nsenter",
-            f"--target={init}",
-            "--mount",
-            "--net",
-            "--pid",
-            f"--wdns={CHECKOUT}",
-            "setpriv",
-            "--pdeathsig=KILL",
-        ]
-        return subprocess.Popen(
-            [*prefix, *map(str, command)], env={**self.laptop_env(), **(env or {})}, text=True, **options
-        )
+        inside = ["nsenter", f"--target={init}", "--mount", "--net", "--pid", f"--wdns={CHECKOUT}"]
+        command = [*inside, "setpriv", "--pdeathsig=KILL", *map(str, command)]
+        return subprocess.Popen(command, env={**self.laptop_env(), **(env or {})}, text=True, **options)
 
     def run(self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, timeout_s: float = 60) -> str:
         """What a command on the laptop says on stdout; its failure carries both outputs."""
@@ -116,7 +106,6 @@ class SlurmCloud:
         log = (self.lab / f"{name}.log").open("w")
         namespaces = ["unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
         script = [FILES / "node.sh", name, CHECKOUT, self.lab, *self._pythons]
-        # The node's script reads its files before it hides the checkout, in which they lie.
         self._nodes[name] = self.popen(
             ["nsenter", f"--net=/run/netns/{name}", *namespaces, *script],
             stdout=log,
@@ -131,6 +120,7 @@ class SlurmCloud:
         node = self._nodes.pop(name)
         node.kill()
         node.wait()
+        self.run(["ip", "link", "del", f"to-{name}"])
         self.run(["ip", "netns", "del", name])
 
     def wait_for(self, condition: Callable[[], bool], *, what: str, timeout_s: float = START_TIMEOUT_S) -> float:
@@ -145,7 +135,7 @@ class SlurmCloud:
         """The environment of a user whose home is empty but for what `_write_files` put there."""
         return {
             "HOME": str(self.home),
-            "PATH": os.environ["PATH"],
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
             "LANG": "C.UTF-8",
             "PIP_NO_INDEX": "1",
             "PIP_FIND_LINKS": str(self.lab / "wheels"),
