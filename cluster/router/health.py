@@ -42,7 +42,7 @@ def look(table: ReplicaTable, outlook: Outlook, *, closing: str | None, now: flo
             statuses.append(ReplicaStatus(replica.replica_id, reason is None, reason, replica.load, state))
     if closing is not None:
         return Health(False, closing, statuses)
-    if any(s.ready for s in statuses) or table.any_takes:
+    if any(s.ready for s in statuses) or table.look_for_ready():
         return Health(True, None, statuses)
     if outlook.expected and outlook.asleep:
         return Health(True, outlook.reason or ASLEEP, statuses)

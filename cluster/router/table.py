@@ -89,15 +89,10 @@ class ReplicaTable:
         """Whether a replica that does not drain takes new work, by the newest look."""
         return bool(self._ready.any())
 
-    @property
-    def any_takes(self) -> bool:
-        """Whether a request would be taken, if need be by a replica whose node goes away."""
-        return bool(self._takes.any())
-
     def look_for_ready(self) -> bool:
-        """Whether a request would be taken, with a look at the replicas it may have changed for."""
+        """Whether a request would be taken, if need be by a replica whose node goes away; with a look at those it may have changed for."""
         self._sweep_if_due(self._clock())
-        return self.any_takes
+        return bool(self._takes.any())
 
     def update(self, replicas: list[Replica]) -> None:
         """From now on it is these."""

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from cluster.api.app import make_app
 from cluster.keys.file import add_key
 from cluster.keys.key import new_key
 from cluster.keys.keyring import Keyring
-from cluster.replicas.state import ClusterView, GatewayRecord, ReplicaRecord, ReplicaState
+from cluster.replicas.state import ClusterView, GatewayRecord, NodeNotice, ReplicaRecord, ReplicaState
 from cluster.router.router import Router
 from cluster.text.chat import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
@@ -90,6 +91,17 @@ class Cluster:
             replicas=(ready, starting, lost),
             gateways=(
                 GatewayRecord(gateway_id="g", url="http://10.0.0.1:8000", node_id=None, num_running=3, num_queued=7),
+            ),
+            notices=(
+                NodeNotice(
+                    node_id="n",
+                    node_ip="10.0.0.9",
+                    is_head=False,
+                    source="aws",
+                    cause="AWS terminates this spot instance.",
+                    deadline=time.time() + 110,
+                    seen_at=0.0,
+                ),
             ),
             num_desired=3,
             scaling_reason="The queue is long.",
@@ -348,6 +360,7 @@ async def test_the_cluster_is_live(site: Site) -> None:
         "The queue is long.",
         "loading 25 %",
         "Rank 1 was killed.",
+        "Node 10.0.0.9 goes away in 1 min: AWS terminates this spot instance.",
         "http://10.0.0.1:8000",
     ):
         await site.see("#panel-cluster", text)

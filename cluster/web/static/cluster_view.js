@@ -16,6 +16,7 @@ export function showCluster(panel, looks) {
     panel,
     head(view),
     view.failure && make("p", { class: "notice error" }, `Starting replicas is given up: ${view.failure[1]}`),
+    ...view.notices.map(leaving),
     figures(view, rates, looks),
     view.replicas.length
       ? make("div", { class: "replicas" }, view.replicas.map((replica, i) => card(replica, rates[i], looks)))
@@ -63,6 +64,12 @@ export function showMessage(panel, text, { keep = false, label = null, act = nul
 
 function replace(panel, ...children) {
   panel.replaceChildren(...children.filter(Boolean));
+}
+
+function leaving({ node_ip: ip, is_head: isHead, cause, deadline }) {
+  const what = isHead ? `The head node ${ip}, and everything with it,` : `Node ${ip}`;
+  const left = duration(Math.max(deadline - Date.now() / 1000, 0));
+  return make("p", { class: "notice error" }, `${what} goes away in ${left}: ${cause}`);
 }
 
 function head(view) {

@@ -134,3 +134,16 @@ async def test_streams_are_ended_where_they_run_and_where_they_wait() -> None:
     held.release.set()
     assert await line == OUTPUT, "whoever runs the batch brings its lines back, as long as they are not answered"
     assert (router.num_inflight_requests, router.num_waiting) == (0, 0)
+
+
+async def test_health_is_as_new_as_the_question() -> None:
+    """Between two frames too, for one that leaves as for any other."""
+    serving = replica("a")
+    router = Router([serving])
+    serving.reason = "Replica a is stuck."
+    assert (router.health().ready, router.health().reason) == (False, "Replica a is stuck.")
+    serving.reason = None
+    leave(serving)
+    assert router.health().ready
+    serving.reason = "Replica a is stuck."
+    assert not router.health().ready
