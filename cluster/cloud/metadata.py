@@ -126,7 +126,7 @@ class AwsNotices(_Service):
         headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(AWS_TOKEN_TTL_S)}
         status, body, _ = await self._ask("PUT", "/latest/api/token", headers=headers)
         token = body.decode("ascii", "replace").strip()
-        if status != 200 or not token.isprintable():
+        if status != 200 or not token:
             raise MetadataError(f"answered {status} to the request for a token")
         return token
 

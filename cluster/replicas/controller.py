@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import ray
+
 from cluster.replicas.evacuation import Evacuation
 from cluster.replicas.leftovers import find_ranks, remove_all
 from cluster.replicas.node_watch import NodeWatch
@@ -185,7 +187,8 @@ class Controller:
         )
 
     def _make_watch(self, on_notice: Callable[[], None]) -> NodeWatch:
-        return NodeWatch(on_notice, log_level=self._spec.log_level)
+        here = ray.get_runtime_context().get_node_id()
+        return NodeWatch(on_notice, here=here, log_level=self._spec.log_level)
 
     def _note_change(self) -> None:
         self._version += 1

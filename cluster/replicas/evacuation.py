@@ -56,9 +56,12 @@ class Evacuation:
     def round(self, draining: Mapping[str, int], *, gateway_nodes: Collection[str]) -> None:
         """draining: the nodes of which Ray itself says that they go."""
         records = [r for r in self._supervisor.records() if r.state is not ReplicaState.LOST]
-        self._watch.update({*gateway_nodes, *(rank.node_id for r in records for rank in r.ranks)})
-        said = from_ray(draining, records, unknown_s=self._drain_timeout_s, now=time.time())
-        self._from_ray = {n.node_id: self._from_ray.get(n.node_id, n) for n in said}
+        ours = {*gateway_nodes, *(rank.node_id for r in records for rank in r.ranks)}
+        self._watch.update(ours)
+        # Ray's autoscaler gives nodes back all day long; those without anything of ours are nobody's business here.
+        said = {n: at for n, at in draining.items() if n in ours or n in self._from_ray}
+        notices = from_ray(said, records, unknown_s=self._drain_timeout_s, now=time.time())
+        self._from_ray = {n.node_id: self._from_ray.get(n.node_id, n) for n in notices}
         self._act()
 
     async def close(self) -> None:

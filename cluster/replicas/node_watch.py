@@ -73,15 +73,15 @@ class _Watched:
 class NodeWatch:
     """`update` says which nodes matter, `notices` what is known of them. All on one event loop, in a process connected to Ray.
 
-    on_change: called when `notices` says something new.
+    here: the node this runs on. on_change: called when `notices` says something new.
     """
 
-    def __init__(self, on_change: Callable[[], None], *, log_level: str = "WARNING") -> None:
+    def __init__(self, on_change: Callable[[], None], *, here: str, log_level: str = "WARNING") -> None:
         self.num_notices_total = 0
         self._asked: PreemptionNotices = "off"
         self._on_change = on_change
         self._log_level = log_level
-        self._here: str = ray.get_runtime_context().get_node_id()
+        self._here = here
         self._watched: dict[str, _Watched] = {}
 
     @property

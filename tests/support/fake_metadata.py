@@ -1,7 +1,7 @@
 """The metadata services of AWS, Google Cloud and Azure, as far as notices go: they refuse what the real ones refuse, and can be unwell.
 
-In a test's own process as `FakeMetadata(...)`; as a program, at the clouds' own address inside a network namespace, told what to say by
-requests to /fake/announce and /fake/withdraw.
+In a test's own process as `FakeMetadata(...)`; as a program, for instance at the clouds' own address inside a network namespace, told what
+to say by requests to /fake/announce and /fake/withdraw.
 """
 
 import argparse
@@ -182,9 +182,11 @@ async def serving(fake: FakeMetadata, *, host: str = "127.0.0.1", port: int = 0)
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cloud", choices=("aws", "gcp", "azure"))
-    cloud = parser.parse_args().cloud
-    async with serving(FakeMetadata(cloud), host="169.254.169.254", port=80):
-        print("listening", flush=True)
+    parser.add_argument("host")
+    parser.add_argument("port", type=int)
+    args = parser.parse_args()
+    async with serving(FakeMetadata(args.cloud), host=args.host, port=args.port) as url:
+        print(url, flush=True)
         await asyncio.Event().wait()
 
 

@@ -1,0 +1,220 @@
+"""A machine is taken away with a notice: a node of two hosts, each with a cloud's metadata service at its real address, and a lone server.
+
+One cloud in the ordinary run; all three, and the lone server, as `make test-chaos`.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from ray_hosts import RayHosts, can_make_namespaces
+from remote_server import Reader, RemoteServer, nodes_of, text_of
+from system_server import Server
+
+needs_namespaces = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")
+BODY = {"model": "demo_model", "prompt": "class Reader:\n", "max_tokens": 500, "seed": 5, "ignore_eos": True}
+METADATA_IP = "169.254.169.254"
+GRACE_S = {"aws": 120, "gcp": 30, "azure": 30}
+FAKE = Path(__file__).parents[1] / "support" / "fake_metadata.py"
+
+
+@contextlib.contextmanager
+def metadata_service(cloud: str, host: str, port: int, *, prefix: Sequence[str] = ()) -> Iterator[str]:
+    """Its URL."""
+    command = [*prefix, sys.executable, str(FAKE), cloud, host, str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://")
+        yield url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def metadata_services(hosts: RayHosts, cloud: str) -> Iterator[None]:
+    """One on each host, which reaches its own only."""
+    with contextlib.ExitStack() as stack:
+        for host, namespace in enumerate(hosts.namespaces):
+            subprocess.run(["ip", "-n", namespace, "addr", "add", f"{METADATA_IP}/32", "dev", "lo"], check=True)
+            stack.enter_context(metadata_service(cloud, METADATA_IP, 80, prefix=hosts.prefix(host)))
+        yield
+
+
+def announce(url: str, grace_s: float, *, prefix: Sequence[str] = ()) -> None:
+    body = json.dumps({"grace_s": grace_s})
+    subprocess.run([*prefix, "curl", "-sSf", "-X", "POST", f"{url}/fake/announce", "-d", body], check=True)
+
+
+def notices(server: Server) -> list[dict]:
+    return json.loads(server.get("/admin/cluster")[1])["notices"]
+
+
+def leave(cloud: str, cpus: list[int]) -> None:
+    """Six streams on two replicas, one of which is on the host that goes."""
+    hosts = RayHosts(cpus)
+    try:
+        with metadata_services(hosts, cloud):
+            server = RemoteServer(hosts, "--replicas", "2", "--preemption-notices", cloud)
+            try:
+                check_leaving(hosts, server, cloud, has_spare=cpus[0] > 1)
+            finally:
+                server.kill()
+    finally:
+        hosts.close()
+
+
+def check_leaving(hosts: RayHosts, server: RemoteServer, cloud: str, *, has_spare: bool) -> None:
+    server.wait_ready(2)
+    far = next(i for i, r in server.replicas().items() if hosts.ips[1] in nodes_of(r))
+    expected = text_of(server.curl("/v1/completions", {**BODY, "stream": True}))
+    readers = [Reader(server.curl("/v1/completions", {**BODY, "stream": True})) for _ in range(6)]
+    server.wait_for(lambda: all(r.num_events for r in readers), timeout_s=60, what="stream")
+    running = {i: r["load"]["num_running"] for i, r in server.replicas().items()}
+    assert running[far], "no stream runs on the node that goes"
+    others = ShortRequests(server)
+    announced = time.time()
+    announce(f"http://{METADATA_IP}", GRACE_S[cloud], prefix=hosts.prefix(1))
+    server.wait_for(lambda: bool(notices(server)), timeout_s=20, what="hear of the notice")
+    server.wait_for(
+        lambda: notices(server)[0]["drained_at"] is not None, timeout_s=GRACE_S[cloud], what="drain the node"
+    )
+    (notice,) = notices(server)
+    for reader in readers:
+        reader.join(100)
+    statuses = others.stop()
+    heard, drained = notice["seen_at"] - announced, notice["drained_at"] - announced
+    pause = max(reader.longest_pause for reader in readers)
+    print(
+        f"{cloud}: {running} running; heard of after {heard:.1f} s, drained after {drained:.1f} s, pause {pause:.1f} s"
+    )
+    assert [reader.text for reader in readers] == [expected] * len(readers)
+    assert statuses and set(statuses) == {200}, "requests that came meanwhile failed"
+    assert drained < GRACE_S[cloud]
+    assert server.metric("num_failovers_total") > 0
+    assert server.metric("preemption_notices_total") == 1
+    assert "goes away in" in server.output and "is drained" in server.output
+    assert server.get("/health/ready")[0] == 200, "the gateway is on the node that stays"
+    if has_spare:
+        server.wait_ready(2)
+        assert all(hosts.ips[1] not in nodes_of(r) for r in server.replicas("ready").values())
+
+
+class ShortRequests(threading.Thread):
+    """One after another until `stop`, which returns their statuses."""
+
+    def __init__(self, server: RemoteServer) -> None:
+        super().__init__(daemon=True)
+        self._server = server
+        self._over = threading.Event()
+        self._statuses: list[int] = []
+        self.start()
+
+    def run(self) -> None:
+        body = {"model": "demo_model", "prompt": "def f(", "max_tokens": 4}
+        while not self._over.is_set():
+            out, _ = self._server.curl("/v1/completions", body, "-w", "\n%{http_code}").communicate()
+            self._statuses.append(int(out.rpartition("\n")[2]))
+
+    def stop(self) -> list[int]:
+        self._over.set()
+        self.join(100)
+        return self._statuses
+
+
+@needs_namespaces
+@pytest.mark.timeout(240)
+def test_a_node_with_a_notice_is_drained_in_time_and_no_request_fails():
+    leave("gcp", [1, 1])
+
+
+@needs_namespaces
+@pytest.mark.chaos
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("cloud", GRACE_S)
+def test_every_clouds_notice_drains_in_time_with_a_replacement_elsewhere(cloud):
+    leave(cloud, [2, 1])
+
+
+@pytest.mark.chaos  # it takes its 30 seconds
+@pytest.mark.timeout(240)
+def test_a_lone_server_says_that_it_leaves_finishes_what_it_can_and_ends_the_rest_in_words():
+    with metadata_service("gcp", "127.0.0.1", 0) as url:
+        env = {**os.environ, "TRAMONTANE_METADATA_URL": url, "HTTP_PROXY": "http://127.0.0.1:1"}
+        server = Server("--preemption-notices", "gcp", env=env)
+        try:
+            clients = [Client(server) for _ in range(12)]
+            server.wait_for(lambda: all(c.num_events for c in clients), timeout_s=60, what="stream")
+            announced = time.monotonic()
+            announce(url, 30)
+            server.wait_for(lambda: server.health()[0] == 503, timeout_s=10, what="say that it leaves")
+            heard_s = time.monotonic() - announced
+            assert "This server goes away at" in server.health()[1]["reason"]
+            assert server.complete(prompt="class B:\n", max_tokens=4)["choices"][0]["text"], "it serves who comes"
+            assert server.replicas("ready"), "there is nowhere to move to"
+            for client in clients:
+                client.join(60)
+            refused = [c.refused_at - announced for c in clients if c.refused_at is not None]
+            ended = [c.ended_at - announced for c in clients if c.ended_at is not None]
+            print(
+                f"heard of after {heard_s:.1f} s; {len(refused)} refused from {min(refused, default=0):.1f} s on, ",
+                end="",
+            )
+            print(
+                f"{len(ended)} of {sum(c.num_complete for c in clients)} streams ended at {max(ended, default=0):.1f} s"
+            )
+            assert [c.error for c in clients if c.error] == []
+            assert len(refused) + len(ended) == len(clients)
+            assert all(10 < s < 30 for s in refused), "refused too early, or when the machine was gone"
+            assert ended and all(25 < s < 30 for s in ended), "cut too early, or when the machine was gone"
+        finally:
+            server.kill()
+
+
+class Client(threading.Thread):
+    """One long stream after another, until one is refused or ended with a reason. Times are time.monotonic()."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self._server = server
+        self.num_events = self.num_complete = 0
+        self.refused_at: float | None = None
+        self.ended_at: float | None = None
+        self.error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while self.ended_at is None and self.refused_at is None:
+                self._stream()
+        except Exception as e:  # shown by the test
+            self.error = e
+
+    def _stream(self) -> None:
+        body = {"prompt": "class A:\n", "max_tokens": 1900, "stream": True, "ignore_eos": True}
+        try:
+            response = urllib.request.urlopen(self._server.request(body), timeout=100)
+        except urllib.error.HTTPError as e:
+            assert (e.code, e.headers["Retry-After"] is not None) == (503, True), e.read()
+            self.refused_at = time.monotonic()
+            return
+        with response:
+            last = b""
+            for line in response:
+                if line.startswith(b"data: "):
+                    self.num_events, last = self.num_events + 1, line
+        if last.strip() == b"data: [DONE]":
+            self.num_complete += 1
+            return
+        assert json.loads(last[6:])["error"]["code"] == "server_leaving", last
+        self.ended_at = time.monotonic()
