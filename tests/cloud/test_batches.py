@@ -26,10 +26,10 @@ class Bucket:
         self.url = f"{S3}/bucket"
         self._curl("-X", "PUT", "--retry", "30", "--retry-delay", "1", "--retry-all-errors", self.url)
 
-    def put_prompts(self, name: str, num_lines: int, folder: Path) -> list[str]:
+    def put_prompts(self, name: str, num_lines: int) -> list[str]:
         """A file of so many lines; their ids."""
         ids = [f"{name}-{i}" for i in range(num_lines)]
-        path = folder / name
+        path = self._cloud.home / name
         path.write_text(
             "".join(json.dumps({"custom_id": i, "prompt": f"def {i}(", "max_tokens": 64}) + "\n" for i in ids)
         )
@@ -75,13 +75,13 @@ def wait_for_success(cloud: SlurmCloud, sky: Sky, jobs: set[int], *, timeout_s: 
             pytest.fail(f"job {job} is {sky.jobs()[job]}:\n{log}")
 
 
-def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str], tmp_path: Path) -> None:
+def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str]) -> None:
     num_parts = 12
-    ids = bucket.put_prompts("in.jsonl", 600, tmp_path)
+    ids = bucket.put_prompts("in.jsonl", 600)
     start = time.monotonic()
     envs = {"IN": "s3://bucket/in.jsonl", "OUT": "s3://bucket/out.jsonl", "PARTS": str(num_parts), "MODEL": ""}
     options = env_options({**envs, "INSTALL": ".[s3]", **S3_ENVS}, {"HF_TOKEN": "", **S3_SECRETS})
-    sky("jobs", "launch", "--yes", "--detach-run", "--name", "batch", on_slurm("batch.yaml", tmp_path), *options)
+    sky("jobs", "launch", "--yes", "--detach-run", "--name", "batch", on_slurm("batch.yaml", cloud.home), *options)
     (job,) = sky.jobs()
 
     def finished() -> set[str]:
@@ -103,18 +103,18 @@ def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, s
     figures["batch.yaml: lines"] = f"{len(ids)}, each once; a node killed after {len(before)} of {num_parts} parts"
 
 
-def test_pool(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str], tmp_path: Path) -> None:
+def test_pool(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str]) -> None:
     num_jobs = 4
-    ids = bucket.put_prompts("many.jsonl", 400, tmp_path)
+    ids = bucket.put_prompts("many.jsonl", 400)
     before = set(sky.jobs())
     start = time.monotonic()
-    pool = on_slurm("pool.yaml", tmp_path, pool={"max_workers": 2, "upscale_delay_seconds": 5})
+    pool = on_slurm("pool.yaml", cloud.home, pool={"max_workers": 2, "upscale_delay_seconds": 5})
     install = env_options({"MODEL": "", "INSTALL": ".[s3]"}, {"HF_TOKEN": ""})
     sky("jobs", "pool", "apply", "--yes", "--pool", "workers", pool, *install)
     envs = {"IN": "s3://bucket/many.jsonl", "OUT": "s3://bucket/answers.jsonl", "MODEL": ""}
     options = env_options({**envs, **S3_ENVS}, S3_SECRETS)
     launch = ["jobs", "launch", "--yes", "--detach-run", "--pool", "workers", "--num-jobs", str(num_jobs)]
-    sky(*launch, on_slurm("pool-job.yaml", tmp_path), *options)
+    sky(*launch, on_slurm("pool-job.yaml", cloud.home), *options)
     jobs = set(sky.jobs()) - before
     assert len(jobs) == num_jobs
 

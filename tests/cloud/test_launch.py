@@ -40,10 +40,10 @@ def wait_until_ready(cloud: SlurmCloud, sky: Sky, cluster: str, endpoint: str) -
         raise AssertionError(f"{error}\n{sky('logs', cluster, '--no-follow')}") from error
 
 
-def test_serve(cloud: SlurmCloud, sky: Sky, figures: dict[str, str], tmp_path: Path) -> None:
+def test_serve(cloud: SlurmCloud, sky: Sky, figures: dict[str, str]) -> None:
     start = time.monotonic()
     options = env_options({"MODEL": ""}, SERVE_SECRETS)
-    sky("launch", "--yes", "--detach-run", "--cluster", "one", on_slurm("serve.yaml", tmp_path), *options)
+    sky("launch", "--yes", "--detach-run", "--cluster", "one", on_slurm("serve.yaml", cloud.home), *options)
     figures["serve.yaml: launched"] = f"{time.monotonic() - start:.0f} s"
     endpoint = f"http://{sky.ip('one')}:8000"
     wait_until_ready(cloud, sky, "one", endpoint)
@@ -58,10 +58,10 @@ def test_serve(cloud: SlurmCloud, sky: Sky, figures: dict[str, str], tmp_path: P
         curl(cloud, f"{endpoint}/health/live")
 
 
-def test_cluster(cloud: SlurmCloud, sky: Sky, figures: dict[str, str], tmp_path: Path) -> None:
+def test_cluster(cloud: SlurmCloud, sky: Sky, figures: dict[str, str]) -> None:
     start = time.monotonic()
     options = env_options({"MODEL": ""}, {**SERVE_SECRETS, "RAY_AUTH_TOKEN": "ab" * 32})
-    sky("launch", "--yes", "--detach-run", "--cluster", "two", on_slurm("cluster.yaml", tmp_path), *options)
+    sky("launch", "--yes", "--detach-run", "--cluster", "two", on_slurm("cluster.yaml", cloud.home), *options)
     figures["cluster.yaml: launched"] = f"{time.monotonic() - start:.0f} s"
     endpoint = f"http://{sky.ip('two')}:8000"
     wait_until_ready(cloud, sky, "two", endpoint)
