@@ -1,6 +1,6 @@
 """A machine is taken away with a notice: a node of two hosts, each with a cloud's metadata service at its real address, and a lone server.
 
-One cloud in the ordinary run; all three, and the lone server, as `make test-chaos`.
+As `make test-chaos`. The ordinary run has the same without Ray: tests/cluster/replicas/test_evacuation.py.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from ray_hosts import RayHosts, can_make_namespaces
 from remote_server import Reader, RemoteServer, nodes_of, text_of
 from system_server import Server
 
+pytestmark = pytest.mark.chaos
 needs_namespaces = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")
 BODY = {"model": "demo_model", "prompt": "class Reader:\n", "max_tokens": 500, "seed": 5, "ignore_eos": True}
 METADATA_IP = "169.254.169.254"
@@ -134,19 +135,19 @@ class ShortRequests(threading.Thread):
 
 @needs_namespaces
 @pytest.mark.timeout(240)
-def test_a_node_with_a_notice_is_drained_in_time_and_no_request_fails():
-    leave("gcp", [1, 1])
+@pytest.mark.parametrize(
+    ("cloud", "cpus"),
+    [
+        ("aws", [2, 1]),
+        ("gcp", [2, 1]),
+        ("azure", [2, 1]),
+        pytest.param("gcp", [1, 1], id="without room for a replacement"),
+    ],
+)
+def test_a_node_with_a_notice_is_drained_in_time_and_no_request_fails(cloud, cpus):
+    leave(cloud, cpus)
 
 
-@needs_namespaces
-@pytest.mark.chaos
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("cloud", GRACE_S)
-def test_every_clouds_notice_drains_in_time_with_a_replacement_elsewhere(cloud):
-    leave(cloud, [2, 1])
-
-
-@pytest.mark.chaos  # it takes its 30 seconds
 @pytest.mark.timeout(240)
 def test_a_lone_server_says_that_it_leaves_finishes_what_it_can_and_ends_the_rest_in_words():
     with metadata_service("gcp", "127.0.0.1", 0) as url:

@@ -16,7 +16,7 @@ from cluster.cloud.notices import CLOUDS, Notice
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for name, seconds in (("AWS_INTERVAL_S", 0.02), ("AZURE_INTERVAL_S", 0.02), ("GCP_WAIT_S", 1)):
+    for name, seconds in (("AWS_INTERVAL_S", 0.02), ("AZURE_INTERVAL_S", 0.02), ("GCP_WAIT_S", 0.1)):
         monkeypatch.setattr(metadata, name, seconds)
     monkeypatch.setattr(notice_watcher, "RETRY_S", 0.01)
 
