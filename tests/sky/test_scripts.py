@@ -23,7 +23,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 SECTIONS = [(name, part) for name, task in TASKS.items() for part in ("setup", "run") if part in task]
 IPS = "10.0.0.1\n10.0.0.2"
-# $CALLS gets a line for each call, $PIDS the process of each that stays.
+# $CALLS gets a line for each call, $PIDS the process of each that stays. What is asked whether something is up says so once it is.
 STAND_IN = """\
 #!/bin/bash
 line=$(printf '%q ' "${0##*/}" "$@")
@@ -32,7 +32,8 @@ case "${0##*/} $1 $2" in
   "tramontane serve "*) ends=$SERVER ;;
   "tramontane batch run") ends=$PART ;;
   "ray start "*) ends=$RAY ;;
-  "curl "*) ends=$CURL ;;
+  "ray health-check "*) [ "$SKYPILOT_NODE_RANK" != 0 ] || [ -s "$PIDS" ]; ends=$? ;;
+  "curl "*) [ -s "$PIDS" ]; ends=$? ;;
   *) ends=0 ;;
 esac
 [ "$ends" = stays ] || exit "$ends"
@@ -66,7 +67,7 @@ class Node:
             "SKYPILOT_NODE_IPS": IPS,
         }
         stand_ins = {"CALLS": str(self.calls_path), "PIDS": str(self.pids_path)}
-        stand_ins |= {"SERVER": "0", "PART": "0", "RAY": "stays", "CURL": "0"} | {k.upper(): v for k, v in ends.items()}
+        stand_ins |= {"SERVER": "0", "PART": "0", "RAY": "stays"} | {k.upper(): v for k, v in ends.items()}
         return subprocess.run(
             ["bash", "-i", str(script)],  # as SkyPilot does
             env={"PATH": os.environ["PATH"], "HOME": str(self.home)} | envs | node | stand_ins | dict(env),
@@ -186,8 +187,15 @@ def test_a_batch_asks_for_each_part_and_joins_them(part: str, node: Node) -> Non
     assert node.left() == []
 
 
+@pytest.mark.parametrize("name", ["batch.yaml", "pool-job.yaml"])
+@pytest.mark.parametrize("missing", ["IN", "OUT"])
+def test_without_a_file_nothing_is_started(name: str, missing: str, node: Node) -> None:
+    assert node.run(name, BATCH | {missing: ""}) != 0
+    assert not node.calls_path.exists()
+
+
 def test_a_batch_whose_server_dies_does_not_go_on(node: Node) -> None:
-    assert node.run("batch.yaml", BATCH, server="1", curl="7") != 0
+    assert node.run("batch.yaml", BATCH, server="1") != 0
     assert node.calls("tramontane", "batch") == []
 
 

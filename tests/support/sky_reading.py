@@ -4,6 +4,7 @@ SkyPilot keeps state in HOME and would fetch catalogs of prices. `read_with_sky`
 network, and the secrets that a user would have exported.
 """
 
+import itertools
 import json
 import os
 import re
@@ -53,10 +54,13 @@ def opening_comment(path: Path) -> str:
 
 
 def commands_in(text: str, program: str) -> Iterator[list[str]]:
-    """Each command line of `program`, at the beginning of a line or within $(...), without comments and what follows a pipe."""
+    """Each command line of `program`, at the beginning of a line or alone in $(...), without its comment and what comes after it."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        for found in re.findall(rf"(?:^\s*|\$\(){program} ([^)|]*)", line):
-            yield [program, *shlex.split(found, comments=True)]
+        for found in [line.strip(), *re.findall(r"\$\(([^()]*)\)", line)]:
+            if found.startswith(f"{program} "):
+                words = shlex.shlex(found, posix=True, punctuation_chars=";&|")
+                words.whitespace_split = True
+                yield list(itertools.takewhile(lambda word: word[0] not in ";&|", words))
 
 
 def _describe(path: str) -> dict[str, Any]:
