@@ -5,12 +5,14 @@ import contextlib
 import json
 import os
 import re
+import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from aiohttp.test_utils import TestServer
+from certificates import make_pair
 from deployments import DEPLOY, PINNED, PINS, PROJECT, ROOT, linter
 from dockerfile import Instruction, context_files, instructions
 from fake_replica import FakeReplica, tokens
@@ -20,6 +22,7 @@ from cluster.cli import make_parser
 from cluster.config import is_loopback
 from cluster.router.router import Router
 from cluster.text.tokenizer import load_tokenizer
+from cluster.tls import load
 
 DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
 IGNORE = DEPLOY / "docker" / "Dockerfile.dockerignore"
@@ -100,7 +103,7 @@ def test_commands_in_the_files_name_this_release() -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(*replicas: FakeReplica) -> AsyncIterator[str]:
+async def serving(*replicas: FakeReplica, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     app = make_app(
         router=Router(replicas),
         tokenizer=load_tokenizer(ROOT / "examples" / "demo_model"),
@@ -108,10 +111,10 @@ async def serving(*replicas: FakeReplica) -> AsyncIterator[str]:
         model_name="demo",
         api_key=KEY,
     )
-    server = TestServer(app, host="127.0.0.1")
-    await server.start_server()
+    server = TestServer(app, host="127.0.0.1", scheme="http" if tls is None else "https")
+    await server.start_server(ssl=tls)
     try:
-        yield f"http://{server.host}:{server.port}"
+        yield f"{server.scheme}://{server.host}:{server.port}"
     finally:
         await server.close()
 
@@ -131,7 +134,7 @@ async def health(url: str, key: str | None) -> tuple[int, str]:
     return process.returncode or 0, output.decode()
 
 
-async def test_the_health_check_tells_ready_from_not_ready() -> None:
+async def test_the_health_check_tells_ready_from_not_ready(tmp_path: Path) -> None:
     async with serving(FakeReplica(tokens([42]), replica_id="r0")) as url:
         code, output = await health(url, KEY)
         assert code == 0 and '"r0"' in output, output
@@ -142,3 +145,6 @@ async def test_the_health_check_tells_ready_from_not_ready() -> None:
     async with serving() as url:
         code, output = await health(url, KEY)
         assert code == 1 and json.loads(output)["status"] == "unavailable"
+    async with serving(FakeReplica(tokens([42]), replica_id="r0"), tls=load(*make_pair(tmp_path, "host"))) as url:
+        code, output = await health(url, KEY)
+        assert code == 0 and '"r0"' in output, output
