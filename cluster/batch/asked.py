@@ -9,11 +9,22 @@ from typing import Any
 
 from cluster.batch import locations
 from cluster.batch.job import Job, JobFolder, new_job, version_of
+from cluster.batch.parts import finished, record_location
 from cluster.batch.records import new_batch_id, new_file_id
 from cluster.batch.steps import format_of, summary, template_of
 from workers.errors import ConfigError
 
-REQUEST_FIELDS = ("model", "revision", "served_model_name", "chat_template", "endpoint", "format", "column", "defaults")
+REQUEST_FIELDS = (
+    "model",
+    "revision",
+    "served_model_name",
+    "chat_template",
+    "endpoint",
+    "format",
+    "columns",
+    "defaults",
+    "part",
+)
 NOT_KEPT = ("run", "api_key", "log_level", "source", "output", "errors", "state_dir", "overwrite", "target", "json")
 DEFAULT_ERRORS = "batch.errors.jsonl"  # for an output that has no name of its own
 
@@ -30,23 +41,36 @@ def job_of(args: Namespace) -> Job:
     if is_ours and model is not None and locations.local_path(model).is_dir():
         model = str(locations.local_path(model).absolute())
     request = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
-    request |= {"model": model, "defaults": _defaults(args)}
+    part = args.part
+    request |= {"model": model, "defaults": _defaults(args), "part": None if part is None else str(part)}
     source, output = locations.absolute(args.source), locations.absolute(args.output)
-    errors = args.errors
-    if errors is None:
-        errors = DEFAULT_ERRORS if output == locations.STANDARD else locations.with_suffix(output, ".errors")
+    errors = errors_of(output, args.errors)
+    if part is not None:
+        if output == locations.STANDARD:
+            raise ConfigError("--part writes several files, which stdout cannot be; name an output.")
+        output, errors = part.location(output), part.location(errors)
     template_of(request, "")
     format_of(request, source)
     return new_job(
         source=source,
         source_version=version_of(source),
+        source_bytes=None if part is None else locations.num_bytes(source),
         output=output,
-        errors=locations.absolute(errors),
+        errors=errors,
         request=request,
         options=json.loads(json.dumps(options, default=str)),
         url=args.url,
         batch_id=new_batch_id() if is_ours else None,
         input_file_id=new_file_id() if is_ours else None,
+    )
+
+
+def errors_of(output: str, errors: str | None) -> str:
+    """Where lines without an answer go."""
+    if errors is not None:
+        return locations.absolute(errors)
+    return locations.absolute(
+        DEFAULT_ERRORS if output == locations.STANDARD else locations.with_suffix(output, ".errors")
     )
 
 
@@ -65,11 +89,17 @@ def _defaults(args: Namespace) -> dict[str, Any]:
 
 
 def job_in(folder: JobFolder, asked: Job, *, overwrite: bool) -> Job | None:
-    """The job that this output has already, if it is the one that is asked for. Raises ConfigError if it is another."""
-    job = folder.read()
-    if job is None or overwrite:
+    """The job that this output has already, if it is the one that is asked for. Raises ConfigError if it is another.
+
+    A part may be whole without being known here: pools give a job to another machine, and start one again that has ended.
+    """
+    job, is_part = folder.read(), asked.request["part"] is not None
+    if job is None or overwrite or (is_part and job.outcome is not None):
         folder.clear(keep_job=True)
-        return None
+        done = finished(asked) if is_part and not overwrite else None
+        if done is not None:
+            folder.write(done)
+        return done
     if job.outcome is not None:
         if not locations.exists(job.output):  # somebody took it away: it may be asked for again
             folder.clear(keep_job=True)
@@ -95,3 +125,14 @@ def check_places(job: Job) -> None:
         raise ConfigError(f"{job.source} is not there; name a file to read.")
     locations.check_writable(job.output)
     locations.check_writable(job.errors)
+
+
+def make_way(job: Job, *, overwrite: bool) -> None:
+    """For the output of a job that begins. Raises ConfigError where another's is in its place, and LocationError.
+
+    A part's output without a record is what a job that was cut off left, maybe on another machine.
+    """
+    if job.request["part"] is None and not overwrite and locations.exists(job.output):
+        raise ConfigError(f"{job.output} exists already; name another output, or add --overwrite.")
+    if job.request["part"] is not None and locations.exists(record_location(job)):
+        locations.remove(record_location(job))  # before anything else: it vouches for what is replaced now

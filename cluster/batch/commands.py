@@ -1,4 +1,4 @@
-"""`tramontane batch run`, `resume`, `status` and `cancel`: what they do and what they print.
+"""`tramontane batch run`, `resume`, `status`, `merge` and `cancel`: what they do and what they print.
 
 Three places can answer the lines: a Ray of the command's own, one that runs (--ray-address), and a server (--url). A job is one output;
 its folder remembers all that was asked, without the key. Knows which step follows which, and nothing of how it is done.
@@ -14,14 +14,23 @@ from typing import Any
 import msgspec
 
 from cluster.batch import locations
-from cluster.batch.asked import NOT_KEPT, check_places, job_in, job_of
-from cluster.batch.job import Job, JobFolder, find_job, folder_for
-from cluster.batch.options import AddOptions, add_place_options, add_request_options, add_server_options
+from cluster.batch.asked import NOT_KEPT, check_places, errors_of, job_in, job_of, make_way
+from cluster.batch.job import Job, JobFolder, Outcome, find_job, folder_for
+from cluster.batch.merge import merge, remove_parts
+from cluster.batch.options import (
+    AddOptions,
+    add_part_option,
+    add_place_options,
+    add_request_options,
+    add_server_options,
+    positive,
+)
+from cluster.batch.part_status import sentence, status_of_parts
 from cluster.batch.progress import Display, Meter, Snapshot, describe
 from cluster.batch.remote import RemoteBatches
 from cluster.batch.remote_run import run_there
 from cluster.batch.remote_run import snapshot_of as remote_snapshot
-from cluster.batch.steps import StoppedError, failure, summary
+from cluster.batch.steps import NoLinesError, StoppedError, conclude, failure, summary
 from cluster.console import Console
 from cluster.log import LOG_LEVELS
 from workers.errors import ConfigError, RequestError, TramontaneError
@@ -46,6 +55,7 @@ def add_parser(
         help="where lines without an answer go (default: OUT with .errors before its ending)",
     )
     run.add_argument("--overwrite", action="store_true", help="begin anew, whatever is in OUT")
+    add_part_option(run)
     add_request_options(run)
     add_place_options(run, add_engine_options)
 
@@ -57,6 +67,13 @@ def add_parser(
     status.add_argument("target", metavar="OUT|ID", help="an output, or with --url a batch's id")
     status.add_argument("--json", action="store_true", help="print JSON")
     add_server_options(status)
+
+    merge = _command(kinds, "merge", _merge, "join the parts that `run --part` made of an output")
+    merge.add_argument("target", metavar="OUT", help="the output as it was given to `run --part`")
+    merge.add_argument("--errors", metavar="FILE", help="as it was given to `run --part` (default: as there)")
+    merge.add_argument("--parts", type=positive, metavar="N", help="how many there are (default: as their names say)")
+    merge.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
+    merge.add_argument("--remove-parts", action="store_true", help="delete the parts once OUT is whole")
 
     cancel = _command(kinds, "cancel", _cancel, "end a batch; what is answered is kept")
     cancel.add_argument("target", metavar="OUT|ID", help="an output, or with --url a batch's id")
@@ -77,17 +94,16 @@ def _command(kinds: Any, name: str, run: Callable[[Namespace], None], about: str
 
 
 def _run(args: Namespace) -> None:
-    folder = folder_for(args.output, args.state_dir)
     if args.url is not None and args.ray_address is not None:
         raise ConfigError("--url and --ray-address are two places for one batch; give one of them.")
     asked = job_of(args)
+    folder = folder_for(asked.output, args.state_dir)
     if args.output == locations.STANDARD and args.state_dir is None:
         sys.stderr.write(f"This batch is remembered in {folder.path}.\n")
     with folder.hold():
         job = job_in(folder, asked, overwrite=args.overwrite)
         if job is None:
-            if locations.exists(asked.output) and not args.overwrite:
-                raise ConfigError(f"{asked.output} exists already; name another output, or add --overwrite.")
+            make_way(asked, overwrite=args.overwrite)
             check_places(asked)
             folder.write(asked)
             job = asked
@@ -121,6 +137,9 @@ def _go_on(folder: JobFolder, job: Job, args: Namespace) -> None:
                 from cluster.batch_run import run_here
 
                 job = run_here(folder, job, options, Console())
+        except NoLinesError:  # a pool may have more jobs than the file has lines
+            empty = Outcome(status="completed", num_lines=0, num_completed=0, num_failed=0)
+            job = conclude(folder, job, empty, output=None, errors=None)
         except (
             KeyboardInterrupt,
             SystemExit,
@@ -145,12 +164,47 @@ def _how_to_go_on(folder: JobFolder, job: Job) -> str:
     return text
 
 
+def _merge(args: Namespace) -> None:
+    output = locations.absolute(args.target)
+    errors, folder = errors_of(output, args.errors), folder_for(output, args.state_dir)
+    if output == locations.STANDARD:
+        raise ConfigError("Parts have names, which stdout has not; give the OUT that `run --part` was given.")
+    with folder.hold():
+        job = folder.read()
+        if not args.overwrite and job is not None:
+            raise ConfigError(
+                f"{_how_to_go_on(folder, job) if job.outcome is None else summary(job)} Add --overwrite to replace it by its parts."
+            )
+        if not args.overwrite and locations.exists(output):
+            raise ConfigError(f"{output} exists already; add --overwrite to replace it by its parts.")
+        locations.check_writable(output)
+        locations.check_writable(errors)
+        try:
+            job = merge(folder, output, errors, num_parts=args.parts)
+        except TramontaneError:
+            if folder.read() is None:  # nothing is to be remembered of it
+                folder.clear(keep_job=False)
+            raise
+        if args.remove_parts:
+            remove_parts(output, errors)
+    sys.stderr.write(f"{summary(job)}\n")
+    if (failed := failure(job)) is not None:
+        raise failed
+
+
 def _status(args: Namespace) -> None:
     if args.url is not None:
         batch = RemoteBatches(args.url, api_key=args.api_key, ca_cert=args.ca_cert).get(args.target)
         _tell(batch, remote_snapshot(batch, None), args)
         return
-    folder, job = find_job(args.target, args.state_dir)
+    try:
+        folder, job = find_job(args.target, args.state_dir)
+    except ConfigError:
+        output = locations.absolute(args.target)
+        if not (parts := status_of_parts(output)):
+            raise
+        _tell(parts, None, args, "\n".join(sentence(status, output) for status in parts))
+        return
     if job.outcome is not None:
         _tell(job.outcome, None, args, summary(job))
     elif job.url is not None:
@@ -160,7 +214,8 @@ def _status(args: Namespace) -> None:
         batch = RemoteBatches(job.url, api_key=args.api_key, ca_cert=_path(job.options["ca_cert"])).get(job.batch_id)
         _tell(batch, remote_snapshot(batch, None), args)
     else:
-        from cluster.batch_run import look_here, snapshot_of
+        from cluster.batch_run import look_here
+        from cluster.batch_watch import snapshot_of
 
         record = look_here(folder, job)
         shown = None if record is None else snapshot_of(record, None)

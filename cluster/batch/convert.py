@@ -1,14 +1,15 @@
 """Plain lines, CSV and Parquet into the lines of a batch file, streamed. Whether a request makes sense is checked later.
 
 A row becomes a request by what it holds: `prompt` a completion, `messages` a conversation, `input` an embedding. A row that is a request
-of a batch file already passes as it is. Of tables, only columns named like a request's fields are taken, and the text may be made of
-several columns by a template. Rows without a `custom_id` or `id` are named by their number.
+of a batch file already passes as it is. Of tables, only columns named like a request's fields are taken, and the text and the custom_id may
+be made of columns by a template. Rows without a `custom_id` or `id` are named by their number. A row's line has the row's number: what is
+left out is an empty line.
 """
 
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, Literal, get_args
@@ -52,6 +53,7 @@ _COLUMNS: dict[str, type] = {
     "user": str,
 }
 _FIELDS = {*_COLUMNS, *_BY_FIELD}
+_COLUMN = re.compile(r"\{(\w+)\}")  # in a template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +61,14 @@ class LineTemplate:
     """What a row does not say. `endpoint` None: as the row's fields suggest. `defaults`: body fields for rows without them.
 
     `text`: with columns in braces ("Translate: {text}"), makes the prompt, the user's message or the input, as the endpoint asks.
+    `custom_id`: in the same way.
     """
 
     model: str
     endpoint: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     text: str | None = None
+    custom_id: str | None = None
 
 
 def guess_format(name: str) -> Format:
@@ -75,12 +79,21 @@ def guess_format(name: str) -> Format:
     return found
 
 
-def convert(source: BinaryIO, *, format: Format, template: LineTemplate) -> Iterator[bytes]:  # noqa: A002 - the option's name
-    """The lines of a batch file, each with its end. Raises RequestError that names the row that cannot be one."""
-    endpoint = template.endpoint
-    for number, row in _rows(source, format):
+def convert(
+    source: BinaryIO,
+    *,
+    format: Format,  # noqa: A002 - the option's name
+    template: LineTemplate,
+    holds: Callable[[int], bool] = lambda number: True,
+) -> Iterator[bytes]:
+    """The lines of a batch file, each with its end and with the empty lines before it. Raises RequestError that names the row that cannot
+    be one. holds: whether the row of this number, from 1, is wanted; others are not looked into.
+    """
+    endpoint, last = template.endpoint, 0
+    for number, row in _rows(source, format, holds):
+        skipped, last = b"\n" * (number - last - 1), number
         if isinstance(row, bytes):  # a batch's line already
-            yield row + b"\n"
+            yield skipped + row + b"\n"
             continue
         found, line = _request(row, number, template, is_table=format != "jsonl")
         endpoint = endpoint or found
@@ -88,19 +101,23 @@ def convert(source: BinaryIO, *, format: Format, template: LineTemplate) -> Iter
             raise RequestError(
                 f"Row {number} is for {found}, those before it for {endpoint}; a batch has one endpoint: split the file."
             )
-        yield line
+        yield skipped + line
 
 
-def _rows(source: BinaryIO, kind: Format) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
+def _rows(source: BinaryIO, kind: Format, holds: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
     readers = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}
-    yield from readers[kind](source)
+    yield from readers[kind](source, holds)
 
 
 def _request(row: dict[str, Any], number: int, template: LineTemplate, *, is_table: bool) -> tuple[str, bytes]:
     endpoint = template.endpoint
-    ids = [str(row[name]) for name in _ID_COLUMNS if row.get(name) not in (None, "")]
+    if template.custom_id is not None:
+        ids = [_fill(template.custom_id, row, number)]
+    else:
+        ids = [str(row[name]) for name in _ID_COLUMNS if row.get(name) not in (None, "")]
     only_fields = is_table or template.text is not None
-    kept = {k: v for k, v in row.items() if (k in _FIELDS if only_fields else k not in _ID_COLUMNS)}
+    named = {*_ID_COLUMNS, *(_columns_of(template.custom_id) - _FIELDS)}
+    kept = {k: v for k, v in row.items() if (k in _FIELDS if only_fields else k not in named)}
     body = {"model": template.model, **template.defaults, **kept}
     if template.text is not None:
         endpoint = endpoint or "/v1/completions"
@@ -137,16 +154,22 @@ def _fill(text: str, row: dict[str, Any], number: int) -> str:
             raise RequestError(f"Row {number} has no {found[1]!r}, which the template asks for; it has {held}.")
         return str(row[found[1]])
 
-    return re.sub(r"\{(\w+)\}", value, text)
+    return _COLUMN.sub(value, text)
 
 
-def _json_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
+def _columns_of(text: str | None) -> set[str]:
+    return set(_COLUMN.findall(text or ""))
+
+
+def _json_rows(source: BinaryIO, holds: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
     decoder = msgspec.json.Decoder(dict[str, Any])
     number = 0
     while raw := source.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(raw) > MAX_LINE_BYTES:
             raise RequestError(f"Line {number} is longer than the {MAX_LINE_BYTES:,} bytes that are allowed.")
+        if not holds(number):
+            continue
         data = raw.removeprefix(b"\xef\xbb\xbf").strip()
         if not data:
             continue
@@ -157,7 +180,7 @@ def _json_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any] | bytes]]
         yield number, data if "body" in row and "custom_id" in row else row
 
 
-def _csv_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(source: BinaryIO, holds: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
     text = io.TextIOWrapper(source, encoding="utf-8-sig", newline="")
     csv.field_size_limit(MAX_LINE_BYTES)
     try:
@@ -165,7 +188,8 @@ def _csv_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, row in enumerate(reader, start=1):
             if None in row:  # DictReader's key for what has no header
                 raise RequestError(f"Row {number} has more fields than the header has names.")
-            yield number, _typed(row, number)
+            if holds(number):
+                yield number, _typed(row, number)
     except (csv.Error, UnicodeDecodeError) as e:
         raise RequestError(f"The CSV cannot be read near line {reader.line_num + 1}: {e}.") from e
     finally:
@@ -184,7 +208,7 @@ def _typed(row: dict[str, Any], number: int) -> dict[str, Any]:
     return typed
 
 
-def _parquet_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(source: BinaryIO, holds: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
@@ -196,6 +220,7 @@ def _parquet_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
         for rows in table.iter_batches(batch_size=_PARQUET_ROWS):
             for row in rows.to_pylist():
                 number += 1
-                yield number, {name: value for name, value in row.items() if value is not None}
+                if holds(number):
+                    yield number, {name: value for name, value in row.items() if value is not None}
     except ArrowInvalid as e:
         raise RequestError(f"The Parquet file cannot be read: {e}.") from e

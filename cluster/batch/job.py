@@ -42,12 +42,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     `url`: the server that runs it, None where the command does. `batch_id` and `input_file_id` are None until they exist; the command's
     own batches have them from the beginning. `run_id` names the run on a server and in Ray. `source_version`: of a local file, what
-    changes with its contents.
+    changes with its contents. `source_bytes`: where the job is a part, its input's size, which all parts must agree on.
     """
 
     run_id: str
     source: str
     source_version: str | None
+    source_bytes: int | None = None
     output: str
     errors: str
     request: dict[str, Any]
@@ -144,8 +145,8 @@ class JobFolder:
 
 
 def new_job(**fields: Any) -> Job:
-    """With a run id and the time."""
-    return Job(run_id=uuid.uuid4().hex[:12], created_at=time.time(), **fields)
+    """With a run id and, unless it is given, the time."""
+    return Job(**{"run_id": uuid.uuid4().hex[:12], "created_at": time.time(), **fields})
 
 
 def folder_for(output: str, state_dir: Path | None) -> JobFolder:

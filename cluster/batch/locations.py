@@ -92,6 +92,37 @@ def exists(location: str) -> bool:
         return fs.exists(path)
 
 
+def num_bytes(location: str) -> int | None:
+    """Its size; None of stdin. Raises ConfigError and LocationError."""
+    if location == STANDARD:
+        return None
+    with _guarded(location, "read"):
+        if not is_address(location):
+            return local_path(location).stat().st_size
+        fs, path = _file_system(location)
+        return fs.size(path)
+
+
+def names_beside(location: str) -> list[str]:
+    """Of the files in its folder, itself included if it is there. Raises ConfigError and LocationError."""
+    with _guarded(location, "reached"):
+        if not is_address(location):
+            folder = local_path(location).absolute().parent
+            return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        fs, path = _file_system(location)
+        try:
+            return [name.rpartition("/")[2] for name in fs.ls(fs._parent(path), detail=False)]
+        except FileNotFoundError:
+            return []
+
+
+def fetch(location: str, target: Path) -> None:
+    """A copy of an object. Raises ConfigError and LocationError."""
+    fs, path = _file_system(location)
+    with _guarded(location, "read"):
+        fs.get_file(path, str(target))
+
+
 def check_writable(location: str) -> None:
     """Before hours of work are spent for it. Of a storage only that its library is there. Raises ConfigError and LocationError."""
     if location == STANDARD:
@@ -179,4 +210,5 @@ def _guarded(location: str, verb: str) -> Iterator[None]:
     except Exception as e:
         if not is_address(location):
             raise
-        raise LocationError(f"{location} cannot be {verb}: {type(e).__name__}: {e}.") from e
+        reason = next(iter(str(e).splitlines()), "").rstrip(".")  # some quote the whole answer of the storage
+        raise LocationError(f"{location} cannot be {verb}: {type(e).__name__}: {reason}.") from e

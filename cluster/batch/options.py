@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.batch.convert import FORMATS
+from cluster.batch.parts import Part, parse_part
 from cluster.batch.records import ENDPOINTS, parse_window
 from cluster.config import API_KEY_ENV, parse_replicas
 from workers.errors import RequestError
@@ -26,8 +27,11 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--endpoint", choices=ENDPOINTS, help="default: as the lines' fields suggest")
     asked.add_argument(
         "--column",
+        action="append",
+        dest="columns",
         metavar="FIELD=NAME",
-        help="prompt=, messages= or input= and a column's name, or a text with columns in it: 'prompt=Translate: {text}'",
+        help="prompt=, messages= or input= and a column's name, or a text with columns in it: 'prompt=Translate: {text}'; "
+        "custom_id=NAME names the lines; may be repeated",
     )
     asked.add_argument("--max-tokens", type=int, metavar="N")
     asked.add_argument("--temperature", type=float, metavar="T")
@@ -38,6 +42,15 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="FIELD=VALUE",
         help="any other field, in JSON: --set top_k=40; may be repeated",
+    )
+
+
+def add_part_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="answer every N-th line only, from the I-th on (I from 0), into a part of OUT; `batch merge OUT` joins the parts",
     )
 
 
@@ -64,8 +77,8 @@ def add_place_options(
         metavar="N|MIN:MAX",
         help="copies of the model (default: 1; in a Ray that is joined 0:1, or 0: and --max-replicas)",
     )
-    cluster.add_argument("--max-replicas", type=_positive, metavar="N", help="most copies that the batch may have")
-    cluster.add_argument("--tensor-parallel-size", "-tp", type=_positive, default=1, metavar="N", help="ranks of each")
+    cluster.add_argument("--max-replicas", type=positive, metavar="N", help="most copies that the batch may have")
+    cluster.add_argument("--tensor-parallel-size", "-tp", type=positive, default=1, metavar="N", help="ranks of each")
     if not is_resume:
         cluster.add_argument(
             "--deadline",
@@ -89,6 +102,13 @@ def _window(text: str) -> str:
     return text
 
 
+def _part(text: str) -> Part:
+    try:
+        return parse_part(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def _replicas(text: str) -> tuple[int, int]:
     try:
         return parse_replicas(text)
@@ -96,7 +116,7 @@ def _replicas(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(e)) from e
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")

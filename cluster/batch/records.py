@@ -153,6 +153,12 @@ def new_batch_id() -> str:
     return f"batch_{uuid.uuid4().hex}"
 
 
+def line_id(batch_id: str, number: int) -> str:
+    """Of a line's answer."""
+    digest = hashlib.blake2b(f"{batch_id}\0{number}".encode(), digest_size=16).hexdigest()
+    return f"batch_req_{digest}"
+
+
 def line_seed(batch_id: str, custom_id: str) -> int:
     """31 bits for a line that brings no seed, so that computed twice it has the same answer."""
     digest = hashlib.blake2b(f"{batch_id}\0{custom_id}".encode(), digest_size=4).digest()

@@ -18,6 +18,7 @@ from cluster.batch import locations
 from cluster.batch.convert import Format, LineTemplate, convert, guess_format
 from cluster.batch.errors import BatchError
 from cluster.batch.job import Job, JobFolder, Outcome
+from cluster.batch.parts import part_of, record_location, record_of
 from cluster.batch.progress import duration
 from cluster.batch.records import ENDPOINTS, LineError
 from workers.errors import ConfigError, RequestError
@@ -31,27 +32,45 @@ class LinesFailedError(BatchError):
     """The batch is over, and some lines have no answer: the error file says why."""
 
 
+class NoLinesError(RequestError):
+    """A part of a file that has no lines for it."""
+
+
 class StoppedError(BatchError):
     """By Ctrl-C or SIGTERM. Nothing is lost."""
 
 
 def template_of(request: dict[str, Any], model: str) -> LineTemplate:
     """What the options say of lines that do not say it themselves. Raises ConfigError."""
-    endpoint, text = request.get("endpoint"), None
-    if (column := request.get("column")) is not None:
-        field, equals, value = column.partition("=")
-        if not equals or field not in _FIELD_ENDPOINTS or not value:
-            raise ConfigError(
-                f"--column {column} is not understood; write --column prompt=NAME, messages=NAME or input=NAME, or a text with columns "
-                "in braces in NAME's place."
-            )
-        endpoint = endpoint or _FIELD_ENDPOINTS[field]
-        text = value if "{" in value else f"{{{value}}}"
-        if re.fullmatch(r"\{\w+\}", text) is None and "{" not in value:
-            raise ConfigError(
-                f"--column {column}: only columns named with letters, digits and underscores can be used; rename it."
-            )
-    return LineTemplate(model=model, endpoint=endpoint, defaults=request.get("defaults") or {}, text=text)
+    columns = dict(_column(column) for column in request.get("columns") or ())
+    custom_id = columns.pop("custom_id", None)
+    if len(columns) > 1:
+        raise ConfigError(
+            f"--column is given for {' and '.join(columns)}; a line holds one of them: leave the others out."
+        )
+    field, text = next(iter(columns.items()), (None, None))
+    return LineTemplate(
+        model=model,
+        endpoint=request.get("endpoint") or _FIELD_ENDPOINTS.get(field or ""),
+        defaults=request.get("defaults") or {},
+        text=text,
+        custom_id=custom_id,
+    )
+
+
+def _column(option: str) -> tuple[str, str]:
+    """A field and the text that makes it, with columns in braces. Raises ConfigError."""
+    field, equals, value = option.partition("=")
+    if not equals or not value or (field not in _FIELD_ENDPOINTS and field != "custom_id"):
+        raise ConfigError(
+            f"--column {option} is not understood; write --column prompt=NAME, messages=NAME, input=NAME or custom_id=NAME, or a text "
+            "with columns in braces in NAME's place."
+        )
+    if "{" not in value and re.fullmatch(r"\w+", value) is None:
+        raise ConfigError(
+            f"--column {option}: only columns named with letters, digits and underscores can be used; rename it."
+        )
+    return field, value if "{" in value else f"{{{value}}}"
 
 
 def format_of(request: dict[str, Any], source: str) -> Format:
@@ -64,7 +83,8 @@ def format_of(request: dict[str, Any], source: str) -> Format:
 class Lines:
     """A job's requests as a batch file's bytes, read from its source while they are asked for. `endpoint` is known with the first chunk.
 
-    Iterating raises RequestError, naming the row, ConfigError, and LocationError.
+    Of a part, its own lines; the others are empty. Iterating raises RequestError, naming the row, ConfigError, and LocationError; and
+    NoLinesError where the source has none for this part.
     """
 
     def __init__(self, job: Job, *, model: str) -> None:
@@ -72,12 +92,13 @@ class Lines:
         self._job = job
         self._template = template_of(job.request, model)
         self._format = format_of(job.request, job.source)
+        self._part = part_of(job)
 
     def __iter__(self) -> Iterator[bytes]:
         """Chunks of whole lines."""
         with locations.reading(self._job.source, seekable=self._format == "parquet") as source:
             part = bytearray()
-            for line in convert(source, format=self._format, template=self._template):
+            for line in convert(source, format=self._format, template=self._template, holds=self._holds):
                 if not self.endpoint:
                     self.endpoint = _endpoint_of(line)
                 part += line
@@ -86,6 +107,8 @@ class Lines:
                     part.clear()
             if part:
                 yield bytes(part)
+        if not self.endpoint and self._part is not None:
+            raise NoLinesError(f"{self._job.source} holds no lines for part {self._part}.")
         if not self.endpoint:
             raise RequestError(f"{self._job.source} holds no lines.")
 
@@ -95,11 +118,14 @@ class Lines:
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield chunk
 
+    def _holds(self, number: int) -> bool:
+        return self._part is None or self._part.holds(number)
+
 
 def endpoint_of(path: Path) -> str:
     """Of a batch file that was made of `Lines`."""
     with path.open("rb") as file:
-        return _endpoint_of(file.readline())
+        return _endpoint_of(next((line for line in file if line.strip()), b""))
 
 
 def _endpoint_of(line: bytes) -> str:
@@ -122,14 +148,22 @@ def refused(source: str, errors: Sequence[LineError]) -> RequestError:
 
 
 def conclude(folder: JobFolder, job: Job, outcome: Outcome, *, output: Path | None, errors: Path | None) -> Job:
-    """Puts the files in their places, remembers how it ended, and only then forgets the rest. Raises LocationError and StoreError."""
-    with tempfile.TemporaryDirectory() as empty:
-        nothing = Path(empty) / "nothing"
-        nothing.touch()
-        locations.deliver(output or nothing, job.output)
-    if errors is not None:
-        locations.deliver(errors, job.errors)
+    """Puts the files in their places, remembers how it ended, and only then forgets the rest. Raises LocationError and StoreError.
+
+    The output comes after the errors, and a part's record after both: what is there tells that the others are.
+    """
     job = msgspec.structs.replace(job, outcome=msgspec.structs.replace(outcome, ended_at=time.time()))
+    with tempfile.TemporaryDirectory() as temporary:
+        made = Path(temporary) / "made"
+        if errors is not None:
+            locations.deliver(errors, job.errors)
+        elif locations.exists(job.errors):  # of the batch that was there before
+            locations.remove(job.errors)
+        made.touch()
+        locations.deliver(output or made, job.output)
+        if part_of(job) is not None:
+            made.write_bytes(msgspec.json.encode(record_of(job)))
+            locations.deliver(made, record_location(job))
     folder.write(job)
     folder.clear(keep_job=True)
     return job

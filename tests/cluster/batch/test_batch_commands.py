@@ -10,71 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from batch_app import batch_app
-from fake_replica import FakeReplica, tokens
+from command_beside_server import KEY, PROMPTS, Command, DiedError, command_beside_server
 
 from cluster.batch import locations, remote, remote_run
 from cluster.batch.commands import add_parser
 from cluster.batch.job import JobFolder, find_job
-from cluster.cli import main
-from cluster.keys.keyring import Keyring
 from workers.errors import ConfigError
-
-KEY = "secret"
-
-
-class DiedError(BaseException):
-    """In place of a SIGKILL."""
-
-
-class Command:
-    """Runs `tramontane batch` beside the server of the test."""
-
-    def __init__(self, server: Any, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        self.server = server
-        self.folder = folder
-        self.url = str(server.make_url("")).rstrip("/")
-        self.output = folder / "out.jsonl"
-        self._capfd = capfd
-
-    async def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """The exit code, stdout and stderr."""
-        self._capfd.readouterr()
-        code = await asyncio.to_thread(main, ["batch", *arguments])
-        return code, *self._capfd.readouterr()
-
-    async def run(self, source: Path | str, *options: str) -> tuple[int, str, str]:
-        return await self("run", str(source), "-o", str(self.output), "--url", self.url, "--api-key", KEY, *options)
-
-    def write(self, name: str, *rows: Any) -> Path:
-        path = self.folder / name
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-        return path
-
-    def answers(self, path: Path | None = None) -> dict[str, Any]:
-        found = [json.loads(line) for line in (path or self.output).read_text().splitlines()]
-        assert len({line["custom_id"] for line in found}) == len(found), "a custom_id stands twice"
-        return {line["custom_id"]: line["response"] for line in found}
-
-    async def on_the_server(self, what: str) -> list[dict[str, Any]]:
-        response = await self.server.get(f"/v1/{what}", headers={"Authorization": f"Bearer {KEY}"})
-        return (await response.json())["data"]
 
 
 @pytest.fixture
 async def command(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Command]:
-    monkeypatch.setattr(remote_run, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(remote_run, "RETRY_S", 0.02)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    async with batch_app(tmp_path / "data", [FakeReplica(tokens([42, 43]))], keyring=Keyring(api_key=KEY)) as server:
-        work = tmp_path / "work"
-        work.mkdir()
-        yield Command(server, work, capfd)
-
-
-PROMPTS = [{"prompt": "a"}, {"prompt": "b", "custom_id": "mine"}]
+    async with command_beside_server(tmp_path, capfd, monkeypatch) as command:
+        yield command
 
 
 async def test_plain_lines_there_and_back(command: Command) -> None:
@@ -162,6 +111,9 @@ async def test_failed_lines_are_an_exit_code_and_a_file(command: Command) -> Non
     assert command.answers(command.folder / "out.errors.jsonl")["line-2"]["status_code"] == 400
     code, _, err = await command("resume", str(command.output))
     assert code == 1, "the same, asked again"
+    command.write("in.jsonl", {"prompt": "a"})
+    assert (await command.run(source, "--overwrite"))[0] == 0
+    assert not (command.folder / "out.errors.jsonl").exists(), "it would tell of the batch before"
 
 
 async def test_lines_that_cannot_be_run_are_named_and_leave_nothing(command: Command) -> None:
@@ -189,8 +141,8 @@ async def test_a_changed_input_and_another_request_are_told(command: Command, mo
 
 
 async def test_csv_columns_make_prompts(command: Command) -> None:
-    source = command.write("in.csv", "id,question", "q1,who?", "q2,why?")
-    code, _, err = await command.run(source, "--column", "prompt=Answer: {question}")
+    source = command.write("in.csv", "key,question", "q1,who?", "q2,why?")
+    code, _, err = await command.run(source, "--column", "prompt=Answer: {question}", "--column", "custom_id=key")
     assert code == 0, err
     assert sorted(command.answers()) == ["q1", "q2"]
 
@@ -243,6 +195,8 @@ async def test_a_server_that_goes_away_is_waited_for(command: Command, monkeypat
         (("--url", "nonsense"), 2, "is not the address of a server"),
         (("--ray-address", "127.0.0.1:1"), 2, "two places"),
         (("--column", "prompt"), 2, "--column prompt=NAME"),
+        (("--column", "prompt=a", "--column", "input=b"), 2, "leave the others out"),
+        (("--column", "prompt=a b"), 2, "rename it"),
         (("--set", "top_k"), 2, "FIELD=VALUE"),
         (("-o", "/proc/x/out.jsonl"), 1, "--state-dir"),
         (("--state-dir", "STATE", "-o", "/proc/x/out.jsonl"), 1, "cannot be written"),

@@ -149,3 +149,23 @@ def test_formats(name, kind):
 def test_an_unknown_format():
     with pytest.raises(ConfigError, match="--format"):
         guess_format("in.txt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("csv", b"key,prompt,id\nk1,a,7\n"),
+        ("jsonl", b'{"key": "k1", "prompt": "a", "id": 7, "logit_bias": {"1": 2}}\n'),
+    ],
+)
+def test_a_column_names_the_lines(kind, data):
+    [line] = converted(data, kind, LineTemplate(model="demo", custom_id="{key}"))
+    assert line["custom_id"] == "k1"
+    assert {"key", "id"} & line["body"].keys() == set(), "what names the line is no parameter"
+    [line] = converted(data, kind, LineTemplate(model="demo", custom_id="{prompt}-{key}", text="Say {prompt}"))
+    assert (line["custom_id"], line["body"]["prompt"]) == ("a-k1", "Say a")
+
+
+def test_a_row_without_the_column_that_names_it_is_told():
+    with pytest.raises(RequestError, match=r"Row 2 has no 'key'"):
+        converted(b"key,prompt\nk1,a\n,b\n", "csv", LineTemplate(model="demo", custom_id="{key}"))

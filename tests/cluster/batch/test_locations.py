@@ -1,11 +1,19 @@
 """Reading and writing where a batch's files are: local paths, any fsspec storage, and S3's own protocol against a server on loopback."""
 
+import contextlib
 import gzip
 import io
+import os
+import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
 
 import fsspec
 import pytest
+from ray_hosts import free_port
 
 from cluster.batch.locations import (
     LocationError,
@@ -13,6 +21,9 @@ from cluster.batch.locations import (
     check_writable,
     deliver,
     exists,
+    fetch,
+    names_beside,
+    num_bytes,
     plain_name,
     reading,
     remove,
@@ -20,6 +31,8 @@ from cluster.batch.locations import (
 )
 from workers.errors import ConfigError
 
+# Azurite's own, published with it.
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 TEXT = b'{"prompt": "a"}\n{"prompt": "b"}\n'
 
 
@@ -59,7 +72,55 @@ def s3(monkeypatch):
     server.stop()
 
 
-@pytest.mark.parametrize("kind", ["local", "memory", "s3"])
+@pytest.fixture
+def az(tmp_path, monkeypatch):
+    """A container behind Azure's protocol, where adlfs and Azurite (npm) are installed."""
+    pytest.importorskip("adlfs")
+    if shutil.which("azurite-blob") is None:
+        pytest.skip("no Azurite is installed (npm install azurite)")
+    port, folder = free_port(), str(tmp_path / "azurite")
+    command = ["azurite-blob", "--blobPort", str(port), "--location", folder, "--silent", "--skipApiVersionCheck"]
+    with listening([*command, "--disableTelemetry"], port):
+        where = f"DefaultEndpointsProtocol=http;BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1"
+        account = f"AccountName=devstoreaccount1;AccountKey={AZURITE_KEY}"
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", f"{where};{account};")
+        fs = fsspec.filesystem("az", skip_instance_cache=True)
+        fs.mkdir("bucket")
+        yield "az://bucket/folder/out.jsonl"
+        type(fs).clear_instance_cache()
+
+
+@pytest.fixture
+def gs(monkeypatch):
+    """A bucket behind Google's protocol, where gcsfs and gcp-storage-emulator are installed."""
+    pytest.importorskip("gcsfs")
+    pytest.importorskip("gcp_storage_emulator")
+    port = free_port()
+    code = f"from gcp_storage_emulator.server import create_server as c; c('127.0.0.1', {port}, True, 'bucket').run()"
+    with listening([sys.executable, "-c", code], port):
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        yield "gs://bucket/folder/out.jsonl"
+        fsspec.get_filesystem_class("gs").clear_instance_cache()
+
+
+@contextlib.contextmanager
+def listening(command, port):
+    """A server that runs for so long."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            assert process.poll() is None and time.monotonic() < deadline, "it does not listen"
+            time.sleep(0.05)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.parametrize("kind", ["local", "memory", "s3", "az", "gs"])
 def test_there_and_back(kind, made, tmp_path, request):
     location = str(tmp_path / "new" / "out.jsonl") if kind == "local" else request.getfixturevalue(kind)
     check_writable(location)
@@ -72,6 +133,11 @@ def test_there_and_back(kind, made, tmp_path, request):
     with reading(location, seekable=True) as source:
         source.seek(-5, io.SEEK_END)
         assert source.read() == TEXT[-5:]
+    assert num_bytes(location) == len(TEXT)
+    assert names_beside(location) == ["out.jsonl"]
+    if kind != "local":
+        fetch(location, tmp_path / "fetched")
+        assert (tmp_path / "fetched").read_bytes() == TEXT
     remove(location)
     remove(location)
     assert not exists(location)
