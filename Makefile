@@ -31,7 +31,7 @@ test-cloud: $(VENV)/.installed-dev
 
 # Batches of 2,000 lines with 50 deaths, full disks, nodes that come and go: half an hour. TRAMONTANE_CHAOS_SEED draws other moments.
 test-batch: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -s -m chaos tests/system/test_batch_chaos.py tests/system/test_batch_autoscaling.py $(ARGS)
+	$(BIN)/python -m pytest -s -m chaos tests/system/test_batch_chaos.py tests/system/test_batch_autoscaling.py tests/system/test_batch_postgres.py $(ARGS)
 
 # A rank killed at each of 64 tokens, nodes that come and go, then five minutes of random deaths under load: a quarter of an hour.
 test-chaos: $(VENV)/.installed-dev
