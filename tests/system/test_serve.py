@@ -13,6 +13,7 @@ import threading
 import aiohttp
 import openai
 import pytest
+from batch_command import BatchCommand, answers, write_lines
 from system_server import API_KEY
 
 MODEL = "demo_model"
@@ -149,6 +150,40 @@ async def test_200_streams_with_a_third_cut_leave_nothing_and_disturb_nobody(ser
         server.wait_for, lambda: not any(map(server.metric, gauges)), timeout_s=10, what="become empty"
     )
     assert server.health()[0] == 200
+
+
+def test_the_batch_command_in_two_parts_and_merged(server, tmp_path):
+    ids = write_lines(tmp_path / "in.jsonl", 20, max_tokens=8, bad_every=10)
+    out, env = tmp_path / "out.jsonl", {**os.environ, "TRAMONTANE_API_KEY": API_KEY}
+    parts = [
+        BatchCommand(
+            "run",
+            tmp_path / "in.jsonl",
+            "-o",
+            out,
+            "--url",
+            server.url,
+            "--part",
+            f"{i}/2",
+            env=env,
+            log=tmp_path / f"log{i}",
+        )
+        for i in range(2)
+    ]
+    try:
+        codes = [part.wait(60) for part in parts]
+    finally:
+        for part in parts:
+            part.close()
+    assert codes == [1, 0], [part.output for part in parts]  # the lines that are refused are in the first
+    merge = BatchCommand("merge", out, "--remove-parts", log=tmp_path / "log")
+    assert merge.wait(30) == 1
+    assert "18 of 20 lines answered" in merge.output and "Traceback" not in merge.output
+    assert [json.loads(line)["custom_id"] for line in out.read_text().splitlines()] == [
+        i for i in ids if i not in ("id-0", "id-10")
+    ]
+    assert sorted(answers(tmp_path / "out.errors.jsonl")) == ["id-0", "id-10"]
+    assert not list(tmp_path.glob("*.part-*"))
 
 
 def test_sigterm_lets_a_stream_finish_refuses_new_ones_and_leaves_nothing(server, client):
