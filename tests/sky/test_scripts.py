@@ -124,6 +124,11 @@ def test_one_node(name: str, gpus: str, ranks: int, node: Node) -> None:
     assert (served.max_model_len, served.max_num_seqs) == (8192, 8)
 
 
+def test_the_private_address(node: Node) -> None:
+    assert node.run("private.yaml", {"HOST": ""}) == 0
+    assert node.served().host == "10.0.0.1"
+
+
 def test_without_a_model_the_demo_model_is_served_and_a_failure_is_the_jobs(node: Node) -> None:
     assert node.run("serve.yaml", {"MODEL": ""}, server="2") == 2
     assert node.served().model is None
