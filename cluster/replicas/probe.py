@@ -89,6 +89,7 @@ class Probes:
     def __init__(self, nodes: Sequence[RayNode], *, timeout_s: float) -> None:
         self.nodes = list(nodes)
         self._timeout_s = timeout_s
+        self._given_up: dict[str, str] = {}  # by node, with the reason: a node is waited for once
         self._actors: dict[str, ActorHandle] = {
             node.node_id: ray.remote(NodeProbe)
             .options(
@@ -156,19 +157,23 @@ class Probes:
         ]
 
     async def _ask(self, node: RayNode, method: str, *arguments: Any) -> Answer[Any]:
+        if (reason := self._given_up.get(node.node_id)) is not None:
+            return Answer(failure=reason)
         actor = self._actors[node.node_id]
         try:
             async with asyncio.timeout(self._timeout_s):
                 return Answer(value=await getattr(actor, method).remote(*arguments))
-        except TimeoutError:
-            return Answer(failure=f"it gave no answer in {self._timeout_s:g} s")
         except RayTaskError as e:
             return Answer(failure=f"{type(e.cause).__name__}: {e.cause}")
+        except TimeoutError:
+            reason = f"it gave no answer in {self._timeout_s:g} s"
         except RayActorError as e:
             # What the actor's constructor raised, such as a module that is not installed there, is the last line.
-            return Answer(failure=str(e).strip().splitlines()[-1].strip())
+            reason = str(e).strip().splitlines()[-1].strip()
         except RayError as e:
-            return Answer(failure=f"{type(e).__name__}: {e}")
+            reason = f"{type(e).__name__}: {e}"
+        self._given_up[node.node_id] = reason
+        return Answer(failure=reason)
 
 
 def _echo(listener: socket.socket) -> None:

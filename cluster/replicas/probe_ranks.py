@@ -85,9 +85,7 @@ class _Trial:
             await self._on_ranks(self._actors, "close", timeout_s=ASK_S)
         except _RankError as e:
             waiting = await asyncio.gather(*(self._where(rank) for rank in e.unfinished))
-            return Failed(
-                ranks=ips, failure=str(e), suspects=e.suspects, waiting=tuple(w for w in waiting if w is not None)
-            )
+            return Failed(ranks=ips, failure=str(e), suspects=e.suspects, waiting=tuple(waiting))
         return Reduced(
             ranks=ips,
             collectives=joined[0].collectives,
@@ -144,12 +142,12 @@ class _Trial:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _where(self, rank: int) -> Waiting | None:
+    async def _where(self, rank: int) -> Waiting:
         with contextlib.suppress(RayError, TimeoutError):
             async with asyncio.timeout(ASK_S):
                 where = await self._actors[rank].where.remote()
                 return Waiting(rank=rank, doing=where.doing, waiting_for=where.waiting_for)
-        return None
+        return Waiting(rank=rank, doing="does not answer at all")
 
 
 async def running_replicas() -> list[RunningReplica]:

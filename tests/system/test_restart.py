@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from doctor_runs import run_doctor, sentences
 from ray_hosts import BIN, RayHosts
 from system_server import API_KEY, Server
 
@@ -31,6 +32,16 @@ def serve(hosts: RayHosts, *options: str) -> Server:
 
 def rank_pids(server: Server) -> list[int]:
     return sorted(rank["pid"] for r in server.replicas("ready").values() for rank in r["ranks"])
+
+
+@pytest.mark.timeout(240)
+def test_the_doctor_tries_real_ranks_where_nothing_runs_yet(hosts):
+    """First in this file."""
+    status, report = run_doctor(hosts, "--tensor-parallel-size", "2")
+    assert status == 0, report
+    assert report["all_reduce"]["outcome"] == "measured"
+    assert len(report["all_reduce"]["ranks"]) == 2 and report["all_reduce"]["collectives"] == "shared memory"
+    assert 0 < report["all_reduce"]["latency_s"] < 1
 
 
 @pytest.mark.timeout(240)
@@ -59,6 +70,17 @@ def test_a_killed_server_finds_its_replicas_again(hosts):
     finally:
         second.kill()
     assert all(psutil.pid_exists(pid) for pid in pids), "a gateway that stops in order takes the replicas along"
+
+
+@pytest.mark.timeout(240)
+def test_the_doctor_takes_nothing_from_replicas_that_hold_everything(hosts):
+    status, report = run_doctor(hosts)
+    assert status == 0, report
+    assert report["all_reduce"]["outcome"] == "not tried"
+    running = report["all_reduce"]["running"]
+    assert [(r["replica_id"], len(r["ranks"])) for r in running] == [("r0", 2), ("r1", 2)]
+    assert all(r["num_all_reduces"] > 0 and 0 < r["mean_s"] < 1 for r in running)
+    assert "Not tried, since it would take from what serves" in sentences(report, "all-reduce", "ok")[0]
 
 
 @pytest.mark.timeout(240)

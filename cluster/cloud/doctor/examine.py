@@ -20,7 +20,15 @@ from cluster.cloud.doctor.findings import Finding, ok, problem
 from cluster.cloud.doctor.judge.gpus import busy_gpus, judge_gpus
 from cluster.cloud.doctor.judge.models import judge_models
 from cluster.cloud.doctor.judge.network import judge_links, judge_network
-from cluster.cloud.doctor.judge.ranks import Device, Gang, choose_device, choose_gang, holds_ranks, judge_all_reduce
+from cluster.cloud.doctor.judge.ranks import (
+    MIN_LOCAL_CPU_RANKS,
+    Device,
+    Gang,
+    choose_device,
+    choose_gang,
+    holds_ranks,
+    judge_all_reduce,
+)
 from cluster.cloud.doctor.judge.resources import RAY_FILES, judge_disks, judge_memory, judge_shared_memory
 from cluster.cloud.doctor.judge.versions import judge_versions
 from cluster.cloud.doctor.local import judge_division, judge_port, locate_model
@@ -160,28 +168,40 @@ def _judge_all(nodes: Sequence[Node], *, order: Order, device: Device) -> Iterat
     for node in nodes:
         if node.machine is None:
             sentence = f"Nothing of Tramontane could be run there: {(node.failure or 'no answer').rstrip('.')}."
-            remedy = "Install the same release of Tramontane there, in the Python that `ray start` runs in."
+            remedy = (
+                "Check with `ray status` that the node is up, and that the same release of Tramontane is installed there, in "
+                "the Python that `ray start` runs in."
+            )
             yield problem("node", sentence, remedy, node=node.address)
     yield from judge_versions(nodes, device=device)
     # A head that holds no ranks does not need the weights.
     yield from judge_models([node for node in nodes if holds_ranks(node, device)])
     yield from judge_network(nodes, device=device)
-    size = order.tensor_parallel_size or 1
+    size = order.tensor_parallel_size or 1  # as `serve` takes it
     for node in nodes:
         if node.machine is None:
             continue
         rank_bytes = _rank_bytes(node, size=size, device=device)
-        here = size if node.ray_cpus is None else min(size, int(node.ray_cpus))
+        num_ranks = _most_ranks(node, size=size, device=device)
+        sharing = _most_ranks(node, size=order.tensor_parallel_size or MIN_LOCAL_CPU_RANKS, device=device)
         yield from judge_gpus(node, device=device, rank_bytes=rank_bytes if device == "cuda" else None)
-        yield judge_memory(node, device=device, num_ranks=here, rank_bytes=rank_bytes)
-        yield judge_shared_memory(node, device=device, num_ranks=max(here, 2))
+        yield judge_memory(node, device=device, num_ranks=num_ranks, rank_bytes=rank_bytes)
+        yield judge_shared_memory(node, device=device, num_ranks=sharing)
         yield from judge_disks(node)
 
 
+def _most_ranks(node: Node, *, size: int, device: Device) -> int:
+    """Of a replica, how many Ray may put there; alone, a machine takes them all."""
+    if not holds_ranks(node, device):
+        return 0
+    room = node.ray_gpus if device == "cuda" else node.ray_cpus
+    return size if room is None else min(size, int(room))
+
+
 def _rank_bytes(node: Node, *, size: int, device: Device) -> int | None:
-    """Weights of one rank: as stored on a GPU, in float32 on the CPU. None without a readable model."""
+    """Weights of one rank: as stored on a GPU, in float32 on the CPU. None where no rank can be, or without a readable model."""
     model = node.model
-    if model is None or model.bytes_per_weight is None:
+    if model is None or model.bytes_per_weight is None or not holds_ranks(node, device):
         return None
     factor = 4 / model.bytes_per_weight if device == "cpu" else 1
     return int(model.num_bytes * factor / size)

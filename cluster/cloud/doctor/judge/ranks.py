@@ -104,14 +104,11 @@ def _judge_failure(outcome: Failed) -> Finding:
     places = set(outcome.ranks)
     if len(places) > 1:
         remedy = (
-            "Look at the findings on ports, interfaces and addresses above; the ranks need every TCP port between their "
+            "Look at the findings on ports and interfaces; the ranks need every TCP port between their "
             "nodes. NCCL_DEBUG=INFO in the environment of `ray start` makes NCCL say more."
         )
     else:
-        remedy = (
-            "Look at the findings on GPUs and shared memory above. The ranks' own words are in Ray's log folder, "
-            "session_latest/logs below its temporary folder."
-        )
+        remedy = "Look at the findings on GPUs, memory and shared memory; on a cluster, Ray's log folder has the ranks' own words."
     return problem(CHECK, f"{len(outcome.ranks)} ranks on {_places(outcome.ranks)} failed: {' '.join(parts)}", remedy)
 
 

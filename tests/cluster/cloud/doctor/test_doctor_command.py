@@ -2,12 +2,13 @@
 
 import json
 import shutil
-import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from doctor_runs import sentences
+from ray_hosts import free_port
 
 from cluster.cli import main
 from cluster.cloud.doctor import local
@@ -20,9 +21,7 @@ QUICK = ("doctor", "--no-all-reduce")
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
@@ -32,10 +31,6 @@ def broken(tmp_path) -> Path:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     return folder
-
-
-def sentences(report: dict, check: str, severity: str) -> list[str]:
-    return [f["sentence"] for f in report["findings"] if (f["check"], f["severity"]) == (check, severity)]
 
 
 def test_a_healthy_machine(port, capsys):
