@@ -65,11 +65,14 @@ def commands_in(text: str, program: str) -> Iterator[list[str]]:
 
 def _describe(path: str) -> dict[str, Any]:
     import sky
+    from sky.serve.serve_utils import validate_service_task
 
     names = re.findall(r"^  ([A-Z_]+): null$", Path(path).read_text(encoding="utf-8"), flags=re.MULTILINE)
     secrets = [(name, SECRETS[name]) for name in names]
     task = sky.Task.from_yaml_config(sky.utils.yaml_utils.read_yaml(path), secrets_overrides=secrets)
     task.validate()
+    if task.service is not None:
+        validate_service_task(task, pool=task.service.pool)  # what `sky serve up` and `sky jobs pool apply` begin with
     return {
         "service": None if task.service is None else task.service.to_yaml_config(),
         "is_pool": task.service is not None and task.service.pool,
