@@ -14,6 +14,7 @@ from slurm_cloud import LAPTOP_IP, SlurmCloud
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(1500)]
 S3 = f"http://{LAPTOP_IP}:5000"
 TRAMONTANE, MOTO = (Path(sys.executable).parent / name for name in ("tramontane", "moto_server"))
+POLL_S = 5.0  # a `sky` command costs seconds of CPU
 S3_ENVS = {"AWS_ENDPOINT_URL": S3, "AWS_DEFAULT_REGION": "us-east-1"}
 S3_SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
@@ -68,11 +69,12 @@ def wait_for_success(cloud: SlurmCloud, sky: Sky, jobs: set[int], *, timeout_s: 
         statuses = sky.jobs()
         return all(statuses[job] in JOB_IS_OVER for job in jobs)
 
-    cloud.wait_for(over, what=f"jobs {jobs} to end", timeout_s=timeout_s)
+    cloud.wait_for(over, what=f"jobs {jobs} to end", timeout_s=timeout_s, every_s=POLL_S)
+    statuses = sky.jobs()
     for job in jobs:
-        if sky.jobs()[job] != "SUCCEEDED":
+        if statuses[job] != "SUCCEEDED":
             log = sky("jobs", "logs", "--controller", "--no-follow", str(job))
-            pytest.fail(f"job {job} is {sky.jobs()[job]}:\n{log}")
+            pytest.fail(f"job {job} is {statuses[job]}:\n{log}")
 
 
 def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str]) -> None:
@@ -124,7 +126,7 @@ def test_pool(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, st
     def is_running() -> bool:
         return len(busy()) == 2 and "RUNNING" in sky.jobs().values()
 
-    cloud.wait_for(is_running, what="two workers and a job", timeout_s=600)
+    cloud.wait_for(is_running, what="two workers and a job", timeout_s=600, every_s=POLL_S)
     figures["pool.yaml: two workers and a job after"] = f"{time.monotonic() - start:.0f} s"
     victim = busy()[0]
     cloud.kill_node(victim)

@@ -123,13 +123,13 @@ class SlurmCloud:
         self.run(["ip", "link", "del", f"to-{name}"])
         self.run(["ip", "netns", "del", name])
 
-    def wait_for(self, condition: Callable[[], bool], *, what: str, timeout_s: float = START_TIMEOUT_S) -> float:
-        """The seconds until the condition held."""
-        start = time.monotonic()
+    def wait_for(
+        self, condition: Callable[[], bool], *, what: str, timeout_s: float = START_TIMEOUT_S, every_s: float = 0.3
+    ) -> None:
+        deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < start + timeout_s, f"waited {timeout_s:.0f} s for {what}"
-            time.sleep(0.3)
-        return time.monotonic() - start
+            assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for {what}"
+            time.sleep(every_s)
 
     def laptop_env(self) -> dict[str, str]:
         """The environment of a user whose home is empty but for what `_write_files` put there."""
