@@ -64,8 +64,9 @@ def commands_in(text: str, program: str) -> Iterator[list[str]]:
 
 
 def _describe(path: str) -> dict[str, Any]:
-    import sky
     from sky.serve.serve_utils import validate_service_task
+
+    import sky
 
     names = re.findall(r"^  ([A-Z_]+): null$", Path(path).read_text(encoding="utf-8"), flags=re.MULTILINE)
     secrets = [(name, SECRETS[name]) for name in names]
