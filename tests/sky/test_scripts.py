@@ -187,7 +187,10 @@ def test_a_batch_asks_for_each_part_and_joins_them(part: str, node: Node) -> Non
     assert sorted(str(run.part) for run in runs) == sorted(str(share) for share in shares(5))
     assert {(run.source, run.output, run.max_tokens) for run in runs} == {(BATCH["IN"], BATCH["OUT"], 16)}
     assert {run.url for run in runs} == {"http://127.0.0.1:8000"}
-    assert node.calls()[-1] == ["tramontane", "batch", "merge", BATCH["OUT"], "--overwrite"]
+    program, *words = node.calls()[-1]
+    merge = make_parser().parse_args(words)
+    assert (program, words[:2]) == ("tramontane", ["batch", "merge"])
+    assert (merge.target, merge.parts, merge.overwrite) == (BATCH["OUT"], 5, True)
     assert node.served().host == "127.0.0.1", "without a key it must not be reached from elsewhere"
     assert node.left() == []
 
