@@ -5,6 +5,7 @@ are renamed into place, and a storage shows an object when its last byte has arr
 """
 
 import contextlib
+import io
 import os
 import shutil
 import sys
@@ -78,7 +79,8 @@ def reading(location: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
         _file_system(location)
         target = location if is_address(location) else str(local_path(location).absolute())
         with fsspec.open(target, "rb", compression="infer" if compressed else None) as source:
-            yield source
+            # A storage's own file reads whole lines only, however long they are.
+            yield source if compressed else io.BufferedReader(source, COPY_BYTES)
 
 
 def exists(location: str) -> bool:

@@ -130,6 +130,8 @@ def test_there_and_back(kind, made, tmp_path, request):
     assert exists(location)
     with reading(location) as source:
         assert list(source) == TEXT.splitlines(keepends=True)
+    with reading(location) as source:
+        assert source.readline(3) == TEXT[:3]  # a line without end must not fill the memory
     with reading(location, seekable=True) as source:
         source.seek(-5, io.SEEK_END)
         assert source.read() == TEXT[-5:]
