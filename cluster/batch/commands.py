@@ -186,7 +186,7 @@ def _merge(args: Namespace) -> None:
                 folder.clear(keep_job=False)
             raise
         if args.remove_parts:
-            remove_parts(output, errors)
+            remove_parts(output, errors, num_parts=args.parts)
     sys.stderr.write(f"{summary(job)}\n")
     if (failed := failure(job)) is not None:
         raise failed

@@ -61,9 +61,11 @@ def merge(folder: JobFolder, output: str, errors: str, *, num_parts: int | None 
     )
 
 
-def remove_parts(output: str, errors: str) -> None:
+def remove_parts(output: str, errors: str, *, num_parts: int | None = None) -> None:
     """Of an output that is merged, with what is remembered of them on this machine. Raises LocationError and StoreError."""
     for part in find_parts(output):
+        if num_parts not in (None, part.count):
+            continue
         of_part = part.location(output)
         for location in (of_part + RECORD_SUFFIX, of_part, part.location(errors)):
             locations.remove(location)
@@ -106,7 +108,8 @@ def _check_alike(records: Mapping[Part, PartRecord]) -> None:
             raise BatchError(
                 f"Part {part} was asked for with other options than part {first}; run it again with --overwrite and the same options."
             )
-        if record.source_bytes != records[first].source_bytes:
+        sizes = (record.source_bytes, records[first].source_bytes)
+        if None not in sizes and sizes[0] != sizes[1]:
             raise BatchError(
                 f"{record.source} had another size when part {part} was made of it than for part {first}; run again, with --overwrite, "
                 "those that were made of the wrong one."

@@ -97,16 +97,16 @@ class Lines:
     def __iter__(self) -> Iterator[bytes]:
         """Chunks of whole lines."""
         with locations.reading(self._job.source, seekable=self._format == "parquet") as source:
-            part = bytearray()
+            chunk = bytearray()
             for line in convert(source, format=self._format, template=self._template, holds=self._holds):
                 if not self.endpoint:
                     self.endpoint = _endpoint_of(line)
-                part += line
-                if len(part) >= CHUNK_BYTES:
-                    yield bytes(part)
-                    part.clear()
-            if part:
-                yield bytes(part)
+                chunk += line
+                if len(chunk) >= CHUNK_BYTES:
+                    yield bytes(chunk)
+                    chunk.clear()
+            if chunk:
+                yield bytes(chunk)
         if not self.endpoint and self._part is not None:
             raise NoLinesError(f"{self._job.source} holds no lines for part {self._part}.")
         if not self.endpoint:
