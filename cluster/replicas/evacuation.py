@@ -76,14 +76,15 @@ class Evacuation:
     def _act(self) -> None:
         """Does what the notices ask for and is not done yet."""
         now, notices = time.time(), self.notices
+        going = [n for n in notices if not n.is_head and is_due(n, now)]
+        for notice in going:  # first: a successor that is placed there meanwhile has to be started once more
+            self._tell_ray(notice)
         for replica in leaving_replicas(notices, self._supervisor.records(), now):
             grace_s = replica.until - now
             self._supervisor.drain(replica.replica_id, grace_s=grace_s, reason=replica.reason, is_leaving=True)
         self._supervisor.is_ending = ending(notices, now) is not None
-        for notice in notices:
-            if not notice.is_head and is_due(notice, now):
-                self._tell_ray(notice)
-                self._note_drained(notice, now)
+        for notice in going:
+            self._note_drained(notice, now)
 
     def _tell_ray(self, notice: NodeNotice) -> None:
         if notice.source == "ray" or notice.node_id in self._told_ray:

@@ -17,7 +17,7 @@ class RemoteServer(Server):
         super().__init__("--ray-address", hosts.address, *options, prefix=hosts.prefix(0), env=hosts.env)
 
     def curl(self, path: str, body: dict | None = None, *more: str) -> subprocess.Popen:
-        command = [*self._hosts.prefix(0), "curl", "-sS", "-N", "--max-time", "100", f"{self.url}{path}", *more]
+        command = [*self._hosts.prefix(0), "curl", "-sS", "-N", "--max-time", "300", f"{self.url}{path}", *more]
         command += ["-H", f"Authorization: Bearer {API_KEY}", "-H", "Content-Type: application/json"]
         if body is not None:
             command += ["-d", json.dumps(body)]
@@ -32,7 +32,7 @@ class RemoteServer(Server):
 
 def text_of(process: subprocess.Popen) -> str:
     reader = Reader(process)
-    reader.join(100)
+    reader.join(300)
     return reader.text
 
 
