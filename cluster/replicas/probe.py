@@ -9,7 +9,7 @@ import contextlib
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -61,9 +61,6 @@ def living_nodes() -> list[RayNode]:
 class NodeProbe:
     """What runs on a node."""
 
-    def __init__(self) -> None:
-        self._listener: socket.socket | None = None
-
     def run(self, look: Callable[..., T], *arguments: Any) -> T:
         return look(*arguments)
 
@@ -73,7 +70,7 @@ class NodeProbe:
 
     def listen(self, host: str) -> int:
         """Sends back what it receives, on a port the kernel chooses, as ranks and gateways find theirs. Raises OSError."""
-        listener = self._listener = socket.create_server((host, 0))
+        listener = socket.create_server((host, 0))
         threading.Thread(target=_echo, args=(listener,), name="echo", daemon=True).start()
         return int(listener.getsockname()[1])
 
@@ -112,32 +109,14 @@ class Probes:
         return await asyncio.gather(*(self._ask(node, "temp_dir") for node in self.nodes))
 
     async def links(self) -> list[Link]:
-        """Every ordered pair of nodes, tried at the same time. None with a single node."""
-        if len(self.nodes) < 2:
+        """Every ordered pair of the nodes that answer, all tried at the same time. None with a single node."""
+        nodes = [node for node in self.nodes if node.node_id not in self._given_up]
+        if len(nodes) < 2:
             return []
-        ports = await asyncio.gather(*(self._ask(node, "listen", node.address) for node in self.nodes))
-        found: list[Link] = []
-        listening: dict[str, int] = {}
-        for node, port in zip(self.nodes, ports, strict=True):
-            if port.value is not None:
-                listening[node.node_id] = port.value
-        found = [
-            pair
-            for pairs in await asyncio.gather(*(self._reach(node, listening) for node in self.nodes))
-            for pair in pairs
-        ]
-        for node, port in zip(self.nodes, ports, strict=True):
-            if port.value is None:
-                found += [
-                    Link(
-                        source=other.address,
-                        target=node.address,
-                        failure=f"nothing could listen there ({port.failure})",
-                    )
-                    for other in self.nodes
-                    if other is not node
-                ]
-        return found
+        ports = await asyncio.gather(*(self._ask(node, "listen", node.address) for node in nodes))
+        listeners = list(zip(nodes, ports, strict=True))
+        found = await asyncio.gather(*(self._reach(node, listeners) for node in nodes))
+        return [link for links in found for link in links]
 
     def close(self) -> None:
         """Ends the probes' processes. Idempotent."""
@@ -146,14 +125,18 @@ class Probes:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
 
-    async def _reach(self, node: RayNode, listening: Mapping[str, int]) -> list[Link]:
-        others = [other for other in self.nodes if other is not node and other.node_id in listening]
-        targets = [(other.address, listening[other.node_id]) for other in others]
+    async def _reach(self, node: RayNode, listeners: Sequence[tuple[RayNode, Answer[int]]]) -> list[Link]:
+        others = [(other, port) for other, port in listeners if other is not node]
+        targets = [(other.address, port.value) for other, port in others if port.value is not None]
         answer = await self._ask(node, "reach", targets)
-        failures = answer.value if answer.value is not None else [answer.failure] * len(others)
+        reached = iter([answer.failure] * len(targets) if answer.value is None else answer.value)
         return [
-            Link(source=node.address, target=other.address, failure=failure)
-            for other, failure in zip(others, failures, strict=True)
+            Link(
+                source=node.address,
+                target=other.address,
+                failure=f"nothing could listen there ({port.failure})" if port.value is None else next(reached),
+            )
+            for other, port in others
         ]
 
     async def _ask(self, node: RayNode, method: str, *arguments: Any) -> Answer[Any]:

@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from cluster.cloud.doctor.facts import Failed, Reduced
 from cluster.cloud.doctor.judge.ranks import Gang
 from cluster.replicas import probe_ranks
-from cluster.replicas.probe import NodeProbe
+from cluster.replicas.probe import NodeProbe, Probes, RayNode
 from workers.errors import GroupError
 from workers.probe import Joined, Measured, Where
 from workers.shard import Rendezvous
@@ -36,11 +36,28 @@ def test_a_listener_is_reached_and_told_from_others():
         answering.join()
 
 
-class FakeRank:
-    """An actor whose methods answer what they are told: a value, an exception, or HANG."""
+class FakeActor:
+    """Its methods answer what they are told: a value, an exception, or HANG. `asked` has their names."""
 
     HANG = object()
 
+    def __init__(self, **answers) -> None:
+        self.asked: list[str] = []
+        for name, answer in answers.items():
+            remote = lambda *a, name=name, answer=answer, **k: self._answer(name, answer)  # noqa: E731
+            setattr(self, name, SimpleNamespace(remote=remote))
+
+    def _answer(self, name, answer) -> asyncio.Future:
+        self.asked.append(name)
+        future = asyncio.get_running_loop().create_future()
+        if isinstance(answer, BaseException):
+            future.set_exception(answer)
+        elif answer is not self.HANG:
+            future.set_result(answer)
+        return future
+
+
+class FakeRank(FakeActor):
     def __init__(self, **answers) -> None:
         defaults = {
             "address": Rendezvous("10.0.0.1", 1, 2),
@@ -49,16 +66,41 @@ class FakeRank:
             "where": Where("is joining the group at 10.0.0.1:1", (1,)),
             "close": None,
         }
-        for name, answer in (defaults | answers).items():
-            setattr(self, name, SimpleNamespace(remote=lambda *a, answer=answer, **k: self._answer(answer)))
+        super().__init__(**(defaults | answers))
 
-    def _answer(self, answer) -> asyncio.Future:
-        future = asyncio.get_running_loop().create_future()
-        if isinstance(answer, BaseException):
-            future.set_exception(answer)
-        elif answer is not self.HANG:
-            future.set_result(answer)
-        return future
+
+def probes(*actors: FakeActor) -> Probes:
+    """On nodes 10.0.0.0, 10.0.0.1 and so on."""
+    found = Probes([], timeout_s=0.1)
+    for i, actor in enumerate(actors):
+        found.nodes.append(RayNode(node_id=f"n{i}", address=f"10.0.0.{i}", num_cpus=1.0, num_gpus=0.0))
+        found._actors[f"n{i}"] = actor
+    return found
+
+
+async def test_links_are_every_pair_both_ways():
+    cannot_listen = failed(OSError(99, "Cannot assign requested address"))
+    found = await probes(
+        FakeActor(listen=4000, reach=["refused"]),
+        FakeActor(listen=4001, reach=[None]),
+        FakeActor(listen=cannot_listen, reach=[None, None]),
+    ).links()
+    failures = {(link.source[-1], link.target[-1]): link.failure for link in found}
+    assert len(found) == 6
+    assert failures.pop(("0", "1")) == "refused"
+    assert "Cannot assign requested address" in failures.pop(("0", "2"))
+    assert "Cannot assign requested address" in failures.pop(("1", "2"))
+    assert set(failures.values()) == {None}
+
+
+async def test_a_node_that_is_silent_is_waited_for_once():
+    silent, dead, well = FakeActor(run=FakeActor.HANG), FakeActor(run=RayActorError()), FakeActor(run=b"{}", listen=1)
+    trio = probes(silent, dead, well)
+    answers = await trio.run(len, [()] * 3)
+    assert [a.value for a in answers] == [None, None, b"{}"]
+    assert answers[0].failure == "it gave no answer in 0.1 s" and answers[1].failure
+    assert await trio.links() == []
+    assert (silent.asked, dead.asked) == (["run"], ["run"])
 
 
 @pytest.fixture

@@ -18,10 +18,12 @@ def judge_network(nodes: Sequence[Node], *, device: Device) -> Iterator[Finding]
 
 
 def judge_links(links: Sequence[Link], nodes: Sequence[Node]) -> Iterator[Finding]:
-    """links: every pair of nodes, both ways; none on a single node."""
+    """links: every pair of nodes that answer, both ways; none on a single node."""
     broken = [link for link in links if link.failure is not None]
     if links and not broken:
-        yield ok("ports", f"All {len(nodes)} nodes reach each other on ports the kernel chose.")
+        yield ok(
+            "ports", f"All {len({link.source for link in links})} nodes reach each other on ports the kernel chose."
+        )
     ranges = {_network(n).ephemeral_ports for n in nodes if n.machine is not None} - {None}
     ports = ", ".join(f"{low} to {high}" for low, high in sorted(r for r in ranges if r is not None)) or "all ports"
     for link in broken[:SHOWN_LINKS]:
