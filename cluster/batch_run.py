@@ -29,7 +29,6 @@ from cluster.batch.runner import run_batch
 from cluster.batch.steps import Lines, StoppedError, conclude, refused
 from cluster.batch.store import Store
 from cluster.batch_watch import Watch
-from cluster.batch_watch import snapshot_of as snapshot_of
 from cluster.config import ServeConfig, chat_template, detect_device, engine_config
 from cluster.console import Console
 from cluster.models import resolve_model
