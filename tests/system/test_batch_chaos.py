@@ -1,7 +1,7 @@
 """Batches of 2,000 lines while every kind of process is killed with SIGKILL at random moments, on the three places a batch runs.
 
 Whoever died is started again as an operator would; at the end every line is there exactly once over output and error files, with the
-answer of an undisturbed run. Also full and read-only disks, and nodes that come and go with a batch on a Ray that scales itself.
+answer of an undisturbed run. Also lines that kill their rank, and full and read-only disks.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import pytest
 from batch_chaos import Kill, TormentedBatch, Undisturbed, kill_rank, undisturbed
 from batch_command import BatchCommand, answers, ranks_of, wait_until
 from ray_hosts import RayHosts, can_make_namespaces, free_port
-from scaling_hosts import num_raylets, scaling_hosts
 from system_server import API_KEY, Server
 
 pytestmark = pytest.mark.chaos
@@ -259,38 +258,5 @@ def test_a_full_and_a_read_only_disk_lose_nothing(asked: Undisturbed, small_disk
         batch.resume()
         batch.check_end()
         assert not batch.store.exists()
-    finally:
-        batch.command.close()
-
-
-@pytest.fixture
-def scaling(tmp_path: Path) -> Iterator[RayHosts]:
-    hosts = scaling_hosts(tmp_path)
-    try:
-        yield hosts
-    finally:
-        hosts.close()
-
-
-@pytest.mark.timeout(900)
-def test_nodes_come_work_and_go_with_a_batch(asked: Undisturbed, tmp_path: Path, scaling: RayHosts) -> None:
-    options = ("--ray-address", scaling.address, "--max-replicas", "2", "--max-num-seqs", "4")
-    assert num_raylets(scaling) == 1
-    batch = TormentedBatch(tmp_path, asked, log=tmp_path / "log", options=options, env=scaling.env)
-    figures = {}
-    try:
-        for count in (2, 3):
-            wait_until(
-                lambda count=count: num_raylets(scaling) >= count or not batch.command.is_running,
-                timeout_s=300,
-                what=f"{count - 1} nodes",
-            )
-            figures[f"{count - 1} node(s) came"] = time.monotonic() - batch.began
-            figures[f"lines answered by then ({count - 1})"] = batch.num_done
-        batch.check_end()
-        figures["all answered"] = time.monotonic() - batch.began
-        wait_until(lambda: num_raylets(scaling) == 1, timeout_s=200, what="the nodes are given back")
-        figures["no node left"] = time.monotonic() - batch.began
-        print(json.dumps({name: round(value, 1) for name, value in figures.items()}), flush=True)
     finally:
         batch.command.close()
