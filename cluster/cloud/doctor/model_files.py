@@ -90,12 +90,8 @@ def read_header(file: Path) -> bytes:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
         raise _BadFileError(f"{file} has a header that is not safetensors'.") from e
     if num_bytes != expected:
-        what = (
-            f"truncated: {size(num_bytes)} of {size(expected)} are there"
-            if num_bytes < expected
-            else "longer than its header says"
-        )
-        raise _BadFileError(f"{file} is {what}.")
+        what = "truncated" if num_bytes < expected else "longer than its header says"
+        raise _BadFileError(f"{file} is {what}: {num_bytes:,} bytes, where {expected:,} belong.")
     return header
 
 

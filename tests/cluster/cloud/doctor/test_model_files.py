@@ -130,7 +130,7 @@ def only_pickles(folder):
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (truncate, ["model-00002-of-00002.safetensors is truncated: ", " MiB of "]),
+        (truncate, ["model-00002-of-00002.safetensors is truncated: ", " bytes, where "]),
         (lengthen, ["model-00002-of-00002.safetensors is longer than its header says"]),
         (cut_header, ["model-00002-of-00002.safetensors (0.0 MiB) is truncated in its header"]),
         (empty, ["model-00002-of-00002.safetensors (0.0 MiB) is truncated in its header"]),
