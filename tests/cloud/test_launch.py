@@ -9,7 +9,7 @@ import pytest
 from sky_client import Sky, env_options, on_slurm
 from slurm_cloud import NODE_IPS, SlurmCloud
 
-pytestmark = [pytest.mark.cloud, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cloud, pytest.mark.timeout(3600)]
 API_KEY = "a-key-for-tests"
 SERVE_SECRETS = {"HF_TOKEN": "", "TRAMONTANE_API_KEY": API_KEY}
 BODY = {"model": "demo_model", "prompt": "def fibonacci(n):", "max_tokens": 48, "temperature": 0.5, "seed": 6}
@@ -32,10 +32,10 @@ def completion(cloud: SlurmCloud, endpoint: str) -> str:
 
 def wait_until_ready(cloud: SlurmCloud, sky: Sky, cluster: str, endpoint: str) -> None:
     """As the YAMLs say, and with the job's log if it comes to nothing."""
-    retry = ["--retry", "60", "--retry-delay", "5", "--retry-all-errors", "-fsS"]
+    retry = ["--retry", "200", "--retry-delay", "5", "--retry-all-errors", "-fsS"]
     command = ["curl", *retry, "-H", f"Authorization: Bearer {API_KEY}", f"{endpoint}/health/ready"]
     try:
-        cloud.run(command, timeout_s=400)
+        cloud.run(command, timeout_s=1200)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{sky('logs', cluster, '--no-follow')}") from error
 
@@ -74,6 +74,8 @@ def test_cluster(cloud: SlurmCloud, sky: Sky, figures: dict[str, str]) -> None:
         )
         return {rank["node_ip"] for replica in json.loads(view)["replicas"] for rank in replica["ranks"]}
 
-    cloud.wait_for(lambda: nodes() == {NODE_IPS["n1"], NODE_IPS["n2"]}, what="a replica on each node", timeout_s=120)
+    cloud.wait_for(
+        lambda: nodes() == {NODE_IPS["n1"], NODE_IPS["n2"]}, what="a replica on each node", timeout_s=600, every_s=2.0
+    )
     figures["cluster.yaml: a replica on each node"] = f"{time.monotonic() - start:.0f} s"
     sky("down", "--yes", "two")

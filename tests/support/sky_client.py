@@ -33,7 +33,7 @@ class Sky:
         self._cloud = cloud
         self._command = Path(sys.executable).parent / "sky"
 
-    def __call__(self, *arguments: str | Path, timeout_s: float = 300) -> str:
+    def __call__(self, *arguments: str | Path, timeout_s: float = 900) -> str:
         """`sky ARGUMENTS`, from the checkout; what it says."""
         output = self._cloud.run([self._command, *arguments], env=ENV, timeout_s=timeout_s)
         return _COLOURS.sub("", output)
