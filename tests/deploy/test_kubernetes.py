@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,13 @@ def test_gateway_and_ranks_read_the_same_model_from_the_same_folder() -> None:
         (main,) = TEMPLATES[name]["spec"]["containers"]
         assert {"name": "models", "mountPath": mount} in main["volumeMounts"] and served().model.startswith(mount)
     assert served().served_model_name == of_kind("ConfigMap")["data"]["MODEL"]
+
+
+def test_the_command_that_downloads_ends_well_with_the_pinned_releases() -> None:
+    """With a typer that does not fit click, `hf` fails behind its work, and a pod would start again for ever."""
+    command = [str(Path(sys.executable).parent / "hf"), "version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_probes_ask_what_exists_and_the_drain_fits_into_the_grace_period() -> None:
