@@ -26,7 +26,7 @@ CLUSTER = "lab"  # SkyPilot's name of the Slurm cluster
 PARTITION = "gpu"
 LAPTOP_IP = "10.77.0.254"
 NODE_IPS = {"c0": "10.77.0.1", "n1": "10.77.0.11", "n2": "10.77.0.12"}
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
 
 
 class SlurmCloud:
