@@ -93,7 +93,10 @@ def examine(order: Order, console: Console) -> Examination:
         outcome: Outcome | None = None
         if order.tries_ranks and (cluster is not None or order.ray_address is None):
             gang = choose_gang(nodes, device, order.tensor_parallel_size)
-            outcome = None if gang is None else _try(gang, order, console, nodes, cluster, findings)
+            if not any(holds_ranks(node, device) for node in nodes):
+                outcome = NotTried(reason=f"No node can hold a rank on {'a GPU' if device == 'cuda' else 'the CPU'}.")
+            elif gang is not None:
+                outcome = _try(gang, order, console, nodes, cluster, findings)
             if gang is None or outcome is not None:
                 findings += judge_all_reduce(outcome)
     findings.append(judge_port(order.host, order.port))
@@ -127,7 +130,14 @@ def _this_machine(order: Order, folder: Path | None) -> Node:
         str(default_data_dir(order.deployment)): "files and batches",
     }
     seen = msgspec.json.decode(look(disks, None if folder is None else str(folder)), type=Look)
-    return Node(address=LOCAL, machine=seen.machine, model=seen.model)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ray_gpus = float(_num_visible(visible)) if visible is not None and seen.machine.nvidia.gpus else None
+    return Node(address=LOCAL, machine=seen.machine, model=seen.model, ray_gpus=ray_gpus)
+
+
+def _num_visible(devices: str) -> int:
+    """How many GPUs CUDA_VISIBLE_DEVICES leaves to a Ray of our own; "-1" hides all."""
+    return sum(bool(device.strip()) and not device.strip().startswith("-") for device in devices.split(","))
 
 
 async def _look_at_nodes(

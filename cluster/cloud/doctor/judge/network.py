@@ -12,7 +12,8 @@ SHOWN_LINKS = 4
 
 def judge_network(nodes: Sequence[Node], *, device: Device) -> Iterator[Finding]:
     seen = [node for node in nodes if node.machine is not None]
-    several = len({_network(node).stack for node in seen}) > 1
+    # Nodes that could not be looked at are taken to be elsewhere.
+    several = len({_network(node).stack for node in seen}) > 1 or len(seen) < len(nodes)
     for node in seen:
         yield from _judge_interfaces(node, several=several, device=device)
 

@@ -12,6 +12,7 @@ from ray_hosts import free_port
 
 from cluster.cli import main
 from cluster.cloud.doctor import local
+from cluster.cloud.doctor.examine import _num_visible
 from cluster.config import detect_device
 from cluster.models import find_model
 from workers.errors import ConfigError
@@ -78,8 +79,19 @@ def test_ranks_that_cannot_share_the_model(port, capsys):
 def test_a_gpu_that_was_asked_for(port, capsys):
     if detect_device("auto") == "cuda":
         pytest.skip("there is one")
-    assert main([*QUICK, "--device", "cuda", "--port", str(port), "--json"]) == 1
-    assert sentences(json.loads(capsys.readouterr().out), "gpu", "problem")
+    assert main(["doctor", "--device", "cuda", "--port", str(port), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert sentences(report, "gpu", "problem")
+    assert report["all_reduce"] == {
+        "outcome": "not tried",
+        "reason": "No node can hold a rank on a GPU.",
+        "running": [],
+    }
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,1", 2), ("GPU-6d3a", 1), ("", 0), ("-1", 0), (" 2 , ", 1)])
+def test_gpus_that_the_environment_leaves(visible, count):
+    assert _num_visible(visible) == count
 
 
 def test_a_ray_address_where_nothing_answers_is_a_finding_beside_the_machines_own(port, capsys):

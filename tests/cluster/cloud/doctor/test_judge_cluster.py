@@ -120,9 +120,14 @@ def several(node):
     ],
 )  # fmt: skip
 def test_interfaces(nodes, device, severity, said):
-    found = summarized(judge_network([*nodes, SILENT], device=device))
+    found = summarized(judge_network(nodes, device=device))
     assert len(found) == len(nodes)
     assert found[-1][0] == severity and said in found[-1][2], found
+
+
+def test_a_node_that_is_silent_is_elsewhere():
+    ((severity, _, sentence),) = summarized(judge_network([cpu_node(A), SILENT], device="cpu"))
+    assert severity == "ok" and "other hosts through eth0" in sentence
 
 
 def test_a_loopback_address_comes_with_the_ones_to_take():
