@@ -30,6 +30,7 @@ MAY_SEE = {
     "cluster/replicas/probe_ranks.py": {"workers.probe"},
     "cluster/cloud/doctor/machine.py": {"workers.parallel.interface"},
     "cluster/cloud/doctor/model_files.py": {"workers.model.weight_files"},
+    "cluster/cloud/plan/models.py": {"workers.model.weight_files"},
 }
 SUBCLASSES = {
     ("cluster/replicas/rank_actor.py", "workers.shard")

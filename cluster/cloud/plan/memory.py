@@ -118,9 +118,8 @@ def activation_bytes(config: EngineConfig) -> int:
     mlp = 2 * stream + tokens * 4 * model.intermediate_size // size * itemsize
     # An embedding is read in float64.
     embedding = stream + tokens * model.hidden_size * 8
-    # Per row: this rank's part and the gathered whole, then float32 and its log-softmax.
-    row = (model.vocab_size // size + model.vocab_size) * itemsize + 2 * 4 * model.vocab_size
-    logits = stream + max(config.max_num_seqs, PROMPT_LOGITS_AT_ONCE) * row
+    # In float32, and their log-softmax.
+    logits = stream + max(config.max_num_seqs, PROMPT_LOGITS_AT_ONCE) * 2 * 4 * model.vocab_size
     return max(attention, mlp, embedding, logits)
 
 

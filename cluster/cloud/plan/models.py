@@ -9,7 +9,6 @@ from pathlib import Path
 
 from cluster.models import resolve_config, resolve_model
 from workers.config import ModelConfig, load_model_config
-from workers.model.weight_files import weight_files
 
 V0_1 = ModelConfig(
     vocab_size=32_000,
@@ -59,6 +58,8 @@ def describe_model(model: str, *, revision: str | None = None) -> PlannedModel:
             return PlannedModel(name=model, config=FAMILY[model])
         config = load_model_config(resolve_config(model, revision=revision))
         return PlannedModel(name=model, config=config, revision=revision)
+    from workers.model.weight_files import weight_files
+
     folder, _ = resolve_model(model)
     config = load_model_config(folder)
     return PlannedModel(

@@ -3,7 +3,8 @@
 Pure: values in, values out. When nothing fits it says what is missing and what would fit.
 """
 
-from collections.abc import Iterable, Sequence
+import bisect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.cloud.plan.gpus import GPUS, Gpu
@@ -14,8 +15,6 @@ from cluster.cloud.plan.roofline import Speed, Workload, speed
 from cluster.config import BLOCK_SIZES
 from workers.config import TENSOR_PARALLEL_SIZES, Dtype, EngineConfig, ModelConfig
 from workers.errors import ConfigError
-
-MAX_BATCHED_TOKENS = 1024  # EngineConfig's default, which a larger concurrency raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ class Question:
             block_size=BLOCK_SIZES["cuda"],
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_num_seqs=self.workload.concurrency,
-            max_num_batched_tokens=max(MAX_BATCHED_TOKENS, self.workload.concurrency),
+            max_num_batched_tokens=max(EngineConfig.max_num_batched_tokens, self.workload.concurrency),
         )
 
 
@@ -139,14 +138,18 @@ def refusal(question: Question, plans: Sequence[Plan], *, offers: Sequence[Offer
 def _remedies(question: Question, closest: Plan, offers: Sequence[Offer]) -> list[str]:
     """Less work on the same GPUs, more of them, or others: what the user can change."""
     remedies = []
-    config = question.engine(closest.tensor_parallel_size)
-    if (concurrency := closest.memory.max_sequences) > 0:
+    workload, size = question.workload, closest.tensor_parallel_size
+    block_size = closest.memory.block_size
+
+    def fits(smaller: Workload) -> bool:
+        return rank_memory(replace(question, workload=smaller).engine(size), closest.gpu).fits
+
+    concurrency = _largest(workload.concurrency, lambda n: fits(replace(workload, concurrency=n)))
+    if concurrency:
         remedies.append(f"--concurrency {concurrency}")
-    workload, block_size = question.workload, config.block_size
-    for context in range(workload.context // block_size * block_size, 0, -block_size):
-        if rank_memory(replace(config, max_model_len=context), closest.gpu).fits:
-            remedies.append(f"--context {context}")
-            break
+    num_blocks = _largest(workload.context // block_size, lambda n: fits(replace(workload, context=n * block_size)))
+    if num_blocks:
+        remedies.append(f"--context {num_blocks * block_size}")
     fitting = [p for p in make_plans(question, offers=offers) if p.fits]
     same = [p.tensor_parallel_size for p in fitting if p.gpu == closest.gpu]
     if same:
@@ -155,6 +158,11 @@ def _remedies(question: Question, closest: Plan, offers: Sequence[Offer]) -> lis
     if other is not None:
         remedies.append(f"--gpu {other.gpu.name} --tensor-parallel-size {other.tensor_parallel_size}")
     return remedies
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 1 to `limit` that fits, if all smaller ones do; 0 if none does."""
+    return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
 
 
 def _gb(num_bytes: int) -> str:

@@ -23,15 +23,17 @@ def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> Rende
     """`one_gpu`: show the sizes that do not fit as well; of many GPUs, only name them."""
     parts: list[RenderableType] = [Text(_headline(question)), Text()]
     fitting = [p for p in plans if p.fits]
-    shown = sorted(plans, key=lambda p: p.tensor_parallel_size) if one_gpu else fitting
+    shown = sorted(plans, key=lambda p: p.tensor_parallel_size) if one_gpu else [p for p in fitting if p.offers]
     if shown:
         parts += [_plan_table(shown, spot=question.spot), Text()]
     if not one_gpu and len(fitting) < len(plans):
-        rest = ", ".join(f"{p.tensor_parallel_size} {p.gpu.name}" for p in plans if not p.fits)
-        parts += [Text(f"Too small: {rest}."), Text()]
+        parts += [Text(f"Too small: {', '.join(_gpus(p) for p in plans if not p.fits)}."), Text()]
     if fitting:
         best = fitting[0]
-        parts += [Text(f"To take: {_machine(best)}"), _offer_table(best), Text()]
+        parts += [Text(f"To take: {_machine(question, best)}")]
+        if best.offers:
+            parts += [_offer_table(best), Text(_sources(best))]
+        parts += [Text()]
     return Group(*parts, Text(_ASSUMED))
 
 
@@ -99,7 +101,7 @@ def _plan_table(plans: Sequence[Plan], *, spot: bool) -> Table:
                 (
                     f"{speed.step_s * 1e3:.1f}",
                     f"{speed.tokens_per_s:,.0f}",
-                    f"{speed.prefill_s:.2f} s",
+                    f"{speed.prefill_s * 1e3:,.0f} ms",
                     *_costs(plan, price),
                 )
                 if plan.fits
@@ -126,9 +128,22 @@ def _offer_table(plan: Plan) -> Table:
     return table
 
 
-def _machine(plan: Plan) -> str:
-    gpus = f"{plan.tensor_parallel_size} {plan.gpu.name}, --tensor-parallel-size {plan.tensor_parallel_size}."
-    return gpus if plan.offers else f"{gpus} No cloud is known to rent exactly that; it is for machines of your own."
+def _machine(question: Question, plan: Plan) -> str:
+    gpus = f"{_gpus(plan)}, --tensor-parallel-size {plan.tensor_parallel_size}."
+    where = "" if question.cloud is None else f" on {question.cloud}"
+    return (
+        gpus if plan.offers else f"{gpus} No machine with exactly that is known{where}; it is for machines of your own."
+    )
+
+
+def _sources(plan: Plan) -> str:
+    prices = [p for offer in plan.offers for p in (offer.on_demand, offer.spot) if p is not None]
+    sources = dict.fromkeys(f"{p.source.name} ({p.source.date})" for p in prices)
+    return f"Prices: {'; '.join(sources)}."
+
+
+def _gpus(plan: Plan) -> str:
+    return f"{plan.tensor_parallel_size} {plan.gpu.name}"
 
 
 def _costs(plan: Plan, price: Price | None) -> tuple[str, str]:

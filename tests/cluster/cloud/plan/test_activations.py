@@ -2,7 +2,6 @@
 
 import weakref
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cluster.cloud.plan import memory
 from cluster.cloud.plan.models import V0_3
 from workers.config import EngineConfig
+from workers.engine import model_runner
 from workers.model.mistral import MistralForCausalLM
+from workers.parallel.group import SingleRank
 
 NUM_TOKENS = 256
 SMALL = replace(V0_3, hidden_size=512, num_attention_heads=4, num_key_value_heads=1, num_hidden_layers=2, vocab_size=64)
@@ -73,10 +74,9 @@ def test_activations_are_those_of_the_model(changes, what):
         max_model_len=NUM_TOKENS,
         max_num_batched_tokens=NUM_TOKENS,
     )
-    tp: Any = SimpleNamespace(rank=0, size=1, gather=lambda x: x)
     model = MistralForCausalLM(
         config.model,
-        tp=tp,
+        tp=SingleRank(torch.device("cpu")),
         backend=NoAttention(),
         dtype=torch.bfloat16,
         device="cpu",
@@ -93,3 +93,7 @@ def test_activations_are_those_of_the_model(changes, what):
         logits.log_softmax(dim=-1)
     planned = memory.activation_bytes(config)
     assert seen.peak * 0.95 < planned < seen.peak * 1.25, f"{what}: {planned:,} planned, {seen.peak:,} seen"
+
+
+def test_the_plan_knows_how_many_rows_of_logits_exist_at_a_time():
+    assert memory.PROMPT_LOGITS_AT_ONCE == model_runner.PROMPT_LOGITS_AT_ONCE

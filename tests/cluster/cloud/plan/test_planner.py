@@ -83,7 +83,8 @@ def test_a_refusal_has_the_numbers_and_every_remedy_works(model, gpu, size):
 
 
 def test_nothing_in_the_world_is_large_enough():
-    sentence = str(refusal(question(concurrency=100_000), [make_plan(question(concurrency=100_000), GPUS["L4"], 1)]))
+    asked = question(concurrency=100_000)
+    sentence = str(refusal(asked, [make_plan(asked, GPUS["L4"], 1)], offers=OFFERS))
     assert "--gpu" not in sentence
     assert "--concurrency" in sentence
 
