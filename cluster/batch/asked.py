@@ -49,6 +49,7 @@ def job_of(args: Namespace) -> Job:
         if output == locations.STANDARD:
             raise ConfigError("--part writes several files, which stdout cannot be; name an output.")
         output, errors = part.location(output), part.location(errors)
+        _check_source(source)  # its size is asked for below
     template_of(request, "")
     format_of(request, source)
     return new_job(
@@ -121,10 +122,14 @@ def job_in(folder: JobFolder, asked: Job, *, overwrite: bool) -> Job | None:
 
 def check_places(job: Job) -> None:
     """Before hours of work are spent."""
-    if job.source != locations.STANDARD and not locations.exists(job.source):
-        raise ConfigError(f"{job.source} is not there; name a file to read.")
+    _check_source(job.source)
     locations.check_writable(job.output)
     locations.check_writable(job.errors)
+
+
+def _check_source(source: str) -> None:
+    if source != locations.STANDARD and not locations.exists(source):
+        raise ConfigError(f"{source} is not there; name a file to read.")
 
 
 def make_way(job: Job, *, overwrite: bool) -> None:

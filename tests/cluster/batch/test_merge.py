@@ -244,6 +244,8 @@ async def test_what_cannot_be_a_part(command: Command) -> None:
     source = command.write("in.jsonl", *PROMPTS)
     code, _, err = await command("run", str(source), "-o", "-", "--part", "0/2", "--url", command.url)
     assert code == 2 and "name an output" in err
+    code, _, err = await command.run(command.folder / "no.jsonl", "--part", "0/2")
+    assert code == 2 and "no.jsonl is not there" in err
     code, _, err = await command("merge", "-")
     assert code == 2 and "stdout" in err
     code, _, err = await command("merge", str(command.output))
