@@ -25,6 +25,7 @@ from workers.errors import ConfigError, GroupError
 PLACEMENT_TIMEOUT_S = 15.0  # longer than placement waits for one host to become free
 START_S = 60.0  # to import torch, on a cold disk
 ECHO_S = 1.0  # others learn of a failure and say more
+NCCL_PATIENCE, CPU_PATIENCE = 0.8, 2.0  # of a collective's own limit
 ASK_S = 3.0  # of a rank that may hang
 _RANK = re.compile(r"(?P<deployment>.+)-(?P<replica>r\d+)-[0-9a-f]+-rank(?P<rank>\d+)")
 
@@ -80,8 +81,10 @@ class _Trial:
             joined = await self._on_ranks(
                 self._actors, "join", *meeting[0], same_host=not several_hosts, timeout_s=START_S + self._timeout_s
             )
-            # Each collective has its own limit; the whole is bounded for the case that even that fails.
-            measured = await self._on_ranks(self._actors, "measure", timeout_s=2 * self._timeout_s)
+            # On the CPU each collective has its own limit. NCCL's watchdog ends the process at that limit, so the ranks are
+            # asked before whom they wait for.
+            patience = NCCL_PATIENCE if self._gang.device == "cuda" else CPU_PATIENCE
+            measured = await self._on_ranks(self._actors, "measure", timeout_s=patience * self._timeout_s)
             await self._on_ranks(self._actors, "close", timeout_s=ASK_S)
         except _RankError as e:
             waiting = await asyncio.gather(*(self._where(rank) for rank in e.unfinished))
@@ -133,7 +136,7 @@ class _Trial:
             if not failures and not pending:
                 return [task.result() for task in tasks]
             if not failures:
-                raise _RankError(f"{method!r} did not end in {timeout_s:g} s", tuple(unfinished), unfinished)
+                raise _RankError(f"{method!r} did not end in {timeout_s:g} s", (), unfinished)
             # A rank that names others knows more than one that says that something broke.
             rank = max(failures, key=lambda r: len(_suspects(failures[r])))
             raise _RankError(_sentence(rank, failures[rank]), _suspects(failures[rank]), unfinished)

@@ -90,15 +90,10 @@ def examine(order: Order, console: Console) -> Examination:
             findings += judge_division(folder, order.tensor_parallel_size)
         findings += _judge_all(nodes, order=order, device=device)
         findings += judge_links(links, nodes)
-        outcome: Outcome | None = None
+        outcome = None
         if order.tries_ranks and (cluster is not None or order.ray_address is None):
-            gang = choose_gang(nodes, device, order.tensor_parallel_size)
-            if not any(holds_ranks(node, device) for node in nodes):
-                outcome = NotTried(reason=f"No node can hold a rank on {'a GPU' if device == 'cuda' else 'the CPU'}.")
-            elif gang is not None:
-                outcome = _try(gang, order, console, nodes, cluster, findings)
-            if gang is None or outcome is not None:
-                findings += judge_all_reduce(outcome)
+            outcome, about_ranks = _try_ranks(order, console, nodes, device=device, cluster=cluster)
+            findings += about_ranks
     findings.append(judge_port(order.host, order.port))
     return Examination(findings=findings, nodes=nodes, all_reduce=outcome)
 
@@ -217,31 +212,31 @@ def _rank_bytes(node: Node, *, size: int, device: Device) -> int | None:
     return int(model.num_bytes * factor / size)
 
 
-def _try(
-    gang: Gang,
-    order: Order,
-    console: Console,
-    nodes: Sequence[Node],
-    cluster: "RayCluster | None",
-    findings: list[Finding],
-) -> Outcome | None:
-    """None if Ray could not be started, which is a finding then."""
-    if cluster is not None:
-        return _run_trial(gang, order, console)
-    if gang.device == "cuda" and (busy := busy_gpus(nodes[0])):
-        return NotTried(reason=f"GPU {', '.join(map(str, busy))} of this machine are in use.")
-    from cluster.replicas.ray_cluster import connect
+def _try_ranks(
+    order: Order, console: Console, nodes: Sequence[Node], *, device: Device, cluster: "RayCluster | None"
+) -> tuple[Outcome | None, list[Finding]]:
+    """The all-reduce, if there is anything to try, and what is to be said of it. cluster: None for a Ray of our own."""
+    gang = choose_gang(nodes, device, order.tensor_parallel_size)
+    outcome: Outcome | None = None
+    if not any(holds_ranks(node, device) for node in nodes):
+        outcome = NotTried(reason=f"No node can hold a rank on {'a GPU' if device == 'cuda' else 'the CPU'}.")
+    elif gang is not None and cluster is not None:
+        outcome = _run_trial(gang, order, console)
+    elif gang is not None and gang.device == "cuda" and (busy := busy_gpus(nodes[0])):
+        outcome = NotTried(reason=f"GPU {', '.join(map(str, busy))} of this machine are in use.")
+    elif gang is not None:
+        from cluster.replicas.ray_cluster import connect
 
-    try:
-        with console.phase("Starting Ray"):
-            own = connect(None, namespace=NAMESPACE, num_cpus=gang.tensor_parallel_size, log_to_driver=False)
-    except ConfigError as e:
-        findings.append(problem("ray", *sentence_and_remedy(e, otherwise=RAY_REMEDY)))
-        return None
-    try:
-        return _run_trial(gang, order, console)
-    finally:
-        own.close()
+        try:
+            with console.phase("Starting Ray"):
+                own = connect(None, namespace=NAMESPACE, num_cpus=gang.tensor_parallel_size, log_to_driver=False)
+        except ConfigError as e:
+            return None, [problem("ray", *sentence_and_remedy(e, otherwise=RAY_REMEDY))]
+        try:
+            outcome = _run_trial(gang, order, console)
+        finally:
+            own.close()
+    return outcome, judge_all_reduce(outcome)
 
 
 def _run_trial(gang: Gang, order: Order, console: Console) -> Outcome:

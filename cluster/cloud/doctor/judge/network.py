@@ -7,6 +7,7 @@ from cluster.cloud.doctor.facts import Link, Network, Node
 from cluster.cloud.doctor.findings import Finding, ok, problem, warning
 from cluster.cloud.doctor.judge.ranks import Device
 
+CHECK = "interface"
 SHOWN_LINKS = 4
 
 
@@ -15,7 +16,7 @@ def judge_network(nodes: Sequence[Node], *, device: Device) -> Iterator[Finding]
     # Nodes that could not be looked at are taken to be elsewhere.
     several = len({_network(node).stack for node in seen}) > 1 or len(seen) < len(nodes)
     for node in seen:
-        yield from _judge_interfaces(node, several=several, device=device)
+        yield _judge_interface(node, several=several, device=device)
 
 
 def judge_links(links: Sequence[Link], nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -40,52 +41,34 @@ def judge_links(links: Sequence[Link], nodes: Sequence[Node]) -> Iterator[Findin
         yield problem("ports", f"{len(rest)} more pairs cannot reach each other: {pairs}.", "As above.")
 
 
-def _judge_interfaces(node: Node, *, several: bool, device: Device) -> Iterator[Finding]:
+def _judge_interface(node: Node, *, several: bool, device: Device) -> Finding:
+    """several: whether there are ranks elsewhere."""
     network, at = _network(node), node.address
     own = next((name for name, ip in network.interfaces.items() if ip == at), None)
-    gloo = network.gloo_interface
-    if gloo is not None and gloo not in network.interfaces:
+    gloo = network.gloo_interface.split(",") if network.gloo_interface else []
+    if unknown := [name for name in gloo if name not in network.interfaces]:
         remedy = f"Unset GLOO_SOCKET_IFNAME, or set it to one of {', '.join(network.interfaces)}."
-        yield problem("interface", f"GLOO_SOCKET_IFNAME names {gloo}, which this host has not.", remedy, node=at)
-        return
+        return problem(CHECK, f"GLOO_SOCKET_IFNAME names {unknown[0]}, which this host has not.", remedy, node=at)
     if not several:
-        yield ok("interface", "The ranks are on one host: they need no network between them.", node=at)
-        return
+        return ok(CHECK, "The ranks are on one host: they need no network between them.", node=at)
+    address = f"Start Ray there again with --node-ip-address set to an address of its own{_candidates(network)}."
     if _is_loopback(at):
-        remedy = (
-            f"Start Ray there again with --node-ip-address set to an address that the other nodes reach"
-            f"{_candidates(network)}."
-        )
-        yield problem(
-            "interface", f"Ray knows this node as {at}, which means another machine on every node.", remedy, node=at
-        )
-        return
+        sentence = f"Ray knows this node as {at}, which means another machine on every node."
+        return problem(CHECK, sentence, address, node=at)
     if own is None:
-        remedy = f"Start Ray there again with --node-ip-address set to an address of its own{_candidates(network)}."
-        yield problem("interface", f"Ray knows this node as {at}, which no interface of it has.", remedy, node=at)
-        return
-    if gloo is not None and gloo != own:
-        what = problem if _is_loopback(network.interfaces[gloo]) else warning
+        return problem(CHECK, f"Ray knows this node as {at}, which no interface of it has.", address, node=at)
+    if gloo and gloo != [own]:
+        what = problem if any(_is_loopback(network.interfaces[name]) for name in gloo) else warning
         remedy = f"Unset GLOO_SOCKET_IFNAME in the environment of `ray start`, or set it to {own}."
-        yield what(
-            "interface",
-            f"GLOO_SOCKET_IFNAME names {gloo}, while the other nodes know this one by {own}.",
-            remedy,
-            node=at,
-        )
-        return
+        sentence = f"GLOO_SOCKET_IFNAME names {','.join(gloo)}, while the other nodes know this one by {own}."
+        return what(CHECK, sentence, remedy, node=at)
     if device == "cuda" and (others := _nccl_candidates(network, own)):
         remedy = f"Set NCCL_SOCKET_IFNAME={own} in the environment of `ray start`."
-        yield warning(
-            "interface",
-            f"NCCL may use {', '.join(others)} beside {own}, over which the nodes know each other.",
-            remedy,
-            node=at,
-        )
-        return
+        sentence = f"NCCL may use {', '.join(others)} beside {own}, over which the nodes know each other."
+        return warning(CHECK, sentence, remedy, node=at)
     name = network.hostname_address
     aside = f"; its own name means {name}, which ranks do not use" if name is not None and _is_loopback(name) else ""
-    yield ok("interface", f"Ranks talk to other hosts through {own} ({at}){aside}.", node=at)
+    return ok(CHECK, f"Ranks talk to other hosts through {own} ({at}){aside}.", node=at)
 
 
 def _nccl_candidates(network: Network, own: str) -> list[str]:
