@@ -179,8 +179,8 @@ def _judge_all(nodes: Sequence[Node], *, order: Order, device: Device) -> Iterat
             )
             yield problem("node", sentence, remedy, node=node.address)
     yield from judge_versions(nodes, device=device)
-    # A head that holds no ranks does not need the weights.
-    yield from judge_models([node for node in nodes if holds_ranks(node, device)])
+    # A head that holds no ranks does not need the weights; a machine alone is asked for them whatever else is wrong.
+    yield from judge_models([node for node in nodes if node.address == LOCAL or holds_ranks(node, device)])
     yield from judge_network(nodes, device=device)
     size = order.tensor_parallel_size or 1  # as `serve` takes it
     for node in nodes:
@@ -219,11 +219,12 @@ def _try_ranks(
     gang = choose_gang(nodes, device, order.tensor_parallel_size)
     outcome: Outcome | None = None
     if not any(holds_ranks(node, device) for node in nodes):
-        outcome = NotTried(reason=f"No node can hold a rank on {'a GPU' if device == 'cuda' else 'the CPU'}.")
+        where = "a GPU" if device == "cuda" else "the CPU"
+        outcome = NotTried(reason=f"No node can hold a rank on {where}.", remedy="The other findings say why.")
     elif gang is not None and cluster is not None:
         outcome = _run_trial(gang, order, console)
     elif gang is not None and gang.device == "cuda" and (busy := busy_gpus(nodes[0])):
-        outcome = NotTried(reason=f"GPU {', '.join(map(str, busy))} of this machine are in use.")
+        outcome = NotTried(reason=f"In use by others: GPU {', '.join(map(str, busy))}.")
     elif gang is not None:
         from cluster.replicas.ray_cluster import connect
 

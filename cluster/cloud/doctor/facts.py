@@ -156,7 +156,8 @@ class RunningReplica(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NotTried(msgspec.Struct, frozen=True, kw_only=True):
-    """No ranks were started, since that would have taken from somebody. `running`: who says what the trial would have said."""
+    """No ranks were started: there is no place for them, or it is somebody's. `running`: who says what the trial would have said."""
 
     reason: str
+    remedy: str = "Run this again when they are free, or ask for fewer ranks with --tensor-parallel-size."
     running: tuple[RunningReplica, ...] = ()

@@ -73,7 +73,7 @@ def _processes(run: Run) -> dict[str, list[GpuProcess]]:
         )
         for row in _rows(answer, PROCESS_FIELDS):
             pid = int(row["pid"])
-            found[row["gpu_uuid"]].append(GpuProcess(pid=pid, name=_title(pid) or row["process_name"]))
+            found[row["gpu_uuid"]].append(GpuProcess(pid=pid, name=_ray_title(pid) or row["process_name"]))
     return found
 
 
@@ -96,12 +96,13 @@ def _mebibytes(value: str) -> int | None:
     return None if (known := _known(value)) is None else int(known) * MIB
 
 
-def _title(pid: int) -> str | None:
-    """What a process calls itself: Ray's workers carry their actor's class, which the executable's path does not."""
+def _ray_title(pid: int) -> str | None:
+    """What a worker of Ray's calls itself, which is its actor's class; None for others, and for pids of another namespace."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace") or None
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
     except OSError:
         return None
+    return title if title.startswith("ray::") else None
 
 
 def _run(command: Sequence[str]) -> str:

@@ -114,8 +114,7 @@ def _judge_failure(outcome: Failed) -> Finding:
 
 def _judge_not_tried(outcome: NotTried) -> Finding:
     if not outcome.running:
-        remedy = "Run this again when they are free, or ask for fewer ranks with --tensor-parallel-size."
-        return warning(CHECK, f"Not tried: {outcome.reason}", remedy)
+        return warning(CHECK, f"Not tried: {outcome.reason}", outcome.remedy)
     said = "; ".join(map(_running, outcome.running))
     return ok(
         CHECK, f"Not tried, since it would take from what serves: {outcome.reason} The replicas that run say: {said}."

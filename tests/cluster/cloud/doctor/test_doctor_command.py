@@ -82,11 +82,9 @@ def test_a_gpu_that_was_asked_for(port, capsys):
     assert main(["doctor", "--device", "cuda", "--port", str(port), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert sentences(report, "gpu", "problem")
-    assert report["all_reduce"] == {
-        "outcome": "not tried",
-        "reason": "No node can hold a rank on a GPU.",
-        "running": [],
-    }
+    assert report["all_reduce"]["outcome"] == "not tried"
+    assert report["all_reduce"]["reason"] == "No node can hold a rank on a GPU."
+    assert sentences(report, "model", "ok")
 
 
 @pytest.mark.parametrize(("visible", "count"), [("0,1", 2), ("GPU-6d3a", 1), ("", 0), ("-1", 0), (" 2 , ", 1)])

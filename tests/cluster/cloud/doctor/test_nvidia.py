@@ -1,6 +1,8 @@
 """What nvidia-smi says becomes facts: recorded answers, refusals, and nonsense; no GPU is needed."""
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,10 +55,17 @@ def test_two_a10g_one_of_them_in_use(dev):
     assert busy.processes == (GpuProcess(pid=99999999, name="/usr/bin/python, 3.11"),)
 
 
-def test_a_process_is_named_as_it_names_itself(dev):
-    pid = str(__import__("os").getpid())
-    found = read_nvidia(Smi(A10G, f"GPU-6d3a2c6c-6b7e-2c05-8e5b-0b8a3f0e1a10, {pid}, /usr/bin/whatever\n"), dev=dev)
-    assert found.gpus[0].processes[0].name == Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+def test_a_worker_of_ray_is_named_by_its_actor(dev):
+    code = "print(flush=True); input()"
+    command = ["ray::RankActor", "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, executable=sys.executable, **pipes) as worker:
+        worker.stdout.readline()
+        uuid = "GPU-6d3a2c6c-6b7e-2c05-8e5b-0b8a3f0e1a10"
+        answer = f"{uuid}, {worker.pid}, /usr/bin/python3\n{uuid}, {os.getpid()}, /usr/bin/other\n"
+        found = read_nvidia(Smi(A10G, answer), dev=dev)
+        worker.communicate(b"\n")
+    assert [p.name for p in found.gpus[0].processes] == ["ray::RankActor", "/usr/bin/other"]
 
 
 def test_what_is_not_known_stays_unknown():
