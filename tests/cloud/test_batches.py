@@ -65,17 +65,16 @@ def assert_each_once(bucket: Bucket, output: str, ids: list[str]) -> None:
     assert not bucket.names(f"{output}.errors")
 
 
-def wait_for_success(cloud: SlurmCloud, sky: Sky, jobs: set[int]) -> None:
+def wait_until_over(cloud: SlurmCloud, sky: Sky, jobs: set[int]) -> dict[int, str]:
+    """Their last statuses."""
+
     def over() -> bool:
         statuses = sky.jobs()
         return all(statuses[job] in JOB_IS_OVER for job in jobs)
 
     cloud.wait_for(over, what=f"jobs {jobs} to end", timeout_s=PATIENCE_S, every_s=POLL_S)
     statuses = sky.jobs()
-    for job in jobs:
-        if statuses[job] != "SUCCEEDED":
-            log = sky("jobs", "logs", "--controller", "--no-follow", str(job))
-            pytest.fail(f"job {job} is {statuses[job]}:\n{log}")
+    return {job: statuses[job] for job in jobs}
 
 
 def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str]) -> None:
@@ -103,7 +102,7 @@ def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, s
     cloud.wait_for(lambda: len(finished()) > len(before) + 2, what="another node to go on", timeout_s=PATIENCE_S)
     figures["batch.yaml: next parts after the node's death"] = f"{time.monotonic() - death:.0f} s"
     cloud.start_node(victim)
-    wait_for_success(cloud, sky, {job})
+    assert wait_until_over(cloud, sky, {job}) == {job: "SUCCEEDED"}, sky("jobs", "logs", "--no-follow", str(job))
     figures["batch.yaml: done after"] = f"{time.monotonic() - start:.0f} s"
     assert_each_once(bucket, "out", ids)
     figures["batch.yaml: lines"] = f"{len(ids)}, each once; a node killed after {len(before)} of {num_parts} parts"
@@ -112,16 +111,23 @@ def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, s
 def test_pool(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str]) -> None:
     num_jobs = 4
     ids = bucket.put_prompts("many.jsonl", 400)
-    before = set(sky.jobs())
     start = time.monotonic()
     pool = on_slurm("pool.yaml", cloud.home, pool={"max_workers": 2, "upscale_delay_seconds": 5})
     install = env_options({"MODEL": "", "INSTALL": ".[s3]"}, {"HF_TOKEN": ""})
     sky("jobs", "pool", "apply", "--yes", "--pool", "workers", pool, *install)
     envs = {"IN": "s3://bucket/many.jsonl", "OUT": "s3://bucket/answers.jsonl", "MODEL": ""}
-    options = env_options({**envs, **S3_ENVS}, S3_SECRETS)
-    launch = ["jobs", "launch", "--yes", "--detach-run", "--pool", "workers", "--num-jobs", str(num_jobs)]
-    sky(*launch, on_slurm("pool-job.yaml", cloud.home), *options)
-    jobs = set(sky.jobs()) - before
+    options = list(env_options({**envs, **S3_ENVS}, S3_SECRETS))
+
+    def launch() -> set[int]:
+        """Also again, as the YAML's comment says: only shares that are missing are answered then."""
+        before = set(sky.jobs())
+        yaml_file = on_slurm("pool-job.yaml", cloud.home)
+        sky(
+            "jobs", "launch", "--yes", "--detach-run", "-p", "workers", "--num-jobs", str(num_jobs), yaml_file, *options
+        )
+        return set(sky.jobs()) - before
+
+    jobs = launch()
     assert len(jobs) == num_jobs
 
     def busy() -> list[str]:
@@ -135,8 +141,12 @@ def test_pool(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, st
     victim = busy()[0]
     cloud.kill_node(victim)
     cloud.start_node(victim)
-    wait_for_success(cloud, sky, jobs)
-    figures["pool.yaml: done after"] = f"{time.monotonic() - start:.0f} s, a worker killed meanwhile"
+    statuses = sorted(wait_until_over(cloud, sky, jobs).values())
+    # SkyPilot 0.14 calls a job that has done its work FAILED_CONTROLLER when its worker cannot be reached at the end (its _cleanup).
+    assert set(statuses) <= {"SUCCEEDED", "FAILED_CONTROLLER"}
+    if "FAILED_CONTROLLER" in statuses:
+        wait_until_over(cloud, sky, launch())
+    figures["pool.yaml: done after"] = f"{time.monotonic() - start:.0f} s, a worker killed meanwhile: {statuses}"
     cloud.run([TRAMONTANE, "batch", "merge", "s3://bucket/answers.jsonl"], env={**S3_ENVS, **S3_SECRETS})
     assert_each_once(bucket, "answers", ids)
     sky("jobs", "pool", "down", "--yes", "workers")
