@@ -112,10 +112,11 @@ def activation_bytes(config: EngineConfig) -> int:
     stream = tokens * model.hidden_size * itemsize
     qk = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim // size
     v = model.num_key_value_heads * model.head_dim // size
+    angles = tokens * 2 * model.head_dim * 4
     # The residual stream and its normed copy; q, k and v; of q and k twice float32 and once more their own type while they are rotated.
-    attention = 2 * stream + tokens * ((qk + v) * itemsize + qk * (8 + itemsize))
-    # The same two; gate and up; silu(gate) and its product with up.
-    mlp = 2 * stream + tokens * 4 * model.intermediate_size // size * itemsize
+    attention = angles + 2 * stream + tokens * ((qk + v) * itemsize + qk * (8 + itemsize))
+    # The same two and the stream before attention; gate and up; silu(gate) and its product with up.
+    mlp = angles + 3 * stream + tokens * 4 * model.intermediate_size // size * itemsize
     # An embedding is read in float64.
     embedding = stream + tokens * model.hidden_size * 8
     # In float32, and their log-softmax.

@@ -92,7 +92,7 @@ def test_activations_are_those_of_the_model(changes, what):
         assert logits is not None
         logits.log_softmax(dim=-1)
     planned = memory.activation_bytes(config)
-    assert seen.peak * 0.95 < planned < seen.peak * 1.25, f"{what}: {planned:,} planned, {seen.peak:,} seen"
+    assert seen.peak * 0.98 < planned < seen.peak * 1.1, f"{what}: {planned:,} planned, {seen.peak:,} seen"
 
 
 def test_the_plan_knows_how_many_rows_of_logits_exist_at_a_time():
