@@ -121,22 +121,15 @@ class RayHosts:
             _run(["ip", "-n", name, "addr", "add", f"{ip}/24", "dev", "eth0"])
             _run(["ip", "-n", name, "link", "set", "eth0", "up"])
 
-    def add(self, host: int, num_cpus: int) -> None:
-        """A further node on a host that has one."""
-        self._start([f"--address={self.address}", f"--dashboard-agent-listen-port={free_port()}"], host, num_cpus)
-
     def start(self, host: int, num_cpus: int, options: Sequence[str] = ()) -> None:
         """The node on that host, which must not run, or not any more."""
         place = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={free_port()}"]
-        self._start([*(place if host == 0 else [f"--address={self.address}"]), *options], host, num_cpus)
-
-    def _start(self, place: Sequence[str], host: int, num_cpus: int) -> None:
         command = [
             *self.prefix(host), str(BIN / "ray"), "start", "--block", f"--num-cpus={num_cpus}", "--num-gpus=0",
             f"--node-ip-address={self.ips[host]}", "--object-store-memory=100000000", f"--temp-dir={self.folder}",
-            *place,
+            *(place if host == 0 else [f"--address={self.address}"]), *options,
         ]  # fmt: skip
-        log = self.folder / f"host{host}-{secrets.token_hex(2)}.log"
+        log = self.folder / f"host{host}.log"
         with log.open("w") as f:
             process = subprocess.Popen(command, stdout=f, stderr=f, env=self.env, start_new_session=True)
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -62,19 +62,37 @@ def notices(server: Server) -> list[dict]:
     return json.loads(server.get("/admin/cluster")[1])["notices"]
 
 
+HOLD = """
+import sys, ray
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+group = ray.util.placement_group([{"CPU": 1, f"node:{sys.argv[2]}": 0.001}])
+print(group.wait(60), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_cpu(hosts: RayHosts) -> Iterator[None]:
+    """Somebody else's on the first host, so that a replica has to go to the second."""
+    command = [*hosts.prefix(0), sys.executable, "-c", HOLD, hosts.address, hosts.ips[0]]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=hosts.env)
+    try:
+        assert process.stdout.readline() == "True\n"
+        yield
+    finally:
+        process.communicate("", timeout=60)
+
+
 def leave(cloud: str, *, has_spare: bool) -> None:
     """Four streams on two replicas, one of which is on the host that goes. has_spare: there is room for its successor."""
-    hosts = RayHosts([1, 1])
+    hosts = RayHosts([2 if has_spare else 1, 1])
     try:
-        with metadata_services(hosts, cloud):
-            server = RemoteServer(hosts, "--replicas", "2", "--preemption-notices", cloud)
-            try:
+        with metadata_services(hosts, cloud), contextlib.ExitStack() as stack:
+            with held_cpu(hosts) if has_spare else contextlib.nullcontext():
+                server = RemoteServer(hosts, "--replicas", "2", "--preemption-notices", cloud)
+                stack.callback(server.kill)
                 server.wait_ready(2)
-                if has_spare:
-                    hosts.add(0, 1)
-                check_leaving(hosts, server, cloud, has_spare=has_spare)
-            finally:
-                server.kill()
+            check_leaving(hosts, server, cloud, has_spare=has_spare)
     finally:
         hosts.close()
 
