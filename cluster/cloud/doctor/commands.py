@@ -52,7 +52,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--host", default="127.0.0.1", help="address that the endpoint shall have (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, help="port that the endpoint shall have (default: 8000)")
     parser.add_argument(
-        "--name", default=DEFAULT_DEPLOYMENT, help="the deployment's name in Ray (default: %(default)s)"
+        "--name",
+        default=DEFAULT_DEPLOYMENT,
+        help="the deployment's name, which its data directory has too (default: %(default)s)",
     )
     parser.add_argument(
         "--no-all-reduce",

@@ -28,6 +28,7 @@ from cluster.cloud.doctor.judge.ranks import (
     choose_gang,
     holds_ranks,
     judge_all_reduce,
+    judge_places,
 )
 from cluster.cloud.doctor.judge.resources import RAY_FILES, judge_disks, judge_memory, judge_shared_memory
 from cluster.cloud.doctor.judge.versions import judge_versions
@@ -81,6 +82,7 @@ def examine(order: Order, console: Console) -> Examination:
     with _joined(order, console, findings) as cluster:
         if cluster is not None:
             nodes, links = asyncio.run(_look_at_nodes(order, folder, console, findings))
+            findings += judge_places(nodes, choose_device(order.device, nodes))
         else:
             with console.phase("Looking at this machine"):
                 nodes, links = [_this_machine(order, folder)], []

@@ -48,6 +48,17 @@ def holds_ranks(node: Node, device: Device) -> bool:
     return node.ray_cpus is None or node.ray_cpus >= 1
 
 
+def judge_places(nodes: Sequence[Node], device: Device) -> list[Finding]:
+    """nodes: of a Ray cluster. Silent where a rank could be somewhere."""
+    if any(holds_ranks(node, device) for node in nodes):
+        return []
+    if device == "cuda":
+        remedy = "Add nodes with GPUs, see what is found about the driver on those that have some, or use --device cpu."
+        return [problem("ray", "No node has a GPU that both torch and Ray can use.", remedy)]
+    remedy = "Start Ray on the nodes that shall hold ranks without --num-cpus=0."
+    return [problem("ray", "No node has a CPU that Ray gives away: ranks have no place.", remedy)]
+
+
 def choose_gang(nodes: Sequence[Node], device: Device, tensor_parallel_size: int | None) -> Gang | None:
     """The ranks of one replica if its size was given, else ranks on all GPUs or, without any, on all nodes. None: one CPU rank."""
     holders = [node for node in nodes if holds_ranks(node, device)]

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from cluster.cloud.doctor.facts import Failed, Fault, Link, Node, NotTried, Reduced, RunningReplica, Waiting
 from cluster.cloud.doctor.judge.models import judge_models
 from cluster.cloud.doctor.judge.network import judge_links, judge_network
-from cluster.cloud.doctor.judge.ranks import Gang, choose_device, choose_gang, judge_all_reduce
+from cluster.cloud.doctor.judge.ranks import Gang, choose_device, choose_gang, judge_all_reduce, judge_places
 from cluster.cloud.doctor.judge.versions import judge_versions
 
 A, B, C = "10.0.0.1", "10.0.0.2", "10.0.0.3"
@@ -182,6 +182,23 @@ def test_models():
 )  # fmt: skip
 def test_which_ranks_are_tried(nodes, asked, size, expected):
     assert choose_gang(nodes, choose_device(asked, nodes), size) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "said"),
+    [
+        ([cpu_node(A), gpu_node(B)], "cuda", None),
+        ([cpu_node(A), SILENT], "cuda", "No node has a GPU"),
+        ([gpu_node(A, versions=VERSIONS)], "cuda", "No node has a GPU"),
+        ([replace(cpu_node(A), ray_cpus=0.0), cpu_node(B)], "cpu", None),
+        ([replace(cpu_node(A), ray_cpus=0.0)], "cpu", "No node has a CPU"),
+    ],
+)
+def test_a_cluster_without_a_place_for_ranks(nodes, device, said):
+    found = summarized(judge_places(nodes, device))
+    assert [(severity, sentence.startswith(said or "")) for severity, _, sentence in found] == (
+        [] if said is None else [("problem", True)]
+    )
 
 
 MEASURED = Reduced(ranks=(A, B), collectives="Gloo", interface="eth0", latency_s=0.0004, bus_bytes_per_s=1.2e9)
