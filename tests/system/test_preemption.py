@@ -22,8 +22,14 @@ from system_server import Server
 
 pytestmark = pytest.mark.chaos
 needs_namespaces = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")
-# Still running when AWS, which is asked every 5 s, has told.
-BODY = {"model": "demo_model", "prompt": "class Reader:\n", "max_tokens": 1200, "seed": 5, "ignore_eos": True}
+BODY = {
+    "model": "demo_model",
+    "prompt": "class Reader:\n",
+    "max_tokens": 200,
+    "seed": 5,
+    "ignore_eos": True,
+    "stream": True,
+}
 METADATA_IP = "169.254.169.254"
 GRACE_S = {"aws": 120, "gcp": 30, "azure": 30}
 FAKE = Path(__file__).parents[1] / "support" / "fake_metadata.py"
@@ -84,7 +90,7 @@ def held_cpu(hosts: RayHosts) -> Iterator[None]:
 
 
 def leave(cloud: str, *, has_spare: bool) -> None:
-    """Four streams on two replicas, one of which is on the host that goes. has_spare: there is room for its successor."""
+    """Four clients of two replicas, one of which is on the host that goes. has_spare: there is room for its successor."""
     hosts = RayHosts([2 if has_spare else 1, 1])
     try:
         with metadata_services(hosts, cloud), contextlib.ExitStack() as stack:
@@ -99,11 +105,12 @@ def leave(cloud: str, *, has_spare: bool) -> None:
 
 def check_leaving(hosts: RayHosts, server: RemoteServer, cloud: str, *, has_spare: bool) -> None:
     far = next(i for i, r in server.replicas().items() if hosts.ips[1] in nodes_of(r))
-    expected = text_of(server.curl("/v1/completions", {**BODY, "stream": True}))
-    readers = [Reader(server.curl("/v1/completions", {**BODY, "stream": True})) for _ in range(4)]
-    server.wait_for(lambda: all(r.num_events for r in readers), timeout_s=60, what="stream")
-    running = {i: r["load"]["num_running"] for i, r in server.replicas().items()}
-    assert running[far], "no stream runs on the node that goes"
+    expected = text_of(server.curl("/v1/completions", BODY))
+    clients = [Streams(server) for _ in range(4)]
+    server.wait_for(lambda: all(c.is_streaming for c in clients), timeout_s=60, what="stream")
+    server.wait_for(
+        lambda: server.replicas()[far]["load"]["num_running"] > 0, timeout_s=60, what="stream on the node that goes"
+    )
     others = ShortRequests(server)
     announced = time.time()
     announce(f"http://{METADATA_IP}", GRACE_S[cloud], prefix=hosts.prefix(1))
@@ -112,15 +119,13 @@ def check_leaving(hosts: RayHosts, server: RemoteServer, cloud: str, *, has_spar
         lambda: notices(server)[0]["drained_at"] is not None, timeout_s=GRACE_S[cloud], what="drain the node"
     )
     (notice,) = notices(server)
-    for reader in readers:
-        reader.join(200)
+    texts = [text for client in clients for text in client.stop()]
     statuses = others.stop()
     heard, drained = notice["seen_at"] - announced, notice["drained_at"] - announced
-    pause = max(reader.longest_pause for reader in readers)
-    print(
-        f"{cloud}: {running} running; heard of after {heard:.1f} s, drained after {drained:.1f} s, pause {pause:.1f} s"
-    )
-    assert [reader.text for reader in readers] == [expected] * len(readers)
+    pause = max(client.longest_pause for client in clients)
+    print(f"{cloud}: heard of after {heard:.1f} s, drained after {drained:.1f} s; ", end="")
+    print(f"{len(texts)} streams, longest pause {pause:.1f} s; {len(statuses)} short requests")
+    assert texts == [expected] * len(texts)
     assert statuses and set(statuses) == {200}, "requests that came meanwhile failed"
     assert drained < GRACE_S[cloud]
     assert server.metric("num_failovers_total") > 0
@@ -130,6 +135,35 @@ def check_leaving(hosts: RayHosts, server: RemoteServer, cloud: str, *, has_spar
     if has_spare:
         server.wait_ready(2)
         assert all(hosts.ips[1] not in nodes_of(r) for r in server.replicas("ready").values())
+
+
+class Streams(threading.Thread):
+    """One after another until `stop`, which returns their texts."""
+
+    def __init__(self, server: RemoteServer) -> None:
+        super().__init__(daemon=True)
+        self.longest_pause = 0.0
+        self._server = server
+        self._over = threading.Event()
+        self._texts: list[str | None] = []
+        self._reader: Reader | None = None
+        self.start()
+
+    @property
+    def is_streaming(self) -> bool:
+        return self._reader is not None and self._reader.num_events > 0
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            reader = self._reader = Reader(self._server.curl("/v1/completions", BODY))
+            reader.join(200)
+            self._texts.append(reader.text)
+            self.longest_pause = max(self.longest_pause, reader.longest_pause)
+
+    def stop(self) -> list[str | None]:
+        self._over.set()
+        self.join(250)
+        return self._texts
 
 
 class ShortRequests(threading.Thread):
