@@ -33,7 +33,7 @@ class Bucket:
         ids = [f"{name}-{i}" for i in range(num_lines)]
         path = self._cloud.home / name
         path.write_text(
-            "".join(json.dumps({"custom_id": i, "prompt": f"def {i}(", "max_tokens": 64}) + "\n" for i in ids)
+            "".join(json.dumps({"custom_id": i, "prompt": f"def {i}(", "max_tokens": 16}) + "\n" for i in ids)
         )
         self._curl("-T", str(path), f"{self.url}/{name}")
         return ids
@@ -79,7 +79,7 @@ def wait_until_over(cloud: SlurmCloud, sky: Sky, jobs: set[int]) -> dict[int, st
 
 def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str]) -> None:
     num_parts = 12
-    ids = bucket.put_prompts("in.jsonl", 600)
+    ids = bucket.put_prompts("in.jsonl", 360)
     start = time.monotonic()
     envs = {"IN": "s3://bucket/in.jsonl", "OUT": "s3://bucket/out.jsonl", "PARTS": str(num_parts), "MODEL": ""}
     options = env_options({**envs, "INSTALL": ".[s3]", **S3_ENVS}, {"HF_TOKEN": "", **S3_SECRETS})
@@ -110,7 +110,7 @@ def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, s
 
 def test_pool(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, str]) -> None:
     num_jobs = 4
-    ids = bucket.put_prompts("many.jsonl", 400)
+    ids = bucket.put_prompts("many.jsonl", 200)
     start = time.monotonic()
     pool = on_slurm("pool.yaml", cloud.home, pool={"max_workers": 2, "upscale_delay_seconds": 5})
     install = env_options({"MODEL": "", "INSTALL": ".[s3]"}, {"HF_TOKEN": ""})
