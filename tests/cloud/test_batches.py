@@ -92,7 +92,7 @@ def test_batch(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, s
     def begun_or_over() -> bool:
         return len(finished()) >= 3 or sky.jobs()[job] in JOB_IS_OVER
 
-    cloud.wait_for(begun_or_over, what="the first parts", timeout_s=PATIENCE_S, every_s=1.0)
+    cloud.wait_for(begun_or_over, what="the first parts", timeout_s=PATIENCE_S, every_s=POLL_S)
     figures["batch.yaml: three parts after"] = f"{time.monotonic() - start:.0f} s"
     victim = cloud.ssh("c0", "squeue --noheader --states=running --format=%N").strip()
     before = finished()
