@@ -81,7 +81,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise refusal(question, plans, offers=offers)
     if args.write is not None:
         write_task(args.write, question, best)
-        print(f"Wrote {args.write}; `sky launch -c tramontane {args.write}` rents it.", file=sys.stderr)
+        print(f"Wrote {args.write}; its first lines say how to launch it.", file=sys.stderr)
 
 
 def _question(args: argparse.Namespace, model: PlannedModel) -> Question:

@@ -3,6 +3,7 @@
 That file is in the checkout; an installed package carries a copy. Knows no arithmetic.
 """
 
+import shlex
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def write_task(path: Path, question: Question, plan: Plan) -> None:
         model=question.model.name,
         concurrency=question.workload.concurrency,
         context=question.workload.context,
-        path=path,
+        path=shlex.quote(str(path)),
     )
     text = header + yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)
     try:

@@ -96,9 +96,7 @@ def test_a_local_checkpoint_is_read(capsys, tmp_path):
     assert found["dtype"] == "bfloat16"  # although it is float32: see --dtype
     assert found["workload"]["context"] == 4096  # what it was made for
     assert [p["tensor_parallel_size"] for p in found["plans"]] == [1, 2, 4]  # it has four key/value heads
-    (folder / "model-00001-of-00002.safetensors").unlink(missing_ok=True)
-    for path in folder.glob("model-*.safetensors"):
-        path.unlink()
+    next(folder.glob("model-*.safetensors")).unlink()
     assert main(["plan", str(folder), "--gpu", "L4"]) == 1
     assert "which is not there; download it too" in capsys.readouterr().err
 
