@@ -83,9 +83,13 @@ class TormentedBatch:
 
     def kill_command(self) -> None:
         self.command.kill()
+        self.go_on()
+
+    def go_on(self) -> None:
+        """As an operator does after the command's end."""
         if (self.out.parent / "out.jsonl.tramontane" / "batch.json").exists():
             self.resume()
-        else:  # killed before it had noted anything: `run` is given again, which goes on where there is something
+        else:  # it ended before it had noted anything
             self.run()
 
     def until(self, num_lines: int, *, at_most_s: float | None = None) -> None:
