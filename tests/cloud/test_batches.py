@@ -21,7 +21,7 @@ S3_SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 
 class Bucket:
-    """A bucket on the laptop, over which S3's protocol is spoken. It asks for no signature, so curl can look into it."""
+    """A bucket on the laptop, over which S3's protocol is spoken."""
 
     def __init__(self, cloud: SlurmCloud) -> None:
         self._cloud = cloud
@@ -46,7 +46,8 @@ class Bucket:
         return {name for name in found if name.startswith(prefix) and name.endswith(suffix)}
 
     def _curl(self, *arguments: str) -> str:
-        return self._cloud.run(["curl", "-sS", "-f", "--max-time", "60", *arguments], timeout_s=120)
+        signed = ["--aws-sigv4", "aws:amz:us-east-1:s3", "--user", "test:test"]
+        return self._cloud.run(["curl", "-sS", "-f", "--max-time", "60", *signed, *arguments], timeout_s=120)
 
 
 @pytest.fixture(scope="module")
