@@ -57,6 +57,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/serving.py --output benchmarks/serving.md $(ARGS)
 	$(BIN)/python benchmarks/gateway.py --output benchmarks/gateway.md
 	$(BIN)/python benchmarks/limits.py --output benchmarks/limits.md
+	$(BIN)/python benchmarks/batch.py --output benchmarks/batch.md
+	$(BIN)/python benchmarks/batch_memory.py --output benchmarks/batch_memory.md
 	$(BIN)/python benchmarks/routing.py --output benchmarks/routing.md
 	$(BIN)/python benchmarks/autoscaling.py --output benchmarks/autoscaling.md
 
