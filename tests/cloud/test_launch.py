@@ -30,6 +30,12 @@ def completion(cloud: SlurmCloud, endpoint: str) -> str:
     return json.loads(answer)["choices"][0]["text"]
 
 
+def first_node(cloud: SlurmCloud) -> str:
+    """The address of the node with rank 0 in the one cluster there is: for SkyPilot a Slurm cluster's address is its login node's."""
+    nodes = "scontrol show hostnames $(squeue --noheader --states=running --format=%N)"
+    return NODE_IPS[cloud.ssh("c0", nodes).split()[0]]
+
+
 def wait_until_ready(cloud: SlurmCloud, sky: Sky, cluster: str, endpoint: str) -> None:
     """As the YAMLs say, and with the job's log if it comes to nothing."""
     retry = ["--retry", "200", "--retry-delay", "5", "--retry-all-errors", "-fsS"]
@@ -45,7 +51,7 @@ def test_serve(cloud: SlurmCloud, sky: Sky, figures: dict[str, str]) -> None:
     options = env_options({"MODEL": ""}, SERVE_SECRETS)
     sky("launch", "--yes", "--detach-run", "--cluster", "one", on_slurm("serve.yaml", cloud.home), *options)
     figures["serve.yaml: launched"] = f"{time.monotonic() - start:.0f} s"
-    endpoint = f"http://{sky.ip('one')}:8000"
+    endpoint = f"http://{first_node(cloud)}:8000"
     wait_until_ready(cloud, sky, "one", endpoint)
     text = completion(cloud, endpoint)
     figures["serve.yaml: first answer"] = f"{time.monotonic() - start:.0f} s"
@@ -63,7 +69,7 @@ def test_cluster(cloud: SlurmCloud, sky: Sky, figures: dict[str, str]) -> None:
     options = env_options({"MODEL": ""}, {**SERVE_SECRETS, "RAY_AUTH_TOKEN": "ab" * 32})
     sky("launch", "--yes", "--detach-run", "--cluster", "two", on_slurm("cluster.yaml", cloud.home), *options)
     figures["cluster.yaml: launched"] = f"{time.monotonic() - start:.0f} s"
-    endpoint = f"http://{sky.ip('two')}:8000"
+    endpoint = f"http://{first_node(cloud)}:8000"
     wait_until_ready(cloud, sky, "two", endpoint)
     assert completion(cloud, endpoint)
     figures["cluster.yaml: first answer"] = f"{time.monotonic() - start:.0f} s"

@@ -38,10 +38,6 @@ class Sky:
         output = self._cloud.run([self._command, *arguments], env=ENV, timeout_s=timeout_s)
         return _COLOURS.sub("", output)
 
-    def ip(self, cluster: str) -> str:
-        """The address of its first node."""
-        return self("status", "--ip", cluster).strip()
-
     def jobs(self) -> dict[int, str]:
         """Every managed job and its status."""
         return {job["job_id"]: job["status"] for job in json.loads(self("jobs", "queue", "--all", "--output", "json"))}
