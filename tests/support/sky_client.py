@@ -16,6 +16,7 @@ ENV = {
     "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
     "SKYPILOT_POD_MEMORY_GB_LIMIT": "6",  # it starts as many controllers of managed jobs as fit into this
 }
+ACCELERATORS = "A10G:1"  # as in tests/cloud/slurm/etc/slurm/slurm.conf; SkyPilot sees one kind per node
 JOB_IS_OVER = {
     "SUCCEEDED",
     "CANCELLED",
@@ -44,14 +45,12 @@ class Sky:
 
 
 def on_slurm(yaml_file: str, folder: Path, **changes: Mapping[str, object]) -> Path:
-    """A copy of sky/YAML_FILE for Slurm, which opens no ports and has no spot: its first choice of accelerators, on two CPUs.
+    """A copy of sky/YAML_FILE for Slurm, which opens no ports and has no spot: the nodes' claimed accelerator, on two CPUs.
 
     changes: to other sections, such as pool={"max_workers": 2}.
     """
     task = yaml.safe_load((CHECKOUT / "sky" / yaml_file).read_text())
-    resources = task["resources"]
-    accelerators = resources.get("any_of", [resources])[0]["accelerators"]
-    task["resources"] = {"infra": f"slurm/{CLUSTER}/{PARTITION}", "cpus": "2+", "accelerators": accelerators}
+    task["resources"] = {"infra": f"slurm/{CLUSTER}/{PARTITION}", "cpus": "2+", "accelerators": ACCELERATORS}
     for section, change in changes.items():
         task[section].update(change)
     path = folder / yaml_file
