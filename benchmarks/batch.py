@@ -257,7 +257,7 @@ async def bench(args: argparse.Namespace) -> str:
             f"An open loop at {UTILISATION:.0%} of the online requests that one replica can answer: prompts of {ONLINE_PROMPT} tokens,",
             f"{ONLINE_OUTPUT} of output, max_num_seqs {args.max_num_seqs}; {args.pairs} turns of {args.seconds:.0f} s without and with,",
             "the same arrivals. Milliseconds, p50 / p99; ratios of p50 and p99. The first column is max_background_tokens of",
-            "EngineConfig, the most that batch lines add to a step beside online requests; 8 is the CPU's default.",
+            "EngineConfig, the most that batch lines add to a step beside online requests; 4 is the CPU's default.",
             "",
             "| background tokens | requests/s | requests | TTFT without | TTFT beside | ratio "
             "| token gap without | token gap beside | ratio | batch tokens/s beside |",
