@@ -22,13 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.replicas.state import ClusterView, NodeNotice, RankRecord, ReplicaRecord, ReplicaState
+from cluster.tables import answer_console, plain_table
 from cluster.tls import client_context, distrust
 from workers.errors import ConfigError, ReplicaUnavailableError
 
 ADMIN_PATH = "/admin/cluster"
 REQUEST_TIMEOUT_S = 5.0
 WINDOW_S = 5.0  # rates are means over about this long
-PLAIN_WIDTH = 160  # columns where there is no terminal to ask
 NOTHING = "–"
 _STYLES = {
     ReplicaState.PLACING: "yellow",
@@ -64,7 +64,7 @@ class Sample:
 def status(args: Namespace) -> None:
     """args: url, api_key, ca_cert, watch (seconds between two looks), once, json. Raises ConfigError, ReplicaUnavailableError."""
     is_terminal = sys.stdout.isatty()
-    console = Console(markup=False, highlight=False, width=None if is_terminal else PLAIN_WIDTH)
+    console = answer_console()
     if args.json or args.once or not is_terminal:
         samples = [_look(args)]
         time.sleep(args.watch)
@@ -179,7 +179,7 @@ def to_json(samples: Sequence[Sample]) -> str:
 def render(samples: Sequence[Sample], *, now: float) -> RenderableType:
     """What a person sees, in 80 columns. Step and all-reduce are per step; Hits: prompt tokens found cached. now: time.time()."""
     view = samples[-1].view
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold underline")
+    table = plain_table()
     for name in ("Replica", "State", "Rank", "Node"):
         table.add_column(name, no_wrap=True)
     for name in ("Step ms", "Reduce", "Run", "Wait", "KV", "Tok/s", "Hits", "Up"):

@@ -16,7 +16,7 @@ from cluster.batch import locations
 from cluster.batch.errors import BatchError, StoreError
 from cluster.batch.job import Job, JobFolder, Outcome, folder_for, new_job
 from cluster.batch.part_lines import PartLine, lines_of
-from cluster.batch.parts import RECORD_SUFFIX, Part, PartRecord, find_parts, read_record
+from cluster.batch.parts import Part, PartRecord, find_parts, read_records
 from cluster.batch.steps import conclude
 from workers.errors import ConfigError, RequestError
 
@@ -67,7 +67,7 @@ def remove_parts(output: str, errors: str, *, num_parts: int | None = None) -> N
         if num_parts not in (None, part.count):
             continue
         of_part = part.location(output)
-        for location in (of_part + RECORD_SUFFIX, of_part, part.location(errors)):
+        for location in (part.record_location(output), of_part, part.location(errors)):
             locations.remove(location)
         folder_for(of_part, None).clear(keep_job=False)
 
@@ -83,13 +83,8 @@ def _whole_parts(output: str, num_parts: int | None) -> dict[Part, PartRecord]:
     if len(counts) > 1:
         given = " and ".join(f"{count:,}" for count in counts)
         raise ConfigError(f"{output} was shared out more than once, into {given} parts; say which with --parts N.")
-    parts = [Part(index, counts[0]) for index in range(counts[0])]
-    records = {}
-    for part in parts:
-        record = read_record(part.location(output) + RECORD_SUFFIX) if found.get(part) else None
-        if record is not None:
-            records[part] = record
-    if missing := [part for part in parts if part not in records]:
+    records = read_records(output, counts[0], found)
+    if missing := [part for index in range(counts[0]) if (part := Part(index, counts[0])) not in records]:
         names = ", ".join(str(part) for part in missing[:SHOWN_PARTS])
         names += f" and {len(missing) - SHOWN_PARTS:,} more" if len(missing) > SHOWN_PARTS else ""
         source = next((record.source for record in records.values()), "IN")

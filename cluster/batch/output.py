@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from cluster.batch.files import FileContents, NewFile
-from cluster.batch.records import BatchRecord, FileRecord, Lease, Line, LineResult
+from cluster.batch.records import BatchRecord, FileRecord, Lease, Line, LineResult, line_id
 from cluster.batch.store import Store
 
 MAX_PAGE_LINES = 128
@@ -76,7 +76,6 @@ async def write_output(
 
 def render(batch: BatchRecord, line: Line, result: LineResult | None) -> bytes:
     """One line of either file, with its end. A line without result was cut off by what ends the batch."""
-    request_id = hashlib.blake2b(f"{batch.id}\0{line.number}".encode(), digest_size=16).hexdigest()
     response, error = None, None
     if result is None:
         error = _Error(*_NOT_RUN["cancelled" if batch.status == "cancelling" else "expired"])
@@ -85,7 +84,7 @@ def render(batch: BatchRecord, line: Line, result: LineResult | None) -> bytes:
             response = _Response(result.status_code, result.request_id, msgspec.Raw(result.body or b"null"))
         if result.error_code is not None:
             error = _Error(result.error_code, result.error_message or "")
-    return _encoder.encode(_OutputLine(f"batch_req_{request_id}", line.custom_id, response, error)) + b"\n"
+    return _encoder.encode(_OutputLine(line_id(batch.id, line.number), line.custom_id, response, error)) + b"\n"
 
 
 def file_id(lease: Lease, kind: Kind) -> str:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from cluster.batch.parts import RECORD_SUFFIX, Part, find_parts, read_record
+from cluster.batch.parts import Part, find_parts, read_records
 
 
 class PartsStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,14 +21,13 @@ def status_of_parts(output: str) -> list[PartsStatus]:
     found = find_parts(output)
     statuses = []
     for count in sorted({part.count for part in found}):
-        parts = [Part(index, count) for index in range(count)]
-        records = {part: read_record(part.location(output) + RECORD_SUFFIX) for part in parts if found.get(part)}
-        outcomes = [record.outcome for record in records.values() if record is not None]
+        records = read_records(output, count, found)
+        outcomes = [record.outcome for record in records.values()]
         statuses.append(
             PartsStatus(
                 num_parts=count,
                 num_whole=len(outcomes),
-                lacking=[str(part) for part in parts if records.get(part) is None],
+                lacking=[str(part) for index in range(count) if (part := Part(index, count)) not in records],
                 num_lines=sum(outcome.num_lines for outcome in outcomes),
                 num_completed=sum(outcome.num_completed for outcome in outcomes),
                 num_failed=sum(outcome.num_failed for outcome in outcomes),

@@ -5,6 +5,7 @@ writes, its record, says that the others are whole. Knows names and records; run
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,10 @@ class Part:
     def location(self, whole: str) -> str:
         """Where this part of a file is: "out.jsonl" is "out.part-00001-of-00003.jsonl"."""
         return locations.with_suffix(whole, f".part-{self.index:05}-of-{self.count:05}")
+
+    def record_location(self, whole: str) -> str:
+        """Where the record of this part of an output is, once it is whole."""
+        return self.location(whole) + RECORD_SUFFIX
 
 
 class PartRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +127,16 @@ def finished(asked: Job) -> Job | None:
             f"{asked.source} has changed since {asked.output} was made of it; add --overwrite to make this part, and all others, anew."
         )
     return msgspec.structs.replace(asked, created_at=record.created_at, outcome=record.outcome)
+
+
+def read_records(whole: str, count: int, found: Mapping[Part, bool]) -> dict[Part, PartRecord]:
+    """Of the `count` parts of this output those that are whole, in order. found: as `find_parts` says. Raises as `read_record`."""
+    records = {}
+    for part in (Part(index, count) for index in range(count)):
+        record = read_record(part.record_location(whole)) if found.get(part) else None
+        if record is not None:
+            records[part] = record
+    return records
 
 
 def find_parts(whole: str) -> dict[Part, bool]:

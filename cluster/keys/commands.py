@@ -10,16 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from cluster.keys.file import API_KEYS_ENV, add_key, default_path, read_keys, revoke_key
 from cluster.keys.key import ApiKey, Limits, new_key
 from cluster.keys.ledger import Group, Sums, ledger_path, read_usage, totals
 from cluster.log import LOG_LEVELS
+from cluster.tables import answer_console, plain_table
 from workers.errors import ConfigError
 
-PLAIN_WIDTH = 160  # columns where there is no terminal to ask
 _NONE = "–"
 
 
@@ -154,7 +153,7 @@ def _limits(key: ApiKey) -> str:
 
 
 def _table(*left: str, right: tuple[str, ...]) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold underline")
+    table = plain_table()
     for name in left:
         table.add_column(name)
     for name in right:
@@ -163,4 +162,4 @@ def _table(*left: str, right: tuple[str, ...]) -> Table:
 
 
 def _print(table: Table) -> None:
-    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+    answer_console().print(table)

@@ -7,9 +7,6 @@
 
 import argparse
 import os
-import sys
-
-from rich.console import Console as RichConsole
 
 from cluster.cloud.doctor.examine import Order, examine
 from cluster.cloud.doctor.findings import Severity, count
@@ -17,9 +14,10 @@ from cluster.cloud.doctor.report import render, summary, to_json
 from cluster.config import DEFAULT_DEPLOYMENT
 from cluster.console import Console
 from cluster.log import LOG_LEVELS
+from cluster.tables import answer_console
 from workers.errors import ConfigError, TramontaneError
 
-PLAIN_WIDTH = 140  # columns where there is no terminal to ask
+PLAIN_WIDTH = 140  # sentences are read more easily in shorter lines
 ABOUT = (
     "Examines this machine, or all nodes of a Ray cluster: driver, GPUs, versions, network, memory, disks and model files, and an "
     "all-reduce between real ranks where replicas would run. Takes nothing that a running deployment holds. "
@@ -98,9 +96,7 @@ def doctor(args: argparse.Namespace) -> None:
     if args.json:
         print(to_json(found.findings, nodes=found.nodes, all_reduce=found.all_reduce))
     else:
-        RichConsole(markup=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(
-            render(found.findings)
-        )
+        answer_console(plain_width=PLAIN_WIDTH).print(render(found.findings))
     bad = count(found.findings, Severity.PROBLEM)
     if bad or (args.strict and count(found.findings, Severity.WARNING)):
         raise TramontaneError(f"This is not fit to serve: {summary(found.findings)}")

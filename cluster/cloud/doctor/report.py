@@ -4,19 +4,19 @@ from collections.abc import Sequence
 
 import msgspec
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from cluster.cloud.doctor.facts import Failed, Node, NotTried, Reduced
 from cluster.cloud.doctor.findings import Finding, Severity, count
 from cluster.cloud.doctor.words import counted
+from cluster.tables import plain_table
 
 _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.PROBLEM: "bold red"}
 
 
 def render(findings: Sequence[Finding]) -> RenderableType:
     """By node: what concerns several of them first, then each; a remedy stands below its finding."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold underline")
+    table = plain_table()
     table.add_column("Check", no_wrap=True)
     table.add_column("Result", no_wrap=True)
     table.add_column("Finding", overflow="fold")

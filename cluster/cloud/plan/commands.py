@@ -5,8 +5,6 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from cluster.cloud.plan.catalog import known_offers
 from cluster.cloud.plan.gpus import GPUS, find_gpu
 from cluster.cloud.plan.models import FAMILY, PlannedModel, describe_model
@@ -16,10 +14,10 @@ from cluster.cloud.plan.report import as_json, report
 from cluster.cloud.plan.roofline import Workload
 from cluster.cloud.plan.task_yaml import write_task
 from cluster.log import LOG_LEVELS
+from cluster.tables import answer_console
 from workers.config import Dtype
 from workers.errors import ConfigError
 
-PLAIN_WIDTH = 160  # columns where there is no terminal to ask
 DEFAULT_CONTEXT = 8192
 
 
@@ -75,8 +73,7 @@ def _plan(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(as_json(question, plans), indent=2))
     else:
-        console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-        console.print(report(question, plans, one_gpu=args.gpu is not None))
+        answer_console().print(report(question, plans, one_gpu=args.gpu is not None))
     if not best.fits:
         raise refusal(question, plans, offers=offers)
     if args.write is not None:

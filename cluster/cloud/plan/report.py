@@ -11,6 +11,7 @@ from rich.text import Text
 from cluster.cloud.plan.memory import num_parameters
 from cluster.cloud.plan.offers import Offer, Price
 from cluster.cloud.plan.planner import Plan, Question
+from cluster.tables import plain_table
 
 _NONE = "–"
 _ASSUMED = (
@@ -161,7 +162,7 @@ def _gb(num_bytes: int) -> str:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold underline")
+    table = plain_table()
     table.add_column(first, no_wrap=True)
     for name in others:
         left = name in ("Machine", "Region")
