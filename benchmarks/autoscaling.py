@@ -20,7 +20,7 @@ import numpy as np
 from simulation.fluid import A10G, A100, Arrays, Load, Model
 from simulation.oracle import PRICES, SLOT_S, cheapest
 
-from cluster.autoscaler import AutoscalerConfig, AutoscalerState, Observation, decide
+from cluster.autoscaler.decide import AutoscalerConfig, AutoscalerState, Observation, decide
 
 KEPT = 0.99  # share of requests that must meet the backlog objective
 DAY_S = 86_400

@@ -62,7 +62,7 @@ def run_engine(link: Connection, shape: Shape) -> None:
     from workers.config import EngineConfig, load_model_config
     from workers.engine.llm_engine import LLMEngine
     from workers.engine.loop import EngineLoop
-    from workers.stream_server import StreamServer
+    from workers.rank.server import StreamServer
 
     max_num_seqs, background, num_threads = shape
     folder = ROOT / "examples" / "demo_model"

@@ -22,9 +22,9 @@ from typing import Any
 
 import msgspec
 
-from cluster.batch.open import open_files, open_store
 from cluster.batch.records import BatchRecord, FileRecord, Line, LineResult, new_batch_id, new_file_id
-from cluster.batch.runner import RunnerOptions, run_batch
+from cluster.batch.run.runner import RunnerOptions, run_batch
+from cluster.batch.store.open import open_files, open_store
 
 SIZES = (10_000, 100_000, 1_000_000)
 CAPACITY = 512

@@ -258,7 +258,7 @@ def report(outcome: Outcome) -> list[str]:
 @asynccontextmanager
 async def server(*options: str) -> AsyncIterator[str]:
     """A server of our own on a free port; yields its URL."""
-    command = [sys.executable, "-m", "cluster.cli", "serve", "--port", "0", *options]
+    command = [sys.executable, "-m", "cluster.cli.main", "serve", "--port", "0", *options]
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
     assert process.stderr is not None
     try:

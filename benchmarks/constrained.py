@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT), str(ROOT / "tests" / "support")]
+sys.path += [str(ROOT), str(ROOT / "tests")]
 
 import jsonschema  # noqa: E402
 import machine  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from random_schemas import random_schema  # noqa: E402
+from support.clients.random_schemas import random_schema  # noqa: E402
 
-from cluster.text.grammar import GrammarCompiler, StructuredOutput  # noqa: E402
-from cluster.text.output import OutputText  # noqa: E402
+from cluster.text.grammar.compiler import GrammarCompiler, StructuredOutput  # noqa: E402
+from cluster.text.output.output import OutputText  # noqa: E402
 from cluster.text.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from workers.config import EngineConfig, load_model_config  # noqa: E402
 from workers.engine.llm_engine import LLMEngine, stream_requests  # noqa: E402
-from workers.grammar import load_grammar_tokenizer, new_matcher  # noqa: E402
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams  # noqa: E402
+from workers.sampling.vocabulary import load_grammar_tokenizer, new_matcher  # noqa: E402
 
 V3 = Path(str(files("mistral_common"))) / "data" / "mistral_instruct_tokenizer_240323.model.v3"
 OUTPUT_TOKENS = 48
@@ -225,8 +225,9 @@ def validity(engine: LLMEngine, tokenizer: Tokenizer, compiler: GrammarCompiler,
     ]
     wrong = sorted(set(schemas) - set(valid), key=int)
     return [
-        f"{num_schemas} random schemas (`tests/support/random_schemas.py`), one document each at temperature 1, {num_tokens:,} tokens in "
-        f"{took:.1f} s: **{len(valid) / num_schemas:.0%} valid** by `jsonschema`{f'; not schemas {wrong}' if wrong else ''}.",
+        f"{num_schemas} random schemas (`tests/support/clients/random_schemas.py`), one document each at temperature 1, "
+        f"{num_tokens:,} tokens in {took:.1f} s: **{len(valid) / num_schemas:.0%} valid** by `jsonschema`"
+        f"{f'; not schemas {wrong}' if wrong else ''}.",
         f"The gateway checked such a schema and made its grammar in {statistics.median(compiling) * 1e3:.1f} ms (median), "
         f"{max(compiling) * 1e3:.1f} ms (longest).",
     ]

@@ -29,7 +29,7 @@ def run_engine(link: Connection, max_num_seqs: int = 1024) -> None:
     """Process 1: sends its address, then obeys: a pace in seconds, or None to end."""
     from workers.engine.loop import EngineLoop
     from workers.protocol import EngineFacts, FinishReason, GenerateRequest, LoadReport, TokenDelta, TokenLogprob
-    from workers.stream_server import StreamServer
+    from workers.rank.server import StreamServer
 
     class PacedCore:
         """One token for every request at each step; steps are `pace_s` apart."""
@@ -108,7 +108,7 @@ def run_engine(link: Connection, max_num_seqs: int = 1024) -> None:
 def run_gateway(link: Connection, address: tuple[str, int]) -> None:
     """Process 2: sends its port, then its CPU seconds each time it is asked."""
     from cluster.api.app import make_app
-    from cluster.api.listener import Listener
+    from cluster.api.server.listener import Listener
     from cluster.replicas.client import ReplicaClient
     from cluster.router.replica import Outlook
     from cluster.router.router import Router

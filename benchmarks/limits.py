@@ -40,7 +40,7 @@ SETTLE_S = 8.0
 def run_gateway(link: Connection, address: tuple[str, int], keys: Path) -> None:
     """Sends its port, then its resident bytes and connections each time it is asked."""
     from cluster.api.app import make_app
-    from cluster.api.listener import Listener
+    from cluster.api.server.listener import Listener
     from cluster.keys.keyring import Keyring
     from cluster.keys.ledger import Ledger, ledger_path
     from cluster.replicas.client import ReplicaClient

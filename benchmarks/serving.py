@@ -106,7 +106,7 @@ async def bench(size: int, args: argparse.Namespace) -> str:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "cluster.cli", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "cluster.cli.main", "serve", "--port", str(port)]
     command += ["--tensor-parallel-size", str(size)]
     began = time.perf_counter()
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=asyncio.subprocess.DEVNULL)

@@ -1,6 +1,6 @@
 """Builds the HTTP application out of its parts; the only constructor, so that a server, a test and a notebook get the same one.
 
-Knows every endpoint and what they share (see Gateway in cluster/api/gateway.py). Opens no port and starts no replica: whoever
+Knows every endpoint and what they share (see Gateway in cluster/api/context.py). Opens no port and starts no replica: whoever
 calls `make_app` runs it, with `handler_cancellation=True`, so that a client that goes away ends its request at once:
 
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
@@ -10,19 +10,21 @@ from collections.abc import Sequence
 
 from aiohttp import hdrs, web
 
-from cluster.api import admin as admin_api
-from cluster.api import auth, door, errors, limits, openapi, pages, request_options
-from cluster.api.batch_store import Batches
-from cluster.api.endpoints import ENDPOINTS
-from cluster.api.gateway import GATEWAY, NO_BATCHES, Gateway
-from cluster.api.sse import KEEP_ALIVE_S
-from cluster.api.structured import Grammars
+from cluster.api import pages
+from cluster.api.context import GATEWAY, NO_BATCHES, Batches, Gateway
+from cluster.api.endpoints import openapi
+from cluster.api.endpoints.operator import admin as admin_api
+from cluster.api.endpoints.table import ENDPOINTS
+from cluster.api.generation.structured import Grammars
+from cluster.api.server import auth, errors, limits, request_options
+from cluster.api.server import origin_guard as door
+from cluster.api.server.sse import KEEP_ALIVE_S
 from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger
-from cluster.metrics import Metrics
+from cluster.metrics.gateway import Metrics
 from cluster.router.router import Router
-from cluster.text.chat import ChatTemplate
+from cluster.text.chat.template import ChatTemplate
 from cluster.text.tokenizer import Tokenizer
 
 MAX_BODY_BYTES = 8 * 1024 * 1024

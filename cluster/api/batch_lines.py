@@ -13,21 +13,23 @@ from typing import Any
 
 import msgspec
 
-from cluster.api import answering, chat, completions, embeddings, limits
-from cluster.api.body import LARGE_BYTES
-from cluster.api.errors import ErrorEnvelope, describe
-from cluster.api.gateway import Gateway
-from cluster.api.origin import Origin
+from cluster.api.context import Gateway
+from cluster.api.endpoints import chat, completions, embeddings
+from cluster.api.generation import answering
+from cluster.api.generation.origin import Origin
 from cluster.api.schemas.chat import ChatRequest
 from cluster.api.schemas.completions import CompletionRequest
 from cluster.api.schemas.other import EmbeddingRequest
 from cluster.api.schemas.parse import parse
+from cluster.api.server import limits
+from cluster.api.server.body import LARGE_BYTES
+from cluster.api.server.errors import ErrorEnvelope, describe
 from cluster.batch.records import Line, LineResult
 from cluster.keys.accounts import Accounts, Use
 from cluster.keys.key import ApiKey, NotAllowedError, admin_key
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger
-from cluster.log import request_id_var
+from cluster.system.log import request_id_var
 from workers.errors import CrashedError, EngineError, OverloadedError, ReplicaUnavailableError, RequestError
 
 NOBODY = admin_key("")  # whose lines are where nobody needs a key: it may do everything and nobody is charged
@@ -64,7 +66,7 @@ _ENDPOINTS = {
 
 
 class ApiLineExecutor:
-    """A LineExecutor (cluster/batch/executor.py). keyring, accounts, ledger: the application's own; without them nobody is charged."""
+    """A LineExecutor (cluster/batch/run/executor.py). keyring, accounts, ledger: the application's own; without them nobody is charged."""
 
     def __init__(
         self,

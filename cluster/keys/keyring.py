@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.file_version import version_of
 from cluster.keys.file import read_keys
 from cluster.keys.key import ApiKey, admin_key, digest
+from cluster.system.files import version_of
 from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)

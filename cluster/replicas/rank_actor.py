@@ -1,15 +1,15 @@
 """The class of a rank's Ray actor: a ShardWorker that also knows which node it is on, and shows its counters in Ray's metrics.
 
-Knows Ray and nothing else of the control plane; the work is all in `workers.shard`.
+Knows Ray and nothing else of the control plane; the work is all in `workers.rank.worker`.
 """
 
 from typing import Any
 
 import ray
 
-from cluster.replicas.ray_metrics import publish_rank
-from cluster.replicas.state import RankStats
-from workers.shard import ShardWorker, Started
+from cluster.protocol.view import RankStats
+from cluster.ray_runtime.metrics import publish_rank
+from workers.rank.worker import ShardWorker, Started
 
 
 class RankActor(ShardWorker):

@@ -1,6 +1,6 @@
 """One replica as Ray runs it: a placement group with a bundle per rank, an actor in each, and their end.
 
-Knows Ray and the phases of `workers.shard.ShardWorker`; knows nothing of tokens, which travel through `client`. The replica
+Knows Ray and the phases of `workers.rank.worker.ShardWorker`; knows nothing of tokens, which travel through `client`. The replica
 is the unit of failure: when one rank dies, the replica is over. Groups and actors are detached: they outlive the process that made
 them, and `adopt` takes up where another left off.
 """
@@ -21,9 +21,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, get_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.protocol.view import RankRecord, RankStats, ReplicaRecord, ReplicaState
 from cluster.replicas.client import ReplicaClient
 from cluster.replicas.placement import bundle_of, node_ip, place
-from cluster.replicas.state import RankRecord, RankStats, ReplicaRecord, ReplicaState
 from workers.config import EngineConfig
 from workers.errors import GroupError, ReplicaUnavailableError, TramontaneError
 
@@ -86,7 +86,7 @@ class RayReplica:
 
         Raises ConfigError, CheckpointError and GroupError as the ranks do, ReplicaUnavailableError when a rank dies.
         """
-        from workers.shard import Started
+        from workers.rank.worker import Started
 
         size = self._config.tensor_parallel_size
         token = secrets.token_hex(32)

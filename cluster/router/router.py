@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
-from cluster.replicas.state import BatchDemand, GatewayReport
+from cluster.protocol.report import BatchDemand, GatewayReport
 from cluster.router.admission import (
     MAX_INFLIGHT_BATCH_REQUESTS,
     MAX_INFLIGHT_REQUESTS,

@@ -15,23 +15,24 @@ from typing import TYPE_CHECKING
 from workers.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cluster.config import ServeConfig
-    from cluster.text.chat import ChatTemplate
+    from cluster.text.chat.template import ChatTemplate
     from cluster.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def load_text(config: "ServeConfig") -> "tuple[Tokenizer, ChatTemplate | None]":
-    """The tokenizer, and the chat template or None for a model that cannot chat. Raises ConfigError."""
+def load_text(folder: Path, *, chat_template: str, model_vocab_size: int) -> "tuple[Tokenizer, ChatTemplate | None]":
+    """The tokenizer, and the chat template or None for a model that cannot chat. Raises ConfigError.
+
+    chat_template: as in the table above; a file by its absolute path.
+    """
     from cluster.text.tokenizer import TEMPLATE_VERSIONS, load_tokenizer
 
-    asked: str = config.chat_template
-    vocab_size = config.engine.model.vocab_size
+    asked = chat_template
     version = next((v for v in TEMPLATE_VERSIONS if v == asked), None)
-    tokenizer = load_tokenizer(config.engine.model_path, version=version, model_vocab_size=vocab_size)
+    tokenizer = load_tokenizer(folder, version=version, model_vocab_size=model_vocab_size)
     try:
-        return tokenizer, _choose(tokenizer, Path(config.engine.model_path), asked, model_vocab_size=vocab_size)
+        return tokenizer, _choose(tokenizer, folder, asked, model_vocab_size=model_vocab_size)
     except ConfigError as e:
         if asked != "auto":
             raise
@@ -40,9 +41,9 @@ def load_text(config: "ServeConfig") -> "tuple[Tokenizer, ChatTemplate | None]":
 
 
 def _choose(tokenizer: "Tokenizer", folder: Path, asked: str, *, model_vocab_size: int) -> "ChatTemplate":
-    from cluster.text.chat import MistralTemplate
-    from cluster.text.jinja_template import JinjaTemplate
-    from cluster.text.template_files import DEFAULT, read_source, read_template_files
+    from cluster.text.chat.jinja_template import JinjaTemplate
+    from cluster.text.chat.template import MistralTemplate
+    from cluster.text.chat.template_files import DEFAULT, read_source, read_template_files
 
     if asked in ("v1", "v2", "v3"):
         return MistralTemplate(tokenizer)

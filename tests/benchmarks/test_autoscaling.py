@@ -2,14 +2,13 @@
 
 import importlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import ROOT
 
-from cluster.autoscaler import AutoscalerConfig
+from cluster.autoscaler.decide import AutoscalerConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 TRACE = ROOT.parent / "shared" / "traces" / "mooncake_synthetic.jsonl"
 
 

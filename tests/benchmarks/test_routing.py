@@ -1,14 +1,14 @@
 """The routing simulation keeps its own books: every request ends, blocks come back, and the reports are the truth."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.paths import ROOT
 
 from cluster.router.policy import POLICIES
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)

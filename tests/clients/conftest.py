@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from attacker import MIB, Attacker
-from fuzz_bodies import PLAIN
-from live_listener import FuzzTarget
-from system_server import Server
+from support.clients.attacker import MIB, Attacker
+from support.clients.fuzz_bodies import PLAIN
+from support.servers.live_listener import FuzzTarget
+from support.servers.system_server import Server
 
 # What the allocator keeps of the largest bodies, in several threads; far below the gigabytes sent, and it does not grow with them.
 MAX_GROWTH_BYTES = 400 * MIB

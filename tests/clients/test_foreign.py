@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from foreign_clients import run, write_tokenizer
+from support.clients.foreign_clients import run, write_tokenizer
 
 FOLDER = Path(__file__).parent / "foreign"
 

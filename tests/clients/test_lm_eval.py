@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_clients import DEMO_MODEL, run, write_tokenizer
 from sentencepiece import SentencePieceProcessor
+from support.clients.foreign_clients import DEMO_MODEL, run, write_tokenizer
 from transformers import MistralForCausalLM
 
 FOLDER = Path(__file__).parent

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import openai
 import pytest
 from pydantic import BaseModel, Field
-from system_server import API_KEY
+from support.servers.system_server import API_KEY
 
 pytestmark = pytest.mark.system
 

@@ -11,10 +11,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from attacker import MIB, Attacker
-from fuzz_bodies import FULL, mutated_bodies, other_bodies
-from live_listener import KEY
-from raw_http import request
+from support.clients.attacker import MIB, Attacker
+from support.clients.fuzz_bodies import FULL, mutated_bodies, other_bodies
+from support.clients.raw_http import request
+from support.servers.live_listener import KEY
 
 SEED = 7
 MAX_WAIT_S = 2.0

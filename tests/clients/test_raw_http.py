@@ -13,10 +13,10 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from attacker import GOOD, GOOD_REQUEST, MIB
-from fuzz_bodies import PLAIN
-from live_listener import KEY
-from raw_http import parse, request, send
+from support.clients.attacker import GOOD, GOOD_REQUEST, MIB
+from support.clients.fuzz_bodies import PLAIN
+from support.clients.raw_http import parse, request, send
+from support.servers.live_listener import KEY
 
 SEED = 7
 

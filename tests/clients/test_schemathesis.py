@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from live_listener import KEY, MODEL, live_listener
+from support.servers.live_listener import KEY, MODEL, live_listener
 
 SEED = 4
 REQUEST_TIMEOUT_S = 20

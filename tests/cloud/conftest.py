@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cloud_packages import fill_wheelhouse, require_programs, skypilot_python, unpack_uv
-from sky_client import Sky
-from slurm_cloud import SlurmCloud
+from support.cloud.packages import fill_wheelhouse, require_programs, skypilot_python, unpack_uv
+from support.cloud.sky_client import Sky
+from support.cloud.slurm_cloud import SlurmCloud
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sky_client import JOB_IS_OVER, Sky, env_options, on_slurm
-from slurm_cloud import LAPTOP_IP, SlurmCloud
+from support.cloud.sky_client import JOB_IS_OVER, Sky, env_options, on_slurm
+from support.cloud.slurm_cloud import LAPTOP_IP, SlurmCloud
 
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(3600)]
 S3 = f"http://{LAPTOP_IP}:5000"

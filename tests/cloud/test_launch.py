@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sky_client import Sky, env_options, on_slurm
-from slurm_cloud import NODE_IPS, SlurmCloud
+from support.cloud.sky_client import Sky, env_options, on_slurm
+from support.cloud.slurm_cloud import NODE_IPS, SlurmCloud
 
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(3600)]
 API_KEY = "a-key-for-tests"

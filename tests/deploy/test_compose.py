@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from compose import load
-from deployments import DEPLOY, PINNED, PROJECT, linter, serve_arguments
+from support.cloud.compose import load
+from support.cloud.deployments import DEPLOY, PINNED, PROJECT, linter, serve_arguments
 
 FOLDER = DEPLOY / "docker"
 FILES = [FOLDER / "compose.yaml", FOLDER / "compose.cpu.yaml"]

@@ -3,18 +3,19 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from fake_router import FakeRouter, make_view
 from prometheus_client.parser import text_string_to_metric_families
+from support.fakes.router import FakeRouter, make_view
+from support.paths import ROOT
 
-from cluster.metrics import METRICS_PREFIXES, Metrics
-from cluster.replicas.ray_metrics import GaugeMirror
+from cluster.config.serve import METRICS_PREFIXES
+from cluster.metrics.gateway import Metrics
+from cluster.ray_runtime.metrics import GaugeMirror
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+DEPLOY = ROOT / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "tramontane.json").read_text())
 ALERTS = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
 PANELS = [p for p in DASHBOARD["panels"] if p["type"] != "row"]

@@ -12,17 +12,17 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from aiohttp.test_utils import TestServer
-from certificates import make_pair
-from deployments import DEPLOY, PINNED, PINS, PROJECT, ROOT, linter
-from dockerfile import Instruction, context_files, instructions
-from fake_replica import FakeReplica, tokens
+from support.cloud.deployments import DEPLOY, PINNED, PINS, PROJECT, ROOT, linter
+from support.cloud.dockerfile import Instruction, context_files, instructions
+from support.fakes.replica import FakeReplica, tokens
+from support.servers.certificates import make_pair
 
 from cluster.api.app import make_app
-from cluster.cli import make_parser
-from cluster.config import is_loopback
+from cluster.cli.main import make_parser
 from cluster.router.router import Router
+from cluster.system.net import is_loopback
+from cluster.system.tls import load
 from cluster.text.tokenizer import load_tokenizer
-from cluster.tls import load
 
 DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
 IGNORE = DEPLOY / "docker" / "Dockerfile.dockerignore"

@@ -11,11 +11,11 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from deployments import DEPLOY, PINS, PROJECT, linter, serve_arguments
-from dockerfile import instructions
+from support.cloud.deployments import DEPLOY, PINS, PROJECT, linter, serve_arguments
+from support.cloud.dockerfile import instructions
 
-from cluster.api.endpoints import ENDPOINTS
-from cluster.config import API_KEY_ENV
+from cluster.api.endpoints.table import ENDPOINTS
+from cluster.config.serve import API_KEY_ENV
 
 Manifest = dict[str, Any]
 FOLDER = DEPLOY / "kubernetes"

@@ -22,15 +22,15 @@ import pytest
 import yaml
 from aiohttp import ClientError, ClientSession
 from aiohttp.test_utils import TestServer
-from fake_replica import FakeReplica, tokens
-from fake_router import make_view
+from support.fakes.replica import FakeReplica, tokens
+from support.fakes.router import make_view
+from support.paths import ROOT
 
 from cluster.api.app import make_app
-from cluster.metrics import Metrics
+from cluster.metrics.gateway import Metrics
 from cluster.router.router import Router
 from cluster.text.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 KEY = "a-secret"
 SCRAPE_INTERVAL_S = 0.2

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
-from deployments import DEPLOY, PROJECT, ROOT, serve_arguments
+from support.cloud.deployments import DEPLOY, PROJECT, ROOT, serve_arguments
 
-from cluster.config import is_loopback
+from cluster.system.net import is_loopback
 
 PATH = DEPLOY / "ray" / "cluster.yaml"
 CONFIG: dict[str, Any] = yaml.safe_load(PATH.read_text())

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from support.paths import ROOT
 
-from cluster.cli import make_parser
+from cluster.cli.main import make_parser
 
-ROOT = Path(__file__).resolve().parents[2]
 TASKS: dict[str, dict[str, Any]] = {
     path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "sky").glob("*.yaml"))
 }

@@ -2,17 +2,16 @@
 
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from sky_reading import commands_in, opening_comment, read_with_sky
+from support.cloud.sky_reading import commands_in, opening_comment, read_with_sky
+from support.paths import ROOT
 
-from cluster.cli import make_parser
-from cluster.cloud.plan.offers import OFFERS
+from cluster.cli.main import make_parser
+from cluster.plan.offers import OFFERS
 
-ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("batch", "cluster", "pool-job", "pool", "private", "serve-tp", "serve", "service")
 NAMES = [f"{kind}.yaml" for kind in KINDS]
 PATHS = [ROOT / "sky" / name for name in NAMES]

@@ -1,8 +1,8 @@
 """Drives a scheduler without a model. Knows no torch."""
 
-from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler
+from workers.kv_cache.manager import KVCacheManager
 from workers.protocol import SamplingParams
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from system_server import Server
+from support.servers.system_server import Server
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from batch_command import COMMAND, BatchCommand, answers, num_results, ranks_of, wait_until, write_lines
 from psutil import NoSuchProcess, Process
-from ray_hosts import RayHosts
-from scaling_hosts import num_raylets, scaling_hosts
-from system_server import API_KEY, Server
-from terminal import TerminalCommand
+from support.batch.command import COMMAND, BatchCommand, answers, num_results, ranks_of, wait_until, write_lines
+from support.servers.ray_hosts import RayHosts
+from support.servers.scaling_hosts import num_raylets, scaling_hosts
+from support.servers.system_server import API_KEY, Server
+from support.terminal import TerminalCommand
 
 pytestmark = pytest.mark.chaos
 

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from batch_chaos import Kill, TormentedBatch, Undisturbed, kill_rank, undisturbed
-from batch_command import BatchCommand, answers, ranks_of, wait_until
-from ray_hosts import RayHosts, can_make_namespaces, free_port
-from system_server import API_KEY, Server
+from support.batch.chaos import Kill, TormentedBatch, Undisturbed, kill_rank, undisturbed
+from support.batch.command import BatchCommand, answers, ranks_of, wait_until
+from support.paths import ROOT
+from support.servers.ray_hosts import RayHosts, can_make_namespaces, free_port
+from support.servers.system_server import API_KEY, Server
 
 pytestmark = pytest.mark.chaos
 
 NUM_LINES = int(os.environ.get("TRAMONTANE_CHAOS_LINES", "2000"))
 MAX_TOKENS = 12
-DEADLY_ENGINE = Path(__file__).parents[1] / "support" / "deadly_engine"
+DEADLY_ENGINE = ROOT / "tests" / "support" / "batch" / "deadly_engine"
 DEADLY_SEED = 66_666
 DEADLY_LINES = (7, 108)
 SEED = int(os.environ.get("TRAMONTANE_CHAOS_SEED", "5"))
@@ -213,7 +214,7 @@ def test_lines_that_kill_their_rank_are_left_out_and_the_others_answered(asked: 
         assert found[i]["error"]["code"] == "replica_crashed"
         assert "2 replicas ended while they worked on this request and nothing else" in found[i]["error"]["message"]
     assert {i: found[i] for i in found if i not in deadly} == {i: asked.answers[i] for i in found if i not in deadly}
-    num_deaths = batch.output.count("cluster.batch.window: A replica died")
+    num_deaths = batch.output.count("cluster.batch.run.window: A replica died")
     print(
         f"{len(deadly)} deadly lines of {len(found)}: {num_deaths} deaths, {time.monotonic() - began:.0f} s", flush=True
     )

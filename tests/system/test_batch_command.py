@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from batch_command import BatchCommand, answers, num_results, ranks_of, wait_until, write_lines
+from support.batch.command import BatchCommand, answers, num_results, ranks_of, wait_until, write_lines
 
 NUM_LINES = 60
 

@@ -6,10 +6,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from batch_command import wait_until, write_lines
 from openai import OpenAI
-from postgres import new_database, postgres_server
-from system_server import API_KEY, Server
+from support.batch.command import wait_until, write_lines
+from support.servers.postgres import new_database, postgres_server
+from support.servers.system_server import API_KEY, Server
 
 NUM_LINES = 400
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from system_server import API_KEY, Server
+from support.servers.system_server import API_KEY, Server
 
 NUM_LINES = 240
 ENDED = ("completed", "failed", "expired", "cancelled")

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from system_server import API_KEY, Server
+from support.servers.system_server import API_KEY, Server
 
 from benchmarks.chaos import report, run_chaos
 

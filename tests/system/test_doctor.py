@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from doctor_runs import run_doctor, sentences
-from ray_hosts import BIN, RayHosts, can_make_namespaces
+from support.doctor_runs import run_doctor, sentences
+from support.servers.ray_hosts import BIN, RayHosts, can_make_namespaces
 
 pytestmark = [
     pytest.mark.chaos,

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from system_server import Server
+from support.servers.system_server import Server
 
 NUM_TOKENS = 64
 REQUESTS = {

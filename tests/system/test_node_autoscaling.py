@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from ray_hosts import RayHosts
-from scaling_hosts import num_raylets, scaling_hosts
-from system_server import Server
+from support.servers.ray_hosts import RayHosts
+from support.servers.scaling_hosts import num_raylets, scaling_hosts
+from support.servers.system_server import Server
 
 
 @pytest.fixture

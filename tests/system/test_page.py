@@ -20,16 +20,17 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from aiohttp.test_utils import TestServer
-from fake_replica import FakeReplica, tokens
-from fake_router import LOAD, rank
+from support.fakes.replica import FakeReplica, tokens
+from support.fakes.router import LOAD, rank
+from support.paths import DEMO_MODEL
 
 from cluster.api.app import make_app
 from cluster.keys.file import add_key
 from cluster.keys.key import new_key
 from cluster.keys.keyring import Keyring
-from cluster.replicas.state import ClusterView, GatewayRecord, NodeNotice, ReplicaRecord, ReplicaState
+from cluster.protocol.view import ClusterView, GatewayRecord, NodeNotice, ReplicaRecord, ReplicaState
 from cluster.router.router import Router
-from cluster.text.chat import MistralTemplate
+from cluster.text.chat.template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.errors import EngineError
 from workers.protocol import TokenDelta
@@ -50,7 +51,7 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[2] / "examples" / "demo_model")
+TOKENIZER = load_tokenizer(DEMO_MODEL)
 TEMPLATE = MistralTemplate(TOKENIZER)
 KEY = "the-right-key"
 MODEL = "demo"

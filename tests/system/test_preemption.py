@@ -1,6 +1,6 @@
 """A machine is taken away with a notice: a node of two hosts, each with a cloud's metadata service at its real address, and a lone server.
 
-As `make test-chaos`. The ordinary run has the same without Ray: tests/cluster/replicas/test_evacuation.py.
+As `make test-chaos`. The ordinary run has the same without Ray: tests/cluster/controller/preemption/test_act.py.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
-from ray_hosts import RayHosts, can_make_namespaces
-from remote_server import Reader, RemoteServer, nodes_of, text_of
-from system_server import Server
+from support.paths import ROOT
+from support.servers.ray_hosts import RayHosts, can_make_namespaces
+from support.servers.remote_server import Reader, RemoteServer, nodes_of, text_of
+from support.servers.system_server import Server
 
 pytestmark = pytest.mark.chaos
 needs_namespaces = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")
@@ -32,7 +32,7 @@ BODY = {
 }
 METADATA_IP = "169.254.169.254"
 GRACE_S = {"aws": 120, "gcp": 30, "azure": 30}
-FAKE = Path(__file__).parents[1] / "support" / "fake_metadata.py"
+FAKE = ROOT / "tests" / "support" / "fakes" / "metadata.py"
 
 
 @contextlib.contextmanager

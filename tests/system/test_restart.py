@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from doctor_runs import run_doctor, sentences
-from ray_hosts import BIN, RayHosts
-from system_server import API_KEY, Server
+from support.doctor_runs import run_doctor, sentences
+from support.servers.ray_hosts import BIN, RayHosts
+from support.servers.system_server import API_KEY, Server
 
 PROMPT = {"prompt": "def fibonacci(n):", "max_tokens": 8, "temperature": 0}
 

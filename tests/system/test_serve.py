@@ -13,8 +13,8 @@ import threading
 import aiohttp
 import openai
 import pytest
-from batch_command import BatchCommand, answers, write_lines
-from system_server import API_KEY
+from support.batch.command import BatchCommand, answers, write_lines
+from support.servers.system_server import API_KEY
 
 MODEL = "demo_model"
 NUM_STREAMS = 200

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from ray_hosts import RayHosts, can_make_namespaces
-from remote_server import Reader, RemoteServer, nodes_of, text_of
+from support.servers.ray_hosts import RayHosts, can_make_namespaces
+from support.servers.remote_server import Reader, RemoteServer, nodes_of, text_of
 
 pytestmark = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")
 BODY = {"model": "demo_model", "prompt": "class Reader:\n", "max_tokens": 500, "seed": 5, "ignore_eos": True}

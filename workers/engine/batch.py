@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workers.engine.block_pool import NULL_BLOCK
 from workers.engine.scheduler import ScheduledRequest
+from workers.kv_cache.block_pool import NULL_BLOCK
 
 _HEADER_INTS = 5
 

@@ -8,9 +8,9 @@ import torch
 from workers.attention.select import select_backend
 from workers.config import EngineConfig
 from workers.engine.model_runner import ModelRunner
-from workers.model.loader import load_weights
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import TensorParallel
+from workers.weights.loader import load_weights
 
 Progress = Callable[[int, int], None]
 

@@ -13,14 +13,12 @@ import torch
 
 from workers.config import EngineConfig
 from workers.engine.batch import STOP, dummy_batch, make_batch
-from workers.engine.constraint import Grammars
-from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.model_runner import ModelRunner
 from workers.engine.prompt_outputs import MeanEmbedding, PromptLogprobs, PromptReader, make_prompt_output
 from workers.engine.request import Request, make_request
-from workers.engine.sampler import Sampled, SamplingRow, sample
 from workers.engine.scheduler import ScheduledRequest, Scheduler
 from workers.errors import RequestError
+from workers.kv_cache.manager import KVCacheManager
 from workers.parallel.group import TensorParallel
 from workers.protocol import (
     CacheEvents,
@@ -31,6 +29,8 @@ from workers.protocol import (
     TokenDelta,
     TokenLogprob,
 )
+from workers.sampling.grammar import Grammars
+from workers.sampling.sampler import Sampled, SamplingRow, sample
 
 log = logging.getLogger(__name__)
 

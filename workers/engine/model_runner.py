@@ -11,8 +11,8 @@ import torch
 
 from workers.attention.backend import AttentionMetadata
 from workers.config import EngineConfig
-from workers.engine import kv_cache
 from workers.engine.batch import ForwardBatch, dummy_batch
+from workers.kv_cache import tensors as kv_cache
 from workers.model.mistral import KVCaches, MistralForCausalLM
 from workers.parallel.group import TensorParallel
 

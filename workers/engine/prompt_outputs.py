@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from workers.engine.logprobs import token_logprobs
 from workers.engine.scheduler import ScheduledRequest
 from workers.protocol import GenerateRequest, TokenLogprob
+from workers.sampling.logprobs import token_logprobs
 
 
 class PromptLogprobs:

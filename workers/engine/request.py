@@ -12,8 +12,8 @@ from workers.errors import RequestError
 from workers.protocol import BATCH_PRIORITY, FinishReason, GenerateRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from workers.engine.constraint import Constraint
     from workers.engine.prompt_outputs import PromptOutput
+    from workers.sampling.grammar import Constraint
 
 MAX_TOP_LOGPROBS = 100
 # All of a prompt's go out in one frame: this many (token, log-probability) pairs take about 15 MB.

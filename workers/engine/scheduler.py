@@ -14,8 +14,8 @@ import bisect
 import math
 from dataclasses import dataclass, field
 
-from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.request import Request
+from workers.kv_cache.manager import KVCacheManager
 
 # Steps after the last foreground request in which background ones still keep to their budget: where one came the next is near,
 # and it must not find a long step under way. About a second of short steps.

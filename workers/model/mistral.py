@@ -11,8 +11,8 @@ from torch import nn
 
 from workers.attention.backend import AttentionBackend, AttentionMetadata
 from workers.config import ModelConfig
-from workers.model.layers import MLP, Attention, RMSNorm, RotaryEmbedding
-from workers.parallel.embedding import ParallelLMHead, VocabParallelEmbedding
+from workers.layers.decoder import MLP, Attention, RMSNorm, RotaryEmbedding
+from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from workers.parallel.group import TensorParallel
 
 KVCaches = list[

@@ -1,6 +1,6 @@
 """How a body asks for output of a certain form: OpenAI's `response_format` and vLLM's `structured_outputs`.
 
-Knows their shapes only; cluster/api/structured.py reads them, cluster/text/grammar.py makes grammars of them.
+Knows their shapes only; cluster/api/generation/structured.py reads them, cluster/text/grammar/compiler.py makes grammars of them.
 """
 
 from typing import Annotated, Any

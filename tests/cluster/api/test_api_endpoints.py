@@ -4,22 +4,22 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from aiohttp import ClientSession, ClientTimeout
 from aiohttp.test_utils import TestClient, TestServer
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
+from support.paths import DEMO_MODEL
 
 from cluster.api.app import make_app
 from cluster.router.router import Router
-from cluster.text.chat import MistralTemplate
+from cluster.text.chat.template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.protocol import FinishReason, TokenDelta
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+TOKENIZER = load_tokenizer(DEMO_MODEL)
 TEMPLATE = MistralTemplate(TOKENIZER)
 MODEL = "demo"
 

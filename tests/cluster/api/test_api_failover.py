@@ -6,21 +6,21 @@ import json
 import re
 import socket
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
+from support.paths import DEMO_MODEL
 
-import cluster.api.sse
+import cluster.api.server.sse
 from cluster.api.app import make_app
 from cluster.router.router import Outlook, Router
-from cluster.text.chat import MistralTemplate
+from cluster.text.chat.template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.protocol import GenerateRequest, TokenDelta
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+TOKENIZER = load_tokenizer(DEMO_MODEL)
 TEMPLATE = MistralTemplate(TOKENIZER)
 TEXT = "".join(f" wörld {i} 日本 of," for i in range(20))
 OUTPUT = TOKENIZER.encode(TEXT, bos=False)[:64]
@@ -154,7 +154,7 @@ async def test_a_client_that_leaves_while_waiting_frees_its_place() -> None:
 
 
 async def test_a_client_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.api.sse, "WRITE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(cluster.api.server.sse, "WRITE_TIMEOUT_S", 0.2)
 
     class Endless(FakeReplica):
         async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:

@@ -6,21 +6,21 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
+from support.paths import DEMO_MODEL
 
 from cluster.api.app import make_app
-from cluster.log import request_id_var
 from cluster.router.router import Outlook, Router
+from cluster.system.log import request_id_var
 from cluster.text.tokenizer import load_tokenizer
 from workers.errors import RequestError
 from workers.protocol import CacheEvents, LoadReport, hash_block
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+TOKENIZER = load_tokenizer(DEMO_MODEL)
 BODY: dict[str, Any] = {"model": "demo", "prompt": list(range(3, 23))}
 FIRST_BLOCK = hash_block(b"", BODY["prompt"][:16])
 

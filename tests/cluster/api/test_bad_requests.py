@@ -3,22 +3,22 @@
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from fake_replica import FakeReplica
+from support.fakes.replica import FakeReplica
+from support.paths import DEMO_MODEL
 
 from cluster.api.app import make_app
 from cluster.api.schemas.chat import ChatRequest
 from cluster.api.schemas.completions import CompletionRequest
 from cluster.api.schemas.parse import UNSUPPORTED
 from cluster.router.router import Router
-from cluster.text.chat import MistralTemplate
+from cluster.text.chat.template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+TOKENIZER = load_tokenizer(DEMO_MODEL)
 TEMPLATE = MistralTemplate(TOKENIZER)
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "x"}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from fake_replica import FakeReplica
+from support.fakes.replica import FakeReplica
+from support.paths import DEMO_MODEL
 from yarl import URL
 
 from cluster.api import pages
@@ -14,7 +15,7 @@ from cluster.api.app import make_app
 from cluster.router.router import Router
 from cluster.text.tokenizer import load_tokenizer
 
-TOKENIZER = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+TOKENIZER = load_tokenizer(DEMO_MODEL)
 KEY = "a-key"
 FILES = sorted(path for path in pages.FOLDER.rglob("*") if path.is_file())
 PAGES = {"/": "index.html", "/docs": "docs.html"}

@@ -20,12 +20,12 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp.test_utils import TestClient
-from batch_app import batch_app
-from live_replica import TEMPLATE, TOKEN, TOKENIZER, LiveReplica, live_gateway
+from support.batch.app import batch_app
+from support.servers.live_replica import TEMPLATE, TOKEN, TOKENIZER, LiveReplica, live_gateway
 
-from cluster.api.endpoints import ENDPOINTS
+from cluster.api.endpoints.table import ENDPOINTS
 from cluster.replicas.client import ReplicaClient
-from cluster.text.chat import Message
+from cluster.text.chat.template import Message
 
 PROMPT = "def fibonacci(n):"
 GREEDY = {"model": "demo", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}

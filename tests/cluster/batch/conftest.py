@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from postgres import new_database, postgres_server
+from support.servers.postgres import new_database, postgres_server
 
-from cluster.batch.sqlite_store import open_sqlite
+from cluster.batch.store.sqlite import open_sqlite
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def reopen(request, tmp_path):
     if request.param == "sqlite":
         return lambda: open_sqlite(tmp_path / "batches.db")
     url = request.getfixturevalue("postgres_url")
-    from cluster.batch.postgres_store import open_postgres
+    from cluster.batch.store.postgres import open_postgres
 
     return lambda: open_postgres(url)
 

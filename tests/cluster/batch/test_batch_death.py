@@ -14,17 +14,17 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from batches import FAST, SimulatedExecutor, add_batch, opened, read_lines, request, requests, texts
+from support.batch.batches import FAST, SimulatedExecutor, add_batch, opened, read_lines, request, requests, texts
+from support.paths import ROOT
 
 from cluster.batch.errors import LeaseLostError, StoreError
 from cluster.batch.files import FileContents
-from cluster.batch.open import open_files, open_store
-from cluster.batch.owner import is_dead, new_owner
 from cluster.batch.records import LineResult, line_seed
-from cluster.batch.runner import BatchRunner, run_batch
+from cluster.batch.run.runner import BatchRunner, run_batch
+from cluster.batch.store.open import open_files, open_store
+from cluster.system.process import is_dead, new_owner
 
-CHILD = Path(__file__).parents[2] / "support" / "batch_child.py"
-ROOT = Path(__file__).parents[3]
+CHILD = ROOT / "tests" / "support" / "batch" / "child.py"
 BATCH_ID = "batch_of_a_test"
 NUM_LINES = 400
 
@@ -50,7 +50,7 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
 @asynccontextmanager
 async def child(folder: Path, *arguments: str):
     """A process that runs the batch; gone at the end."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{CHILD.parent}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(CHILD), str(folder), BATCH_ID, *arguments, stdout=asyncio.subprocess.PIPE, env=environment
     )

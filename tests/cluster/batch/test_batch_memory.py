@@ -1,11 +1,11 @@
 """Memory does not grow with the lines: the benchmark in small, each size in a process of its own whose peak is told apart."""
 
 import importlib
-from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ import json
 
 import msgspec
 import pytest
-from batches import ENDPOINT, SimulatedExecutor, request
+from support.batch.batches import ENDPOINT, SimulatedExecutor, request
 
-from cluster.batch import lines, plan
+from cluster.batch import lines
 from cluster.batch.records import Line, parse_window
+from cluster.batch.store import order as plan
 from workers.errors import RequestError
 
 

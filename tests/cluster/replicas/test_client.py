@@ -5,11 +5,11 @@ import contextlib
 import time
 
 import pytest
-from fake_core import FACTS, expected_tokens, request
-from fake_engine import TOKEN, FakeEngine
+from support.fakes.core import FACTS, expected_tokens, request
+from support.fakes.engine import TOKEN, FakeEngine
 
 import cluster.replicas.client
-import workers.stream_server
+import workers.rank.server
 from cluster.replicas.client import ReplicaClient
 from workers.errors import GroupError, ReplicaUnavailableError, RequestError
 from workers.protocol import CacheEvents, FinishReason, LoadReport, StepFrame, encode_frame
@@ -91,7 +91,7 @@ async def test_a_stranger_on_the_port_says_so(answer):
 
 async def test_readiness_follows_the_forward_passes(engine, client, monkeypatch):
     monkeypatch.setattr(cluster.replicas.client, "MAX_FORWARD_AGE_S", 0.5)
-    monkeypatch.setattr(workers.stream_server, "STUCK_AFTER_S", 0.8)
+    monkeypatch.setattr(workers.rank.server, "STUCK_AFTER_S", 0.8)
     await until(lambda: client.is_ready(time.monotonic()))
     engine.core.gate.clear()
     await until(lambda: not client.is_ready(time.monotonic()))

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
 
 from cluster.router.admission import Turns
 from cluster.router.router import Router

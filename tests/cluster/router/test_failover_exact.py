@@ -18,9 +18,9 @@ from typing import Any
 import jsonschema
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from live_replica import TOKEN, TOKENIZER, LiveReplica
-from relay import CuttingRelay
-from tiny import write_tiny_checkpoint
+from support.servers.live_replica import TOKEN, TOKENIZER, LiveReplica
+from support.servers.relay import CuttingRelay
+from support.tiny import write_tiny_checkpoint
 
 from cluster.api.app import make_app
 from cluster.replicas.client import ReplicaClient

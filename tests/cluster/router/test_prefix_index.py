@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.router.prefix_index import PrefixIndex, window_blocks
-from workers.engine.kv_cache_manager import KVCacheManager
 from workers.engine.request import Request
+from workers.kv_cache.manager import KVCacheManager
 from workers.protocol import CacheEvents, SamplingParams, hash_block
 
 NAMES = [bytes([i]) for i in range(12)]

@@ -5,7 +5,7 @@ import contextlib
 from typing import Any
 
 import pytest
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
 
 from cluster.router.hashing import Hashing
 from cluster.router.router import Outlook, Router, Trace

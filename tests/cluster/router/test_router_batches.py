@@ -4,9 +4,9 @@ import asyncio
 import time
 
 import pytest
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
 
-from cluster.replicas.state import BatchDemand
+from cluster.protocol.report import BatchDemand
 from cluster.router.admission import Admission
 from cluster.router.router import Outlook, Router
 from workers.errors import CrashedError, EngineError, OverloadedError

@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
 
 from cluster.router.router import Outlook, Router
 from workers.errors import OverloadedError

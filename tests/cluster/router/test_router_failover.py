@@ -6,7 +6,7 @@ import time
 
 import msgspec
 import pytest
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
 
 import cluster.router.stream
 from cluster.router.router import Outlook, Router, Trace

@@ -4,7 +4,7 @@ import asyncio
 import time
 
 import pytest
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
 
 from cluster.router.router import Outlook, Router
 from workers.errors import ReplicaUnavailableError

@@ -5,7 +5,7 @@ import contextlib
 import time
 
 import pytest
-from fake_replica import FakeReplica, tokens
+from support.fakes.replica import FakeReplica, tokens
 
 from cluster.router.router import Outlook, Router
 from cluster.router.waiting import MAX_LEFT

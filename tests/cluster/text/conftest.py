@@ -1,19 +1,19 @@
 """One vocabulary for the tests of grammars: reading it in takes longer than most of them."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import llguidance
 import pytest
+from support.paths import DEMO_MODEL
 
-from cluster.text.grammar import GrammarCompiler
+from cluster.text.grammar.compiler import GrammarCompiler
 from cluster.text.tokenizer import Tokenizer, load_tokenizer
-from workers.grammar import load_grammar_tokenizer
+from workers.sampling.vocabulary import load_grammar_tokenizer
 
 
 @pytest.fixture(scope="package")
 def tokenizer() -> Tokenizer:
-    return load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+    return load_tokenizer(DEMO_MODEL)
 
 
 @pytest.fixture(scope="package")

@@ -6,6 +6,7 @@ import mistral_common
 import pytest
 from mistral_common.protocol.fim.request import FIMRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from support.paths import DEMO_MODEL
 
 from cluster.text.infilling import encode_infilling
 from cluster.text.tokenizer import Tokenizer, load_tokenizer
@@ -14,7 +15,7 @@ from workers.errors import RequestError
 DATA = Path(mistral_common.__file__).parent / "data"
 V3 = Tokenizer(DATA / "mistral_instruct_tokenizer_240323.model.v3", "v3")
 REFERENCE = MistralTokenizer.v3()
-DEMO = load_tokenizer(Path(__file__).parents[3] / "examples" / "demo_model")
+DEMO = load_tokenizer(DEMO_MODEL)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import mistral_common
 import pytest
+from support.paths import DEMO_MODEL
 
 from cluster.text.tokenizer import load_tokenizer
 from workers.errors import ConfigError, RequestError
@@ -13,7 +14,7 @@ DATA = Path(mistral_common.__file__).parent / "data"
 V1 = DATA / "tokenizer.model.v1"
 V2 = DATA / "mistral_instruct_tokenizer_240216.model.v2"
 V3 = DATA / "mistral_instruct_tokenizer_240323.model.v3"
-DEMO = Path(__file__).parents[3] / "examples" / "demo_model" / "tokenizer.model.v3"
+DEMO = DEMO_MODEL / "tokenizer.model.v3"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from engines import make_engine, make_request
-from tiny import make_tiny_model, write_tiny_checkpoint
+from support.fakes.engines import make_engine, make_request
+from support.tiny import make_tiny_model, write_tiny_checkpoint
 
 from workers.engine.batch import make_batch
 

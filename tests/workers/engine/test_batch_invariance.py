@@ -5,23 +5,23 @@ two ranks take part; the ranks are threads.
 """
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from engines import make_config, make_engine, make_request
-from rank_threads import run_ranks
-from tiny import write_tiny_checkpoint
+from support.fakes.engines import make_config, make_engine, make_request
+from support.paths import DEMO_MODEL
+from support.ranks.rank_threads import run_ranks
+from support.tiny import write_tiny_checkpoint
 
 from workers.engine import core as core_module
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
-from workers.engine.sampler import SamplingRow, sample
 from workers.protocol import GenerateRequest, SamplingParams
+from workers.sampling.sampler import SamplingRow, sample
 
-DEMO = Path(__file__).resolve().parents[3] / "examples" / "demo_model"
+DEMO = DEMO_MODEL
 NUM_OUTPUT = 12
 PROMPT_LENS = (
     1,

@@ -5,11 +5,11 @@ left behind.
 import random
 
 import pytest
-from engines import make_engine, make_request
-from tiny import write_tiny_checkpoint
+from support.fakes.engines import make_engine, make_request
+from support.tiny import write_tiny_checkpoint
 
-from workers.engine.block_pool import NULL_BLOCK
 from workers.errors import RequestError
+from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.protocol import FinishReason
 
 WINDOW = 16

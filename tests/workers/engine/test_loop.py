@@ -4,7 +4,7 @@ import queue
 import threading
 
 import pytest
-from fake_core import FakeCore, expected_tokens, request
+from support.fakes.core import FakeCore, expected_tokens, request
 
 from workers.engine.loop import EngineLoop
 from workers.errors import GroupError

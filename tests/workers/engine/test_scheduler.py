@@ -2,7 +2,7 @@
 
 import random
 
-from scheduling import add, make_scheduler, run_step
+from support.scheduling import add, make_scheduler, run_step
 
 
 def test_long_prompts_are_prefilled_in_chunks_beside_decoding():

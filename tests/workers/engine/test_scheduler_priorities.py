@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 
 import pytest
-from engines import make_engine, make_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling import add, make_scheduler, play, run_step
-from tiny import write_tiny_checkpoint
+from support.fakes.engines import make_engine, make_request
+from support.scheduling import add, make_scheduler, play, run_step
+from support.tiny import write_tiny_checkpoint
 
-from workers.engine.block_pool import NULL_BLOCK
 from workers.engine.scheduler import FOREGROUND_IS_NEAR_STEPS
+from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.protocol import BATCH_PRIORITY, GenerateRequest
 
 BATCH = BATCH_PRIORITY

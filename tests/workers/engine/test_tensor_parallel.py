@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from engines import make_config, make_engine, make_request
-from tiny import write_tiny_checkpoint
-from tp_ranks import generate_on_ranks
+from support.fakes.engines import make_config, make_engine, make_request
+from support.ranks.tp_ranks import generate_on_ranks
+from support.tiny import write_tiny_checkpoint
 
 WINDOW = 16
 

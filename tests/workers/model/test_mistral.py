@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from rank_threads import run_ranks
-from tiny import make_tiny_model, write_tiny_checkpoint
+from support.ranks.rank_threads import run_ranks
+from support.tiny import make_tiny_model, write_tiny_checkpoint
 from transformers import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm, MistralRotaryEmbedding, apply_rotary_pos_emb
 
 from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 from workers.config import load_model_config
-from workers.model.layers import RMSNorm, RotaryEmbedding, silu
-from workers.model.loader import load_weights
+from workers.layers.decoder import RMSNorm, RotaryEmbedding, silu
+from workers.layers.linear import CAN_PACK, linear, pack
 from workers.model.mistral import MistralForCausalLM
-from workers.parallel.linear import CAN_PACK, linear, pack
+from workers.weights.loader import load_weights
 
 BLOCK = 16
 MODELS = {

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import group_ranks
 import pytest
 import torch
-from rank_threads import unique_name
+from support.ranks import group_ranks
+from support.ranks.rank_threads import unique_name
 
 from workers.errors import ConfigError, GroupError
 from workers.parallel import join, shared_file

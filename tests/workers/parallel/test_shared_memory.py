@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_threads import run_ranks, unique_name
+from support.ranks.rank_threads import run_ranks, unique_name
 
 from workers.errors import GroupError
 from workers.parallel import shared_file

@@ -1,0 +1,103 @@
+"""/v1/batches: start a batch over an uploaded file, look at it, and cancel it.
+
+Knows bodies and answers. Who answers the lines, and when, is cluster/batch's; here a batch is a record in the store.
+"""
+
+import time
+
+from aiohttp import web
+
+from cluster.api.context import GATEWAY
+from cluster.api.endpoints.batches.access import (
+    batches_of,
+    check_query,
+    find_batch,
+    find_file,
+    owner_of,
+    page_after,
+    page_limit,
+    view_of,
+)
+from cluster.api.generation.answering import json_answer
+from cluster.api.schemas.batches import (
+    DEFAULT_BATCHES_AT_ONCE,
+    MAX_BATCHES_AT_ONCE,
+    BatchList,
+    BatchRequest,
+    batch_object,
+)
+from cluster.api.schemas.parse import parse
+from cluster.batch.records import BatchRecord, new_batch_id, parse_window
+from workers.errors import RequestError
+
+
+async def create(request: web.Request) -> web.Response:
+    """The batch is validated and run from now on."""
+    batches = batches_of(request)
+    body = parse(await request.read(), BatchRequest)
+    window_s = parse_window(body.completion_window)
+    if body.endpoint == "/v1/embeddings" and not request.app[GATEWAY].serves_embeddings:
+        raise RequestError(
+            "This server was started without embeddings (--no-embeddings).",
+            param="endpoint",
+            code="embeddings_disabled",
+        )
+    file = await find_file(request, body.input_file_id, param="input_file_id")
+    if file.purpose != "batch":
+        raise RequestError(
+            "The input file must have been uploaded with the purpose 'batch'.",
+            param="input_file_id",
+            code="invalid_purpose",
+        )
+    now = int(time.time())
+    record = BatchRecord(
+        id=new_batch_id(),
+        endpoint=body.endpoint,
+        input_file_id=file.id,
+        completion_window=body.completion_window,
+        created_at=now,
+        expires_at=now + window_s,
+        owner=owner_of(request),
+        metadata=body.metadata,
+        output_expires_after_s=None if body.output_expires_after is None else body.output_expires_after.seconds,
+    )
+    await batches.store.add_batch(record)
+    batches.wake()
+    return json_answer(batch_object(record))
+
+
+async def list_batches(request: web.Request) -> web.Response:
+    """A page of them, the youngest first."""
+    batches = batches_of(request)
+    check_query(request, "after", "limit")
+    limit = page_limit(request, default=DEFAULT_BATCHES_AT_ONCE, most=MAX_BATCHES_AT_ONCE)
+    records = await batches.store.list_batches(owner=view_of(request), after=page_after(request), limit=limit + 1)
+    shown = [batch_object(record) for record in records[:limit]]
+    return json_answer(
+        BatchList(
+            data=shown,
+            first_id=shown[0].id if shown else None,
+            last_id=shown[-1].id if shown else None,
+            has_more=len(records) > limit,
+        )
+    )
+
+
+async def get(request: web.Request) -> web.Response:
+    """As it stands now."""
+    return json_answer(batch_object(await find_batch(request)))
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """Asks for it; the batch is cancelled a moment later, with what was answered by then in its files."""
+    batches = batches_of(request)
+    if await request.read() not in (b"", b"{}"):
+        raise RequestError("Cancelling takes no body; leave it out.", code="invalid_value")
+    found = await find_batch(request)
+    if found.has_ended:
+        raise RequestError(
+            f"The batch is {found.status} and cannot be cancelled any more.", param="batch_id", code="batch_ended"
+        )
+    record = await batches.store.cancel_batch(found.id, now=time.time())
+    batches.wake()
+    return json_answer(batch_object(record or found))

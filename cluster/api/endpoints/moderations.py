@@ -1,0 +1,102 @@
+"""POST /v1/moderations: the served model judges a text itself, choosing one of Mistral's 13 categories or none.
+
+Every possible answer is scored: its probability, given the question, is the product of its tokens' probabilities, end of answer
+included, and the scores are these, divided by their sum: the distribution of a choice constrained to these answers. The question is
+computed once; the replica's prefix cache spares it the others.
+Knows the endpoint's shapes and the scoring; the question is cluster/text/chat/moderation.py's.
+"""
+
+import asyncio
+import math
+import time
+import uuid
+
+from aiohttp import web
+
+from cluster.api.context import GATEWAY, Gateway
+from cluster.api.generation.answering import json_answer
+from cluster.api.generation.inputs import admit_inputs, run_inputs
+from cluster.api.generation.prompts import refuse_hopeless
+from cluster.api.generation.sampling import too_long
+from cluster.api.schemas.other import Moderation, ModerationAnswer, ModerationRequest
+from cluster.api.server import request_options
+from cluster.api.server.body import read_body
+from cluster.system.log import log_prompt
+from cluster.text.chat.moderation import CATEGORIES, NOT_MODERATED, moderation_prompt
+from cluster.text.chat.template import Message
+from workers.errors import EngineError, RequestError
+from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
+
+ANSWERS = (*CATEGORIES, NOT_MODERATED)
+
+
+async def handle(request: web.Request) -> web.Response:
+    """One judgement for each input, in their order."""
+    gateway = request.app[GATEWAY]
+    arrived = time.monotonic()
+    deadline = request_options.deadline(request, arrived=arrived)
+    body = await read_body(request, ModerationRequest)
+    model = body.model or gateway.model_names[0]
+    gateway.check_model(model)
+    log_prompt(body.input)
+    facts = gateway.router.facts
+    answer_id = f"modr-{uuid.uuid4().hex}"
+    texts = [body.input] if isinstance(body.input, str) else body.input
+    answers = [gateway.tokenizer.encode(answer, bos=False) for answer in ANSWERS]
+    questions = await asyncio.to_thread(_questions, gateway, texts, facts=facts)
+    requests = [
+        _scored(question, answer, facts=facts, request_id=f"{answer_id}-{i}-{k}")
+        for i, question in enumerate(questions)
+        for k, answer in enumerate(answers)
+    ]
+    with admit_inputs(gateway, requests, deadline=deadline) as admission:
+        deltas: list[TokenDelta] = []
+        for start in range(0, len(requests), len(ANSWERS)):
+            # The first fills the prefix cache for the others.
+            deltas += await run_inputs(gateway, requests[start : start + 1], admission=admission, arrived=arrived)
+            rest = requests[start + 1 : start + len(ANSWERS)]
+            deltas += await run_inputs(gateway, rest, admission=admission, arrived=arrived)
+    scores = [_score(delta) for delta in deltas]
+    results = [_judge(scores[i : i + len(ANSWERS)]) for i in range(0, len(scores), len(ANSWERS))]
+    return json_answer(ModerationAnswer(id=answer_id, model=model, results=results))
+
+
+def _questions(gateway: Gateway, texts: list[str], *, facts: EngineFacts) -> list[list[int]]:
+    template = gateway.chat_template
+    if template is None:
+        raise RequestError("This model has no chat template, which moderations need.", code="moderations_disabled")
+    questions = []
+    for text in texts:
+        prompt = moderation_prompt(text)
+        refuse_hopeless(len(prompt), gateway.tokenizer, param="input", facts=facts)
+        questions.append(template.encode([Message("user", prompt)]).token_ids)
+    return questions
+
+
+def _scored(question: list[int], answer: list[int], *, facts: EngineFacts, request_id: str) -> GenerateRequest:
+    """A request for the log-probabilities of the answer's tokens and of its end."""
+    token_ids = [*question, *answer, facts.eos_token_ids[0]]
+    if len(token_ids) >= facts.max_model_len:
+        raise too_long(len(token_ids), param="input", max_model_len=facts.max_model_len)
+    sampling = SamplingParams(max_tokens=0, seed=0, prompt_logprobs=0, prompt_logprobs_start=len(question))
+    return GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
+
+
+def _score(delta: TokenDelta) -> float:
+    if delta.prompt_logprobs is None:
+        raise EngineError("The replica sent no log-probabilities; it may be of an older version.")
+    return sum(entry.logprob for entry in delta.prompt_logprobs if entry is not None)
+
+
+def _judge(logprobs: list[float]) -> Moderation:
+    """logprobs: of each of ANSWERS. The likeliest answer is the judgement."""
+    highest = max(logprobs)
+    weights = [math.exp(logprob - highest) for logprob in logprobs]
+    scores = [weight / sum(weights) for weight in weights]
+    answer = ANSWERS[scores.index(max(scores))]
+    return Moderation(
+        flagged=answer != NOT_MODERATED,
+        categories={category: category == answer for category in CATEGORIES},
+        category_scores=dict(zip(CATEGORIES, scores, strict=False)),
+        category_applied_input_types={category: ["text"] for category in CATEGORIES},
+    )

@@ -1,0 +1,1 @@
+"""Health, metrics, the routing explanation and the administration of a cluster."""

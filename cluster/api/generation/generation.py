@@ -1,0 +1,247 @@
+"""Runs the sequences of one request and merges what they say, in the order it comes.
+
+Knows choices and the router; no HTTP, and not how an endpoint words its answer. Leaving `run`, for whatever reason, closes every
+stream it opened, and so frees what the replicas hold.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from cluster.api.context import Gateway
+from cluster.api.generation.origin import Origin
+from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usage
+from cluster.api.server import limits
+from cluster.api.server.errors import ClientGoneError
+from cluster.router.admission import Admission
+from cluster.router.stream import Trace
+from cluster.text.output.output import OutputStep, OutputText, PlacedLogprob
+from workers.errors import EngineError, RequestError
+from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta, TokenLogprob
+
+
+@dataclass
+class Choice:
+    """One sequence of an answer. `copy` counts the sequences of one prompt: 0 to n-1."""
+
+    index: int
+    copy: int
+    request: GenerateRequest
+    output: OutputText
+    origin: Origin
+    num_cached_tokens: int | None = None  # None before the first delta
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # there with the first delta, if asked for
+    sum_logprob: float = 0.0  # of the output's tokens, where log-probabilities were asked for
+    trace: Trace = field(default_factory=Trace)
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.sum_logprob / max(self.output.num_tokens, 1)
+
+
+class Event(NamedTuple):
+    """What one delta adds to a choice. `token_ids`: all it generated, those without text included."""
+
+    choice: Choice
+    step: OutputStep
+    token_ids: list[int]
+    is_first: bool
+
+
+def make_choice(
+    gateway: Gateway,
+    body: GenerationRequest,
+    *,
+    origin: Origin,
+    answer_id: str,
+    index: int,
+    copy: int,
+    prompt_token_ids: list[int],
+    continues: Sequence[int],
+    sampling: SamplingParams,
+    tool_calls_token_id: int | None = None,
+    shows_end: bool = False,
+) -> Choice:
+    """continues, tool_calls_token_id, shows_end: see OutputText."""
+    request = GenerateRequest(
+        request_id=f"{answer_id}-{index}",
+        prompt_token_ids=prompt_token_ids,
+        sampling=sampling,
+        priority=origin.priority_of(body.priority),
+    )
+    output = OutputText(
+        gateway.tokenizer,
+        continues=continues,
+        stop=body.stop_strings,
+        include_stop=bool(body.include_stop_str_in_output),
+        min_tokens=sampling.min_tokens,
+        tool_calls_token_id=tool_calls_token_id,
+        shows_end=shows_end,
+    )
+    return Choice(index, copy, request, output, origin)
+
+
+@contextlib.contextmanager
+def admit(gateway: Gateway, choices: Sequence[Choice], *, deadline: float | None) -> Iterator[Admission]:
+    """Room for all of these sequences or none, within the key's limits; see Router.admit."""
+    requests = [c.request for c in choices]
+    num_tokens = sum(len(r.prompt_token_ids) for r in requests)
+    num_charged = sum(len(c.request.prompt_token_ids) for c in choices if c.copy == 0)
+    with (
+        limits.reserve(num_charged),
+        gateway.router.admit(
+            len(requests), num_tokens, priority=requests[0].priority, deadline=deadline, tenant=limits.tenant()
+        ) as admission,
+    ):
+        yield admission
+
+
+def usage(choices: Sequence[Choice]) -> Usage:
+    """Each prompt counts once however many sequences it got; the stop token counts as generated."""
+    first_copies = [c for c in choices if c.copy == 0]
+    prompt = sum(len(c.request.prompt_token_ids) for c in first_copies)
+    completion = sum(c.output.num_tokens for c in choices)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(c.num_cached_tokens or 0 for c in first_copies)),
+    )
+
+
+async def run(
+    gateway: Gateway,
+    choices: Sequence[Choice],
+    *,
+    admission: Admission,
+    arrived: float,
+    is_gone: Callable[[], bool] | None = None,
+) -> AsyncGenerator[Event, None]:
+    """Yields what each delta adds until every choice has finished. arrived: time.monotonic() at the request's first byte.
+    is_gone: whether nobody waits for the answer any more.
+
+    Raises what the router raises, EngineError for a sequence the engine gave up, ClientGoneError when nobody listens any more.
+    """
+    events = (
+        _run_one(gateway, choices[0], admission=admission, arrived=arrived)
+        if len(choices) == 1
+        else _merge(gateway, choices, admission=admission, arrived=arrived)
+    )
+    async with contextlib.aclosing(events):
+        async for event in events:
+            # A server run with handler_cancellation=True cancels us sooner; this needs no such setting.
+            if is_gone is not None and is_gone():
+                raise ClientGoneError("The client closed the connection.")
+            yield event
+
+
+def raise_if_failed(delta: TokenDelta) -> None:
+    """RequestError for a sequence that failed by its own doing, EngineError for one that the engine gave up."""
+    if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
+        sentence = delta.error or "The engine ended this request before it was complete."
+        raise RequestError(sentence) if delta.refused else EngineError(sentence)
+
+
+@dataclass
+class Whole:
+    """All of one choice, for an answer in one piece."""
+
+    choice: Choice
+    text: str = ""
+    logprobs: list[PlacedLogprob] = field(default_factory=list)
+    steps: list[OutputStep] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+
+async def collect(events: AsyncGenerator[Event, None], choices: Sequence[Choice]) -> list[Whole]:
+    """Runs to the end; one result per choice, in their order."""
+    results = {c.index: Whole(c) for c in choices}
+    async for event in events:
+        result = results[event.choice.index]
+        result.steps.append(event.step)
+        result.token_ids += event.token_ids
+    for result in results.values():
+        result.text = "".join([step.text for step in result.steps])
+        result.logprobs = [placed for step in result.steps for placed in step.logprobs]
+    return list(results.values())
+
+
+async def _run_one(
+    gateway: Gateway, choice: Choice, *, admission: Admission, arrived: float
+) -> AsyncGenerator[Event, None]:
+    metrics = gateway.metrics.sequence(
+        num_prompt_tokens=len(choice.request.prompt_token_ids), arrived=arrived, is_line=choice.origin.is_line
+    )
+    trace = choice.trace
+    outcome = "abort"
+    is_first = True
+    try:
+        deltas = gateway.router.generate(
+            choice.request, admission=admission, trace=trace, max_crashes=choice.origin.max_crashes
+        )
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                raise_if_failed(delta)
+                if choice.num_cached_tokens is None and trace.queue_s is not None:
+                    choice.num_cached_tokens = delta.num_cached_tokens or 0
+                    if choice.copy == 0:
+                        limits.cached(choice.num_cached_tokens)
+                    metrics.queued(trace.queue_s)
+                    if trace.num_cached_tokens_predicted is not None:
+                        metrics.routed(
+                            num_predicted_cached=trace.num_cached_tokens_predicted, num_cached=choice.num_cached_tokens
+                        )
+                if delta.prompt_logprobs is not None:
+                    choice.prompt_logprobs = delta.prompt_logprobs
+                num_before = choice.output.num_tokens
+                step = choice.output.push(delta)
+                num_new = choice.output.num_tokens - num_before
+                if delta.logprobs is not None:
+                    choice.sum_logprob += sum(entry.logprob for entry in delta.logprobs[:num_new])
+                metrics.produced(num_new, time.monotonic())
+                limits.produced(num_new)
+                if step.finish_reason is not None:
+                    outcome = step.finish_reason.value
+                yield Event(choice, step, delta.token_ids[:num_new], is_first)
+                is_first = False
+                if step.finish_reason is not None:
+                    return
+    except Exception:
+        outcome = "error"
+        limits.failed()
+        raise
+    finally:
+        metrics.ended(outcome)
+
+
+async def _merge(
+    gateway: Gateway, choices: Sequence[Choice], *, admission: Admission, arrived: float
+) -> AsyncGenerator[Event, None]:
+    # A slow reader slows the readers below.
+    queue: asyncio.Queue[Event | Exception] = asyncio.Queue(maxsize=len(choices))
+
+    async def pump(choice: Choice) -> None:
+        try:
+            async with contextlib.aclosing(_run_one(gateway, choice, admission=admission, arrived=arrived)) as events:
+                async for event in events:
+                    await queue.put(event)
+        except Exception as e:
+            await queue.put(e)
+
+    tasks = [asyncio.create_task(pump(choice), name=choice.request.request_id) for choice in choices]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            if event.step.finish_reason is not None:
+                num_open -= 1
+            yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

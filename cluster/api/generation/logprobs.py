@@ -1,0 +1,111 @@
+"""Log-probabilities as the answers show them: completions' parallel lists, chat's list of tokens, vLLM's dictionaries for prompts.
+
+Knows the tokenizer and the shapes; nothing of requests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.api.schemas.base import PromptLogprob, PromptLogprobs
+from cluster.api.schemas.chat import ChatLogprobs, ChatTokenLogprob, TopLogprob
+from cluster.api.schemas.completions import CompletionLogprobs
+from cluster.text.output.detokenizer import Detokenizer
+from cluster.text.output.output import PlacedLogprob
+from cluster.text.tokenizer import Tokenizer
+from workers.protocol import TokenLogprob
+
+LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
+
+
+@dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """A prompt as text; `offsets` say where each token's text begins, in characters."""
+
+    token_ids: list[int]
+    text: str
+    offsets: list[int]
+
+
+def echo_prompt(tokenizer: Tokenizer, token_ids: list[int]) -> EchoedPrompt:
+    """The text that an output goes on with when it `continues` these ids."""
+    detokenizer = Detokenizer(tokenizer.pieces)
+    placed = [detokenizer.push_token(token_id) for token_id in token_ids]
+    return EchoedPrompt(token_ids, "".join([text for _, text in placed]), [offset for offset, _ in placed])
+
+
+def render_completion(
+    tokenizer: Tokenizer,
+    placed: Sequence[PlacedLogprob],
+    *,
+    num_top: int,
+    echoed: EchoedPrompt | None = None,
+    echoed_logprobs: Sequence[TokenLogprob | None] = (),
+    start: int = 0,
+) -> CompletionLogprobs:
+    """OpenAI's parallel lists. The chosen token is always among `top_logprobs`, even beyond the number asked for.
+
+    echoed: comes before the output's tokens, whose offsets count from `start`.
+    """
+    tokens, logprobs, tops, offsets = [], [], [], []
+    if echoed is not None:
+        for token_id, offset, entry in zip(echoed.token_ids, echoed.offsets, echoed_logprobs, strict=True):
+            tokens.append(tokenizer.token_text(token_id))
+            logprobs.append(None if entry is None else _finite(entry.logprob))
+            tops.append(None if entry is None else _top(tokenizer, entry, num_top))
+            offsets.append(offset)
+    for p in placed:
+        tokens.append(tokenizer.token_text(p.logprob.token_id))
+        logprobs.append(_finite(p.logprob.logprob))
+        tops.append(_top(tokenizer, p.logprob, num_top))
+        offsets.append(p.text_offset + start)
+    return CompletionLogprobs(tokens=tokens, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)
+
+
+def render_chat(tokenizer: Tokenizer, placed: Sequence[PlacedLogprob]) -> ChatLogprobs:
+    """OpenAI's list of tokens, each with its alternatives."""
+
+    def top(token_id: int, logprob: float) -> TopLogprob:
+        return TopLogprob(
+            token=tokenizer.token_text(token_id), logprob=_finite(logprob), bytes=tokenizer.token_bytes(token_id)
+        )
+
+    return ChatLogprobs(
+        content=[
+            ChatTokenLogprob(
+                token=tokenizer.token_text(p.logprob.token_id),
+                logprob=_finite(p.logprob.logprob),
+                bytes=tokenizer.token_bytes(p.logprob.token_id),
+                top_logprobs=[top(*t) for t in p.logprob.top],
+            )
+            for p in placed
+        ]
+    )
+
+
+def render_prompt(tokenizer: Tokenizer, entries: Sequence[TokenLogprob | None], *, num_top: int) -> PromptLogprobs:
+    """vLLM's `prompt_logprobs`: by token id, the prompt's own token and the `num_top` likeliest."""
+
+    def one(token_id: int, logprob: float, rank: int) -> PromptLogprob:
+        return PromptLogprob(logprob=_finite(logprob), rank=rank, decoded_token=tokenizer.token_text(token_id))
+
+    return [
+        None
+        if entry is None
+        else {
+            str(entry.token_id): one(entry.token_id, entry.logprob, entry.rank),
+            **{str(i): one(i, logprob, rank) for rank, (i, logprob) in enumerate(entry.top[:num_top], 1)},
+        }
+        for entry in entries
+    ]
+
+
+def _top(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str, float]:
+    top: dict[str, float] = {}
+    for token_id, logprob in [*entry.top[:num_top], (entry.token_id, entry.logprob)]:
+        # Two tokens may read the same; the likelier one, which comes first, stays.
+        top.setdefault(tokenizer.token_text(token_id), _finite(logprob))
+    return top
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,1 @@
+"""HTTP itself: listener, authentication, bodies, errors, event streams, limits."""

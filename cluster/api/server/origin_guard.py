@@ -1,0 +1,160 @@
+"""What a request must be to be looked at: from where it may come, what its body may be, and what every answer's headers say.
+
+A server without a key trusts whoever reaches it, so no web page of another origin may: by CORS, by a form, or by a name that its owner
+points at this machine (DNS rebinding). Bodies are JSON, where no form is expected, and arrive in time. Knows no key and no endpoint.
+"""
+
+import asyncio
+import ipaddress
+import re
+from collections.abc import Container, Sequence
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Middleware
+from multidict import CIMultiDict
+
+from cluster.api.server.auth import path_of
+from cluster.api.server.errors import Handler, Refusal
+
+BODY_TIMEOUT_S = 60.0
+_METHODS = "GET, POST, DELETE, OPTIONS"
+_HEADERS = "Authorization, Content-Type, X-Request-Id, X-Request-Timeout, X-Tramontane-Debug"
+_EXPOSED = (
+    "Retry-After, X-Request-Id, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, X-RateLimit-Reset-Requests, "
+    "X-RateLimit-Limit-Tokens, X-RateLimit-Remaining-Tokens, X-RateLimit-Reset-Tokens"
+)
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}")
+_HTML_POLICY = "default-src 'self'; frame-ancestors 'none'"
+
+
+class Door:
+    """origins: of web pages that may use this server, or "*". guarded: whether a key is needed. local_only: answer to this machine's names
+    only."""
+
+    def __init__(self, *, origins: Sequence[str] = (), guarded: bool, local_only: bool = False) -> None:
+        self._origins = frozenset(origins)
+        self._guarded = guarded
+        self._local_only = local_only
+
+    def make_middleware(self) -> Middleware:
+        """Outside authentication: a preflight request carries no key."""
+
+        @web.middleware
+        async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+            if self._local_only and not is_local(request.headers.get(hdrs.HOST, "")):
+                raise Refusal(
+                    403,
+                    "This server has no API key and answers on this machine's own names only, such as localhost; give it a key to "
+                    "reach it by another name.",
+                    code="host_not_allowed",
+                )
+            origin = request.headers.get(hdrs.ORIGIN)
+            allowed = origin is not None and self._allows(origin)
+            if allowed and request.method == "OPTIONS" and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers:
+                return _preflight(request)
+            if origin is not None and not allowed and not self._guarded and not _is_same(origin, request):
+                raise Refusal(
+                    403,
+                    "This server has no API key and takes no requests from other sites' pages; allow the page's origin with "
+                    "--cors-origin.",
+                    code="origin_not_allowed",
+                )
+            return await handler(request)
+
+        return middleware
+
+    async def add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        """For `on_response_prepare`."""
+        harden(response.headers)
+        if not self._origins:
+            return
+        response.headers.add(hdrs.VARY, "Origin")
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is not None and self._allows(origin):
+            # Never with Allow-Credentials: a page has to hold a key, the browser's cookies are nothing here.
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*" if "*" in self._origins else origin
+            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED
+
+    def _allows(self, origin: str) -> bool:
+        return origin in self._origins or "*" in self._origins
+
+
+def _preflight(request: web.Request) -> web.Response:
+    asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
+    extra = f", {asked}" if _HEADER_NAMES.fullmatch(asked) else ""
+    return web.Response(
+        status=204,
+        headers={
+            hdrs.ACCESS_CONTROL_ALLOW_METHODS: _METHODS,
+            hdrs.ACCESS_CONTROL_ALLOW_HEADERS: _HEADERS + extra,  # OpenAI's client sends a dozen of its own
+            hdrs.ACCESS_CONTROL_MAX_AGE: "600",
+        },
+    )
+
+
+def _is_same(origin: str, request: web.Request) -> bool:
+    return origin.partition("://")[2].lower() == request.headers.get(hdrs.HOST, "").lower()
+
+
+def is_local(host: str) -> bool:
+    """Whether a Host header names this machine, as seen from itself."""
+    name = re.sub(r":\d*$", "", host).lower().removeprefix("[").removesuffix("]").rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def harden(headers: CIMultiDict[str]) -> None:
+    """What browsers shall know of every answer, and that no version is told to strangers."""
+    headers[hdrs.SERVER] = "tramontane"
+    headers["X-Content-Type-Options"] = "nosniff"
+    headers.setdefault("Referrer-Policy", "no-referrer")
+    headers.setdefault(hdrs.CACHE_CONTROL, "no-store")
+    if headers.get(hdrs.CONTENT_TYPE, "").startswith("text/html"):
+        headers.setdefault("Content-Security-Policy", _HTML_POLICY)
+
+
+def make_body_middleware(timeout_s: float = BODY_TIMEOUT_S, *, forms: Container[str] = ()) -> Middleware:
+    """Innermost: handlers find the body read. forms: paths that take a form instead, and read it themselves."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method != "POST" or request.match_info.http_exception is not None:
+            return await handler(request)
+        if path_of(request) in forms:
+            if request.content_type != "multipart/form-data":
+                raise Refusal(
+                    415, "The body must be a form, 'Content-Type: multipart/form-data'.", code="unsupported_media_type"
+                )
+            return await handler(request)
+        most = request.client_max_size
+        if request.content_length is not None and request.content_length > most:
+            raise _too_large(most)
+        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+            raise Refusal(415, "The body is packed; send it without Content-Encoding.", code="unsupported_media_type")
+        # A form of another site can send any text, but not this type; see https://fetch.spec.whatwg.org/#cors-safelisted-request-header
+        if request.body_exists and hdrs.CONTENT_TYPE in request.headers and request.content_type != "application/json":
+            raise Refusal(
+                415,
+                "The body must be JSON, sent with the header 'Content-Type: application/json'.",
+                code="unsupported_media_type",
+            )
+        try:
+            async with asyncio.timeout(timeout_s):
+                await request.read()
+        except web.HTTPRequestEntityTooLarge as e:
+            raise _too_large(most) from e
+        except TimeoutError as e:
+            raise Refusal(
+                408, f"The body did not arrive within {timeout_s:g} s; send it faster.", code="request_timeout"
+            ) from e
+        return await handler(request)
+
+    return middleware
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal(413, f"The request body is larger than {most} bytes; send less at once.", code="request_too_large")

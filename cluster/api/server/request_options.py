@@ -1,0 +1,79 @@
+"""What clients say in headers: how long a request may take, whether they want to see the routing, and the request's id.
+
+Knows header names and what they may hold. Bodies are cluster/api/schemas.py's.
+"""
+
+import math
+import re
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from cluster.api.server.errors import Handler
+from cluster.system.log import request_id_var
+from workers.errors import RequestError
+
+if TYPE_CHECKING:
+    from cluster.api.generation.generation import Choice
+
+REQUEST_ID = "X-Request-Id"
+REQUEST_TIMEOUT = "X-Request-Timeout"
+DEBUG = "X-Tramontane-Debug"
+_SANE_ID = re.compile(r"[!-~]{1,128}")
+
+
+@web.middleware
+async def request_id_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Outermost: log records of this request and its tasks carry its id, and so does the answer."""
+    given = request.headers.get(REQUEST_ID, "")
+    request_id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    token = request_id_var.set(request_id)
+    try:
+        response = await handler(request)
+    finally:
+        request_id_var.reset(token)
+    if not response.prepared:
+        response.headers[REQUEST_ID] = request_id
+    return response
+
+
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """For `on_response_prepare`: streams send their headers before the middleware has the response."""
+    request_id = request_id_var.get()
+    if request_id is not None:
+        response.headers[REQUEST_ID] = request_id
+
+
+def deadline(request: web.Request, *, arrived: float) -> float | None:
+    """When the client stops waiting, on the clock of `arrived`; None if it does not say. Raises RequestError."""
+    text = request.headers.get(REQUEST_TIMEOUT)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise RequestError(
+            f"{REQUEST_TIMEOUT} is {text!r}; send a positive number of seconds.",
+            param=REQUEST_TIMEOUT,
+            code="invalid_header",
+        )
+    return arrived + seconds
+
+
+def debug_headers(request: web.Request, choices: Sequence["Choice"]) -> dict[str, str]:
+    """How the first sequence was routed, as far as it is known by now; nothing unless the client asked."""
+    if request.headers.get(DEBUG) != "1":
+        return {}
+    choice = choices[0]
+    trace = choice.trace
+    values = {
+        "X-Tramontane-Replica": trace.replica_id,
+        "X-Tramontane-Cached-Tokens-Predicted": trace.num_cached_tokens_predicted,
+        "X-Tramontane-Cached-Tokens": choice.num_cached_tokens,
+        "X-Tramontane-Failovers": trace.num_failovers,
+    }
+    return {name: str(value) for name, value in values.items() if value is not None}

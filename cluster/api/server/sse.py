@@ -1,0 +1,126 @@
+"""Server-sent events as OpenAI sends them: `data: JSON`, a blank line, and `data: [DONE]` at the end.
+
+Knows the wire and one writer. Headers go out with the first event, not before, so that what fails until then has its own status; a
+stream that stays silent for `keep_alive_s`, while it waits for room or for another replica, gets a comment, which clients pass over. If
+that comes before the first event it takes the headers along, and from then on errors come as events.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+
+import msgspec
+from aiohttp import hdrs, web
+
+from cluster.api.generation.generation import Event
+from cluster.api.server.errors import ClientGoneError, ErrorEnvelope, describe
+
+log = logging.getLogger(__name__)
+
+_HEADERS = {
+    hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
+    hdrs.CACHE_CONTROL: "no-cache",
+    "X-Accel-Buffering": "no",  # nginx would otherwise collect the stream
+}
+KEEP_ALIVE_S = 15.0  # proxies commonly give up after 30 or 60
+WRITE_TIMEOUT_S = 60.0
+_SMALL_BYTES = 16 * 1024  # well below what makes a transport ask its writer to wait
+_KEEP_ALIVE = b": keep-alive\n\n"
+_encoder = msgspec.json.Encoder()
+
+
+def encode_event(value: msgspec.Struct) -> bytes:
+    """One event's bytes."""
+    return b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+async def stream(
+    request: web.Request,
+    events: AsyncGenerator[Event, None],
+    *,
+    chunks: Callable[[Event], Iterable[msgspec.Struct]],
+    last_chunks: Callable[[], Iterable[msgspec.Struct]],
+    headers: Callable[[], Mapping[str, str]] = dict,
+    keep_alive_s: float = KEEP_ALIVE_S,
+) -> web.StreamResponse:
+    """Writes every event's chunks, then the last ones, then [DONE]. headers: asked for when the headers go out.
+
+    A failure before the headers is raised; a later one becomes an error event, and the stream ends without [DONE].
+    """
+    writer = _Writer(request, headers)
+    try:
+        async with _kept_alive(writer, keep_alive_s):
+            async for event in events:
+                await writer.send(b"".join([encode_event(chunk) for chunk in chunks(event)]))
+            last = b"".join([encode_event(chunk) for chunk in last_chunks()])
+            await writer.send(last + b"data: [DONE]\n\n")
+        await writer.response.write_eof()
+    except (ConnectionError, ClientGoneError):
+        if not writer.started:
+            raise
+        log.debug("The client of %s left in mid-stream.", request.path)
+    except Exception as e:
+        if not writer.started:
+            raise
+        _, body = describe(e)
+        try:
+            await writer.send(encode_event(ErrorEnvelope(error=body)))
+            await writer.response.write_eof()
+        except (ConnectionError, ClientGoneError):
+            log.debug("The client of %s left before it could be told of an error.", request.path)
+    return writer.response
+
+
+class _Writer:
+    """Opens the response with the first bytes. Two tasks may send; each one's bytes stay together."""
+
+    def __init__(self, request: web.Request, headers: Callable[[], Mapping[str, str]]) -> None:
+        self.response = web.StreamResponse(headers=_HEADERS)
+        self.started = False
+        self.last_sent = time.monotonic()
+        self._request = request
+        self._headers = headers
+        self._lock = asyncio.Lock()
+
+    async def send(self, data: bytes) -> None:
+        """Raises ClientGoneError for a client that keeps its connection open but reads nothing."""
+        async with self._lock:
+            if not self.started:
+                self.started = True
+                self.response.headers.update(self._headers())
+                await self.response.prepare(self._request)
+            if not data:
+                return
+            self.last_sent = time.monotonic()
+            transport = self._request.transport
+            if transport is not None and len(data) < _SMALL_BYTES and not transport.get_write_buffer_size():
+                await self.response.write(data)  # into an empty buffer, so it waits for nobody: no timer is needed
+                return
+            try:
+                async with asyncio.timeout(WRITE_TIMEOUT_S):
+                    await self.response.write(data)
+            except TimeoutError as e:
+                if transport is not None:
+                    transport.abort()
+                raise ClientGoneError(f"The client has read nothing for {WRITE_TIMEOUT_S:g} s.") from e
+
+
+@contextlib.asynccontextmanager
+async def _kept_alive(writer: _Writer, keep_alive_s: float) -> AsyncIterator[None]:
+    async def comment_when_silent() -> None:
+        with contextlib.suppress(ConnectionError, ClientGoneError):  # whoever writes events meets it too
+            while True:
+                silent_s = time.monotonic() - writer.last_sent
+                if silent_s >= keep_alive_s:
+                    await writer.send(_KEEP_ALIVE)
+                else:
+                    await asyncio.sleep(keep_alive_s - silent_s)
+
+    task = asyncio.create_task(comment_when_silent(), name="keep-alive")
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

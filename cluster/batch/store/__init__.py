@@ -1,0 +1,1 @@
+"""Where batches, files and leases are kept: one interface, SQLite and PostgreSQL behind it."""

@@ -1,0 +1,1 @@
+"""`tramontane batch`: jobs, their folders and locations, run here or on a server."""

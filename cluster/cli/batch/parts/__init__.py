@@ -1,0 +1,1 @@
+"""A job in parts: their records, their lines, and the merge of their answers."""

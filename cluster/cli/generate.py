@@ -1,0 +1,44 @@
+"""`tramontane generate`: one prompt through the engine in this process, without Ray and without HTTP.
+
+The one place in the control plane that runs the engine itself; torch is imported when it is called, never before.
+"""
+
+import secrets
+import sys
+from argparse import Namespace
+
+from cluster.cli.options import detect_device, engine_config
+from cluster.config.checkpoint_location import resolve_model
+from cluster.text.output.detokenizer import Detokenizer
+from cluster.text.tokenizer import load_tokenizer
+from workers.errors import ConfigError
+from workers.protocol import FinishReason, GenerateRequest, SamplingParams
+
+
+def generate(args: Namespace) -> None:
+    """Prints the completion as it comes. Raises TramontaneError with a sentence for the user."""
+    folder, _ = resolve_model(args.model, revision=args.revision)
+    config = engine_config(args, folder, device=detect_device(args.device))
+    tokenizer = load_tokenizer(folder, model_vocab_size=config.model.vocab_size)
+    if args.max_tokens < 1:
+        raise ConfigError(f"--max-tokens is {args.max_tokens}; it must be at least 1.")
+    request = GenerateRequest(
+        request_id="generate",
+        prompt_token_ids=tokenizer.encode(args.prompt),
+        sampling=SamplingParams(
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=secrets.randbits(63) if args.seed is None else args.seed,
+        ),
+    )
+    from workers.engine.llm_engine import LLMEngine
+
+    engine = LLMEngine(config)
+    detokenizer = Detokenizer(tokenizer.pieces, continues=request.prompt_token_ids)
+    print(args.prompt, end="", flush=True)
+    for delta in engine.stream(request):
+        token_ids = delta.token_ids[:-1] if delta.finish_reason is FinishReason.STOP else delta.token_ids
+        print(detokenizer.push(token_ids), end="", flush=True)
+    print(detokenizer.flush())
+    sys.stdout.flush()

@@ -1,0 +1,64 @@
+"""How `serve` and `batch run` open Ray, and what they ask the controller for."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from cluster.config.serve import ServeConfig
+from cluster.protocol.spec import ClusterSpec
+from cluster.terminal.phases import Console
+
+if TYPE_CHECKING:
+    from cluster.ray_runtime.session import RayCluster
+
+OWN_CLUSTER_PLACEMENT_TIMEOUT_S = 10.0  # nothing will be added to it: what is not free soon never will be
+
+
+def _headline(config: ServeConfig) -> str:
+    engine = config.engine
+    ranks = f"{engine.tensor_parallel_size} tensor-parallel rank{'s' * (engine.tensor_parallel_size > 1)}"
+    low, high = config.min_replicas, config.max_replicas
+    replicas = "" if (low, high) == (1, 1) else f"{high if low == high else f'{low} to {high}'} replicas of "
+    return (
+        f"Tramontane {version('tramontane')}: {config.model_name}, {engine.dtype}, {replicas}{ranks} on {engine.device}"
+    )
+
+
+@contextmanager
+def open_ray(console: Console, config: ServeConfig) -> Iterator["RayCluster"]:
+    console.line(_headline(config))
+    with console.phase(f"Joining Ray at {config.ray_address}" if config.ray_address else "Starting Ray"):
+        from cluster.ray_runtime.session import connect
+
+        num_ranks = config.engine.tensor_parallel_size * config.max_replicas
+        cluster = connect(config.ray_address, namespace=config.deployment, num_cpus=num_ranks)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def spec_of(config: ServeConfig, *, own_cluster: bool) -> ClusterSpec:
+    """What the controller is asked for."""
+    engine = config.engine
+    if own_cluster and engine.device == "cpu" and engine.num_threads is None:
+        # All replicas share this machine: without this each would take all of its cores.
+        num_ranks = engine.tensor_parallel_size * config.max_replicas
+        engine = replace(engine, num_threads=max(1, (os.cpu_count() or 1) // num_ranks))
+    return ClusterSpec(
+        model_name=config.model_name,
+        engine=engine,
+        min_replicas=config.min_replicas,
+        max_replicas=config.max_replicas,
+        num_gateways=config.num_gateways,
+        drain_timeout_s=config.drain_timeout_s,
+        scale_down_after_s=config.scale_down_after_s,
+        ttft_objective_s=config.ttft_objective_s,
+        placement_timeout_s=OWN_CLUSTER_PLACEMENT_TIMEOUT_S if own_cluster else None,
+        single_host=own_cluster,
+        preemption_notices=config.preemption_notices,
+        log_level=config.log_level.upper(),
+    )

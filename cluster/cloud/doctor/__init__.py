@@ -1,1 +1,0 @@
-"""`tramontane doctor`: whether machines can serve, found out by looking and by trying; `read_` gathers facts, `judge` weighs them."""

@@ -1,1 +1,0 @@
-"""What facts mean: pure functions from `facts` to findings, each with its remedy. They look at nothing themselves."""

@@ -1,0 +1,8 @@
+"""What an engine's configuration takes when nobody says otherwise, by device."""
+
+from typing import Literal
+
+Device = Literal["cpu", "cuda"]
+# FlashAttention's paged kernel takes blocks in multiples of 256; on the CPU small blocks share more prefixes.
+BLOCK_SIZES: dict[Device, int] = {"cpu": 16, "cuda": 256}
+MAX_DEFAULT_MODEL_LEN = 32_768

@@ -1,0 +1,1 @@
+"""The controller: one detached Ray actor that starts, watches, drains and replaces replicas."""

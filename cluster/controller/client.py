@@ -1,0 +1,130 @@
+"""Finds, starts and calls the controller, which may be restarted at any moment. Knows Ray; passes values through.
+
+Every method raises the controller's own TramontaneErrors, and ReplicaUnavailableError while the controller cannot be reached.
+"""
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from cluster.controller.spec_store import forget_wish
+from cluster.protocol.report import GatewayReport
+from cluster.protocol.spec import ClusterSpec
+from cluster.protocol.view import ClusterView
+from cluster.replicas.leftovers import remove_all
+from workers.errors import ReplicaUnavailableError, TramontaneError
+
+log = logging.getLogger(__name__)
+
+CONTROLLER_NAME = "tramontane-controller"
+HEAD_NODE = "node:__internal_head__"  # the resource by which Ray marks it
+CALL_TIMEOUT_S = 10.0
+DOWN_TIMEOUT_S = 30.0
+T = TypeVar("T")
+
+
+class ControllerClient:
+    """Use in a process connected to Ray in the deployment's namespace."""
+
+    def __init__(self, deployment: str) -> None:
+        self.deployment = deployment
+        self._actor: ActorHandle | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether a controller of this deployment runs."""
+        return self._find() is not None
+
+    async def start(self, spec: ClusterSpec) -> None:
+        """Makes `spec` the wish of the running controller, or of a new one on the head node. Raises ConfigError."""
+        from cluster.controller.controller import ControllerActor
+
+        self._actor = (
+            ray.remote(ControllerActor)
+            .options(
+                name=CONTROLLER_NAME,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                max_concurrency=1000,
+                num_cpus=0,
+                resources={HEAD_NODE: 0.001},  # whatever takes that node takes all of Ray along
+            )
+            .remote(self.deployment, spec)
+        )
+        await self._call("apply", spec, timeout_s=60.0)
+
+    async def sync(self, known: int, report: GatewayReport | None) -> ClusterView:
+        """What is, at once or as soon as it differs from version `known`; a quarter of a second at most."""
+        return await self._call("sync", known, report, ray.get_runtime_context().get_node_id())
+
+    async def drain(self, replica_id: str, grace_s: float | None) -> None:
+        """Raises RequestError for an unknown replica."""
+        await self._call("drain", replica_id, grace_s)
+
+    async def leave(self, gateway_id: str) -> None:
+        """Tells the controller that this gateway ends."""
+        await self._call("leave", gateway_id)
+
+    async def stop_replicas(self) -> None:
+        """Ends every replica politely if the controller answers; for whoever ends Ray itself next, which ends the rest."""
+        if self._actor is not None:
+            with contextlib.suppress(TramontaneError):
+                await self._call("down", timeout_s=CALL_TIMEOUT_S)
+
+    async def down(self) -> int:
+        """Ends every replica and the controller, also where the controller does not answer. Returns how many ranks were still found."""
+        with contextlib.suppress(TramontaneError):
+            await self._call("down", timeout_s=DOWN_TIMEOUT_S)
+        if (actor := self._find()) is not None:
+            ray.kill(actor)
+        forget_wish(self.deployment)
+        return remove_all(self.deployment)
+
+    async def _call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        try:
+            async with asyncio.timeout(timeout_s):
+                # Looking it up hangs while Ray's control store is away; the streams of this process must not.
+                actor = self._actor = self._actor or await _in_daemon_thread(self._find)
+                if actor is None:
+                    raise ReplicaUnavailableError(
+                        f"The controller of {self.deployment!r} does not run on this Ray cluster."
+                    )
+                return await getattr(actor, method).remote(*args)
+        except RayTaskError as e:
+            if isinstance(e.cause, TramontaneError):
+                raise e.cause from None
+            raise ReplicaUnavailableError(f"The controller failed: {e.cause!r}.") from e
+        except (RayError, TimeoutError) as e:
+            self._actor = None
+            raise ReplicaUnavailableError(f"The controller cannot be reached: {type(e).__name__}.") from e
+
+    def _find(self) -> ActorHandle | None:
+        with contextlib.suppress(ValueError):
+            return ray.get_actor(CONTROLLER_NAME)
+        return None
+
+
+async def _in_daemon_thread(work: Callable[[], T]) -> T:
+    """What it returns. Unlike asyncio.to_thread's, its thread keeps neither the loop nor the process from ending while it hangs."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            tell = partial(done.set_result, work())
+        except Exception as e:
+            tell = partial(done.set_exception, e)
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(lambda: done.done() or tell())
+
+    threading.Thread(target=run, name="controller-lookup", daemon=True).start()
+    return await done

@@ -1,0 +1,256 @@
+"""The controller: one detached Ray actor that keeps the replicas as they shall be, and tells gateways what is.
+
+Knows Ray, the supervisor and the autoscaler's loop; no tokens. It outlives every gateway and is restarted by Ray if it dies; replicas
+that run then are found by their actors' names and adopted. It connects to every replica itself, so that it judges by its own eyes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ray
+
+from cluster.controller.preemption.act import Evacuation
+from cluster.controller.preemption.watch import NodeWatch
+from cluster.controller.scaling import Scaling
+from cluster.controller.spec_store import find_wish, keep_wish
+from cluster.controller.supervisor import Supervisor
+from cluster.protocol.report import GatewayReport
+from cluster.protocol.spec import ClusterSpec
+from cluster.protocol.view import ClusterView, GatewayRecord, ReplicaRecord, ReplicaState
+from cluster.ray_runtime.nodes import draining_nodes
+from cluster.replicas.leftovers import find_ranks, remove_all
+from cluster.replicas.replica import RayReplica
+from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
+from workers.protocol import EngineFacts
+
+log = logging.getLogger(__name__)
+
+GATEWAY_IS_GONE_AFTER_S = 5.0
+SCALING_INTERVAL_S = 1.0
+SYNC_WAIT_S = 0.25
+
+
+@dataclass
+class _Gateway:
+    report: GatewayReport
+    node_id: str
+    seen_version: int
+    last_seen: float
+
+
+class Controller:
+    """Methods are called from gateways and the command line, all on the actor's event loop."""
+
+    def __init__(self, deployment: str, spec: ClusterSpec) -> None:
+        logging.basicConfig(format="%(levelname)s controller %(name)s: %(message)s")
+        logging.getLogger("cluster").setLevel(spec.log_level)
+        self._deployment = deployment
+        self._id = secrets.token_hex(4)
+        self._spec = spec
+        self._version = 0
+        self._changed = asyncio.Event()
+        self._gateways: dict[str, _Gateway] = {}
+        self._facts: EngineFacts | None = None
+        self._drain_versions: dict[str, int] = {}
+        self._scaling = Scaling(spec)
+        self._supervisor = Supervisor(self._make_replica, num_streams=self._num_streams, on_change=self._note_change)
+        self._supervisor.drain_timeout_s = spec.drain_timeout_s
+        self._evacuation: Evacuation | None = None  # until `start`
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Adopts what runs already, then keeps things as they shall be until `down`."""
+        try:
+            await self._adopt()
+        except Exception as e:  # what cannot be adopted is replaced
+            log.exception("Running replicas could not be adopted: %s", e)
+        self._set_desired(self._scaling.initial(len(self._live())))
+        self._evacuation = Evacuation(self._supervisor, self._make_watch, self._note_change)
+        self._evacuation.configure(self._spec)
+        self._tasks = [asyncio.create_task(self._supervisor.run()), asyncio.create_task(self._scale_forever())]
+
+    async def apply(self, spec: ClusterSpec) -> None:
+        """Makes `spec` the wish. Raises ConfigError when another model, or another engine, is served under this name."""
+        is_other = (spec.engine, spec.model_name) != (self._spec.engine, self._spec.model_name)
+        # A gateway without replicas, because they sleep, still speaks with its own model's tokenizer.
+        if is_other and (self._supervisor.records() or self._gateways):
+            raise ConfigError(
+                f"The deployment {self._deployment!r} on this Ray cluster serves {self._spec.model_name} with other settings; "
+                "stop it with `tramontane down`, or start another beside it with --name."
+            )
+        self._spec = spec
+        if is_other:
+            self._facts = None
+        if self._evacuation is not None:
+            self._evacuation.configure(spec)
+        self._scaling.configure(spec)
+        self._supervisor.drain_timeout_s = spec.drain_timeout_s
+        self._supervisor.forgive()
+        self._set_desired(self._scaling.initial(len(self._live())))
+        await asyncio.to_thread(keep_wish, self._deployment, spec)
+
+    async def sync(self, known: int, report: GatewayReport | None, node_id: str = "") -> ClusterView:
+        """What is. Returns at once when it differs from version `known`, else after SYNC_WAIT_S. `report`: what the caller holds."""
+        if report is not None:
+            self._gateways[report.gateway_id] = _Gateway(report, node_id, known, time.monotonic())
+            self._wake_for_demand(report)
+        if known == self._version:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SYNC_WAIT_S):
+                    await self._changed.wait()
+        return self.view()
+
+    def view(self) -> ClusterView:
+        """What is, now."""
+        failure = self._supervisor.failure
+        return ClusterView(
+            version=self._version,
+            controller_id=self._id,
+            spec=self._spec,
+            replicas=self._supervisor.records(),
+            gateways=tuple(
+                GatewayRecord(
+                    gateway_id=g.report.gateway_id,
+                    url=g.report.url,
+                    node_id=g.node_id,
+                    num_running=g.report.num_running,
+                    num_queued=g.report.num_queued,
+                )
+                for g in self._gateways.values()
+            ),
+            notices=() if self._evacuation is None else self._evacuation.notices,
+            num_notices_total=0 if self._evacuation is None else self._evacuation.num_notices_total,
+            num_desired=self._supervisor.desired,
+            scaling_reason=self._scaling.reason,
+            failure=None if failure is None else (type(failure).__name__, str(failure)),
+            facts=self._facts,
+        )
+
+    async def drain(self, replica_id: str, grace_s: float | None = None, reason: str | None = None) -> None:
+        """Takes a replica out of service without losing a stream. Raises RequestError for an unknown one."""
+        if replica_id not in {r.replica_id for r in self._supervisor.records()}:
+            known = ", ".join(r.replica_id for r in self._supervisor.records()) or "none"
+            raise RequestError(f"There is no replica {replica_id!r}; the replicas are: {known}.", param="replica")
+        self._supervisor.drain(replica_id, grace_s=grace_s, reason=reason)
+
+    async def leave(self, gateway_id: str) -> None:
+        """A gateway says goodbye."""
+        self._gateways.pop(gateway_id, None)
+
+    async def down(self) -> int:
+        """Ends every replica; returns how many there were. The caller then ends this actor."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._evacuation is not None:
+            await self._evacuation.close()
+        count = len(self._supervisor.records())
+        await self._supervisor.close()
+        return count
+
+    async def _adopt(self) -> None:
+        for (replica_id, incarnation), descriptions in (await find_ranks(self._deployment)).items():
+            replica = self._make_replica(replica_id, incarnation)
+            try:
+                if replica_id in {r.replica_id for r in self._supervisor.records()}:
+                    raise ReplicaUnavailableError(f"There is another replica {replica_id}.")
+                self._supervisor.adopt(await replica.adopt(descriptions))
+                log.info("Replica %s was found running.", replica_id)
+            except Exception as e:  # whatever is wrong with it, the others are still to be adopted
+                log.warning("Replica %s was found and is ended: %s", replica_id, e)
+                await replica.close(str(e))
+        # Also what was half started, and the placement groups of replicas that ended themselves.
+        adopted = {(r.replica_id, r.incarnation) for r in self._supervisor.records()}
+        await asyncio.to_thread(remove_all, self._deployment, keep=adopted)
+
+    def _make_replica(self, replica_id: str, incarnation: str | None = None) -> RayReplica:
+        return RayReplica(
+            replica_id,
+            self._spec.engine,
+            deployment=self._deployment,
+            incarnation=incarnation,
+            single_host=self._spec.single_host,
+            log_level=self._spec.log_level,
+            placement_timeout_s=self._spec.placement_timeout_s,
+            on_change=self._note_change,
+        )
+
+    def _make_watch(self, on_notice: Callable[[], None]) -> NodeWatch:
+        here = ray.get_runtime_context().get_node_id()
+        return NodeWatch(on_notice, here=here, log_level=self._spec.log_level)
+
+    def _note_change(self) -> None:
+        self._version += 1
+        draining = set()
+        for record in self._supervisor.records():
+            self._facts = record.facts or self._facts
+            if record.state is ReplicaState.DRAINING:
+                draining.add(record.replica_id)
+        # Whoever drains it: gateways have seen it once they know this version.
+        self._drain_versions = {r: self._drain_versions.get(r, self._version) for r in draining}
+        self._changed.set()
+
+    def _live(self) -> list[ReplicaRecord]:
+        gone = (ReplicaState.DRAINING, ReplicaState.LOST)
+        return [r for r in self._supervisor.records() if r.state not in gone]
+
+    def _num_streams(self, replica_id: str) -> int | None:
+        """Streams on this replica over all gateways; None while one of them has not seen yet that it is draining."""
+        since = self._drain_versions.get(replica_id, 0)
+        gateways = self._gateways.values()
+        if any(g.seen_version < since for g in gateways):
+            return None
+        return sum(g.report.streams_per_replica.get(replica_id, 0) for g in gateways)
+
+    def _set_desired(self, desired: int) -> None:
+        if desired != self._supervisor.desired:
+            self._supervisor.desired = desired
+            self._note_change()
+            self._supervisor.wake()
+
+    def _wake_for_demand(self, report: GatewayReport) -> None:
+        """Whoever finds no replica is not kept waiting for the scaling loop's next round."""
+        if self._supervisor.desired or not self._spec.max_replicas:
+            return
+        if report.num_queued:
+            self._set_desired(self._scaling.wake())
+        elif any(batch.remaining_tokens for batch in report.batches):
+            self._set_desired(self._scaling.wake_for_batch())
+
+    async def _scale_forever(self) -> None:
+        while True:
+            await asyncio.sleep(SCALING_INTERVAL_S)
+            try:
+                self._round(await asyncio.to_thread(draining_nodes))
+            except Exception as e:  # a wrong number must not end supervision
+                log.exception("A scaling round failed: %s", e)
+
+    def _round(self, draining: Mapping[str, int]) -> None:
+        now = time.monotonic()
+        for gateway_id, gateway in list(self._gateways.items()):
+            if now - gateway.last_seen > GATEWAY_IS_GONE_AFTER_S:
+                log.warning("Gateway %s has not been heard of for %.0f s.", gateway_id, now - gateway.last_seen)
+                del self._gateways[gateway_id]
+        if self._evacuation is not None:
+            nodes = {g.node_id for g in self._gateways.values() if g.node_id}
+            self._evacuation.round(draining, gateway_nodes=nodes)
+        reports = [g.report for g in self._gateways.values()]
+        desired = self._scaling.decide(self._supervisor.records(), reports, now)
+        if self._facts is None:  # nobody can check a request before a first replica has shown what the model can take
+            desired = max(desired, min(1, self._spec.max_replicas))
+        self._set_desired(desired)
+
+
+class ControllerActor(Controller):
+    """What Ray runs, and runs again when its process died."""
+
+    async def __init__(self, deployment: str, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Ray awaits it
+        kept = await asyncio.to_thread(find_wish, deployment)
+        super().__init__(deployment, kept or spec)
+        await self.start()

@@ -1,0 +1,1 @@
+"""Preemption notices: read them, decide what they mean, and act in time."""

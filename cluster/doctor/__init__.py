@@ -1,0 +1,1 @@
+"""What is wrong with the machines of a cluster, and what to do about it."""

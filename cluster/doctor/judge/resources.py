@@ -1,0 +1,86 @@
+"""Memory, shared memory and disk of one node: is there room for what serving puts there."""
+
+from collections.abc import Iterator
+
+from cluster.doctor.facts import Filesystem, Node
+from cluster.doctor.findings import Finding, ok, problem, warning
+from cluster.doctor.judge.ranks import Device
+from cluster.doctor.words import GIB, MIB, size
+
+KV_CACHE_BYTES = GIB  # the default of --kv-cache-memory, per CPU rank
+SHM_PER_RANK_BYTES = 2 * MIB + 4096  # the two buffers of workers.parallel.shared_memory, and its counters
+NCCL_SHM_BYTES = GIB  # NCCL's own advice for containers
+RAY_FILES = "Ray's files"
+RAY_MAX_USED = 0.95  # beyond, Ray makes no objects any more
+SCARCE_BYTES, LOW_BYTES = GIB, 5 * GIB
+
+
+def judge_memory(node: Node, *, device: Device, num_ranks: int, rank_bytes: int | None) -> Finding:
+    """num_ranks: the most of one replica that may run there. rank_bytes: weights of one rank in the type it computes with."""
+    assert node.machine is not None
+    free, total = node.machine.free_memory_bytes, node.machine.memory_bytes
+    if free is None or total is None:
+        return ok("memory", "How much memory is free is not known on this system.", node=node.address)
+    has = f"{size(free)} of {size(total)} of memory are free"
+    if device == "cuda" or rank_bytes is None:
+        if free < 2 * GIB:
+            remedy = "End what holds it; torch, Ray and the gateway need about 2 GiB before the first request."
+            return warning("memory", f"Only {has}.", remedy, node=node.address)
+        return ok("memory", f"{has}.", node=node.address)
+    need = rank_bytes + KV_CACHE_BYTES
+    if free < need:
+        remedy = "Use more ranks on more nodes (--tensor-parallel-size), a smaller --kv-cache-memory, or more memory."
+        sentence = f"{has}; one rank needs {size(need)} (weights and KV cache)."
+        return problem("memory", sentence, remedy, node=node.address)
+    if num_ranks > 1 and free < need * num_ranks:
+        remedy = "Spread the ranks over more nodes, or give each a smaller --kv-cache-memory."
+        sentence = f"{has}; {num_ranks} ranks here would need {size(need * num_ranks)}."
+        return warning("memory", sentence, remedy, node=node.address)
+    return ok("memory", f"{has}; a rank needs {size(need)}.", node=node.address)
+
+
+def judge_shared_memory(node: Node, *, device: Device, num_ranks: int) -> Finding:
+    """num_ranks: the most of one replica that may run there."""
+    assert node.machine is not None
+    shm, at = node.machine.shm, node.address
+    if shm is None:
+        remedy = "Mount it: `mount -t tmpfs tmpfs /dev/shm`."
+        return warning(
+            "shared memory", "There is no /dev/shm: ranks of this host talk through the slower Gloo.", remedy, node=at
+        )
+    has = f"{size(shm.free_bytes)} of {size(shm.total_bytes)} are free in /dev/shm"
+    need = SHM_PER_RANK_BYTES * num_ranks
+    remedy = (
+        "`ls -lS /dev/shm` shows what fills it. A container gets more with `docker run --shm-size=8g`, on Kubernetes with an "
+        "emptyDir of medium Memory at /dev/shm."
+    )
+    if num_ranks > 1 and shm.free_bytes < need:
+        return problem("shared memory", f"{has}; {num_ranks} ranks need {size(need)}.", remedy, node=at)
+    num_gpus = len(node.machine.nvidia.gpus) if device == "cuda" else 0
+    if num_gpus > 1 and shm.free_bytes < NCCL_SHM_BYTES:
+        return warning(
+            "shared memory", f"{has}; NCCL wants about {size(NCCL_SHM_BYTES)} for {num_gpus} GPUs.", remedy, node=at
+        )
+    return ok("shared memory", f"{has}.", node=at)
+
+
+def judge_disks(node: Node) -> Iterator[Finding]:
+    assert node.machine is not None
+    for disk in node.machine.disks:
+        yield _judge_disk(disk, node.address)
+
+
+def _judge_disk(disk: Filesystem, at: str) -> Finding:
+    has = f"{size(disk.free_bytes)} of {size(disk.total_bytes)} are free at {disk.path}, for {disk.purpose}"
+    remedy = "Remove what is not needed there."
+    if disk.purpose == RAY_FILES:
+        remedy += " RAY_TMPDIR, or --temp-dir of `ray start`, moves Ray's files to another disk."
+        if disk.free_bytes < disk.total_bytes * (1 - RAY_MAX_USED):
+            return problem(
+                "disk", f"{has}; Ray stops making objects on a disk that is {RAY_MAX_USED:.0%} full.", remedy, node=at
+            )
+    if disk.free_bytes < SCARCE_BYTES:
+        return problem("disk", f"Only {has}.", remedy, node=at)
+    if disk.free_bytes < LOW_BYTES:
+        return warning("disk", f"Only {has}.", remedy, node=at)
+    return ok("disk", f"{has}.", node=at)

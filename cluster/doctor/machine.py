@@ -1,0 +1,120 @@
+"""Reads one machine: versions, memory, filesystems, network. Runs on every node; imports no torch, starts nothing but nvidia-smi.
+
+What cannot be read is left unknown: whoever judges says what that means.
+"""
+
+import contextlib
+import os
+import platform
+import re
+import shutil
+import socket
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from cluster.doctor.facts import Filesystem, Machine, Network, Versions
+from cluster.doctor.nvidia import read_nvidia
+
+SHM = Path("/dev/shm")
+ROOT = Path("/")
+
+
+def read_machine(disks: Mapping[str, str]) -> Machine:
+    """disks: what for, by path; a path need not exist yet."""
+    memory, free = read_memory()
+    return Machine(
+        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=memory,
+        free_memory_bytes=free,
+        versions=read_versions(),
+        nvidia=read_nvidia(),
+        shm=read_filesystem(SHM, "the ranks of one host") if SHM.is_dir() else None,
+        disks=tuple(read_filesystem(Path(path), purpose) for path, purpose in disks.items()),
+        network=read_network(),
+    )
+
+
+def read_versions() -> Versions:
+    return Versions(
+        tramontane=_version("tramontane"),
+        python=platform.python_version(),
+        torch=_version("torch"),
+        ray=_version("ray"),
+        cuda=_torch_cuda(),
+        nccl=next((d.version for d in distributions() if (d.name or "").lower().startswith("nvidia-nccl-cu")), None),
+    )
+
+
+def read_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
+    """In all and free for new processes, of the machine or of the container (cgroup v2) where that has less."""
+    try:
+        meminfo = (root / "proc/meminfo").read_text()
+        total, free = (int(_search(rf"^{name}:\s+(\d+) kB", meminfo)) * 1024 for name in ("MemTotal", "MemAvailable"))
+    except (OSError, ValueError):
+        return None, None
+    cgroup = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit: "max" is no number
+        limit = int((cgroup / "memory.max").read_text())
+        # What the page cache holds is given back on demand.
+        cached = int(_search(r"^inactive_file (\d+)$", (cgroup / "memory.stat").read_text()))
+        used = int((cgroup / "memory.current").read_text()) - cached
+        return min(total, limit), min(free, limit - used)
+    return total, free
+
+
+def read_filesystem(path: Path, purpose: str) -> Filesystem:
+    """Of the folder, or of the one it will be made in."""
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    usage = shutil.disk_usage(existing)
+    return Filesystem(path=str(path), purpose=purpose, total_bytes=usage.total, free_bytes=usage.free)
+
+
+def read_network(root: Path = ROOT) -> Network:
+    from workers.parallel.interface import addresses
+
+    hostname = socket.gethostname()
+    own: str | None = None
+    with contextlib.suppress(OSError):
+        own = socket.gethostbyname(hostname)
+    ports: tuple[int, int] | None = None
+    with contextlib.suppress(OSError, ValueError):
+        low, high = map(int, (root / "proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+        ports = low, high
+    stack: str | None = None
+    with contextlib.suppress(OSError):
+        boot_id = (root / "proc/sys/kernel/random/boot_id").read_text().strip()
+        stack = f"{boot_id} {(root / 'proc/self/ns/net').readlink()}"
+    return Network(
+        stack=stack,
+        interfaces=addresses(),
+        hostname=hostname,
+        hostname_address=own,
+        gloo_interface=os.environ.get("GLOO_SOCKET_IFNAME"),
+        nccl_interface=os.environ.get("NCCL_SOCKET_IFNAME"),
+        ephemeral_ports=ports,
+    )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _torch_cuda() -> str | None:
+    """torch.version.cuda, read and not imported: torch takes seconds and a gigabyte to load."""
+    spec = find_spec("torch")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        with contextlib.suppress(OSError, ValueError):
+            return _search(r"^cuda\b.*=\s*'([\d.]+)'", (Path(folder) / "version.py").read_text())
+    return None
+
+
+def _search(pattern: str, text: str) -> str:
+    match = re.search(pattern, text, re.MULTILINE)
+    if match is None:
+        raise ValueError(f"nothing matches {pattern}")
+    return match[1]

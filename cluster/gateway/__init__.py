@@ -1,0 +1,1 @@
+"""One gateway process: HTTP application, router, fleet and batches put together."""

@@ -1,0 +1,167 @@
+"""A further gateway as a Ray actor, on another node where there is one. Its event loop has a thread of its own.
+
+Knows Ray and `cluster.gateway.gateway`. Started by `serve --gateways N`; Ray starts it again when it dies, and it outlives the command.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+from ray.util import list_named_actors
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.config.serve import ServeConfig
+from cluster.system.log import setup_logging
+from cluster.system.net import is_loopback
+from cluster.text.load import load_text
+from workers.errors import ReplicaUnavailableError, TramontaneError
+
+log = logging.getLogger(__name__)
+
+GATEWAY_NAME = "tramontane-gateway-{}"
+FIND_TIMEOUT_S = 5.0
+
+
+class GatewayActor:
+    """Opens at once; `url` waits for that and raises what went wrong."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        setup_logging(config.log_level, format=config.log_format, prompts=config.log_prompts)
+        self._config = config
+        self._opened = threading.Event()
+        self._url = ""
+        self._failure: Exception | None = None
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="gateway", daemon=True)
+        self._thread.start()
+
+    def url(self) -> str:
+        """Where it listens. Raises TramontaneError."""
+        self._opened.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._url
+
+    def serves(self, config: ServeConfig) -> bool:
+        """Whether it does, or is about to do, what `config` asks for."""
+        return self._failure is None and config == self._config
+
+    def stop(self) -> None:
+        """Lets what runs finish, as the configuration says, and ends."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        except Exception as e:  # told to whoever asks for the url
+            log.exception("A gateway could not go on: %s", e)
+            self._failure = e
+            self._opened.set()
+
+    async def _serve(self) -> None:
+        from cluster.controller.client import ControllerClient
+        from cluster.gateway.gateway import Gateway
+        from cluster.ray_runtime.metrics import publish_forever
+
+        engine = self._config.engine
+        tokenizer, chat_template = load_text(
+            Path(engine.model_path),
+            chat_template=self._config.chat_template,
+            model_vocab_size=engine.model.vocab_size,
+        )
+        controller = ControllerClient(self._config.deployment)
+        gateway = Gateway(self._config, controller, tokenizer=tokenizer, chat_template=chat_template)
+        try:
+            await gateway.open()
+            gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
+            self._url = gateway.url
+            self._opened.set()
+            await self._stop.wait()
+            await gateway.drain(self._config.drain_timeout_s)
+        finally:
+            await gateway.close()
+
+
+async def start_gateways(config: ServeConfig) -> list[ActorHandle]:
+    """The gateways beside the caller's own: spread over the nodes, or here where only this machine is served.
+
+    Those that an earlier command left are kept if they serve the same configuration, and replaced if not.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    strategy = here if is_loopback(config.host) else "SPREAD"
+    names = [GATEWAY_NAME.format(i) for i in range(1, config.num_gateways)]
+    kept = dict(zip(names, await asyncio.gather(*(_find(name, config) for name in names)), strict=True))
+    return [
+        kept[name]
+        or ray.remote(GatewayActor)
+        .options(
+            name=name,
+            lifetime="detached",
+            max_restarts=-1,
+            max_concurrency=4,
+            num_cpus=0,
+            scheduling_strategy=strategy,
+        )
+        .remote(config)
+        for name in names
+    ]
+
+
+async def _find(name: str, config: ServeConfig) -> ActorHandle | None:
+    """The gateway of this name if it serves `config`; one that does not is ended."""
+    try:
+        actor = await asyncio.to_thread(ray.get_actor, name)
+    except ValueError:
+        return None
+    with contextlib.suppress(RayError, TimeoutError):
+        async with asyncio.timeout(FIND_TIMEOUT_S):
+            if await actor.serves.remote(config):
+                return actor
+    log.warning("The gateway %s, which an earlier command left, is replaced.", name)
+    ray.kill(actor)
+    with contextlib.suppress(ValueError):
+        while await asyncio.to_thread(ray.get_actor, name):  # until its name is free
+            await asyncio.sleep(0.05)
+    return None
+
+
+async def urls_of(actors: list[ActorHandle]) -> list[str]:
+    """Where they listen. Raises what kept one from it, ConfigError for a port that is taken there."""
+    try:
+        return list(await asyncio.gather(*(a.url.remote() for a in actors)))
+    except RayTaskError as e:
+        if isinstance(e.cause, TramontaneError):
+            raise e.cause from None
+        raise ReplicaUnavailableError(f"A further gateway could not be started: {e.cause!r}.") from e
+    except RayError as e:
+        raise ReplicaUnavailableError(f"A further gateway died while it started: {type(e).__name__}.") from e
+
+
+async def stop_gateways(actors: list[ActorHandle], timeout_s: float, stop_now: asyncio.Event) -> None:
+    """Drains and ends them, at once when `stop_now` is set. Idempotent."""
+    drained = asyncio.gather(*(a.stop.remote() for a in actors), return_exceptions=True)
+    hurry = asyncio.create_task(stop_now.wait())
+    either: list[asyncio.Future[Any]] = [drained, hurry]
+    await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    drained.cancel()
+    hurry.cancel()
+    await asyncio.gather(drained, hurry, return_exceptions=True)
+    for actor in actors:
+        ray.kill(actor)
+
+
+def remove_gateways() -> None:
+    """Ends the gateways of this deployment at once, wherever they are."""
+    for name in list_named_actors():
+        if re.fullmatch(GATEWAY_NAME.format(r"\d+"), name):
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(name))

@@ -1,0 +1,157 @@
+"""A gateway's picture of the replicas: syncs with the controller, keeps a connection to every replica, tells the router.
+
+Knows views, clients and the router's `update`; no Ray and no HTTP. While the controller is away (Ray restarts it) everything known
+stays in use: a dead replica is noticed by its socket, not by the controller.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Protocol
+
+from cluster.controller.preemption.decide import ending
+from cluster.protocol.report import GatewayReport
+from cluster.protocol.view import ClusterView, ReplicaRecord, ReplicaState
+from cluster.replicas.client import ReplicaClient
+from cluster.router.replica import Outlook, Replica
+from workers.errors import ReplicaUnavailableError, TramontaneError
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+Key = tuple[str, str]  # replica id, incarnation
+
+
+class Controller(Protocol):
+    """What a gateway asks of the controller. Methods raise ReplicaUnavailableError while it cannot be reached."""
+
+    async def sync(self, known: int, report: GatewayReport | None) -> ClusterView: ...
+    async def leave(self, gateway_id: str) -> None: ...
+
+
+class ReplicaSink(Protocol):
+    """The router, as the fleet sees it."""
+
+    def update(self, replicas: Sequence[Replica], outlook: Outlook) -> None: ...
+    def report(self, gateway_id: str, url: str) -> GatewayReport: ...
+
+
+class Fleet:
+    """`await run()` in a task until cancelled, then `await close()`. on_view: called with every new view."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        router: ReplicaSink,
+        *,
+        gateway_id: str,
+        url: str,
+        on_view: Callable[[ClusterView], None] = lambda _: None,
+    ) -> None:
+        self.view: ClusterView | None = None
+        self._controller = controller
+        self._router = router
+        self._gateway_id = gateway_id
+        self._url = url
+        self._on_view = on_view
+        self._clients: dict[Key, ReplicaClient] = {}
+        self._connected: set[Key] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        away = False
+        while True:
+            known = -1 if self.view is None else self.view.version
+            try:
+                self._take(await self._controller.sync(known, self._router.report(self._gateway_id, self._url)))
+            except ReplicaUnavailableError as e:
+                (log.debug if away else log.warning)("%s Routing goes on with what is known.", e)
+                away = True
+                await asyncio.sleep(RETRY_S)
+            except Exception as e:  # whatever it was, a gateway that hears no more news is worse
+                log.exception("News of the cluster could not be taken in: %s", e)
+                await asyncio.sleep(RETRY_S)
+            else:
+                away = False
+
+    async def close(self) -> None:
+        """Says goodbye to the controller and closes every connection."""
+        with contextlib.suppress(TramontaneError):
+            await self._controller.leave(self._gateway_id)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *(c.close() for c in self._clients.values()), return_exceptions=True)
+
+    def _take(self, view: ClusterView) -> None:
+        self.view = view
+        records = {(r.replica_id, r.incarnation): r for r in view.replicas}
+        for key in [k for k in self._clients if k not in records or records[k].state is ReplicaState.LOST]:
+            self._drop(key, records[key].reason if key in records else None)
+        for key, record in records.items():
+            if record.state in (ReplicaState.READY, ReplicaState.DRAINING):
+                self._keep(key, record)
+        self._tell_router()
+        self._on_view(view)
+
+    def _keep(self, key: Key, record: ReplicaRecord) -> None:
+        client = self._clients.get(key)
+        if client is None:
+            assert record.address is not None and record.token is not None, f"replica {key} is ready without an address"
+            client = self._clients[key] = ReplicaClient(record.replica_id, record.address, record.token)
+            self._spawn(self._connect(key, client))
+        client.is_leaving = record.is_leaving
+        client.drain_until = None if record.drain_until is None else time.monotonic() + record.drain_until - time.time()
+
+    async def _connect(self, key: Key, client: ReplicaClient) -> None:
+        while self._clients.get(key) is client:
+            try:
+                await client.connect()
+            except ReplicaUnavailableError as e:
+                log.info("%s", e)
+                await asyncio.sleep(RETRY_S)
+            else:
+                if self._clients.get(key) is not client:  # dropped, and closed, before it had anything to close
+                    await client.close()
+                    return
+                self._connected.add(key)
+                self._tell_router()
+                return
+
+    def _drop(self, key: Key, reason: str | None) -> None:
+        client = self._clients.pop(key)
+        self._connected.discard(key)
+        client.condemn(reason or f"Replica {client.replica_id} has ended.")
+        self._spawn(client.close())
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tell_router(self) -> None:
+        if self.view is not None:
+            self._router.update([self._clients[key] for key in sorted(self._connected)], outlook_of(self.view))
+
+
+def outlook_of(view: ClusterView) -> Outlook:
+    """What the view promises beyond the replicas that are ready."""
+    reasons = [describe(r) for r in view.replicas if r.state is not ReplicaState.READY]
+    reason = view.failure[1] if view.failure else " ".join(reasons) or None
+    asleep = view.num_desired == 0 and view.facts is not None and view.failure is None
+    # Where the head node goes away, nothing will be started any more.
+    stays = view.failure is None and ending(view.notices, time.time()) is None
+    expected = stays and (asleep or view.num_desired > 0)
+    return Outlook(expected=expected, reason=reason, facts=view.facts, asleep=asleep)
+
+
+def describe(record: ReplicaRecord) -> str:
+    """One sentence on a replica that is not ready."""
+    if record.reason:
+        return record.reason
+    if record.state is ReplicaState.PLACING:
+        return f"Replica {record.replica_id} waits for a place."
+    done, total = record.progress
+    loaded = f" ({100 * done // total} %)" if record.phase == "loading" and total else ""
+    return f"Replica {record.replica_id} is {record.phase or record.state}{loaded}."

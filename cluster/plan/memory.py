@@ -1,0 +1,146 @@
+"""What one rank's GPU memory holds: weights, activations, what CUDA keeps for itself, and how many KV blocks are left.
+
+Arithmetic only, the same as the engine's: layer shapes as workers/model builds them, the budget as workers/kv_cache/tensors.py takes it
+from the driver's figures, and blocks by EngineConfig's own rule. Knows no speed and no price.
+"""
+
+from dataclasses import dataclass
+
+from cluster.plan.gpus import GIB, Gpu
+from workers.config import DTYPE_BYTES, EngineConfig
+
+# Assumed, since only a start on the GPU can tell: the CUDA context with cuBLAS's workspace and what the allocator rounds up, and
+# NCCL's buffers where there is more than one rank.
+CUDA_CONTEXT_BYTES = GIB // 2
+NCCL_BYTES = GIB // 2
+PROMPT_LOGITS_AT_ONCE = 128  # as in workers/engine/model_runner.py
+_PROFILE_BLOCKS = 2  # the profiling pass runs against a cache of one block and the null block
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """Bytes on one rank. `kv_cache_bytes` is negative where the weights alone do not fit, by so much.
+
+    `num_kv_blocks` is what the engine will report. `chunk_blocks`: see `_chunk_blocks`.
+    """
+
+    total_bytes: int
+    usable_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    reserved_bytes: int
+    kv_cache_bytes: int
+    block_bytes: int
+    block_size: int
+    num_kv_blocks: int
+    num_sequences: int
+    blocks_per_sequence: int
+    chunk_blocks: int
+
+    @property
+    def needed_blocks(self) -> int:
+        """Enough for every sequence of the workload at its full length."""
+        return self.num_sequences * self.blocks_per_sequence + self.chunk_blocks
+
+    @property
+    def fits(self) -> bool:
+        return self.num_kv_blocks >= self.needed_blocks
+
+    @property
+    def missing_bytes(self) -> int:
+        """How much more memory the workload needs on this rank; 0 if it fits."""
+        return 0 if self.fits else (self.needed_blocks + 1) * self.block_bytes - self.kv_cache_bytes
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_kv_blocks * self.block_size
+
+    @property
+    def max_sequences(self) -> int:
+        """How many sequences of full length can be in the cache at once, at most as many as the workload has."""
+        return min(self.num_sequences, max(0, self.num_kv_blocks - self.chunk_blocks) // self.blocks_per_sequence)
+
+
+def rank_memory(config: EngineConfig, gpu: Gpu) -> RankMemory:
+    """What `config` makes of a GPU's memory. `config.max_num_seqs` sequences of `config.max_model_len` tokens shall fit."""
+    usable = int(config.gpu_memory_utilization * gpu.memory_bytes)
+    weights = weight_bytes(config) + rotary_bytes(config)
+    activations = activation_bytes(config) + _PROFILE_BLOCKS * config.kv_block_bytes
+    reserved = CUDA_CONTEXT_BYTES + (NCCL_BYTES if config.tensor_parallel_size > 1 else 0)
+    kv_cache = usable - weights - activations - reserved
+    return RankMemory(
+        total_bytes=gpu.memory_bytes,
+        usable_bytes=usable,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        reserved_bytes=reserved,
+        kv_cache_bytes=kv_cache,
+        block_bytes=config.kv_block_bytes,
+        block_size=config.block_size,
+        num_kv_blocks=max(0, config.num_kv_blocks_within(kv_cache)),
+        num_sequences=config.max_num_seqs,
+        blocks_per_sequence=blocks_per_sequence(config),
+        chunk_blocks=_chunk_blocks(config),
+    )
+
+
+def weight_bytes(config: EngineConfig) -> int:
+    """One rank's parameters. Norms are on every rank whole; everything else is divided, the vocabulary rounded up."""
+    return num_parameters(config) * DTYPE_BYTES[config.dtype]
+
+
+def num_parameters(config: EngineConfig) -> int:
+    """Of one rank."""
+    model, size = config.model, config.tensor_parallel_size
+    hidden = model.hidden_size
+    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim  # q, o; k, v
+    layer = hidden * (heads + 3 * model.intermediate_size) // size + 2 * hidden
+    vocabulary = -(-model.vocab_size // size) * hidden
+    num_vocabularies = 1 if model.tie_word_embeddings else 2
+    return model.num_hidden_layers * layer + num_vocabularies * vocabulary + hidden
+
+
+def rotary_bytes(config: EngineConfig) -> int:
+    """The table of cosines and sines, float32, one row for each position, on every rank."""
+    return config.max_model_len * 2 * config.model.head_dim * 4
+
+
+def activation_bytes(config: EngineConfig) -> int:
+    """The most that one step has in tensors at a time, as the engine's profiling pass finds it."""
+    model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
+    tokens = config.max_num_batched_tokens
+    stream = tokens * model.hidden_size * itemsize
+    qk = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim // size
+    v = model.num_key_value_heads * model.head_dim // size
+    angles = tokens * 2 * model.head_dim * 4
+    # The residual stream and its normed copy; q, k and v; of q and k twice float32 and once more their own type while they are rotated.
+    attention = angles + 2 * stream + tokens * ((qk + v) * itemsize + qk * (8 + itemsize))
+    # The same two and the stream before attention; gate and up; silu(gate) and its product with up.
+    mlp = angles + 3 * stream + tokens * 4 * model.intermediate_size // size * itemsize
+    # An embedding is read in float64.
+    embedding = stream + tokens * model.hidden_size * 8
+    # In float32, and their log-softmax.
+    logits = stream + max(config.max_num_seqs, PROMPT_LOGITS_AT_ONCE) * 2 * 4 * model.vocab_size
+    return max(attention, mlp, embedding, logits)
+
+
+def blocks_per_sequence(config: EngineConfig) -> int:
+    """The most blocks a decoding sequence of `max_model_len` tokens holds.
+
+    With a window of 4,096 and blocks of 256 a query sees 4,096 keys, which lie in at most 17 blocks: 16, and one more where the window
+    starts within a block. At 2,048 tokens of context it holds 8, with or without the window.
+    """
+    whole = _blocks_for(config, config.max_model_len)
+    window = config.model.sliding_window
+    return whole if window is None else min(whole, _blocks_for(config, window) + 1)
+
+
+def _chunk_blocks(config: EngineConfig) -> int:
+    """What a step may hold beyond that: while a chunk of a prompt is computed, what its first token sees is still held."""
+    bound = blocks_per_sequence(config)
+    whole = _blocks_for(config, config.max_model_len)
+    return min(_blocks_for(config, config.max_num_batched_tokens), config.max_num_seqs * (whole - bound))
+
+
+def _blocks_for(config: EngineConfig, num_tokens: int) -> int:
+    return -(-num_tokens // config.block_size)

@@ -1,0 +1,70 @@
+"""What MODEL is to `plan`: its configuration and the bytes of its weights, without downloading them.
+
+The Mistral 7B family is known by heart, so that a plan needs no network; a local folder is read; of any other Hub id only the
+configuration file is fetched. Knows no GPU.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster.config.checkpoint_location import resolve_config, resolve_model
+from workers.config import ModelConfig, load_model_config
+
+V0_1 = ModelConfig(
+    vocab_size=32_000,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=10_000.0,
+    sliding_window=4096,
+    max_position_embeddings=32_768,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+    dtype="bfloat16",
+    layout="huggingface",
+)
+V0_2 = replace(V0_1, rope_theta=1_000_000.0, sliding_window=None)
+V0_3 = replace(V0_2, vocab_size=32_768)
+FAMILY = {
+    "mistralai/Mistral-7B-v0.1": V0_1,
+    "mistralai/Mistral-7B-Instruct-v0.1": V0_1,
+    "mistral-community/Mistral-7B-v0.2": V0_2,
+    "mistralai/Mistral-7B-Instruct-v0.2": V0_2,
+    "mistralai/Mistral-7B-v0.3": V0_3,
+    "mistralai/Mistral-7B-Instruct-v0.3": V0_3,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedModel:
+    """`folder`: where a local checkpoint lies, whose weight files take `checkpoint_bytes`; both None for one on the Hub."""
+
+    name: str
+    config: ModelConfig
+    revision: str | None = None
+    folder: Path | None = None
+    checkpoint_bytes: int | None = None
+
+
+def describe_model(model: str, *, revision: str | None = None) -> PlannedModel:
+    """Raises ConfigError for a model that is nowhere or cannot be run, CheckpointError for a folder that lacks weight files."""
+    if not Path(model).expanduser().is_dir():
+        if revision is None and model in FAMILY:
+            return PlannedModel(name=model, config=FAMILY[model])
+        config = load_model_config(resolve_config(model, revision=revision))
+        return PlannedModel(name=model, config=config, revision=revision)
+    from workers.weights.files import weight_files
+
+    folder, _ = resolve_model(model)
+    config = load_model_config(folder)
+    return PlannedModel(
+        name=model,
+        config=config,
+        folder=folder,
+        checkpoint_bytes=sum(path.stat().st_size for path in weight_files(folder, config.layout)),
+    )

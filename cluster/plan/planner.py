@@ -1,0 +1,169 @@
+"""From a question (model, GPU, context, concurrency) to plans: one for each GPU and tensor-parallel size, and the one to take.
+
+Pure: values in, values out. When nothing fits it says what is missing and what would fit.
+"""
+
+import bisect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.config.engine import BLOCK_SIZES
+from cluster.plan.gpus import GPUS, Gpu
+from cluster.plan.memory import RankMemory, rank_memory
+from cluster.plan.models import PlannedModel
+from cluster.plan.offers import Cloud, Offer, Price, find_offers
+from cluster.plan.roofline import Speed, Workload, speed
+from workers.config import TENSOR_PARALLEL_SIZES, Dtype, EngineConfig, ModelConfig
+from workers.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """`cloud` None: any. `spot`: which price decides."""
+
+    model: PlannedModel
+    workload: Workload
+    dtype: Dtype
+    gpu_memory_utilization: float = 0.9
+    cloud: Cloud | None = None
+    spot: bool = False
+
+    def engine(self, tensor_parallel_size: int) -> EngineConfig:
+        """As `tramontane serve` would run it on CUDA. Raises ConfigError."""
+        return EngineConfig(
+            model_path=self.model.name,
+            model=self.model.config,
+            device="cuda",
+            dtype=self.dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            max_model_len=self.workload.context,
+            block_size=BLOCK_SIZES["cuda"],
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            max_num_seqs=self.workload.concurrency,
+            max_num_batched_tokens=max(EngineConfig.max_num_batched_tokens, self.workload.concurrency),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One GPU, one tensor-parallel size. `offers`: the machines with exactly these GPUs, cheapest first."""
+
+    gpu: Gpu
+    tensor_parallel_size: int
+    memory: RankMemory
+    speed: Speed
+    offers: tuple[Offer, ...]
+    spot: bool
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.fits
+
+    @property
+    def price(self) -> Price | None:
+        """The cheapest machine's, of the kind that was asked for."""
+        return next((p for o in self.offers if (p := o.price(spot=self.spot)) is not None), None)
+
+    def usd_per_million_tokens(self, price: Price) -> float:
+        """Of generated tokens, while the machine is kept busy."""
+        return price.usd_per_hour / (self.speed.tokens_per_s * 3600) * 1e6
+
+
+def make_plan(question: Question, gpu: Gpu, tensor_parallel_size: int, *, offers: Iterable[Offer] = ()) -> Plan:
+    """Raises ConfigError for a size that the model cannot be divided by."""
+    config = question.engine(tensor_parallel_size)
+    found = find_offers(offers, gpu.name, tensor_parallel_size, cloud=question.cloud, spot=question.spot)
+    return Plan(
+        gpu=gpu,
+        tensor_parallel_size=tensor_parallel_size,
+        memory=rank_memory(config, gpu),
+        speed=speed(config, gpu, question.workload),
+        offers=tuple(found),
+        spot=question.spot,
+    )
+
+
+def make_plans(
+    question: Question,
+    *,
+    gpus: Sequence[Gpu] = tuple(GPUS.values()),
+    tensor_parallel_size: int | None = None,
+    offers: Sequence[Offer] = (),
+) -> list[Plan]:
+    """A plan for each GPU and size that the model allows, or for the one size; the one to take first.
+
+    First come those that fit and are sold, by price an hour, then those that fit machines of one's own, then the rest.
+    """
+    sizes = [tensor_parallel_size] if tensor_parallel_size else sizes_of(question.model.config)
+    plans = [make_plan(question, gpu, size, offers=offers) for gpu in gpus for size in sizes]
+
+    def rank(plan: Plan) -> tuple[bool, bool, float, int]:
+        price = plan.price
+        cost = float("inf") if price is None else price.usd_per_hour
+        return not plan.fits, not plan.offers, cost, plan.tensor_parallel_size
+
+    return sorted(plans, key=rank)
+
+
+def sizes_of(model: ModelConfig) -> list[int]:
+    """The tensor-parallel sizes the engine allows for this model."""
+    found = []
+    for size in TENSOR_PARALLEL_SIZES:
+        try:
+            model.check_tensor_parallel_size(size)
+        except ConfigError:
+            continue
+        found.append(size)
+    return found
+
+
+def refusal(question: Question, plans: Sequence[Plan], *, offers: Sequence[Offer] = ()) -> ConfigError:
+    """Why none of `plans` fits, in numbers, and what would."""
+    closest = min(plans, key=lambda p: p.memory.missing_bytes * p.tensor_parallel_size)
+    memory, workload = closest.memory, question.workload
+    gpus = f"{closest.tensor_parallel_size} {closest.gpu.name}"
+    window = "" if memory.blocks_per_sequence * memory.block_size >= workload.context else " (the window's part of it)"
+    sentence = (
+        f"{question.model.name} does not fit on {gpus} with {workload.concurrency} x {workload.context:,} tokens: each GPU needs "
+        f"{_gb(memory.usable_bytes + memory.missing_bytes)}, of which the KV cache{window} takes "
+        f"{_gb((memory.needed_blocks + 1) * memory.block_bytes)}, and may use {_gb(memory.usable_bytes)} of its "
+        f"{_gb(memory.total_bytes)}; {_gb(memory.missing_bytes)} are missing."
+    )
+    remedies = _remedies(question, closest, offers)
+    return ConfigError(
+        f"{sentence} " + (f"What would fit: {'; '.join(remedies)}." if remedies else "Nothing known would fit.")
+    )
+
+
+def _remedies(question: Question, closest: Plan, offers: Sequence[Offer]) -> list[str]:
+    """Less work on the same GPUs, more of them, or others: what the user can change."""
+    remedies = []
+    workload, size = question.workload, closest.tensor_parallel_size
+    block_size = closest.memory.block_size
+
+    def fits(smaller: Workload) -> bool:
+        return rank_memory(replace(question, workload=smaller).engine(size), closest.gpu).fits
+
+    concurrency = _largest(workload.concurrency, lambda n: fits(replace(workload, concurrency=n)))
+    if concurrency:
+        remedies.append(f"--concurrency {concurrency}")
+    num_blocks = _largest(workload.context // block_size, lambda n: fits(replace(workload, context=n * block_size)))
+    if num_blocks:
+        remedies.append(f"--context {num_blocks * block_size}")
+    fitting = [p for p in make_plans(question, offers=offers) if p.fits]
+    same = [p.tensor_parallel_size for p in fitting if p.gpu == closest.gpu]
+    if same:
+        remedies.append(f"--tensor-parallel-size {min(same)}")
+    other = next((p for p in fitting if p.gpu != closest.gpu and p.offers), None)
+    if other is not None:
+        remedies.append(f"--gpu {other.gpu.name} --tensor-parallel-size {other.tensor_parallel_size}")
+    return remedies
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 1 to `limit` that fits, if all smaller ones do; 0 if none does."""
+    return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,170 @@
+"""What `plan` shows: tables for people, JSON for programs. Knows the plans' fields and no arithmetic beyond units."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from cluster.plan.memory import num_parameters
+from cluster.plan.offers import Offer, Price
+from cluster.plan.planner import Plan, Question
+from cluster.terminal.tables import plain_table
+
+_NONE = "–"
+_ASSUMED = (
+    "Speeds are the roofline's: what memory and arithmetic allow at best. Expect a part of it, and measure before you promise. The KV "
+    "cache is what the engine takes; CUDA's own share is assumed."
+)
+
+
+def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> RenderableType:
+    """`one_gpu`: show the sizes that do not fit as well; of many GPUs, only name them."""
+    parts: list[RenderableType] = [Text(_headline(question)), Text()]
+    fitting = [p for p in plans if p.fits]
+    shown = sorted(plans, key=lambda p: p.tensor_parallel_size) if one_gpu else [p for p in fitting if p.offers]
+    if shown:
+        parts += [_plan_table(shown, spot=question.spot), Text()]
+    if not one_gpu and len(fitting) < len(plans):
+        parts += [Text(f"Too small: {', '.join(_gpus(p) for p in plans if not p.fits)}."), Text()]
+    if fitting:
+        best = fitting[0]
+        parts += [Text(f"To take: {_machine(question, best)}")]
+        if best.offers:
+            parts += [_offer_table(best), Text(_sources(best))]
+        parts += [Text()]
+    return Group(*parts, Text(_ASSUMED))
+
+
+def as_json(question: Question, plans: Sequence[Plan]) -> dict[str, Any]:
+    """`chosen`: index of the plan to take, null when none fits. Memory is one rank's; `source` says where a price is from and when."""
+    return {
+        "model": question.model.name,
+        "dtype": question.dtype,
+        "workload": asdict(question.workload),
+        "chosen": 0 if plans and plans[0].fits else None,
+        "plans": [_plan_json(plan) for plan in plans],
+    }
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    memory = plan.memory
+    derived = ("needed_blocks", "missing_bytes", "num_kv_tokens", "max_sequences")
+    return {
+        "gpu": plan.gpu.name,
+        "tensor_parallel_size": plan.tensor_parallel_size,
+        "fits": plan.fits,
+        "memory": asdict(memory) | {name: getattr(memory, name) for name in derived},
+        "speed": asdict(plan.speed),
+        "offers": [_offer_json(plan, offer) for offer in plan.offers],
+    }
+
+
+def _offer_json(plan: Plan, offer: Offer) -> dict[str, Any]:
+    fields = asdict(offer)
+    for kind, price in (("on_demand", offer.on_demand), ("spot", offer.spot)):
+        if price is not None:
+            fields[kind]["usd_per_million_tokens"] = plan.usd_per_million_tokens(price)
+    return fields
+
+
+def _headline(question: Question) -> str:
+    engine, workload, model = question.engine(1), question.workload, question.model.config
+    window = "full attention" if model.sliding_window is None else f"sliding window of {model.sliding_window:,}"
+    on_disk = question.model.checkpoint_bytes
+    disk = "" if on_disk is None else f", {_gb(on_disk)} on disk"
+    return (
+        f"{question.model.name}: {num_parameters(engine) / 1e9:.2f} billion parameters, {question.dtype}{disk}, "
+        f"{engine.kv_block_bytes // engine.block_size / 1024:g} KiB of KV a token, {window}.\n"
+        f"{workload.concurrency} requests at a time, each {workload.prompt_tokens:,} tokens of prompt and "
+        f"{workload.output_tokens:,} of answer."
+    )
+
+
+def _plan_table(plans: Sequence[Plan], *, spot: bool) -> Table:
+    table = _table("GPU", "TP", "Weights", "KV cache", "Blocks", "KV tokens", "Requests", "Fits", "ms/token")
+    for name in ("Tokens/s", "First token", "Spot $/h" if spot else "$/h", "$/1M tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for plan in plans:
+        memory, speed, price = plan.memory, plan.speed, plan.price
+        table.add_row(
+            plan.gpu.name,
+            str(plan.tensor_parallel_size),
+            _gb(memory.weight_bytes),
+            _gb(max(0, memory.kv_cache_bytes)),
+            f"{memory.num_kv_blocks:,}",
+            f"{memory.num_kv_tokens:,}",
+            str(memory.max_sequences),
+            "yes" if plan.fits else f"{_gb(memory.missing_bytes)} short",
+            *(
+                (
+                    f"{speed.step_s * 1e3:.1f}",
+                    f"{speed.tokens_per_s:,.0f}",
+                    f"{speed.prefill_s * 1e3:,.0f} ms",
+                    *_costs(plan, price),
+                )
+                if plan.fits
+                else (_NONE,) * 5
+            ),
+            style=None if plan.fits else "dim",
+        )
+    return table
+
+
+def _offer_table(plan: Plan) -> Table:
+    table = _table(
+        "Cloud", "Machine", "Region", "On demand $/h", "$/1M tokens", "As of", "Spot $/h", "$/1M tokens", "As of"
+    )
+    for offer in plan.offers:
+        region = next((p.region for p in (offer.price(spot=plan.spot), offer.on_demand, offer.spot) if p), _NONE)
+        table.add_row(
+            offer.cloud,
+            offer.instance_type,
+            region,
+            *(*_costs(plan, offer.on_demand), _date(offer.on_demand)),
+            *(*_costs(plan, offer.spot), _date(offer.spot)),
+        )
+    return table
+
+
+def _machine(question: Question, plan: Plan) -> str:
+    gpus = f"{_gpus(plan)}, --tensor-parallel-size {plan.tensor_parallel_size}."
+    where = "" if question.cloud is None else f" on {question.cloud}"
+    return (
+        gpus if plan.offers else f"{gpus} No machine with exactly that is known{where}; it is for machines of your own."
+    )
+
+
+def _sources(plan: Plan) -> str:
+    prices = [p for offer in plan.offers for p in (offer.on_demand, offer.spot) if p is not None]
+    sources = dict.fromkeys(f"{p.source.name} ({p.source.date})" for p in prices)
+    return f"Prices: {'; '.join(sources)}."
+
+
+def _gpus(plan: Plan) -> str:
+    return f"{plan.tensor_parallel_size} {plan.gpu.name}"
+
+
+def _costs(plan: Plan, price: Price | None) -> tuple[str, str]:
+    if price is None:
+        return _NONE, _NONE
+    return f"{price.usd_per_hour:.2f}", f"{plan.usd_per_million_tokens(price):.2f}"
+
+
+def _date(price: Price | None) -> str:
+    return _NONE if price is None else price.source.date
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = plain_table()
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        left = name in ("Machine", "Region")
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
+    return table

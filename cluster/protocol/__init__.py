@@ -1,0 +1,1 @@
+"""What controller, gateways and commands tell each other: frozen values."""

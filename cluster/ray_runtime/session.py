@@ -1,0 +1,166 @@
+"""Starts a Ray of our own or joins one, and leaves nothing behind. Knows Ray's settings; knows no replicas.
+
+A Ray we start serves this machine only: token authentication on, dashboard on loopback, no usage reports, its files in a
+temporary folder that goes when it goes.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.ray_runtime.folder import MARK, RayFolder, make_folder, sweep
+from workers.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SHUTDOWN_TIMEOUT_S = 5.0
+REACH_TIMEOUT_S = 5.0
+_SYSTEM_CONFIG = {
+    "prestart_worker_first_driver": False,  # Ray 2.60 waits for that worker, and for ever if it dies as it starts
+    "worker_register_timeout_seconds": 30,  # of one that dies as it starts; 60 is as long as the controller is waited for
+}
+OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not travel through Ray; this is near the smallest it accepts
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayCluster:
+    """A connection to Ray. `folder` is set when the cluster is ours."""
+
+    dashboard_url: str | None
+    folder: RayFolder | None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.folder is not None
+
+    def num_gpus(self) -> int:
+        import ray
+
+        return int(ray.cluster_resources().get("GPU", 0))
+
+    def close(self) -> None:
+        """Disconnects; ends every process of a cluster of our own. Idempotent."""
+        _end_ray(self.folder)
+
+
+def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_driver: bool = True) -> RayCluster:
+    """Joins the cluster at `address`, or starts one on this machine with `num_cpus` CPU slots. Raises ConfigError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    sweep()
+    folder = None
+    if address is not None:
+        _check_reachable(address)
+    else:
+        os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster unasked
+        _use_token_authentication()
+        folder = make_folder()
+        os.environ[MARK] = str(folder.path)
+    import ray
+
+    try:
+        if folder is None:
+            context = ray.init(address, namespace=namespace, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+        else:
+            context = ray.init(
+                num_cpus=num_cpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                namespace=namespace,
+                log_to_driver=log_to_driver,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder.path),
+                _system_config=_SYSTEM_CONFIG,
+            )
+    except BaseException as e:
+        _end_ray(folder)
+        if not isinstance(e, Exception):
+            raise
+        # Ray raises a dozen unrelated types here, for one and the same reason.
+        if address is None:
+            raise ConfigError(f"Ray could not be started: {e}") from e
+        raise ConfigError(
+            f"The Ray cluster at {address} could not be joined; check that its Ray has this version and its token "
+            f"is in RAY_AUTH_TOKEN or ~/.ray/auth_token: {e}"
+        ) from e
+    url = context.dashboard_url
+    return RayCluster(dashboard_url=f"http://{url}" if url else None, folder=folder)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try a dead address for minutes. Leaves the forms that are no host and port to Ray. Raises ConfigError."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_TIMEOUT_S).close()
+    except (OSError, OverflowError) as e:
+        raise ConfigError(
+            f"Nothing answers at the Ray address {address} ({e}); is `ray start --head` running there?"
+        ) from e
+
+
+def token_path() -> Path | None:
+    """Where the dashboard's token can be read, when it is in a file."""
+    if os.environ.get("RAY_AUTH_MODE") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return None
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def _use_token_authentication() -> None:
+    """Ray's ports listen on every interface, and whoever reaches one without a token runs code. Raises ConfigError."""
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
+        return
+    path = token_path()
+    assert path is not None, "token mode without a token in the environment reads it from a file"
+    if path.is_file():
+        return
+    # Ray would write this file itself, but readable by everyone on the machine.
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+            f.write(secrets.token_hex(32))
+    except OSError as e:
+        log.info("%s cannot be written (%s): Ray's token lives in the environment of this process only.", path, e)
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _end_ray(folder: RayFolder | None) -> None:
+    """Shuts Ray down as it is meant to be, and makes sure of it where the processes and files are ours.
+
+    A service manager may have signalled all processes at once; without its control store `ray.shutdown` waits for a minute.
+    """
+    with _undisturbed():
+        _shut_down_and_kill(folder)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without SIGINT and SIGTERM: an impatient second one would leave processes behind, and what runs here is bounded in time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _shut_down_and_kill(folder: RayFolder | None) -> None:
+    import ray
+
+    thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    thread.start()
+    thread.join(SHUTDOWN_TIMEOUT_S)
+    if folder is not None:
+        folder.end()

@@ -1,0 +1,1 @@
+"""Helpers around the operating system that know nothing of Tramontane."""

@@ -1,0 +1,20 @@
+"""Mistral's guardrail system prompt, as their API's `safe_prompt` puts it before a conversation. Knows messages only."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cluster.text.chat.template import Message
+
+SAFE_PROMPT = (
+    "Always assist with care, respect, and truth. Respond with utmost utility yet securely. "
+    "Avoid harmful, unethical, prejudiced, or negative content. Ensure replies promote fairness and positivity."
+)
+
+
+def with_safe_prompt(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with the guardrail before its own system prompt, in one message: some templates take only one."""
+    if messages and messages[0].role == "system":
+        own = messages[0].content
+        first = replace(messages[0], content=f"{SAFE_PROMPT}\n\n{own}" if own else SAFE_PROMPT)
+        return [first, *messages[1:]]
+    return [Message("system", SAFE_PROMPT), *messages]

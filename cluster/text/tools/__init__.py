@@ -1,0 +1,1 @@
+"""Tools: their definitions, and the calls a model writes."""

@@ -1,0 +1,116 @@
+"""Tools a model may call: their definitions, the grammar of an answer that may call them, and ids as Mistral's templates want them.
+
+Knows Mistral's form of calls, <[TOOL_CALLS]> and a JSON list of name and arguments. Does not know templates (chat.py) nor how a
+generated text becomes calls again (tool_calls.py).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.text.grammar.compiler import JSON_OPTIONS, GrammarCompiler, json_body, wrap
+from cluster.text.grammar.json_schema import GrammarError, check_divisors, moved, tightened
+from cluster.text.tools.calls import TOOL_CALL_ID_CHARS
+from workers.errors import RequestError
+
+MAX_PARALLEL_CALLS = 16
+MAX_TOOLS_CHARS = 400_000  # of all their schemas together
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_MISTRAL_ID = re.compile(rf"[a-zA-Z0-9]{{{TOOL_CALL_ID_CHARS}}}")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolDefinition:
+    """`parameters`: a JSON schema of an object. strict: a schema that cannot be enforced is refused, not loosened."""
+
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call an assistant message made. `arguments` is JSON as text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+def mistral_id(call_id: str) -> str:
+    """The id itself if it has 9 letters and digits, else 9 that follow from it: calls and results made elsewhere still match."""
+    if _MISTRAL_ID.fullmatch(call_id):
+        return call_id
+    digest = hashlib.blake2b(call_id.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return digest[:TOOL_CALL_ID_CHARS]
+
+
+def tool_grammar(
+    tools: Sequence[ToolDefinition],
+    *,
+    compiler: GrammarCompiler,
+    required: bool = False,
+    name: str | None = None,
+    parallel: bool = True,
+) -> str:
+    """The grammar of an answer that is text or calls; only calls if `required`; one call of tool `name` if that is given.
+
+    parallel: up to 16 calls, else exactly one. Arguments follow each tool's schema; where llguidance cannot enforce one, they may be
+    any object, unless the tool is strict. May run in a thread. Raises RequestError for param "tools".
+    """
+    token_id = compiler.tokenizer.tool_calls_token_id
+    if token_id is None:
+        raise RequestError("This model cannot call tools: its vocabulary has no [TOOL_CALLS].", param="tools")
+    schemas = {tool.name: _parameters(tool, compiler) for tool in tools if name in (None, tool.name)}
+    assert schemas, f"no tool to call; asked for {name!r}"
+    if sum(len(json.dumps(schema)) for schema in schemas.values()) > MAX_TOOLS_CHARS:
+        raise RequestError(
+            f"The tools' schemas have more than {MAX_TOOLS_CHARS:,} characters together; use fewer.", param="tools"
+        )
+    calls = _calls_schema(schemas, max_calls=MAX_PARALLEL_CALLS if parallel and name is None else 1)
+    # No text holds a control token, so that TEXT ends where the calls begin.
+    start = f'<[{token_id}]> " "? @body'
+    if not required and name is None:
+        start = f"TEXT | {start}\nTEXT: /(?s:.*)/"
+    grammar = wrap({"json_schema": calls}, start=start)
+    try:
+        check_divisors(calls)
+        compiler.check(grammar)
+    except GrammarError as e:
+        raise RequestError(f"tools: {e}", param="tools") from None
+    return grammar
+
+
+def _parameters(tool: ToolDefinition, compiler: GrammarCompiler) -> dict[str, Any]:
+    """The schema its arguments are held to."""
+    schema = {key: value for key, value in tool.parameters.items() if key not in ("$schema", "$id")}
+    if schema.setdefault("type", "object") != "object":
+        raise RequestError(f"tools: the parameters of {tool.name!r} are not those of an object.", param="tools")
+    try:
+        body = json_body(schema)
+        compiler.check(wrap(body))
+    except GrammarError as e:
+        if tool.strict:
+            raise RequestError(f"tools: {tool.name!r} is strict, and its schema: {e}", param="tools") from None
+        return ANY_OBJECT
+    return schema
+
+
+def _calls_schema(schemas: dict[str, dict[str, Any]], *, max_calls: int) -> dict[str, Any]:
+    """The JSON schema of a list of calls. Each tool's schema moves to a place of its own, and its references with it."""
+    definitions = {f"t{i}": tightened(moved(schema, f"#/$defs/t{i}")) for i, schema in enumerate(schemas.values())}
+    items = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/t{i}"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for i, name in enumerate(schemas)
+    ]
+    calls = {"type": "array", "items": {"anyOf": items}, "minItems": 1, "maxItems": max_calls, "$defs": definitions}
+    return calls | {"x-guidance": JSON_OPTIONS}

@@ -1,0 +1,156 @@
+"""The command itself, offline: tables, JSON, exit codes, and a YAML that SkyPilot accepts."""
+
+import json
+import socket
+
+import pytest
+import yaml
+from support.cloud.sky_reading import commands_in, opening_comment, read_with_sky
+from support.tiny import write_tiny_checkpoint
+
+from cluster.cli.main import main
+from cluster.plan.gpus import GPUS
+
+MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """A home without SkyPilot's files, and no network."""
+
+    def refuse(*_):
+        raise OSError("no network in this test")
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SKY_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+def test_the_issue_s_own_example(capsys):
+    assert main(["plan", MODEL, "--gpu", "A10G", "--context", "8192", "--concurrency", "32"]) == 0
+    out = capsys.readouterr().out
+    assert "7.25 billion parameters, bfloat16, 128 KiB of KV a token, full attention" in out
+    assert "To take: 4 A10G, --tensor-parallel-size 4." in out
+    assert "28.4 GB short" in out  # one of them is too small, and is shown as well
+    row = next(line for line in out.splitlines() if line.startswith("A10G  4"))
+    assert "1,024" in row
+    assert "5.67" in row
+    assert "g5.12xlarge" in out
+    assert "SkyPilot's hosted catalog v8" in out
+
+
+def test_without_a_gpu_all_are_compared_cheapest_first(capsys):
+    assert main(["plan", MODEL, "--concurrency", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chosen"] == 0
+    assert {p["gpu"] for p in found["plans"]} == set(GPUS)
+    costs = [
+        p["offers"][0]["on_demand"]["usd_per_hour"]
+        for p in found["plans"]
+        if p["fits"] and p["offers"] and p["offers"][0]["on_demand"]
+    ]
+    assert len(costs) > 10
+    assert costs == sorted(costs)
+
+
+def test_json_says_what_the_table_says(capsys):
+    assert main(["plan", MODEL, "--gpu", "A10G", "-tp", "4", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert (plan["gpu"], plan["tensor_parallel_size"], plan["fits"]) == ("A10G", 4, True)
+    assert plan["memory"]["num_kv_blocks"] == plan["memory"]["needed_blocks"] == 1024
+    price = plan["offers"][0]["on_demand"]
+    assert price["source"]["date"]
+    million_s = 1e6 / plan["speed"]["tokens_per_s"]
+    assert price["usd_per_million_tokens"] == pytest.approx(price["usd_per_hour"] * million_s / 3600)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--gpu", "T4"], "--gpu T4 is not known here; use one of A10G"),
+        (["--gpu", "A10G", "-tp", "1"], "28.4 GB are missing. What would fit: --concurrency 5; --context 1280"),
+        (["--context", "40000"], "--context 40000 cannot be used"),
+        (["--context", "100", "--prompt-tokens", "100"], "--prompt-tokens 100 leaves no room"),
+        (["--concurrency", "0"], "--concurrency 0 is no load"),
+        (["--tensor-parallel-size", "3"], "Use one of 1, 2, 4, 8"),
+        (["--gpu-memory-utilization", "1.5"], "it must be in (0, 1]"),
+        (["--gpu", "A10G", "--cloud", "gcp", "--write", "x.yaml"], "No machine with exactly 4 A10G is known on gcp"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_change(options, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", MODEL, *options]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_a_model_that_is_nowhere(capsys):
+    assert main(["plan", "./nowhere", "--gpu", "A10G"]) == 2
+    assert "The model folder ./nowhere does not exist" in capsys.readouterr().err
+
+
+def test_a_local_checkpoint_is_read(capsys, tmp_path):
+    folder = write_tiny_checkpoint(tmp_path / "my model", num_shards=2)
+    assert main(["plan", str(folder), "--gpu", "L4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dtype"] == "bfloat16"  # although it is float32: see --dtype
+    assert found["workload"]["context"] == 4096  # what it was made for
+    assert [p["tensor_parallel_size"] for p in found["plans"]] == [1, 2, 4]  # it has four key/value heads
+    next(folder.glob("model-*.safetensors")).unlink()
+    assert main(["plan", str(folder), "--gpu", "L4"]) == 1
+    assert "which is not there; download it too" in capsys.readouterr().err
+
+
+def test_skypilot_accepts_what_is_written(tmp_path, capsys):
+    folder = write_tiny_checkpoint(tmp_path / "tuned")
+    asked = {
+        "on_demand.yaml": [MODEL, "--gpu", "A10G"],
+        "spot.yaml": [MODEL, "--gpu", "A100-80GB", "--spot", "--gpu-memory-utilization", "0.85", "--concurrency", "16"],
+        "local.yaml": [str(folder), "--gpu", "L4", "-tp", "1"],
+    }
+    for name, options in asked.items():
+        assert main(["plan", *options, "--write", str(tmp_path / name)]) == 0, capsys.readouterr().err
+    paths = [tmp_path / name for name in asked]
+    commands = [c for path in paths for c in commands_in(opening_comment(path), "sky")]
+    assert len(commands) == 6
+    read = read_with_sky(tmp_path / "sky_home", paths, commands)
+    assert set(read["commands"].values()) == {None}, read["commands"]
+    tasks = read["tasks"]
+    assert [(r["cloud"], r["accelerators"], r["use_spot"]) for r in tasks["on_demand.yaml"]["resources"]] == [
+        ("aws", {"A10G": 4}, False)
+    ]
+    assert tasks["on_demand.yaml"]["envs"]["MODEL"] == MODEL
+    assert tasks["on_demand.yaml"]["envs"]["SERVE_OPTIONS"] == "--max-model-len 8192 --max-num-seqs 32"
+    assert sorted((r["cloud"], r["use_spot"]) for r in tasks["spot.yaml"]["resources"]) == [
+        ("azure", True),
+        ("gcp", True),
+    ]
+    assert "--gpu-memory-utilization 0.85" in tasks["spot.yaml"]["envs"]["SERVE_OPTIONS"]
+    local = yaml.safe_load((tmp_path / "local.yaml").read_text())
+    assert local["file_mounts"] == {"~/model": str(folder)}
+    assert tasks["local.yaml"]["envs"]["MODEL"] == "~/model"
+    assert tasks["local.yaml"]["envs"]["SERVE_OPTIONS"].endswith("--dtype bfloat16 --served-model-name tuned")
+    # The script and everything else is sky/serve.yaml's.
+    assert tasks["spot.yaml"]["secrets"] == ["HF_TOKEN", "TRAMONTANE_API_KEY"]
+    assert "tramontane serve" in local["run"]
+
+
+def test_a_file_that_exists_stays(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    assert main(["plan", MODEL, "--gpu", "A10G", "--write", str(path)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_options_that_are_written_are_options_of_serve(tmp_path):
+    """`tramontane serve` reads them."""
+    from cluster.cli.main import make_parser
+
+    path = tmp_path / "a.yaml"
+    options = ["--gpu", "H100", "-tp", "8", "--concurrency", "2000", "--context", "1024", "--dtype", "float16"]
+    assert main(["plan", MODEL, *options, "--gpu-memory-utilization", "0.8", "--write", str(path)]) == 0
+    words = yaml.safe_load(path.read_text())["envs"]["SERVE_OPTIONS"].split()
+    args = make_parser().parse_args(["serve", MODEL, *words])
+    assert (args.max_model_len, args.max_num_seqs, args.max_num_batched_tokens) == (1024, 2000, 2000)
+    assert (args.dtype, args.gpu_memory_utilization) == ("float16", 0.8)

@@ -1,0 +1,308 @@
+"""The controller without Ray: its replicas are fakes, and what it keeps in Ray is kept in a dict."""
+
+import asyncio
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+import cluster.controller.controller as controller_module
+import cluster.controller.preemption.act as evacuation_module
+from cluster.controller.controller import Controller
+from cluster.protocol.report import GatewayReport
+from cluster.protocol.spec import ClusterSpec
+from cluster.protocol.view import NodeNotice, RankRecord, ReplicaRecord, ReplicaState
+from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
+
+SPEC = ClusterSpec(model_name="m", engine="engine", max_replicas=2, drain_timeout_s=20.0)  # type: ignore[arg-type]
+
+
+class FakeReplica:
+    def __init__(self, replica_id: str, incarnation: str, on_change) -> None:
+        self.replica_id = replica_id
+        self.closed = 0
+        self._on_change = on_change
+        self._record = ReplicaRecord(
+            replica_id=replica_id,
+            incarnation=incarnation,
+            state=ReplicaState.STARTING,
+            ranks=(RankRecord(rank=0, node_id=f"node-of-{replica_id}", node_ip="", actor_name=""),),
+        )
+
+    def record(self) -> ReplicaRecord:
+        return self._record
+
+    async def start(self) -> None:
+        self._record = replace(self._record, state=ReplicaState.READY)
+        self._on_change()
+
+    async def adopt(self, descriptions):
+        if descriptions == ["silent"]:
+            raise RuntimeError("its node is unknown")
+        await self.start()
+        return self
+
+    def lost_reason(self, now: float) -> str | None:
+        return None
+
+    async def close(self, reason: str | None) -> None:
+        self.closed += 1
+
+
+class FakeWatch:
+    """A NodeWatch that is told the notices: set `notices` and call `on_change`."""
+
+    def __init__(self, on_change) -> None:
+        self.on_change = on_change
+        self.notices: tuple[NodeNotice, ...] = ()
+        self.num_notices_total = 0
+        self.asked = None
+        self.nodes: set[str] = set()
+
+    def configure(self, asked) -> None:
+        self.asked = asked
+
+    def update(self, nodes) -> None:
+        self.nodes = set(nodes)
+
+    async def close(self) -> None: ...
+
+    def say(self, node_id: str, left_s: float, *, is_head: bool = False) -> None:
+        now = time.time()
+        self.notices = (
+            NodeNotice(
+                node_id=node_id,
+                node_ip="10.0.0.2",
+                is_head=is_head,
+                source="aws",
+                cause="AWS terminates this spot instance.",
+                deadline=now + left_s,
+                seen_at=now,
+            ),
+        )
+        self.num_notices_total += 1
+        self.on_change()
+
+
+class World(Controller):
+    def __init__(self, spec: ClusterSpec = SPEC) -> None:
+        self.made: list[FakeReplica] = []
+        super().__init__("demo", spec)
+
+    def _make_replica(self, replica_id: str, incarnation: str | None = None) -> FakeReplica:
+        self.made.append(FakeReplica(replica_id, incarnation or f"i{len(self.made)}", self._note_change))
+        return self.made[-1]
+
+    def _make_watch(self, on_notice) -> FakeWatch:
+        self.watch = FakeWatch(on_notice)
+        return self.watch
+
+    def states(self) -> dict[str, str]:
+        return {r.replica_id: r.state.value for r in self.view().replicas}
+
+    async def until(self, condition) -> None:
+        async with asyncio.timeout(5):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def ready(self, count: int) -> None:
+        await self.until(lambda: list(self.states().values()) == ["ready"] * count)
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """What the controller finds and leaves in Ray."""
+    ray = SimpleNamespace(running={}, kept_wish=None, spared=None, draining={}, told=[])
+
+    async def find_ranks(deployment):
+        return ray.running
+
+    monkeypatch.setattr(controller_module, "find_ranks", find_ranks)
+    monkeypatch.setattr(controller_module, "remove_all", lambda d, keep: setattr(ray, "spared", set(keep)))
+    monkeypatch.setattr(controller_module, "keep_wish", lambda d, spec: setattr(ray, "kept_wish", spec))
+    monkeypatch.setattr(controller_module, "draining_nodes", lambda: ray.draining)
+    monkeypatch.setattr(evacuation_module, "drain_node", lambda node_id, cause, deadline: ray.told.append(node_id))
+    monkeypatch.setattr(controller_module, "SCALING_INTERVAL_S", 0.02)
+    return ray
+
+
+@pytest.fixture
+async def world(ray):
+    world = World()
+    await world.start()
+    yield world
+    await world.down()
+
+
+def report(gateway_id: str = "g", **streams: int) -> GatewayReport:
+    return GatewayReport(gateway_id=gateway_id, url="http://g", streams_per_replica=streams)
+
+
+async def test_the_wish_is_kept_for_the_next_controller(world, ray):
+    spec = replace(SPEC, min_replicas=2)
+    await world.apply(spec)
+    assert ray.kept_wish == spec
+    await world.ready(2)
+
+
+async def test_what_runs_is_adopted_and_everything_else_of_ours_is_ended(ray):
+    ray.running = {("r0", "aa"): ["silent"], ("r1", "bb"): [{}], ("r1", "cc"): [{}], ("r2", "dd"): [{}]}
+    world = World(replace(SPEC, min_replicas=2))
+    await world.start()
+    try:
+        assert world.states() == {"r1": "ready", "r2": "ready"}
+        assert ray.spared == {("r1", "bb"), ("r2", "dd")}, "what is half started would be left behind"
+        assert [r.closed for r in world.made] == [1, 0, 1, 0]
+    finally:
+        await world.down()
+
+
+async def test_a_drain_waits_until_every_gateway_has_seen_it(world):
+    """Also one that the supervisor decides: a request may be on its way to a replica that shows no streams yet."""
+    await world.apply(replace(SPEC, min_replicas=2))
+    await world.ready(2)
+    await world.sync(-1, report("slow"))
+    known = world.view().version
+    await world.apply(replace(SPEC, min_replicas=1, max_replicas=1))
+    await world.until(lambda: "draining" in world.states().values())
+    for _ in range(3):
+        await world.sync(known, report("slow"))
+        assert len(world.states()) == 2, "it was ended while a gateway could still send to it"
+    await world.sync(world.view().version, report("slow"))
+    await world.ready(1)
+
+
+async def test_an_unknown_replica_cannot_be_drained(world):
+    await world.ready(1)
+    with pytest.raises(RequestError, match="the replicas are: r0"):
+        await world.drain("r9")
+
+
+async def test_a_node_that_goes_hurries_a_drain_that_has_begun(world, ray):
+    await world.ready(1)
+    await world.sync(-1, report(r0=1))
+    await world.drain("r0", grace_s=500.0)
+    ray.draining = {"node-of-r0": int((time.time() + 12.0) * 1000)}
+    await world.until(lambda: _drain_until(world) is not None and _drain_until(world) < time.time() + 8.0)
+
+
+async def test_a_node_with_a_notice_is_left_at_once(world, ray):
+    """Its replica drains until shortly before the end, another one is started, Ray is told, and it is said when all is over."""
+    await world.ready(1)
+    await world.sync(-1, report(r0=1))
+    await world.until(lambda: world.watch.nodes == {"node-of-r0"})
+    world.watch.say("node-of-r0", 120.0)
+    assert world.states()["r0"] == "draining", "nothing waits for the next round"
+    assert _drain_until(world) == pytest.approx(time.time() + 110.0, abs=1.0)
+    record = next(r for r in world.view().replicas if r.replica_id == "r0")
+    assert record.is_leaving and "10.0.0.2 goes away" in record.reason
+    await world.until(lambda: world.states() == {"r0": "draining", "r1": "ready"})
+    (notice,) = world.view().notices
+    assert notice.drained_at is None and world.view().num_notices_total == 1
+    await world.sync(world.view().version, report(r1=1))
+    await world.until(lambda: world.states() == {"r1": "ready"})
+    await world.until(lambda: world.view().notices[0].drained_at is not None)
+    assert ray.told == ["node-of-r0"]
+
+
+async def test_the_last_replica_serves_until_another_can(world, monkeypatch):
+    await world.ready(1)
+    gate = asyncio.Event()
+
+    async def start(self) -> None:
+        await gate.wait()
+        self._record = replace(self._record, state=ReplicaState.READY)
+
+    monkeypatch.setattr(FakeReplica, "start", start)
+    world.watch.say("node-of-r0", 120.0)
+    await world.until(lambda: world.states() == {"r0": "draining", "r1": "starting"})
+    for _ in range(3):
+        await world.sync(world.view().version, report())
+    assert world.made[0].closed == 0, "nobody would serve"
+    gate.set()
+    await world.until(lambda: world.states() == {"r1": "ready"})
+
+
+async def test_an_end_that_is_far_away_is_only_shown(world):
+    await world.ready(1)
+    world.watch.say("node-of-r0", 3600.0)
+    await world.sync(world.view().version, report())
+    assert world.states() == {"r0": "ready"}
+    assert len(world.view().notices) == 1
+    world.watch.say("node-of-r0", 100.0)
+    assert world.states()["r0"] == "draining"
+
+
+async def test_with_the_head_node_everything_ends_so_nothing_is_moved_and_nothing_started(world, ray):
+    await world.ready(1)
+    world.watch.say("node-of-r0", 30.0, is_head=True)
+    assert world.states() == {"r0": "ready"}, "there is nowhere to move to"
+    await world.apply(replace(SPEC, min_replicas=2))
+    for _ in range(3):
+        await world.sync(world.view().version, report())
+    assert world.states() == {"r0": "ready"}
+    assert ray.told == []
+    world.watch.notices = ()
+    world.watch.on_change()
+    await world.ready(2)
+
+
+async def test_what_to_listen_to_can_change(world):
+    assert world.watch.asked == "auto"
+    await world.apply(replace(SPEC, preemption_notices="off"))
+    assert world.watch.asked == "off"
+
+
+async def test_another_model_is_refused_while_replicas_or_gateways_are_there(world):
+    await world.ready(1)
+    other = replace(SPEC, model_name="other")
+    with pytest.raises(ConfigError, match="tramontane down"):
+        await world.apply(other)
+    world._facts = "facts"  # it has shown what it can take, so it may sleep
+    await world.apply(replace(SPEC, min_replicas=0, scale_down_after_s=0.1))
+    async with asyncio.timeout(5):
+        while world.states():
+            await world.sync(world.view().version, report())
+    with pytest.raises(ConfigError, match="tramontane down"):
+        await world.apply(other)
+    await world.leave("g")
+    await world.apply(other)
+    assert world.view().facts is None, "requests would be checked against the model that was served before"
+
+
+async def test_sync_answers_at_once_with_news_and_waits_without(world):
+    await world.until(lambda: any(r.ready_at for r in world.view().replicas))
+    began = time.monotonic()
+    view = await world.sync(-1, None)
+    assert time.monotonic() - began < 0.2
+    waiting = asyncio.create_task(world.sync(view.version, None))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    await world.drain("r0", grace_s=0.0)
+    assert (await waiting).version > view.version
+
+
+async def test_down_ends_every_replica(ray):
+    world = World(replace(SPEC, min_replicas=2))
+    await world.start()
+    await world.ready(2)
+    assert await world.down() == 2
+    assert all(r.closed for r in world.made)
+
+
+async def test_adoption_that_fails_as_a_whole_still_leads_to_replicas(ray, monkeypatch):
+    async def broken(deployment):
+        raise ReplicaUnavailableError("Ray does not say what runs.")
+
+    monkeypatch.setattr(controller_module, "find_ranks", broken)
+    world = World()
+    await world.start()
+    try:
+        await world.ready(1)
+    finally:
+        await world.down()
+
+
+def _drain_until(world: World) -> float | None:
+    return next((r.drain_until for r in world.view().replicas if r.replica_id == "r0"), None)

@@ -1,0 +1,87 @@
+"""Reading a machine: this one, and files of /proc and /sys as other machines and containers have them."""
+
+import msgspec
+import pytest
+import torch
+
+from cluster.doctor import machine as machine_module
+from cluster.doctor.collect import Look, look
+from cluster.doctor.machine import read_filesystem, read_memory, read_network, read_versions
+
+MEMINFO = "MemTotal:       32000000 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(path: str, text: str) -> None:
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    return write
+
+
+def test_this_machine_as_it_travels_between_nodes(tmp_path):
+    seen = msgspec.json.decode(look({str(tmp_path / "not" / "yet"): "testing"}, None), type=Look)
+    machine = seen.machine
+    assert seen.model is None
+    assert machine.num_cpus >= 1
+    assert machine.memory_bytes > machine.free_memory_bytes > 0
+    assert machine.network.interfaces["lo"] == "127.0.0.1" and machine.network.stack is not None
+    (disk,) = machine.disks
+    assert disk.path.endswith("/not/yet") and disk.total_bytes >= disk.free_bytes > 0
+
+
+def test_an_answer_of_another_version_is_understood():
+    seen = msgspec.json.decode(
+        b'{"machine": {"num_cpus": 3, "num_tpus": 4, "versions": {"tramontane": "9.9"}}}', type=Look
+    )
+    assert (seen.machine.num_cpus, seen.machine.versions.tramontane, seen.machine.shm) == (3, "9.9", None)
+
+
+def test_versions_are_those_that_would_be_imported():
+    versions = read_versions()
+    assert versions.torch == torch.__version__
+    assert versions.cuda == torch.version.cuda
+    assert versions.tramontane and versions.ray and versions.python.startswith("3.")
+
+
+@pytest.mark.parametrize(
+    ("line", "cuda"), [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda: Optional[str] = None", None)]
+)
+def test_the_cuda_of_torch_is_read_off_its_source(tmp_path, monkeypatch, line, cuda):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('this takes seconds')")
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\ndebug = False\n{line}\n")
+    spec = machine_module.find_spec("torch")
+    monkeypatch.setattr(spec, "submodule_search_locations", [str(tmp_path / "torch")])
+    monkeypatch.setattr(machine_module, "find_spec", lambda name: spec)
+    assert read_versions().cuda == cuda
+
+
+def test_memory_of_a_machine_and_of_a_container_with_less(tmp_path, write):
+    assert read_memory(tmp_path) == (None, None)
+    write("proc/meminfo", MEMINFO)
+    assert read_memory(tmp_path) == (32_000_000 * 1024, 20_000_000 * 1024)
+    write("sys/fs/cgroup/memory.max", "max\n")
+    assert read_memory(tmp_path) == (32_000_000 * 1024, 20_000_000 * 1024)
+    write("sys/fs/cgroup/memory.max", "8000000000\n")
+    write("sys/fs/cgroup/memory.current", "5000000000\n")
+    write("sys/fs/cgroup/memory.stat", "anon 2000000000\ninactive_file 3000000000\n")
+    assert read_memory(tmp_path) == (8_000_000_000, 6_000_000_000)
+
+
+def test_a_folder_that_is_still_to_be_made(tmp_path):
+    assert read_filesystem(tmp_path / "a" / "b", "x").total_bytes == read_filesystem(tmp_path, "x").total_bytes
+
+
+def test_the_network(tmp_path, write, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    network = read_network(tmp_path)
+    assert (network.gloo_interface, network.ephemeral_ports, network.stack) == ("eth7", None, None)
+    write("proc/sys/net/ipv4/ip_local_port_range", "1024\t60999\n")
+    write("proc/sys/kernel/random/boot_id", "some-boot\n")
+    (tmp_path / "proc" / "self" / "ns").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "ns" / "net").symlink_to("net:[42]")
+    network = read_network(tmp_path)
+    assert (network.ephemeral_ports, network.stack) == ((1024, 60999), "some-boot net:[42]")

@@ -1,0 +1,165 @@
+"""Checkpoint folders that are whole, and every way in which a download goes wrong: the file at fault is named."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cluster.config.checkpoint_location import find_model
+from cluster.doctor.model_files import read_model
+
+DEMO = find_model(None)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """The demo model in two files with an index, as the Hub has larger ones."""
+    for name in ("config.json", "tokenizer.model.v3"):
+        shutil.copy(DEMO / name, tmp_path)
+    tensors = load_file(DEMO / "model.safetensors")
+    names = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, own in halves.items():
+        save_file({name: tensors[name] for name in own}, tmp_path / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, own in halves.items() for name in own}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def faults(folder) -> list[str]:
+    """Sentences; each has a remedy."""
+    found = read_model(str(folder)).faults
+    assert all(f.remedy.endswith(".") for f in found), found
+    return [f.sentence for f in found]
+
+
+def test_a_whole_model(folder):
+    model = read_model(str(folder))
+    assert model.faults == () and model.num_files == 2 and model.bytes_per_weight == 2
+    assert model.num_bytes == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    assert read_model(str(DEMO)).faults == ()
+
+
+def test_the_fingerprint_is_of_what_is_there(folder):
+    before = read_model(str(folder)).fingerprint
+    assert read_model(str(folder)).fingerprint == before
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    assert read_model(str(folder)).fingerprint != before
+
+
+def truncate(folder):
+    path = folder / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def lengthen(folder):
+    path = folder / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0" * 7)
+
+
+def cut_header(folder):
+    path = folder / "model-00002-of-00002.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def empty(folder):
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"")
+
+
+def git_lfs_pointer(folder):
+    (folder / "model-00002-of-00002.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4999819336\n"
+    )
+
+
+def other_format(folder):
+    header = b'{"weight": {"dtype": "F32", "shape": [1]}}'
+    (folder / "model-00002-of-00002.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def header_that_is_a_list(folder):
+    (folder / "model-00002-of-00002.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
+
+
+def remove_file(folder):
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def remove_file_and_index(folder):
+    remove_file(folder)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def other_revision(folder):
+    path = folder / "model-00002-of-00002.safetensors"
+    tensors = load_file(path)
+    tensors.pop(next(iter(sorted(tensors))))
+    save_file({**tensors, "extra": torch.zeros(1)}, path)
+
+
+def break_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+def remove_config(folder):
+    (folder / "config.json").unlink()
+
+
+def break_config(folder):
+    (folder / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')
+
+
+def remove_tokenizer(folder):
+    (folder / "tokenizer.model.v3").unlink()
+
+
+def break_tokenizer(folder):
+    (folder / "tokenizer.model.v3").write_bytes(b"no protobuf at all")
+
+
+def only_pickles(folder):
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (truncate, ["model-00002-of-00002.safetensors is truncated: ", " bytes, where "]),
+        (lengthen, ["model-00002-of-00002.safetensors is longer than its header says"]),
+        (cut_header, ["model-00002-of-00002.safetensors (0.0 MiB) is truncated in its header"]),
+        (empty, ["model-00002-of-00002.safetensors (0.0 MiB) is truncated in its header"]),
+        (git_lfs_pointer, ["model-00002-of-00002.safetensors is a pointer of Git LFS"]),
+        (other_format, ["model-00002-of-00002.safetensors has a header that is not safetensors'"]),
+        (header_that_is_a_list, ["model-00002-of-00002.safetensors has a header that is not safetensors'"]),
+        (remove_file, ["names model-00002-of-00002.safetensors, which is not there"]),
+        (remove_file_and_index, ["layers 6 are incomplete in these files, the first is layer 0"]),
+        (other_revision, ["model-00002-of-00002.safetensors has the tensor"]),
+        (break_index, ["is not a safetensors index"]),
+        (remove_config, ["has neither config.json"]),
+        (break_config, ["MixtralForCausalLM"]),
+        (remove_tokenizer, ["has no tokenizer"]),
+        (break_tokenizer, ["is not a SentencePiece model"]),
+        (only_pickles, ["pytorch_model.bin is a pickle file"]),
+    ],
+)
+def test_what_is_wrong_is_named(folder, damage, parts):
+    damage(folder)
+    (sentence, *_) = faults(folder)
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_folder_that_this_node_does_not_have(tmp_path):
+    assert faults(tmp_path / "nowhere") == [f"The model folder {tmp_path}/nowhere does not exist here."]
+
+
+def test_several_faults_are_all_told(folder):
+    truncate(folder)
+    remove_tokenizer(folder)
+    assert len(faults(folder)) == 2

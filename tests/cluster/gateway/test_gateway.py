@@ -1,0 +1,76 @@
+"""A whole gateway on a port, with a controller that cannot be reached and a replica that holds its streams: how it stops."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import aiohttp
+import pytest
+from support.fakes.replica import FakeReplica, tokens
+from support.paths import DEMO_MODEL
+
+from cluster.cli.main import make_parser
+from cluster.cli.options import serve_config
+from cluster.gateway.gateway import Gateway
+from cluster.router.replica import Outlook
+from cluster.text.tokenizer import load_tokenizer
+from workers.errors import ReplicaUnavailableError
+
+MODEL = DEMO_MODEL
+BODY = {"model": "demo", "prompt": [3, 4, 5], "stream": True}
+
+
+class AbsentController:
+    async def sync(self, known, report):
+        await asyncio.sleep(0.01)
+        raise ReplicaUnavailableError("The controller cannot be reached.")
+
+    async def leave(self, gateway_id: str) -> None: ...
+
+
+@pytest.fixture
+async def gateway(monkeypatch) -> AsyncIterator[Gateway]:
+    monkeypatch.delenv("TRAMONTANE_API_KEY", raising=False)
+    args = make_parser().parse_args(["serve", "--port", "0", "--no-batches"])
+    config = serve_config(args, MODEL, "demo", device="cpu")
+    gateway = Gateway(config, AbsentController(), tokenizer=load_tokenizer(MODEL), chat_template=None)
+    await gateway.open()
+    try:
+        yield gateway
+    finally:
+        await gateway.close()
+
+
+async def events(url: str) -> list[str]:
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/completions", json=BODY) as response:
+        return (await response.text()).strip().split("\n\n")
+
+
+async def test_what_outlasts_the_time_to_finish_is_told_so(gateway):
+    replica = FakeReplica(tokens(range(100, 110)), hold_after=3)
+    gateway.router.update([replica], Outlook())
+    running = asyncio.create_task(events(gateway.url))
+    await replica.holding.wait()
+    async with asyncio.timeout(5):
+        await gateway.drain(0.1)
+        *said, last = await running
+    assert len(said) == 3, "what was generated until then was not sent"
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error["code"] == "server_leaving"
+    assert error["message"].startswith("The server is shutting down.")
+
+
+@pytest.mark.parametrize("is_urgent", [False, True])
+async def test_stopped_again_nothing_is_waited_for(gateway, is_urgent):
+    replica = FakeReplica(tokens(range(100, 110)), hold_after=3)
+    gateway.router.update([replica], Outlook())
+    running = asyncio.create_task(events(gateway.url))
+    await replica.holding.wait()
+    urgent = asyncio.Event()
+    draining = asyncio.create_task(gateway.drain(60.0, urgent))
+    await asyncio.sleep(0.1)
+    assert not draining.done()
+    (urgent if is_urgent else replica.release).set()
+    async with asyncio.timeout(5):
+        await draining
+        assert ("server_leaving" in (await running)[-1]) is is_urgent

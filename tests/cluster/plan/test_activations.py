@@ -1,0 +1,99 @@
+"""The planned activations against what the model's layers really hold, tensor by tensor, in a step like the engine's profiling pass."""
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cluster.plan import memory
+from cluster.plan.models import V0_3
+from workers.config import EngineConfig
+from workers.engine import model_runner
+from workers.model.mistral import MistralForCausalLM
+from workers.parallel.group import SingleRank
+
+NUM_TOKENS = 256
+SMALL = replace(V0_3, hidden_size=512, num_attention_heads=4, num_key_value_heads=1, num_hidden_layers=2, vocab_size=64)
+
+
+class PeakBytes(TorchDispatchMode):
+    """Counts the storages that operators make, from their birth to their death."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self._now += num_bytes
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._remove, key, num_bytes)
+
+    def _remove(self, key: int, num_bytes: int) -> None:
+        self._alive.discard(key)
+        self._now -= num_bytes
+
+
+class NoAttention:
+    """As much memory as the CUDA kernel takes: its result."""
+
+    name = "none"
+
+    def forward(self, q: torch.Tensor, *_: Any) -> torch.Tensor:
+        return torch.zeros_like(q)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"intermediate_size": 1792}, "feed-forward"),
+        ({"intermediate_size": 256, "num_key_value_heads": 4}, "attention"),
+        ({"intermediate_size": 256, "vocab_size": 8192}, "logits"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_activations_are_those_of_the_model(changes, what):
+    config = EngineConfig(
+        model_path="",
+        model=replace(SMALL, **changes),
+        dtype="bfloat16",
+        max_model_len=NUM_TOKENS,
+        max_num_batched_tokens=NUM_TOKENS,
+    )
+    model = MistralForCausalLM(
+        config.model,
+        tp=SingleRank(torch.device("cpu")),
+        backend=NoAttention(),
+        dtype=torch.bfloat16,
+        device="cpu",
+        max_positions=NUM_TOKENS,
+    )
+    token_ids = torch.zeros(NUM_TOKENS, dtype=torch.int64)
+    metadata: Any = None
+    caches = [(torch.empty(0), torch.empty(0))] * config.model.num_hidden_layers
+    with torch.inference_mode(), PeakBytes() as seen:
+        hidden_states = model(token_ids, token_ids, caches, metadata)
+        hidden_states.double()
+        logits = model.compute_logits(hidden_states[: memory.PROMPT_LOGITS_AT_ONCE])
+        assert logits is not None
+        logits.log_softmax(dim=-1)
+    planned = memory.activation_bytes(config)
+    assert seen.peak * 0.98 < planned < seen.peak * 1.1, f"{what}: {planned:,} planned, {seen.peak:,} seen"
+
+
+def test_the_plan_knows_how_many_rows_of_logits_exist_at_a_time():
+    assert memory.PROMPT_LOGITS_AT_ONCE == model_runner.PROMPT_LOGITS_AT_ONCE

@@ -1,0 +1,102 @@
+"""Which plan is taken, and what is said when none fits."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from cluster.plan.gpus import GPUS, find_gpu
+from cluster.plan.models import FAMILY, V0_1, PlannedModel
+from cluster.plan.offers import OFFERS
+from cluster.plan.planner import Question, make_plan, make_plans, refusal, sizes_of
+from cluster.plan.roofline import Workload
+from workers.errors import ConfigError
+
+
+def question(model: str = "mistralai/Mistral-7B-v0.3", *, context: int = 8192, concurrency: int = 32) -> Question:
+    return Question(
+        model=PlannedModel(name=model, config=FAMILY[model]),
+        workload=Workload(context=context, concurrency=concurrency, prompt_tokens=context // 2),
+        dtype="bfloat16",
+    )
+
+
+def test_the_cheapest_machine_that_fits_is_taken():
+    plans = make_plans(question(), gpus=[GPUS["A10G"]], offers=OFFERS)
+    assert [(p.tensor_parallel_size, p.fits) for p in plans] == [(4, True), (8, True), (1, False), (2, False)]
+    best = plans[0]
+    assert [o.instance_type for o in best.offers] == ["g5.12xlarge"]
+    assert best.price is not None
+    # 5.672 $ an hour for so many tokens.
+    assert best.usd_per_million_tokens(best.price) == pytest.approx(5.672 / 3600 / best.speed.tokens_per_s * 1e6)
+
+
+def test_a_fit_that_nobody_rents_comes_behind_one_that_is_rented():
+    plans = make_plans(question(concurrency=16), gpus=[GPUS["A10G"]], offers=OFFERS)
+    assert [(p.tensor_parallel_size, p.fits) for p in plans] == [(4, True), (8, True), (2, True), (1, False)]
+
+
+def test_without_prices_the_fewest_gpus_are_taken():
+    plans = make_plans(question(), gpus=[GPUS["A10G"]])
+    assert [p.tensor_parallel_size for p in plans if p.fits] == [4, 8]
+
+
+def test_spot_and_cloud_decide_which_price_counts():
+    asked = replace(question(concurrency=4), spot=True, cloud="aws")
+    best = make_plans(asked, offers=OFFERS)[0]
+    assert [o.instance_type for o in best.offers] == ["g6.xlarge"]
+    assert best.price is best.offers[0].spot
+
+
+def test_the_window_bounds_what_long_contexts_take():
+    windowed = make_plan(question("mistralai/Mistral-7B-v0.1", context=32_768), GPUS["A100"], 1)
+    whole = make_plan(question("mistralai/Mistral-7B-v0.3", context=32_768), GPUS["A100"], 1)
+    assert windowed.fits
+    assert not whole.fits
+    assert windowed.memory.needed_blocks == 32 * 17 + 4
+    assert whole.memory.needed_blocks == 32 * 128
+
+
+@pytest.mark.parametrize("model", ["mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-v0.3"])
+@pytest.mark.parametrize(("gpu", "size"), [("A10G", 1), ("L4", 2), ("A100", 1)])
+def test_a_refusal_has_the_numbers_and_every_remedy_works(model, gpu, size):
+    asked = question(model, context=8192, concurrency=64)
+    plan = make_plan(asked, GPUS[gpu], size)
+    if plan.fits:
+        asked = question(model, context=8192, concurrency=500)
+        plan = make_plan(asked, GPUS[gpu], size)
+    sentence = str(refusal(asked, [plan], offers=OFFERS))
+    assert f"{plan.memory.missing_bytes / 1e9:.1f} GB are missing" in sentence
+    assert f"may use {plan.memory.usable_bytes / 1e9:.1f} GB" in sentence
+    fewer, shorter = re.search(r"--concurrency (\d+)", sentence), re.search(r"--context (\d+)", sentence)
+    assert fewer is not None
+    assert shorter is not None
+    work = asked.workload
+    for workload in (replace(work, concurrency=int(fewer[1])), replace(work, context=int(shorter[1]), prompt_tokens=1)):
+        assert make_plan(replace(asked, workload=workload), GPUS[gpu], size).fits
+    one_more = replace(work, concurrency=int(fewer[1]) + 1)
+    assert not make_plan(replace(asked, workload=one_more), GPUS[gpu], size).fits
+    if more := re.search(r"; --tensor-parallel-size (\d)", sentence):
+        assert make_plan(asked, GPUS[gpu], int(more[1])).fits
+    if other := re.search(r"--gpu (\S+) --tensor-parallel-size (\d)", sentence):
+        assert make_plan(asked, find_gpu(other[1]), int(other[2])).fits
+
+
+def test_nothing_in_the_world_is_large_enough():
+    asked = question(concurrency=100_000)
+    sentence = str(refusal(asked, [make_plan(asked, GPUS["L4"], 1)], offers=OFFERS))
+    assert "--gpu" not in sentence
+    assert "--concurrency" in sentence
+
+
+def test_key_value_heads_limit_the_sizes():
+    assert sizes_of(V0_1) == [1, 2, 4, 8]
+    assert sizes_of(replace(V0_1, num_key_value_heads=4)) == [1, 2, 4]
+    with pytest.raises(ConfigError, match=r"Use one of 1, 2, 4, 8"):
+        make_plan(question(), GPUS["A10G"], 3)
+
+
+def test_gpus_are_found_in_any_case_and_unknown_ones_name_the_known():
+    assert find_gpu("a100-80gb") is GPUS["A100-80GB"]
+    with pytest.raises(ConfigError, match=r"T4 is not known here; use one of A10G, .*H100"):
+        find_gpu("T4")

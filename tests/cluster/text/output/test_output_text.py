@@ -1,0 +1,98 @@
+"""Detokenizer and stop strings together: what a delta shows, and that a replay rebuilds the state."""
+
+from pathlib import Path
+
+import mistral_common
+import pytest
+
+from cluster.text.output.output import OutputText
+from cluster.text.tokenizer import Tokenizer
+from workers.protocol import FinishReason, TokenDelta, TokenLogprob
+
+TOKENIZER = Tokenizer(
+    Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3", "v3"
+)
+TEXT = "It is 日本 time; the END of 😀 it"
+IDS = TOKENIZER.encode(TEXT, bos=False)
+
+
+def delta(
+    ids: list[int], *, finish: FinishReason | None = None, stop_token_id: int | None = None, logprobs: bool = False
+):
+    marks = [TokenLogprob(token_id=i, logprob=-1.0, rank=1) for i in ids] if logprobs else None
+    return TokenDelta(request_id="r", token_ids=ids, finish_reason=finish, stop_token_id=stop_token_id, logprobs=marks)
+
+
+def test_a_stop_string_ends_the_sequence_in_mid_delta() -> None:
+    output = OutputText(TOKENIZER, stop=["END"])
+    step = output.push(delta(IDS))
+    assert (step.text, step.finish_reason) == ("It is 日本 time; the ", FinishReason.STOP)
+    assert output.num_tokens < len(IDS), "tokens behind the stop string do not count"
+
+
+def test_the_stop_token_counts_and_is_not_text() -> None:
+    output = OutputText(TOKENIZER)
+    hello = TOKENIZER.sp.piece_to_id("▁Hello")
+    step = output.push(delta([hello, hello], finish=FinishReason.STOP, stop_token_id=hello))
+    assert (step.text, output.num_tokens) == ("Hello", 2)
+
+
+def test_held_text_comes_at_the_end() -> None:
+    output = OutputText(TOKENIZER, stop=["ENDING"])
+    shown = output.push(delta(IDS[: len(IDS) // 2])).text
+    for i in IDS[len(IDS) // 2 : -1]:
+        shown += output.push(delta([i])).text
+    step = output.push(delta(IDS[-1:], finish=FinishReason.LENGTH))
+    assert shown + step.text == TEXT
+    assert step.finish_reason is FinishReason.LENGTH
+
+
+def test_a_stop_string_completed_by_the_last_token_makes_it_stop() -> None:
+    ids = TOKENIZER.encode("the END", bos=False)
+    step = OutputText(TOKENIZER, stop=["END"]).push(delta(ids, finish=FinishReason.LENGTH))
+    assert (step.text, step.finish_reason) == ("the ", FinishReason.STOP)
+
+
+def test_min_tokens_lets_stop_strings_pass() -> None:
+    ids = TOKENIZER.encode("END one END two", bos=False)
+    num_first = len(TOKENIZER.encode("END", bos=False))
+    step = OutputText(TOKENIZER, stop=["END"], min_tokens=num_first).push(delta(ids))
+    assert step.text == "END one "
+
+
+@pytest.mark.parametrize("cut", range(len(IDS) + 1))
+def test_a_replay_goes_on_like_the_original(cut: int) -> None:
+    prompt = TOKENIZER.encode("Behind a prompt")
+    arguments = {"continues": prompt, "stop": ["of 😁", "zzz"]}
+    original, rebuilt = OutputText(TOKENIZER, **arguments), OutputText(TOKENIZER, **arguments)
+    original.push(delta(IDS[:cut]))
+    rebuilt.replay(IDS[:cut])
+    ends = [o.push(delta(IDS[cut:], finish=FinishReason.LENGTH)) for o in (original, rebuilt)]
+    assert ends[0] == ends[1]
+    assert original.num_tokens == rebuilt.num_tokens == len(IDS)
+
+
+def test_logprobs_come_with_their_text_and_point_into_it() -> None:
+    output = OutputText(TOKENIZER, stop=["time and again"])
+    text, placed = "", []
+    for n, i in enumerate(IDS):
+        step = output.push(delta([i], logprobs=True, finish=FinishReason.LENGTH if n == len(IDS) - 1 else None))
+        text += step.text
+        placed += step.logprobs
+        assert all(p.text_offset <= len(text) for p in placed)
+    assert [p.logprob.token_id for p in placed] == IDS
+    for p in placed:
+        piece = TOKENIZER.token_text(p.logprob.token_id)
+        if not piece.startswith("<0x"):
+            assert text[p.text_offset :].startswith(piece if p.text_offset else piece.lstrip())
+
+
+def test_logprobs_of_a_stop_string_go_with_it() -> None:
+    ids = TOKENIZER.encode("the END", bos=False)
+    output = OutputText(TOKENIZER, stop=[" END"])
+    placed = [
+        p
+        for i in ids
+        for p in (output.push(delta([i], logprobs=True)).logprobs if output.finish_reason is None else [])
+    ]
+    assert [TOKENIZER.token_text(p.logprob.token_id) for p in placed] == [" the"]

@@ -1,0 +1,57 @@
+"""One rank of test_lifeline.py with nothing but its lifeline, in a process of its own: says as lines of JSON what it notices, and when.
+
+Arguments: rank, rank 0's port (0 on rank 0 itself), whether silence is measured as in a serving replica. Commands come by line:
+`close`, `stall` (stands still for 4 s without letting its threads run), `fork` (leaves its connections to a child),
+`expect prompt`, and anything else is the reason of a failure.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import time
+
+from workers.rank.lifeline import Lifeline
+
+TOKEN = "the replica's secret"
+
+
+def say(**what: object) -> None:
+    # time.monotonic() is the same clock in all processes of a host.
+    os.write(1, json.dumps({"at": time.monotonic(), **what}).encode() + b"\n")
+
+
+def main(rank: int, port: int, serving: bool) -> None:
+    lifeline = Lifeline(
+        rank,
+        token=TOKEN,
+        on_lost=lambda lost, how: say(event="lost", rank=lost, how=how),
+        on_failed=lambda sentence: say(event="failed", sentence=sentence),
+    )
+    if serving:
+        lifeline.expect_prompt()
+    if rank == 0:
+        port = lifeline.listen("127.0.0.1")
+    else:
+        lifeline.connect(("127.0.0.1", port))
+    say(event="ready", port=port)
+    for line in sys.stdin:
+        match line.strip():
+            case "stall":
+                ctypes.PyDLL(None).sleep(4)  # PyDLL keeps Python's lock
+                say(event="stalled")
+            case "fork":
+                if (child := os.fork()) == 0:
+                    time.sleep(60)
+                    os._exit(0)
+                say(event="forked", child=child)
+            case "expect prompt":
+                lifeline.expect_prompt()
+                say(event="prompt")
+            case reason:
+                lifeline.close(None if reason == "close" else reason)
+                say(event="closed")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "serving")

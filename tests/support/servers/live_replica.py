@@ -1,0 +1,56 @@
+"""Rank 0 without Ray: a real engine on its thread behind the real socket server, and a gateway's application over it."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from aiohttp.test_utils import TestClient, TestServer
+
+from cluster.api.app import make_app
+from cluster.replicas.client import ReplicaClient
+from cluster.router.router import Router
+from cluster.text.chat.template import MistralTemplate
+from cluster.text.tokenizer import load_tokenizer
+from support.fakes.engines import make_config
+from support.paths import DEMO_MODEL
+from workers.engine.llm_engine import LLMEngine
+from workers.engine.loop import EngineLoop
+from workers.rank.server import StreamServer
+
+DEMO = DEMO_MODEL
+TOKENIZER = load_tokenizer(DEMO)
+TEMPLATE = MistralTemplate(TOKENIZER)
+TOKEN = "secret"
+
+
+class LiveReplica:
+    """Serves from the start at `address`, until `close`. settings: EngineConfig fields."""
+
+    def __init__(self, folder: Path = DEMO, *, replica_id: str = "r0", **settings: Any) -> None:
+        config = make_config(folder, **({"tokenizer_path": str(TOKENIZER.path)} | settings))
+        self.core = LLMEngine(config).core
+        self._loop = EngineLoop(self.core, lambda deltas, events: self.server.publish(deltas, events))
+        self.server = StreamServer(
+            self.core.facts(replica_id), TOKEN, submit=self._loop.submit, abort=self._loop.abort, load=self.core.load
+        )
+        self.address = self.server.start()
+        self._loop.start()
+
+    def close(self) -> None:
+        assert self._loop.stop()
+        self.server.close()
+
+
+@contextlib.asynccontextmanager
+async def live_gateway(replica: LiveReplica, **options: Any) -> AsyncIterator[TestClient]:
+    """A client of an application whose only replica this is. options: of make_app."""
+    async with ReplicaClient("r0", replica.address, TOKEN) as client:
+        async with asyncio.timeout(10):
+            while not client.is_ready(time.monotonic()):
+                await asyncio.sleep(0.01)
+        arguments = {"tokenizer": TOKENIZER, "chat_template": TEMPLATE, "model_name": "demo", **options}
+        async with TestClient(TestServer(make_app(router=Router([client]), **arguments))) as http:
+            yield http

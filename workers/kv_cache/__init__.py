@@ -1,0 +1,1 @@
+"""The paged KV cache: blocks, who holds them, their content, the tensors."""

@@ -1,0 +1,1 @@
+"""Layers that know which slice of a weight is theirs."""

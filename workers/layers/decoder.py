@@ -1,0 +1,146 @@
+"""The parts of a Mistral decoder layer: norm, rotary embedding, attention, feed-forward. Knows no checkpoint and no cache layout.
+
+Where the computation is divided over ranks shows in the layers' types. Tensors are flat over the step's tokens, and in fp32 on the
+CPU a token's result is bit for bit independent of the tokens beside it. Nothing here reads the device from the host, and shapes
+depend only on num_tokens, so a step can be captured as a CUDA graph.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from workers.attention.backend import AttentionBackend, AttentionMetadata
+from workers.config import ModelConfig
+from workers.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+    load_whole,
+    new_weight,
+)
+from workers.parallel.group import TensorParallel
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; rms(x) is computed in fp32."""
+
+    def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = new_weight((hidden_size,), load_whole, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # x: [num_tokens, hidden_size]
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates each head's (i, i + head_dim / 2) pairs by position * theta^(-2i / head_dim): the order of Hugging Face's checkpoints.
+
+    For head_dim 4 and the angles a, b of a position, the cache holds cos = [cos a, cos b, cos a, cos b] and
+    sin = [-sin a, -sin b, sin a, sin b], so that rotated = x * cos + roll(x, 2) * sin.
+    """
+
+    def __init__(self, head_dim: int, theta: float, *, max_positions: int, device: torch.device | str) -> None:
+        super().__init__()
+        self.half_dim = head_dim // 2
+        # Written as transformers writes it: at position 40,000 another rounding of these turns by another 0.002 radians.
+        inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)
+        cos, sin = angles.cos(), angles.sin()
+        cos_sin = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
+        self.cos_sin: torch.Tensor
+        self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)  # [max_positions, 2, head_dim], fp32
+
+    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for `rotate`, each [num_tokens, 1, head_dim]; once per step serves all layers. positions: [num_tokens]."""
+        cos, sin = self.cos_sin[positions].split(1, dim=1)
+        return cos, sin
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        # x: [num_tokens, num_heads, head_dim], any dtype; computed in fp32
+        return torch.addcmul(x * cos, x.roll(self.half_dim, dims=-1), sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over this rank's heads."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rotary: RotaryEmbedding,
+        backend: AttentionBackend,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads // tp.size
+        self.num_kv_heads = config.num_key_value_heads // tp.size
+        self.head_dim = config.head_dim
+        self.rotary = rotary
+        self.backend = backend
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, tp=tp, dtype=dtype, device=device
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        # x: [num_tokens, hidden_size]
+        qkv = self.qkv_proj(x).view(
+            x.shape[0], -1, self.head_dim
+        )  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
+        qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
+        q, k = self.rotary.rotate(qk, *angles).split((self.num_heads, self.num_kv_heads), dim=1)
+        # q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]; views with a longer row stride
+        out = self.backend.forward(q, k, v, *kv_cache, metadata)
+        return self.o_proj(out.reshape(x.shape[0], -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+        output_sizes = [("gate", intermediate_size), ("up", intermediate_size)]
+        self.gate_up_proj = MergedColumnParallelLinear(hidden_size, output_sizes, tp=tp, dtype=dtype, device=device)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, tp=tp, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # x: [num_tokens, hidden_size]
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # each [num_tokens, intermediate_size / size]
+        return self.down_proj(silu(gate) * up)
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(x).
+
+    On the CPU torch's own silu computes the last elements of each thread's share by another exponential, with other last bits, and
+    where the shares end depends on the number of rows. `exp` treats every element alike.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return functional.silu(x)
+    return x / x.neg().exp_().add_(1.0)

@@ -1,0 +1,1 @@
+"""One process of a replica: its life, its engine thread, its socket."""

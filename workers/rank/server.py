@@ -1,0 +1,307 @@
+"""Rank 0's socket: requests and aborts in, one frame per engine step and connection out.
+
+An asyncio server on a thread of its own, so that heartbeats go out while the engine thread waits in a collective, and say so.
+Knows frames, connections, which connection submitted what, and which blocks are cached; knows no torch, no engine: it is
+given callables.
+A connection opens with Hello and the replica's secret. Whatever a client does wrong costs that client its connection and
+nothing else; what it had submitted is aborted.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from workers.protocol import (
+    FRAME_HEADER_BYTES,
+    HEARTBEAT_INTERVAL_S,
+    MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    SILENCE_IS_DEATH_S,
+    Abort,
+    CacheEvents,
+    Ending,
+    EngineFacts,
+    GenerateRequest,
+    Heartbeat,
+    Hello,
+    LoadReport,
+    Refused,
+    StepFrame,
+    Submit,
+    TokenDelta,
+    ToReplica,
+    encode_frame,
+    frame_length,
+)
+from workers.rank.connection import Connection
+
+log = logging.getLogger(__name__)
+
+MAX_HELLO_BYTES = 4096
+MAX_STEPS_BEHIND = 8
+STUCK_AFTER_S = 1.5  # an ordinary collective is over in no time
+ORPHAN_AFTER_S = 600.0  # without any gateway for this long, nobody will come for the replica
+LINGER_S = 0.25  # for clients to read the end and close
+FLUSH_S = 1.0  # for the last frames of a connection that is slow to read them
+_TICK_S = HEARTBEAT_INTERVAL_S / 2
+
+_decoder = msgspec.msgpack.Decoder(ToReplica)
+
+
+class ProtocolViolation(Exception):
+    """The client sent what this protocol does not allow; the message goes to the log."""
+
+
+class StreamServer:
+    """Serves gateways from its own thread. `publish` is called from the engine thread, everything else from the owner's.
+
+    submit, abort: hand a request, or the id of one to forget, to the engine thread; must not block.
+    load: the engine's LoadReport, called on the server's thread; its `stuck_ranks` may name ranks that are merely waited for at
+    that instant, and only those that stay there for STUCK_AFTER_S are passed on.
+    on_orphaned: called once, on the server's thread, when the last gateway left ORPHAN_AFTER_S ago; gets a sentence.
+    """
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        token: str,
+        *,
+        submit: Callable[[GenerateRequest], None],
+        abort: Callable[[str], None],
+        load: Callable[[], LoadReport],
+        on_orphaned: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._facts = facts
+        self._token = token.encode()
+        self._submit = submit
+        self._abort = abort
+        self._load = load
+        self._on_orphaned = on_orphaned
+        self._alone_since: float | None = None  # None also before the first gateway came
+        self._cached: dict[bytes, None] = {}  # every block the prefix cache can find, in the order of storing
+        self._waited_since: dict[int, float] = {}
+        self._connections: dict[str, Connection] = {}  # by prefix
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._num_accepted = 0
+        self._room = threading.Semaphore(MAX_STEPS_BEHIND)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: asyncio.Event | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, host: str = "127.0.0.1", port: int = 0) -> tuple[str, int]:
+        """Listens, and returns the address. Raises OSError when the address cannot be bound."""
+        started = threading.Event()
+        outcome: list[tuple[str, int] | BaseException] = []
+
+        def run() -> None:
+            try:
+                asyncio.run(self._serve(host, port, outcome, started))
+            except BaseException as e:
+                log.exception("The stream server ended: %s", e)
+                outcome.append(e)
+                started.set()
+
+        self._thread = threading.Thread(target=run, name="stream-server", daemon=True)
+        self._thread.start()
+        started.wait()
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    def publish(self, deltas: list[TokenDelta], events: CacheEvents | None = None) -> None:
+        """Sends each delta to the connection that submitted its request; drops what nobody waits for. Events go to everyone, with
+        the next frame they get.
+
+        Never waits for a client, only for this server's own thread when that is MAX_STEPS_BEHIND steps behind: an engine that
+        outran it would fill the memory and delay every abort.
+        """
+        while not self._room.acquire(timeout=_TICK_S):
+            if self._thread is None or not self._thread.is_alive():
+                return
+        self._call_soon(self._distribute, deltas, events)
+
+    def close(self, timeout_s: float = 5.0, *, reason: str | None = None, crashed: bool = True) -> None:
+        """Sends what is queued and then Ending, if there is a reason, closes every connection and ends the thread. Idempotent."""
+        self._call_soon(self._end, None if reason is None else Ending(reason=reason, crashed=crashed))
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _call_soon(self, callback: Callable[..., object], *args: object) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is connected any more
+                self._loop.call_soon_threadsafe(callback, *args)
+
+    def _end(self, last_words: Ending | None) -> None:
+        assert self._stop is not None, "the loop runs, so it has been set"
+        if last_words is not None and not self._stop.is_set():
+            frame, now = encode_frame(last_words), time.monotonic()
+            for connection in self._connections.values():
+                connection.send(frame, now)
+        for connection in self._connections.values():
+            connection.finish()
+        self._stop.set()
+
+    async def _serve(
+        self,
+        host: str,
+        port: int,
+        outcome: list[tuple[str, int] | BaseException],
+        started: threading.Event,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        server = await asyncio.start_server(self._accept, host, port)
+        ticker = asyncio.create_task(self._tick())
+        outcome.append(server.sockets[0].getsockname()[:2])
+        started.set()
+        try:
+            await self._stop.wait()
+        finally:
+            server.close()
+            ticker.cancel()
+            connections = list(self._connections.values())
+            # Closed while something of the client's lies unread, a connection is reset, and the client loses the last frames.
+            await asyncio.wait([*self._tasks] or [ticker], timeout=LINGER_S)
+            await asyncio.wait([asyncio.create_task(c.close()) for c in connections] or [ticker], timeout=FLUSH_S)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(ticker, *self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._num_accepted += 1
+        connection = Connection(self._num_accepted, writer, time.monotonic())
+        try:
+            if await self._handshake(connection, reader):
+                self._connections[connection.prefix] = connection
+                await self._read(connection, reader)
+        except (ProtocolViolation, msgspec.DecodeError, ValueError) as e:
+            log.warning("Closing %s: %s", connection.peer, e)
+        except (asyncio.IncompleteReadError, OSError, TimeoutError):
+            log.info("Connection from %s ended.", connection.peer)
+        finally:
+            if self._connections.pop(connection.prefix, None) is not None and not self._connections:
+                self._alone_since = time.monotonic()
+            for request_id in connection.requests:
+                self._abort(connection.prefix + request_id)
+            writer.close()
+            self._tasks.discard(task)
+
+    async def _handshake(self, connection: Connection, reader: asyncio.StreamReader) -> bool:
+        async with asyncio.timeout(SILENCE_IS_DEATH_S):
+            message = await _read_message(reader, MAX_HELLO_BYTES)
+        reason = None
+        if not isinstance(message, Hello):
+            raise ProtocolViolation(f"its first frame is {type(message).__name__}, not Hello")
+        if not hmac.compare_digest(message.token.encode(), self._token):
+            reason = "The token is not this replica's."
+        elif message.version != PROTOCOL_VERSION:
+            reason = f"This replica speaks protocol {PROTOCOL_VERSION}, the gateway {message.version}."
+        now = time.monotonic()
+        connection.last_received = now
+        if reason is not None:
+            log.warning("Refusing %s: %s", connection.peer, reason)
+            connection.send(encode_frame(Refused(reason=reason)), now)
+            return False
+        connection.send(encode_frame(self._facts), now)
+        known = CacheEvents(stored=list(self._cached), reset=True) if self._facts.enable_prefix_caching else None
+        connection.send(encode_frame(StepFrame(deltas=[], load=self._report(now), cache=known)), now)
+        self._alone_since = None
+        return True
+
+    async def _read(self, connection: Connection, reader: asyncio.StreamReader) -> None:
+        while True:
+            message = await _read_message(reader, MAX_FRAME_BYTES)
+            connection.last_received = time.monotonic()
+            match message:
+                case Submit(request=request):
+                    if request.request_id in connection.requests:
+                        raise ProtocolViolation(f"it submitted the request id {request.request_id!r} twice")
+                    connection.requests.add(request.request_id)
+                    own_id = connection.prefix + request.request_id
+                    self._submit(msgspec.structs.replace(request, request_id=own_id))
+                case Abort(request_id=request_id):
+                    if request_id in connection.requests:
+                        connection.requests.discard(request_id)
+                        self._abort(connection.prefix + request_id)
+                case Heartbeat():
+                    pass
+                case Hello():
+                    raise ProtocolViolation("it said Hello twice")
+
+    def _distribute(self, deltas: list[TokenDelta], events: CacheEvents | None) -> None:
+        self._room.release()
+        if events is not None:
+            self._remember(events)
+        batches: dict[str, list[TokenDelta]] = {}
+        for delta in deltas:
+            number, _, request_id = delta.request_id.partition("/")
+            connection = self._connections.get(number + "/")
+            if connection is None or request_id not in connection.requests:
+                continue  # aborted or disconnected a moment ago
+            if delta.finish_reason is not None:
+                connection.requests.discard(request_id)
+            batches.setdefault(connection.prefix, []).append(msgspec.structs.replace(delta, request_id=request_id))
+        now = time.monotonic()
+        if batches:
+            load = self._report(now)
+            for prefix, batch in batches.items():
+                connection = self._connections[prefix]
+                for part in _frames(batch):
+                    frame = StepFrame(deltas=part, load=load, cache=connection.unsent_events.take())
+                    connection.send(encode_frame(frame), now)
+
+    def _remember(self, events: CacheEvents) -> None:
+        for block_hash in events.evicted:
+            self._cached.pop(block_hash, None)
+        self._cached.update(dict.fromkeys(events.stored))
+        for connection in self._connections.values():
+            connection.unsent_events.add(events)
+
+    async def _tick(self) -> None:
+        """Heartbeats and waiting events out, silent clients closed."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            if now - last > _TICK_S + 1.0:  # this process itself stood still: the silence is ours, not theirs
+                for connection in self._connections.values():
+                    connection.last_received = now
+            last = now
+            load = self._report(now)
+            for connection in list(self._connections.values()):
+                events = connection.unsent_events.take()
+                if now - connection.last_received > SILENCE_IS_DEATH_S:
+                    log.warning("Closing %s: silent for %.1f s.", connection.peer, now - connection.last_received)
+                    connection.drop()
+                elif events is not None or now - connection.last_sent >= _TICK_S:
+                    connection.send(encode_frame(StepFrame(deltas=[], load=load, cache=events)), now)
+            if self._alone_since is not None and now - self._alone_since > ORPHAN_AFTER_S:
+                self._alone_since = None
+                self._on_orphaned(f"no gateway has been connected for {ORPHAN_AFTER_S:g} s")
+
+    def _report(self, now: float) -> LoadReport:
+        load = self._load()
+        self._waited_since = {rank: self._waited_since.get(rank, now) for rank in load.stuck_ranks}
+        stuck = tuple(rank for rank, since in self._waited_since.items() if now - since >= STUCK_AFTER_S)
+        return load if stuck == load.stuck_ranks else msgspec.structs.replace(load, stuck_ranks=stuck)
+
+
+def _frames(deltas: list[TokenDelta]) -> list[list[TokenDelta]]:
+    """All in one frame, but each prompt's log-probabilities in one of their own: together they could be more than a frame holds."""
+    small = [delta for delta in deltas if delta.prompt_logprobs is None]
+    large = [[delta] for delta in deltas if delta.prompt_logprobs is not None]
+    return [small, *large] if small else large
+
+
+async def _read_message(reader: asyncio.StreamReader, max_bytes: int) -> ToReplica:
+    length = frame_length(await reader.readexactly(FRAME_HEADER_BYTES), max_bytes)
+    return _decoder.decode(await reader.readexactly(length))

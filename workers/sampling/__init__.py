@@ -1,0 +1,1 @@
+"""The next token: sampler, log-probabilities, grammars."""
