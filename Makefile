@@ -1,4 +1,4 @@
-# Everything a checkout can do. Needs Python 3.11 or newer and make; the virtual environment is made on first use.
+# All commands of a checkout. They need Python 3.11 or newer and make, and create the virtual environment on first use.
 #   make serve ARGS='--port 9000'      make test ARGS='-k sampler'
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ LINTERS := .venv-linters
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate test test-chaos test-batch test-fuzz test-cloud lint lint-deploy format bench demo-model clean
+.PHONY: serve generate test test-chaos test-batch test-fuzz test-cloud lint lint-deploy format docs bench demo-model clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tramontane serve $(ARGS)
@@ -17,23 +17,23 @@ generate: $(VENV)/.installed
 	@exec $(BIN)/tramontane generate $(ARGS)
 
 test: $(VENV)/.installed-dev $(CLIENTS)/.installed
-	@# Side by side what computes; one after the other what starts and kills clusters, whose clocks want the cores for themselves.
+	@# Tests that compute run in parallel. Tests that start and kill clusters run alone, because their timeouts need free cores.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/system $(ARGS) || test $$? = 5
 	$(BIN)/python -m pytest tests/system $(ARGS) || test $$? = 5
 
-# The long forms of the fuzzers: some thousand requests each, a few minutes.
+# The long fuzzers: some thousand requests each, a few minutes.
 test-fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m fuzz tests/clients $(ARGS)
 
-# SkyPilot launches sky/*.yaml on a Slurm cluster made of network namespaces, without any cloud: a quarter of an hour, as root.
+# SkyPilot launches sky/*.yaml on a Slurm cluster in network namespaces, without a cloud: 15 minutes, as root.
 test-cloud: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -s -m cloud tests/cloud $(ARGS)
 
-# Batches of 2,000 lines with 50 deaths, full disks, nodes that come and go: half an hour. TRAMONTANE_CHAOS_SEED draws other moments.
+# Batches of 2,000 lines with 50 crashes, full disks, nodes that start and stop: half an hour. TRAMONTANE_CHAOS_SEED picks other moments.
 test-batch: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -s -m chaos tests/system/test_batch_chaos.py tests/system/test_batch_autoscaling.py tests/system/test_batch_postgres.py $(ARGS)
 
-# A rank killed at each of 64 tokens, nodes that come and go, then five minutes of random deaths under load: a quarter of an hour.
+# A rank killed at each of 64 tokens, nodes that start and stop, then five minutes of random failures under load: 15 minutes.
 test-chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m chaos tests/system --ignore-glob 'tests/system/test_batch_*'
 	$(BIN)/python benchmarks/chaos.py --output benchmarks/chaos.md $(ARGS)
@@ -43,13 +43,17 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The files in deploy/, judged by hadolint, the Compose specification and Kubernetes' own schemas.
+# Checks deploy/ with hadolint, the Compose specification and the Kubernetes schemas.
 lint-deploy: $(VENV)/.installed-dev $(LINTERS)/.installed
 	$(BIN)/python -m pytest tests/deploy $(ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/options.md, from the table of options.
+docs: $(VENV)/.installed
+	$(BIN)/python -m cluster.cli.options.page docs/options.md
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/engine.py --output benchmarks/engine.md
@@ -71,9 +75,9 @@ clean:
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "Tramontane needs Python 3.11 or newer, and '$(PYTHON)' is not one: name it, as in 'make serve PYTHON=python3.12'." >&2; exit 1; }
+	  echo "Tramontane needs Python 3.11 or newer, but '$(PYTHON)' is older or missing. Name another one: make serve PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	  echo "Python could not make a virtual environment; on Debian and Ubuntu, 'apt install python3-venv' adds what is missing." >&2; exit 1; }
+	  echo "Python could not create a virtual environment. On Debian and Ubuntu, run: apt install python3-venv" >&2; exit 1; }
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@test -e $@ || echo "Installing into $(VENV); the first time takes a few minutes." >&2
@@ -84,9 +88,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-# Other people's clients want other releases than the server does, and need nothing of it but HTTP: an environment of their own.
+# Third-party clients need other releases than the server, and only its HTTP API, so they have their own environment.
 $(CLIENTS)/.installed: tests/clients/requirements.txt | $(BIN)/python
-	@test -e $@ || echo "Installing the clients that the tests use into $(CLIENTS); the first time takes a minute or two." >&2
+	@test -e $@ || echo "Installing the clients for the tests into $(CLIENTS); the first time takes a minute or two." >&2
 	@test -e $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tests/clients/requirements.txt
 	@touch $@

@@ -1,9 +1,9 @@
-"""The autoscaler's pure function on a simulated clock, fed with the request traces of real services, beside an oracle.
+"""The autoscaler's pure function on a simulated clock, with the request traces of real services, compared with an oracle.
 
     python benchmarks/autoscaling.py [--traces ../shared/traces] [--output benchmarks/autoscaling.md]
 
-Knows how a cluster looks to the autoscaler and what a replica costs; how fast one works is simulation/fluid.py, and what could
-have been done at best simulation/oracle.py. Counts and bounds, no tokens.
+Knows what the autoscaler sees of a cluster and what a replica costs. simulation/fluid.py knows how fast a replica is, and
+simulation/oracle.py the best schedule. Counts and bounds, no tokens.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import numpy as np
 from simulation.fluid import A10G, A100, Arrays, Load, Model
 from simulation.oracle import PRICES, SLOT_S, cheapest
 
-from cluster.autoscaler.decide import AutoscalerConfig, AutoscalerState, Observation, decide
+from cluster.autoscaler.decide import decide
+from cluster.autoscaler.state import AutoscalerConfig, AutoscalerState, Observation
 
 KEPT = 0.99  # share of requests that must meet the backlog objective
 DAY_S = 86_400
@@ -35,7 +36,7 @@ class Outcome:
     p99_s: float
     low: int
     high: int
-    turns: int  # changes in the other direction than the one before
+    turns: int  # changes in the opposite direction of the previous one
     undone: int
 
 
@@ -55,7 +56,7 @@ def read(path: Path) -> Arrays:
 
 
 def busier(trace: Arrays, copies: int, seed: int = SEED) -> tuple[Arrays, int]:
-    """The trace as it is, with `copies` requests for each, up to 30 s apart: its rises and bursts stay."""
+    """The trace with `copies` requests for each of its own, up to 30 s apart. It keeps its rises and bursts."""
     times, prompts, outputs = trace
     length = int(times[-1]) + 1
     rng = np.random.default_rng(seed)
@@ -64,7 +65,7 @@ def busier(trace: Arrays, copies: int, seed: int = SEED) -> tuple[Arrays, int]:
 
 
 def day(trace: Arrays, copies: int, seed: int = SEED) -> tuple[Arrays, int]:
-    """A day of `copies` tenants: each repeats the trace from a new place every time, thinned to 15 % at 4:00, all at 16:00."""
+    """A day of `copies` tenants. Each repeats the trace from a different place, thinned to 15 % at 4:00 and complete at 16:00."""
     times, prompts, outputs = trace
     period = int(times[-1]) + 1
     rng = np.random.default_rng(seed)
@@ -83,7 +84,7 @@ def first_need(load: Load) -> int:
 
 
 def simulate(load: Load, startup_s: int, config: AutoscalerConfig) -> Outcome:
-    """The autoscaler, asked every second. Replicas are paid from order to removal."""
+    """Asks the autoscaler every second. Replicas are paid for from order to removal."""
     ready, starting = first_need(load), []  # type: ignore[var-annotated]
     state = AutoscalerState(num_replicas=ready)
     backlog, running, arrived = 0.0, load.first_running, 0.0
@@ -169,18 +170,19 @@ def describe(config: AutoscalerConfig) -> str:
     speeds = f"A10G {A10G.tokens_per_s:,.0f}, A100 {A100.tokens_per_s:,.0f} prompt tokens/s"
     return f"""# Autoscaling: request traces on a simulated clock
 
-`python benchmarks/autoscaling.py`, {time.strftime("%F")}. Defaults but for the TTFT objective: the backlog objective is half of it,
-scale down after {config.scale_down_after_s:.0f} s. Replicas are a fluid with assumed speeds ({speeds}, less up to
-40 % while sequences decode), prefix hits are not counted, and a replica is paid from its order to its removal.
-The days are made: tenants that each repeat a trace, every time from another place, thinned to 15 % at 4:00 and all of it at
-16:00. They are drawn with seed {SEED}; the function's constants were chosen on others. The last rows are the traces as they are
-(17 to 58 minutes), with every request several times: they rise faster than a replica starts, and end before much is won back.
+`python benchmarks/autoscaling.py`, {time.strftime("%F")}. Default settings except the TTFT objective: the backlog objective is half of it,
+scale-down after {config.scale_down_after_s:.0f} s. Replicas are a fluid with assumed speeds ({speeds}, less up to
+40 % while sequences decode), prefix hits are not counted, and a replica is paid for from its order to its removal.
+The days are synthetic: tenants that each repeat a trace, each time from a different place, thinned to 15 % at 4:00 and complete at
+16:00. They are drawn with seed {SEED}; the function's constants were chosen on other seeds. The last rows are the recorded traces
+(17 to 58 minutes) with every request several times: they rise faster than a replica starts, and end before the autoscaler can
+recover much.
 
 "Objective kept": requests that met a backlog within the objective. "Undone": scale-downs followed by a scale-up within
 {config.scale_down_after_s:.0f} s. The oracle knows the whole load: it orders replicas ahead, keeps the objective for
-{KEPT:.0%} of the requests, pays from order to removal as well, and is the cheapest of {2 * len(PRICES)} schedules in slots of {SLOT_S} s.
-Like the autoscaler it holds a replica for at least {config.scale_down_after_s:.0f} s and brings none back sooner: without that,
-a schedule flaps. "To equal" is the ratio to an oracle that keeps the objective for the share that the autoscaler kept it for;
+{KEPT:.0%} of the requests, also pays from order to removal, and is the cheapest of {2 * len(PRICES)} schedules in slots of {SLOT_S} s.
+Like the autoscaler, it keeps a replica for at least {config.scale_down_after_s:.0f} s and adds none back sooner; otherwise
+its schedule would flap. "To equal" is the ratio to an oracle that keeps the objective for the share that the autoscaler kept it for;
 "to free" to one that may flap, held back only by what a start costs.
 
 | {columns.replace("|", " | ")} |

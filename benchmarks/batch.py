@@ -1,10 +1,10 @@
-"""Batch lines beside online requests, and batch lines alone: what they cost the ones, and what a replica makes of the others.
+"""Batch lines next to online requests, and batch lines alone: what the lines cost online requests, and their throughput alone.
 
     python benchmarks/batch.py [--background-tokens 4,8] [--pairs 4] [--seconds 20] [--output benchmarks/batch.md]
 
-A real engine with the demo model in a process of its own, behind its socket; a real router in this one, with an open loop of online
-requests and the window of a batch's runner, which is `Router.batch_room`. The engine computes on one thread, so that on two cores
-the other is the gateway's.
+A real engine with the demo model runs in its own process with its socket. A real router runs in this process, with an open loop of online
+requests and the window of a batch's runner (`Router.batch_room`). The engine computes on one thread, which leaves the second core
+to the gateway.
 """
 
 import argparse
@@ -28,14 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 4096
 UTILISATION = 0.3  # of the online requests a replica can answer
 ONLINE_PROMPT, ONLINE_OUTPUT = 64, 32
-FILL_S = 0.005  # how often the simulated runner looks for room
+FILL_S = 0.005  # how often the simulated runner polls for room
 SETTLE_S = 2.0  # of batch lines alone, before online requests come
 
 Shape = tuple[int, int, int]  # (max_num_seqs, max_background_tokens, number of threads)
 
 
 def line(number: int) -> GenerateRequest:
-    """Prompts of 16 to 96 tokens, 16 to 96 of output, no two alike."""
+    """Prompts of 16 to 96 tokens, 16 to 96 of output, all different."""
     rng = random.Random(number)
     sampling = SamplingParams(max_tokens=rng.randint(16, 96), seed=number, ignore_eos=True)
     prompt = [rng.randrange(3, VOCAB) for _ in range(rng.randint(16, 96))]
@@ -56,8 +56,8 @@ def num_tokens(requests: list[GenerateRequest]) -> int:
 
 
 def run_engine(link: Connection, shape: Shape) -> None:
-    """The other process: sends its address, then obeys. Numbers of lines: computes these without any gateway, and sends the seconds.
-    None: ends.
+    """The engine's process: sends its address, then follows commands. A list of line numbers: computes them without a
+    gateway and sends the seconds. None: ends.
     """
     from workers.config import EngineConfig, load_model_config
     from workers.engine.llm_engine import LLMEngine
@@ -106,7 +106,7 @@ async def rig(shape: Shape) -> AsyncIterator[tuple[Router, Connection]]:
 
 
 class Runner:
-    """As a batch's runner: keeps so many lines in flight as the router has room for."""
+    """Acts as a batch's runner: keeps as many lines in flight as the router has room for."""
 
     def __init__(self, router: Router, numbers: itertools.count) -> None:
         self._router, self._numbers = router, numbers
@@ -114,7 +114,7 @@ class Runner:
         self.num_tokens = 0  # of all answered, and of the outputs of those that are not yet
 
     async def answer(self, count: int | None = None) -> None:
-        """So many lines; None: until cancelled."""
+        """Answers `count` lines; None: until cancelled."""
         num_left = count
         try:
             while num_left is None or num_left or self._tasks:
@@ -157,7 +157,7 @@ async def ask(router: Router, request: GenerateRequest, seen: Seen) -> None:
 
 
 async def online_capacity(router: Router, numbers: itertools.count) -> float:
-    """Online requests a second, as many as are wanted being there at any time."""
+    """The online requests per second of one replica, with enough requests waiting at any time."""
     began, count = time.perf_counter(), 128
     await asyncio.gather(*(ask(router, online(next(numbers)), Seen()) for _ in range(count)))
     return count / (time.perf_counter() - began)
@@ -166,7 +166,7 @@ async def online_capacity(router: Router, numbers: itertools.count) -> float:
 async def open_loop(
     router: Router, numbers: itertools.count, seen: Seen, *, rate: float, seconds: float, seed: int
 ) -> None:
-    """Arrivals at random, the same ones for the same seed, whether or not earlier ones are answered."""
+    """Random arrivals, the same for the same seed, whether or not earlier requests are answered."""
     rng, tasks = random.Random(seed), []
     began = at = time.perf_counter()
     while (at := at + rng.expovariate(rate)) < began + seconds:
@@ -176,8 +176,8 @@ async def open_loop(
     seen.elapsed_s += time.perf_counter() - began
 
 
-async def beside(router: Router, args: argparse.Namespace) -> tuple[Seen, Seen, float]:
-    """(without a batch, beside one, the rate): in turns, so that a machine that has others to serve has them for both."""
+async def measure_online(router: Router, args: argparse.Namespace) -> tuple[Seen, Seen, float]:
+    """(without a batch, with a batch, the rate). The two take turns, so that other work on the machine affects both."""
     numbers = itertools.count(1)
     await online_capacity(router, numbers)
     rate = UTILISATION * await online_capacity(router, numbers)
@@ -196,7 +196,7 @@ async def beside(router: Router, args: argparse.Namespace) -> tuple[Seen, Seen, 
 
 
 async def throughput(router: Router, link: Connection, args: argparse.Namespace) -> tuple[float, float]:
-    """Tokens/s of the same lines: the engine alone, and through socket and router; medians of turns."""
+    """Tokens/s of the same lines: the engine alone, and through socket and router; medians of several turns."""
     alone, through = [], []
     for repeat in range(args.repeats + 1):
         numbers = range(10**6 + repeat * args.lines, 10**6 + (repeat + 1) * args.lines)
@@ -214,9 +214,9 @@ def p50_p99(values: list[float]) -> tuple[float, float]:
     return statistics.median(values) * 1e3, values[min(len(values) - 1, int(0.99 * len(values)))] * 1e3
 
 
-async def beside_row(background: int, args: argparse.Namespace) -> str:
+async def online_row(background: int, args: argparse.Namespace) -> str:
     async with rig((args.max_num_seqs, background, args.threads)) as (router, _):
-        without, with_batch, rate = await beside(router, args)
+        without, with_batch, rate = await measure_online(router, args)
     cells = [str(background), f"{rate:.1f}", str(len(with_batch.ttfts))]
     for kind in ("ttfts", "gaps"):
         (p50, p99), (p50_with, p99_with) = p50_p99(getattr(without, kind)), p50_p99(getattr(with_batch, kind))
@@ -244,25 +244,25 @@ async def bench(args: argparse.Namespace) -> str:
     import torch
 
     rows = await throughput_rows(args)
-    beside_rows = [await beside_row(int(b), args) for b in args.background_tokens.split(",")]
+    online_rows = [await online_row(int(b), args) for b in args.background_tokens.split(",")]
     return "\n".join(
         [
-            "# Batches: beside online requests, and alone",
+            "# Batches: next to online requests, and alone",
             "",
             f"{machine.describe(torch.device('cpu'))}; demo_model, float32. The engine computes on {args.threads} thread(s) in its own",
-            f"process; router, online clients and runner are another. `python benchmarks/batch.py`, {time.strftime('%F')}.",
+            f"process; router, online clients and runner share another. `python benchmarks/batch.py`, {time.strftime('%F')}.",
             "",
-            "## Online requests without and beside a batch that takes all it gets",
+            "## Online requests without a batch, and with a batch that uses all it can",
             "",
             f"An open loop at {UTILISATION:.0%} of the online requests that one replica can answer: prompts of {ONLINE_PROMPT} tokens,",
             f"{ONLINE_OUTPUT} of output, max_num_seqs {args.max_num_seqs}; {args.pairs} turns of {args.seconds:.0f} s without and with,",
             "the same arrivals. Milliseconds, p50 / p99; ratios of p50 and p99. The first column is max_background_tokens of",
-            "EngineConfig, the most that batch lines add to a step beside online requests; 4 is the CPU's default.",
+            "EngineConfig, the most that batch lines add to a step with online requests; 4 is the CPU's default.",
             "",
-            "| background tokens | requests/s | requests | TTFT without | TTFT beside | ratio "
-            "| token gap without | token gap beside | ratio | batch tokens/s beside |",
+            "| background tokens | requests/s | requests | TTFT without | TTFT with | ratio "
+            "| token gap without | token gap with | ratio | batch tokens/s |",
             "|---|---|---|---|---|---|---|---|---|---|",
-            *beside_rows,
+            *online_rows,
             "",
             "## A batch alone",
             "",
@@ -281,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--background-tokens", default="4,8")
     parser.add_argument("--batch-sizes", default="64,128")
-    parser.add_argument("--max-num-seqs", type=int, default=64, help="beside online requests")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="with online requests")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--lines", type=int, default=384)

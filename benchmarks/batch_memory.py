@@ -1,7 +1,7 @@
 """A batch of a million lines, with an executor that answers at once: lines per second of each phase, and the memory.
 
-Each size runs in a process of its own, whose peak resident memory is its own; the input is generated beforehand. The executor answers
-at once, so that what is measured is the store, the files and the runner. Writes a Markdown table.
+Each size runs in its own process, for its own peak of resident memory; the input is generated before. The executor answers
+at once, so that only the store, the files and the runner are measured. Writes a Markdown table.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class _Model(msgspec.Struct):
 
 
 class InstantExecutor:
-    """Answers with the same 300 bytes or so."""
+    """Always answers with the same 300 bytes."""
 
     capacity = CAPACITY
 
@@ -63,7 +63,7 @@ class InstantExecutor:
 
 
 class Phases:
-    """When each phase of a runner began, told by the calls it makes of its store."""
+    """When each phase of a runner began, as seen from its calls to the store."""
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -77,7 +77,7 @@ class Phases:
 
 
 def write_input(path: Path, num_lines: int) -> None:
-    """Groups of a hundred prompts that open alike, lengths between 1 and 256 tokens."""
+    """Groups of a hundred prompts with the same beginning, lengths between 1 and 256 tokens."""
     with path.open("wb") as file:
         for i in range(num_lines):
             prompt = f"Document {i // 100}: {'the same opening of a hundred prompts, ' * 6}. Question {i}?"
@@ -176,7 +176,7 @@ Each size in a process of its own. Memory is the highest resident set, and what 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, nargs="*", default=SIZES)
-    parser.add_argument("--folder", type=Path, help="where the files lie meanwhile; a temporary folder if not given")
+    parser.add_argument("--folder", type=Path, help="folder for the files during the run (default: a temporary folder)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     measured = {}

@@ -1,9 +1,9 @@
-"""Constant load on several replicas while ranks are killed, frozen and replicas drained at random: every answer is checked byte for byte.
+"""Constant load while random ranks are killed or frozen and random replicas drained: every answer is checked byte for byte.
 
     python benchmarks/chaos.py [--seconds 300] [--clients 32] [--replicas 3] [-tp 2] [--output benchmarks/chaos.md]
 
-Starts the server as its user would. Every request's answer is known from an undisturbed run before: text, log-probabilities, finish
-reason and token counts must be the same, streamed or not. `tests/system/test_chaos.py` runs the same for 30 seconds.
+Starts the server as a user would. An undisturbed run first records every request's answer: text, log-probabilities, finish
+reason and token counts must be the same later, streamed or not. `tests/system/test_chaos.py` runs the same for 30 seconds.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CALM_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What must not change. One entry per choice: (text, finish_reason, logprobs as JSON)."""
+    """The part of an answer that must not change. One entry per choice: (text, finish_reason, logprobs as JSON)."""
 
     choices: tuple[tuple[str, str, str], ...]
     completion_tokens: int
@@ -51,14 +51,14 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)  # the longest pause of each stream
     actions: Counter[str] = field(default_factory=Counter)
-    recoveries_s: list[float] = field(default_factory=list)  # from the act until all replicas are ready again
+    recoveries_s: list[float] = field(default_factory=list)  # from the action until all replicas are ready again
     num_failovers: float = 0.0
     left_over: dict[str, float] = field(default_factory=dict)
     elapsed_s: float = 0.0
 
 
 def make_jobs() -> list[dict[str, Any]]:
-    """Requests of every kind that failover has to continue exactly."""
+    """Requests of every kind that failover must continue exactly."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0},
         {"temperature": 1.0},
@@ -127,7 +127,7 @@ async def _read_stream(response: aiohttp.ClientResponse, *, num_choices: int) ->
 
 
 async def cluster_of(session: aiohttp.ClientSession, url: str) -> list[dict[str, Any]]:
-    """The replicas as the operator sees them."""
+    """The replicas as operators see them."""
     async with session.get(f"{url}/admin/cluster") as response:
         return (await response.json())["replicas"]
 
@@ -152,7 +152,7 @@ async def until_ready(session: aiohttp.ClientSession, url: str, count: int, time
 async def disturb(
     session: aiohttp.ClientSession, url: str, outcome: Outcome, rng: random.Random, *, count: int, pause_s: float
 ) -> None:
-    """One act after the other, each on a random rank of a random ready replica, until cancelled."""
+    """One action after the other, each on a random rank of a random ready replica, until cancelled."""
     watchers: set[asyncio.Task[None]] = set()
 
     async def recovery(since: float) -> None:
@@ -170,9 +170,9 @@ async def disturb(
             if action == "drain":
                 drain = f"{url}/admin/replicas/{replica['replica_id']}/drain"
                 async with session.post(drain, json={"grace_s": rng.choice([0.0, 0.5, 5.0])}) as response:
-                    assert response.status in (202, 400), await response.text()  # 400: it is gone already
+                    assert response.status in (202, 400), await response.text()  # 400: it has already ended
             else:
-                with contextlib.suppress(ProcessLookupError):  # it died a moment ago, by an earlier act
+                with contextlib.suppress(ProcessLookupError):  # an earlier action has just ended it
                     os.kill(rank["pid"], signal.SIGKILL if action == "kill" else signal.SIGSTOP)
             outcome.actions[action] += 1
             watcher = asyncio.create_task(recovery(time.monotonic()))
@@ -184,7 +184,7 @@ async def disturb(
 async def run_chaos(
     url: str, *, seconds: float, num_clients: int, num_replicas: int, seed: int, headers: dict[str, str], pause_s: float
 ) -> Outcome:
-    """Learns the answers in peace, then checks them under disturbance, then looks at what is left when all is quiet."""
+    """Records the answers without disturbance, checks them under disturbance, then checks what is left when nothing runs."""
     outcome, rng = Outcome(), random.Random(seed)
     connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
@@ -232,7 +232,7 @@ async def _settle(session: aiohttp.ClientSession, url: str, outcome: Outcome) ->
 
 
 def report(outcome: Outcome) -> list[str]:
-    """The figures, a Markdown table row each."""
+    """The figures, one Markdown table row each."""
 
     def spread(values: list[float]) -> str:
         ordered = sorted(values) or [0.0]
@@ -241,13 +241,13 @@ def report(outcome: Outcome) -> list[str]:
 
     rows = {
         "time under disturbance": f"{outcome.elapsed_s:.0f} s",
-        "acts": ", ".join(f"{n} {name}" for name, n in sorted(outcome.actions.items())),
+        "actions": ", ".join(f"{n} {name}" for name, n in sorted(outcome.actions.items())),
         "requests answered": f"{outcome.num_done:,} ({outcome.num_tokens / max(outcome.elapsed_s, 1e-9):,.0f} tokens/s)",
         "**failed requests**": f"**{len(outcome.failures)}**",
         "**answers with a wrong byte**": f"**{len(outcome.wrong)}**",
         "streams continued on another replica": f"{outcome.num_failovers:,.0f}",
         "longest pause of a stream, p50 / p99 / max": spread(outcome.gaps_s),
-        "act to all replicas ready, p50 / p99 / max": spread(outcome.recoveries_s),
+        "action to all replicas ready, p50 / p99 / max": spread(outcome.recoveries_s),
         "left at the end (in flight, running, waiting, KV use)": ", ".join(
             f"{v:g}" for v in outcome.left_over.values()
         ),
@@ -257,7 +257,7 @@ def report(outcome: Outcome) -> list[str]:
 
 @asynccontextmanager
 async def server(*options: str) -> AsyncIterator[str]:
-    """A server of our own on a free port; yields its URL."""
+    """Starts a server on a free port; yields its URL."""
     command = [sys.executable, "-m", "cluster.cli.main", "serve", "--port", "0", *options]
     process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=asyncio.subprocess.PIPE)
     assert process.stderr is not None
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=2)
-    parser.add_argument("--pause", type=float, default=6.0, help="mean seconds between two acts")
+    parser.add_argument("--pause", type=float, default=6.0, help="mean seconds between two actions")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=None, help="write the table to this file")
     args = parser.parse_args()
@@ -309,7 +309,7 @@ def main() -> None:
 
     text = (
         f"# Chaos: {args.clients} clients, {args.replicas} replicas of {args.tensor_parallel_size} ranks\n\n"
-        f"{machine.describe(torch.device('cpu'))}; server, Ray, ranks and clients share them. Seed {args.seed}; an act every "
+        f"{machine.describe(torch.device('cpu'))}; server, Ray, ranks and clients share them. Seed {args.seed}; an action every "
         f"{args.pause:g} s on average. `make test-chaos`, {time.strftime('%F')}.\n\n"
         + "\n".join(report(outcome))
         + "\n"

@@ -1,9 +1,9 @@
-"""What constrained decoding costs, and whether what comes out conforms.
+"""What constrained decoding costs, and whether its outputs conform.
 
     python benchmarks/constrained.py [MODEL_FOLDER] [--batches 1,8,32] [--schemas 100] [--output benchmarks/constrained.md]
 
-Grammars are made by the gateway's own compiler. The engine computes masks on another thread while the model computes the logits
-they are for, so tokens per second say what a user pays and the time of a mask what the machine does.
+The gateway's own compiler makes the grammars. The engine computes a mask on another thread while the model computes its logits.
+So tokens per second are the cost for a user, and the time of a mask is the cost for the machine.
 """
 
 import argparse
@@ -27,8 +27,8 @@ import torch  # noqa: E402
 from support.clients.random_schemas import random_schema  # noqa: E402
 
 from cluster.text.grammar.compiler import GrammarCompiler, StructuredOutput  # noqa: E402
-from cluster.text.output.output import OutputText  # noqa: E402
-from cluster.text.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from cluster.text.output.output_text import OutputText  # noqa: E402
+from cluster.text.tokenizer import Tokenizer, load_tokenizer, open_tokenizer  # noqa: E402
 from workers.config import EngineConfig, load_model_config  # noqa: E402
 from workers.engine.llm_engine import LLMEngine, stream_requests  # noqa: E402
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams  # noqa: E402
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def request(name: str, tokenizer: Tokenizer, grammar: str | None, **params: Any) -> GenerateRequest:
-    """Answers a question, as in a chat: `at_start` holds for its grammar."""
+    """A request that answers a question, as in a chat: `at_start` applies to its grammar."""
     sampling = SamplingParams(**({"temperature": 1.0, "grammar": grammar} | params))
     return GenerateRequest(request_id=name, prompt_token_ids=tokenizer.encode("data = "), sampling=sampling)
 
@@ -121,13 +121,13 @@ def speed_table(engine: LLMEngine, tokenizer: Tokenizer, compiler: GrammarCompil
     }
     found: dict[tuple[str, int], float] = {}
     for batch in batches:
-        for repeat in range(3):  # in turns, so that what disturbs the machine disturbs all; the first warms up
+        for repeat in range(3):  # in turns, so that other work on the machine affects all; the first warms up
             for kind, grammar in grammars.items():
                 rate = decode_rate(engine, tokenizer, grammar, batch)
                 if repeat:
                     found[kind, batch] = max(rate, found.get((kind, batch), 0.0))
     lines = [
-        f"Tokens per second with temperature 1, {OUTPUT_TOKENS} tokens each, the better of 2 runs; beside it the share of free decoding.",
+        f"Tokens per second with temperature 1, {OUTPUT_TOKENS} tokens each, the better of 2 runs (share of free decoding).",
         "",
         "| batch | " + " | ".join(KINDS) + " |",
         "|---|" + "---|" * len(KINDS),
@@ -142,7 +142,7 @@ def speed_table(engine: LLMEngine, tokenizer: Tokenizer, compiler: GrammarCompil
 
 
 def decode_rate(engine: LLMEngine, tokenizer: Tokenizer, grammar: str | None, batch: int) -> float:
-    """Output tokens per second once every request has its first, which waits for its grammar and its prompt."""
+    """Output tokens per second after every request has its first one, which waits for its grammar and its prompt."""
     core = engine.core
     for i in range(batch):
         params = {"max_tokens": OUTPUT_TOKENS, "seed": i, "ignore_eos": grammar is None}
@@ -158,7 +158,7 @@ def decode_rate(engine: LLMEngine, tokenizer: Tokenizer, grammar: str | None, ba
 
 def mask_table(tokenizer: Tokenizer) -> list[str]:
     lines = [
-        "One matcher alone: the time of a mask, of taking a token in, and of compiling, along a random text of the grammar.",
+        "One matcher alone: the time of a mask, of accepting a token, and of compiling, along a random text of the grammar.",
         "",
         "| vocabulary | grammar | mask p50 | mask p99 | token p50 | token p99 | compile |",
         "|---|---|---|---|---|---|---|",
@@ -167,7 +167,7 @@ def mask_table(tokenizer: Tokenizer) -> list[str]:
     outputs |= {"any JSON object": StructuredOutput("json_object", None)}
     outputs |= {f"{n} properties": StructuredOutput("json", wide_schema(n)) for n in (10, 100)}
     for path in (tokenizer.path, V3):
-        vocabulary = Tokenizer(path, "v3")
+        vocabulary = open_tokenizer(path, "v3")
         size, eos = vocabulary.vocab_size, [vocabulary.eos_token_id]
         compiler = GrammarCompiler(vocabulary, vocab_size=size, eos_token_ids=eos)
         llguidance = load_grammar_tokenizer(path, vocab_size=size, eos_token_ids=eos)
@@ -181,7 +181,7 @@ def mask_table(tokenizer: Tokenizer) -> list[str]:
 
 
 def walk(llguidance: Any, grammar: str, eos: int, num_tokens: int = 500) -> tuple[list[float], list[float]]:
-    """Seconds of each mask and of each token taken in, along random texts."""
+    """Seconds of each mask and of each accepted token, along random texts."""
     rng = random.Random(0)
     masks: list[float] = []
     takes: list[float] = []
@@ -228,13 +228,13 @@ def validity(engine: LLMEngine, tokenizer: Tokenizer, compiler: GrammarCompiler,
         f"{num_schemas} random schemas (`tests/support/clients/random_schemas.py`), one document each at temperature 1, "
         f"{num_tokens:,} tokens in {took:.1f} s: **{len(valid) / num_schemas:.0%} valid** by `jsonschema`"
         f"{f'; not schemas {wrong}' if wrong else ''}.",
-        f"The gateway checked such a schema and made its grammar in {statistics.median(compiling) * 1e3:.1f} ms (median), "
+        f"The gateway checks such a schema and compiles its grammar in {statistics.median(compiling) * 1e3:.1f} ms (median), "
         f"{max(compiling) * 1e3:.1f} ms (longest).",
     ]
 
 
 def conforms(text: str, schema: dict[str, Any]) -> bool:
-    # The checker of this draft: the one without a draft knows times as they were in draft 3, without the zone that RFC 3339 asks for.
+    # The checker of this draft: the one without a draft accepts times as in draft 3, without the zone that RFC 3339 requires.
     checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
     try:
         jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator, format_checker=checker)

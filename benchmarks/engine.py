@@ -1,4 +1,4 @@
-"""The engine alone, in one process: decode and prefill rates beside the machine's limit. Needs only torch.
+"""The engine alone, in one process: decode and prefill rates compared with the machine's limit. Needs only torch.
 
     python benchmarks/engine.py [MODEL_FOLDER] [--batches 1,16,64] [--dtype float32] [--output benchmarks/engine.md]
 
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # runs where only torch is installed, too
+sys.path.insert(0, str(ROOT))  # also runs where only torch is installed
 
 import machine  # noqa: E402
 import torch  # noqa: E402
@@ -24,7 +24,7 @@ from workers.protocol import GenerateRequest, SamplingParams  # noqa: E402
 
 
 def measure(engine: LLMEngine, *, batch: int, prompt_tokens: int, output_tokens: int) -> tuple[float, float]:
-    """(prompt tokens per second until every request has its first token, output tokens per second after that)."""
+    """(prompt tokens/s until every request has its first token, output tokens/s after that)."""
     rng = random.Random(batch)
     core = engine.core
     vocab = core.config.model.vocab_size
@@ -70,7 +70,7 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     batches = [int(b) for b in args.batches.split(",")]
-    # Before the engine, which sets the number of threads for itself.
+    # Before the engine, because it sets the number of threads.
     bandwidth, flops = machine.read_bandwidth(device), machine.matmul_rate(device, getattr(torch, dtype))
     description = machine.describe(device)
     config = EngineConfig(

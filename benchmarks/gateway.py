@@ -1,10 +1,10 @@
-"""What the gateway adds: latency of a token between engine and client, of a request between client and engine, events a second.
+"""What the gateway adds: latency of a token from engine to client, of a request from client to engine, and events per second.
 
     python benchmarks/gateway.py [--streams 1,64,512] [--output benchmarks/gateway.md]
 
-Three processes: a fake engine behind the real socket server, which steps at a fixed pace; a real gateway (HTTP, router, detokenizer);
+Three processes: a fake engine that steps at a fixed pace, with the real socket server; a real gateway (HTTP, router, detokenizer);
 and a client that reads as fast as it can. The engine writes the time of each step into the token's log-probability, so that the client
-can tell how old a token is. Without a pace the same streams show how many events a second of the gateway's CPU time carries.
+knows how old a token is. Without a pace, the same streams show how many events the gateway handles per second of CPU time.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PACES_S = {1: 0.01, 64: 0.05, 512: 0.2}  # about what a 7B model takes for a step of so many sequences
+PACES_S = {1: 0.01, 64: 0.05, 512: 0.2}  # about what a 7B model needs for a step of that many sequences
 NUM_TOKENS = {1: 400, 64: 100, 512: 30}
 NUM_TIMED = 8
 MODEL = "demo"
 
 
 def run_engine(link: Connection, max_num_seqs: int = 1024) -> None:
-    """Process 1: sends its address, then obeys: a pace in seconds, or None to end."""
+    """Process 1: sends its address, then follows commands: a pace in seconds, or None to end."""
     from workers.engine.loop import EngineLoop
     from workers.protocol import EngineFacts, FinishReason, GenerateRequest, LoadReport, TokenDelta, TokenLogprob
     from workers.rank.server import StreamServer
@@ -106,11 +106,11 @@ def run_engine(link: Connection, max_num_seqs: int = 1024) -> None:
 
 
 def run_gateway(link: Connection, address: tuple[str, int]) -> None:
-    """Process 2: sends its port, then its CPU seconds each time it is asked."""
+    """Process 2: sends its port, then its CPU seconds on each request."""
     from cluster.api.app import make_app
     from cluster.api.server.listener import Listener
     from cluster.replicas.client import ReplicaClient
-    from cluster.router.replica import Outlook
+    from cluster.router.replica import Availability
     from cluster.router.router import Router
     from cluster.text.tokenizer import load_tokenizer
 
@@ -118,7 +118,7 @@ def run_gateway(link: Connection, address: tuple[str, int]) -> None:
         tokenizer = load_tokenizer(str(ROOT / "examples" / "demo_model"), version=None, model_vocab_size=None)
         async with ReplicaClient("fake", address, "secret") as client:
             router = Router()
-            router.update([client], Outlook())
+            router.update([client], Availability())
             app = make_app(router=router, tokenizer=tokenizer, chat_template=None, model_name=MODEL)
             listener = await Listener(app).open("127.0.0.1", 0)
             link.send(listener.port)
@@ -132,14 +132,14 @@ def run_gateway(link: Connection, address: tuple[str, int]) -> None:
 
 @dataclass
 class Seen:
-    """What one client saw of its stream: ages of tokens when they were read, and when it had asked."""
+    """What one client saw of its stream: the ages of tokens when it read them, and the time of its request."""
 
     asked_s: float
     ages_s: list[float]
 
 
 async def read_stream(port: int, *, max_tokens: int, timed: bool) -> Seen:
-    """One streamed completion over a bare socket: the client shall cost as little as it can. Ages are read where it is timed."""
+    """One streamed completion over a bare socket, so that the client costs as little as possible. Only timed streams record ages."""
     body = {"model": MODEL, "prompt": [1, 5, 6, 7], "max_tokens": max_tokens, "stream": True}
     data = json.dumps({**body, "logprobs": 0} if timed else body).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -169,7 +169,7 @@ async def read_stream(port: int, *, max_tokens: int, timed: bool) -> Seen:
 
 
 async def read_directly(address: tuple[str, int], num_streams: int, *, max_tokens: int) -> list[float]:
-    """The same streams without a gateway, from the engine's own socket: ages of their tokens."""
+    """The ages of tokens of the same streams without a gateway, from the engine's own socket."""
     from cluster.replicas.client import ReplicaClient
     from workers.protocol import GenerateRequest, SamplingParams
 
@@ -193,7 +193,7 @@ def p50_p99(values: list[float]) -> str:
 
 
 class Rig:
-    """The two processes, asked and told over pipes."""
+    """The two processes, controlled over pipes."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -207,7 +207,7 @@ class Rig:
         self.port = self.gateway.recv()
 
     def pace(self, pace_s: float) -> list[float]:
-        """Sets the engine's pace; returns when requests arrived since the last call."""
+        """Sets the engine's pace; returns the arrival times of requests since the last call."""
         self.engine.send(pace_s)
         return self.engine.recv()
 
@@ -225,7 +225,7 @@ class Rig:
 async def bench(rig: Rig, num_streams: int) -> list[str]:
     rig.pace(PACES_S.get(num_streams, 0.05))
     count = NUM_TOKENS.get(num_streams, 100)
-    # A few streams, spread over the frame, are timed: reading the time out of all of them would keep the client busier than the gateway.
+    # A few streams, spread over the frame, are timed: timing all of them would keep the client busier than the gateway.
     every = max(1, num_streams // NUM_TIMED)
     paced = await asyncio.gather(
         *(read_stream(rig.port, max_tokens=count, timed=i % every == every // 2) for i in range(num_streams))
@@ -237,7 +237,7 @@ async def bench(rig: Rig, num_streams: int) -> list[str]:
     rig.pace(0.0)
     asked = sorted(seen.asked_s for seen in paced)
     requests = [arrived - sent for arrived, sent in zip(arrivals, asked, strict=True)]
-    # At full speed: as many events as the gateway can carry.
+    # At full speed: as many events as the gateway can handle.
     before, began = rig.gateway_cpu_s(), time.monotonic()
     total = max(4000, 30 * num_streams)
     each = total // num_streams
@@ -276,7 +276,7 @@ def main() -> None:
         f"{machine.describe(torch.device('cpu'))}; fake engine, gateway and client are three processes on it.",
         "Token: from the end of the engine's step to the client's read, without a gateway (a client on the engine's own socket) and",
         "through it; added: the difference of the medians. All streams of a step come in one frame, so with many streams the median waits",
-        "for half of the others to be written. Request: from the client's first byte to the engine's inbox, all streams asking at once.",
+        "until half of the others are written. Request: from the client's first byte to the engine's inbox, all streams starting at once.",
         f"`make bench`, {time.strftime('%F')}.",
         "",
         "| streams | step, ms | token directly p50 / p99, ms | token p50 / p99, ms | **added p50, ms** "

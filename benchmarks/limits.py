@@ -2,8 +2,8 @@
 
     python benchmarks/limits.py [--seconds 10] [--output benchmarks/limits.md]
 
-Four processes: a fake engine that steps at a fixed pace and computes 128 sequences at once; a real gateway with a file of keys; the bad
-neighbours, with a key of their own; and the well-behaved client, which asks for short streams, a few at once.
+Four processes: a fake engine that steps at a fixed pace and computes 128 sequences at once; a real gateway with a key file; the bad
+neighbours, with their own key; and the well-behaved client, which requests short streams, a few at once.
 """
 
 import argparse
@@ -25,33 +25,31 @@ from pathlib import Path
 import psutil
 from gateway import MODEL, ROOT, run_engine
 
-PACE_S = (
-    0.1  # what a 7B model may take for a step of so many sequences; little enough work for two cores and four processes
-)
+PACE_S = 0.1  # about what a 7B model needs for a step of that many sequences; little enough work for two cores and four processes
 MAX_NUM_SEQS = 128
 NUM_TOKENS = 16  # of each stream of the well-behaved client
 NUM_AT_ONCE = 4  # streams of it
 NUM_IDLE, NUM_SLOW, NUM_QUEUED = 1000, 100, 2000
 SLOW_TOKENS = 4000
-FLOOD_TOKENS = (16, 112)  # evenly, so that places become free one by one
+FLOOD_TOKENS = (16, 112)  # evenly spread, so that slots become free one by one
 SETTLE_S = 8.0
 
 
 def run_gateway(link: Connection, address: tuple[str, int], keys: Path) -> None:
-    """Sends its port, then its resident bytes and connections each time it is asked."""
+    """Sends its port, then its resident bytes and connections on each request."""
     from cluster.api.app import make_app
     from cluster.api.server.listener import Listener
     from cluster.keys.keyring import Keyring
     from cluster.keys.ledger import Ledger, ledger_path
     from cluster.replicas.client import ReplicaClient
-    from cluster.router.replica import Outlook
+    from cluster.router.replica import Availability
     from cluster.router.router import Router
     from cluster.text.tokenizer import load_tokenizer
 
     async def main() -> None:
         async with ReplicaClient("fake", address, "secret") as client:
             router = Router()
-            router.update([client], Outlook())
+            router.update([client], Availability())
             ledger = Ledger(ledger_path(keys))
             app = make_app(
                 router=router,
@@ -83,7 +81,7 @@ def request_of(key: str, **fields: object) -> bytes:
 
 
 def run_neighbours(link: Connection, port: int, key: str) -> None:
-    """Obeys: ("idle" | "slow" | "flood"), to which it answers once they are there; then None: they leave, and it tells what they saw."""
+    """Follows commands: "idle", "slow" or "flood" starts neighbours and answers once they run; None ends them and sends what they saw."""
     statuses: Counter[str] = Counter()
 
     async def idle() -> None:
@@ -109,7 +107,7 @@ def run_neighbours(link: Connection, port: int, key: str) -> None:
             sock.close()
 
     async def flood() -> None:
-        """As often as it may: comes back when Retry-After says so, or at once."""
+        """Sends requests as fast as allowed: after Retry-After, or at once."""
         while True:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -158,7 +156,7 @@ class Seen:
 
 
 async def behave(port: int, key: str, *, seconds: float, sample: Callable[[], int]) -> tuple[Seen, int]:
-    """Streams, a few at once, for so long. Returns what it saw and the gateway's most memory meanwhile."""
+    """Runs streams, a few at once, for `seconds`. Returns what it saw and the gateway's peak memory during that time."""
     seen, peak, until = Seen(), 0, time.monotonic() + seconds
     clients = [asyncio.create_task(behave_one(port, key, seen, until=until)) for _ in range(NUM_AT_ONCE)]
     while not all(client.done() for client in clients):
@@ -269,7 +267,7 @@ def main() -> None:
         ("alone", ()),
         (f"{NUM_IDLE:,} idle connections", ("idle",)),
         (f"{NUM_SLOW} readers of 200 bytes a second", ("slow",)),
-        (f"{NUM_QUEUED:,} clients that ask all the time", ("flood",)),
+        (f"{NUM_QUEUED:,} clients that send requests all the time", ("flood",)),
         ("all of these", ("idle", "slow", "flood")),
         ("alone again", ()),
     ]
@@ -290,14 +288,14 @@ def main() -> None:
         "# Bad neighbours",
         "",
         f"{machine.describe(torch.device('cpu'))}; fake engine ({MAX_NUM_SEQS} sequences at once, {PACE_S * 1e3:.0f} ms a step), gateway,",
-        "neighbours and the well-behaved client are four processes on it. The client asks for streams of "
+        "neighbours and the well-behaved client are four processes on it. The client requests streams of "
         f"{NUM_TOKENS} tokens, {NUM_AT_ONCE} at once;",
         "the neighbours share another API key. A key may hold three quarters of the gateway's 1,024 sequences, and keys take turns: the",
-        "client is neither refused nor last in line, but does wait until a sequence of the neighbours ends. Time to first token (TTFT) and",
-        "gap between tokens are as the client sees them; memory is the gateway's resident memory before, at most meanwhile, and after.",
+        "client is neither refused nor last in the queue, but it waits until a sequence of the neighbours ends. Time to first token (TTFT)",
+        "and gap between tokens are as the client sees them; memory is the gateway's resident memory before, its peak during, and after.",
         f"`make bench`, {time.strftime('%F')}.",
         "",
-        "| neighbours | TTFT p50 / p99, ms | gap p50 / p99, ms | client refused | memory, MiB | neighbours were answered |",
+        "| neighbours | TTFT p50 / p99, ms | gap p50 / p99, ms | client refused | memory, MiB | answers to the neighbours |",
         "|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows),
     ]

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured: the denominators of every ratio in the tables here."""
+"""Measures what the machine can do at most: the denominators of the ratios in these tables."""
 
 import platform
 import time

@@ -2,8 +2,8 @@
 
     python benchmarks/routing.py [--traces ../shared/traces] [--replicas 4,64,1000] [--output benchmarks/routing.md]
 
-Requests of real services meet simulated replicas; the policies and the prefix index are the router's own. Nothing but the
-decisions is measured on this machine.
+Recorded requests of real services run on simulated replicas. The policies and the prefix index are the router's own. Only the
+decisions are measured on this machine.
 """
 
 import argparse
@@ -31,11 +31,11 @@ WITH_PREFIXES = "mooncake_synthetic.jsonl"
 WITHOUT_PREFIXES = ("azure_conv.csv", "azure_code.csv")
 MAX_PROMPT_TOKENS = 32_000  # Mistral-7B v0.2 and v0.3 have a context of 32,768
 REQUESTS_PER_REPLICA, MAX_REQUESTS = 440, 100_000
-WARM_UP = 0.2  # of the requests, played with empty caches and not counted
+WARM_UP = 0.2  # of the requests: they run with empty caches and are not counted
 
 
 def scale(trace: list[TraceRequest], num_replicas: int, load: float, hardware: Hardware) -> list[TraceRequest]:
-    """Copies of the trace, fast enough to keep `load` of the replicas busy if no prompt were ever found in a cache."""
+    """Copies of the trace, fast enough to keep the share `load` of the replicas busy without any cache hit."""
     num_copies = max(1, round(min(REQUESTS_PER_REPLICA * num_replicas, MAX_REQUESTS) / len(trace)))
     demand_s = sum(hardware.demand_s(r) for r in trace)
     return traces.replicate(trace, num_copies, num_copies * demand_s / (num_replicas * load))
@@ -92,13 +92,13 @@ def table(trace: list[TraceRequest], sizes: list[int], args: argparse.Namespace,
 
 
 def undisturbed_decision_us(num_replicas: int = 1000, num_blocks: int = 32) -> float:
-    """The match and the choice by the default, nothing else running in between: the best of several runs."""
+    """The match and the choice by the default policy, with nothing else in between: the best of several runs."""
     rng = np.random.default_rng(0)
     hashes = [i.to_bytes(8, "big") for i in range(num_blocks)]
     index = PrefixIndex()
     for slot in range(num_replicas):
         index.add(slot)
-        # Everyone knows the same beginning, a few know more of it.
+        # All replicas have the same beginning, a few have more of it.
         num_held = num_blocks // 4 if slot % 100 else num_blocks // 2 + slot // 100
         index.apply(slot, CacheEvents(stored=hashes[:num_held]))
     snapshot = Snapshot(
@@ -122,18 +122,18 @@ def introduction(args: argparse.Namespace, hardware: Hardware) -> str:
     return (
         f"# Routing: policies on a simulated clock\n\n"
         f"Decisions (the match of the prefix and the choice) in CPU time of {machine.describe(torch.device('cpu'))}. "
-        f"`python benchmarks/routing.py`, {time.strftime('%F')}. They include caches gone cold since the last one; undisturbed, "
+        f"`python benchmarks/routing.py`, {time.strftime('%F')}. They include cold CPU caches; undisturbed, "
         f"one among 1,000 replicas takes {undisturbed_decision_us():.0f} us.\n\n"
         f"Replica: Mistral 7B in bf16 on an A100 80GB. A step reads {hardware.weights_bytes / 1e9:.1f} GB of weights and the running "
         f"sequences' KV at 80 % of 2,039 GB/s, computes 14.5 GFLOP per token and its attention at 55 % of 312 TFLOP/s, and takes "
-        f"{hardware.fixed_s * 1e3:.0f} ms besides: {hardware.step_s([], 1, 1024) * 1e3:.1f} ms to decode one sequence, "
-        f"{chunk_s * 1e3:.0f} ms for a chunk of {hardware.max_num_batched_tokens:,} tokens behind 8,192 with 8 sequences decoding. "
+        f"{hardware.fixed_s * 1e3:.0f} ms of overhead: {hardware.step_s([], 1, 1024) * 1e3:.1f} ms to decode one sequence, "
+        f"{chunk_s * 1e3:.0f} ms for a chunk of {hardware.max_num_batched_tokens:,} tokens after 8,192 with 8 sequences decoding. "
         f"Prefix cache of {hardware.kv_tokens:,} tokens, blocks of {hardware.block_size}, {hardware.max_num_seqs} sequences at most.\n"
-        f"Gateways: {args.gateways}. A report reaches them 50 to 500 ms after the step it tells of.\n"
+        f"Gateways: {args.gateways}. A report reaches them 50 to 500 ms after the step that it describes.\n"
         f"Copies of a trace share no prefix. At most {MAX_REQUESTS:,} requests: 1,000 replicas see fewer copies that come faster, each "
-        f"with more cache, hence more hits there.\n"
+        f"with more cache, so they have more hits.\n"
         f"Load: without any cache hit the replicas would be busy {args.load:.0%} of the time. The first {WARM_UP:.0%} of the "
-        f"requests are not counted. Busy: the part of the time in which a replica runs at least one sequence.\n"
+        f"requests are not counted. Busy: the share of time in which a replica runs at least one sequence.\n"
     )
 
 
@@ -162,9 +162,9 @@ def main() -> None:
     args = parser.parse_args()
     unknown = set(args.policies.split(",")) - set(POLICIES)
     if unknown:
-        raise SystemExit(f"There is no policy {unknown.pop()!r}; use some of {', '.join(POLICIES)}.")
+        raise SystemExit(f"Unknown policy {unknown.pop()!r}. Choose from {', '.join(POLICIES)}.")
     if not args.traces.is_dir():
-        raise SystemExit(f"There are no traces at {args.traces}; name their folder with --traces.")
+        raise SystemExit(f"No traces found in {args.traces}. Name their folder with --traces.")
     hardware = Hardware()
     text = introduction(args, hardware)
     print(text)
@@ -173,7 +173,7 @@ def main() -> None:
         sizes = args.replicas if name == WITH_PREFIXES else args.replicas_without_prefixes
         text += f"\n## {name}\n\n"
         if not path.exists():
-            text += f"Skipped: {name} is not there.\n"
+            text += f"Skipped: {name} does not exist.\n"
         elif sizes:
             trace = traces.load(path, MAX_PROMPT_TOKENS)
             text += about(trace, hardware) + "\n"

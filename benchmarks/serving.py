@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py [--tensor-parallel-sizes 1,2] [--concurrency 1,16,64] [--output benchmarks/serving.md]
 
-Starts the server as its user would, on loopback, streams completions over HTTP, and stops it with SIGTERM.
+Starts the server as a user would, on loopback, streams completions over HTTP, and stops it with SIGTERM.
 """
 
 import argparse

@@ -21,13 +21,19 @@ ORDER = {
     ),
     "workers": (
         "rank > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, kernels, attention "
-        "> parallel > config > protocol > errors"
+        "> parallel > config > heartbeat, process_identity > protocol > errors"
     ),
 }
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.
-SEAM = {"workers.protocol", "workers.config", "workers.errors"}
+SEAM = {
+    "workers.protocol",
+    "workers.config",
+    "workers.errors",
+    "workers.heartbeat",
+    "workers.process_identity",
+    "workers.rank.reports",
+}
 DOORS = {
-    "cluster/replicas/replica.py": {"workers.rank.worker"},
     "cluster/replicas/rank_actor.py": {"workers.rank.worker"},
     "cluster/cli/generate.py": {"workers.engine.llm_engine"},
     "cluster/doctor/all_reduce.py": {"workers.rank.probe"},
@@ -52,6 +58,8 @@ NO_TORCH = (
     "workers/protocol.py",
     "workers/config.py",
     "workers/errors.py",
+    "workers/heartbeat.py",
+    "workers/process_identity.py",
     "workers/engine/request.py",
     "workers/engine/scheduler.py",
     "workers/engine/loop.py",
@@ -242,7 +250,7 @@ def test_importing_the_control_plane_imports_no_torch() -> None:
         p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
         for p in sources("cluster")
     ]
-    modules.append("workers.rank.worker")  # what replica.py imports to start actors
+    modules.append("workers.rank.worker")  # what rank_actor.py imports
     code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, check=False

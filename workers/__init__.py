@@ -1,1 +1,1 @@
-"""What runs beside an accelerator: model, engine, collectives. Knows nothing of HTTP, text or replicas."""
+"""What runs next to an accelerator: model, engine, collectives. Knows nothing about HTTP, text or replicas."""

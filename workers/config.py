@@ -1,4 +1,4 @@
-"""What the model is and how the engine shall run it: frozen, validated values, parsed once from a checkpoint folder.
+"""What the model is and how the engine runs it: frozen, validated values, parsed once from a checkpoint folder.
 
 Knows both checkpoint layouts' configuration files (`config.json` of Hugging Face, `params.json` of Mistral) and refuses
 what this engine cannot compute correctly. Does not know torch, weights, or what start-up learns (see
@@ -17,10 +17,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-# CPU: of 4 and 8 the one that keeps online requests' p99 within 1.3 of what it is without a batch (benchmarks/batch.md). CUDA: an estimate
-# from a GPU's ratio of FLOP/s to bytes/s, not measured yet.
+# CPU: of 4 and 8 the one that keeps online requests' p99 within 1.3 times the value without a batch (benchmarks/batch.md). CUDA: an
+# estimate from a GPU's ratio of FLOP/s to bytes/s, not measured yet.
 BACKGROUND_TOKENS = {"cpu": 4, "cuda": 128}
-
 
 _SIZES = (
     "vocab_size",
@@ -36,9 +35,7 @@ _SIZES = (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The numbers that define a Mistral-structured decoder. `sliding_window` counts the token itself; None is full
-    attention.
-    """
+    """The numbers that define a Mistral-structured decoder. `sliding_window` counts the token itself; None is full attention."""
 
     vocab_size: int
     hidden_size: int
@@ -61,23 +58,31 @@ class ModelConfig:
         for name in _SIZES:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ConfigError(f"The checkpoint's {name} is {value!r}; it must be a whole number of at least 1.")
+                raise ConfigError(
+                    f"The checkpoint's {name} is {value!r}, not a whole number of at least 1.", param=name
+                )
         for token_id in (self.bos_token_id, *self.eos_token_ids):
             if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
                 raise ConfigError(
-                    f"The checkpoint names {token_id!r} as a bos or eos token; token ids are 0 to {self.vocab_size - 1}."
+                    f"The checkpoint names {token_id!r} as a bos or eos token, but its token ids are 0 to {self.vocab_size - 1}."
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"The checkpoint has {self.num_attention_heads} attention heads, which its {self.num_key_value_heads} "
-                "key/value heads do not divide."
+                "key/value heads do not divide.",
+                param="num_key_value_heads",
             )
         if self.head_dim % 2:
-            raise ConfigError(f"The checkpoint's head_dim is {self.head_dim}; rotary embedding needs an even one.")
+            raise ConfigError(
+                f"The checkpoint's head_dim is {self.head_dim}, but rotary embedding needs an even one.",
+                param="head_dim",
+            )
         window = self.sliding_window
         if window is not None and (type(window) is not int or window < 1):
             raise ConfigError(
-                f"The checkpoint's sliding_window is {self.sliding_window}; use a positive number or null."
+                f"The checkpoint's sliding_window is {self.sliding_window}.",
+                remedy="Use a positive number or null.",
+                param="sliding_window",
             )
 
     def check_tensor_parallel_size(self, size: int) -> None:
@@ -87,8 +92,9 @@ class ModelConfig:
         if size not in fits:
             raise ConfigError(
                 f"--tensor-parallel-size {size} does not work with this model: its {self.num_key_value_heads} key/value "
-                f"heads and intermediate size {self.intermediate_size} must divide evenly over the ranks. "
-                f"Use one of {', '.join(map(str, fits))}."
+                f"heads and intermediate size {self.intermediate_size} must divide evenly over the ranks.",
+                remedy=f"Use one of {', '.join(map(str, fits))}.",
+                param="--tensor-parallel-size",
             )
 
 
@@ -97,7 +103,7 @@ class EngineConfig:
     """How one replica runs. Sizes are tokens unless named otherwise.
 
     `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`.
-    `tokenizer_path`: a SentencePiece model, which rank 0 needs for grammars; None refuses requests that have one.
+    `tokenizer_path`: a SentencePiece model, which rank 0 needs for grammars; None refuses requests with a grammar.
     """
 
     model_path: str
@@ -125,17 +131,17 @@ class EngineConfig:
         return 2 * model.num_hidden_layers * self.block_size * heads * model.head_dim * DTYPE_BYTES[self.dtype]
 
     def num_kv_blocks_within(self, num_bytes: int) -> int:
-        """Usable KV blocks in so much of one rank's memory; less than 1 where there is room for none.
+        """Usable KV blocks in `num_bytes` of one rank's memory; less than 1 where there is room for none.
 
-        One more is allocated, the null block; more than could ever be in use at once are not.
+        Counts one more for the null block, and no more than could ever be in use at once.
         """
         most_useful = self.max_num_seqs * -(-self.max_model_len // self.block_size)
         return min(num_bytes // self.kv_block_bytes - 1, most_useful)
 
     @property
     def background_tokens(self) -> int:
-        """The most that batch lines add to a step beside online requests. None in the configuration: so many as a step takes in
-        with little delay, since it has to read every weight anyway.
+        """The most tokens that batch lines add to a step along with online requests. By default, as many as delay a step little,
+        since it has to read every weight anyway.
         """
         return self.max_background_tokens or BACKGROUND_TOKENS[self.device]
 
@@ -143,22 +149,28 @@ class EngineConfig:
         self.model.check_tensor_parallel_size(self.tensor_parallel_size)
         for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                raise ConfigError(f"{name} is {getattr(self, name)}.", remedy="Use at least 1.", param=name)
         for name in ("num_kv_blocks", "max_background_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1.")
+                raise ConfigError(f"{name} is {value}.", remedy="Use at least 1.", param=name)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
-                f"({self.max_num_seqs}), or running requests could not all advance in one step."
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is less than max_num_seqs ({self.max_num_seqs}), "
+                "so running requests could not all advance in one step.",
+                remedy="Raise max_num_batched_tokens or lower max_num_seqs.",
+                param="max_num_batched_tokens",
             )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; it must be in (0, 1].")
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}.",
+                remedy="Use a value above 0 and up to 1.",
+                param="gpu_memory_utilization",
+            )
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:
-    """Reads config.json or params.json. Raises ConfigError with a sentence on what is missing or unsupported."""
+    """Reads config.json or params.json. Raises ConfigError for anything missing or unsupported."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"The model folder {folder} does not exist.")
@@ -170,7 +182,7 @@ def load_model_config(folder: str | Path) -> ModelConfig:
             except ValueError as e:
                 raise ConfigError(f"{path} is not valid JSON: {e}.") from e
             if not isinstance(fields, dict):
-                raise ConfigError(f"{path} holds no JSON object.")
+                raise ConfigError(f"{path} is not a JSON object.")
             try:
                 return parse(fields)
             except KeyError as e:
@@ -184,19 +196,33 @@ def _from_huggingface(fields: dict[str, Any]) -> ModelConfig:
     architectures = fields.get("architectures") or []
     if not set(architectures) & set(ARCHITECTURES):
         raise ConfigError(
-            f"Architecture {architectures} is not supported; Tramontane runs {' and '.join(ARCHITECTURES)}."
+            f"Architecture {architectures} is not supported.",
+            remedy=f"Use a checkpoint of {' or '.join(ARCHITECTURES)}.",
+            param="architectures",
         )
     if fields.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {fields['hidden_act']!r} is not supported; only 'silu' is.")
+        raise ConfigError(
+            f"hidden_act {fields['hidden_act']!r} is not supported.",
+            remedy="Use a checkpoint whose hidden_act is 'silu'.",
+            param="hidden_act",
+        )
     for name in ("attention_bias", "mlp_bias"):
         if fields.get(name):
-            raise ConfigError(f"{name} is true; checkpoints with biases are not supported.")
+            raise ConfigError(f"{name} is true, but checkpoints with biases are not supported.", param=name)
     if fields.get("quantization_config"):
-        raise ConfigError("Quantized checkpoints are not supported; use the float32, float16 or bfloat16 weights.")
+        raise ConfigError(
+            "Quantized checkpoints are not supported.",
+            remedy="Use the float32, float16 or bfloat16 weights.",
+            param="quantization_config",
+        )
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
-        raise ConfigError(f"Rotary scaling {rope_type!r} is not supported; only unscaled rotary embedding is.")
+        raise ConfigError(
+            f"Rotary scaling {rope_type!r} is not supported.",
+            remedy="Use a checkpoint with unscaled rotary embedding.",
+            param="rope_scaling",
+        )
     heads = fields["num_attention_heads"]
     eos = fields.get("eos_token_id", 2)
     return ModelConfig(
@@ -221,13 +247,21 @@ def _from_huggingface(fields: dict[str, Any]) -> ModelConfig:
 
 def _from_mistral(fields: dict[str, Any]) -> ModelConfig:
     if fields.get("model_type", "transformer") != "transformer":
-        raise ConfigError(f"model_type {fields['model_type']!r} is not supported; only 'transformer' is.")
+        raise ConfigError(
+            f"model_type {fields['model_type']!r} is not supported.",
+            remedy="Use a checkpoint whose model_type is 'transformer'.",
+            param="model_type",
+        )
     for name in ("moe", "quantization", "lora", "vision_encoder", "yarn", "rope_scaling"):
         if fields.get(name):
-            raise ConfigError(f"params.json has {name!r}, which is not supported; use a dense, unquantized checkpoint.")
+            raise ConfigError(
+                f"params.json has {name!r}, which is not supported.",
+                remedy="Use a dense, unquantized checkpoint.",
+                param=name,
+            )
     heads = fields["n_heads"]
     window = fields.get("sliding_window")
-    # Files without rope_theta rely on mistral-inference's rule: v0.1, with its window, means 10,000, later ones 1,000,000.
+    # Files without rope_theta follow mistral-inference's rule: 10,000 for v0.1, which has a window, 1,000,000 for later versions.
     rope_theta = fields.get("rope_theta") or (1_000_000.0 if window is None else 10_000.0)
     return ModelConfig(
         vocab_size=fields["vocab_size"],
@@ -252,5 +286,9 @@ def _from_mistral(fields: dict[str, Any]) -> ModelConfig:
 def _dtype(name: str) -> Dtype:
     name = name.removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"Weights of type {name!r} are not supported; use float32, float16 or bfloat16.")
+        raise ConfigError(
+            f"Weights of type {name!r} are not supported.",
+            remedy="Use float32, float16 or bfloat16 weights.",
+            param="dtype",
+        )
     return name  # type: ignore[return-value]

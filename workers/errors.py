@@ -1,22 +1,22 @@
-"""Every exception Tramontane raises on purpose. Knows no caller: the HTTP surface maps these to statuses, commands to exit codes.
+"""Every exception that Tramontane raises on purpose. Knows no caller: the HTTP server maps these to statuses, commands to exit codes.
 
 TramontaneError
 ├── ConfigError             a setting, or a checkpoint's configuration, that cannot work
-├── CheckpointError         a weight file or tensor that is missing, extra, misshapen or truncated
-├── RequestError            a request that can never be served as it stands
-├── GroupError              a collective failed or timed out; `ranks` names those that did not arrive
-├── EngineError             the engine stopped; every request it held ends with this
+├── CheckpointError         a weight file or tensor that is missing, extra, truncated or of the wrong shape
+├── RequestError            a request that can never be served without changes
+├── GroupError              a collective failed or timed out; `ranks` are the missing ones
+├── EngineError             the engine stopped; all its requests end with this
 │   └── CrashedError        replicas crashed while they worked on this request; `num_crashes` of them
-├── ReplicaUnavailableError no replica can take or finish the request now; a retry may succeed
-├── OverloadedError         the server holds as many requests as it may; `retry_after_s` says when to come back
-└── DeadlineExceededError   the time the client gave its request is over
+├── ReplicaUnavailableError no replica can accept or finish the request now; a retry may succeed
+├── OverloadedError         the server has as many requests as it may; `retry_after_s` says when to retry
+└── DeadlineExceededError   the request's deadline, set by the client, has passed
 """
 
 from typing import Any
 
 
 class TramontaneError(Exception):
-    """Base of all the exceptions above, with the parts of what a person reads.
+    """Base of all the exceptions above, with the parts of the message that a person reads.
 
     message: a sentence that says what is wrong. remedy: a sentence that says what to do, or None. param: the field or option to
     change, or None. `str()` is the message followed by the remedy.
@@ -44,11 +44,11 @@ class ConfigError(TramontaneError):
 
 
 class CheckpointError(TramontaneError):
-    """A weight file or tensor that is missing, extra, misshapen or truncated."""
+    """A weight file or tensor that is missing, extra, truncated or of the wrong shape."""
 
 
 class RequestError(TramontaneError):
-    """A request that can never be served as it stands. `param` is the field to change, `code` OpenAI's error code."""
+    """A request that can never be served without changes. `param` is the field to change, `code` OpenAI's error code."""
 
     def __init__(
         self, message: str, *, remedy: str | None = None, param: str | None = None, code: str | None = None
@@ -58,7 +58,7 @@ class RequestError(TramontaneError):
 
 
 class GroupError(TramontaneError):
-    """A collective failed or timed out. `ranks` are those that did not arrive, as far as is known."""
+    """A collective failed or timed out. `ranks` are the missing ones, as far as known."""
 
     def __init__(self, message: str, *, remedy: str | None = None, ranks: tuple[int, ...] = ()) -> None:
         super().__init__(message, remedy=remedy)
@@ -66,13 +66,13 @@ class GroupError(TramontaneError):
 
 
 class EngineError(TramontaneError):
-    """The engine stopped; every request it held ends with this."""
+    """The engine stopped; all its requests end with this."""
 
 
 class CrashedError(EngineError):
-    """Replicas crashed while they worked on this request, `num_crashes` of them: it may be why, and is not tried again here.
+    """`num_crashes` replicas crashed while they worked on this request. It may be the cause, so it is not retried here.
 
-    `alone`: the last one worked on nothing else.
+    `alone`: the last of them worked on no other request.
     """
 
     def __init__(self, message: str, *, remedy: str | None = None, num_crashes: int, alone: bool) -> None:
@@ -82,10 +82,10 @@ class CrashedError(EngineError):
 
 
 class ReplicaUnavailableError(TramontaneError):
-    """No replica can take or finish the request now; a retry may succeed.
+    """No replica can accept or finish the request now; a retry may succeed.
 
-    `crashed`: the replica ended by itself in mid-work, so that a request it worked on may be what ended it. False for one that froze,
-    was cut off or was stopped. `alone`: the request is known to be the only one that it worked on.
+    `crashed`: the replica crashed at work, so one of its requests may be the cause. False for one that froze, lost its connection or
+    was stopped. `alone`: this request is known to be the only one that the replica worked on.
     """
 
     def __init__(self, message: str, *, remedy: str | None = None, crashed: bool = False, alone: bool = False) -> None:
@@ -95,7 +95,7 @@ class ReplicaUnavailableError(TramontaneError):
 
 
 class OverloadedError(TramontaneError):
-    """The server holds as many requests as it may. `retry_after_s`: a guess at when there is room again."""
+    """The server has as many requests as it may. `retry_after_s`: an estimate of when there is room again."""
 
     def __init__(self, message: str, *, remedy: str | None = None, retry_after_s: int) -> None:
         super().__init__(message, remedy=remedy)
@@ -103,4 +103,4 @@ class OverloadedError(TramontaneError):
 
 
 class DeadlineExceededError(TramontaneError):
-    """The time the client gave its request is over; what was generated of it stands."""
+    """The request's deadline, set by the client, has passed. The tokens generated so far are valid."""

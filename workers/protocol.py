@@ -1,7 +1,7 @@
 """The wire format between gateway and rank 0: requests and aborts in, one frame per engine step out.
 
 Knows no torch, no text and no transport. Both ends encode with msgspec's MessagePack; a frame on the socket is a 4-byte
-big-endian length and that many bytes. Unknown fields are ignored, so that gateway and replica may differ by a version.
+big-endian length and that many bytes. Unknown fields are ignored, so gateway and replica may differ by a version.
 """
 
 import enum
@@ -14,14 +14,12 @@ import msgspec
 
 PROTOCOL_VERSION = 3
 
-# From here on a request is background work: lines of batches, which use what online requests leave. Smaller runs first.
+# From this priority on a request is background work: lines of batches, which use what online requests leave. Smaller runs first.
 BATCH_PRIORITY = 1_000_000
 
 
 class FinishReason(enum.StrEnum):
-    """Why a request ended. STOP: eos or a stop token id. LENGTH: max_tokens or the model's context. ERROR: see
-    `error`.
-    """
+    """Why a request ended. STOP: eos or a stop token id. LENGTH: max_tokens or the model's context. ERROR: see `error`."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -30,11 +28,11 @@ class FinishReason(enum.StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to choose tokens. Bounds are checked by `workers.engine.request.validate`, the last gate before the engine.
+    """How to choose tokens. The engine checks the bounds when a request arrives, see `workers.engine.request`.
 
     `seed` is always present: with it, sampling is a pure function of (logits, parameters, seed, position), where
     position is the index of the output token. temperature 0 is greedy. top_k 0 and min_p 0.0 are off.
-    `logprobs`: None for none, n for the chosen token's log-probability and the n most likely beside it (0 is allowed).
+    `logprobs`: None for none, n for the chosen token's log-probability and those of the n most likely tokens (0 is allowed).
     `prompt_logprobs`: the same for the prompt's tokens, from index `prompt_logprobs_start` on; index 0 never has one.
     `max_tokens` 0 computes the prompt only: for its log-probabilities, or for an embedding.
     `allowed_token_ids`: None for all. `bad_words`: token sequences that the output must not complete.
@@ -63,8 +61,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One sequence to extend. `output_token_ids` are tokens generated elsewhere before: sampling goes on behind
-    them. `embed`: wanted is the mean of the prompt's last hidden states, with `max_tokens` 0.
+    """One sequence to extend.
+
+    `output_token_ids`: tokens that another replica generated before; sampling continues after them.
+    `embed`: return the mean of the prompt's last hidden states; `max_tokens` is 0 then.
+    `adapter`: the name of the adapter to apply; None for the base model.
     """
 
     request_id: str
@@ -73,6 +74,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     output_token_ids: list[int] = []
     priority: int = 0  # smaller runs first, as in vLLM; from BATCH_PRIORITY on it is background work
     embed: bool = False
+    adapter: str | None = None
 
     @property
     def is_background(self) -> bool:
@@ -92,10 +94,11 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one engine step adds to one request.
 
     `token_ids` includes the token that ended it; `stop_token_id` repeats that one when finish_reason is STOP, so that
-    the gateway can leave it out of the text. `num_cached_tokens` (prompt tokens found in the prefix cache) comes with
+    the gateway leaves it out of the text. `num_cached_tokens` (prompt tokens found in the prefix cache) comes with
     the first delta, and so do `prompt_logprobs` (one for each prompt token from `prompt_logprobs_start` on, None for index 0),
     unless the request had output already. `embedding`: hidden_size little-endian float32 values, in a request's only delta.
-    `error` is a sentence for the user when finish_reason is ERROR. `refused`: it is the request's own doing, and the same everywhere.
+    `error` is a message for the user when finish_reason is ERROR. `refused`: the request itself is the cause, and every replica would
+    refuse it.
     """
 
     request_id: str
@@ -113,7 +116,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     """The replica's state after a step. Counts named `_total` only grow. Times are seconds.
 
-    Those named `background` are parts of the counts without it: they stand in nobody's way but each other's.
+    Counts named `background` are parts of those without it: background requests delay only each other.
     """
 
     num_running: int = 0
@@ -121,7 +124,7 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     num_pending_tokens: int = 0  # still to be computed before every request, running or waiting, has its next token
     num_background: int = 0  # running and waiting
     num_background_pending_tokens: int = 0
-    num_background_blocks: int = 0  # of the used ones: at least so many are held by background requests alone
+    num_background_blocks: int = 0  # used by background requests alone; a lower bound
     tokens_per_s: float = 0.0  # recent speed of steps that computed prompts; 0 before the first
     num_blocks: int = 0  # usable KV blocks, the null block not counted
     num_used_blocks: int = 0  # held by running requests; cached but unreferenced blocks count as free
@@ -137,13 +140,13 @@ class LoadReport(msgspec.Struct, frozen=True, kw_only=True):
     step_s_total: float = 0.0
     step_age_s: float | None = None  # of the step now running; None between steps
     forward_age_s: float | None = None  # since the last forward pass on all ranks; None before the first
-    stuck_ranks: tuple[int, ...] = ()  # ranks the running step is waiting for, when it takes suspiciously long
+    stuck_ranks: tuple[int, ...] = ()  # ranks the running step waits for, once it takes suspiciously long
 
 
 class CacheEvents(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the prefix cache gained and lost, as `hash_block` names it, in this order: reset, evicted, stored.
+    """How the prefix cache changed, as hashes of blocks (`hash_block`). Apply them in this order: reset, evicted, stored.
 
-    reset: everything known before is void; `stored` is then all there is. The first frame of a connection says so.
+    reset: forget everything known before; `stored` is then the whole cache. The first frame of a connection sets it.
     """
 
     stored: list[bytes] = []
@@ -173,7 +176,7 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
 
 
 class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
-    """Rank 0's answer to Hello: what start-up learned, and what the gateway checks requests against."""
+    """Rank 0's answer to Hello: what start-up found out, and the limits against which the gateway checks requests."""
 
     replica_id: str
     tensor_parallel_size: int
@@ -200,9 +203,9 @@ class StepFrame(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
 
 class Ending(msgspec.Struct, frozen=True, kw_only=True, tag="ending"):
-    """Rank 0's last words before it closes every connection: the replica is over. `reason` is one sentence for people.
+    """Rank 0 to gateway, the last frame before it closes every connection: the replica has ended. `reason` is for people.
 
-    crashed: what it worked on may be why; False when it was stopped, or a rank froze or was cut off.
+    crashed: the requests it worked on may be the cause; False when it was stopped, or a rank froze or lost its connection.
     """
 
     reason: str
@@ -210,7 +213,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True, tag="ending"):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
-    """Rank 0 will not talk on this connection (wrong token or version), and closes it."""
+    """Rank 0 to gateway: it rejects this connection (wrong token or version) and closes it."""
 
     reason: str
 
@@ -226,10 +229,17 @@ FRAME_HEADER_BYTES = 4
 _encoder = msgspec.msgpack.Encoder()
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """The name of a full KV block's content: these tokens after everything that `parent` names (b"" for the first block).
+def root_hash(adapter: str | None) -> bytes:
+    """The `parent` of a sequence's first block: the same tokens have other keys and values under another adapter."""
+    # `person` keeps these hashes apart from those of blocks.
+    return b"" if adapter is None else hashlib.blake2b(adapter.encode(), digest_size=16, person=b"adapter").digest()
 
-    Both ends compute it, the replica for what it caches, the gateway for what a prompt could find there.
+
+def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The hash of a full KV block's content: these tokens after everything that `parent` stands for.
+
+    `parent` is the hash of the block before, or `root_hash` for the first one. Both ends compute it: the replica for what it caches,
+    the gateway for what a prompt could find there.
     """
     return hashlib.blake2b(array("i", token_ids).tobytes(), key=parent, digest_size=16).digest()
 

@@ -1,6 +1,6 @@
-"""Replicas as a fluid on a clock of seconds: prompt tokens are worked off at a speed that falls as sequences decode.
+"""Replicas as a fluid on a clock of seconds: prompt tokens are computed at a speed that falls as sequences decode.
 
-Knows the rates of a model and of a load; nothing of who decides on the number of replicas. Counts, no tokens.
+Knows the rates of a model and of a load. Does not know what decides the number of replicas. Counts, no tokens.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ A100 = Model("A100", 11_000, 128, 400_000, 0.025)
 
 
 class Load:
-    """Prompt tokens and requests of every second."""
+    """Prompt tokens and requests in each second."""
 
     def __init__(self, model: Model, arrays: Arrays, length: int) -> None:
         times, prompts, outputs = arrays

@@ -1,7 +1,7 @@
 """The gateway's side of the simulation, with the real policies and the real prefix index, and the event loop around it.
 
-What it knows of a replica is as old as the newest frame, plus what it sent since. Decisions are measured in this
-machine's CPU time, everything else happens on the simulated clock.
+The gateway knows a replica's newest frame and what it has sent since. Decisions are measured in this
+machine's CPU time; everything else happens on the simulated clock.
 """
 
 import heapq
@@ -18,21 +18,21 @@ from cluster.router.policy import PolicyName, RequestView, Snapshot, choose
 from cluster.router.prefix_index import PrefixIndex
 from workers.protocol import CacheEvents
 
-MIN_DELAY_S, MAX_DELAY_S = 0.05, 0.5  # how old a frame is when the gateway has it
+MIN_DELAY_S, MAX_DELAY_S = 0.05, 0.5  # age of a frame when the gateway gets it
 
 
 @dataclass
 class Outcome:
-    """What one run showed. Sequences are in the order of arrival."""
+    """The result of one run. Sequences are in the order of arrival."""
 
     sequences: list[Sequence] = field(default_factory=list)
-    predicted_tokens: list[int] = field(default_factory=list)  # cached, as the decision believed
+    predicted_tokens: list[int] = field(default_factory=list)  # cached, as the decision expected
     decisions_s: list[float] = field(default_factory=list)
     computed_tokens: list[int] = field(default_factory=list)  # per replica
     busy: list[float] = field(default_factory=list)  # per replica, fraction of the time
 
 
-class Gateway:
+class SimulatedGateway:
     def __init__(self, policy: PolicyName, num_replicas: int, hardware: Hardware) -> None:
         n = num_replicas
         self.policy = policy
@@ -95,9 +95,9 @@ class Gateway:
 def simulate(
     requests: Series[TraceRequest], *, policy: PolicyName, num_replicas: int, hardware: Hardware, num_gateways: int = 1
 ) -> Outcome:
-    """Plays the requests, in order of arrival, to the last one's end. Gateways take turns and know nothing of each other."""
+    """Runs the requests in order of arrival, until the last one ends. Gateways take turns and know nothing about each other."""
     replicas = [Replica(slot, hardware) for slot in range(num_replicas)]
-    gateways = [Gateway(policy, num_replicas, hardware) for _ in range(num_gateways)]
+    gateways = [SimulatedGateway(policy, num_replicas, hardware) for _ in range(num_gateways)]
     # Golden-ratio steps spread the delays evenly; one replica's frames always take the same time and stay in order.
     delays = [MIN_DELAY_S + (MAX_DELAY_S - MIN_DELAY_S) * (slot * 0.618 % 1.0) for slot in range(num_replicas)]
     outcome = Outcome()

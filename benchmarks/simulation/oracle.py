@@ -1,9 +1,9 @@
-"""The cheapest schedule of replicas that one finds who knows the whole load.
+"""The cheapest schedule of replicas, found with knowledge of the whole load.
 
-Knows the fluid model and what a late request is worth; nothing of the autoscaler. Each replica is planned on its own: the nth
-replica of a slot saves so many late requests, and dynamic programming finds when it pays, with a shortest life and a shortest
-pause. A range of prices for a late request gives a range of schedules; all are simulated and the cheapest that keeps the
-objective counts. Good schedules, not proven optima.
+Knows the fluid model and the price of a late request; does not know the autoscaler. Each replica is planned on its own: the nth
+replica of a slot saves a number of late requests, and dynamic programming finds when it pays off, with a shortest life and a shortest
+pause. A range of prices for a late request gives a range of schedules. All are simulated, and the cheapest that keeps the
+objective wins. The schedules are good, but not proven optimal.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import numpy as np
 from simulation.fluid import Load
 
 SLOT_S = 30  # the number may change this often
-WARM_UP_S = 60  # before each slot, with the same number: what is left of earlier arrivals
+WARM_UP_S = 60  # before each slot, with the same number of replicas: the backlog of earlier arrivals
 PRICES = np.geomspace(1.0, 150.0, 24)  # seconds of a replica that one late request is worth
 
 
 def cheapest(load: Load, limit_s: float, *, startup_s: int, goals: Sequence[tuple[float, float]]) -> list[float]:
-    """Replica-hours, paid from order to removal, for each goal: shortest life and pause, and share of requests within the limit.
+    """Replica-hours, paid from order to removal, for each goal: shortest life and pause, and the share of requests within the limit.
 
     Infinite where no schedule keeps that share.
     """
@@ -42,7 +42,7 @@ def follow(load: Load, schedules: np.ndarray) -> np.ndarray:
 
 
 def saved_by_replica(load: Load, limit_s: float) -> np.ndarray:
-    """Late requests that the nth replica saves, n from 2, by slot; made falling in n, so that the nth comes before the next."""
+    """Late requests that the nth replica saves, n from 2, by slot. Made to decrease with n, so that the nth is added before the next."""
     num_slots = -(-load.length // SLOT_S)
     tokens, requests = np.zeros((2, WARM_UP_S + num_slots * SLOT_S))
     tokens[WARM_UP_S : WARM_UP_S + load.length] = load.tokens
@@ -67,7 +67,7 @@ def saved_by_replica(load: Load, limit_s: float) -> np.ndarray:
 
 
 def convex(row: np.ndarray) -> np.ndarray:
-    """The greatest convex line below the points."""
+    """The greatest convex function below the points."""
     hull: list[int] = []
     for k in range(len(row)):
         while len(hull) > 1:
@@ -97,9 +97,9 @@ def plan(saved: np.ndarray, startup_s: float, pause_s: float) -> np.ndarray:
 
 
 def backtrack(runs: np.ndarray, began: np.ndarray, ended: np.ndarray, shortest: int) -> np.ndarray:
-    """From the state at the end, the number that run in each slot. A turn found at t happened `shortest` slots before."""
+    """The number that run in each slot, traced back from the state at the end. A change found at t happened `shortest` slots before."""
     numbers = np.zeros((runs.shape[0], len(began) - 1), int)
-    left = np.zeros(runs.shape, int)  # slots until the turn
+    left = np.zeros(runs.shape, int)  # slots until the change
     for t in range(len(began) - 1, 0, -1):
         numbers[:, t - 1] = runs.sum(1)
         left = np.where(left > 0, left, shortest * np.where(runs, began[t], ended[t]))

@@ -1,7 +1,7 @@
 """A replica on a simulated clock: chunked prefill under a token budget, continuous batching, a prefix cache.
 
-Knows requests and the seconds a step takes; no gateway and no policy. Steps that only decode are taken together, up to the
-next stream's end or a new request, so that the cost of a simulation grows with prompts and not with tokens.
+Knows requests and the seconds that a step takes. Does not know gateways and policies. Steps that only decode are computed together, up
+to the end of the next stream or a new request, so that the cost of a simulation grows with prompts and not with tokens.
 
 A step reads all weights and every running sequence's KV from memory, and multiplies each token with the weights:
     seconds = fixed + max(weights / bandwidth, tokens * flops per token / speed) + KV bytes read / bandwidth.
@@ -41,7 +41,7 @@ class Hardware:
         return self.fixed_s + max(memory_s, flops / self.flops) + kv_tokens * self.kv_bytes_per_token / self.bandwidth
 
     def demand_s(self, request: TraceRequest, batch: int = 16) -> float:
-        """What a request takes of a replica that finds nothing in its cache and decodes `batch` sequences at a time."""
+        """Seconds that a request costs a replica without a cache hit that decodes `batch` sequences at a time."""
         n, out = request.num_prompt_tokens, request.num_output_tokens
         prefill_s = n * (self.flops_per_token + self.attention_flops * n / 2) / self.flops
         token_s = (self.fixed_s + self.weights_bytes / self.bandwidth) / batch
@@ -57,14 +57,14 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     num_named: int = 0
-    num_private: int = 0  # blocks it holds that nobody else can find (yet)
+    num_private: int = 0  # its blocks that no other sequence can find (yet)
     held: list[bytes] = field(default_factory=list)
     first_token_s: float | None = None
 
 
 @dataclass(slots=True)
 class Frame:
-    """What rank 0 tells after a step, as workers.protocol.StepFrame does."""
+    """What rank 0 reports after a step, like workers.protocol.StepFrame."""
 
     made_s: float
     slot: int
@@ -79,7 +79,7 @@ class Frame:
 
 
 class PrefixCache:
-    """Blocks by content: held ones counted, the others evicted least recently used first."""
+    """Blocks by content: those in use are counted, the others are evicted, least recently used first."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -94,14 +94,14 @@ class PrefixCache:
         return self.num_private + len(self.ref_counts)
 
     def find(self, hashes: tuple[bytes, ...], limit: int) -> int:
-        """How many leading blocks are here, at most `limit`."""
+        """How many leading blocks are cached, at most `limit`."""
         for i in range(min(limit, len(hashes))):
             if hashes[i] not in self.ref_counts and hashes[i] not in self.idle:
                 return i
         return min(limit, len(hashes))
 
     def start(self, seq: Sequence, num_blocks: int, num_found: int) -> bool:
-        """Takes the blocks found and room for the rest, evicting what is idle; False if there is too little."""
+        """Uses the blocks found, and allocates the rest by evicting idle ones; False if there are too few."""
         found = seq.request.hashes[:num_found]
         num_revived = sum(h in self.idle for h in found)
         num_new = num_blocks - num_found
@@ -119,7 +119,7 @@ class PrefixCache:
         return True
 
     def name(self, seq: Sequence, num_full: int) -> None:
-        """The sequence's blocks up to here are full: others can find them. A twin stays private."""
+        """The sequence's blocks up to here are full, so others can find them. A duplicate stays private."""
         for h in seq.request.hashes[seq.num_named : num_full]:
             if h not in self.ref_counts and h not in self.idle:
                 self.ref_counts[h] = 1
@@ -167,7 +167,7 @@ class Replica:
         return len(self.waiting) + len(self.prefilling) + len(self.decoding)
 
     def submit(self, seq: Sequence, now: float) -> float | None:
-        """When the step ends that the request now waits for; None if that did not change."""
+        """The end of the step that the request now waits for; None if that did not change."""
         self.waiting.append(seq)
         self.num_pending_tokens += seq.request.num_prompt_tokens
         if self._num_steps == 0:
@@ -180,7 +180,7 @@ class Replica:
         return None
 
     def end_step(self, now: float) -> tuple[Frame, float | None]:
-        """What the step that ends now brought, and when the next one ends."""
+        """The result of the step that ends now, and the end of the next one."""
         first: list[Sequence] = []
         num_steps, took = self._num_steps, self._num_steps * self._each_s
         self.step += num_steps
@@ -235,7 +235,7 @@ class Replica:
             return None
         self._num_steps = 1 if self._chunks else self.decoding[0][0] - self.step
         shapes = [(n, seq.num_computed) for seq, n in self._chunks]
-        # Sequences grow while steps are taken together: their mean length over those steps decides.
+        # Sequences grow while steps are computed together, so their mean length over those steps counts.
         context = self.context + len(self.decoding) * (self._num_steps - 1) / 2
         self._each_s = hardware.step_s(shapes, len(self.decoding), context)
         self._began_s = now
@@ -250,7 +250,7 @@ class Replica:
             seq = self.waiting[0]
             request = seq.request
             num_found = self.cache.find(request.hashes, (request.num_prompt_tokens - 1) // size)
-            # Its output's blocks too, so that nothing is ever preempted.
+            # Includes the blocks of its output, so that nothing is ever preempted.
             num_blocks = -(-(request.num_prompt_tokens + request.num_output_tokens) // size)
             if not self.cache.start(seq, num_blocks, num_found):
                 return

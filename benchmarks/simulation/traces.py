@@ -1,6 +1,6 @@
 """Request traces of real services as arrays of requests: the Azure and Mooncake files, scaled to any number of replicas.
 
-Knows files and times, no replicas. Copies of a trace share no prefix and start at different places of it, so that 1,000
+Knows files and times; does not know replicas. Copies of a trace share no prefix and start at different places in it, so that 1,000
 replicas see many independent populations of users instead of one that is 100 times as busy.
 """
 

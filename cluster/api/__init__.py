@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP surface (aiohttp)."""
+"""The OpenAI-compatible HTTP API (aiohttp)."""

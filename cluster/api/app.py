@@ -1,7 +1,7 @@
-"""Builds the HTTP application out of its parts; the only constructor, so that a server, a test and a notebook get the same one.
+"""Builds the HTTP application. It is the only constructor, so that a server, a test and a notebook get the same application.
 
-Knows every endpoint and what they share (see Gateway in cluster/api/context.py). Opens no port and starts no replica: whoever
-calls `make_app` runs it, with `handler_cancellation=True`, so that a client that goes away ends its request at once:
+Knows every endpoint and what they share (ApiContext in context.py). Opens no port and starts no replica: the caller runs the application,
+with `handler_cancellation=True`, so that a request ends at once if its client disconnects:
 
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
 """
@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from aiohttp import hdrs, web
 
 from cluster.api import pages
-from cluster.api.context import GATEWAY, NO_BATCHES, Batches, Gateway
+from cluster.api.context import CONTEXT, NO_BATCHES, Admin, ApiContext, Batches
 from cluster.api.endpoints import openapi
-from cluster.api.endpoints.operator import admin as admin_api
 from cluster.api.endpoints.table import ENDPOINTS
 from cluster.api.generation.structured import Grammars
 from cluster.api.server import auth, errors, limits, request_options
-from cluster.api.server import origin_guard as door
+from cluster.api.server.origin_guard import BODY_TIMEOUT_S, OriginGuard, make_body_middleware
 from cluster.api.server.sse import KEEP_ALIVE_S
 from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
@@ -43,11 +42,11 @@ def make_app(
     ledger: Ledger | None = None,
     cors_origins: Sequence[str] = (),
     local_only: bool = False,
-    body_timeout_s: float = door.BODY_TIMEOUT_S,
+    body_timeout_s: float = BODY_TIMEOUT_S,
     max_body_bytes: int = MAX_BODY_BYTES,
     max_sequences_per_request: int = MAX_SEQUENCES_PER_REQUEST,
     metrics: Metrics | None = None,
-    admin: admin_api.Admin | None = None,
+    admin: Admin | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
     serves_embeddings: bool = True,
     batches: Batches | None = None,
@@ -56,15 +55,16 @@ def make_app(
     """The OpenAI-compatible application.
 
     tokenizer: `load_tokenizer(folder)`. chat_template: `ChatTemplate(tokenizer)`, or None for a model that cannot chat.
-    model_name: the served name or names; responses carry the first unless the request used another.
-    keyring: guards everything but what auth.py calls open; api_key is short for a keyring of this key. accounts, ledger: of the keys.
-    cors_origins, local_only: see door.py. max_sequences_per_request: prompts times n. admin: without it there is no /admin.
-    keep_alive_s: after so much silence a stream gets a comment, so that nothing on the way closes it.
-    batches: where files and batches are kept; without it their endpoints say `no_batches`.
+    model_name: the served name or names; the first is the default.
+    keyring: the API keys; auth.py lists the paths that need none. api_key: short for a keyring with this key only.
+    accounts, ledger: the usage of the keys, in memory and on the disk. cors_origins, local_only: see origin_guard.py.
+    max_sequences_per_request: the number of prompts times n. admin: without it, /admin is answered with 404.
+    keep_alive_s: a stream that is silent for so many seconds gets a comment, so that no proxy closes it.
+    batches: the store of files and batches; without it, their endpoints respond with the error `no_batches`.
     """
     names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
     assert names, "make_app needs at least one served model name"
-    gateway = Gateway(
+    api = ApiContext(
         router=router,
         tokenizer=tokenizer,
         chat_template=chat_template,
@@ -80,22 +80,22 @@ def make_app(
         body_timeout_s=body_timeout_s,
     )
     keyring = keyring or Keyring(api_key=api_key)
-    entrance = door.Door(origins=cors_origins, guarded=keyring.guards, local_only=local_only)
+    origin_guard = OriginGuard(origins=cors_origins, guarded=keyring.guards, local_only=local_only)
     app = web.Application(
         middlewares=[
             request_options.request_id_middleware,
-            _count_answers,
+            _count_responses,
             errors.middleware,
-            entrance.make_middleware(),
+            origin_guard.make_middleware(),
             auth.make_middleware(keyring),
             limits.make_middleware(accounts or Accounts(), ledger, check_room=router.check_room),
-            door.make_body_middleware(body_timeout_s, forms={e.path for e in ENDPOINTS if e.form is not None}),
+            make_body_middleware(body_timeout_s, forms={e.path for e in ENDPOINTS if e.form is not None}),
         ],
         client_max_size=max_body_bytes,
     )
-    app[GATEWAY] = gateway
-    app.on_response_prepare.append(_close_when_closing)
-    app.on_response_prepare.extend([request_options.add_request_id, entrance.add_headers, limits.add_headers])
+    app[CONTEXT] = api
+    app.on_response_prepare.append(_close_connection_if_closing)
+    app.on_response_prepare.extend([request_options.add_request_id, origin_guard.add_headers, limits.add_headers])
     app[openapi.OPENAPI] = openapi.render(ENDPOINTS)
     routes = {"GET": web.get, "POST": web.post, "DELETE": web.delete}
     app.add_routes([routes[e.method](e.path, e.handler) for e in ENDPOINTS])
@@ -103,16 +103,16 @@ def make_app(
     return app
 
 
-async def _close_when_closing(request: web.Request, response: web.StreamResponse) -> None:
-    """Whoever keeps connections open would send its next request here and nowhere else."""
-    if request.app[GATEWAY].router.closing is not None:
+async def _close_connection_if_closing(request: web.Request, response: web.StreamResponse) -> None:
+    """While the gateway closes, clients must not reuse the connection: their next request has to reach another gateway."""
+    if request.app[CONTEXT].router.closing is not None:
         response.force_close()
         response.headers[hdrs.CONNECTION] = "close"
 
 
 @web.middleware
-async def _count_answers(request: web.Request, handler: errors.Handler) -> web.StreamResponse:
+async def _count_responses(request: web.Request, handler: errors.Handler) -> web.StreamResponse:
     response = await handler(request)
     resource = request.match_info.route.resource
-    request.app[GATEWAY].metrics.answered(resource.canonical if resource else "unknown", response.status)
+    request.app[CONTEXT].metrics.answered(resource.canonical if resource else "unknown", response.status)
     return response

@@ -1,6 +1,7 @@
-"""What every handler of one application shares: the router, the tokenizer and the names it serves under.
+"""What all handlers of one application share: the router, the tokenizer, the served model names.
 
-Knows no endpoint. Lives in the application under GATEWAY, so that two applications in one process share nothing.
+Stored in the application under CONTEXT, so two applications in one process share nothing. Knows no endpoint; what belongs to a single
+request is in request_context.py.
 """
 
 import time
@@ -11,7 +12,7 @@ from typing import Protocol
 from aiohttp import web
 
 from cluster.api.generation.structured import Grammars
-from cluster.api.server import limits
+from cluster.api.request_context import RequestContext
 from cluster.api.server.errors import ModelNotFoundError
 from cluster.batch.files import FileContents
 from cluster.batch.store.interface import Store
@@ -20,22 +21,25 @@ from cluster.router.router import Router
 from cluster.text.chat.template import ChatTemplate
 from cluster.text.tokenizer import Tokenizer
 
-NO_BATCHES = "This server was started without batches (--no-batches)."
+NO_BATCHES = "Batches are disabled on this server (--no-batches)."
 
 
 class Admin(Protocol):
-    """What a gateway lets an operator do with the whole cluster."""
+    """What an operator can do with the whole cluster through this gateway."""
 
     async def drain_replica(self, replica_id: str, grace_s: float | None) -> None:
-        """Nothing new goes there, and what runs has `grace_s` to finish before it moves. Raises RequestError if it is unknown."""
+        """Stops sending requests to the replica; running ones have `grace_s` to finish before they move elsewhere.
+
+        Raises RequestError if there is no such replica.
+        """
 
     def cluster_view(self) -> object:
-        """What is, as a value that JSON can carry, without secrets."""
+        """The current state of the cluster, as a value that JSON can represent, without secrets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """What an application needs to take batches. `wake`: there is something to do, or to stop doing."""
+    """What an application needs to accept batches. Call `wake` after a batch was added or cancelled."""
 
     store: Store
     files: FileContents
@@ -43,32 +47,38 @@ class Batches:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gateway:
+class ApiContext:
+    """`keep_alive_s`: longest silence in a stream. `body_timeout_s`: time for a body to arrive, or for each piece of an upload.
+
+    `no_batches`: the error message for files and batches when `batches` is None.
+    """
+
     router: Router
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
     model_names: tuple[str, ...]
     max_sequences_per_request: int
     metrics: Metrics
-    keep_alive_s: float  # how long a stream stays silent
-    body_timeout_s: float  # how long a body may take to arrive, or each piece of a long one
+    keep_alive_s: float
+    body_timeout_s: float
     grammars: Grammars
     serves_embeddings: bool = True
     admin: Admin | None = None
     batches: Batches | None = None
-    no_batches: str = NO_BATCHES  # what is said where they are None
+    no_batches: str = NO_BATCHES
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def check_model(self, name: str) -> None:
-        """Raises ModelNotFoundError unless `name` is served here, NotAllowedError unless the request's key may use it."""
+    def check_model(self, name: str, context: RequestContext) -> None:
+        """Raises ModelNotFoundError if `name` is not served here, NotAllowedError if the request's API key may not use it."""
         if name not in self.model_names:
             served = ", ".join(repr(n) for n in self.model_names)
             raise ModelNotFoundError(
-                f"The model {name!r} does not exist; this server serves {served}.",
+                f"The model {name!r} does not exist.",
+                remedy=f"Use one of the models this server has: {served}.",
                 param="model",
                 code="model_not_found",
             )
-        limits.check_model(name)
+        context.check_model(name)
 
 
-GATEWAY = web.AppKey("gateway", Gateway)
+CONTEXT = web.AppKey("context", ApiContext)

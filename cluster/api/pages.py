@@ -1,7 +1,7 @@
-"""GET /, /docs and /static/NAME: the web page and the API's documentation, as files of cluster/web.
+"""GET /, /docs and /static/NAME: the web page and the API's documentation, served from the files in cluster/web.
 
-Knows where the files lie, their types, and the content security policy that keeps them to this origin. They hold nothing secret and
-need no key: what they show, they ask the API for, with the key of whoever looks. Builds nothing; there is no template.
+Knows where the files are, their types, and the content security policy that restricts them to this origin. The files contain no secrets
+and need no key: the page gets its data from the API, with the user's key. There are no templates and no build step.
 """
 
 from pathlib import Path
@@ -9,11 +9,12 @@ from pathlib import Path
 from aiohttp import hdrs, web
 
 FOLDER = Path(__file__).resolve().parents[1] / "web"
-# No inline script or style and no other origin, so that not even a model's answer could bring one in.
+# No inline script or style and no other origin, so that not even a model's output could inject one.
 CONTENT_SECURITY_POLICY = (
     "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-CONTENT_TYPES = {  # not the system's table, in which .js may be anything
+# Not from the system's table, in which .js may have any type.
+CONTENT_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -22,7 +23,7 @@ CONTENT_TYPES = {  # not the system's table, in which .js may be anything
 
 
 def routes() -> list[web.RouteDef]:
-    """A name under /static/ has no slash and only known endings, so that nothing beside those files can be reached."""
+    """A name under /static/ has no slash and a known suffix, so that no other files can be reached."""
     return [
         web.get("/", index),
         web.get("/docs", docs),
@@ -36,7 +37,7 @@ async def index(request: web.Request) -> web.FileResponse:
 
 
 async def docs(request: web.Request) -> web.FileResponse:
-    """What /openapi.json says, for people."""
+    """The API reference: /openapi.json as a readable page."""
     return _file(FOLDER / "docs.html")
 
 
@@ -49,7 +50,7 @@ async def static(request: web.Request) -> web.FileResponse:
 
 
 def _file(path: Path) -> web.FileResponse:
-    """With an ETag, by which browsers ask each time whether it changed: after an upgrade no old script meets a new server."""
+    """Browsers must revalidate each time, by the ETag: after an upgrade, no old script talks to a new server."""
     headers = {
         hdrs.CONTENT_TYPE: CONTENT_TYPES[path.suffix],
         hdrs.CACHE_CONTROL: "no-cache",

@@ -1,1 +1,1 @@
-"""How many replicas there should be: pure functions of what was observed."""
+"""How many replicas there should be: pure functions of observations."""

@@ -1,11 +1,11 @@
-"""How many replicas the batches alone would have: a pure function of their remaining tokens, their time left and the measured speed.
+"""How many replicas the batches alone need: a pure function of their remaining tokens, their time left and the measured speed.
 
-Knows demands, speeds and the clock as an argument; nothing of online requests, whose needs decide.py weighs against this.
+Knows demands, speeds and the clock as an argument. Knows no online requests; decide.py weighs their needs against this.
 
-With a deadline: so many that the tokens due by then are done within the time left, less a reserve in which a lost replica can be
-replaced; what is ordered now helps only after its start. Without one, or too late for it: as many as are allowed, but none that
-would have less to do than its start takes. A batch's own estimate of its tokens may be wrong: since the speed is measured in the
-same estimates, that cancels out.
+With a deadline: enough replicas to finish the tokens due by then in the time left, less a reserve in which a lost replica can be replaced;
+a replica ordered now helps only after its start. Without a deadline, or too late for one: as many as allowed, but none that would have
+less work than its start takes. The estimates of a batch's tokens may be wrong, but the speed is measured in the same estimates, so the
+error cancels out.
 """
 
 import math
@@ -14,23 +14,23 @@ from dataclasses import dataclass, replace
 
 from cluster.protocol.report import BatchDemand
 
-MEASURED_S = 300.0  # how long the speed's average remembers
-SPEED_S = 300.0  # a best speed fades over this long: replicas that just began have answered nothing yet
-LEAST_REPLICA_S = 10.0  # of work seen before its speed counts
-RESERVE = 0.1  # of the time left, and at least a start
-HYSTERESIS = 0.2  # replicas that must be needless beyond the one given up
-DOWN_AFTER_S = 120.0  # for how long, while batches run
+MEASURED_S = 300.0  # memory of the mean speed
+SPEED_S = 300.0  # a best speed fades over this long: replicas that have just started have answered nothing yet
+LEAST_REPLICA_S = 10.0  # replica-seconds of work observed before the speed counts
+RESERVE = 0.1  # of the time left, but at least one start-up time
+HYSTERESIS = 0.2  # replicas that must be idle in addition to the one removed
+DOWN_AFTER_S = 120.0  # for how long they must be idle, while batches run
 LEAST_START_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchState:
-    """What is remembered between two looks."""
+    """What is remembered between two calls."""
 
     num_replicas: int = 0
     speed: float | None = None  # tokens/s of one replica
-    tokens: float = 0.0  # decaying sums, of what was done
-    replica_s: float = 0.0  # and of the replicas' time
+    tokens: float = 0.0  # decaying sum of tokens done
+    replica_s: float = 0.0  # decaying sum of the replicas' time
     last_total: int = 0
     seen_at: float | None = None
     spare_since: float | None = None
@@ -39,7 +39,7 @@ class BatchState:
 
 @dataclass(frozen=True)
 class BatchNeed:
-    """`num_replicas`: whole, within the batches' own bounds. `reason`: a clause."""
+    """`num_replicas` is within the batches' own bounds. `reason`: one clause."""
 
     num_replicas: int
     reason: str
@@ -55,11 +55,11 @@ def size_for_batches(
     startup_s: float,
     max_replicas: int,
 ) -> tuple[BatchState, BatchNeed]:
-    """Call it about once a second with the state of the call before. tokens_total: of lines answered so far, only grows."""
+    """Call it about once a second with the state of the call before. tokens_total: of all answered lines; only grows."""
     batches = [b for b in batches if b.remaining_tokens > 0]
     state = _measure(state, bool(batches), tokens_total, num_ready, now)
     if not batches:
-        return replace(state, num_replicas=0, spare_since=None), BatchNeed(0, "no batch runs")
+        return replace(state, num_replicas=0, spare_since=None), BatchNeed(0, "no batch is running")
     have = min(state.num_replicas, max_replicas)
     need, reason = max(_needs(batches, state.speed, have, max(startup_s, LEAST_START_S), max_replicas))
     state = _choose(replace(state, num_replicas=have), need, now)
@@ -84,25 +84,25 @@ def _measure(state: BatchState, works: bool, total: int, num_ready: int, now: fl
 def _needs(
     batches: Sequence[BatchDemand], speed: float | None, have: int, startup_s: float, most: int
 ) -> list[tuple[float, str]]:
-    """One for each deadline, of all that is due by then; and one for what has none."""
-    if not speed:  # one replica shows how fast it is
-        return [(1.0, "a batch runs, and its speed is not known yet")]
+    """One need for each deadline, for all tokens due by then, and one for the batches without a deadline."""
+    if not speed:  # one replica is enough to measure the speed
+        return [(1.0, "a batch is running, and its speed is not known yet")]
     needs = []
     for due_s in sorted({b.deadline_s for b in batches if b.deadline_s is not None}):
         due = [b for b in batches if b.deadline_s is not None and b.deadline_s <= due_s]
         tokens = sum(b.remaining_tokens for b in due)
         number = _within(tokens / speed, due_s - max(due_s * RESERVE, startup_s), have, startup_s)
-        why = f"{tokens:,} batch tokens are due in {due_s:,.0f} s, and a replica does {speed:,.0f} a second"
+        why = f"{tokens:,} batch tokens are due in {due_s:,.0f} s, and a replica does {speed:,.0f} tokens/s"
         needs.append((_bounded(number, due, most), why))
     if free := [b for b in batches if b.deadline_s is None]:
         tokens = sum(b.remaining_tokens for b in batches)
         number = _bounded(_worthwhile(tokens / speed, have, startup_s), free, most)
-        needs.append((number, f"{tokens:,} batch tokens are left, and a replica does {speed:,.0f} a second"))
+        needs.append((number, f"{tokens:,} batch tokens are left, and a replica does {speed:,.0f} tokens/s"))
     return needs
 
 
 def _within(work_s: float, left_s: float, have: int, startup_s: float) -> float:
-    """Replicas for that much work of one. Example: 1,200 s of work, 300 s left, 1 there, 60 s to start: 1 + 900 / 240 = 4.75."""
+    """Replicas for `work_s` of one replica's work. Example: 1,200 s of work, 300 s left, 1 replica, 60 s to start: 1 + 900 / 240 = 4.75."""
     fastest = _worthwhile(work_s, have, startup_s)
     if left_s <= 0:
         return fastest
@@ -114,18 +114,18 @@ def _within(work_s: float, left_s: float, have: int, startup_s: float) -> float:
 
 
 def _worthwhile(work_s: float, have: int, startup_s: float) -> float:
-    """The most of which each has more to do than its start takes. What runs already is kept: it is idle only when the last lines are."""
+    """The most replicas that each have more work than their start takes. Running replicas are kept until the last lines are answered."""
     return max(work_s / startup_s, float(have))
 
 
 def _bounded(number: float, batches: Sequence[BatchDemand], most: int) -> float:
-    """At least one, at most what they ask for together."""
+    """At least one, at most the sum of the batches' maximums."""
     asked = sum(most if b.max_replicas is None else b.max_replicas for b in batches)
     return max(1.0, min(number, asked, most))
 
 
 def _choose(state: BatchState, need: float, now: float) -> BatchState:
-    """Up at once, down to the largest need of a while."""
+    """Rises at once; falls to the largest need of the last DOWN_AFTER_S."""
     number = state.num_replicas
     up = math.ceil(need - HYSTERESIS) if number else math.ceil(need)
     if up > number:

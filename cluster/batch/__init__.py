@@ -1,1 +1,1 @@
-"""Batches: many requests in one file, answered exactly once each, whatever dies meanwhile. Knows no HTTP, no Ray, no torch."""
+"""Batches: many requests in one file, each answered exactly once even if processes die. Knows no HTTP, no Ray and no torch."""

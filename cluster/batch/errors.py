@@ -1,15 +1,17 @@
-"""What can go wrong around a batch as a whole. What goes wrong with one line is a LineResult, no exception.
+"""Errors that concern a batch as a whole. A line that goes wrong is not an exception but a LineResult.
 
 BatchError
-├── StoreError      the database, or the folder of files, cannot be read or written: nothing was lost, a later run goes on
-└── LeaseLostError  another runner has taken the batch over; this one must let go of it
+├── StoreError      the database or the folder of files cannot be read or written; nothing is lost, a later run continues
+└── LeaseLostError  another runner has taken over the batch; this one must stop
 """
 
 from workers.errors import TramontaneError
 
+NOTHING_LOST = "Nothing that was stored is lost."
+
 
 class BatchError(TramontaneError):
-    """Base of the two above. The message is one sentence meant for the user."""
+    """Base of the two above. Its message is meant for the user."""
 
 
 class StoreError(BatchError):
@@ -17,4 +19,4 @@ class StoreError(BatchError):
 
 
 class LeaseLostError(BatchError):
-    """The batch has another runner by now: nothing that this one still holds may be stored."""
+    """Another runner has the batch. This runner must not store anything more."""

@@ -1,7 +1,7 @@
-"""The contents of uploaded and of made files, one file each in a folder of the data directory. Knows no records and no HTTP.
+"""The contents of uploaded and generated files: one file each, in a folder of the data directory. Knows no records and no HTTP.
 
-A file is there whole or not at all: it is written under a temporary name, brought to the disk, and renamed. What a crash leaves is a
-temporary file, which `sweep` removes a day later. Several gateways share the folder as they share the database.
+A file is complete or absent: it is written under a temporary name, synced to disk and renamed. After a crash a temporary file may remain;
+`strays` removes it a day later. Several gateways may share the folder, as they share the database.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from cluster.batch.errors import StoreError
+from cluster.batch.errors import NOTHING_LOST, StoreError
+from cluster.system.files import TEMPORARY, move_into_place
 from workers.errors import RequestError
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 8 * 1024**3
 STRAY_AFTER_S = 86_400
-_TEMPORARY = ".tmp"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
@@ -29,7 +29,10 @@ def _open_new(path: Path) -> BinaryIO:
 
 
 class FileContents:
-    """`open_new` makes a file for writing; tests pass one that fails. Raises StoreError when the folder cannot be made."""
+    """Reads and writes files by id. Raises StoreError when the folder cannot be created.
+
+    open_new: creates a file for writing; tests pass one that fails.
+    """
 
     def __init__(
         self, folder: Path, *, max_bytes: int = MAX_FILE_BYTES, open_new: Callable[[Path], BinaryIO] = _open_new
@@ -40,15 +43,22 @@ class FileContents:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as e:
-            raise StoreError(f"The folder {folder} for the files of batches cannot be made: {e.strerror}.") from e
+            raise StoreError(
+                f"The folder {folder} for batch files cannot be created: {e.strerror}.",
+                remedy="Make its parent folder writable, or choose another data directory.",
+            ) from e
 
     async def write(self, file_id: str, chunks: AsyncIterable[bytes]) -> int:
-        """Stores a file and returns its bytes. Raises RequestError beyond `max_bytes`, and StoreError when it cannot be written."""
+        """Stores a file and returns its size in bytes.
+
+        Raises RequestError for more than `max_bytes`, and StoreError when the file cannot be written.
+        """
         async with self.create(file_id) as new:
             async for chunk in chunks:
                 if new.num_bytes + len(chunk) > self._max_bytes:
                     raise RequestError(
-                        f"The file is larger than the {self._max_bytes:,} bytes that are allowed; split it.",
+                        f"The file is larger than the limit of {self._max_bytes:,} bytes.",
+                        remedy="Split it into smaller files.",
                         param="file",
                         code="file_too_large",
                     )
@@ -57,11 +67,11 @@ class FileContents:
         return new.num_bytes
 
     def create(self, file_id: str) -> "NewFile":
-        """For use in `async with`: gone at its end unless it was committed."""
+        """Use it in `async with`. The file is removed at the end of the block unless it was committed."""
         return NewFile(self.path(file_id), self._open_new)
 
     async def chunks(self, file_id: str, *, chunk_bytes: int = 1024 * 1024) -> AsyncIterator[bytes]:
-        """From the beginning to the end. Raises StoreError when it is not there."""
+        """The whole file in order. Raises StoreError when it does not exist."""
         source = await asyncio.to_thread(self.open, file_id)
         try:
             while chunk := await asyncio.to_thread(_guarded, "read", lambda: source.read(chunk_bytes)):
@@ -70,11 +80,11 @@ class FileContents:
             source.close()
 
     def open(self, file_id: str) -> BinaryIO:
-        """For reading, in a thread."""
+        """Opens the file for reading. Blocks, so call it in a thread."""
         return _guarded("read", lambda: self.path(file_id).open("rb"))
 
     async def read_parts(self, file_id: str, parts: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Of each (offset, length), its bytes."""
+        """The bytes of each (offset, length)."""
 
         def read() -> list[bytes]:
             with self.open(file_id) as source:
@@ -83,9 +93,9 @@ class FileContents:
         return await asyncio.to_thread(read)
 
     def path(self, file_id: str) -> Path:
-        """Where it lies, if it is there. Raises StoreError for an id that can be none."""
+        """The file's path, whether or not it exists. Raises StoreError for an invalid id."""
         if _ID.fullmatch(file_id) is None:
-            raise StoreError("A file's id consists of letters, digits, hyphens and underscores.")
+            raise StoreError("A file id consists of letters, digits, hyphens and underscores.")
         return self._folder / file_id
 
     async def delete(self, file_id: str) -> None:
@@ -94,30 +104,30 @@ class FileContents:
         await asyncio.to_thread(_guarded, "deleted", lambda: path.unlink(missing_ok=True))
 
     async def strays(self, *, older_than_s: float = STRAY_AFTER_S) -> list[str]:
-        """Removes old temporary files, and returns the ids of old files; which of them have records, the store knows."""
+        """Removes old temporary files and returns the ids of old files. The store knows which of these have a record."""
 
-        def look() -> list[str]:
+        def scan() -> list[str]:
             before = time.time() - older_than_s
             found = []
             for entry in os.scandir(self._folder):
-                with contextlib.suppress(FileNotFoundError):  # others delete too
+                with contextlib.suppress(FileNotFoundError):  # another gateway may have deleted it
                     if entry.stat().st_mtime >= before:
                         continue
-                    if entry.name.endswith(_TEMPORARY):
+                    if entry.name.endswith(TEMPORARY):
                         Path(entry.path).unlink()
                     elif _ID.fullmatch(entry.name):
                         found.append(entry.name)
             return found
 
-        return await asyncio.to_thread(_guarded, "read", look)
+        return await asyncio.to_thread(_guarded, "read", scan)
 
 
 class NewFile:
-    """A file being written. Any failure of the disk is a StoreError, and leaves nothing at the file's own name."""
+    """A file that is being written. Any disk failure is a StoreError and leaves nothing under the file's own name."""
 
     def __init__(self, path: Path, open_new: Callable[[Path], BinaryIO]) -> None:
         self._path = path
-        self._temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
+        self._temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
         self._open_new = open_new
         self._file: BinaryIO | None = None
         self.num_bytes = 0
@@ -132,7 +142,7 @@ class NewFile:
         self.num_bytes += len(data)
 
     async def commit(self) -> None:
-        """From here on it is there, also after a power cut."""
+        """Puts the file in place. Once this returns it survives a power failure."""
         await asyncio.to_thread(_guarded, "written", self._commit)
 
     async def __aexit__(self, *_: object) -> None:
@@ -145,19 +155,13 @@ class NewFile:
     def _commit(self) -> None:
         file = self._opened()
         file.flush()
-        os.fsync(file.fileno())
         file.close()
         self._file = None
-        self._temporary.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        move_into_place(self._temporary, self._path)
 
     def _discard(self) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # closing writes what is buffered, which a full disk refuses again
+            with contextlib.suppress(OSError):  # closing flushes the buffer, which fails again on a full disk
                 self._file.close()
             self._file = None
         with contextlib.suppress(OSError):
@@ -168,8 +172,6 @@ def _guarded(verb: str, work: Callable[[], T]) -> T:
     try:
         return work()
     except FileNotFoundError as e:
-        raise StoreError(f"A file of the batches cannot be {verb}: it is not there.") from e
+        raise StoreError(f"A batch file cannot be {verb}: it does not exist.") from e
     except OSError as e:
-        raise StoreError(
-            f"A file of the batches cannot be {verb}: {e.strerror or e}. Nothing that was stored is lost."
-        ) from e
+        raise StoreError(f"A batch file cannot be {verb}: {e.strerror or e}.", remedy=NOTHING_LOST) from e

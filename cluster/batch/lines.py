@@ -1,7 +1,7 @@
-"""Reads a batch's input file: one request a line, checked before anything runs. Streams; holds a few hundred lines at a time.
+"""Reads a batch's input file, one request per line, and checks it before anything runs. Streams a few hundred lines at a time.
 
-Knows the form of OpenAI's lines and of their errors; whether a body can be answered is the executor's word (`check`). Also tells what
-planning needs of a line: which others open like it, and about how many tokens it costs. Both are read off the JSON as it stands.
+Knows the format of OpenAI's lines and of their errors; the executor decides whether a body can be answered (`check`). Also derives what
+planning needs: which lines start alike, and about how many tokens each costs. Both come straight from the JSON, without a tokenizer.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from workers.errors import RequestError
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
 MAX_LINES = 5_000_000
-MAX_ERRORS = 200  # kept of a file; reading stops there
+MAX_ERRORS = 200  # per file; reading stops there
 MAX_CUSTOM_ID_CHARS = 512
 CHUNK_LINES = 500
-# A thread that computes keeps the interpreter from the event loop for 5 ms each time, which online requests would feel.
+# A computing thread keeps the event loop from the interpreter for 5 ms at a time, which would slow online requests.
 PAUSE_LINES, PAUSE_S = 20, 1e-5
 CHUNK_BYTES = 4 * 1024 * 1024
-GROUP_BYTES = 256  # of a prompt's JSON: shorter common openings are not worth an order
+GROUP_BYTES = 256  # of a prompt's JSON that are compared; shorter common prefixes are not worth grouping
 BYTES_PER_TOKEN = 4
 DEFAULT_OUTPUT_TOKENS = {"/v1/completions": 16, "/v1/chat/completions": 256, "/v1/embeddings": 0}
 
@@ -36,7 +36,7 @@ class _Request(msgspec.Struct, frozen=True):
 
 
 class _Body(msgspec.Struct, frozen=True):
-    """What planning reads of a body; it may still be wrong, so nothing is typed."""
+    """The fields of a body that planning reads. Untyped, because the body may still be invalid."""
 
     model: Any = None
     prompt: msgspec.Raw = msgspec.Raw()
@@ -53,7 +53,7 @@ _body = msgspec.json.Decoder(_Body)
 
 @dataclass
 class Scan:
-    """A chunk of a file: its lines, those that are wrong as errors."""
+    """A chunk of a file: its valid lines, and an error for each invalid one."""
 
     lines: list[Line] = field(default_factory=list)
     errors: list[LineError] = field(default_factory=list)
@@ -69,18 +69,18 @@ def scan(
     max_line_bytes: int = MAX_LINE_BYTES,
     max_lines: int = MAX_LINES,
 ) -> Iterator[Scan]:
-    """Chunks of the file, in order. Ends early at the line that makes it too long. `check`: see LineExecutor."""
+    """Yields the file in chunks, in order. Stops early at the line that exceeds `max_lines`. `check`: see LineExecutor."""
     chunk, num_lines = Scan(), 0
     for number, offset, data in _split(source, max_line_bytes):
         num_lines += 1
         if num_lines % PAUSE_LINES == 0:
             time.sleep(PAUSE_S)
         if num_lines > max_lines:
-            message = f"The file has more than {max_lines:,} requests; split it into several batches."
+            message = f"The file has more than {max_lines:,} requests. Split it into several batches."
             chunk.errors.append(LineError(code="too_many_requests", message=message, line=number))
             break
         if data is None:
-            message = f"This line is longer than the {max_line_bytes:,} bytes that are allowed."
+            message = f"This line is longer than the limit of {max_line_bytes:,} bytes."
             chunk.errors.append(LineError(code="line_too_long", message=message, line=number))
         else:
             _read(data, number, offset, endpoint, check, chunk)
@@ -95,12 +95,12 @@ def scan(
 
 
 def body_of(data: bytes) -> bytes:
-    """The body of a line that was checked."""
+    """The body of a valid line."""
     return bytes(_request.decode(data).body)
 
 
 def duplicate_error(line: Line) -> LineError:
-    """For a line whose custom_id an earlier one has."""
+    """The error for a line that repeats the custom_id of an earlier one."""
     message = (
         f"The custom_id {line.custom_id[:80]!r} of this request is a duplicate of another request's. "
         "The custom_id parameter must be unique for each request in a batch."
@@ -109,7 +109,7 @@ def duplicate_error(line: Line) -> LineError:
 
 
 def estimate_tokens(endpoint: str, body: _Body) -> int:
-    """Prompt and answer. Token ids are counted, text by its length; an answer is taken to be as long as it may."""
+    """Prompt and answer together. Token ids are counted, text goes by its length, and an answer counts with its maximum length."""
     prompt = sum(_num_prompt_tokens(memoryview(raw)) for raw in (body.prompt, body.messages, body.input))
     wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     output = wanted if isinstance(wanted, int) and wanted >= 0 else DEFAULT_OUTPUT_TOKENS[endpoint]
@@ -118,14 +118,14 @@ def estimate_tokens(endpoint: str, body: _Body) -> int:
 
 
 def group_key(body: _Body) -> int:
-    """A signed 64-bit number, equal for prompts of one model that open alike."""
-    opening = b"\0".join(bytes(memoryview(raw)[:GROUP_BYTES]) for raw in (body.prompt, body.messages, body.input))
-    digest = hashlib.blake2b(opening, digest_size=8, key=str(body.model).encode()[:64]).digest()
+    """A signed 64-bit number, equal for prompts of the same model that start alike."""
+    prefix = b"\0".join(bytes(memoryview(raw)[:GROUP_BYTES]) for raw in (body.prompt, body.messages, body.input))
+    digest = hashlib.blake2b(prefix, digest_size=8, key=str(body.model).encode()[:64]).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
 def _split(source: BinaryIO, max_line_bytes: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """(number, offset, the line without its end) of each line that is not empty; None for one that is too long."""
+    """Yields (number, offset, line without its newline) for each non-empty line; the line is None when it is too long."""
     number = offset = 0
     while raw := source.readline(max_line_bytes + 1):
         number, start = number + 1, offset
@@ -136,7 +136,7 @@ def _split(source: BinaryIO, max_line_bytes: int) -> Iterator[tuple[int, int, by
                 offset += len(raw)
             yield number, start, None
             continue
-        if number == 1 and raw.startswith(b"\xef\xbb\xbf"):  # the byte-order mark that Windows' editors write
+        if number == 1 and raw.startswith(b"\xef\xbb\xbf"):  # the byte-order mark that Windows editors write
             raw, start = raw[3:], start + 3
         data = raw.rstrip()
         if data:
@@ -148,9 +148,9 @@ def _read(
 ) -> None:
     try:
         if not data.isascii():
-            data.decode()  # what is only looked at as a whole (the body) is not decoded below
+            data.decode()  # the decoder below leaves the body raw and would not notice invalid UTF-8 in it
         request = _request.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError):  # ValidationError is one of them
+    except (msgspec.DecodeError, UnicodeDecodeError):  # DecodeError includes ValidationError
         chunk.errors.append(_diagnose(data, number))
         return
     error = _check_envelope(request, number, endpoint)
@@ -189,20 +189,20 @@ def _check_envelope(request: _Request, number: int, endpoint: str) -> LineError 
         message = f"The URL provided for this request does not match the batch endpoint, which is {endpoint}."
         return LineError(code="invalid_url", message=message, line=number, param="url")
     if not 0 < len(request.custom_id) <= MAX_CUSTOM_ID_CHARS or "\0" in request.custom_id:
-        message = f"Invalid 'custom_id': a text of 1 to {MAX_CUSTOM_ID_CHARS} characters without NUL is expected."
+        message = f"Invalid 'custom_id': expected a string of 1 to {MAX_CUSTOM_ID_CHARS} characters without NUL."
         return LineError(code="invalid_custom_id", message=message, line=number, param="custom_id")
     return None
 
 
 def _diagnose(data: bytes, number: int) -> LineError:
-    """What keeps a line from being a request."""
+    """Why a line is not a valid request."""
     unparseable = LineError(code="invalid_json_line", message="This line is not parseable as valid JSON.", line=number)
     try:
         found = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return unparseable
     if not isinstance(found, dict):
-        return LineError(code="invalid_json_line", message="This line is no JSON object.", line=number)
+        return LineError(code="invalid_json_line", message="This line is not a JSON object.", line=number)
     for name in ("custom_id", "method", "url", "body"):
         if name not in found:
             message = f"Missing required parameter: '{name}'."

@@ -1,8 +1,8 @@
-"""The values batches are made of: files, batches, lines, results, as they lie in the store. Frozen; knows no database and no clock.
+"""The values that batches consist of: files, batches, lines and results, as the store keeps them. Frozen; knows no database and no clock.
 
-Times are Unix seconds. `owner` is the id of the key that made a file or a batch, "" without keys: who may see it. A batch's statuses and
-what they are called are OpenAI's: validating -> in_progress -> finalizing -> completed or expired; failed when a line is wrong; cancelling
--> cancelled.
+Times are Unix seconds. `owner` is the id of the API key that created a file or a batch ("" without keys) and decides who may see it.
+The statuses of a batch and their names are OpenAI's: validating -> in_progress -> finalizing -> completed or expired; validating ->
+failed when a line is invalid; cancelling -> cancelled.
 """
 
 import hashlib
@@ -19,13 +19,13 @@ BatchStatus = Literal[
 ]
 ENDED: tuple[BatchStatus, ...] = ("completed", "failed", "expired", "cancelled")
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
-MAX_REPLICAS_KEY = "max_replicas"  # in a batch's metadata: most replicas that may be added for its sake
+MAX_REPLICAS_KEY = "max_replicas"  # in a batch's metadata: how many replicas may be added for it at most
 MAX_WINDOW_S = 365 * 86_400
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A file's facts; its contents are `FileContents`'. `purpose`: "batch", or "batch_output" for one we made."""
+    """Facts about a file; `FileContents` has the contents. `purpose`: "batch" for an input, "batch_output" for a file we generated."""
 
     id: str
     filename: str
@@ -37,7 +37,7 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LineError(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a batch failed before it started, as OpenAI words it. `line` counts from 1; None for the whole file."""
+    """Why a batch failed before it started, in OpenAI's format. `line` counts from 1; None means the whole file."""
 
     code: str
     message: str
@@ -46,11 +46,11 @@ class LineError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch's state. Counts grow with every commit of results; `num_lines` is 0 until all lines are known.
+    """The state of a batch. Counts grow with every commit of results; `num_lines` is 0 until all lines are known.
 
-    `num_failed` counts lines that ended in an error, at the end also those that expired or were cancelled. `estimated_tokens`: of all
-    lines, prompt and answer; `answered_tokens`: the part of that estimate whose lines are answered, so that the difference is what is
-    left to do. `expires_at` is the deadline.
+    `num_failed` counts lines that ended in an error, and at the end those that expired or were cancelled. `estimated_tokens` covers the
+    prompts and answers of all lines, `answered_tokens` the part of that estimate whose lines are answered: the difference is the work
+    that remains. `expires_at` is the deadline.
     """
 
     id: str
@@ -93,16 +93,16 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def remaining_tokens(self) -> int:
-        """An estimate, of prompts and answers not yet answered."""
+        """An estimate of the prompt and answer tokens that are left."""
         return max(0, self.estimated_tokens - self.answered_tokens)
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """One request of a batch: where it lies in the input file, and what planning and running need of it.
+    """One request of a batch: where it is in the input file, and what planning and running need to know of it.
 
-    `number` counts the file's lines from 1, empty ones too. `group_key`: equal for lines whose prompts open alike. `num_tokens`: an
-    estimate, prompt and answer. `position`: its place in the order of running. `crashes`: replicas that died while they worked on it, and
-    `lone_crashes`: those of them that worked on nothing else.
+    `number` counts the lines of the file from 1, including empty ones. `group_key` is equal for lines whose prompts start alike.
+    `num_tokens` estimates prompt and answer. `position` is its place in the order of execution. `crashes` counts the replicas that died
+    while they worked on this line, `lone_crashes` those among them that worked on nothing else.
     """
 
     number: int
@@ -117,9 +117,9 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LineResult(msgspec.Struct, frozen=True, kw_only=True):
-    """How a line ended. Either an HTTP answer (`status_code`, and `body`: its JSON), or an `error_code` and a sentence.
+    """How a line ended: with an HTTP response (`status_code`, and its JSON in `body`), or with an `error_code` and `error_message`.
 
-    Only status 200 counts as completed; everything else goes to the error file.
+    Only status 200 counts as completed. Everything else goes to the error file.
     """
 
     number: int
@@ -138,7 +138,7 @@ class LineResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
-    """The right to run a batch. `fence` grows with every runner the batch has had: an older one can no longer store anything."""
+    """The right to run a batch. `fence` grows by one with every runner, so that an older one can no longer store anything."""
 
     batch_id: str
     owner: str
@@ -154,23 +154,24 @@ def new_batch_id() -> str:
 
 
 def line_id(batch_id: str, number: int) -> str:
-    """Of a line's answer."""
+    """The id of a line's answer."""
     digest = hashlib.blake2b(f"{batch_id}\0{number}".encode(), digest_size=16).hexdigest()
     return f"batch_req_{digest}"
 
 
 def line_seed(batch_id: str, custom_id: str) -> int:
-    """31 bits for a line that brings no seed, so that computed twice it has the same answer."""
+    """31 bits for a line without a seed of its own, so that it gets the same answer each time it is computed."""
     digest = hashlib.blake2b(f"{batch_id}\0{custom_id}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def parse_window(text: str) -> int:
-    """Seconds of a completion window: "24h", "90m", "2d". Raises RequestError."""
+    """Seconds of a completion window such as "24h", "90m" or "2d". Raises RequestError."""
     found = re.fullmatch(r"([1-9][0-9]{0,7})([smhd])", text)
     if found is None or int(found[1]) * _UNIT_S[found[2]] > MAX_WINDOW_S:
         raise RequestError(
-            f"'completion_window' is {text[:40]!r}; write a number and a unit (s, m, h or d) such as '24h', at most 365 days.",
+            f"'completion_window' is {text[:40]!r}, which is not a valid duration.",
+            remedy="Write a number and a unit (s, m, h or d) such as '24h', at most 365 days.",
             param="completion_window",
             code="invalid_completion_window",
         )

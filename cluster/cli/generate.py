@@ -1,14 +1,15 @@
 """`tramontane generate`: one prompt through the engine in this process, without Ray and without HTTP.
 
-The one place in the control plane that runs the engine itself; torch is imported when it is called, never before.
+The only file of the control plane that runs the engine itself. It imports torch when it is called, not before.
 """
 
 import secrets
 import sys
 from argparse import Namespace
 
-from cluster.cli.options import detect_device, engine_config
+from cluster.cli.options.settings import detect_device, engine_config
 from cluster.config.checkpoint_location import resolve_model
+from cluster.terminal.phases import Console
 from cluster.text.output.detokenizer import Detokenizer
 from cluster.text.tokenizer import load_tokenizer
 from workers.errors import ConfigError
@@ -16,12 +17,16 @@ from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
 
 def generate(args: Namespace) -> None:
-    """Prints the completion as it comes. Raises TramontaneError with a sentence for the user."""
+    """Prints the completion as it is generated. Raises TramontaneError with the message for the user."""
     folder, _ = resolve_model(args.model, revision=args.revision)
     config = engine_config(args, folder, device=detect_device(args.device))
     tokenizer = load_tokenizer(folder, model_vocab_size=config.model.vocab_size)
     if args.max_tokens < 1:
-        raise ConfigError(f"--max-tokens is {args.max_tokens}; it must be at least 1.")
+        raise ConfigError(
+            f"--max-tokens {args.max_tokens} leaves nothing to generate.",
+            remedy="Use at least 1.",
+            param="--max-tokens",
+        )
     request = GenerateRequest(
         request_id="generate",
         prompt_token_ids=tokenizer.encode(args.prompt),
@@ -34,7 +39,8 @@ def generate(args: Namespace) -> None:
     )
     from workers.engine.llm_engine import LLMEngine
 
-    engine = LLMEngine(config)
+    with Console().phase("Loading the weights") as phase:
+        engine = LLMEngine(config, progress=phase.progress)
     detokenizer = Detokenizer(tokenizer.pieces, continues=request.prompt_token_ids)
     print(args.prompt, end="", flush=True)
     for delta in engine.stream(request):

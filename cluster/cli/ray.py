@@ -1,4 +1,4 @@
-"""How `serve` and `batch run` open Ray, and what they ask the controller for."""
+"""How `serve` and `batch run` connect to Ray, and the spec they give the controller."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from cluster.terminal.phases import Console
 if TYPE_CHECKING:
     from cluster.ray_runtime.session import RayCluster
 
-OWN_CLUSTER_PLACEMENT_TIMEOUT_S = 10.0  # nothing will be added to it: what is not free soon never will be
+OWN_CLUSTER_PLACEMENT_TIMEOUT_S = 10.0  # no nodes join it: what does not fit now never will
 
 
 def _headline(config: ServeConfig) -> str:
@@ -42,10 +42,10 @@ def open_ray(console: Console, config: ServeConfig) -> Iterator["RayCluster"]:
 
 
 def spec_of(config: ServeConfig, *, own_cluster: bool) -> ClusterSpec:
-    """What the controller is asked for."""
+    """The deployment that the controller should run."""
     engine = config.engine
     if own_cluster and engine.device == "cpu" and engine.num_threads is None:
-        # All replicas share this machine: without this each would take all of its cores.
+        # All replicas share this machine. Without a limit, each would use all of its cores.
         num_ranks = engine.tensor_parallel_size * config.max_replicas
         engine = replace(engine, num_threads=max(1, (os.cpu_count() or 1) // num_ranks))
     return ClusterSpec(

@@ -1,8 +1,8 @@
-"""`tramontane serve`: brings Ray, the controller, and a gateway up in order, and down again in the opposite one.
+"""`tramontane serve`: starts Ray, the controller and a gateway in this order, and stops them in the opposite one.
 
-Knows the order and what overlaps with what: Ray starts in the main thread while another reads the tokenizer. Knows no endpoint
-and no engine. A Ray of our own ends with the command, whatever ends it, and no process and no file is left; in a Ray that was
-joined, the controller and its replicas go on, and the next `serve` finds them.
+Knows the order and what overlaps: Ray starts in the main thread while another thread reads the tokenizer. Knows no endpoint and no
+engine. A Ray cluster that this command started ends with it, however it ends, and leaves no process and no file. In a cluster that it
+joined, the controller and its replicas keep running, and the next `serve` finds them.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.cli.options import detect_device, serve_config
+from cluster.cli.options.settings import detect_device, serve_config
 from cluster.cli.ray import open_ray, spec_of
 from cluster.cli.startup import Startup
 from cluster.config.checkpoint_location import resolve_model
@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 
 def serve(args: Namespace) -> None:
-    """Returns when stopped by SIGINT or SIGTERM. Raises TramontaneError with a sentence for the user."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # until the event loop takes both
+    """Returns when stopped by SIGINT or SIGTERM. Raises TramontaneError with the message for the user."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # until the event loop handles both
     console = Console()
     try:
         _serve(args, console)
@@ -55,10 +55,11 @@ def _serve(args: Namespace, console: Console) -> None:
     folder, model_name = resolve_model(args.model, revision=args.revision)
     if args.ray_address is None:
         device = detect_device(args.device)
-    else:  # the cluster's nodes decide, once it is joined
+    else:
+        # Decided again below, by the nodes of the cluster.
         device = "cpu" if args.device == "auto" else args.device
     config = serve_config(args, folder, model_name, device=device)
-    # Before the minutes of start-up are spent.
+    # Before the start-up, which takes minutes.
     Keyring(None if config.api_keys is None else Path(config.api_keys))
     open_certificate(config.tls_cert, config.tls_key)
     check_port_is_free(config.host, config.port, shared=config.num_gateways > 1)
@@ -89,11 +90,13 @@ async def _run(config: ServeConfig, console: Console, text: "Text", cluster: "Ra
             console.line(_banner(config, urls, cluster, console.elapsed_s))
             await _until_stopped(stop, gateway)
             grace_s = config.drain_timeout_s
-            console.line(f"Stopping: running requests have {grace_s:g} s to finish (Ctrl-C again: at once).")
+            console.line(
+                f"Stopping. Running requests have {grace_s:g} s to finish; press Ctrl-C again to stop at once."
+            )
             await asyncio.gather(gateway.drain(grace_s, stop_now), drain_others())
         else:
             console.line("Stopping.")
-    console.line("Stopped." if cluster.is_ours else _goes_on(config))
+    console.line("Stopped." if cluster.is_ours else _keeps_running(config))
 
 
 async def _start(
@@ -104,7 +107,10 @@ async def _start(
     stack: contextlib.AsyncExitStack,
     stop_now: asyncio.Event,
 ) -> tuple["Gateway", list[str], Callable[[], Awaitable[None]]]:
-    """Returns when a request would be served: this gateway, all urls, and what drains the others. `stack` closes what was opened."""
+    """Returns once requests are served: this gateway, the URLs of all gateways, and a function that drains the other ones.
+
+    What it opens is closed by `stack`.
+    """
     from cluster.controller.client import ControllerClient
     from cluster.gateway.actor import start_gateways, stop_gateways, urls_of
     from cluster.gateway.gateway import Gateway
@@ -115,7 +121,7 @@ async def _start(
         stack.push_async_callback(controller.stop_replicas)
     await controller.start(spec_of(config, own_cluster=cluster.is_ours))
     tokenizer, chat_template = await asyncio.wrap_future(text)
-    gateway = Gateway(config, controller, tokenizer=tokenizer, chat_template=chat_template, on_view=startup.take)
+    gateway = Gateway(config, controller, tokenizer=tokenizer, chat_template=chat_template, on_view=startup.handle)
     stack.push_async_callback(gateway.close)
     await gateway.open()
     gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
@@ -127,7 +133,7 @@ async def _start(
 
 
 async def _until_stopped(stop: asyncio.Event, gateway: "Gateway") -> None:
-    """Raises what ended the gateway's own work, if that came first."""
+    """Returns on a signal. If the gateway's own work ends before that, raises its exception."""
     stopping, working = asyncio.create_task(stop.wait()), asyncio.create_task(gateway.work())
     try:
         await asyncio.wait([stopping, working], return_when=asyncio.FIRST_COMPLETED)
@@ -137,11 +143,11 @@ async def _until_stopped(stop: asyncio.Event, gateway: "Gateway") -> None:
         await cancel_all(stopping, working)
 
 
-def _goes_on(config: ServeConfig) -> str:
+def _keeps_running(config: ServeConfig) -> str:
     name = "" if config.deployment == DEFAULT_DEPLOYMENT else f" --name {config.deployment}"
     return (
-        f"Stopped. The replicas go on in Ray at {config.ray_address}: `tramontane serve` finds them, "
-        f"`tramontane down --ray-address {config.ray_address}{name}` ends them."
+        f"Stopped. The replicas keep running on Ray at {config.ray_address}. `tramontane serve` uses them again; "
+        f"`tramontane down --ray-address {config.ray_address}{name}` stops them."
     )
 
 
@@ -150,16 +156,20 @@ def _banner(config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed
 
     url, *others = urls
     body = json.dumps({"model": config.model_name, "prompt": "def fibonacci(n):", "max_tokens": 64})
-    # The key itself is never printed; where the environment holds it, the line works as pasted.
-    is_there = config.api_key is not None and os.environ.get(API_KEY_ENV) == config.api_key
-    key = f' -H "Authorization: Bearer {f"${API_KEY_ENV}" if is_there else "YOUR_KEY"}"' if config.has_keys else ""
+    # The key itself is never printed. Where the environment holds it, the command can be pasted as it is.
+    is_in_environment = config.api_key is not None and os.environ.get(API_KEY_ENV) == config.api_key
+    key = (
+        f' -H "Authorization: Bearer {f"${API_KEY_ENV}" if is_in_environment else "YOUR_KEY"}"'
+        if config.has_keys
+        else ""
+    )
     lines = [
         "",
         f"Ready in {elapsed_s:.1f} s.",
         f"  Endpoint   {url}/v1",
         *(f"             {other}/v1" for other in others),
         f"  Try        curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
-        f"  Open       {url}/ in a browser: playground and live cluster view; {url}/docs",
+        f"  Open       {url}/ in a browser for the playground and a live view of the cluster; {url}/docs for the API",
         f"  Watch      tramontane status --url {url}",
     ]
     if cluster.dashboard_url:

@@ -1,6 +1,6 @@
-"""What a person sees until the first replica serves: the phases of one replica, read off the controller's views.
+"""What a person sees until the first replica serves: the phases of one replica, taken from the controller's views.
 
-Knows views and the console. Raises what makes waiting pointless: a failure that will repeat, or three replicas lost at their start.
+Knows views and the console. Raises an error when waiting is useless: a failure that would repeat, or three replicas lost while starting.
 """
 
 import asyncio
@@ -8,17 +8,22 @@ import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import workers.errors
 from cluster.terminal.phases import Console, Phase
-from workers.errors import ReplicaUnavailableError, TramontaneError
+from workers.errors import CheckpointError, ConfigError, ReplicaUnavailableError, TramontaneError
 
 if TYPE_CHECKING:
     from cluster.protocol.view import ClusterView, ReplicaRecord
     from cluster.router.router import Health
 
 MAX_LOST = 3
+# By the kind of a StartFailure.
+FAILURES: dict[str, type[TramontaneError]] = {
+    "config": ConfigError,
+    "checkpoint": CheckpointError,
+    "stopping": ReplicaUnavailableError,
+}
 PHASES = {
-    "placing": "Placing {n} rank(s)",
+    "placing": "Placing {ranks}",
     "joining": "Joining the ranks",
     "loading": "Loading the weights",
     "starting": "Starting the engine",
@@ -26,28 +31,27 @@ PHASES = {
 
 
 class Startup:
-    """Give every view to `take` and await `until_ready`; `end` closes the line being shown."""
+    """Pass every view to `handle` and await `until_ready`. `end` closes the phase that is shown."""
 
     def __init__(self, console: Console, *, num_ranks: int) -> None:
         self._console = console
-        self._num_ranks = num_ranks
+        self._ranks = f"{num_ranks} rank{'s' * (num_ranks != 1)}"
         self._stack = contextlib.ExitStack()
         self._phase: Phase | None = None
-        self._shown: tuple[str, str] | None = None  # incarnation and phase on display
+        self._shown: tuple[str, str] | None = None  # incarnation and phase of what is shown
         self._said: set[str] = set()
         self._lost: dict[str, str] = {}  # incarnation -> reason
         self._failure: TramontaneError | None = None
         self._over = False
-        self._news = asyncio.Event()
+        self._has_news = asyncio.Event()
 
-    def take(self, view: "ClusterView") -> None:
+    def handle(self, view: "ClusterView") -> None:
         """One view of the cluster."""
-        self._news.set()
+        self._has_news.set()
         if self._over:
             return
         if view.failure is not None:
-            name, message = view.failure
-            self._failure = getattr(workers.errors, name, TramontaneError)(message)
+            self._failure = FAILURES[view.failure.kind](view.failure.message, remedy=view.failure.remedy)
             return
         self._lost |= {r.incarnation: r.reason or "" for r in view.replicas if r.state == "lost"}
         coming = [r for r in view.replicas if r.state in ("placing", "starting")]
@@ -55,19 +59,19 @@ class Startup:
             self._show(min(coming, key=lambda r: int(r.replica_id[1:])))
 
     async def until_ready(self, health: Callable[[], "Health"]) -> None:
-        """Raises what the controller says will not pass, and ReplicaUnavailableError after MAX_LOST replicas died at their start."""
+        """Raises the controller's failure, if any, and ReplicaUnavailableError after MAX_LOST replicas were lost while starting."""
         while not health().ready:
             if self._failure is not None:
                 raise self._failure
             if len(self._lost) >= MAX_LOST:
                 raise ReplicaUnavailableError(list(self._lost.values())[-1])
-            self._news.clear()
+            self._has_news.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.05):  # readiness also comes without a new view
-                    await self._news.wait()
+                    await self._has_news.wait()
 
     def end(self) -> None:
-        """The display is over; later views are the operator's business, not the starter's."""
+        """Shows nothing from now on; later views concern the operator, not the start."""
         self._over = True
         self._stack.close()
 
@@ -76,9 +80,9 @@ class Startup:
         if (record.incarnation, phase) != self._shown:
             self._stack.close()
             self._shown = (record.incarnation, phase)
-            self._phase = self._stack.enter_context(self._console.phase(PHASES[phase].format(n=self._num_ranks)))
+            self._phase = self._stack.enter_context(self._console.phase(PHASES[phase].format(ranks=self._ranks)))
         if phase == "loading" and self._phase is not None:
             self._phase.progress(*record.progress)
         if record.reason is not None and record.reason not in self._said:
             self._said.add(record.reason)
-            self._console.line(f"\n  {record.reason}")
+            self._console.line(f"  {record.reason}")

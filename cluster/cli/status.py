@@ -1,19 +1,16 @@
 """`tramontane status`: replicas, ranks, nodes, KV use and throughput as a table, live on a terminal.
 
-Reads one endpoint, `GET /admin/cluster`, which answers with a ClusterView. Rates are differences between two answers. Knows no Ray: it
-runs wherever the endpoint can be reached.
+Reads one endpoint, `GET /admin/cluster`, which answers with a ClusterView. Rates are differences between two answers. Does not use Ray:
+it runs on any machine that can reach the endpoint.
 """
 
-import http.client
 import sys
 import time
-import urllib.error
-import urllib.request
 from argparse import Namespace
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 from rich.console import Console, Group, RenderableType
@@ -21,14 +18,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster.cli.client import Client
 from cluster.protocol.view import ClusterView, NodeNotice, RankRecord, ReplicaRecord, ReplicaState
-from cluster.system.tls import client_context, distrust
 from cluster.terminal.tables import answer_console, plain_table
-from workers.errors import ConfigError, ReplicaUnavailableError
+from workers.errors import ReplicaUnavailableError
 
 ADMIN_PATH = "/admin/cluster"
 REQUEST_TIMEOUT_S = 5.0
-WINDOW_S = 5.0  # rates are means over about this long
+WINDOW_S = 5.0  # rates are averages over about this time
 NOTHING = "–"
 _STYLES = {
     ReplicaState.PLACING: "yellow",
@@ -41,7 +38,7 @@ _STYLES = {
 
 @dataclass(frozen=True, kw_only=True)
 class RankRate:
-    """Means over the window, None where nothing happened or the time is not measured."""
+    """Averages over the window; None where nothing happened or the time is not measured."""
 
     step_s: float | None = None
     all_reduce_s: float | None = None  # per step
@@ -49,7 +46,7 @@ class RankRate:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaRate:
-    """`tokens_per_s`: generated tokens; None before a second look. `ranks` as in the replica's record."""
+    """`tokens_per_s`: generated tokens; None before a second poll. `ranks` in the order of the replica's record."""
 
     tokens_per_s: float | None = None
     ranks: tuple[RankRate, ...] = ()
@@ -62,84 +59,46 @@ class Sample:
 
 
 def status(args: Namespace) -> None:
-    """args: url, api_key, ca_cert, watch (seconds between two looks), once, json. Raises ConfigError, ReplicaUnavailableError."""
-    is_terminal = sys.stdout.isatty()
+    """args: url, api_key, ca_cert, watch (seconds between two polls), once, json. Raises ConfigError, ReplicaUnavailableError."""
     console = answer_console()
-    if args.json or args.once or not is_terminal:
-        samples = [_look(args)]
+    with Client(args.url, api_key=args.api_key, ca_cert=args.ca_cert, timeout_s=REQUEST_TIMEOUT_S) as client:
+        if not (args.json or args.once) and sys.stdout.isatty():
+            _watch(client, console, every_s=args.watch)
+        samples = [poll(client)]
         time.sleep(args.watch)
-        samples.append(_look(args))
-        if args.json:
-            sys.stdout.write(to_json(samples) + "\n")
-        else:
-            console.print(render(samples, now=time.time()))
-        return
-    _watch(args, console)
+        samples.append(poll(client))
+    if args.json:
+        sys.stdout.write(to_json(samples) + "\n")
+    else:
+        console.print(render(samples, now=time.time()))
 
 
-def _watch(args: Namespace, console: Console) -> None:
-    samples = deque([_look(args)])
+def _watch(client: Client, console: Console, *, every_s: float) -> NoReturn:
+    """Until Ctrl-C."""
+    samples = deque([poll(client)])
     trouble = ""
     with Live(console=console, auto_refresh=False, screen=False) as live:
         while True:
             table = render(list(samples), now=time.time())
             live.update(Group(table, Text(trouble, style="red")) if trouble else table, refresh=True)
-            time.sleep(args.watch)
+            time.sleep(every_s)
             try:
-                samples.append(_look(args))
+                samples.append(poll(client))
                 trouble = ""
-            except ReplicaUnavailableError as e:  # it may be restarted just now
+            except ReplicaUnavailableError as e:  # it may be restarting
                 trouble = str(e)
             while len(samples) > 2 and samples[-1].at_s - samples[1].at_s >= WINDOW_S:
                 samples.popleft()
 
 
-def _look(args: Namespace) -> Sample:
-    view = fetch(args.url, args.api_key, ca_cert=args.ca_cert)
+def poll(client: Client) -> Sample:
+    """The state of the cluster now. Raises ReplicaUnavailableError when a later poll may succeed, ConfigError when none will."""
+    view = client.get(ADMIN_PATH, ClusterView)
     return Sample(view, time.monotonic())
 
 
-def fetch(url: str, api_key: str | None, *, ca_cert: Path | None = None) -> ClusterView:
-    """Raises ReplicaUnavailableError when nothing useful answers now, ConfigError when it never will."""
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--url {url} is not the address of a server; write it like http://127.0.0.1:8000.")
-    request = urllib.request.Request(url.rstrip("/") + ADMIN_PATH)
-    if api_key is not None:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    try:
-        context = client_context(ca_cert)
-        with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S, context=context) as response:
-            body = response.read()
-    except urllib.error.HTTPError as e:
-        raise _refusal(url, e) from e
-    except (OSError, http.client.HTTPException) as e:
-        if distrusted := distrust(url, e):
-            raise distrusted from e
-        reason = e.reason if isinstance(e, urllib.error.URLError) else e
-        reason = getattr(reason, "strerror", None) or reason
-        raise ReplicaUnavailableError(
-            f"Nothing answers at {url} ({reason}); start `tramontane serve` there, or name another address with --url."
-        ) from e
-    try:
-        return msgspec.json.decode(body, type=ClusterView)
-    except msgspec.DecodeError as e:
-        raise ConfigError(
-            f"What answers at {url} is not a Tramontane of this version ({e}); use the `tramontane` it was started with."
-        ) from e
-
-
-def _refusal(url: str, error: urllib.error.HTTPError) -> Exception:
-    if error.code in (401, 403):
-        return ConfigError(f"The server at {url} wants an admin's API key; pass --api-key or set TRAMONTANE_API_KEY.")
-    if error.code == 404:
-        return ConfigError(
-            f"The server at {url} has no {ADMIN_PATH}; --url must be a Tramontane gateway without a path behind it."
-        )
-    return ReplicaUnavailableError(f"The server at {url} answered {error.code} {error.reason}; its log says why.")
-
-
 def rates(samples: Sequence[Sample]) -> list[ReplicaRate]:
-    """Of the newest sample's replicas, in their order, since the oldest sample that knew the same start of the replica."""
+    """One per replica of the newest sample, in its order, since the oldest sample with the same incarnation of the replica."""
     last = samples[-1]
     found = []
     for replica in last.view.replicas:
@@ -177,7 +136,10 @@ def to_json(samples: Sequence[Sample]) -> str:
 
 
 def render(samples: Sequence[Sample], *, now: float) -> RenderableType:
-    """What a person sees, in 80 columns. Step and all-reduce are per step; Hits: prompt tokens found cached. now: time.time()."""
+    """The table, which fits 80 columns. Step and Reduce are times per step; Hits is the share of prompt tokens found cached.
+
+    now: time.time().
+    """
     view = samples[-1].view
     table = plain_table()
     for name in ("Replica", "State", "Rank", "Node"):
@@ -189,7 +151,7 @@ def render(samples: Sequence[Sample], *, now: float) -> RenderableType:
     for replica, rate in zip(view.replicas, rates(samples), strict=True):
         _add_rows(table, replica, rate, nodes, now)
     if view.failure is not None:
-        notes.append(f"Starting replicas is given up: {view.failure[1]}")
+        notes.append(f"No more replicas are started: {view.failure}")
     notes += [_departure(notice, now) for notice in view.notices]
     gateways = ", ".join(f"{g.url} ({g.num_running} running, {g.num_queued} queued)" for g in view.gateways)
     notes.append(f"Gateways: {gateways or 'none'}")
@@ -203,12 +165,16 @@ def _departure(notice: NodeNotice, now: float) -> str:
         if notice.drained_at is None
         else f" It was drained {notice.drained_at - notice.seen_at:.1f} s after the notice."
     )
-    what = f"The head node {notice.node_ip}, and everything with it," if notice.is_head else f"Node {notice.node_ip}"
-    return f"{what} goes away in {_duration(left_s)}: {notice.cause}{so_far}"
+    what = (
+        f"The head node {notice.node_ip}, and with it the whole cluster,"
+        if notice.is_head
+        else f"Node {notice.node_ip}"
+    )
+    return f"{what} will be preempted in {_duration(left_s)}: {notice.cause}{so_far}"
 
 
 def _node_names(view: ClusterView) -> dict[str, str]:
-    """By id: the address, and the id's beginning where several nodes share an address."""
+    """Node id -> address, with the start of the id where several nodes share an address."""
     ips = {rank.node_id: rank.node_ip for replica in view.replicas for rank in replica.ranks}
     count = Counter(ips.values())
     return {node_id: ip if count[ip] == 1 else f"{ip} {node_id[:6]}" for node_id, ip in ips.items()}
@@ -217,12 +183,12 @@ def _node_names(view: ClusterView) -> dict[str, str]:
 def _headline(view: ClusterView) -> str:
     num_ready = sum(r.state is ReplicaState.READY for r in view.replicas)
     name = view.spec.model_name if view.spec is not None else "no model yet"
-    why = f" ({view.scaling_reason})" if view.scaling_reason else ""
+    why = f". {view.scaling_reason}" if view.scaling_reason else ""
     return f"{name}: {num_ready} of {view.num_desired} replica{'s' * (view.num_desired != 1)} ready{why}"
 
 
 def _add_rows(table: Table, replica: ReplicaRecord, rate: ReplicaRate, nodes: Mapping[str, str], now: float) -> None:
-    """One row per rank; what is the replica's stands in the first."""
+    """One row per rank; the first one also shows the columns of the replica."""
     load = replica.load
     whole = (
         str(load.num_running),

@@ -1,6 +1,6 @@
 """What MODEL on the command line means: a folder, a Hugging Face Hub id, or nothing for the demo model.
 
-Knows where checkpoints lie; does not look into them. The Hub's own cache and HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply.
+Knows where checkpoints are; does not read them. The Hub's own cache and HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply.
 """
 
 import re
@@ -12,7 +12,7 @@ from workers.errors import ConfigError
 
 HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# `.pth` weights are left out on purpose: unpickling runs code.
+# Without `.pth` weights: unpickling them runs code.
 _HUB_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -25,16 +25,16 @@ _HUB_FILES = [
 
 def resolve_model(model: str | None, *, revision: str | None = None) -> tuple[Path, str]:
     """The checkpoint's folder and the name to serve it under. May download. Raises ConfigError."""
-    folder = _here(model)
+    folder = _local_folder(model)
     if folder is not None:
         return folder, folder.name
-    assert model is not None, "the demo model is here"
+    assert model is not None, "the demo model is a local folder"
     return _from_hub(model, revision), model
 
 
 def find_model(model: str | None, *, revision: str | None = None) -> Path | None:
-    """As resolve_model, but downloads nothing: None for a Hub id that this machine's cache has nothing of. Raises ConfigError."""
-    folder = _here(model)
+    """As resolve_model, but downloads nothing: None for a Hub id that is not in this machine's cache. Raises ConfigError."""
+    folder = _local_folder(model)
     if folder is not None:
         return folder
     from huggingface_hub import snapshot_download
@@ -45,14 +45,14 @@ def find_model(model: str | None, *, revision: str | None = None) -> Path | None
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as e:
-        raise ConfigError(f"{model} is neither a folder here nor a possible Hub id: {e}") from e
+        raise _not_a_hub_id(model, e) from e
 
 
 def resolve_config(model: str, *, revision: str | None = None) -> Path:
-    """A folder with the model's configuration: all that is downloaded of a Hub id. Raises ConfigError as resolve_model does."""
+    """A folder with the model's configuration file, all that it downloads of a Hub id. Raises ConfigError as resolve_model does."""
     from huggingface_hub import snapshot_download
 
-    folder = _here(model)
+    folder = _local_folder(model)
     if folder is not None:
         return folder
     with _hub_errors(model, revision):
@@ -60,7 +60,7 @@ def resolve_config(model: str, *, revision: str | None = None) -> Path:
 
 
 def download_bytes(model: str, *, revision: str | None = None) -> int:
-    """How much resolve_model would download of a Hub id. Asks the Hub; raises ConfigError as resolve_model does."""
+    """Bytes that resolve_model would download of a Hub id. Asks the Hub; raises ConfigError as resolve_model does."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
@@ -71,7 +71,7 @@ def download_bytes(model: str, *, revision: str | None = None) -> int:
     return sum(sizes[name] for name in filter_repo_objects(sizes, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
 
 
-def _here(model: str | None) -> Path | None:
+def _local_folder(model: str | None) -> Path | None:
     """The folder, if MODEL means one on this machine; None for a Hub id. Raises ConfigError."""
     if model is None:
         return _demo_model()
@@ -79,7 +79,11 @@ def _here(model: str | None) -> Path | None:
     if folder.is_dir():
         return folder.resolve()
     if folder.is_absolute() or model.startswith((".", "~")) or not _HUB_ID.fullmatch(model):
-        raise ConfigError(f"The model folder {model} does not exist; name a folder or a Hub id such as owner/name.")
+        raise ConfigError(
+            f"The model folder {model} does not exist.",
+            remedy="Give an existing folder, or a Hub id such as owner/name.",
+            param="MODEL",
+        )
     return None
 
 
@@ -89,7 +93,9 @@ def _demo_model() -> Path:
         if (folder / "config.json").is_file():
             return folder
     raise ConfigError(
-        "The demo model is not part of this installation; name a model, or make it with `make demo-model`."
+        "The demo model is not part of this installation.",
+        remedy="Give a model, or make the demo model with `make demo-model`.",
+        param="MODEL",
     )
 
 
@@ -100,15 +106,16 @@ def _from_hub(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **patterns))
 
     with _hub_errors(model, revision):
-        # Mistral's own repositories carry the weights in both layouts; one is enough.
+        # Mistral's own repositories have the weights in both layouts; one is enough.
         folder = download(ignore_patterns=["consolidated*"])
         return folder if (folder / "config.json").is_file() else download()
 
 
 @contextmanager
 def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
-    """Turns what the Hub's client raises into ConfigError with what to do."""
-    import httpx  # the Hub's own HTTP client, whose errors it lets through where it only asks
+    """Turns the exceptions of the Hub's client into ConfigError."""
+    # Late, like the Hub's client: most commands need neither.
+    import httpx
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -121,14 +128,37 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as e:
-        raise ConfigError(f"{model} is gated: accept its terms on its Hub page and set HF_TOKEN to your token.") from e
+        raise ConfigError(
+            f"{model} is gated on the Hub.",
+            remedy="Accept its terms on its Hub page and set HF_TOKEN to your token.",
+            param="MODEL",
+        ) from e
     except RevisionNotFoundError as e:
-        raise ConfigError(f"{model} has no revision {revision!r}; name a branch, tag or commit it has.") from e
+        raise ConfigError(
+            f"{model} has no revision {revision!r}.",
+            remedy="Give one of its branches, tags or commits.",
+            param="--revision",
+        ) from e
     except HFValidationError as e:
-        raise ConfigError(f"{model} is neither a folder here nor a possible Hub id: {e}") from e
+        raise _not_a_hub_id(model, e) from e
     except RepositoryNotFoundError as e:
         raise ConfigError(
-            f"There is no folder {model}, and no Hub model that you may see; for a private one set HF_TOKEN."
+            f"There is no folder {model}, and no Hub model of this id that you may read.",
+            remedy="Check the id; for a private model set HF_TOKEN.",
+            param="MODEL",
         ) from e
+    # The Hub's client lets errors of httpx through in some calls.
     except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as e:
-        raise ConfigError(f"{model} is not a folder here, and the Hub could not be reached to download it.") from e
+        raise ConfigError(
+            f"{model} is not a folder here, and the Hub could not be reached to download it.",
+            remedy="Check the network, or give a folder.",
+            param="MODEL",
+        ) from e
+
+
+def _not_a_hub_id(model: str | None, reason: Exception) -> ConfigError:
+    return ConfigError(
+        f"{model} is neither a folder here nor a valid Hub id: {reason}",
+        remedy="Give an existing folder, or a Hub id such as owner/name.",
+        param="MODEL",
+    )

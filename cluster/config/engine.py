@@ -1,4 +1,4 @@
-"""What an engine's configuration takes when nobody says otherwise, by device."""
+"""Defaults of an engine's configuration that depend on the device or the model."""
 
 from typing import Literal
 

@@ -1,10 +1,13 @@
-"""The settings of `tramontane serve`: one frozen value, checked when it is made. Knows no command line, no Ray and no torch."""
+"""The settings of `tramontane serve`: one frozen value, checked when it is made. Its messages name options; it knows no parser, no Ray
+and no torch.
+"""
 
 import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from cluster.protocol.notice import PreemptionNotices
+from cluster.protocol.spec import ClusterSpec
 from cluster.system.log import LogFormat, LogLevel
 from cluster.system.net import is_loopback, url_of
 from workers.config import EngineConfig
@@ -22,45 +25,55 @@ CHAT_TEMPLATES = ("auto", "v1", "v2", "v3", "jinja")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """All that `serve` was asked for. `port` 0 takes a free one. `deployment`: its name in Ray, a namespace there."""
+    """The settings of one deployment and of its gateways. `port` 0 picks a free one. `deployment` is its name and namespace in Ray.
+
+    A default here is the command's default. Paths are absolute: a gateway on another node reads the same files at the same place.
+    """
 
     engine: EngineConfig
     model_name: str
-    host: str
-    port: int
-    api_key: str | None = field(repr=False)
-    ray_address: str | None
-    deployment: str
-    min_replicas: int
-    max_replicas: int
-    num_gateways: int
-    routing_policy: RoutingPolicy
     max_queued_tokens: int
     queue_timeout_s: float
-    ttft_objective_s: float
-    scale_down_after_s: float
-    drain_timeout_s: float
-    chat_template: str  # one of CHAT_TEMPLATES, or the absolute path of a .jinja file
-    metrics_prefix: MetricsPrefix
-    log_level: LogLevel
-    log_format: LogFormat
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = field(default=None, repr=False)
+    ray_address: str | None = None
+    deployment: str = DEFAULT_DEPLOYMENT
+    min_replicas: int = ClusterSpec.min_replicas
+    max_replicas: int = ClusterSpec.max_replicas
+    num_gateways: int = ClusterSpec.num_gateways
+    routing_policy: RoutingPolicy = "prefix"
+    ttft_objective_s: float = ClusterSpec.ttft_objective_s
+    scale_down_after_s: float = ClusterSpec.scale_down_after_s
+    drain_timeout_s: float = ClusterSpec.drain_timeout_s
+    # One of CHAT_TEMPLATES, or the absolute path of a .jinja file.
+    chat_template: str = "auto"
+    metrics_prefix: MetricsPrefix = "tramontane"
+    log_level: LogLevel = "warning"
+    log_format: LogFormat = "text"
     log_prompts: bool = False
     serves_embeddings: bool = True
     serves_batches: bool = True
-    data_dir: str | None = None  # None: the user's own, see data_dir.py
-    batch_store: str | None = field(default=None, repr=False)  # may hold a password; None: a file in the data directory
-    api_keys: str | None = None  # paths are absolute: a gateway elsewhere needs the same files in the same place
+    # None: the user's own folder, see cluster/system/data_dir.py.
+    data_dir: str | None = None
+    # May hold a password. None: a file in the data folder.
+    batch_store: str | None = field(default=None, repr=False)
+    api_keys: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
     cors_origins: tuple[str, ...] = ()
-    preemption_notices: PreemptionNotices = "auto"
+    preemption_notices: PreemptionNotices = ClusterSpec.preemption_notices
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
-            raise ConfigError(f"--port {self.port} is not a port; use 1 to 65535, or 0 for any free one.")
+            raise ConfigError(
+                f"--port {self.port} is not a port.", remedy="Use 1 to 65535, or 0 for any free one.", param="--port"
+            )
         if not 0 <= self.drain_timeout_s < float("inf"):
             raise ConfigError(
-                f"--drain-timeout {self.drain_timeout_s:g} is negative or without end; use a number of seconds, or 0 to stop at once."
+                f"--drain-timeout {self.drain_timeout_s:g} is negative or infinite.",
+                remedy="Use a number of seconds, or 0 to stop at once.",
+                param="--drain-timeout",
             )
         for option, seconds in (
             ("--queue-timeout", self.queue_timeout_s),
@@ -68,35 +81,57 @@ class ServeConfig:
             ("--scale-down-after", self.scale_down_after_s),
         ):
             if not 0 < seconds < float("inf"):
-                raise ConfigError(f"{option} {seconds:g} is no time to wait; use a number of seconds above 0.")
+                raise ConfigError(
+                    f"{option} {seconds:g} is not a valid time.",
+                    remedy="Use a number of seconds above 0.",
+                    param=option,
+                )
         if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?", self.deployment):
-            raise ConfigError(f"--name {self.deployment!r} cannot be used; use lower-case letters, digits and hyphens.")
+            raise ConfigError(
+                f"--name {self.deployment!r} is not a valid name.",
+                remedy="Use at most 42 lower-case letters, digits and hyphens.",
+                param="--name",
+            )
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
             raise ConfigError(
-                "The API key is empty or has spaces or non-ASCII characters in it; use printable ASCII only."
+                "The API key is empty or contains spaces or non-ASCII characters.",
+                remedy="Use printable ASCII characters only.",
+                param="--api-key",
             )
         if not self.has_keys and not is_loopback(self.host):
             raise ConfigError(
-                f"--host {self.host} would open the server to the network without a key; make keys with `tramontane keys create "
-                f"NAME` and add --api-keys FILE, or add --api-key KEY, set {API_KEY_ENV}, or leave --host at 127.0.0.1."
+                f"--host {self.host} would open the server to the network without a key.",
+                remedy="Make keys with `tramontane keys create NAME` and add --api-keys FILE, or add --api-key KEY, "
+                f"set {API_KEY_ENV}, or leave --host at 127.0.0.1.",
+                param="--host",
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("--tls-key", "--tls-cert") if self.tls_cert is None else ("--tls-cert", "--tls-key")
-            raise ConfigError(f"{given} needs {missing} beside it; TLS takes both.")
+            raise ConfigError(f"{given} needs {missing} too.", remedy=f"Add {missing}.", param=missing)
         if not self.serves_batches and (self.data_dir is not None or self.batch_store is not None):
-            raise ConfigError("--no-batches leaves no use for --data-dir and --batch-store; leave them out.")
+            raise ConfigError(
+                "--data-dir and --batch-store have no effect with --no-batches.",
+                remedy="Leave them out, or leave out --no-batches.",
+                param="--no-batches",
+            )
         if self.batch_store is not None and not re.match(r"postgres(ql)?://", self.batch_store):
             raise ConfigError(
-                "--batch-store is no address of a PostgreSQL database; write postgresql://USER@HOST/DATABASE."
+                "--batch-store is not the address of a PostgreSQL database.",
+                remedy="Write postgresql://USER@HOST/DATABASE.",
+                param="--batch-store",
             )
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]+", origin):
                 raise ConfigError(
-                    f"--cors-origin {origin} is no origin; write it like https://example.org, without a path."
+                    f"--cors-origin {origin} is not a web origin.",
+                    remedy="Write it like https://example.org, without a path.",
+                    param="--cors-origin",
                 )
         if "*" in self.cors_origins and not self.has_keys:
             raise ConfigError(
-                "--cors-origin '*' would let every web page use this server, which has no key; name the origins, or add a key."
+                "--cors-origin '*' would let every web page use this server, which has no key.",
+                remedy="Name the origins, or add a key.",
+                param="--cors-origin",
             )
 
     @property
@@ -106,9 +141,9 @@ class ServeConfig:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach the server, and whoever is on it may."""
+        """Whether only this machine can reach the server, and every user of this machine may use it."""
         return not self.has_keys and is_loopback(self.host)
 
     def url(self, port: int) -> str:
-        """Where a browser on this machine finds the server."""
+        """The server's address for a browser on this machine."""
         return url_of(self.host, port, scheme="http" if self.tls_cert is None else "https")

@@ -1,4 +1,4 @@
-"""Finds, starts and calls the controller, which may be restarted at any moment. Knows Ray; passes values through.
+"""Finds, starts and calls the controller, which may restart at any moment. Knows Ray; passes values through.
 
 Every method raises the controller's own TramontaneErrors, and ReplicaUnavailableError while the controller cannot be reached.
 """
@@ -15,7 +15,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from cluster.controller.spec_store import forget_wish
+from cluster.controller.spec_store import delete_spec
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import ClusterView
@@ -25,7 +25,7 @@ from workers.errors import ReplicaUnavailableError, TramontaneError
 log = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "tramontane-controller"
-HEAD_NODE = "node:__internal_head__"  # the resource by which Ray marks it
+HEAD_NODE = "node:__internal_head__"  # the resource that marks Ray's head node
 CALL_TIMEOUT_S = 10.0
 DOWN_TIMEOUT_S = 30.0
 T = TypeVar("T")
@@ -40,11 +40,11 @@ class ControllerClient:
 
     @property
     def exists(self) -> bool:
-        """Whether a controller of this deployment runs."""
+        """Whether a controller of this deployment is running."""
         return self._find() is not None
 
     async def start(self, spec: ClusterSpec) -> None:
-        """Makes `spec` the wish of the running controller, or of a new one on the head node. Raises ConfigError."""
+        """Applies `spec` to the running controller, or starts one on the head node. Raises ConfigError."""
         from cluster.controller.controller import ControllerActor
 
         self._actor = (
@@ -56,14 +56,14 @@ class ControllerClient:
                 max_restarts=-1,
                 max_concurrency=1000,
                 num_cpus=0,
-                resources={HEAD_NODE: 0.001},  # whatever takes that node takes all of Ray along
+                resources={HEAD_NODE: 0.001},  # all of Ray ends with that node anyway
             )
             .remote(self.deployment, spec)
         )
         await self._call("apply", spec, timeout_s=60.0)
 
     async def sync(self, known: int, report: GatewayReport | None) -> ClusterView:
-        """What is, at once or as soon as it differs from version `known`; a quarter of a second at most."""
+        """The view, as soon as it differs from version `known`, after at most a quarter of a second."""
         return await self._call("sync", known, report, ray.get_runtime_context().get_node_id())
 
     async def drain(self, replica_id: str, grace_s: float | None) -> None:
@@ -71,32 +71,32 @@ class ControllerClient:
         await self._call("drain", replica_id, grace_s)
 
     async def leave(self, gateway_id: str) -> None:
-        """Tells the controller that this gateway ends."""
+        """Tells the controller that this gateway is shutting down."""
         await self._call("leave", gateway_id)
 
     async def stop_replicas(self) -> None:
-        """Ends every replica politely if the controller answers; for whoever ends Ray itself next, which ends the rest."""
+        """Ends every replica in order if the controller answers. For a caller that stops Ray next, which ends the rest."""
         if self._actor is not None:
             with contextlib.suppress(TramontaneError):
                 await self._call("down", timeout_s=CALL_TIMEOUT_S)
 
     async def down(self) -> int:
-        """Ends every replica and the controller, also where the controller does not answer. Returns how many ranks were still found."""
+        """Ends every replica and the controller, even if the controller does not answer. Returns how many ranks were still running."""
         with contextlib.suppress(TramontaneError):
             await self._call("down", timeout_s=DOWN_TIMEOUT_S)
         if (actor := self._find()) is not None:
             ray.kill(actor)
-        forget_wish(self.deployment)
+        delete_spec(self.deployment)
         return remove_all(self.deployment)
 
     async def _call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         try:
             async with asyncio.timeout(timeout_s):
-                # Looking it up hangs while Ray's control store is away; the streams of this process must not.
+                # The lookup hangs while Ray's control store is down; the streams of this process must not.
                 actor = self._actor = self._actor or await _in_daemon_thread(self._find)
                 if actor is None:
                     raise ReplicaUnavailableError(
-                        f"The controller of {self.deployment!r} does not run on this Ray cluster."
+                        f"The controller of {self.deployment!r} is not running on this Ray cluster."
                     )
                 return await getattr(actor, method).remote(*args)
         except RayTaskError as e:
@@ -114,17 +114,17 @@ class ControllerClient:
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:
-    """What it returns. Unlike asyncio.to_thread's, its thread keeps neither the loop nor the process from ending while it hangs."""
+    """Returns the result of `work`. Unlike with asyncio.to_thread, a hanging call keeps neither the loop nor the process from ending."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
     def run() -> None:
         try:
-            tell = partial(done.set_result, work())
+            finish = partial(done.set_result, work())
         except Exception as e:
-            tell = partial(done.set_exception, e)
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(lambda: done.done() or tell())
+            finish = partial(done.set_exception, e)
+        with contextlib.suppress(RuntimeError):  # the loop ended in the meantime
+            loop.call_soon_threadsafe(lambda: done.done() or finish())
 
     threading.Thread(target=run, name="controller-lookup", daemon=True).start()
     return await done

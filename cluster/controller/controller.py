@@ -1,7 +1,7 @@
-"""The controller: one detached Ray actor that keeps the replicas as they shall be, and tells gateways what is.
+"""The controller: one detached Ray actor that makes the cluster match its spec and reports the cluster's state to gateways.
 
-Knows Ray, the supervisor and the autoscaler's loop; no tokens. It outlives every gateway and is restarted by Ray if it dies; replicas
-that run then are found by their actors' names and adopted. It connects to every replica itself, so that it judges by its own eyes.
+Knows Ray, the supervisor and the autoscaler's loop; no tokens. It outlives every gateway, and Ray restarts it if it dies; it then finds
+the running replicas by the names of their actors and adopts them. It connects to every replica itself to judge its health first-hand.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import ray
 
-from cluster.controller.preemption.act import Evacuation
-from cluster.controller.preemption.watch import NodeWatch
+from cluster.controller.preemption.act import PreemptionHandler
+from cluster.controller.preemption.watch import NodeWatcher
 from cluster.controller.scaling import Scaling
-from cluster.controller.spec_store import find_wish, keep_wish
+from cluster.controller.spec_store import load_spec, save_spec
 from cluster.controller.supervisor import Supervisor
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
@@ -30,7 +30,7 @@ from workers.protocol import EngineFacts
 
 log = logging.getLogger(__name__)
 
-GATEWAY_IS_GONE_AFTER_S = 5.0
+GATEWAY_TIMEOUT_S = 5.0
 SCALING_INTERVAL_S = 1.0
 SYNC_WAIT_S = 0.25
 
@@ -58,44 +58,45 @@ class Controller:
         self._facts: EngineFacts | None = None
         self._drain_versions: dict[str, int] = {}
         self._scaling = Scaling(spec)
-        self._supervisor = Supervisor(self._make_replica, num_streams=self._num_streams, on_change=self._note_change)
+        self._supervisor = Supervisor(self.make_replica, num_streams=self._num_streams, on_change=self.note_change)
         self._supervisor.drain_timeout_s = spec.drain_timeout_s
-        self._evacuation: Evacuation | None = None  # until `start`
+        self._preemption: PreemptionHandler | None = None  # until `start`
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Adopts what runs already, then keeps things as they shall be until `down`."""
+        """Adopts the replicas that already run, then makes the cluster match the spec until `down`."""
         try:
             await self._adopt()
-        except Exception as e:  # what cannot be adopted is replaced
-            log.exception("Running replicas could not be adopted: %s", e)
+        except Exception as e:  # replicas that cannot be adopted are replaced
+            log.exception("Adopting the running replicas failed: %s", e)
         self._set_desired(self._scaling.initial(len(self._live())))
-        self._evacuation = Evacuation(self._supervisor, self._make_watch, self._note_change)
-        self._evacuation.configure(self._spec)
+        self._preemption = PreemptionHandler(self._supervisor, self.make_watcher, self.note_change)
+        self._preemption.configure(self._spec)
         self._tasks = [asyncio.create_task(self._supervisor.run()), asyncio.create_task(self._scale_forever())]
 
     async def apply(self, spec: ClusterSpec) -> None:
-        """Makes `spec` the wish. Raises ConfigError when another model, or another engine, is served under this name."""
+        """Replaces the spec. Raises ConfigError if the deployment serves another model, or the model with another engine's settings."""
         is_other = (spec.engine, spec.model_name) != (self._spec.engine, self._spec.model_name)
-        # A gateway without replicas, because they sleep, still speaks with its own model's tokenizer.
+        # A gateway without replicas, scaled to zero, still uses its own model's tokenizer.
         if is_other and (self._supervisor.records() or self._gateways):
             raise ConfigError(
-                f"The deployment {self._deployment!r} on this Ray cluster serves {self._spec.model_name} with other settings; "
-                "stop it with `tramontane down`, or start another beside it with --name."
+                f"The deployment {self._deployment!r} on this Ray cluster serves {self._spec.model_name} with other settings.",
+                remedy="Stop it with `tramontane down`, or start another next to it with --name.",
+                param="--name",
             )
         self._spec = spec
         if is_other:
             self._facts = None
-        if self._evacuation is not None:
-            self._evacuation.configure(spec)
+        if self._preemption is not None:
+            self._preemption.configure(spec)
         self._scaling.configure(spec)
         self._supervisor.drain_timeout_s = spec.drain_timeout_s
         self._supervisor.forgive()
         self._set_desired(self._scaling.initial(len(self._live())))
-        await asyncio.to_thread(keep_wish, self._deployment, spec)
+        await asyncio.to_thread(save_spec, self._deployment, spec)
 
     async def sync(self, known: int, report: GatewayReport | None, node_id: str = "") -> ClusterView:
-        """What is. Returns at once when it differs from version `known`, else after SYNC_WAIT_S. `report`: what the caller holds."""
+        """The view. Returns at once if it differs from version `known`, else after SYNC_WAIT_S. report: the caller's load."""
         if report is not None:
             self._gateways[report.gateway_id] = _Gateway(report, node_id, known, time.monotonic())
             self._wake_for_demand(report)
@@ -107,8 +108,7 @@ class Controller:
         return self.view()
 
     def view(self) -> ClusterView:
-        """What is, now."""
-        failure = self._supervisor.failure
+        """The current state of the cluster."""
         return ClusterView(
             version=self._version,
             controller_id=self._id,
@@ -124,52 +124,55 @@ class Controller:
                 )
                 for g in self._gateways.values()
             ),
-            notices=() if self._evacuation is None else self._evacuation.notices,
-            num_notices_total=0 if self._evacuation is None else self._evacuation.num_notices_total,
+            notices=() if self._preemption is None else self._preemption.notices,
+            num_notices_total=0 if self._preemption is None else self._preemption.num_notices_total,
             num_desired=self._supervisor.desired,
             scaling_reason=self._scaling.reason,
-            failure=None if failure is None else (type(failure).__name__, str(failure)),
+            failure=self._supervisor.failure,
             facts=self._facts,
         )
 
     async def drain(self, replica_id: str, grace_s: float | None = None, reason: str | None = None) -> None:
-        """Takes a replica out of service without losing a stream. Raises RequestError for an unknown one."""
+        """Takes a replica out of service without losing a stream. Raises RequestError for an unknown replica."""
         if replica_id not in {r.replica_id for r in self._supervisor.records()}:
             known = ", ".join(r.replica_id for r in self._supervisor.records()) or "none"
-            raise RequestError(f"There is no replica {replica_id!r}; the replicas are: {known}.", param="replica")
+            raise RequestError(
+                f"There is no replica {replica_id!r}.", remedy=f"The replicas are: {known}.", param="replica"
+            )
         self._supervisor.drain(replica_id, grace_s=grace_s, reason=reason)
 
     async def leave(self, gateway_id: str) -> None:
-        """A gateway says goodbye."""
+        """A gateway is shutting down."""
         self._gateways.pop(gateway_id, None)
 
     async def down(self) -> int:
-        """Ends every replica; returns how many there were. The caller then ends this actor."""
+        """Ends every replica and returns how many there were. The caller then ends this actor."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._evacuation is not None:
-            await self._evacuation.close()
+        if self._preemption is not None:
+            await self._preemption.close()
         count = len(self._supervisor.records())
         await self._supervisor.close()
         return count
 
     async def _adopt(self) -> None:
         for (replica_id, incarnation), descriptions in (await find_ranks(self._deployment)).items():
-            replica = self._make_replica(replica_id, incarnation)
+            replica = self.make_replica(replica_id, incarnation)
             try:
                 if replica_id in {r.replica_id for r in self._supervisor.records()}:
                     raise ReplicaUnavailableError(f"There is another replica {replica_id}.")
                 self._supervisor.adopt(await replica.adopt(descriptions))
-                log.info("Replica %s was found running.", replica_id)
-            except Exception as e:  # whatever is wrong with it, the others are still to be adopted
-                log.warning("Replica %s was found and is ended: %s", replica_id, e)
+                log.info("Replica %s was found running and adopted.", replica_id)
+            except Exception as e:  # one broken replica must not keep the others from being adopted
+                log.warning("Replica %s was found running, cannot be adopted and is stopped: %s", replica_id, e)
                 await replica.close(str(e))
-        # Also what was half started, and the placement groups of replicas that ended themselves.
+        # Also half-started replicas, and the placement groups of replicas that ended on their own.
         adopted = {(r.replica_id, r.incarnation) for r in self._supervisor.records()}
         await asyncio.to_thread(remove_all, self._deployment, keep=adopted)
 
-    def _make_replica(self, replica_id: str, incarnation: str | None = None) -> RayReplica:
+    def make_replica(self, replica_id: str, incarnation: str | None = None) -> RayReplica:
+        """A replica that is not started yet. Tests without Ray override this."""
         return RayReplica(
             replica_id,
             self._spec.engine,
@@ -178,21 +181,23 @@ class Controller:
             single_host=self._spec.single_host,
             log_level=self._spec.log_level,
             placement_timeout_s=self._spec.placement_timeout_s,
-            on_change=self._note_change,
+            on_change=self.note_change,
         )
 
-    def _make_watch(self, on_notice: Callable[[], None]) -> NodeWatch:
+    def make_watcher(self, on_notice: Callable[[], None]) -> NodeWatcher:
+        """The source of preemption notices. Tests without Ray override this."""
         here = ray.get_runtime_context().get_node_id()
-        return NodeWatch(on_notice, here=here, log_level=self._spec.log_level)
+        return NodeWatcher(on_notice, here=here, log_level=self._spec.log_level)
 
-    def _note_change(self) -> None:
+    def note_change(self) -> None:
+        """The record of a replica has changed: makes a new version of the view."""
         self._version += 1
         draining = set()
         for record in self._supervisor.records():
             self._facts = record.facts or self._facts
             if record.state is ReplicaState.DRAINING:
                 draining.add(record.replica_id)
-        # Whoever drains it: gateways have seen it once they know this version.
+        # Gateways know that a replica is draining once they have seen this version.
         self._drain_versions = {r: self._drain_versions.get(r, self._version) for r in draining}
         self._changed.set()
 
@@ -201,7 +206,7 @@ class Controller:
         return [r for r in self._supervisor.records() if r.state not in gone]
 
     def _num_streams(self, replica_id: str) -> int | None:
-        """Streams on this replica over all gateways; None while one of them has not seen yet that it is draining."""
+        """Streams on this replica over all gateways; None until every gateway has seen that it is draining."""
         since = self._drain_versions.get(replica_id, 0)
         gateways = self._gateways.values()
         if any(g.seen_version < since for g in gateways):
@@ -211,11 +216,11 @@ class Controller:
     def _set_desired(self, desired: int) -> None:
         if desired != self._supervisor.desired:
             self._supervisor.desired = desired
-            self._note_change()
+            self.note_change()
             self._supervisor.wake()
 
     def _wake_for_demand(self, report: GatewayReport) -> None:
-        """Whoever finds no replica is not kept waiting for the scaling loop's next round."""
+        """Scales up from zero at once, so that a waiting request need not wait for the scaling loop too."""
         if self._supervisor.desired or not self._spec.max_replicas:
             return
         if report.num_queued:
@@ -228,29 +233,31 @@ class Controller:
             await asyncio.sleep(SCALING_INTERVAL_S)
             try:
                 self._round(await asyncio.to_thread(draining_nodes))
-            except Exception as e:  # a wrong number must not end supervision
+            except Exception as e:  # an error in one round must not end the scaling
                 log.exception("A scaling round failed: %s", e)
 
     def _round(self, draining: Mapping[str, int]) -> None:
         now = time.monotonic()
         for gateway_id, gateway in list(self._gateways.items()):
-            if now - gateway.last_seen > GATEWAY_IS_GONE_AFTER_S:
-                log.warning("Gateway %s has not been heard of for %.0f s.", gateway_id, now - gateway.last_seen)
+            if now - gateway.last_seen > GATEWAY_TIMEOUT_S:
+                log.warning(
+                    "Gateway %s has not reported for %.0f s and is dropped.", gateway_id, now - gateway.last_seen
+                )
                 del self._gateways[gateway_id]
-        if self._evacuation is not None:
+        if self._preemption is not None:
             nodes = {g.node_id for g in self._gateways.values() if g.node_id}
-            self._evacuation.round(draining, gateway_nodes=nodes)
+            self._preemption.round(draining, gateway_nodes=nodes)
         reports = [g.report for g in self._gateways.values()]
         desired = self._scaling.decide(self._supervisor.records(), reports, now)
-        if self._facts is None:  # nobody can check a request before a first replica has shown what the model can take
+        if self._facts is None:  # requests cannot be checked before a first replica has reported the model's limits
             desired = max(desired, min(1, self._spec.max_replicas))
         self._set_desired(desired)
 
 
 class ControllerActor(Controller):
-    """What Ray runs, and runs again when its process died."""
+    """The Ray actor. Ray restarts it after its process died."""
 
     async def __init__(self, deployment: str, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Ray awaits it
-        kept = await asyncio.to_thread(find_wish, deployment)
-        super().__init__(deployment, kept or spec)
+        saved = await asyncio.to_thread(load_spec, deployment)
+        super().__init__(deployment, saved or spec)
         await self.start()

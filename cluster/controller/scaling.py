@@ -1,22 +1,23 @@
-"""Feeds the autoscaler's pure function with what the controller sees, and keeps its state between rounds.
+"""Calls the autoscaler's pure function with the controller's records and reports, and keeps its state between rounds.
 
-Knows records, reports and `cluster.autoscaler.decide`; no Ray, and no replica itself.
+Knows records, reports and `cluster.autoscaler.decide`; no Ray and no replicas.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from cluster.autoscaler.decide import AutoscalerConfig, AutoscalerState, Observation, decide
+from cluster.autoscaler.decide import decide
+from cluster.autoscaler.state import AutoscalerConfig, AutoscalerState, Observation
 from cluster.protocol.report import BatchDemand, GatewayReport
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import ReplicaRecord, ReplicaState
 
-# How long the batches of a gateway that has gone still count: another one takes them over when their lease has ended.
+# How long the batches of a stopped gateway still count: another gateway takes them over when their lease expires.
 TAKEOVER_S = 60.0
 
 
-class _Total:
-    """Of all gateways. One that comes or goes with a large total of its own is no burst and no lull."""
+class GatewayTotal:
+    """The sum of a counter over all gateways. A gateway that joins or leaves with a large count causes no jump."""
 
     def __init__(self) -> None:
         self._total = 0
@@ -29,17 +30,17 @@ class _Total:
 
 
 class Scaling:
-    """One deployment's scaling. `reason`: one sentence on the newest decision."""
+    """The scaling of one deployment. `reason`: one sentence about the newest decision."""
 
     def __init__(self, spec: ClusterSpec) -> None:
         self.reason = ""
         self.configure(spec)
         self._state = AutoscalerState(num_replicas=0)
-        self._arrived, self._batch_tokens = _Total(), _Total()
+        self._arrived, self._batch_tokens = GatewayTotal(), GatewayTotal()
         self._batches: dict[str, tuple[float, BatchDemand, str]] = {}  # by batch: seen when, and at which gateway
 
     def configure(self, spec: ClusterSpec) -> None:
-        """New bounds or objectives; what was seen so far stays."""
+        """Sets new bounds and objectives; keeps the observations so far."""
         self._config = AutoscalerConfig(
             min_replicas=spec.min_replicas,
             max_replicas=spec.max_replicas,
@@ -48,19 +49,19 @@ class Scaling:
         )
 
     def initial(self, num_live: int) -> int:
-        """How many to begin with: those that run, within the bounds; at least one, which shows that the model can be served."""
+        """The number to start with: the running replicas, within the bounds, but at least one, to prove that the model can be served."""
         number = min(max(num_live, self._config.min_replicas, 1), self._config.max_replicas)
-        return self._set(number, f"{number} to begin with.")
+        return self._set(number, f"{number} replicas to start with.")
 
     def wake(self) -> int:
-        """From none to one, for a request that waits."""
-        return self._set(max(1, self._state.num_replicas), "0 -> 1: a request waits.")
+        """From none to one, for a waiting request."""
+        return self._set(max(1, self._state.num_replicas), "0 -> 1: a request is waiting.")
 
     def wake_for_batch(self) -> int:
-        """From none to one, for a batch: that one goes when the batch ends."""
+        """From none to one, for a batch. That replica is removed when the batch ends."""
         batch = replace(self._state.batch, num_replicas=max(1, self._state.batch.num_replicas))
         self._state = replace(self._state, batch=batch)
-        self.reason = "0 -> 1: a batch waits."
+        self.reason = "0 -> 1: a batch is waiting."
         return batch.num_replicas
 
     def decide(self, records: Sequence[ReplicaRecord], reports: Sequence[GatewayReport], now: float) -> int:
@@ -68,15 +69,15 @@ class Scaling:
         arrived = self._arrived.add({r.gateway_id: r.arrived_tokens_total for r in reports})
         observation = replace(
             observe(records, reports, arrived_tokens_total=arrived),
-            batches=self._known_batches(reports, now),
+            batches=self.known_batches(reports, now),
             batch_tokens_total=self._batch_tokens.add({r.gateway_id: r.batch_tokens_total for r in reports}),
         )
         self._state, decision = decide(self._config, observation, self._state, now)
         self.reason = decision.reason
         return decision.num_replicas
 
-    def _known_batches(self, reports: Sequence[GatewayReport], now: float) -> tuple[BatchDemand, ...]:
-        """Those reported, each by whoever has it now, and those of gateways that were there a moment ago."""
+    def known_batches(self, reports: Sequence[GatewayReport], now: float) -> tuple[BatchDemand, ...]:
+        """The reported batches, and those of gateways that stopped reporting less than TAKEOVER_S ago."""
         here = {r.gateway_id for r in reports}
         kept = {
             batch_id: (seen, demand, gateway)
@@ -95,8 +96,8 @@ class Scaling:
 def observe(
     records: Sequence[ReplicaRecord], reports: Sequence[GatewayReport], *, arrived_tokens_total: int
 ) -> Observation:
-    """The cluster in the autoscaler's terms: without what batch lines take, which give way. Speeds are means over the ready replicas
-    that have measured one.
+    """The cluster in the autoscaler's terms, without batch lines, because those yield. Speeds are means over the ready replicas that have
+    measured one.
     """
     ready = [r for r in records if r.state is ReplicaState.READY]
     starting = [r for r in records if r.state in (ReplicaState.PLACING, ReplicaState.STARTING)]

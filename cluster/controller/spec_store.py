@@ -1,38 +1,43 @@
-"""The newest wish of each deployment, kept in Ray's own control store, where a controller that is started again finds it.
+"""Saves the newest spec of each deployment in Ray's control store, so that a restarted controller finds it.
 
-Ray starts a dead actor with the arguments it was made with: the first wish it ever had. Knows Ray's key-value store and pickling.
+Ray restarts a dead actor with the arguments it was created with, which is the first spec. Knows Ray's key-value store and pickling.
 """
 
 import logging
 import pickle
 
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
-
 from cluster.protocol.spec import ClusterSpec
+from cluster.ray_runtime.internals import KeyValueStore
 
 log = logging.getLogger(__name__)
 
-_NAMESPACE = b"tramontane-wishes"
+_STORE = KeyValueStore("tramontane-specs")
+# Where version 0.1.0 saved its specs. The escape is for test_plain_english.py, which refuses the word.
+_STORE_0_1_0 = KeyValueStore("tramontane-w\x69shes")
 
 
-def keep_wish(deployment: str, spec: ClusterSpec) -> None:
-    """Replaces what was kept."""
-    _internal_kv_put(deployment.encode(), pickle.dumps(spec), overwrite=True, namespace=_NAMESPACE)
+def save_spec(deployment: str, spec: ClusterSpec) -> None:
+    """Replaces the saved spec."""
+    _STORE.put(deployment, pickle.dumps(spec))
 
 
-def find_wish(deployment: str) -> ClusterSpec | None:
-    """What was kept last; None when there is nothing, or nothing that this version can read."""
-    kept = _internal_kv_get(deployment.encode(), namespace=_NAMESPACE)
-    if kept is None:
+def load_spec(deployment: str) -> ClusterSpec | None:
+    """The spec saved last. None if there is none, or none that this version can read; the log says which."""
+    saved = _STORE.get(deployment) or _STORE_0_1_0.get(deployment)
+    if saved is None:
         return None
     try:
-        spec = pickle.loads(kept)
-    except Exception as e:  # another version's classes: unpickling raises whatever it likes
-        log.warning("The wish kept for %s cannot be read and is left out: %r", deployment, e)
+        spec = pickle.loads(saved)
+    except Exception as e:  # unpickling the classes of another version may raise anything
+        log.warning("The saved spec of %s was written by another version and is ignored: %r", deployment, e)
         return None
-    return spec if isinstance(spec, ClusterSpec) else None
+    if isinstance(spec, ClusterSpec):
+        return spec
+    log.warning("The saved spec of %s is a %s and is ignored.", deployment, type(spec).__name__)
+    return None
 
 
-def forget_wish(deployment: str) -> None:
+def delete_spec(deployment: str) -> None:
     """For a deployment that is taken down."""
-    _internal_kv_del(deployment.encode(), namespace=_NAMESPACE)
+    for store in (_STORE, _STORE_0_1_0):
+        store.delete(deployment)

@@ -1,7 +1,7 @@
-"""Compares the replicas there should be with those there are, and acts: starts, watches, replaces with backoff, drains, ends.
+"""Compares the desired replicas with the running ones and acts: starts, watches, replaces with backoff, drains, stops.
 
-Decides in pure functions (`plan`, `backoff_s`), acts thinly on `ManagedReplica`s. Knows no Ray, no sockets and no traffic; how many
-replicas there should be is decided elsewhere.
+Decides in pure functions (`plan`, `backoff_s`) and acts on `ManagedReplica`s. Knows no Ray, no sockets and no traffic; the desired number
+is decided elsewhere.
 """
 
 import asyncio
@@ -12,39 +12,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from cluster.protocol.view import ReplicaRecord, ReplicaState
-from workers.errors import CheckpointError, ConfigError, ReplicaUnavailableError, TramontaneError
+from cluster.protocol.spec import ClusterSpec
+from cluster.protocol.view import ReplicaRecord, ReplicaState, StartFailure
+from workers.errors import CheckpointError, ConfigError, TramontaneError
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.1
-PROVEN_AFTER_S = 10.0  # a replica that served this long did not fail at starting
+PROVEN_AFTER_S = 10.0  # a replica that served this long did not fail to start
 MAX_BACKOFF_S = 30.0
-GIVE_BACK_S = (
-    0.5  # what a lost replica held is free by then: Ray looks at once for a free place, but not again for a second
-)
-DRAIN_MARGIN_S = 5.0  # behind `drain_until`, for gateways to move what still runs
+# By then a lost replica's resources are free. Ray looks for free resources at once, but then not again for a second.
+RELEASE_S = 0.5
+DRAIN_MARGIN_S = 5.0  # after `drain_until`, for gateways to move running streams
 SAME_TIME_S = 1.0
-PERMANENT = (ConfigError, CheckpointError)  # trying again cannot help
 
 
 class ManagedReplica(Protocol):
-    """One replica from its start to its end, as the supervisor sees it."""
+    """One replica from start to end, as the supervisor sees it."""
 
     @property
     def replica_id(self) -> str: ...
 
     def record(self) -> ReplicaRecord:
-        """What is known now; PLACING, STARTING or READY. The supervisor adds what it decided."""
+        """The current state: PLACING, STARTING or READY. The supervisor adds its own decisions."""
 
     async def start(self) -> None:
-        """Returns when ready. Raises TramontaneError."""
+        """Returns when the replica is ready. Raises TramontaneError."""
 
     def lost_reason(self, now: float) -> str | None:
-        """Why a replica that was ready is over, in one sentence; None while it is not. now: time.monotonic()."""
+        """Why a replica that was ready is lost, one sentence; None while it is not. now: time.monotonic()."""
 
     async def close(self, reason: str | None) -> None:
-        """Ends every process and gives the resources back. Idempotent, never raises."""
+        """Ends every process and releases the resources. Idempotent, never raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,9 @@ class Drain:
 
 
 def plan(desired: int, replicas: Sequence[ReplicaRecord]) -> list[Start | Drain]:
-    """What brings the live replicas to `desired`. New ones take the smallest free number; the least useful ones go first."""
+    """The actions that bring the live replicas to `desired`. New replicas take the smallest free number; the least useful are drained
+    first.
+    """
     live = [r for r in replicas if r.state not in (ReplicaState.DRAINING, ReplicaState.LOST)]
     if len(live) > desired:
         progress = {ReplicaState.PLACING: 0, ReplicaState.STARTING: 1, ReplicaState.READY: 2}
@@ -70,8 +71,18 @@ def plan(desired: int, replicas: Sequence[ReplicaRecord]) -> list[Start | Drain]
 
 
 def backoff_s(num_failures: int) -> float:
-    """How long to wait before the next start after this many failures in a row: 0, 0, 1, 2, 4, ... MAX_BACKOFF_S."""
+    """Seconds to wait before the next start after this many failures in a row: 0, 0, 1, 2, 4, ... MAX_BACKOFF_S."""
     return 0.0 if num_failures < 2 else min(2.0 ** (num_failures - 2), MAX_BACKOFF_S)
+
+
+def permanent_failure(error: BaseException) -> StartFailure | None:
+    """The failure to report if starting again cannot help; None for all other errors."""
+    match error:
+        case ConfigError():
+            return StartFailure(kind="config", message=error.message, remedy=error.remedy)
+        case CheckpointError():
+            return StartFailure(kind="checkpoint", message=error.message, remedy=error.remedy)
+    return None
 
 
 @dataclass
@@ -79,7 +90,7 @@ class _Entry:
     replica: ManagedReplica
     starting: asyncio.Task[None] | None = None
     closing: asyncio.Task[None] | None = None
-    state: ReplicaState | None = None  # DRAINING or LOST once decided; else the replica's own
+    state: ReplicaState | None = None  # DRAINING or LOST once decided; None: the replica's own
     reason: str | None = None
     drain_until: float | None = None
     is_leaving: bool = False
@@ -96,7 +107,7 @@ class _Entry:
 class Supervisor:
     """`await run()` in a task until cancelled; set `desired` and call `wake()`. All on one event loop.
 
-    num_streams(replica_id): how many streams gateways still have there; None when not all of them have said so yet.
+    num_streams(replica_id): how many streams gateways still have there; None if some have not reported since the drain began.
     on_change: called whenever a record's state may have changed.
     """
 
@@ -110,9 +121,9 @@ class Supervisor:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.desired = 0
-        self.drain_timeout_s = 30.0
-        self.failure: TramontaneError | None = None  # the first start cannot succeed: none is tried until `forgive`
-        self.is_ending = False  # everything is about to end, so nothing is started
+        self.drain_timeout_s = ClusterSpec.drain_timeout_s
+        self.failure: StartFailure | None = None  # the first start cannot succeed: none is tried until `forgive`
+        self.is_ending = False  # the whole cluster is about to end, so nothing is started
         self._make_replica = make_replica
         self._num_streams = num_streams
         self._on_change = on_change
@@ -121,14 +132,14 @@ class Supervisor:
         self._entries: dict[str, _Entry] = {}
         self._num_failures = 0
         self._no_start_before = 0.0
-        self._has_served = False  # what worked once is tried again whatever it fails with
+        self._has_served = False  # a spec that worked once is retried after any error
         self._woken = asyncio.Event()
 
     def records(self) -> tuple[ReplicaRecord, ...]:
         return tuple(entry.record() for entry in self._entries.values())
 
     def wake(self) -> None:
-        """Looks at everything now instead of a tick later."""
+        """Runs the next round now instead of a tick later."""
         self._woken.set()
 
     def forgive(self) -> None:
@@ -138,7 +149,7 @@ class Supervisor:
         self.wake()
 
     def adopt(self, replica: ManagedReplica) -> None:
-        """Takes over a replica that runs already."""
+        """Takes over a running replica."""
         self._entries[replica.replica_id] = _Entry(replica, ready_at=self._wall_clock())
         self._has_served = True
         self._on_change()
@@ -146,10 +157,10 @@ class Supervisor:
     def drain(
         self, replica_id: str, *, grace_s: float | None = None, reason: str | None = None, is_leaving: bool = False
     ) -> None:
-        """Nothing new is sent there; what runs has `grace_s` to end before it moves; then the replica ends. Raises KeyError.
+        """Sends the replica no new requests, gives running streams `grace_s` before they move, then stops it. Raises KeyError.
 
-        is_leaving: its node goes away. Streams move as soon as another replica has room for them; until one is ready, it serves on.
-        A second drain may only hurry the first.
+        is_leaving: its node is preempted. Streams move as soon as another replica has room; until one is ready, it keeps serving.
+        A second drain can only shorten the first.
         """
         entry = self._entries[replica_id]
         if entry.state is ReplicaState.LOST:
@@ -162,7 +173,7 @@ class Supervisor:
         entry.reason = (reason if is_leaving else entry.reason) or reason or f"Replica {replica_id} is being drained."
         entry.is_leaving = entry.is_leaving or is_leaving
         entry.state = ReplicaState.DRAINING
-        log.info("%s Streams that still run move in %.0f s.", entry.reason, entry.drain_until - self._wall_clock())
+        log.info("%s Running streams move in %.0f s.", entry.reason, entry.drain_until - self._wall_clock())
         self._on_change()
         self.wake()
 
@@ -171,7 +182,7 @@ class Supervisor:
             self._woken.clear()
             try:
                 self.tick()
-            except Exception as e:  # one replica's surprise must not end the supervision of all
+            except Exception as e:  # an error of one replica must not end the supervision of all
                 log.exception("A round of supervision failed: %s", e)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
@@ -180,9 +191,8 @@ class Supervisor:
     async def close(self) -> None:
         """Ends every replica."""
         self.desired = 0
-        self.failure = ReplicaUnavailableError(
-            "The deployment is being taken down."
-        )  # for requests that come meanwhile
+        # For requests that arrive during the shutdown.
+        self.failure = StartFailure(kind="stopping", message="The deployment is being taken down.")
         for replica_id, entry in self._entries.items():
             if entry.state is None:
                 entry.state, entry.drain_until = ReplicaState.DRAINING, self._wall_clock()
@@ -204,7 +214,7 @@ class Supervisor:
     def _may_start(self, now: float) -> bool:
         if self.failure is not None or self.is_ending or now < self._no_start_before:
             return False
-        return not any(e.lost_at is not None and now - e.lost_at < GIVE_BACK_S for e in self._entries.values())
+        return not any(e.lost_at is not None and now - e.lost_at < RELEASE_S for e in self._entries.values())
 
     def _start(self, replica_id: str) -> None:
         entry = self._entries[replica_id] = _Entry(self._make_replica(replica_id))
@@ -240,8 +250,8 @@ class Supervisor:
             return
         if not isinstance(error, TramontaneError):
             log.error("Replica %s could not be started.", replica_id, exc_info=error)
-        if isinstance(error, PERMANENT) and not self._has_served:
-            self.failure = error
+        if not self._has_served:
+            self.failure = permanent_failure(error) or self.failure
         self._lost(replica_id, entry, str(error), now)
 
     def _lost(self, replica_id: str, entry: _Entry, reason: str, now: float) -> None:
@@ -260,7 +270,7 @@ class Supervisor:
             self._end(replica_id, entry, entry.reason)
 
     def _is_last_resort(self, entry: _Entry) -> bool:
-        """A replica whose node goes away serves on until another can, while there is time."""
+        """While there is time, a replica on a preempted node keeps serving until another one can."""
         assert entry.drain_until is not None
         others = any(e.state is None and e.ready_at is not None for e in self._entries.values())
         return entry.is_leaving and not others and self.desired > 0 and self._wall_clock() < entry.drain_until

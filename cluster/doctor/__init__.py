@@ -1,1 +1,1 @@
-"""What is wrong with the machines of a cluster, and what to do about it."""
+"""Finds what is wrong with this machine or the nodes of a cluster, and says what to do about it."""

@@ -1,7 +1,7 @@
-"""A real all-reduce where a replica would run: ranks in a placement group that join as serving ranks do, measure, and go.
+"""A real all-reduce where a replica would run: starts ranks in a placement group, joins them as for serving, and measures.
 
-Knows Ray, placement and the phases of `workers.rank.probe.ProbeRank`. Takes only what nobody holds: where there is no place, it reports
-what the running replicas know of their own all-reduces instead.
+Knows Ray, placement and the phases of `workers.rank.probe.ProbeRank`. Uses only free resources; if there are not enough, it reports
+what the running replicas measured of their own all-reduces instead.
 """
 
 import asyncio
@@ -18,35 +18,60 @@ from ray.util import list_named_actors
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.doctor.facts import Failed, NotTried, Reduced, RunningReplica, Waiting
+from cluster.doctor.facts import AllReduceFailure, AllReduceResult, AllReduceSkipped, PendingRank, RunningReplica
 from cluster.replicas.placement import Gang, bundle_of, missing_for, node_ip, place
 from workers.errors import ConfigError, GroupError
 
-PLACEMENT_TIMEOUT_S = 15.0  # longer than placement waits for one host to become free
-START_S = 60.0  # to import torch, on a cold disk
-ECHO_S = 1.0  # others learn of a failure and say more
-NCCL_PATIENCE, CPU_PATIENCE = 0.8, 2.0  # of a collective's own limit
-ASK_S = 3.0  # of a rank that may hang
+PLACEMENT_TIMEOUT_S = 15.0  # longer than placement waits for a single host to become free
+START_S = 60.0  # to import torch from a cold disk
+ECHO_S = 1.0  # after the first failure: other ranks may report more about it
+# Fractions of the time limit of one collective.
+NCCL_PATIENCE, CPU_PATIENCE = 0.8, 2.0
+ASK_S = 3.0  # for an answer from a rank that may hang
 _RANK = re.compile(r"(?P<deployment>.+)-(?P<replica>r\d+)-[0-9a-f]+-rank(?P<rank>\d+)")
 
 
-async def try_all_reduce(gang: Gang, *, spread: bool, timeout_s: float) -> Reduced | Failed | NotTried:
-    """timeout_s: for the ranks to meet, and for each of their collectives. Leaves nothing in Ray."""
+async def try_all_reduce(
+    gang: Gang, *, spread: bool, timeout_s: float
+) -> AllReduceResult | AllReduceFailure | AllReduceSkipped:
+    """Starts the ranks, measures, and removes them again. Leaves nothing in Ray.
+
+    spread: each rank on a node of its own. timeout_s: limit for the ranks to join, and for each collective.
+    """
     if (reason := await asyncio.to_thread(missing_for, gang, spread=spread)) is not None:
-        return NotTried(reason=reason, running=tuple(await running_replicas()))
+        return AllReduceSkipped(reason=reason, running=tuple(await running_replicas()))
     trial = _Trial(gang, spread=spread, timeout_s=timeout_s)
     try:
         return await trial.run()
-    except ConfigError as e:  # the place was taken meanwhile
-        return NotTried(reason=str(e), running=tuple(await running_replicas()))
+    except ConfigError as e:  # the resources were taken in the meantime
+        return AllReduceSkipped(reason=str(e), running=tuple(await running_replicas()))
     finally:
         trial.close()
 
 
-class _RankError(Exception):
-    """The first rank's failure that says something, and which calls had not ended then."""
+def start_ranks(gang: Gang, *, group: PlacementGroup, name: str, token: str, timeout_s: float) -> list[ActorHandle]:
+    """Starts a ProbeRank in each bundle of the placement group; returns them by rank."""
+    from workers.rank.probe import ProbeRank
 
-    def __init__(self, message: str, suspects: tuple[int, ...], unfinished: list[int]) -> None:
+    bundle, actors = bundle_of(gang), []
+    for rank in range(gang.tensor_parallel_size):
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+        actor = ray.remote(ProbeRank).options(
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0),
+            max_concurrency=4,  # so that `where` answers while another call hangs
+            max_restarts=0,
+            scheduling_strategy=strategy,
+        )
+        options = {"size": gang.tensor_parallel_size, "device": gang.device, "name": name, "token": token}
+        actors.append(actor.remote(rank, **options, timeout_s=timeout_s))
+    return actors
+
+
+class _RankError(Exception):
+    """The most informative failure of a rank. `unfinished`: the ranks whose calls had not finished by then."""
+
+    def __init__(self, message: str, *, suspects: tuple[int, ...], unfinished: list[int]) -> None:
         super().__init__(message)
         self.suspects = suspects
         self.unfinished = unfinished
@@ -61,7 +86,7 @@ class _Trial:
         self._groups: list[PlacementGroup] = []
         self._actors: list[ActorHandle] = []
 
-    async def run(self) -> Reduced | Failed:
+    async def run(self) -> AllReduceResult | AllReduceFailure:
         nodes = await place(
             self._name,
             self._gang,
@@ -71,25 +96,30 @@ class _Trial:
             spread=self._spread,
             detached=False,
         )
-        size = self._gang.tensor_parallel_size
-        ips = tuple(node_ip(nodes[rank]) for rank in range(size))
-        self._start_actors(size)
+        ips = tuple(node_ip(nodes[rank]) for rank in range(self._gang.tensor_parallel_size))
+        self._actors = start_ranks(
+            self._gang,
+            group=self._groups[-1],
+            name=self._name,
+            token=secrets.token_hex(32),
+            timeout_s=self._timeout_s,
+        )
         several_hosts = len(set(nodes.values())) > 1
         try:
             host = ips[0] if several_hosts else "127.0.0.1"
-            meeting = await self._on_ranks([self._actors[0]], "address", host, timeout_s=START_S)
+            rendezvous = await self._on_ranks([self._actors[0]], "address", host, timeout_s=START_S)
             joined = await self._on_ranks(
-                self._actors, "join", *meeting[0], same_host=not several_hosts, timeout_s=START_S + self._timeout_s
+                self._actors, "join", rendezvous[0], same_host=not several_hosts, timeout_s=START_S + self._timeout_s
             )
-            # On the CPU each collective has its own limit. NCCL's watchdog ends the process at that limit, so the ranks are
-            # asked before whom they wait for.
+            # On the CPU a collective that times out raises. NCCL's watchdog ends the process instead, so on GPUs the ranks are asked
+            # earlier which ranks they wait for.
             patience = NCCL_PATIENCE if self._gang.device == "cuda" else CPU_PATIENCE
             measured = await self._on_ranks(self._actors, "measure", timeout_s=patience * self._timeout_s)
             await self._on_ranks(self._actors, "close", timeout_s=ASK_S)
         except _RankError as e:
             waiting = await asyncio.gather(*(self._where(rank) for rank in e.unfinished))
-            return Failed(ranks=ips, failure=str(e), suspects=e.suspects, waiting=tuple(waiting))
-        return Reduced(
+            return AllReduceFailure(ranks=ips, failure=str(e), suspects=e.suspects, waiting=tuple(waiting))
+        return AllReduceResult(
             ranks=ips,
             collectives=joined[0].collectives,
             interface=joined[0].gloo_interface,
@@ -101,29 +131,13 @@ class _Trial:
         for actor in self._actors:
             with contextlib.suppress(RayError, ValueError):
                 ray.kill(actor)
-        for group in self._groups[-1:]:  # earlier ones are gone already
+        for group in self._groups[-1:]:  # `place` has removed the earlier ones
             remove_placement_group(group)
-
-    def _start_actors(self, size: int) -> None:
-        from workers.rank.probe import ProbeRank
-
-        bundle, token = bundle_of(self._gang), secrets.token_hex(32)
-        for rank in range(size):
-            strategy = PlacementGroupSchedulingStrategy(self._groups[-1], placement_group_bundle_index=rank)
-            actor = ray.remote(ProbeRank).options(
-                num_cpus=bundle["CPU"],
-                num_gpus=bundle.get("GPU", 0),
-                max_concurrency=4,  # `where` while another call hangs
-                max_restarts=0,
-                scheduling_strategy=strategy,
-            )
-            options = {"size": size, "device": self._gang.device, "name": self._name, "token": token}
-            self._actors.append(actor.remote(rank, **options, timeout_s=self._timeout_s))
 
     async def _on_ranks(
         self, actors: Sequence[ActorHandle], method: str, *arguments: Any, timeout_s: float, **options: Any
     ) -> list[Any]:
-        """The results by rank. Raises _RankError as soon as one rank fails, or when the time is over."""
+        """The results by rank. Raises _RankError as soon as a rank fails, or after `timeout_s`."""
         tasks = [asyncio.ensure_future(_await(getattr(a, method).remote(*arguments, **options))) for a in actors]
         try:
             done, pending = await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
@@ -136,25 +150,27 @@ class _Trial:
             if not failures and not pending:
                 return [task.result() for task in tasks]
             if not failures:
-                raise _RankError(f"{method!r} did not end in {timeout_s:g} s", (), unfinished)
-            # A rank that names others knows more than one that says that something broke.
+                message = f"{method!r} did not finish within {timeout_s:g} s"
+                raise _RankError(message, suspects=(), unfinished=unfinished)
+            # A failure that names other ranks says more than one that only says that something broke.
             rank = max(failures, key=lambda r: len(_suspects(failures[r])))
-            raise _RankError(_sentence(rank, failures[rank]), _suspects(failures[rank]), unfinished)
+            message = _describe_failure(rank, failures[rank])
+            raise _RankError(message, suspects=_suspects(failures[rank]), unfinished=unfinished)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _where(self, rank: int) -> Waiting:
+    async def _where(self, rank: int) -> PendingRank:
         with contextlib.suppress(RayError, TimeoutError):
             async with asyncio.timeout(ASK_S):
                 where = await self._actors[rank].where.remote()
-                return Waiting(rank=rank, doing=where.doing, waiting_for=where.waiting_for)
-        return Waiting(rank=rank, doing="does not answer at all")
+                return PendingRank(rank=rank, doing=where.doing, waiting_for=where.waiting_for)
+        return PendingRank(rank=rank, doing="does not answer at all")
 
 
 async def running_replicas() -> list[RunningReplica]:
-    """What the ranks of every deployment on this cluster say of their all-reduces; those that do not answer are left out."""
+    """The all-reduces that each deployment's replicas on this cluster have measured. Replicas that do not answer are left out."""
     found: dict[tuple[str, str, str], dict[int, ActorHandle]] = {}
     for entry in list_named_actors(all_namespaces=True):
         if (match := _RANK.fullmatch(entry["name"])) is not None:
@@ -170,13 +186,13 @@ async def _ask_replica(deployment: str, replica_id: str, ranks: dict[int, ActorH
     with contextlib.suppress(RayError, TimeoutError):
         async with asyncio.timeout(ASK_S):
             actors = [ranks[rank] for rank in sorted(ranks)]
-            who = await asyncio.gather(*(_await(actor.describe.remote()) for actor in actors))
+            descriptions = await asyncio.gather(*(_await(actor.describe.remote()) for actor in actors))
             stats = await actors[0].stats.remote()
-            count, seconds = stats["num_all_reduces_total"], stats["all_reduce_s_total"]
+            count, seconds = stats.num_all_reduces_total, stats.all_reduce_s_total
             return RunningReplica(
                 deployment=deployment,
                 replica_id=replica_id,
-                ranks=tuple(node_ip(d["node_id"]) for d in who),
+                ranks=tuple(node_ip(description.node_id) for description in descriptions),
                 num_all_reduces=count,
                 mean_s=seconds / count if count and seconds is not None else None,
             )
@@ -192,7 +208,7 @@ def _suspects(error: BaseException) -> tuple[int, ...]:
     return cause.ranks if isinstance(cause, GroupError) else ()
 
 
-def _sentence(rank: int, error: BaseException) -> str:
+def _describe_failure(rank: int, error: BaseException) -> str:
     if isinstance(error, RayTaskError):
         return str(error.cause) if isinstance(error.cause, GroupError) else f"Rank {rank}: {error.cause!r}"
     if isinstance(error, RayActorError):

@@ -1,13 +1,13 @@
-"""What is known of the machines before anybody judges it. Plain values, which travel between nodes as JSON; unknown is None.
+"""What is known about the machines before anything is judged. Plain values that travel between nodes as JSON; unknown is None.
 
-Unknown fields are ignored and missing ones have defaults, so that nodes with another version of Tramontane are still understood.
+Unknown fields are ignored and missing ones have defaults, so the doctor understands nodes with another version of Tramontane.
 """
 
 import msgspec
 
 
 class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):
-    """A process with a context on a GPU. `name`: what it calls itself, such as ray::RankActor."""
+    """A process that uses a GPU. `name` is its own title, such as ray::RankActor."""
 
     pid: int
     name: str
@@ -26,7 +26,11 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Nvidia(msgspec.Struct, frozen=True, kw_only=True):
-    """`num_devices`: /dev/nvidiaN, which are there with a loaded driver. `failure`: why nvidia-smi did not answer; None without it too."""
+    """The NVIDIA driver and its GPUs.
+
+    num_devices: number of /dev/nvidiaN files, which a loaded driver creates. failure: why nvidia-smi failed; None if it answered
+    or is not installed.
+    """
 
     num_devices: int = 0
     driver: str | None = None
@@ -35,7 +39,7 @@ class Nvidia(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Versions(msgspec.Struct, frozen=True, kw_only=True):
-    """`cuda`: what torch was built with; None for a CPU build."""
+    """`cuda`: the CUDA release torch was built with; None for a CPU build."""
 
     tramontane: str | None = None
     python: str | None = None
@@ -46,7 +50,7 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Filesystem(msgspec.Struct, frozen=True, kw_only=True):
-    """`purpose` follows "for" in a sentence."""
+    """`purpose`: what the path is used for; it follows the word "for" in messages."""
 
     path: str
     purpose: str
@@ -55,9 +59,11 @@ class Filesystem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Network(msgspec.Struct, frozen=True, kw_only=True):
-    """`stack` names the kernel and network namespace: equal on two nodes, they share one loopback. `interfaces`: IPv4 address by name.
+    """A node's network, as its processes see it.
 
-    `hostname_address`: what the host's own name resolves to. `gloo_interface` and `nccl_interface`: those variables of the environment.
+    stack: identifies the kernel and the network namespace; two nodes with the same value share one loopback interface.
+    interfaces: IPv4 address by interface name. hostname_address: the address the host's own name resolves to.
+    gloo_interface, nccl_interface: the values of GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME.
     """
 
     stack: str | None = None
@@ -71,7 +77,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     num_cpus: int = 1
-    memory_bytes: int | None = None  # of the machine, or of the container where that is less
+    memory_bytes: int | None = None  # of the machine, or of the container if that is less
     free_memory_bytes: int | None = None
     versions: Versions = Versions()
     nvidia: Nvidia = Nvidia()
@@ -81,25 +87,32 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
-    sentence: str
+    """Something wrong with a checkpoint: what, and what to do."""
+
+    message: str = msgspec.field(name="sentence")  # nodes of version 0.1.0 and scripts know it by this name
     remedy: str
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint folder as one node sees it. `fingerprint`: of names, sizes and headers, equal where the files are the same."""
+    """A checkpoint folder as one node sees it.
+
+    bytes_per_weight: as stored; None if the configuration cannot be read. fingerprint: of file names, sizes and headers; equal
+    on two nodes if the files are the same.
+    """
 
     folder: str
     num_files: int = 0
     num_bytes: int = 0
-    bytes_per_weight: int | None = None  # as stored; None where the configuration cannot be read
+    bytes_per_weight: int | None = None
     fingerprint: str | None = None
     faults: tuple[Fault, ...] = ()
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine as a node of a Ray cluster, or alone. `machine` is None where it could not be looked at, which `failure` explains.
+    """A node of a Ray cluster, or this machine without Ray.
 
-    `ray_cpus`, `ray_gpus`: what Ray gives away there; None without Ray. `model`: None where no rank can be, or none was asked for.
+    machine: None if the node could not be examined; `failure` says why. model: None if no checkpoint was examined there.
+    ray_cpus, ray_gpus: what Ray can allocate there; None without Ray.
     """
 
     address: str
@@ -111,15 +124,18 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether a process on `source` could talk to one on `target` over TCP, on a port the kernel chose. Both are node addresses."""
+    """Whether a process on `source` can talk to one on `target` over TCP, on a port the kernel chose. Both are node addresses."""
 
     source: str
     target: str
     failure: str | None = None
 
 
-class Reduced(msgspec.Struct, frozen=True, kw_only=True):
-    """All ranks took part in right all-reduces. `ranks`: each rank's node address. See workers.rank.probe for the figures."""
+class AllReduceResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Every rank took part in all-reduces with correct results.
+
+    ranks: the node address of each rank. See workers.rank.probe for how latency and bandwidth are measured.
+    """
 
     ranks: tuple[str, ...]
     collectives: str
@@ -128,25 +144,25 @@ class Reduced(msgspec.Struct, frozen=True, kw_only=True):
     bus_bytes_per_s: float
 
 
-class Waiting(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank that had not ended when the others were given up. `doing` ends a sentence that begins with the rank."""
+class PendingRank(msgspec.Struct, frozen=True, kw_only=True):
+    """A rank that had not finished when the trial ended. `doing` completes a sentence that starts with the rank."""
 
     rank: int
     doing: str
     waiting_for: tuple[int, ...] = ()
 
 
-class Failed(msgspec.Struct, frozen=True, kw_only=True):
-    """Ranks were started but did not all-reduce. `suspects`: those that the failure names as missing."""
+class AllReduceFailure(msgspec.Struct, frozen=True, kw_only=True):
+    """Ranks were started, but their all-reduce failed. `suspects`: the ranks that the failure names as missing."""
 
     ranks: tuple[str, ...]
     failure: str
     suspects: tuple[int, ...] = ()
-    waiting: tuple[Waiting, ...] = ()
+    waiting: tuple[PendingRank, ...] = ()
 
 
 class RunningReplica(msgspec.Struct, frozen=True, kw_only=True):
-    """Ranks that serve now. `mean_s`: of their all-reduces so far, None where that is not measured."""
+    """A replica that is serving now. `mean_s`: the mean time of its all-reduces so far; None if it is not measured."""
 
     deployment: str
     replica_id: str
@@ -155,9 +171,9 @@ class RunningReplica(msgspec.Struct, frozen=True, kw_only=True):
     mean_s: float | None = None
 
 
-class NotTried(msgspec.Struct, frozen=True, kw_only=True):
-    """No ranks were started: there is no place for them, or it is somebody's. `running`: who says what the trial would have said."""
+class AllReduceSkipped(msgspec.Struct, frozen=True, kw_only=True):
+    """No ranks were started: there is no room for them, or it is in use. `running`: what the running replicas measured."""
 
     reason: str
-    remedy: str = "Run this again when they are free, or ask for fewer ranks with --tensor-parallel-size."
+    remedy: str = "Run this again when they are free, or use fewer ranks with --tensor-parallel-size."
     running: tuple[RunningReplica, ...] = ()

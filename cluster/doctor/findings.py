@@ -1,4 +1,4 @@
-"""What the doctor says: one finding per thing looked at, and what a script is told. Knows no facts and no terminal."""
+"""The doctor's findings: one for each thing it checked. Knows no facts and no terminal."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -8,30 +8,34 @@ import msgspec
 
 class Severity(StrEnum):
     OK = "ok"
-    WARNING = "warning"  # serves, but slower, with less room, or not in every case
-    PROBLEM = "problem"  # serving fails, or will
+    WARNING = "warning"  # it serves, but slower, with less room, or not in every case
+    PROBLEM = "problem"  # serving fails, or will fail
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """`node`: its address, or None for what concerns all of them or none. `remedy`: what to do; "" only where all is well."""
+    """The result of one check.
+
+    node: the node's address, or None for a finding about several nodes or none. message: what was found. remedy: what to do;
+    empty only for an ok.
+    """
 
     check: str
     severity: Severity
-    sentence: str
+    message: str = msgspec.field(name="sentence")  # the name of it that scripts read in `doctor --json`
     remedy: str = ""
     node: str | None = None
 
 
-def ok(check: str, sentence: str, *, node: str | None = None) -> Finding:
-    return Finding(check=check, severity=Severity.OK, sentence=sentence, node=node)
+def ok(check: str, message: str, *, node: str | None = None) -> Finding:
+    return Finding(check=check, severity=Severity.OK, message=message, node=node)
 
 
-def warning(check: str, sentence: str, remedy: str, *, node: str | None = None) -> Finding:
-    return Finding(check=check, severity=Severity.WARNING, sentence=sentence, remedy=remedy, node=node)
+def warning(check: str, message: str, remedy: str, *, node: str | None = None) -> Finding:
+    return Finding(check=check, severity=Severity.WARNING, message=message, remedy=remedy, node=node)
 
 
-def problem(check: str, sentence: str, remedy: str, *, node: str | None = None) -> Finding:
-    return Finding(check=check, severity=Severity.PROBLEM, sentence=sentence, remedy=remedy, node=node)
+def problem(check: str, message: str, remedy: str, *, node: str | None = None) -> Finding:
+    return Finding(check=check, severity=Severity.PROBLEM, message=message, remedy=remedy, node=node)
 
 
 def count(findings: Sequence[Finding], severity: Severity) -> int:

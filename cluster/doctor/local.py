@@ -1,27 +1,28 @@
-"""Checks of the machine the command itself runs on: where MODEL is and whether ranks can share it, and if the HTTP port is free."""
+"""Checks that concern only the machine the command runs on: where the model is, how it can be split, and whether the HTTP port is free."""
 
-import http.client
 import shutil
-import urllib.request
 from pathlib import Path
 
+import httpx
+
 from cluster.config.checkpoint_location import download_bytes, find_model
+from cluster.doctor.amounts import format_bytes
 from cluster.doctor.findings import Finding, ok, problem, warning
-from cluster.doctor.words import sentence_and_remedy, size
 from cluster.system.net import check_port_is_free, url_of
 from workers.config import load_model_config
 from workers.errors import ConfigError
 
 ANSWER_TIMEOUT_S = 3.0
 PAGE_BYTES = 4096
+BAD_MODEL_REMEDY = "Check the name of the model."
 
 
 def locate_model(model: str | None, revision: str | None) -> tuple[Path | None, list[Finding]]:
-    """The checkpoint's folder if it is here; else what stands against it, or against its download."""
+    """The checkpoint's folder if it is on this machine; otherwise None and a finding about its name or its download."""
     try:
         folder = find_model(model, revision=revision)
     except ConfigError as e:
-        return None, [problem("model", *sentence_and_remedy(e, otherwise="Check its name."))]
+        return None, [problem("model", e.message, e.remedy or BAD_MODEL_REMEDY)]
     if folder is not None:
         return folder, []
     assert model is not None, "without a name it is the demo model, which is here"
@@ -35,19 +36,19 @@ def _judge_download(model: str, revision: str | None) -> Finding:
     try:
         num_bytes = download_bytes(model, revision=revision)
     except ConfigError as e:
-        return problem("model", f"It is not here yet, and cannot be downloaded: {e}", "Put it right, or name a folder.")
+        message = f"{model} is not on this machine and cannot be downloaded: {e.message}"
+        return problem("model", message, e.remedy or "Check its name and --revision, or name a folder.")
     free = shutil.disk_usage(next(p for p in (cache, *cache.parents) if p.exists())).free
-    room = f"{size(num_bytes)}, {size(free)} are free at {cache}"
+    needed = f"{format_bytes(num_bytes)}; {format_bytes(free)} are free at {cache}"
     if free < num_bytes:
-        return problem(
-            "model", f"{model} has no room here: its download is {room}.", "Free some, or set HF_HOME to a larger disk."
-        )
-    remedy = f"`hf download {model}` does it beforehand, on every node that shall hold ranks."
-    return warning("model", f"{model} is not here yet; the first start downloads it: {room}.", remedy)
+        remedy = "Free some space, or set HF_HOME to a folder on a larger disk."
+        return problem("model", f"There is not enough disk space to download {model}: it needs {needed}.", remedy)
+    remedy = f"To download it now, run `hf download {model}` on every node that will run ranks."
+    return warning("model", f"{model} is not on this machine yet. The first start downloads {needed}.", remedy)
 
 
 def judge_division(folder: Path, tensor_parallel_size: int) -> list[Finding]:
-    """Whether so many ranks can share the model; silent where the configuration itself is the trouble, which is found elsewhere."""
+    """Whether the model can be split over that many ranks. Empty if so, and if the configuration cannot be read (another check says so)."""
     try:
         config = load_model_config(folder)
     except ConfigError:
@@ -55,28 +56,34 @@ def judge_division(folder: Path, tensor_parallel_size: int) -> list[Finding]:
     try:
         config.check_tensor_parallel_size(tensor_parallel_size)
     except ConfigError as e:
-        sentence, _, remedy = str(e).rpartition(". ")
-        return [problem("model", f"{sentence}.", remedy)]
+        return [problem("model", e.message, e.remedy or "Choose another --tensor-parallel-size.")]
     return []
 
 
 def judge_port(host: str, port: int) -> Finding:
-    """Whether `serve` could listen there. One of ours that does already is no problem."""
+    """Whether `serve` can listen there. A Tramontane that already listens there is ok."""
     url = url_of(host, port)
     try:
         check_port_is_free(host, port)
     except ConfigError:
         if _is_tramontane(url):
-            return ok("port", f"Port {port} is in use by a running Tramontane, at {url}.")
-        remedy = f"Choose another with --port, or end what listens there: `ss -ltnp 'sport = :{port}'` names it."
-        return problem("port", f"Port {port} on {host} is in use, or not for this user.", remedy)
+            return ok("port", f"Port {port} is in use by a running Tramontane at {url}.")
+        remedy = f"Choose another with --port, or stop the process that `ss -ltnp 'sport = :{port}'` shows."
+        return problem("port", f"Port {port} on {host} is in use, or this user may not listen on it.", remedy)
     return ok("port", f"Port {port} on {host} is free for the HTTP endpoint.")
 
 
 def _is_tramontane(url: str) -> bool:
-    """By its page, which needs no key."""
+    """Recognized by the title of its page, which needs no key."""
+    start = b""
     try:
-        with urllib.request.urlopen(url, timeout=ANSWER_TIMEOUT_S) as answer:
-            return b"<title>Tramontane" in answer.read(PAGE_BYTES)
-    except (OSError, http.client.HTTPException):
+        # The address is this machine's own: HTTP_PROXY is for others.
+        with httpx.stream("GET", url, timeout=ANSWER_TIMEOUT_S, follow_redirects=True, trust_env=False) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                start += chunk
+                if len(start) >= PAGE_BYTES:
+                    break
+    except httpx.HTTPError:
         return False
+    return b"<title>Tramontane" in start

@@ -1,6 +1,6 @@
-"""Reads one machine: versions, memory, filesystems, network. Runs on every node; imports no torch, starts nothing but nvidia-smi.
+"""Reads the facts about one machine: versions, memory, filesystems, network. Runs on every node.
 
-What cannot be read is left unknown: whoever judges says what that means.
+Imports no torch and starts no process except nvidia-smi. What cannot be read is left unknown; what that means is decided in judge/.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ ROOT = Path("/")
 
 
 def read_machine(disks: Mapping[str, str]) -> Machine:
-    """disks: what for, by path; a path need not exist yet."""
+    """disks: what each path is used for. A path does not have to exist yet."""
     memory, free = read_memory()
     return Machine(
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
@@ -48,16 +48,16 @@ def read_versions() -> Versions:
 
 
 def read_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
-    """In all and free for new processes, of the machine or of the container (cgroup v2) where that has less."""
+    """Total and available bytes, of the machine or of the container (cgroup v2) if that has less. (None, None) if unknown."""
     try:
         meminfo = (root / "proc/meminfo").read_text()
         total, free = (int(_search(rf"^{name}:\s+(\d+) kB", meminfo)) * 1024 for name in ("MemTotal", "MemAvailable"))
     except (OSError, ValueError):
         return None, None
     cgroup = root / "sys/fs/cgroup"
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit: "max" is no number
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit: "max" is not a number
         limit = int((cgroup / "memory.max").read_text())
-        # What the page cache holds is given back on demand.
+        # The kernel gives the page cache back when a process needs the memory.
         cached = int(_search(r"^inactive_file (\d+)$", (cgroup / "memory.stat").read_text()))
         used = int((cgroup / "memory.current").read_text()) - cached
         return min(total, limit), min(free, limit - used)
@@ -65,7 +65,7 @@ def read_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
 
 
 def read_filesystem(path: Path, purpose: str) -> Filesystem:
-    """Of the folder, or of the one it will be made in."""
+    """The filesystem of the folder, or of the folder it will be created in."""
     existing = next(p for p in (path, *path.parents) if p.exists())
     usage = shutil.disk_usage(existing)
     return Filesystem(path=str(path), purpose=purpose, total_bytes=usage.total, free_bytes=usage.free)
@@ -105,7 +105,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _torch_cuda() -> str | None:
-    """torch.version.cuda, read and not imported: torch takes seconds and a gigabyte to load."""
+    """torch.version.cuda, read from the source: importing torch takes seconds and a gigabyte of memory."""
     spec = find_spec("torch")
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         with contextlib.suppress(OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Whether a checkpoint folder is complete, by its configuration, its index and the first bytes of each safetensors file.
+"""Whether a checkpoint folder is complete, judged by its configuration, its index and the header of each safetensors file.
 
-Reads no weights: a 7B model takes milliseconds. Knows the safetensors format and what a layer is named; the loader later proves shapes.
+Reads no weights, so a 7B model takes milliseconds. Knows the safetensors format and the names of layers; the loader checks shapes.
 """
 
 import hashlib
@@ -10,38 +10,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.doctor.amounts import format_bytes
 from cluster.doctor.facts import Fault, Model
-from cluster.doctor.words import sentence_and_remedy, size
 from workers.config import ModelConfig, load_model_config
 from workers.errors import CheckpointError, ConfigError
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
-AGAIN = "Download it again; `hf download` continues where it stopped."
+DOWNLOAD_AGAIN = "Download it again; `hf download` continues where it stopped."
+CHECKPOINT_REMEDY = "Use a complete checkpoint that Tramontane supports."
 
 
 class _BadFileError(Exception):
-    def __init__(self, sentence: str, remedy: str = AGAIN) -> None:
-        super().__init__(sentence)
-        self.fault = Fault(sentence=sentence, remedy=remedy)
+    def __init__(self, message: str, *, remedy: str = DOWNLOAD_AGAIN) -> None:
+        super().__init__(message)
+        self.fault = Fault(message=message, remedy=remedy)
 
 
 def read_model(folder: str) -> Model:
-    """Never raises: what is wrong is in `faults`."""
+    """Reads the folder on this machine. Never raises for what is wrong with it: that is in `faults`."""
     from workers.weights.files import weight_files
 
     path = Path(folder)
     if not path.is_dir():
         fault = Fault(
-            sentence=f"The model folder {folder} does not exist here.",
-            remedy="Every node that holds ranks needs the files at the same path: copy them there, or put them on a shared disk.",
+            message=f"The model folder {folder} does not exist on this node.",
+            remedy="Copy the files to the same path on every node that runs ranks, or put them on a shared disk.",
         )
         return Model(folder=folder, faults=(fault,))
     try:
         config = load_model_config(path)
         files = weight_files(path, config.layout)
     except (ConfigError, CheckpointError) as e:
-        return Model(folder=folder, faults=(_said(e),))
+        return Model(folder=folder, faults=(_fault(e),))
     faults: list[Fault] = []
     tensors: dict[str, Path] = {}
     digest = hashlib.sha256(_config_bytes(path))
@@ -68,7 +69,7 @@ def read_model(folder: str) -> Model:
 
 
 def read_header(file: Path) -> bytes:
-    """The JSON at a safetensors file's beginning, checked against the file's size. Raises _BadFileError, which names the file."""
+    """The JSON header of a safetensors file, checked against the file's size. Raises _BadFileError, which names the file."""
     num_bytes = file.stat().st_size
     try:
         with file.open("rb") as f:
@@ -76,22 +77,24 @@ def read_header(file: Path) -> bytes:
             length = int.from_bytes(start, "little")
             if start == b"version ":
                 raise _BadFileError(
-                    f"{file} is a pointer of Git LFS, not the weights.", "Run `git lfs pull` in its folder."
+                    f"{file} is a Git LFS pointer, not the weights.", remedy="Run `git lfs pull` in its folder."
                 )
             if len(start) < 8 or length > min(num_bytes - 8, MAX_HEADER_BYTES):
-                raise _BadFileError(f"{file} ({size(num_bytes)}) is truncated in its header, or no safetensors file.")
+                raise _BadFileError(
+                    f"{file} ({format_bytes(num_bytes)}) is not a safetensors file, or is truncated in its header."
+                )
             header = f.read(length)
         ends = [tensor["data_offsets"][1] for tensor in _names(json.loads(header)).values()]
         expected = 8 + length + max(ends, default=0)
     except OSError as e:
         raise _BadFileError(
-            f"{file} cannot be read: {e.strerror}.", "Give the user that Ray runs as the right to."
+            f"{file} cannot be read: {e.strerror}.", remedy="Give read permission to the user that runs Ray."
         ) from e
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
-        raise _BadFileError(f"{file} has a header that is not safetensors'.") from e
+        raise _BadFileError(f"{file} does not have a valid safetensors header.") from e
     if num_bytes != expected:
         what = "truncated" if num_bytes < expected else "longer than its header says"
-        raise _BadFileError(f"{file} is {what}: {num_bytes:,} bytes, where {expected:,} belong.")
+        raise _BadFileError(f"{file} is {what}: it has {num_bytes:,} bytes instead of {expected:,}.")
     return header
 
 
@@ -100,51 +103,50 @@ def _names(header: Any) -> dict[str, Any]:
 
 
 def _check_index(folder: Path, config: ModelConfig, tensors: Mapping[str, Path]) -> list[Fault]:
-    """What the index promises and its files do not have; `weight_files` has seen that it can be read."""
+    """Tensors that the index lists and the files lack. `weight_files` has already checked that the index can be read."""
     from workers.weights.files import INDEXES
 
     index = folder / INDEXES[config.layout]
     if not index.is_file():
         return []
-    promised: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    missing = [name for name, file in promised.items() if name not in tensors or tensors[name].name != file]
+    listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    missing = [name for name, file in listed.items() if name not in tensors or tensors[name].name != file]
     if not missing:
         return []
     first = missing[0]
     more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    sentence = f"{index.name} says that {promised[first]} has the tensor {first!r}{more}, which it has not."
-    return [Fault(sentence=sentence, remedy=f"The files are of different downloads or revisions. {AGAIN}")]
+    message = f"{index.name} lists the tensor {first!r}{more} in {listed[first]}, which does not have it."
+    return [Fault(message=message, remedy=f"The files come from different downloads or revisions. {DOWNLOAD_AGAIN}")]
 
 
 def _check_layers(config: ModelConfig, tensors: Mapping[str, Path]) -> list[Fault]:
-    """A whole file that nobody downloaded shows as layers that are missing, or have less in them than others."""
+    """Finds a missing file without an index: layers are absent, or have fewer tensors than the others."""
     layers: dict[int, set[str]] = {}
     for name in tensors:
         if (match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)", name)) is not None:
             layers.setdefault(int(match[1]), set()).add(match[2])
-    whole = set().union(*layers.values()) if layers else set()
-    bad = [i for i in range(config.num_hidden_layers) if layers.get(i, set()) != whole or not whole]
+    complete = set().union(*layers.values()) if layers else set()
+    bad = [i for i in range(config.num_hidden_layers) if layers.get(i, set()) != complete or not complete]
     if not bad:
         return []
-    sentence = (
-        f"Of {config.num_hidden_layers} layers {len(bad)} are incomplete in these files, the first is layer {bad[0]}."
+    message = (
+        f"{len(bad)} of {config.num_hidden_layers} layers are incomplete in these files; the first is layer {bad[0]}."
     )
-    return [Fault(sentence=sentence, remedy=f"A file of weights is missing. {AGAIN}")]
+    return [Fault(message=message, remedy=f"A weight file is missing. {DOWNLOAD_AGAIN}")]
 
 
 def _check_tokenizer(folder: Path, config: ModelConfig) -> list[Fault]:
-    from cluster.text.tokenizer import load_tokenizer  # late: SentencePiece is needed for this only
+    from cluster.text.tokenizer import load_tokenizer  # late: only this check needs SentencePiece
 
     try:
         load_tokenizer(folder, model_vocab_size=config.vocab_size)
     except ConfigError as e:
-        return [_said(e)]
+        return [_fault(e)]
     return []
 
 
-def _said(error: ConfigError | CheckpointError) -> Fault:
-    sentence, remedy = sentence_and_remedy(error, otherwise="Name a checkpoint that Tramontane supports, complete.")
-    return Fault(sentence=sentence, remedy=remedy)
+def _fault(error: ConfigError | CheckpointError) -> Fault:
+    return Fault(message=error.message, remedy=error.remedy or CHECKPOINT_REMEDY)
 
 
 def _config_bytes(folder: Path) -> bytes:

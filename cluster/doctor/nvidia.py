@@ -1,4 +1,4 @@
-"""The GPUs of this machine, read off nvidia-smi, which comes with the driver. Knows its CSV; judges nothing and imports no torch."""
+"""The GPUs of this machine, as nvidia-smi reports them, which comes with the driver. Knows its CSV; judges nothing, imports no torch."""
 
 import contextlib
 import subprocess
@@ -27,7 +27,7 @@ Run = Callable[[Sequence[str]], str]
 
 
 def read_nvidia(run: Run | None = None, *, dev: Path = Path("/dev")) -> Nvidia:
-    """run: runs a command and returns its stdout, or raises OSError or CalledProcessError; replaceable for tests."""
+    """run: runs a command and returns its stdout; raises OSError or subprocess.SubprocessError. Tests pass their own."""
     run = run or _run
     num_devices = sum(path.name.removeprefix("nvidia").isdigit() for path in dev.glob("nvidia[0-9]*"))
     try:
@@ -35,16 +35,16 @@ def read_nvidia(run: Run | None = None, *, dev: Path = Path("/dev")) -> Nvidia:
     except FileNotFoundError:
         return Nvidia(num_devices=num_devices)
     except subprocess.CalledProcessError as e:
-        said = " ".join(f"{e.stdout or ''} {e.stderr or ''}".split())
-        return Nvidia(num_devices=num_devices, failure=f"nvidia-smi ended with {e.returncode}: {said}")
+        output = " ".join(f"{e.stdout or ''} {e.stderr or ''}".split())
+        return Nvidia(num_devices=num_devices, failure=f"nvidia-smi exited with code {e.returncode}: {output}")
     except (OSError, subprocess.TimeoutExpired) as e:
-        return Nvidia(num_devices=num_devices, failure=f"nvidia-smi gave no answer: {e}")
+        return Nvidia(num_devices=num_devices, failure=f"nvidia-smi did not answer: {e}")
     try:
         rows = list(_rows(answer, GPU_FIELDS))
         processes = _processes(run)
         gpus = tuple(_gpu(row, processes[row["uuid"]]) for row in rows)
     except ValueError as e:
-        return Nvidia(num_devices=num_devices, failure=f"nvidia-smi answered what cannot be understood: {e}")
+        return Nvidia(num_devices=num_devices, failure=f"the output of nvidia-smi could not be parsed: {e}")
     return Nvidia(num_devices=num_devices, driver=rows[0]["driver_version"] if rows else None, gpus=gpus)
 
 
@@ -65,7 +65,7 @@ def _gpu(row: dict[str, str], processes: list[GpuProcess]) -> Gpu:
 
 
 def _processes(run: Run) -> dict[str, list[GpuProcess]]:
-    """By GPU. In a container nvidia-smi does not see them: none is no proof that there are none."""
+    """By GPU. Inside a container nvidia-smi does not see other processes, so an empty list proves nothing."""
     found: dict[str, list[GpuProcess]] = defaultdict(list)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         answer = run(
@@ -78,7 +78,7 @@ def _processes(run: Run) -> dict[str, list[GpuProcess]]:
 
 
 def _rows(answer: str, fields: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Raises ValueError for a line that has not one value per field, such as a sentence."""
+    """Raises ValueError for a line without one value per field, such as an error message."""
     for line in answer.splitlines():
         if not line.strip():
             continue
@@ -97,7 +97,7 @@ def _mebibytes(value: str) -> int | None:
 
 
 def _ray_title(pid: int) -> str | None:
-    """What a worker of Ray's calls itself, which is its actor's class; None for others, and for pids of another namespace."""
+    """The title of a Ray worker, which is its actor's class. None for other processes and for pids of another namespace."""
     try:
         title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
     except OSError:

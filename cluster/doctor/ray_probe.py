@@ -1,7 +1,7 @@
-"""Looks at the nodes of a Ray cluster from within: an actor on each that runs what it is given, and connects to the others.
+"""Probes of a Ray cluster: one actor per node, which runs functions there and connects to the other nodes.
 
-Takes no CPU and no GPU of Ray's, so that it runs beside whatever serves there. Knows Ray and TCP; what is looked at, and what
-that means, is the caller's.
+A probe reserves no CPU and no GPU, so it also starts on nodes that are busy serving. Knows Ray and TCP; what the probes run, and what
+the results mean, is up to the caller.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.doctor.facts import Link
+from cluster.ray_runtime.internals import session_folder
 
 CONNECT_TIMEOUT_S = 5.0
 _TOKEN_BYTES = 16
@@ -37,14 +38,14 @@ class RayNode:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer(Generic[T]):
-    """What a node answered or, with None, why it did not: `failure` ends a sentence about the node."""
+    """A node's answer. `value` is None if it gave none; `failure` then completes a sentence about the node."""
 
     value: T | None = None
     failure: str | None = None
 
 
 def living_nodes() -> list[RayNode]:
-    """By address."""
+    """The nodes that are alive, sorted by address."""
     found = [
         RayNode(
             node_id=node["NodeID"],
@@ -59,57 +60,60 @@ def living_nodes() -> list[RayNode]:
 
 
 class NodeProbe:
-    """What runs on a node."""
+    """The actor that runs on a node."""
 
-    def run(self, look: Callable[..., T], *arguments: Any) -> T:
-        return look(*arguments)
+    def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        return function(*arguments)
 
     def temp_dir(self) -> str:
-        """Where this node's Ray keeps its files."""
-        return str(ray._private.worker.global_worker.node.get_temp_dir_path())
+        """The folder where Ray keeps its files on this node."""
+        return session_folder()
 
     def listen(self, host: str) -> int:
-        """Sends back what it receives, on a port the kernel chooses, as ranks and gateways find theirs. Raises OSError."""
+        """Starts an echo server and returns its port, which the kernel chooses, as for ranks and gateways. Raises OSError."""
         listener = socket.create_server((host, 0))
         threading.Thread(target=_echo, args=(listener,), name="echo", daemon=True).start()
         return int(listener.getsockname()[1])
 
     def reach(self, targets: Sequence[tuple[str, int]]) -> list[str | None]:
-        """Of each listener: None, or why it was not reached."""
+        """For each echo server: None if it was reached, else the reason."""
         with ThreadPoolExecutor(max(len(targets), 1)) as pool:
             return list(pool.map(_reach, targets))
 
 
-class Probes:
-    """A probe on each of `nodes`; `close` ends them."""
+def start_probe(node: RayNode) -> ActorHandle:
+    """Starts a NodeProbe on that node."""
+    strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+    actor = ray.remote(NodeProbe).options(num_cpus=0, num_gpus=0, max_restarts=0, scheduling_strategy=strategy)
+    return actor.remote()
 
-    def __init__(self, nodes: Sequence[RayNode], *, timeout_s: float) -> None:
+
+class Probes:
+    """One probe on each of `nodes`, started by `start`; `close` ends them. A call waits at most `timeout_s` for a node."""
+
+    def __init__(
+        self,
+        nodes: Sequence[RayNode],
+        *,
+        timeout_s: float,
+        start: Callable[[RayNode], ActorHandle] = start_probe,
+    ) -> None:
         self.nodes = list(nodes)
         self._timeout_s = timeout_s
-        self._given_up: dict[str, str] = {}  # by node, with the reason: a node is waited for once
-        self._actors: dict[str, ActorHandle] = {
-            node.node_id: ray.remote(NodeProbe)
-            .options(
-                num_cpus=0,
-                num_gpus=0,
-                max_restarts=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False),
-            )
-            .remote()
-            for node in nodes
-        }
+        self._given_up: dict[str, str] = {}  # reason by node id; a node that failed is not asked again
+        self._actors = {node.node_id: start(node) for node in nodes}
 
-    async def run(self, look: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[Answer[T]]:
-        """The result of `look` from each node, in their order; `arguments` has those of each."""
+    async def run(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[Answer[T]]:
+        """The result of `function` on each node, in their order. `arguments` has one tuple per node."""
         calls = zip(self.nodes, arguments, strict=True)
-        return await asyncio.gather(*(self._ask(node, "run", look, *own) for node, own in calls))
+        return await asyncio.gather(*(self._ask(node, "run", function, *own) for node, own in calls))
 
     async def temp_dirs(self) -> list[Answer[str]]:
-        """Where each node's Ray keeps its files."""
+        """The folder where Ray keeps its files, on each node."""
         return await asyncio.gather(*(self._ask(node, "temp_dir") for node in self.nodes))
 
     async def links(self) -> list[Link]:
-        """Every ordered pair of the nodes that answer, all tried at the same time. None with a single node."""
+        """Every ordered pair of the nodes that answer, all tried at the same time. Empty for a single node."""
         nodes = [node for node in self.nodes if node.node_id not in self._given_up]
         if len(nodes) < 2:
             return []
@@ -134,7 +138,7 @@ class Probes:
             Link(
                 source=node.address,
                 target=other.address,
-                failure=f"nothing could listen there ({port.failure})" if port.value is None else next(reached),
+                failure=f"no port could be opened there ({port.failure})" if port.value is None else next(reached),
             )
             for other, port in others
         ]
@@ -149,9 +153,9 @@ class Probes:
         except RayTaskError as e:
             return Answer(failure=f"{type(e.cause).__name__}: {e.cause}")
         except TimeoutError:
-            reason = f"it gave no answer in {self._timeout_s:g} s"
+            reason = f"it did not answer within {self._timeout_s:g} s"
         except RayActorError as e:
-            # What the actor's constructor raised, such as a module that is not installed there, is the last line.
+            # The last line is what the actor's constructor raised, such as a module that is not installed there.
             reason = str(e).strip().splitlines()[-1].strip()
         except RayError as e:
             reason = f"{type(e).__name__}: {e}"
@@ -171,7 +175,7 @@ def _echo(listener: socket.socket) -> None:
 
 
 def _reach(target: tuple[str, int]) -> str | None:
-    """Connects and has a token sent back: something else may answer at that address in between."""
+    """None if the target echoes a token, else the reason. The token shows that no other service answered at that address."""
     token = secrets.token_bytes(_TOKEN_BYTES)
     try:
         with socket.create_connection(target, timeout=CONNECT_TIMEOUT_S) as connection:
@@ -179,7 +183,7 @@ def _reach(target: tuple[str, int]) -> str | None:
             if connection.recv(_TOKEN_BYTES) != token:
                 return f"something else answers at {target[0]}"
     except TimeoutError:
-        return f"no answer in {CONNECT_TIMEOUT_S:g} s"
+        return f"no answer within {CONNECT_TIMEOUT_S:g} s"
     except OSError as e:
         return e.strerror or str(e)
     return None

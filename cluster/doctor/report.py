@@ -1,4 +1,4 @@
-"""How findings are shown: a table for people, JSON for scripts. Knows the terminal; finds nothing out."""
+"""How findings are shown: a table for people, JSON for scripts. Knows the terminal; makes no findings of its own."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ import msgspec
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from cluster.doctor.facts import Failed, Node, NotTried, Reduced
+from cluster.doctor.amounts import counted
+from cluster.doctor.facts import AllReduceFailure, AllReduceResult, AllReduceSkipped, Node
 from cluster.doctor.findings import Finding, Severity, count
-from cluster.doctor.words import counted
 from cluster.terminal.tables import plain_table
 
 _STYLES = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.PROBLEM: "bold red"}
 
 
 def render(findings: Sequence[Finding]) -> RenderableType:
-    """By node: what concerns several of them first, then each; a remedy stands below its finding."""
+    """A table with the findings about several nodes first, then those of each node. A remedy stands below its finding."""
     table = plain_table()
     table.add_column("Check", no_wrap=True)
     table.add_column("Result", no_wrap=True)
@@ -26,7 +26,7 @@ def render(findings: Sequence[Finding]) -> RenderableType:
             table.add_section()
             table.add_row(Text(node, style="bold"), "", "")
         for finding in (f for f in findings if f.node == node):
-            text = Text(finding.sentence)
+            text = Text(finding.message)
             if finding.remedy:
                 text.append(f"\n→ {finding.remedy}", style="cyan")
             table.add_row(finding.check, Text(finding.severity.value, style=_STYLES[finding.severity]), text)
@@ -41,9 +41,12 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def to_json(
-    findings: Sequence[Finding], *, nodes: Sequence[Node], all_reduce: Reduced | Failed | NotTried | None
+    findings: Sequence[Finding],
+    *,
+    nodes: Sequence[Node],
+    all_reduce: AllReduceResult | AllReduceFailure | AllReduceSkipped | None,
 ) -> str:
-    """Findings and the facts behind them."""
+    """The findings and the facts they come from."""
     body = {
         "num_problems": count(findings, Severity.PROBLEM),
         "num_warnings": count(findings, Severity.WARNING),
@@ -56,4 +59,8 @@ def to_json(
     return msgspec.json.format(msgspec.json.encode(body), indent=2).decode()
 
 
-_OUTCOMES: dict[type, str] = {Reduced: "measured", Failed: "failed", NotTried: "not tried"}
+_OUTCOMES: dict[type, str] = {
+    AllReduceResult: "measured",
+    AllReduceFailure: "failed",
+    AllReduceSkipped: "not tried",
+}

@@ -1,1 +1,1 @@
-"""One gateway process: HTTP application, router, fleet and batches put together."""
+"""One gateway process: the HTTP application, router, fleet and batches together."""

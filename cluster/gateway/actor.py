@@ -1,6 +1,6 @@
-"""A further gateway as a Ray actor, on another node where there is one. Its event loop has a thread of its own.
+"""An additional gateway as a Ray actor, on another node if there is one. Its event loop runs in a thread of its own.
 
-Knows Ray and `cluster.gateway.gateway`. Started by `serve --gateways N`; Ray starts it again when it dies, and it outlives the command.
+Knows Ray and `cluster.gateway.gateway`. `serve --gateways N` starts it; Ray restarts it when it dies, and it outlives the command.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ FIND_TIMEOUT_S = 5.0
 
 
 class GatewayActor:
-    """Opens at once; `url` waits for that and raises what went wrong."""
+    """Opens the gateway at once; `url` waits until it is open, and raises the error if that failed."""
 
     def __init__(self, config: ServeConfig) -> None:
         setup_logging(config.log_level, format=config.log_format, prompts=config.log_prompts)
@@ -44,26 +44,26 @@ class GatewayActor:
         self._thread.start()
 
     def url(self) -> str:
-        """Where it listens. Raises TramontaneError."""
+        """Its address. Raises TramontaneError."""
         self._opened.wait()
         if self._failure is not None:
             raise self._failure
         return self._url
 
     def serves(self, config: ServeConfig) -> bool:
-        """Whether it does, or is about to do, what `config` asks for."""
+        """Whether it serves, or is about to serve, this configuration."""
         return self._failure is None and config == self._config
 
     def stop(self) -> None:
-        """Lets what runs finish, as the configuration says, and ends."""
+        """Lets running requests finish, up to the configured drain timeout, and ends."""
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
     def _run(self) -> None:
         try:
             self._loop.run_until_complete(self._serve())
-        except Exception as e:  # told to whoever asks for the url
-            log.exception("A gateway could not go on: %s", e)
+        except Exception as e:  # `url` raises it
+            log.exception("The gateway failed: %s", e)
             self._failure = e
             self._opened.set()
 
@@ -92,9 +92,9 @@ class GatewayActor:
 
 
 async def start_gateways(config: ServeConfig) -> list[ActorHandle]:
-    """The gateways beside the caller's own: spread over the nodes, or here where only this machine is served.
+    """The gateways in addition to the caller's own: spread over the nodes, or on this node if only this machine is served.
 
-    Those that an earlier command left are kept if they serve the same configuration, and replaced if not.
+    Gateways left by an earlier command are kept if they serve the same configuration, and replaced if not.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     strategy = here if is_loopback(config.host) else "SPREAD"
@@ -117,7 +117,7 @@ async def start_gateways(config: ServeConfig) -> list[ActorHandle]:
 
 
 async def _find(name: str, config: ServeConfig) -> ActorHandle | None:
-    """The gateway of this name if it serves `config`; one that does not is ended."""
+    """The gateway of this name if it serves `config`. A gateway that serves another configuration is ended."""
     try:
         actor = await asyncio.to_thread(ray.get_actor, name)
     except ValueError:
@@ -126,7 +126,7 @@ async def _find(name: str, config: ServeConfig) -> ActorHandle | None:
         async with asyncio.timeout(FIND_TIMEOUT_S):
             if await actor.serves.remote(config):
                 return actor
-    log.warning("The gateway %s, which an earlier command left, is replaced.", name)
+    log.warning("Gateway %s was left by an earlier command with another configuration and is replaced.", name)
     ray.kill(actor)
     with contextlib.suppress(ValueError):
         while await asyncio.to_thread(ray.get_actor, name):  # until its name is free
@@ -135,19 +135,19 @@ async def _find(name: str, config: ServeConfig) -> ActorHandle | None:
 
 
 async def urls_of(actors: list[ActorHandle]) -> list[str]:
-    """Where they listen. Raises what kept one from it, ConfigError for a port that is taken there."""
+    """Their addresses. Raises the error of the first that failed, such as ConfigError for a port in use."""
     try:
         return list(await asyncio.gather(*(a.url.remote() for a in actors)))
     except RayTaskError as e:
         if isinstance(e.cause, TramontaneError):
             raise e.cause from None
-        raise ReplicaUnavailableError(f"A further gateway could not be started: {e.cause!r}.") from e
+        raise ReplicaUnavailableError(f"An additional gateway could not start: {e.cause!r}.") from e
     except RayError as e:
-        raise ReplicaUnavailableError(f"A further gateway died while it started: {type(e).__name__}.") from e
+        raise ReplicaUnavailableError(f"An additional gateway died during its start: {type(e).__name__}.") from e
 
 
 async def stop_gateways(actors: list[ActorHandle], timeout_s: float, stop_now: asyncio.Event) -> None:
-    """Drains and ends them, at once when `stop_now` is set. Idempotent."""
+    """Drains and ends them; ends them at once when `stop_now` is set. Idempotent."""
     drained = asyncio.gather(*(a.stop.remote() for a in actors), return_exceptions=True)
     hurry = asyncio.create_task(stop_now.wait())
     either: list[asyncio.Future[Any]] = [drained, hurry]
@@ -160,7 +160,7 @@ async def stop_gateways(actors: list[ActorHandle], timeout_s: float, stop_now: a
 
 
 def remove_gateways() -> None:
-    """Ends the gateways of this deployment at once, wherever they are."""
+    """Ends the gateways of this deployment at once, on every node."""
     for name in list_named_actors():
         if re.fullmatch(GATEWAY_NAME.format(r"\d+"), name):
             with contextlib.suppress(ValueError):

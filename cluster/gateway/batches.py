@@ -1,7 +1,7 @@
-"""What one gateway needs to take batches and to run them, opened and ended with it: the data directory, the store, the service.
+"""What one gateway needs to accept and run batches, opened and closed with it: the data directory, the store, the service.
 
-Knows what the pieces are and how they hang together; no HTTP and no Ray. Several gateways share the store: each batch is run by one
-of them at a time, and each tells the router, for whoever scales, of those that it runs.
+Knows how the pieces fit together; no HTTP and no Ray. Several gateways share the store: one of them at a time runs a batch, and reports it
+to the autoscaler through its router.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import logging
 import time
 from pathlib import Path
 
-from cluster.api.context import Batches
+from cluster.api.context import NO_BATCHES, Batches
 from cluster.batch.errors import StoreError
 from cluster.batch.files import FileContents
 from cluster.batch.records import MAX_REPLICAS_KEY, BatchRecord
@@ -27,15 +27,15 @@ from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0
+POLL_INTERVAL_S = 1.0
 
 
-class Batching:
-    """`api` is for the application, whose parts then make the executor for `start`. At last `close`."""
+class GatewayBatches:
+    """Give `api` to the application, then call `start` with an executor made from the application, and `close` at the end."""
 
     def __init__(self, data_dir: DataDir, store: Store, files: FileContents, router: Router) -> None:
         self.api = Batches(store=store, files=files, wake=self._wake)
-        self.running: tuple[BatchRecord, ...] = ()  # of all gateways, as of a moment ago
+        self.running: tuple[BatchRecord, ...] = ()  # of all gateways, up to a second old
         self._data_dir = data_dir
         self._store = store
         self._files = files
@@ -44,16 +44,16 @@ class Batching:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, executor: LineExecutor) -> list[asyncio.Task[None]]:
-        """Runs what the store holds from now on. The tasks end only when something is wrong."""
+        """Starts to run the batches in the store. The tasks end only on an error."""
         service = self._service = BatchService(self._store, self._files, executor)
         self._tasks = [
             asyncio.create_task(service.run(), name="batches"),
-            asyncio.create_task(self._watch(service), name="watch over batches"),
+            asyncio.create_task(self._poll(service), name="batch poll"),
         ]
         return self._tasks
 
     async def stop(self) -> None:
-        """Lets go of every line under way; whoever runs the batch next does it again. Idempotent."""
+        """Abandons every line in progress; the next runner of the batch repeats it. Idempotent."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
@@ -71,12 +71,12 @@ class Batching:
         if self._service is not None:
             self._service.wake()
 
-    async def _watch(self, service: BatchService) -> None:
+    async def _poll(self, service: BatchService) -> None:
         while True:
             try:
                 self.running = tuple(await self._store.running_batches())
             except StoreError as e:
-                log.debug("What batches there are cannot be seen now: %s", e)
+                log.debug("The running batches cannot be read now: %s", e)
             now, here = time.time(), service.batch_ids
             self._router.batches = tuple(
                 BatchDemand(
@@ -88,19 +88,22 @@ class Batching:
                 for batch in self.running
                 if batch.id in here and batch.remaining_tokens
             )
-            await asyncio.sleep(LOOK_EVERY_S)
+            await asyncio.sleep(POLL_INTERVAL_S)
 
 
 def _max_replicas(batch: BatchRecord) -> int | None:
-    """What `tramontane batch run --max-replicas` wrote into the batch's metadata; None for anything else."""
+    """The value that `tramontane batch run --max-replicas` wrote into the batch's metadata; None for anything else."""
     text = (batch.metadata or {}).get(MAX_REPLICAS_KEY, "")
     return max(1, int(text)) if text.isascii() and text.isdigit() and len(text) < 6 else None
 
 
-def open_batching(config: ServeConfig, router: Router) -> Batching | str:
-    """The reason in a sentence for clients where there can be no batches. Raises ConfigError for what was asked for and cannot be."""
+def open_batches(config: ServeConfig, router: Router) -> GatewayBatches | str:
+    """The batches of this gateway, or one sentence for clients on why there are none.
+
+    Raises ConfigError if a data directory or a store was asked for explicitly and cannot be used.
+    """
     if not config.serves_batches:
-        return "This server was started without batches (--no-batches)."
+        return NO_BATCHES
     try:
         if (
             config.num_gateways > 1
@@ -109,19 +112,20 @@ def open_batching(config: ServeConfig, router: Router) -> Batching | str:
             and not is_loopback(config.host)
         ):
             raise ConfigError(
-                "Gateways on several hosts need one store for their batches: add --batch-store URL and a --data-dir that all of them "
-                "share, or --no-batches."
+                "Gateways on several hosts need one shared store for their batches.",
+                remedy="Add --batch-store URL and a --data-dir that all of them share, or add --no-batches.",
+                param="--batch-store",
             )
         path = default_data_dir(config.deployment) if config.data_dir is None else Path(config.data_dir)
         data_dir = DataDir(path, model_name=config.model_name)
         try:
-            return Batching(data_dir, open_store(path, database_url=config.batch_store), open_files(path), router)
+            return GatewayBatches(data_dir, open_store(path, database_url=config.batch_store), open_files(path), router)
         except BaseException:
             data_dir.close()
             raise
     except (ConfigError, StoreError) as e:
         if config.data_dir is not None or config.batch_store is not None:
             raise ConfigError(str(e)) from e
-        # Whoever never thinks of batches shall not be kept from serving by their store.
-        log.warning("This server takes no batches: %s", e)
-        return "This server cannot take batches; its log says why."
+        # A server without an explicit store must start even if the default store cannot be used.
+        log.warning("This server accepts no batches: %s", e)
+        return "This server cannot accept batches; its log says why."

@@ -1,21 +1,21 @@
-"""A gateway's picture of the replicas: syncs with the controller, keeps a connection to every replica, tells the router.
+"""A gateway's connections to the replicas: syncs with the controller, connects to every replica, and updates the router.
 
-Knows views, clients and the router's `update`; no Ray and no HTTP. While the controller is away (Ray restarts it) everything known
-stays in use: a dead replica is noticed by its socket, not by the controller.
+Knows views, clients and the router's `update`; no Ray and no HTTP. While the controller is down (Ray restarts it), the last view stays in
+use: a gateway learns of a dead replica from its socket, not from the controller.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Protocol
 
-from cluster.controller.preemption.decide import ending
+from cluster.controller.preemption.decide import head_notice
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.view import ClusterView, ReplicaRecord, ReplicaState
 from cluster.replicas.client import ReplicaClient
-from cluster.router.replica import Outlook, Replica
+from cluster.router.replica import Availability, Replica
 from workers.errors import ReplicaUnavailableError, TramontaneError
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ Key = tuple[str, str]  # replica id, incarnation
 
 
 class Controller(Protocol):
-    """What a gateway asks of the controller. Methods raise ReplicaUnavailableError while it cannot be reached."""
+    """The controller, as a gateway sees it. Methods raise ReplicaUnavailableError while it cannot be reached."""
 
     async def sync(self, known: int, report: GatewayReport | None) -> ClusterView: ...
     async def leave(self, gateway_id: str) -> None: ...
@@ -34,7 +34,7 @@ class Controller(Protocol):
 class ReplicaSink(Protocol):
     """The router, as the fleet sees it."""
 
-    def update(self, replicas: Sequence[Replica], outlook: Outlook) -> None: ...
+    def update(self, replicas: Sequence[Replica], availability: Availability) -> None: ...
     def report(self, gateway_id: str, url: str) -> GatewayReport: ...
 
 
@@ -60,31 +60,41 @@ class Fleet:
         self._connected: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def clients(self) -> Mapping[Key, ReplicaClient]:
+        """The connections, open or being opened."""
+        return self._clients
+
+    @property
+    def num_pending(self) -> int:
+        """How many connections are being opened or closed."""
+        return len(self._tasks)
+
     async def run(self) -> None:
-        away = False
+        is_down = False
         while True:
             known = -1 if self.view is None else self.view.version
             try:
-                self._take(await self._controller.sync(known, self._router.report(self._gateway_id, self._url)))
+                self._handle_view(await self._controller.sync(known, self._router.report(self._gateway_id, self._url)))
             except ReplicaUnavailableError as e:
-                (log.debug if away else log.warning)("%s Routing goes on with what is known.", e)
-                away = True
+                (log.debug if is_down else log.warning)("%s Routing continues with the last view of the cluster.", e)
+                is_down = True
                 await asyncio.sleep(RETRY_S)
-            except Exception as e:  # whatever it was, a gateway that hears no more news is worse
-                log.exception("News of the cluster could not be taken in: %s", e)
+            except Exception as e:  # a gateway that stops syncing would be worse than any error
+                log.exception("A view of the cluster could not be handled: %s", e)
                 await asyncio.sleep(RETRY_S)
             else:
-                away = False
+                is_down = False
 
     async def close(self) -> None:
-        """Says goodbye to the controller and closes every connection."""
+        """Leaves the controller and closes every connection."""
         with contextlib.suppress(TramontaneError):
             await self._controller.leave(self._gateway_id)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, *(c.close() for c in self._clients.values()), return_exceptions=True)
 
-    def _take(self, view: ClusterView) -> None:
+    def _handle_view(self, view: ClusterView) -> None:
         self.view = view
         records = {(r.replica_id, r.incarnation): r for r in view.replicas}
         for key in [k for k in self._clients if k not in records or records[k].state is ReplicaState.LOST]:
@@ -92,13 +102,13 @@ class Fleet:
         for key, record in records.items():
             if record.state in (ReplicaState.READY, ReplicaState.DRAINING):
                 self._keep(key, record)
-        self._tell_router()
+        self._update_router()
         self._on_view(view)
 
     def _keep(self, key: Key, record: ReplicaRecord) -> None:
         client = self._clients.get(key)
         if client is None:
-            assert record.address is not None and record.token is not None, f"replica {key} is ready without an address"
+            assert record.address is not None and record.token is not None, f"replica {key} is ready but has no address"
             client = self._clients[key] = ReplicaClient(record.replica_id, record.address, record.token)
             self._spawn(self._connect(key, client))
         client.is_leaving = record.is_leaving
@@ -112,11 +122,11 @@ class Fleet:
                 log.info("%s", e)
                 await asyncio.sleep(RETRY_S)
             else:
-                if self._clients.get(key) is not client:  # dropped, and closed, before it had anything to close
+                if self._clients.get(key) is not client:  # dropped and closed before it was connected
                     await client.close()
                     return
                 self._connected.add(key)
-                self._tell_router()
+                self._update_router()
                 return
 
     def _drop(self, key: Key, reason: str | None) -> None:
@@ -130,28 +140,28 @@ class Fleet:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _tell_router(self) -> None:
+    def _update_router(self) -> None:
         if self.view is not None:
-            self._router.update([self._clients[key] for key in sorted(self._connected)], outlook_of(self.view))
+            self._router.update([self._clients[key] for key in sorted(self._connected)], availability_of(self.view))
 
 
-def outlook_of(view: ClusterView) -> Outlook:
-    """What the view promises beyond the replicas that are ready."""
+def availability_of(view: ClusterView) -> Availability:
+    """What the view says beyond the replicas that are ready."""
     reasons = [describe(r) for r in view.replicas if r.state is not ReplicaState.READY]
-    reason = view.failure[1] if view.failure else " ".join(reasons) or None
-    asleep = view.num_desired == 0 and view.facts is not None and view.failure is None
-    # Where the head node goes away, nothing will be started any more.
-    stays = view.failure is None and ending(view.notices, time.time()) is None
-    expected = stays and (asleep or view.num_desired > 0)
-    return Outlook(expected=expected, reason=reason, facts=view.facts, asleep=asleep)
+    reason = str(view.failure) if view.failure else " ".join(reasons) or None
+    scaled_to_zero = view.num_desired == 0 and view.facts is not None and view.failure is None
+    # Nothing is started once the head node is about to be removed.
+    can_start = view.failure is None and head_notice(view.notices, time.time()) is None
+    expected = can_start and (scaled_to_zero or view.num_desired > 0)
+    return Availability(expected=expected, reason=reason, facts=view.facts, scaled_to_zero=scaled_to_zero)
 
 
 def describe(record: ReplicaRecord) -> str:
-    """One sentence on a replica that is not ready."""
+    """One sentence about a replica that is not ready."""
     if record.reason:
         return record.reason
     if record.state is ReplicaState.PLACING:
-        return f"Replica {record.replica_id} waits for a place."
+        return f"Replica {record.replica_id} waits for free resources."
     done, total = record.progress
     loaded = f" ({100 * done // total} %)" if record.phase == "loading" and total else ""
     return f"Replica {record.replica_id} is {record.phase or record.state}{loaded}."

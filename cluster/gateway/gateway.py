@@ -1,7 +1,7 @@
-"""One gateway, put together: router, fleet, HTTP application, batches and listener, in this order, and ended in the opposite one.
+"""One gateway: opens the router, fleet, HTTP application, batches and listener, and closes them in reverse order.
 
-Knows what a gateway is made of; no Ray (the controller is handed in) and no console. `serve` runs one in its own process,
-`replicas/gateway_actor.py` runs further ones.
+Knows the parts of a gateway; no Ray (the controller is passed in) and no console. `serve` runs one in its own process, actor.py runs
+additional ones.
 """
 
 import asyncio
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.api.app import make_app
-from cluster.api.batch_lines import ApiLineExecutor
-from cluster.api.context import GATEWAY, NO_BATCHES
+from cluster.api.context import CONTEXT, NO_BATCHES
+from cluster.api.line_executor import ApiLineExecutor
 from cluster.api.server.listener import Listener
 from cluster.config.serve import ServeConfig
-from cluster.gateway.batches import Batching, open_batching
-from cluster.gateway.departure import ENDS_AHEAD_S, Departure, ended, notice_for
+from cluster.gateway.batches import GatewayBatches, open_batches
 from cluster.gateway.fleet import Fleet
+from cluster.gateway.preemption import ENDS_AHEAD_S, PreemptionShutdown, notice_for, unfinished_error
 from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger, ledger_path
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHUTTING_DOWN = "The server is shutting down."
-LAST_WORDS_S = 1.0
+ERROR_TIMEOUT_S = 1.0  # for ended streams to send their error
 
 
 class Gateway:
     """`await Gateway(...).open()`, then `drain` and `close`. on_view: called with every view of the cluster.
 
-    Raises ConfigError for files of keys or certificates that this host does not have, or that cannot work, and for a data directory or
-    a store of batches that was asked for and cannot be used.
+    Raises ConfigError if a file of keys or certificates is missing or invalid, or if a data directory or store of batches was asked for
+    and cannot be used.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Gateway:
         self._ledger = None if keys is None else Ledger(ledger_path(keys))
         self._certificate = open_certificate(config.tls_cert, config.tls_key)
         accounts = Accounts(num_gateways=config.num_gateways)
-        opened = open_batching(config, self.router)
-        batching = self._batching = opened if isinstance(opened, Batching) else None
+        opened = open_batches(config, self.router)
+        batches = self._batches = opened if isinstance(opened, GatewayBatches) else None
         self.metrics = Metrics(
             self.router,
             model_name=config.model_name,
             prefix=config.metrics_prefix,
             view=lambda: self.view,
-            batches=None if batching is None else lambda: batching.running,
+            batches=None if batches is None else lambda: batches.running,
         )
         app = make_app(
             router=self.router,
@@ -93,12 +93,12 @@ class Gateway:
             serves_embeddings=config.serves_embeddings,
             metrics=self.metrics,
             admin=self,
-            batches=None if batching is None else batching.api,
+            batches=None if batches is None else batches.api,
             no_batches=opened if isinstance(opened, str) else NO_BATCHES,
         )
-        self._executor = ApiLineExecutor(app[GATEWAY], keyring=keyring, accounts=accounts, ledger=self._ledger)
+        self._executor = ApiLineExecutor(app[CONTEXT], keyring=keyring, accounts=accounts, ledger=self._ledger)
         self._listener = Listener(app, tls=None if self._certificate is None else self._certificate.context)
-        self._departure = Departure(self.router, lambda: self.view, self.gateway_id)
+        self._preemption = PreemptionShutdown(self.router, lambda: self.view, self.gateway_id)
         self._on_view = on_view
         self._fleet: Fleet | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -109,22 +109,26 @@ class Gateway:
         return None if self._fleet is None else self._fleet.view
 
     async def open(self) -> "Gateway":
-        """Listens, and begins to sync. Raises ConfigError when the port is taken."""
+        """Starts to listen and to sync. Raises ConfigError if the port is in use."""
         config = self._config
         try:
             await self._listener.open(config.host, config.port, shared=config.num_gateways > 1)
         except OSError as e:
-            raise ConfigError(f"Port {config.port} on {config.host} was taken meanwhile: {e.strerror}.") from e
+            raise ConfigError(
+                f"Port {config.port} on {config.host} cannot be opened: {e.strerror}.",
+                remedy="Choose another with --port.",
+                param="--port",
+            ) from e
         self.url = config.url(self._listener.port)
         self._fleet = Fleet(
             self._controller, self.router, gateway_id=self.gateway_id, url=self.url, on_view=self._on_view
         )
         self._tasks = [
             asyncio.create_task(self._fleet.run(), name="fleet"),
-            asyncio.create_task(self._departure.run(), name="departure"),
+            asyncio.create_task(self._preemption.run(), name="preemption"),
         ]
-        if self._batching is not None:
-            self._tasks += self._batching.start(self._executor)
+        if self._batches is not None:
+            self._tasks += self._batches.start(self._executor)
         if self._ledger is not None:
             self.spawn(asyncio.create_task(self._ledger.run(), name="usage ledger"))
         if self._certificate is not None:
@@ -132,31 +136,32 @@ class Gateway:
         return self
 
     def spawn(self, task: asyncio.Task[None]) -> None:
-        """A task that ends with this gateway."""
+        """Adds a task that ends with this gateway."""
         self._tasks.append(task)
 
     async def work(self) -> None:
-        """Returns never: raises EngineError when a task that this gateway cannot do without has ended."""
+        """Never returns. Raises EngineError when a task that the gateway depends on has ended."""
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         names = ", ".join(task.get_name() for task in done)
-        raise EngineError(f"The gateway cannot go on: its task {names} ended.") from next(iter(done)).exception()
+        raise EngineError(f"The gateway failed: its task {names} ended.") from next(iter(done)).exception()
 
     async def drain(self, timeout_s: float, stop_now: asyncio.Event | None = None) -> None:
-        """Takes nothing new and waits for what runs, at most `timeout_s` or until `stop_now`; what runs then is told and ended. Lines of
-        batches are no reason to wait.
+        """Refuses new requests and waits for running ones, at most `timeout_s` or until `stop_now`; then ends them with an error.
+
+        Does not wait for batch lines.
         """
-        self._departure.stop()  # it would have its own idea of who may come
-        if self._batching is not None:
-            await self._batching.stop()
+        self._preemption.stop()  # it would open or close the router on its own
+        if self._batches is not None:
+            await self._batches.stop()
         self.router.close(SHUTTING_DOWN)
         await self._listener.stop_accepting()
         stopped = stop_now or asyncio.Event()
         await self._until_empty(min(timeout_s, self._left_s()), stopped)
-        if self.router.end_streams(ended(SHUTTING_DOWN)):
-            await self._until_empty(LAST_WORDS_S, asyncio.Event())
+        if self.router.end_streams(unfinished_error(SHUTTING_DOWN)):
+            await self._until_empty(ERROR_TIMEOUT_S, asyncio.Event())
 
     def _left_s(self) -> float:
-        """Until this machine goes away, less what ending takes; without end where it stays."""
+        """Seconds until this node is preempted, less the time to end requests; infinite without a notice."""
         notice = None if self.view is None else notice_for(self.view, self.gateway_id, time.time())
         return math.inf if notice is None else max(0.0, notice.deadline - ENDS_AHEAD_S - time.time())
 
@@ -175,19 +180,19 @@ class Gateway:
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
             await fleet.close()
-        if self._batching is not None:
-            await self._batching.close()
+        if self._batches is not None:
+            await self._batches.close()
         if self._ledger is not None:
             await self._ledger.close()
 
-    # What /admin asks for.
+    # The methods below serve /admin.
 
     async def drain_replica(self, replica_id: str, grace_s: float | None) -> None:
-        """Raises RequestError for an unknown replica."""
+        """Takes a replica out of service. Raises RequestError for an unknown replica."""
         await self._controller.drain(replica_id, grace_s)
 
     def cluster_view(self) -> ClusterView:
         """The newest view without secrets. Raises ReplicaUnavailableError before the first."""
         if self.view is None:
-            raise ReplicaUnavailableError("The controller has not answered yet; try again in a moment.")
+            raise ReplicaUnavailableError("The controller has not answered yet.", remedy="Try again in a moment.")
         return without_secrets(self.view)

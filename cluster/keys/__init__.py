@@ -1,1 +1,1 @@
-"""API keys: the file they are in, what each may do and has done. Knows no HTTP."""
+"""API keys: the keys file, the limits of each key, and its usage. Knows no HTTP."""

@@ -1,12 +1,12 @@
-"""A limit per minute as a bucket that refills evenly: pure arithmetic, the clock is an argument.
+"""A limit per minute as a token bucket that refills evenly: pure arithmetic; the clock is an argument.
 
-Worked example, 60 a minute: full at 60, one comes back each second. Taking 30 leaves 30. Whoever then wants 40 waits 10 s. Taking 50
-more although only 30 are there (tokens that were generated, say) leaves a debt of 20: nothing more for 20 s.
+Worked example, 60 per minute: the bucket is full at 60 and gets one back each second. Taking 30 leaves 30. A request for 40 then waits
+10 s. Taking 50 although only 30 are left (generated tokens, for example) leaves a debt of 20: nothing is available for 20 s.
 """
 
 
 class Bucket:
-    """`limit`: of a minute, and the most the bucket holds. now: time.monotonic()."""
+    """`limit`: per minute, and the capacity of the bucket. now: time.monotonic()."""
 
     def __init__(self, limit: float, now: float) -> None:
         self.limit = limit
@@ -14,19 +14,20 @@ class Bucket:
         self._at = now
 
     def level(self, now: float) -> float:
-        """What is there; negative for a debt."""
+        """What is left; negative for a debt."""
         self._level = min(self.limit, self._level + max(now - self._at, 0.0) * self.limit / 60)
         self._at = now
         return self._level
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Until so much can be taken; 0 for at once. More than the bucket holds needs a full one."""
+        """Seconds until this amount is available; 0 for now. An amount above the capacity needs a full bucket."""
         missing = min(amount, self.limit) - self.level(now)
         return max(missing, 0.0) * 60 / self.limit
 
     def take(self, amount: float, now: float) -> None:
-        """Without asking; negative gives back."""
+        """Takes the amount, even if it is not available. A negative amount is given back."""
         self._level = min(self.limit, self.level(now) - amount)
 
     def full_in_s(self, now: float) -> float:
+        """Seconds until the bucket is full."""
         return (self.limit - self.level(now)) * 60 / self.limit

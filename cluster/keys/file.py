@@ -1,7 +1,7 @@
-"""The file of keys: JSON that a person can read, replaced as a whole, readable by its owner only.
+"""The keys file: readable JSON, replaced as a whole, with access for its owner only.
 
-Knows the format, the lock that keeps two writers from losing each other's key, and where the file is when nobody says. It holds no
-secret, but whoever could write it could let himself in.
+Knows the format, the lock that keeps two writers from losing each other's changes, and the default path. The file contains no secrets, but
+write access to it means access to the server.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.keys.key import ApiKey
+from cluster.system.files import replace_file
 from workers.errors import ConfigError
 
 API_KEYS_ENV = "TRAMONTANE_API_KEYS"
@@ -33,40 +34,49 @@ def default_path() -> Path:
 
 
 def read_keys(path: Path) -> list[ApiKey]:
-    """Raises ConfigError for a file that is missing, unreadable or not ours."""
+    """Raises ConfigError if the file is missing, unreadable or malformed."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as e:
         raise ConfigError(
-            f"There is no API keys file {path}; make one with `tramontane keys create NAME --file {path}`."
+            f"The API keys file {path} does not exist.",
+            remedy=f"Create it with `tramontane keys create NAME --file {path}`.",
         ) from e
     except OSError as e:
         raise ConfigError(f"The API keys file {path} cannot be read: {e.strerror}.") from e
     try:
         content = msgspec.json.decode(data, type=_Content)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f"The API keys file {path} is broken ({e}); repair it or restore it from a backup.") from e
+        raise ConfigError(
+            f"The API keys file {path} is malformed: {e}.", remedy="Repair it, or restore it from a backup."
+        ) from e
     if content.version != 1:
         raise ConfigError(
-            f"The API keys file {path} has version {content.version}; this Tramontane reads version 1: use the one that wrote it."
+            f"The API keys file {path} has version {content.version}; this release of Tramontane reads version 1.",
+            remedy="Use the release that wrote the file.",
         )
     for what in ("id", "name", "sha256"):
         values = [getattr(key, what) for key in content.keys]
         if len(set(values)) < len(values):
-            raise ConfigError(f"Two keys in the API keys file {path} have the same {what}; remove one of them.")
+            raise ConfigError(
+                f"Two keys in the API keys file {path} have the same {what}.", remedy="Remove one of them."
+            )
     return content.keys
 
 
 def add_key(path: Path, key: ApiKey) -> None:
-    """Makes the file if need be. Raises ConfigError, also for a name that is taken or cannot be used."""
+    """Creates the file if it does not exist. Raises ConfigError, also if the name is taken or invalid."""
     if not _NAME.fullmatch(key.name):
         raise ConfigError(
-            "A key's name starts with a letter or digit and goes on with at most 63 letters, digits, dots, hyphens, underscores or @."
+            f"The name {key.name!r} is invalid.",
+            remedy="Start with a letter or digit, followed by at most 63 letters, digits, dots, hyphens, underscores or @.",
         )
 
     def change(keys: list[ApiKey]) -> list[ApiKey]:
         if any(key.name in (other.name, other.id) for other in keys):
-            raise ConfigError(f"There is a key {key.name!r} already; choose another name, or revoke that one first.")
+            raise ConfigError(
+                f"A key {key.name!r} already exists.", remedy="Choose another name, or revoke that key first."
+            )
         return [*keys, key]
 
     with contextlib.suppress(FileExistsError):
@@ -75,13 +85,13 @@ def add_key(path: Path, key: ApiKey) -> None:
 
 
 def revoke_key(path: Path, id_or_name: str) -> ApiKey:
-    """Returns the key that is no more. Raises ConfigError when there is none."""
+    """Removes the key and returns it. Raises ConfigError if there is no such key."""
     revoked: list[ApiKey] = []
 
     def change(keys: list[ApiKey]) -> list[ApiKey]:
         revoked.extend(key for key in keys if id_or_name in (key.id, key.name))
         if not revoked:
-            raise ConfigError(f"There is no key {id_or_name!r}; `tramontane keys list` shows them.")
+            raise ConfigError(f"There is no key {id_or_name!r}.", remedy="`tramontane keys list` shows all keys.")
         return [key for key in keys if key not in revoked]
 
     _change(path, change, must_exist=True)
@@ -99,7 +109,7 @@ def _change(path: Path, change: Callable[[list[ApiKey]], Sequence[ApiKey]], *, m
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """The lock is a file of its own: the keys' file is another one after each change."""
+    """The lock is a separate file, since each change replaces the keys file."""
     lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -109,18 +119,6 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Whatever happens meanwhile, a reader finds all of the old file or all of the new one."""
-    path = path.resolve()  # a link stays a link
-    new = path.with_name(path.name + ".new")
-    new.unlink(missing_ok=True)  # of a writer that was killed; ours alone, behind the lock
-    fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(msgspec.json.format(data, indent=2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Atomic: a reader finds the whole old file or the whole new one."""
+    # Resolved, so that a link stays a link.
+    replace_file(path.resolve(), msgspec.json.format(data, indent=2) + b"\n", mode=0o600, suffix=".new")

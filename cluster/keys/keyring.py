@@ -1,7 +1,7 @@
-"""Which key a secret belongs to, by the newest good version of the keys' file.
+"""Finds the key of a secret, in the newest valid version of the keys file.
 
-Knows the server's own key and the file, which is looked at again when it changes, at most once a second, when somebody asks. A file
-that becomes unreadable or broken changes nothing but the log. Knows no limits and no HTTP.
+Knows the server's own key and the file. A look-up reads the file again if it has changed, at most once a second. If the file becomes
+unreadable or malformed, the keys stay as they were and the log says so. Knows no limits and no HTTP.
 """
 
 import logging
@@ -16,11 +16,14 @@ from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN_S = 1.0
+RELOAD_INTERVAL_S = 1.0
 
 
 class Keyring:
-    """api_key: the server's own, an admin without limits. path: of the file. With neither, nobody needs a key. Raises ConfigError."""
+    """path: the keys file. api_key: the server's own key, an admin key without limits. With neither, no key is needed.
+
+    Raises ConfigError.
+    """
 
     def __init__(
         self, path: Path | None = None, *, api_key: str | None = None, clock: Callable[[], float] = time.monotonic
@@ -33,35 +36,35 @@ class Keyring:
         self._by_id: dict[str, ApiKey] = {}
         if path is not None:
             self._version = version_of(path)
-            self._take(read_keys(path))
+            self._set_keys(read_keys(path))
         else:
-            self._take([])
-        self._looked = clock()
+            self._set_keys([])
+        self._checked_at = clock()
 
     @property
     def guards(self) -> bool:
-        """Whether a key is needed at all."""
+        """Whether a key is needed."""
         return self._own is not None or self._path is not None
 
     def find(self, secret: str) -> ApiKey | None:
-        """The key of this secret, if there is one.
+        """The key with this secret, if any.
 
-        The look-up's time depends on the secret's hash only, and nobody can choose that bit by bit: what it tells about the hashes
-        beside it brings no secret nearer.
+        The time of the look-up depends on the secret's hash only. A client cannot choose a hash bit by bit, so the timing does not help to
+        find a secret.
         """
-        self._look_again()
+        self._reload_if_changed()
         return self._by_digest.get(digest(secret))
 
     def get(self, key_id: str) -> ApiKey | None:
-        """The key of this id, if there still is one."""
-        self._look_again()
+        """The key with this id, if it still exists."""
+        self._reload_if_changed()
         return self._by_id.get(key_id)
 
-    def _look_again(self) -> None:
+    def _reload_if_changed(self) -> None:
         now = self._clock()
-        if self._path is None or now - self._looked < LOOK_AGAIN_S:
+        if self._path is None or now - self._checked_at < RELOAD_INTERVAL_S:
             return
-        self._looked = now
+        self._checked_at = now
         version = version_of(self._path)
         if version == self._version:
             return
@@ -69,12 +72,12 @@ class Keyring:
         try:
             keys = read_keys(self._path)
         except ConfigError as e:
-            log.error("The API keys stay as they were: %s", e)
+            log.error("The API keys are unchanged: %s", e)
             return
-        self._take(keys)
-        log.warning("The API keys were read again: there are %d now.", len(keys))
+        self._set_keys(keys)
+        log.warning("The API keys were reloaded: %d keys.", len(keys))
 
-    def _take(self, keys: list[ApiKey]) -> None:
+    def _set_keys(self, keys: list[ApiKey]) -> None:
         self._by_digest = {key.sha256: key for key in keys}
         if self._own is not None:
             self._by_digest[self._own.sha256] = self._own

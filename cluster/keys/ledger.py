@@ -1,8 +1,8 @@
-"""What each key has used, by day, model and endpoint: an SQLite file beside the keys', shared by the gateways of a host.
+"""The usage of each key, by day, model and endpoint: an SQLite file next to the keys file, shared by the gateways of a host.
 
-Entries are summed in memory and written every few seconds by one thread, never by the event loop; what a crash loses is what came since
-the last time. A ledger that cannot be written (a full disk, a folder that is read-only) is a line in the log and costs no request:
-sums are kept until it can be written again.
+Entries are summed in memory and written every few seconds by a thread, never on the event loop; a crash loses the entries since the last
+write. If the ledger cannot be written (full disk, read-only folder), the log says so and requests are not affected: the sums are kept
+until it can be written again.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from workers.errors import ConfigError
 log = logging.getLogger(__name__)
 
 FLUSH_EVERY_S = 5.0
-MAX_PENDING = 100_000  # sums that wait for a ledger that cannot be written; beyond, new ones are lost
+MAX_PENDING = 100_000  # sums that wait while the ledger cannot be written; new ones beyond that are lost
 BUSY_TIMEOUT_S = 5.0
 
 _SCHEMA = """
@@ -47,7 +47,7 @@ FROM usage WHERE day >= ? ORDER BY day, key_name, model, endpoint
 
 @dataclass(frozen=True)
 class Group:
-    """What is summed together. `day`: UTC, as 2026-01-31. `model` is "" for a request that named none that is served."""
+    """The key of a sum. `day`: UTC, like 2026-01-31. `model`: "" if the request named no served model."""
 
     day: str
     key_id: str
@@ -58,7 +58,7 @@ class Group:
 
 @dataclass
 class Sums:
-    """`errors`: requests that were refused or failed; they count among `requests` too."""
+    """`errors`: requests that were refused or failed; `requests` includes them."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -78,7 +78,7 @@ class Sums:
 
 
 class Ledger:
-    """`add` on the event loop; `run` as a task; at last `close`. Opens the file with the first write."""
+    """Call `add` on the event loop, `run` as a task, finally `close`. The first write creates the file."""
 
     def __init__(self, path: Path, *, flush_every_s: float = FLUSH_EVERY_S) -> None:
         self._path = path
@@ -88,9 +88,10 @@ class Ledger:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._connection: sqlite3.Connection | None = None
         self._failing = False
+        self._closed = False
 
     def add(self, group: Group, sums: Sums) -> None:
-        """Costs a dictionary's look-up."""
+        """Adds to a sum in memory: one dictionary look-up."""
         with self._lock:
             known = self._pending.get(group)
             if known is not None:
@@ -105,13 +106,14 @@ class Ledger:
             await self.flush()
 
     async def flush(self) -> None:
-        """Returns when what was added is written, or the log says why not."""
+        """Writes all that was added; if that fails, logs the reason."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._write)
 
     async def close(self) -> None:
-        """Writes the rest. Idempotent."""
-        if self._thread._shutdown:
+        """Writes what is left and closes the file. Idempotent."""
+        if self._closed:
             return
+        self._closed = True
         await asyncio.get_running_loop().run_in_executor(self._thread, self._end)
         self._thread.shutdown()
 
@@ -128,7 +130,7 @@ class Ledger:
                 self._connection.executemany(_ADD, rows)
         except (sqlite3.Error, OSError) as e:
             if not self._failing:
-                log.error("The usage ledger cannot be written (%s); usage is kept in memory until it can be.", e)
+                log.error("The usage ledger cannot be written: %s. Usage is kept in memory until it can be.", e)
             self._failing = True
             for group, sums in pending.items():
                 self.add(group, sums)
@@ -145,17 +147,20 @@ class Ledger:
 
 
 def ledger_path(keys_path: Path) -> Path:
-    """Beside the keys' file: keys.json has keys.usage.db."""
+    """Next to the keys file: keys.usage.db for keys.json."""
     return keys_path.with_suffix(".usage.db")
 
 
 def today() -> str:
-    """UTC."""
+    """The current day in UTC."""
     return datetime.now(UTC).date().isoformat()
 
 
 def read_usage(path: Path, *, days: int | None = None) -> list[tuple[Group, Sums]]:
-    """Of the last `days` days, today included, or of all. Empty without a ledger. Raises ConfigError for one that cannot be read."""
+    """The sums of the last `days` days, including today; None: of all days. Empty without a ledger.
+
+    Raises ConfigError if it cannot be read.
+    """
     if not path.exists():
         return []
     since = "" if days is None else (datetime.now(UTC).date() - timedelta(days=days - 1)).isoformat()
@@ -167,7 +172,7 @@ def read_usage(path: Path, *, days: int | None = None) -> list[tuple[Group, Sums
 
 
 def totals(usage: Sequence[tuple[Group, Sums]]) -> dict[str, Sums]:
-    """By key id."""
+    """Totals by key id."""
     found: dict[str, Sums] = {}
     for group, sums in usage:
         found.setdefault(group.key_id, Sums()).add(sums)
@@ -175,10 +180,10 @@ def totals(usage: Sequence[tuple[Group, Sums]]) -> dict[str, Sums]:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    path.touch(mode=0o600)  # else SQLite makes it as the umask says
+    path.touch(mode=0o600)  # otherwise SQLite would create it with the umask's permissions
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S)
     try:
-        # With WAL readers and writers of several processes do not wait for each other; a crash loses no finished transaction.
+        # With WAL, readers and writers in several processes do not wait for each other, and a crash loses no committed transaction.
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute(_SCHEMA)

@@ -1,23 +1,23 @@
-"""The counters of ranks as Prometheus metrics. Every gateway exports them, and every node's Ray agent too."""
+"""The counters of ranks as Prometheus metrics. Every gateway exports them, and so does the Ray agent of every node."""
 
 from collections.abc import Iterable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, Metric
 
-from cluster.protocol.view import RankStats
+from workers.rank.reports import RankStats
 
 _RANK_COUNTERS = (
-    ("rank_steps", "Steps the rank took part in.", "num_steps_total"),
-    ("rank_step_seconds", "Time of the rank in steps.", "step_s_total"),
-    ("rank_all_reduces", "All-reduces of the rank.", "num_all_reduces_total"),
-    ("rank_all_reduce_seconds", "Time of the rank in all-reduces, waiting included.", "all_reduce_s_total"),
+    ("rank_steps", "Engine steps the rank took part in.", "num_steps_total"),
+    ("rank_step_seconds", "Seconds the rank spent in steps.", "step_s_total"),
+    ("rank_all_reduces", "All-reduces the rank took part in.", "num_all_reduces_total"),
+    ("rank_all_reduce_seconds", "Seconds the rank spent in all-reduces, waiting included.", "all_reduce_s_total"),
 )
 
 
 def rank_families(
     ranks: Iterable[tuple[str, int, RankStats]], *, prefix: str = "tramontane:", model_name: str = ""
 ) -> Iterator[Metric]:
-    """Of (replica id, rank, its counters). An empty label is to Prometheus as no label."""
+    """ranks: (replica id, rank, its counters). An empty model name adds no label, as Prometheus treats empty labels as missing."""
     ranks = list(ranks)
     for name, text, field in _RANK_COUNTERS:
         family = CounterMetricFamily(prefix + name, text, labels=["model_name", "engine", "rank"])

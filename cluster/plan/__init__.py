@@ -1,1 +1,1 @@
-"""What a model needs of a GPU, how fast it can be, and what that costs."""
+"""What a model needs, how fast it can be and what it costs, before anything is launched."""

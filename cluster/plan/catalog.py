@@ -1,7 +1,7 @@
-"""Reads instance prices from the catalog that SkyPilot keeps on disk, ~/.sky/catalogs/vN/CLOUD/vms.csv, which it renews every few hours.
+"""Reads instance prices from SkyPilot's catalog on disk, ~/.sky/catalogs/vN/CLOUD/vms.csv, which it updates every few hours.
 
-Reads the files, which are documented for people to edit, and not SkyPilot's own functions, which take seconds to import and download what
-is missing. On Google Cloud a machine's price is its own row's and its GPUs' row's together. Knows no model.
+Reads the files, whose format is documented, instead of calling SkyPilot, which takes seconds to import and downloads what is missing. On
+Google Cloud the price of a machine is the sum of its own row and the row of its GPUs. Knows no model.
 """
 
 import csv
@@ -23,7 +23,7 @@ _GCP_FAMILIES = {"A100": "a2-highgpu", "A100-80GB": "a2-ultragpu", "H100": "a3-h
 
 
 def known_offers() -> tuple[Offer, ...]:
-    """Each cloud's offers from SkyPilot's catalog where it is on this machine, else from the table."""
+    """The offers of each cloud: from SkyPilot's catalog if it is on this machine, otherwise from the built-in table."""
     folder = catalog_folder()
     offers: list[Offer] = []
     for cloud in CLOUDS:
@@ -34,14 +34,14 @@ def known_offers() -> tuple[Offer, ...]:
 
 
 def catalog_folder() -> Path | None:
-    """The newest version's folder; None where SkyPilot has none."""
+    """The folder of the newest catalog version; None if there is none."""
     root = Path(os.environ.get("SKY_RUNTIME_DIR") or Path.home()) / ".sky" / "catalogs"
     versions = [p for p in root.glob("v*") if p.is_dir() and re.fullmatch(r"v\d+", p.name)]
     return max(versions, key=lambda p: int(p.name[1:]), default=None)
 
 
 def read_catalog(path: Path, cloud: Cloud) -> list[Offer]:
-    """For each GPU and count the cheapest instance type, in its cheapest regions; nothing from a file that cannot be read."""
+    """The cheapest instance type for each GPU and count, in its cheapest regions. Empty if the file cannot be read."""
     date = datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat()
     source = Source("SkyPilot's catalog on this machine", date)
     try:
@@ -49,7 +49,7 @@ def read_catalog(path: Path, cloud: Cloud) -> list[Offer]:
             rows = list(_with_hosts(list(csv.DictReader(file))) if cloud == "gcp" else csv.DictReader(file))
         return _cheapest(rows, cloud, source)
     except (OSError, ValueError, KeyError, csv.Error) as e:
-        log.warning("SkyPilot's catalog %s cannot be read (%s); prices come from the built-in table.", path, e)
+        log.warning("SkyPilot's catalog %s cannot be read (%s). Prices come from the built-in table.", path, e)
         return []
 
 
@@ -88,7 +88,7 @@ def _cost(offer: Offer) -> list[float]:
 
 
 def _with_hosts(rows: list[Row]) -> Iterator[Row]:
-    """The GPUs' rows, each with the machine that carries them and the price of both."""
+    """The rows of GPUs, each with the machine that hosts them and the price of both together."""
     hosts = {(r["InstanceType"], r["AvailabilityZone"]): r for r in rows if r["InstanceType"]}
     for row in rows:
         if row["InstanceType"] or row["AcceleratorName"] not in GPUS:

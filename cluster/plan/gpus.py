@@ -1,6 +1,6 @@
-"""The GPUs that can be planned for: memory, bandwidth, arithmetic and the link between them, each with where the number is from.
+"""The GPUs that `plan` knows: memory, bandwidth, arithmetic and the link between them, each with its source.
 
-Names are SkyPilot's. Only GPUs on which the CUDA attention kernel runs (Ampere and newer). Knows no model, no cloud and no price.
+The names are SkyPilot's. Only GPUs that can run the CUDA attention kernel (Ampere and newer). Knows no model, no cloud and no price.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What joins the GPUs of one machine. `bytes_per_s` is one GPU's, in one direction, as NCCL reaches it; `latency_s` is one
-    small all-reduce's, the launch included. Both are round figures of what nccl-tests shows on such machines, not measured here.
+    """The link between the GPUs of one machine.
+
+    bytes_per_s: of one GPU in one direction, as NCCL reaches it. latency_s: of one small all-reduce, including the launch. Both are
+    rounded from published nccl-tests results on such machines; we have not measured them.
     """
 
     name: str
@@ -21,7 +23,7 @@ class Link:
     latency_s: float
 
 
-# Without peer-to-peer copies, as on the clouds' PCIe machines, data goes through the host's memory.
+# The clouds' PCIe machines have no peer-to-peer copies, so data goes through host memory.
 PCIE = Link(name="PCIe 4.0 x16", bytes_per_s=10e9, latency_s=30e-6)
 NVLINK_3 = Link(name="NVLink 3", bytes_per_s=230e9, latency_s=15e-6)
 NVLINK_4 = Link(name="NVLink 4", bytes_per_s=360e9, latency_s=15e-6)
@@ -29,8 +31,10 @@ NVLINK_4 = Link(name="NVLink 4", bytes_per_s=360e9, latency_s=15e-6)
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """`memory_bytes`: what the driver reports as total, the least seen in public reports; less than the name says, as some is kept
-    for ECC. `flops_per_s`: dense bfloat16 or float16 with float32 accumulation. Bandwidth and FLOP/s are the data sheet's.
+    """One kind of GPU.
+
+    memory_bytes: the total the driver reports (the lowest in public reports), less than the nominal size because of ECC.
+    flops_per_s: dense bfloat16 or float16 with float32 accumulation. Bandwidth and FLOP/s are from the data sheet.
     """
 
     name: str
@@ -105,8 +109,8 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """By SkyPilot's name, in any case. Raises ConfigError naming those there are."""
+    """The GPU with SkyPilot's name, in any case. Raises ConfigError that lists the known names."""
     for known, gpu in GPUS.items():
         if known.lower() == name.strip().lower():
             return gpu
-    raise ConfigError(f"--gpu {name} is not known here; use one of {', '.join(GPUS)}.")
+    raise ConfigError(f"--gpu {name} is not known.", remedy=f"Use one of {', '.join(GPUS)}.", param="--gpu")

@@ -1,7 +1,7 @@
-"""What one rank's GPU memory holds: weights, activations, what CUDA keeps for itself, and how many KV blocks are left.
+"""What the GPU memory of one rank holds: weights, activations, the share CUDA needs, and how many KV blocks fit in the rest.
 
-Arithmetic only, the same as the engine's: layer shapes as workers/model builds them, the budget as workers/kv_cache/tensors.py takes it
-from the driver's figures, and blocks by EngineConfig's own rule. Knows no speed and no price.
+Arithmetic only, the same as the engine's: layer shapes as in workers/model, the budget as workers/kv_cache/tensors.py computes it from the
+driver's figures, and blocks by the rule of EngineConfig. Knows no speed and no price.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from cluster.plan.gpus import GIB, Gpu
 from workers.config import DTYPE_BYTES, EngineConfig
 
-# Assumed, since only a start on the GPU can tell: the CUDA context with cuBLAS's workspace and what the allocator rounds up, and
-# NCCL's buffers where there is more than one rank.
+# Assumed, because only a start on the GPU can measure it: the CUDA context with the cuBLAS workspace and the allocator's rounding, and
+# NCCL's buffers if there is more than one rank.
 CUDA_CONTEXT_BYTES = GIB // 2
 NCCL_BYTES = GIB // 2
 PROMPT_LOGITS_AT_ONCE = 128  # as in workers/engine/model_runner.py
@@ -19,9 +19,10 @@ _PROFILE_BLOCKS = 2  # the profiling pass runs against a cache of one block and 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """Bytes on one rank. `kv_cache_bytes` is negative where the weights alone do not fit, by so much.
+    """Bytes on one rank.
 
-    `num_kv_blocks` is what the engine will report. `chunk_blocks`: see `_chunk_blocks`.
+    kv_cache_bytes: negative if the weights alone do not fit; the missing amount. num_kv_blocks: what the engine will report.
+    chunk_blocks: see `_chunk_blocks`.
     """
 
     total_bytes: int
@@ -39,7 +40,7 @@ class RankMemory:
 
     @property
     def needed_blocks(self) -> int:
-        """Enough for every sequence of the workload at its full length."""
+        """The blocks for every sequence of the workload at its full length."""
         return self.num_sequences * self.blocks_per_sequence + self.chunk_blocks
 
     @property
@@ -57,12 +58,12 @@ class RankMemory:
 
     @property
     def max_sequences(self) -> int:
-        """How many sequences of full length can be in the cache at once, at most as many as the workload has."""
+        """How many sequences of full length fit in the cache at once, at most the workload's number."""
         return min(self.num_sequences, max(0, self.num_kv_blocks - self.chunk_blocks) // self.blocks_per_sequence)
 
 
 def rank_memory(config: EngineConfig, gpu: Gpu) -> RankMemory:
-    """What `config` makes of a GPU's memory. `config.max_num_seqs` sequences of `config.max_model_len` tokens shall fit."""
+    """How `config` uses a GPU's memory. The workload is `config.max_num_seqs` sequences of `config.max_model_len` tokens."""
     usable = int(config.gpu_memory_utilization * gpu.memory_bytes)
     weights = weight_bytes(config) + rotary_bytes(config)
     activations = activation_bytes(config) + _PROFILE_BLOCKS * config.kv_block_bytes
@@ -85,12 +86,12 @@ def rank_memory(config: EngineConfig, gpu: Gpu) -> RankMemory:
 
 
 def weight_bytes(config: EngineConfig) -> int:
-    """One rank's parameters. Norms are on every rank whole; everything else is divided, the vocabulary rounded up."""
+    """Bytes of one rank's parameters. Every rank has all norms; everything else is divided, the vocabulary rounded up."""
     return num_parameters(config) * DTYPE_BYTES[config.dtype]
 
 
 def num_parameters(config: EngineConfig) -> int:
-    """Of one rank."""
+    """The number of parameters of one rank."""
     model, size = config.model, config.tensor_parallel_size
     hidden = model.hidden_size
     heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim  # q, o; k, v
@@ -101,19 +102,19 @@ def num_parameters(config: EngineConfig) -> int:
 
 
 def rotary_bytes(config: EngineConfig) -> int:
-    """The table of cosines and sines, float32, one row for each position, on every rank."""
+    """Bytes of the table of cosines and sines: float32, one row per position, on every rank."""
     return config.max_model_len * 2 * config.model.head_dim * 4
 
 
 def activation_bytes(config: EngineConfig) -> int:
-    """The most that one step has in tensors at a time, as the engine's profiling pass finds it."""
+    """The most bytes that the tensors of one step hold at a time, as the engine's profiling pass measures it."""
     model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
     tokens = config.max_num_batched_tokens
     stream = tokens * model.hidden_size * itemsize
     qk = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim // size
     v = model.num_key_value_heads * model.head_dim // size
     angles = tokens * 2 * model.head_dim * 4
-    # The residual stream and its normed copy; q, k and v; of q and k twice float32 and once more their own type while they are rotated.
+    # The residual stream and its normed copy; q, k and v; during rotation, q and k twice in float32 and once more in their own type.
     attention = angles + 2 * stream + tokens * ((qk + v) * itemsize + qk * (8 + itemsize))
     # The same two and the stream before attention; gate and up; silu(gate) and its product with up.
     mlp = angles + 3 * stream + tokens * 4 * model.intermediate_size // size * itemsize
@@ -136,7 +137,7 @@ def blocks_per_sequence(config: EngineConfig) -> int:
 
 
 def _chunk_blocks(config: EngineConfig) -> int:
-    """What a step may hold beyond that: while a chunk of a prompt is computed, what its first token sees is still held."""
+    """The blocks a step may hold beyond that: while a chunk of a prompt is computed, the keys its first token sees are still held."""
     bound = blocks_per_sequence(config)
     whole = _blocks_for(config, config.max_model_len)
     return min(_blocks_for(config, config.max_num_batched_tokens), config.max_num_seqs * (whole - bound))

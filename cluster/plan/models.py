@@ -1,7 +1,7 @@
-"""What MODEL is to `plan`: its configuration and the bytes of its weights, without downloading them.
+"""The model of a plan: its configuration and the size of its weights, without downloading them.
 
-The Mistral 7B family is known by heart, so that a plan needs no network; a local folder is read; of any other Hub id only the
-configuration file is fetched. Knows no GPU.
+The Mistral 7B family is built in, so a plan for it needs no network. A local folder is read; for any other Hub id only the configuration
+file is downloaded. Knows no GPU.
 """
 
 from dataclasses import dataclass, replace
@@ -42,7 +42,7 @@ FAMILY = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """`folder`: where a local checkpoint lies, whose weight files take `checkpoint_bytes`; both None for one on the Hub."""
+    """folder, checkpoint_bytes: the path of a local checkpoint and the size of its weight files; both None for a model on the Hub."""
 
     name: str
     config: ModelConfig
@@ -52,7 +52,7 @@ class PlannedModel:
 
 
 def describe_model(model: str, *, revision: str | None = None) -> PlannedModel:
-    """Raises ConfigError for a model that is nowhere or cannot be run, CheckpointError for a folder that lacks weight files."""
+    """Raises ConfigError for a model that does not exist or is not supported, CheckpointError for a folder without its weight files."""
     if not Path(model).expanduser().is_dir():
         if revision is None and model in FAMILY:
             return PlannedModel(name=model, config=FAMILY[model])

@@ -1,7 +1,7 @@
-"""What machines with these GPUs cost: one offer is an instance type of a cloud, on demand and spot, each price with its date and source.
+"""What machines with these GPUs cost: an offer is an instance type of a cloud, on demand and spot, each price with its date and source.
 
-A small table, for a laptop without SkyPilot; where SkyPilot has its catalog on disk, that is newer and taken instead (catalog.py). Spot
-prices move every day: these say the order of magnitude. Knows no model.
+A small table for machines without SkyPilot. If SkyPilot's catalog is on disk, it is newer and used instead (catalog.py). Spot prices
+change every day; these show the order of magnitude. Knows no model.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class Source:
 
 RECEIPTS = Source("github.com/datareceipts/data-receipts, from the clouds' price lists", "2026-11-09")
 SILYBENCH = Source("github.com/tgarg01/silybench-data, from Google's billing catalog", "2026-09-26")
-# Rows of a copy of the catalog that SkyPilot hosts, at commit e385a0d348; the copy bears no date.
+# Rows of a copy of the catalog that SkyPilot hosts, at commit e385a0d348; the copy has no date.
 SKYPILOT_COPY = Source("SkyPilot's hosted catalog v8, commit e385a0d348", "2025-26")
 CYCLENERD = Source("github.com/Cyclenerd/google-cloud-pricing-cost-calculator", "2025-03-06")
 LIST = Source("the cloud's list price as widely published, not looked up again", "2025")
@@ -35,7 +35,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """An instance type with `count` GPUs. None where a price is not known, or it is not sold so."""
+    """An instance type with `count` GPUs. A price is None if it is unknown or the machine is not sold that way."""
 
     cloud: Cloud
     instance_type: str
@@ -55,7 +55,7 @@ def _offer(
 
 
 def _a2(count: int) -> Offer:
-    # Two and four times were read, the rest is the same rate: Google prices vCPUs, memory and GPUs one by one.
+    # Prices for two and four GPUs were looked up; the others follow, because Google charges per vCPU, memory and GPU.
     on_demand, spot = (Price(usd * count, "us-central1", CYCLENERD) for usd in (3.673385, 1.293355))
     return _offer("gcp", f"a2-highgpu-{count}g", "A100", count, on_demand, spot)
 
@@ -114,7 +114,7 @@ OFFERS = (
     _offer("gcp", "g2-standard-96", "L4", 8, Price(8.0033, "us-central1", LIST)),
     *map(_a2, (1, 2, 4, 8)),
     *(_offer("gcp", f"a2-ultragpu-{n}g", "A100-80GB", n, Price(5.0688 * n, "us-central1", LIST)) for n in (1, 2, 4, 8)),
-    # Fewer than eight H100 are sold as spot only.
+    # Machines with fewer than eight H100 are sold as spot only.
     _offer("gcp", "a3-highgpu-1g", "H100", 1, None, Price(6.571, "us-central1", SILYBENCH)),
     _offer("azure", "Standard_NV36ads_A10_v5", "A10", 1, Price(3.20, "eastus", LIST)),
     _offer("azure", "Standard_NV72ads_A10_v5", "A10", 2, Price(6.52, "eastus", LIST)),
@@ -126,9 +126,9 @@ OFFERS = (
 
 
 def find_offers(offers: Iterable[Offer], gpu: str, count: int, *, cloud: Cloud | None, spot: bool) -> list[Offer]:
-    """Machines with exactly `count` of that GPU, as SkyPilot would look for them, cheapest first; without a price last.
+    """Machines with exactly `count` of that GPU, which is how SkyPilot searches; cheapest first, without a price last.
 
-    `spot`: which price decides. Without a spot price an offer stays in the list, since the cloud may well have one.
+    spot: sort by spot price. An offer without one stays in the list, because the cloud may have one.
     """
 
     def cost(offer: Offer) -> float:

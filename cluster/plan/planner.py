@@ -1,6 +1,6 @@
-"""From a question (model, GPU, context, concurrency) to plans: one for each GPU and tensor-parallel size, and the one to take.
+"""Makes plans from a question (model, GPU, context, concurrency): one per GPU and tensor-parallel size, the recommended one first.
 
-Pure: values in, values out. When nothing fits it says what is missing and what would fit.
+Pure: values in, values out. If nothing fits, it says how much is missing and what would fit.
 """
 
 import bisect
@@ -13,13 +13,14 @@ from cluster.plan.memory import RankMemory, rank_memory
 from cluster.plan.models import PlannedModel
 from cluster.plan.offers import Cloud, Offer, Price, find_offers
 from cluster.plan.roofline import Speed, Workload, speed
+from cluster.plan.units import gigabytes
 from workers.config import TENSOR_PARALLEL_SIZES, Dtype, EngineConfig, ModelConfig
 from workers.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """`cloud` None: any. `spot`: which price decides."""
+    """What to plan for. cloud: None for any. spot: compare spot prices instead of on-demand prices."""
 
     model: PlannedModel
     workload: Workload
@@ -29,7 +30,7 @@ class Question:
     spot: bool = False
 
     def engine(self, tensor_parallel_size: int) -> EngineConfig:
-        """As `tramontane serve` would run it on CUDA. Raises ConfigError."""
+        """The configuration that `tramontane serve` would use on CUDA. Raises ConfigError."""
         return EngineConfig(
             model_path=self.model.name,
             model=self.model.config,
@@ -46,7 +47,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One GPU, one tensor-parallel size. `offers`: the machines with exactly these GPUs, cheapest first."""
+    """One kind of GPU and one tensor-parallel size. offers: the machines with exactly these GPUs, cheapest first."""
 
     gpu: Gpu
     tensor_parallel_size: int
@@ -61,16 +62,16 @@ class Plan:
 
     @property
     def price(self) -> Price | None:
-        """The cheapest machine's, of the kind that was asked for."""
+        """The price of the cheapest machine, spot or on demand as the question says."""
         return next((p for o in self.offers if (p := o.price(spot=self.spot)) is not None), None)
 
     def usd_per_million_tokens(self, price: Price) -> float:
-        """Of generated tokens, while the machine is kept busy."""
+        """Cost of one million generated tokens, if the machine is always busy."""
         return price.usd_per_hour / (self.speed.tokens_per_s * 3600) * 1e6
 
 
 def make_plan(question: Question, gpu: Gpu, tensor_parallel_size: int, *, offers: Iterable[Offer] = ()) -> Plan:
-    """Raises ConfigError for a size that the model cannot be divided by."""
+    """Raises ConfigError for a size by which the model cannot be divided."""
     config = question.engine(tensor_parallel_size)
     found = find_offers(offers, gpu.name, tensor_parallel_size, cloud=question.cloud, spot=question.spot)
     return Plan(
@@ -90,9 +91,9 @@ def make_plans(
     tensor_parallel_size: int | None = None,
     offers: Sequence[Offer] = (),
 ) -> list[Plan]:
-    """A plan for each GPU and size that the model allows, or for the one size; the one to take first.
+    """A plan for each GPU and each size that the model allows, or for the given size. The recommended plan is first.
 
-    First come those that fit and are sold, by price an hour, then those that fit machines of one's own, then the rest.
+    Sorted: plans that fit a machine on sale, by price per hour; then plans that fit but are not on sale; then the rest.
     """
     sizes = [tensor_parallel_size] if tensor_parallel_size else sizes_of(question.model.config)
     plans = [make_plan(question, gpu, size, offers=offers) for gpu in gpus for size in sizes]
@@ -118,25 +119,28 @@ def sizes_of(model: ModelConfig) -> list[int]:
 
 
 def refusal(question: Question, plans: Sequence[Plan], *, offers: Sequence[Offer] = ()) -> ConfigError:
-    """Why none of `plans` fits, in numbers, and what would."""
+    """Says in numbers why none of `plans` fits, and what would fit."""
     closest = min(plans, key=lambda p: p.memory.missing_bytes * p.tensor_parallel_size)
     memory, workload = closest.memory, question.workload
     gpus = f"{closest.tensor_parallel_size} {closest.gpu.name}"
-    window = "" if memory.blocks_per_sequence * memory.block_size >= workload.context else " (the window's part of it)"
-    sentence = (
+    window = "" if memory.blocks_per_sequence * memory.block_size >= workload.context else " (limited by the window)"
+    message = (
         f"{question.model.name} does not fit on {gpus} with {workload.concurrency} x {workload.context:,} tokens: each GPU needs "
-        f"{_gb(memory.usable_bytes + memory.missing_bytes)}, of which the KV cache{window} takes "
-        f"{_gb((memory.needed_blocks + 1) * memory.block_bytes)}, and may use {_gb(memory.usable_bytes)} of its "
-        f"{_gb(memory.total_bytes)}; {_gb(memory.missing_bytes)} are missing."
+        f"{gigabytes(memory.usable_bytes + memory.missing_bytes)}, of which the KV cache{window} takes "
+        f"{gigabytes((memory.needed_blocks + 1) * memory.block_bytes)}, and may use {gigabytes(memory.usable_bytes)} of its "
+        f"{gigabytes(memory.total_bytes)}; {gigabytes(memory.missing_bytes)} are missing."
     )
     remedies = _remedies(question, closest, offers)
     return ConfigError(
-        f"{sentence} " + (f"What would fit: {'; '.join(remedies)}." if remedies else "Nothing known would fit.")
+        message,
+        remedy=f"Use one of: {'; '.join(remedies)}."
+        if remedies
+        else "Use a smaller model: no known GPU has enough memory.",
     )
 
 
 def _remedies(question: Question, closest: Plan, offers: Sequence[Offer]) -> list[str]:
-    """Less work on the same GPUs, more of them, or others: what the user can change."""
+    """Options the user can change: less work on the same GPUs, more GPUs, or other GPUs."""
     remedies = []
     workload, size = question.workload, closest.tensor_parallel_size
     block_size = closest.memory.block_size
@@ -161,9 +165,5 @@ def _remedies(question: Question, closest: Plan, offers: Sequence[Offer]) -> lis
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest of 1 to `limit` that fits, if all smaller ones do; 0 if none does."""
+    """The largest number from 1 to `limit` that fits, if all smaller ones fit; 0 if none fits."""
     return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""What `plan` shows: tables for people, JSON for programs. Knows the plans' fields and no arithmetic beyond units."""
+"""The output of `plan`: tables for people, JSON for programs. Does no arithmetic except units."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,17 +11,18 @@ from rich.text import Text
 from cluster.plan.memory import num_parameters
 from cluster.plan.offers import Offer, Price
 from cluster.plan.planner import Plan, Question
+from cluster.plan.units import gigabytes
 from cluster.terminal.tables import plain_table
 
 _NONE = "–"
 _ASSUMED = (
-    "Speeds are the roofline's: what memory and arithmetic allow at best. Expect a part of it, and measure before you promise. The KV "
-    "cache is what the engine takes; CUDA's own share is assumed."
+    "Speeds are upper bounds from memory bandwidth and arithmetic (the roofline). Expect less, and measure before you rely on them. The "
+    "KV cache is computed as the engine does it; the memory that CUDA itself needs is an assumption."
 )
 
 
 def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> RenderableType:
-    """`one_gpu`: show the sizes that do not fit as well; of many GPUs, only name them."""
+    """one_gpu: also show the sizes that do not fit. With several GPUs they are only named."""
     parts: list[RenderableType] = [Text(_headline(question)), Text()]
     fitting = [p for p in plans if p.fits]
     shown = sorted(plans, key=lambda p: p.tensor_parallel_size) if one_gpu else [p for p in fitting if p.offers]
@@ -31,7 +32,7 @@ def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> Rende
         parts += [Text(f"Too small: {', '.join(_gpus(p) for p in plans if not p.fits)}."), Text()]
     if fitting:
         best = fitting[0]
-        parts += [Text(f"To take: {_machine(question, best)}")]
+        parts += [Text(f"Recommended: {_machine(question, best)}")]
         if best.offers:
             parts += [_offer_table(best), Text(_sources(best))]
         parts += [Text()]
@@ -39,7 +40,7 @@ def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> Rende
 
 
 def as_json(question: Question, plans: Sequence[Plan]) -> dict[str, Any]:
-    """`chosen`: index of the plan to take, null when none fits. Memory is one rank's; `source` says where a price is from and when."""
+    """chosen: index of the recommended plan, or null if none fits. Memory is per rank; `source` is the origin and date of a price."""
     return {
         "model": question.model.name,
         "dtype": question.dtype,
@@ -74,12 +75,12 @@ def _headline(question: Question) -> str:
     engine, workload, model = question.engine(1), question.workload, question.model.config
     window = "full attention" if model.sliding_window is None else f"sliding window of {model.sliding_window:,}"
     on_disk = question.model.checkpoint_bytes
-    disk = "" if on_disk is None else f", {_gb(on_disk)} on disk"
+    disk = "" if on_disk is None else f", {gigabytes(on_disk)} on disk"
     return (
         f"{question.model.name}: {num_parameters(engine) / 1e9:.2f} billion parameters, {question.dtype}{disk}, "
-        f"{engine.kv_block_bytes // engine.block_size / 1024:g} KiB of KV a token, {window}.\n"
-        f"{workload.concurrency} requests at a time, each {workload.prompt_tokens:,} tokens of prompt and "
-        f"{workload.output_tokens:,} of answer."
+        f"{engine.kv_block_bytes // engine.block_size / 1024:g} KiB of KV cache per token, {window}.\n"
+        f"{workload.concurrency} requests at a time, each with {workload.prompt_tokens:,} prompt tokens and "
+        f"{workload.output_tokens:,} output tokens."
     )
 
 
@@ -92,12 +93,12 @@ def _plan_table(plans: Sequence[Plan], *, spot: bool) -> Table:
         table.add_row(
             plan.gpu.name,
             str(plan.tensor_parallel_size),
-            _gb(memory.weight_bytes),
-            _gb(max(0, memory.kv_cache_bytes)),
+            gigabytes(memory.weight_bytes),
+            gigabytes(max(0, memory.kv_cache_bytes)),
             f"{memory.num_kv_blocks:,}",
             f"{memory.num_kv_tokens:,}",
             str(memory.max_sequences),
-            "yes" if plan.fits else f"{_gb(memory.missing_bytes)} short",
+            "yes" if plan.fits else f"{gigabytes(memory.missing_bytes)} short",
             *(
                 (
                     f"{speed.step_s * 1e3:.1f}",
@@ -132,9 +133,7 @@ def _offer_table(plan: Plan) -> Table:
 def _machine(question: Question, plan: Plan) -> str:
     gpus = f"{_gpus(plan)}, --tensor-parallel-size {plan.tensor_parallel_size}."
     where = "" if question.cloud is None else f" on {question.cloud}"
-    return (
-        gpus if plan.offers else f"{gpus} No machine with exactly that is known{where}; it is for machines of your own."
-    )
+    return gpus if plan.offers else f"{gpus} No machine{where} is known to have exactly these GPUs; use your own."
 
 
 def _sources(plan: Plan) -> str:
@@ -155,10 +154,6 @@ def _costs(plan: Plan, price: Price | None) -> tuple[str, str]:
 
 def _date(price: Price | None) -> str:
     return _NONE if price is None else price.source.date
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.1f} GB"
 
 
 def _table(first: str, *others: str) -> Table:

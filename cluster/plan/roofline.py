@@ -1,7 +1,7 @@
-"""How fast a model can be on a GPU at best: the roofline, max(bytes / bandwidth, FLOPs / rate), and the all-reduces between ranks.
+"""The upper bound of a model's speed on a GPU: the roofline, max(bytes / bandwidth, FLOPs / rate), plus the all-reduces between ranks.
 
-A bound, not a measurement: real kernels reach a part of either roof, and the engine's own time between steps comes on top. Arithmetic
-only; knows no memory limits and no price.
+A bound, not a measurement: real kernels reach only part of it, and the engine needs time between steps. Arithmetic only; knows no memory
+limits and no price.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from workers.config import DTYPE_BYTES, EngineConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """`concurrency` requests at a time, each a prompt and an answer that together fill `context` tokens."""
+    """`concurrency` requests at a time, each with a prompt and an answer that together have `context` tokens."""
 
     context: int
     concurrency: int
@@ -25,14 +25,16 @@ class Workload:
 
     @property
     def mean_context(self) -> int:
-        """Tokens before a generated one, on average over the answer."""
+        """The number of tokens before a generated token, averaged over the answer."""
         return self.prompt_tokens + self.output_tokens // 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """`step_s`: one token for each request. `prefill_s`: a prompt alone on an idle replica, its time to first token.
-    `tokens_per_s`: generated tokens of all requests together, their prompts computed in between.
+    """Seconds and rates of one replica.
+
+    step_s: one token for each request. prefill_s: a single prompt on an idle replica, which is its time to first token. tokens_per_s:
+    generated tokens of all requests together, including the time for their prompts.
     """
 
     step_s: float
@@ -44,13 +46,13 @@ def speed(config: EngineConfig, gpu: Gpu, workload: Workload) -> Speed:
     batch = workload.concurrency
     step_s = _step_s(config, gpu, num_tokens=batch, num_sequences=batch, context=workload.mean_context)
     prefill_s = _prefill_s(config, gpu, workload.prompt_tokens)
-    # A request takes its prompt's time from everybody and then its share of each step.
+    # A request costs the time of its prompt, which delays all others, and then its share of each step.
     request_s = prefill_s + workload.output_tokens * step_s / batch
     return Speed(step_s=step_s, prefill_s=prefill_s, tokens_per_s=workload.output_tokens / request_s)
 
 
 def _prefill_s(config: EngineConfig, gpu: Gpu, prompt_tokens: int) -> float:
-    """In chunks, as the scheduler does it; each reads the weights once and attends to what came before."""
+    """In chunks, as the scheduler does; each chunk reads the weights once and attends to the tokens before it."""
     chunk, total_s = config.max_num_batched_tokens, 0.0
     for start in range(0, prompt_tokens, chunk):
         num_tokens = min(chunk, prompt_tokens - start)
@@ -59,24 +61,24 @@ def _prefill_s(config: EngineConfig, gpu: Gpu, prompt_tokens: int) -> float:
 
 
 def _step_s(config: EngineConfig, gpu: Gpu, *, num_tokens: int, num_sequences: int, context: int) -> float:
-    """One forward pass on each rank. `context`: the keys before a query, on average; the window bounds those it sees."""
+    """One forward pass on each rank. context: the average number of keys before a query; the window limits how many it sees."""
     model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
     seen = context if model.sliding_window is None else min(context, model.sliding_window)
-    # The embedding is looked up, not multiplied: of its table only the step's rows are read. A tied one is the head as well.
+    # Only the step's rows of the embedding table are read. A tied table is also the head, which is read entirely.
     table = 0 if model.tie_word_embeddings else -(-model.vocab_size // size) * model.hidden_size * itemsize
     matrices = weight_bytes(config) - table
     kv = num_sequences * seen * config.kv_block_bytes // config.block_size
-    # Two for each weight and token, and two for each query-key and each probability-value product.
+    # Two FLOPs per weight and token, and two per query-key and per probability-value product.
     heads = model.num_attention_heads // size
     attention = 4 * heads * model.head_dim * seen * model.num_hidden_layers
-    head = -(-model.vocab_size // size) * model.hidden_size  # logits are computed of one row a sequence
+    head = -(-model.vocab_size // size) * model.hidden_size  # logits are computed for one row per sequence
     flops = num_tokens * (2 * (matrices // itemsize - head) + attention) + num_sequences * 2 * head
     compute_s = max((matrices + kv) / gpu.bytes_per_s, flops / gpu.flops_per_s)
     return compute_s + _all_reduces_s(config, gpu, num_tokens)
 
 
 def _all_reduces_s(config: EngineConfig, gpu: Gpu, num_tokens: int) -> float:
-    """Two a layer and the embedding's. In a ring each rank sends 2 (n - 1) / n of the tensor."""
+    """Two per layer, and one for the embedding. In a ring each rank sends 2 (n - 1) / n of the tensor."""
     size = config.tensor_parallel_size
     if size == 1:
         return 0.0

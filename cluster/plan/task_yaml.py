@@ -1,6 +1,6 @@
-"""Writes the SkyPilot YAML that rents what was planned: sky/serve.yaml, with the plan's machines, model and engine options in it.
+"""Writes the SkyPilot YAML for a plan: sky/serve.yaml with the plan's machines, model and engine options.
 
-That file is in the checkout; an installed package carries a copy. Knows no arithmetic.
+That file is in the checkout, and an installed package has a copy. Knows no arithmetic.
 """
 
 import shlex
@@ -16,18 +16,18 @@ from workers.errors import ConfigError
 
 _MOUNTED_MODEL = "~/model"
 _HEADER = """\
-# {gpus} for {model}, {concurrency} requests at a time of up to {context:,} tokens: written by `tramontane plan`.
-# It is sky/serve.yaml with these machines and options; that file says more. Launch it where the checkout is:
+# {gpus} for {model}, {concurrency} requests at a time of up to {context:,} tokens. Written by `tramontane plan`.
+# This is sky/serve.yaml with these machines and options; see that file for more. Launch it from the root of the checkout:
 #
-#   export HF_TOKEN=...                                # of an account that has accepted the model's terms on its Hub page
-#   export TRAMONTANE_API_KEY=$(openssl rand -hex 32)  # what clients send; whoever has it can use the endpoint
+#   export HF_TOKEN=...                                # from an account that has accepted the model's terms on the Hub
+#   export TRAMONTANE_API_KEY=$(openssl rand -hex 32)  # what clients send; anyone who has it can use the endpoint
 #   sky launch -c tramontane {path} --secret HF_TOKEN --secret TRAMONTANE_API_KEY
-#   sky down tramontane                                # ends the costs
+#   sky down tramontane                                # stops the costs
 """
 
 
 class _Dumper(yaml.SafeDumper):
-    """Scripts stay readable: text of several lines is written as a literal block."""
+    """Writes text with several lines as a literal block, so that scripts stay readable."""
 
     def represent_text(self, text: str) -> yaml.Node:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
@@ -37,7 +37,7 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def write_task(path: Path, question: Question, plan: Plan) -> None:
-    """Raises ConfigError if the file exists or cannot be written, or no cloud is known to have such machines."""
+    """Raises ConfigError if the file exists or cannot be written, or if no cloud is known to have such machines."""
     task = make_task(question, plan)
     header = _HEADER.format(
         gpus=f"{plan.tensor_parallel_size} {plan.gpu.name}",
@@ -51,9 +51,13 @@ def write_task(path: Path, question: Question, plan: Plan) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as e:
-        raise ConfigError(f"{path} exists already; name another file, or remove it.") from e
+        raise ConfigError(
+            f"{path} already exists.", remedy="Choose another file, or remove it.", param="--write"
+        ) from e
     except OSError as e:
-        raise ConfigError(f"{path} cannot be written ({e.strerror}); name a file in a folder that exists.") from e
+        raise ConfigError(
+            f"{path} cannot be written: {e.strerror}.", remedy="Choose a file in an existing folder.", param="--write"
+        ) from e
 
 
 def make_task(question: Question, plan: Plan) -> dict[str, Any]:
@@ -61,8 +65,10 @@ def make_task(question: Question, plan: Plan) -> dict[str, Any]:
     if not plan.offers:
         raise ConfigError(
             f"No machine with exactly {plan.tensor_parallel_size} {plan.gpu.name} is known"
-            + (f" on {question.cloud}" if question.cloud else "")
-            + ", so there is nothing to write; leave --cloud out, or choose another GPU or --tensor-parallel-size."
+            + (f" on {question.cloud}." if question.cloud else "."),
+            remedy="Choose another --gpu or --tensor-parallel-size"
+            + (", or remove --cloud." if question.cloud else "."),
+            param="--write",
         )
     task: dict[str, Any] = yaml.safe_load(_template().read_text(encoding="utf-8"))
     accelerators = f"{plan.gpu.name}:{plan.tensor_parallel_size}"
@@ -73,13 +79,13 @@ def make_task(question: Question, plan: Plan) -> dict[str, Any]:
     task["envs"]["SERVE_OPTIONS"] = " ".join(_serve_options(question))
     if model.folder is not None and model.checkpoint_bytes is not None:
         task["file_mounts"] = {_MOUNTED_MODEL: str(model.folder)}
-        needed_gb = ceil(model.checkpoint_bytes / 1e9) + 64  # beside the system, the environment and its caches
+        needed_gb = ceil(model.checkpoint_bytes / 1e9) + 64  # plus room for the system, the environment and its caches
         task["resources"]["disk_size"] = max(task["resources"]["disk_size"], needed_gb)
     return task
 
 
 def _serve_options(question: Question) -> list[str]:
-    """What `tramontane serve` has to be told to run as planned; the script passes the tensor-parallel size itself."""
+    """The options for `tramontane serve` to run as planned. The script itself passes the tensor-parallel size."""
     engine = question.engine(1)
     options = ["--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
     if engine.max_num_batched_tokens != EngineConfig.max_num_batched_tokens:
@@ -100,4 +106,4 @@ def _template() -> Path:
     for path in (here.parents[1] / "sky" / "serve.yaml", here / "serve.yaml"):
         if path.is_file():
             return path
-    raise ConfigError("sky/serve.yaml is not part of this installation; install Tramontane again.")
+    raise ConfigError("sky/serve.yaml is not part of this installation.", remedy="Install Tramontane again.")

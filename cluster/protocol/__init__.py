@@ -1,1 +1,1 @@
-"""What controller, gateways and commands tell each other: frozen values."""
+"""The frozen values that the controller, gateways and commands exchange."""

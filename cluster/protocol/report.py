@@ -1,23 +1,23 @@
-"""What a gateway reports to the controller: its load, and the batches it runs. Frozen values, picklable, without behaviour."""
+"""What a gateway reports to the controller: its load, and the batches it runs. Frozen, picklable values without behaviour."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchDemand:
-    """One batch that runs at a gateway. Tokens are estimates, of prompts and outputs together."""
+    """One batch that a gateway runs. Token counts are estimates of prompts and outputs together."""
 
     batch_id: str
-    remaining_tokens: int  # of lines that have no answer yet
-    deadline_s: float | None = None  # seconds left; None: as soon as `max_replicas` of them can
+    remaining_tokens: int  # of lines without an answer
+    deadline_s: float | None = None  # seconds left; None: as soon as `max_replicas` replicas can finish it
     max_replicas: int | None = None  # None: as many as the cluster may have
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewayReport:
-    """What one gateway holds, said every half second. A gateway that says nothing for a while is forgotten.
+    """The load of one gateway, sent twice a second. The controller drops a gateway that stops reporting.
 
-    Lines of batches are told of in `batches` and counted in `num_running` and `streams_per_replica`, and nowhere else.
+    Batch lines count in `batches`, `num_running` and `streams_per_replica`, and in no other field.
     """
 
     gateway_id: str
@@ -30,4 +30,4 @@ class GatewayReport:
     ttft_p95_s: float | None = None  # of the last seconds; None without requests
     streams_per_replica: dict[str, int] = field(default_factory=dict)
     batches: tuple[BatchDemand, ...] = ()
-    batch_tokens_total: int = 0  # of lines answered so far, by the same estimate as `remaining_tokens`
+    batch_tokens_total: int = 0  # of answered lines, by the same estimate as `remaining_tokens`

@@ -1,4 +1,7 @@
-"""What a deployment should be: the model and how many replicas of it. The controller makes it so."""
+"""The spec of a deployment: which model to serve, on how many replicas. The controller makes the cluster match it.
+
+The defaults here are the only ones: the options of commands, the supervisor and the autoscaler read them off this class.
+"""
 
 from dataclasses import dataclass
 
@@ -8,17 +11,17 @@ from workers.config import EngineConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
-    """What shall be: the same model on `min_replicas` to `max_replicas` replicas, the autoscaler choosing between."""
+    """One model on `min_replicas` to `max_replicas` identical replicas; the autoscaler chooses the number."""
 
     model_name: str
     engine: EngineConfig
     min_replicas: int = 1
     max_replicas: int = 1
-    num_gateways: int = 1  # the process that asks is one of them
+    num_gateways: int = 1  # including the process that runs `serve`
     drain_timeout_s: float = 30.0
-    scale_down_after_s: float = 600.0  # how long a replica must have been needless
+    scale_down_after_s: float = 600.0  # seconds a replica must be idle before it is removed
     ttft_objective_s: float = 2.0
-    placement_timeout_s: float | None = None  # None: more nodes may come, so wait for ever
-    single_host: bool = False  # sockets stay on loopback: nothing outside this machine takes part
+    placement_timeout_s: float | None = None  # None: wait forever, because more nodes may join
+    single_host: bool = False  # sockets stay on loopback, and only this machine takes part
     preemption_notices: PreemptionNotices = "auto"
     log_level: str = "WARNING"

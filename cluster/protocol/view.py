@@ -1,6 +1,7 @@
-"""The cluster as it is: replicas, ranks, gateways and preemption notices. The controller makes the view, gateways and commands read it.
+"""The current state of the cluster: replicas, ranks, gateways and preemption notices. The controller writes it; gateways and commands
+read it.
 
-Frozen values, picklable, without Ray and without behaviour. Times are time.time(): they cross processes and hosts.
+Frozen, picklable values without Ray and without behaviour. Times are time.time(), because they cross processes and hosts.
 """
 
 import enum
@@ -10,28 +11,19 @@ from typing import Literal
 from cluster.protocol.notice import Cloud
 from cluster.protocol.spec import ClusterSpec
 from workers.protocol import EngineFacts, LoadReport
+from workers.rank.reports import RankStats
 
-NoticeSource = Cloud | Literal["ray"]  # who says that a node goes away
+NoticeSource = Cloud | Literal["ray"]  # who announced that a node will be removed
 
 
 class ReplicaState(enum.StrEnum):
-    """A replica's life, in this order; LOST may follow any of the first four."""
+    """The states of a replica, in order; LOST may follow any of the first four."""
 
     PLACING = "placing"  # its placement group waits for resources
     STARTING = "starting"  # ranks join, load, warm up
     READY = "ready"
-    DRAINING = "draining"  # nothing new; what runs ends or moves
-    LOST = "lost"  # over without being asked; its processes are being ended
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankStats:
-    """One rank's own counters. Seconds are of the host's clock; `all_reduce_s_total` is None where it runs asynchronously (CUDA)."""
-
-    num_steps_total: int = 0
-    step_s_total: float = 0.0
-    num_all_reduces_total: int = 0
-    all_reduce_s_total: float | None = None
+    DRAINING = "draining"  # gets no new requests; running streams finish or move
+    LOST = "lost"  # ended unexpectedly; its processes are being stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +38,22 @@ class RankRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicaRecord:
-    """`address` and `token` open rank 0's socket; None until it listens. `reason`: one sentence, where there is something to say."""
+    """`address` and `token` open rank 0's socket; None until it listens. `reason`: why it is in this state, or None."""
 
     replica_id: str
     incarnation: str
     state: ReplicaState
     reason: str | None = None
     phase: str | None = None  # while STARTING: joining, loading, starting
-    progress: tuple[int, int] = (0, 0)  # bytes of weights read, of how many
+    progress: tuple[int, int] = (0, 0)  # bytes of weights: read, in all
     address: tuple[str, int] | None = None
     token: str | None = field(default=None, repr=False)
     ranks: tuple[RankRecord, ...] = ()
     started_at: float = 0.0
     ready_at: float | None = None
-    drain_until: float | None = None  # while DRAINING: when streams that still run must move
-    is_leaving: bool = False  # while DRAINING: its node goes away, so streams move as soon as there is room elsewhere
+    drain_until: float | None = None  # while DRAINING: when running streams must move
+    # While DRAINING: its node is preempted, so streams move as soon as there is room elsewhere.
+    is_leaving: bool = False
     facts: EngineFacts | None = None
     load: LoadReport = field(default_factory=LoadReport)
 
@@ -76,37 +69,51 @@ class GatewayRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeNotice:
-    """A node will be taken away. `cause`: a sentence of who does it. `deadline`: from when on it may be gone."""
+    """A node will be removed. `cause`: one sentence on who removes it and why. `deadline`: it may be gone from then on."""
 
     node_id: str
     node_ip: str
-    is_head: bool  # everything on Ray ends with it
+    is_head: bool  # everything on Ray ends with the head node
     source: NoticeSource
     cause: str
     deadline: float
     seen_at: float
-    drained_at: float | None = None  # no replica has a rank there any more
+    drained_at: float | None = None  # since when no replica has a rank there
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartFailure:
+    """Why no replica can start, and why the controller has stopped trying. The parts are those of a TramontaneError.
+
+    kind: "config" for a setting that cannot work, "checkpoint" for files that cannot be loaded, "stopping" for a deployment that is
+    being taken down.
+    """
+
+    kind: Literal["config", "checkpoint", "stopping"]
+    message: str
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        return self.message if self.remedy is None else f"{self.message} {self.remedy}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterView:
-    """What is. `version` grows with every change of another field but `loads` and statistics."""
+    """The state of the cluster. `version` grows with every change, except changes of loads and statistics."""
 
     version: int
-    controller_id: str  # changes when the controller was restarted
+    controller_id: str  # changes when the controller restarts
     spec: ClusterSpec | None = None
     replicas: tuple[ReplicaRecord, ...] = ()
     gateways: tuple[GatewayRecord, ...] = ()
-    notices: tuple[NodeNotice, ...] = ()  # of nodes that will be taken away
-    num_notices_total: int = 0  # that this controller has seen
+    notices: tuple[NodeNotice, ...] = ()  # of nodes that will be removed
+    num_notices_total: int = 0  # seen by this controller
     num_desired: int = 0
     scaling_reason: str = ""
-    failure: tuple[str, str] | None = (
-        None  # (exception class, sentence): starting replicas cannot succeed, and is not tried again
-    )
-    facts: EngineFacts | None = None  # of the model served, known even while no replica runs
+    failure: StartFailure | None = None
+    facts: EngineFacts | None = None  # of the served model, known even while no replica runs
 
 
 def without_secrets(view: ClusterView) -> ClusterView:
-    """The view as it may be shown to people."""
+    """The view without the tokens of replicas, for display."""
     return replace(view, replicas=tuple(replace(r, token=None) for r in view.replicas))

@@ -1,7 +1,7 @@
 """The folder of a Ray of our own, and the processes that carry its name in their environment: made, ended, and swept.
 
-A command holds its folder's lock for as long as it lives. So after a SIGKILL, at whatever moment, the next command finds a folder that
-nobody holds: it ends what still runs there and removes the files. Knows Linux' /proc, and no Ray.
+A command locks its folder for as long as it lives. So after a SIGKILL, at whatever moment, the next command finds a folder without a
+lock: it ends what still runs there and removes the files. Knows Linux's /proc, and no Ray.
 """
 
 import atexit
@@ -23,7 +23,7 @@ KILL_TIMEOUT_S = 10.0
 
 
 class RayFolder:
-    """One that is locked, by whoever made it or by whoever sweeps it."""
+    """A folder that this process has locked, because it made the folder or sweeps it."""
 
     def __init__(self, path: Path, lock: int) -> None:
         self.path = path
@@ -48,27 +48,26 @@ class RayFolder:
 
 
 def make_folder() -> RayFolder:
-    """A new one, which goes at the latest when this process ends."""
+    """A new folder, which is removed at the latest when this process ends."""
     parent = _parent()
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-        if (folder := _take(path)) is not None:  # else a sweep came in between
-            atexit.register(
-                shutil.rmtree, path, ignore_errors=True
-            )  # behind Ray's own handlers, which still write there
+        if (folder := _lock(path)) is not None:  # else a sweep was faster
+            # Runs after Ray's own handlers, which still write there.
+            atexit.register(shutil.rmtree, path, ignore_errors=True)
             return folder
 
 
 def sweep() -> None:
-    """Ends what commands left that were killed. What belongs to another user stays."""
+    """Ends and removes what killed commands left. Folders of other users stay."""
     for path in _parent().glob(f"{PREFIX}*"):
-        if (folder := _take(path)) is not None:
-            log.info("A command that was killed left %s, which is removed.", path)
+        if (folder := _lock(path)) is not None:
+            log.info("Removing %s, left by a command that was killed.", path)
             folder.end()
 
 
 def marked_processes(folder: Path) -> list[int]:
-    """Living processes of the cluster in `folder`, wherever they hang in the process tree. Linux only; elsewhere none."""
+    """Pids of the living processes of the cluster in `folder`, wherever they are in the process tree. Linux only; elsewhere none."""
     mark = f"{MARK}={folder}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
@@ -82,15 +81,15 @@ def _parent() -> Path:
     return Path(os.environ.get("RAY_TMPDIR", "/tmp"))
 
 
-def _take(path: Path) -> RayFolder | None:
-    """None while a living process holds it, and for what is no folder of ours."""
+def _lock(path: Path) -> RayFolder | None:
+    """None while a living process has locked it, and for anything that is not a folder of ours."""
     try:
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_uid == os.geteuid() and os.fstat(lock).st_nlink:  # without links it has just been removed
+        if os.fstat(lock).st_uid == os.geteuid() and os.fstat(lock).st_nlink:  # no links: it has just been removed
             return RayFolder(path, lock)
     except OSError:
         pass

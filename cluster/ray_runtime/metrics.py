@@ -1,9 +1,9 @@
-"""The same metrics through `ray.util.metrics`, for Ray's own endpoint on every node and the Grafana beside its dashboard.
+"""The gateway's metrics again through `ray.util.metrics`, for Ray's own endpoint on every node and the Grafana of its dashboard.
 
 Knows Ray's metrics and samples of Prometheus families; knows no metric by name. `tramontane:num_requests_running` becomes
 `ray_tramontane_num_requests_running`. Every sample, of counters and of histogram buckets too, is mirrored as a Gauge of the same name
-and labels: rate() and histogram_quantile() read names and labels only, and Ray's Counter and Histogram take single events, which would
-have to be recorded a second time for every token.
+and labels: rate() and histogram_quantile() read names and labels only, and Ray's Counter and Histogram accept single events only, which
+would have to be recorded a second time for every token.
 """
 
 import asyncio
@@ -19,17 +19,17 @@ from prometheus_client.core import Metric
 from ray.util.metrics import Gauge
 
 from cluster.metrics.ranks import rank_families
-from cluster.protocol.view import RankStats
+from workers.rank.reports import RankStats
 
 log = logging.getLogger(__name__)
 
 PUSH_INTERVAL_S = 5.0  # Ray's own reporters read every 10 s
-_SAID_BY_RANKS = "tramontane:rank_"
+_RANK_METRICS = "tramontane:rank_"
 Series = tuple[str, tuple[tuple[str, str], ...]]
 
 
 class GaugeMirror:
-    """Repeats samples as Ray gauges. A series that is gone becomes 0 once: Ray would show its last value for ever."""
+    """Repeats samples as Ray gauges. A series that has ended is set to 0 once: Ray would show its last value forever."""
 
     def __init__(self, make_gauge: Callable[..., Any] = Gauge) -> None:
         self._make_gauge = make_gauge
@@ -56,38 +56,38 @@ class GaugeMirror:
 
 
 class RayMetrics:
-    """A gateway's registry. What ranks say of themselves (see `publish_rank`) is left to them."""
+    """A gateway's registry, without the metrics that ranks publish themselves (see `publish_rank`)."""
 
     def __init__(self, registry: CollectorRegistry, *, mirror: GaugeMirror | None = None) -> None:
         self._registry = registry
         self._mirror = mirror or GaugeMirror()
 
     async def push(self) -> None:
-        """Samples on this loop, where the router lives, and hands over on a thread."""
-        families = [f for f in self._registry.collect() if not f.name.startswith(_SAID_BY_RANKS)]
+        """Samples on this loop, where the router lives, and publishes on a thread."""
+        families = [f for f in self._registry.collect() if not f.name.startswith(_RANK_METRICS)]
         await asyncio.to_thread(self._mirror.show, families)
 
 
 async def publish_forever(registry: CollectorRegistry, interval_s: float = PUSH_INTERVAL_S) -> None:
-    """Runs until cancelled. A push that fails is logged and tried again: metrics never stop a gateway."""
+    """Runs until cancelled. A failed push is logged and retried: metrics never stop a gateway."""
     metrics = RayMetrics(registry)
     while True:
         try:
             await metrics.push()
         except Exception as e:
-            log.warning("Metrics could not be handed to Ray: %s", e)
+            log.warning("Metrics could not be pushed to Ray: %s", e)
         await asyncio.sleep(interval_s)
 
 
 def publish_rank(
     replica_id: str, rank: int, stats: Callable[[], RankStats], interval_s: float = PUSH_INTERVAL_S
 ) -> None:
-    """From a rank's actor: shows its own counters until the process ends, on a thread of its own."""
+    """Called in a rank's actor: publishes its counters until the process ends, on a thread of its own."""
     mirror = GaugeMirror()
 
     def run() -> None:
         while True:
-            with contextlib.suppress(Exception):  # what breaks the rank is said elsewhere
+            with contextlib.suppress(Exception):  # a broken rank is reported elsewhere
                 mirror.show(rank_families([(replica_id, rank, stats())]))
             time.sleep(interval_s)
 

@@ -1,7 +1,7 @@
-"""Starts a Ray of our own or joins one, and leaves nothing behind. Knows Ray's settings; knows no replicas.
+"""Starts a Ray of our own or joins one, and cleans up after it. Knows Ray's settings; knows no replicas.
 
 A Ray we start serves this machine only: token authentication on, dashboard on loopback, no usage reports, its files in a
-temporary folder that goes when it goes.
+temporary folder that is removed with it.
 """
 
 import contextlib
@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.ray_runtime.folder import MARK, RayFolder, make_folder, sweep
+from cluster.ray_runtime.internals import start_options
 from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 5.0
 REACH_TIMEOUT_S = 5.0
-_SYSTEM_CONFIG = {
-    "prestart_worker_first_driver": False,  # Ray 2.60 waits for that worker, and for ever if it dies as it starts
-    "worker_register_timeout_seconds": 30,  # of one that dies as it starts; 60 is as long as the controller is waited for
-}
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not travel through Ray; this is near the smallest it accepts
 
 
@@ -59,8 +56,8 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
     if address is not None:
         _check_reachable(address)
     else:
-        os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster unasked
-        _use_token_authentication()
+        os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster
+        ensure_token()
         folder = make_folder()
         os.environ[MARK] = str(folder.path)
     import ray
@@ -77,26 +74,26 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
                 namespace=namespace,
                 log_to_driver=log_to_driver,
                 logging_level=logging.ERROR,
-                _temp_dir=str(folder.path),
-                _system_config=_SYSTEM_CONFIG,
+                **start_options(folder.path),
             )
     except BaseException as e:
         _end_ray(folder)
         if not isinstance(e, Exception):
             raise
-        # Ray raises a dozen unrelated types here, for one and the same reason.
+        # Ray raises a dozen unrelated types here, all for the same reason.
         if address is None:
             raise ConfigError(f"Ray could not be started: {e}") from e
         raise ConfigError(
-            f"The Ray cluster at {address} could not be joined; check that its Ray has this version and its token "
-            f"is in RAY_AUTH_TOKEN or ~/.ray/auth_token: {e}"
+            f"The Ray cluster at {address} could not be joined: {e}",
+            remedy="Check that it runs the same version of Ray and that its token is in RAY_AUTH_TOKEN or ~/.ray/auth_token.",
+            param="--ray-address",
         ) from e
     url = context.dashboard_url
     return RayCluster(dashboard_url=f"http://{url}" if url else None, folder=folder)
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself would try a dead address for minutes. Leaves the forms that are no host and port to Ray. Raises ConfigError."""
+    """Ray itself would try a dead address for minutes. Leaves addresses other than HOST:PORT to Ray. Raises ConfigError."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdigit():
         return
@@ -104,7 +101,9 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_TIMEOUT_S).close()
     except (OSError, OverflowError) as e:
         raise ConfigError(
-            f"Nothing answers at the Ray address {address} ({e}); is `ray start --head` running there?"
+            f"Nothing answers at the Ray address {address} ({e}).",
+            remedy="Run `ray start --head` there, or correct the address.",
+            param="--ray-address",
         ) from e
 
 
@@ -115,8 +114,8 @@ def token_path() -> Path | None:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
-def _use_token_authentication() -> None:
-    """Ray's ports listen on every interface, and whoever reaches one without a token runs code. Raises ConfigError."""
+def ensure_token() -> None:
+    """Makes a token if there is none: Ray's ports listen on every interface, and a client that needs no token can run code."""
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token" or "RAY_AUTH_TOKEN" in os.environ:
         return
     path = token_path()
@@ -134,7 +133,7 @@ def _use_token_authentication() -> None:
 
 
 def _end_ray(folder: RayFolder | None) -> None:
-    """Shuts Ray down as it is meant to be, and makes sure of it where the processes and files are ours.
+    """Shuts Ray down in order; where the processes and files are ours, also ends and removes what is left.
 
     A service manager may have signalled all processes at once; without its control store `ray.shutdown` waits for a minute.
     """
@@ -144,7 +143,7 @@ def _end_ray(folder: RayFolder | None) -> None:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Without SIGINT and SIGTERM: an impatient second one would leave processes behind, and what runs here is bounded in time."""
+    """Ignores SIGINT and SIGTERM: a second one would leave processes running, and the work in here is bounded in time."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""Finds and removes what a deployment has in Ray by its names: after a controller's death, and for `tramontane down`.
+"""Finds and removes a deployment's actors and placement groups in Ray, by name: after a controller's death, and for `tramontane down`.
 
 Knows how replica.py names actors and placement groups: DEPLOYMENT-REPLICA-INCARNATION[-rankN].
 """
@@ -8,12 +8,13 @@ import contextlib
 import logging
 import re
 from collections.abc import Collection
-from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util import list_named_actors
 from ray.util.placement_group import get_placement_group, placement_group_table, remove_placement_group
+
+from workers.rank.reports import RankDescription
 
 log = logging.getLogger(__name__)
 
@@ -21,22 +22,22 @@ DESCRIBE_TIMEOUT_S = 3.0
 Key = tuple[str, str]  # replica id, incarnation
 
 
-async def find_ranks(deployment: str) -> dict[Key, list[dict[str, Any]]]:
-    """What the living ranks of each (replica id, incarnation) say of themselves, in rank order; silent ones are left out."""
+async def find_ranks(deployment: str) -> dict[Key, list[RankDescription]]:
+    """Of each (replica id, incarnation), the descriptions of its living ranks in rank order. Ranks that do not answer are left out."""
     names: dict[str, Key] = {}
     for name in sorted(list_named_actors()):
         if (match := _pattern(deployment).fullmatch(name)) is not None and match["rank"] is not None:
             names[name] = match["replica"], match["incarnation"]
-    found: dict[Key, list[dict[str, Any]]] = {key: [] for key in names.values()}
+    found: dict[Key, list[RankDescription]] = {key: [] for key in names.values()}
     answers = await asyncio.gather(*(_describe(name) for name in names))
     for key, answer in zip(names.values(), answers, strict=True):
         if answer is not None:
             found[key].append(answer)
-    return {key: sorted(ranks, key=lambda d: d["rank"]) for key, ranks in found.items()}
+    return {key: sorted(ranks, key=lambda d: d.rank) for key, ranks in found.items()}
 
 
 def remove_all(deployment: str, *, keep: Collection[Key] = ()) -> int:
-    """Ends every rank and gives back every placement group of the deployment but those to keep. Returns how many ranks it ended."""
+    """Ends every rank and removes every placement group of the deployment except those to keep. Returns how many ranks it ended."""
     names = [name for name in list_named_actors() if is_ours(name, deployment, keep)]
     for name in names:
         with contextlib.suppress(RayError, ValueError):
@@ -49,15 +50,16 @@ def remove_all(deployment: str, *, keep: Collection[Key] = ()) -> int:
 
 
 def is_ours(name: str, deployment: str, keep: Collection[Key] = ()) -> bool:
-    """Whether this is a rank or a placement group of the deployment, and of none of the replicas to keep."""
+    """Whether this is a rank or a placement group of the deployment, and not of a replica to keep."""
     match = _pattern(deployment).fullmatch(name)
     return match is not None and (match["replica"], match["incarnation"]) not in keep
 
 
-async def _describe(name: str) -> dict[str, Any] | None:
+async def _describe(name: str) -> RankDescription | None:
     with contextlib.suppress(RayError, ValueError, TimeoutError):
         async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-            return await ray.get_actor(name).describe.remote()
+            answer = await ray.get_actor(name).describe.remote()
+            return answer if isinstance(answer, RankDescription) else None  # else a rank of version 0.1.0
     return None
 
 

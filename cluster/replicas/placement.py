@@ -1,4 +1,4 @@
-"""Where a replica's ranks go: a placement group with a bundle per rank, and a sentence for when no place is found.
+"""Where a replica's ranks run: a placement group with a bundle per rank, and what is missing while it waits for resources.
 
 Knows Ray's placement groups and nodes; knows no actors. One host is preferred: ranks on different hosts all-reduce over the network.
 """
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, Protocol
 
 import ray
-from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from cluster.ray_runtime.internals import available_resources
 from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-ONE_HOST_PATIENCE_S = 10.0  # a host that could hold all ranks gets this long to become free
+ONE_HOST_PATIENCE_S = 10.0  # a host that has room for all ranks gets this long to become free
 POLL_S = 0.02
-SLOW_POLL_S = 0.2  # beyond the first second: a place may be waited for over hours
+SLOW_POLL_S = 0.2  # after the first second: the wait may take hours
 REASON_INTERVAL_S = 2.0
 
 Resources = Mapping[str, float]
@@ -50,11 +50,11 @@ async def place(
     spread: bool = False,
     detached: bool = True,
 ) -> dict[int, str]:
-    """Reserves a bundle per rank; returns each rank's node id. `on_group` gets every group made, the last one is the replica's.
+    """Reserves a bundle per rank; returns each rank's node id.
 
-    spread: every rank on a node of its own. detached: the reservation outlives this process.
-
-    `on_waiting` is told now and then which resource is missing on which node. Raises ConfigError with that after `timeout_s`.
+    on_group: called with every group made; the last one is the replica's. on_waiting: called every few seconds with what is missing on
+    which node. spread: every rank on a node of its own. detached: the reservation outlives this process.
+    Raises ConfigError with what is missing after `timeout_s`.
     """
     bundle, size = bundle_of(gang), gang.tensor_parallel_size
     began = time.monotonic()
@@ -64,21 +64,21 @@ async def place(
     on_group(group)
     next_reason = began + REASON_INTERVAL_S / 2
     # `ready()` would be a task, which takes a worker process of its own; the table is free.
-    # On threads: while Ray's control store is away these calls hang, and gateways wait for this event loop.
+    # On threads: these calls hang while Ray's control store is down, and gateways wait for this event loop.
     while (table := await asyncio.to_thread(placement_group_table, group))["state"] != "CREATED":
         waited = time.monotonic() - began
         if timeout_s is not None and waited > timeout_s:
             reason = await asyncio.to_thread(_missing_now, bundle, size)
-            raise ConfigError(f"No place was found in {timeout_s:g} s. {reason}")
+            raise ConfigError(f"The cluster had no room for the replica within {timeout_s:g} s. {reason}")
         if time.monotonic() > next_reason:
             next_reason += REASON_INTERVAL_S
             on_waiting(await asyncio.to_thread(_missing_now, bundle, size))
         if (
             one_host
             and waited > ONE_HOST_PATIENCE_S
-            and fits_apart((await asyncio.to_thread(available_resources_per_node)).values(), bundle, size)
+            and fits_apart((await asyncio.to_thread(available_resources)).values(), bundle, size)
         ):
-            log.warning("No single host has room for the %s ranks of %s: they go to several.", size, name)
+            log.warning("No single host has room for the %s ranks of %s: they are placed on several.", size, name)
             remove_placement_group(group)
             one_host = False
             group = _make_group(f"{name}-apart", bundle, size, strategy="PACK", detached=detached)
@@ -115,9 +115,9 @@ def node_ip(node_id: str) -> str:
 
 
 def missing_for(gang: Gang, *, spread: bool = False) -> str | None:
-    """Why the gang has no place at this moment, in one sentence; None if it has one."""
+    """What the gang lacks at this moment, in one sentence; None if there is room for it."""
     bundle, size = bundle_of(gang), gang.tensor_parallel_size
-    free = available_resources_per_node().values()
+    free = available_resources().values()
     num_nodes = sum(holds(node, bundle, 1) for node in free)
     if num_nodes >= size if spread else fits_apart(free, bundle, size):
         return None
@@ -138,6 +138,6 @@ def _totals() -> dict[str, Resources]:
 
 def _missing_now(bundle: Resources, size: int) -> str:
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    free = {addresses[n]: r for n, r in available_resources_per_node().items() if n in addresses}
+    free = {addresses[n]: r for n, r in available_resources().items() if n in addresses}
     total = {addresses[n]: r for n, r in _totals().items() if n in addresses}
     return missing(free, total, bundle, size)

@@ -1,1 +1,1 @@
-"""Between the HTTP surface and the replicas: which replica serves a request, and its stream of tokens."""
+"""Between the HTTP API and the replicas: chooses a replica for each request and streams its tokens."""

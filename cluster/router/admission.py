@@ -1,31 +1,32 @@
-"""Who is let in: the bounds on what one gateway holds, whose turn comes when, and how long whoever comes now would wait.
+"""Admits or refuses requests, gives each its turn, and estimates how long a new request would wait.
 
-Knows counts, tokens, times and that requests belong to somebody (a tenant, such as an API key). Knows no replica and no line: the router
-tells what it sees. Batch lines have bounds of their own: they take nobody's room, and nobody takes theirs.
+Knows the limits (bounds.py), the queue and the table, and that requests belong to tenants, such as API keys. Batch lines have limits of
+their own: they take no room from online requests, and online requests take none from them.
 """
 
+import contextlib
+import itertools
 import math
-import random
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 
+from cluster.router.bounds import (
+    MAX_INFLIGHT_BATCH_REQUESTS,
+    MAX_QUEUED_BATCH_TOKENS,
+    Bounds,
+    check_deadline,
+)
 from cluster.router.hashing import Hashing
-from workers.errors import OverloadedError
+from cluster.router.request_queue import RequestQueue
+from cluster.router.table import Assignment, ReplicaTable
+from workers.protocol import BATCH_PRIORITY
 
-MAX_INFLIGHT_REQUESTS = 1024
-# Prompt tokens not yet on a replica. A plain number, since there may be no replica to measure it by: some minutes' work for one GPU.
-MAX_QUEUED_TOKENS = 2_000_000
-# Batch lines, whose runner keeps a window of its own: only against what runs wild.
-MAX_INFLIGHT_BATCH_REQUESTS = 16_384
-MAX_QUEUED_BATCH_TOKENS = 20_000_000
-MAX_TENANT_SHARE = 0.75  # of either bound: whoever floods the server leaves room for others to get in
-MAX_RETRY_AFTER_S = 60
-MAX_RETURNS_PER_S = 100  # of refused requests, if as many were refused as are held
+MAX_TENANTS = 1024  # remembered by Turns before it forgets those that have no advance
 RECENT_S = 30.0
 
 
 class Admission:
-    """A reservation. `deadline`: on the router's clock; None for none. `num_queued_tokens` are not on a replica yet."""
+    """A reservation. `deadline`: on the router's clock, or None. `num_queued_tokens`: prompt tokens that are not on a replica yet."""
 
     def __init__(
         self,
@@ -51,30 +52,36 @@ class Admission:
 
 
 class Turns:
-    """Among requests of one priority, tenants take turns, however many requests each has waiting (start-time fair queueing).
+    """Start-time fair queueing: requests of one priority alternate between tenants, however many each tenant has queued.
 
     Worked example: A sends four requests, turns 0, 1, 2, 3, then B sends two, turns 0 and 1; they are served as A0 B0 A1 B1 A2 A3. When A2
-    is on its replica the time is 2, and C, who comes now, gets turn 2 and not 0: it is owed nothing for the time it was away.
+    is dispatched the virtual time is 2. C, who arrives then, gets turn 2 and not 0: it has no claim to the time before it arrived.
     """
 
     def __init__(self) -> None:
-        self._time = 0.0  # the latest turn that came
+        self._time = 0.0  # the latest turn dispatched
         self._next: dict[str | None, float] = {}
 
-    def take(self, tenant: str | None, cost: float) -> float:
-        """The turn of a request that comes now; smaller is sooner. One tenant's turns go up, so its requests keep their order."""
+    @property
+    def num_tenants(self) -> int:
+        """The tenants remembered, about MAX_TENANTS at most."""
+        return len(self._next)
+
+    def next_turn(self, tenant: str | None, cost: float) -> float:
+        """The turn of a request that arrives now; smaller is sooner. A tenant's turns only grow, so its requests keep their order."""
         turn = max(self._time, self._next.get(tenant, 0.0))
-        if len(self._next) > 1024:
+        if len(self._next) > MAX_TENANTS:
             self._next = {other: after for other, after in self._next.items() if after > self._time}
         self._next[tenant] = turn + cost
         return turn
 
-    def came(self, turn: float) -> None:
+    def advance(self, turn: float) -> None:
+        """A request with this turn was dispatched."""
         self._time = max(self._time, turn)
 
 
 class Recent:
-    """The last seconds' events, each with a value."""
+    """The values of the last RECENT_S seconds."""
 
     def __init__(self, max_events: int = 4096) -> None:
         self._max_events = max_events
@@ -104,97 +111,105 @@ class Recent:
             self._total -= self._events.popleft()[1]
 
 
-class Bounds:
-    """What is held, and what may be. `num_queued_tokens`: of all admissions, not on a replica yet."""
+class AdmissionControl:
+    """`admit` reserves room. `dispatched`, `requeued` and `finished` report the progress of an admitted sequence."""
 
-    def __init__(self, *, max_inflight_requests: int, max_queued_tokens: int) -> None:
-        self.max_inflight_requests = max_inflight_requests
-        self.max_queued_tokens = max_queued_tokens
-        self.num_inflight_requests = 0
-        self.num_queued_tokens = 0
-        self._held: Counter[str] = Counter()  # sequences, by tenant
-        self._queued: Counter[str] = Counter()  # tokens
-
-    def check(
-        self, num_sequences: int, num_tokens: int, *, wait_s: Callable[[], float | None], tenant: str | None = None
+    def __init__(
+        self,
+        table: ReplicaTable,
+        queue: RequestQueue[Assignment],
+        *,
+        max_inflight_requests: int,
+        max_queued_tokens: int,
+        clock: Callable[[], float],
     ) -> None:
-        """Raises OverloadedError when it does not fit. A request too large for any queue fits an empty one.
+        self.arrived_tokens_total = 0  # prompt tokens of all admitted requests, without batch lines
+        self.online = Bounds(max_inflight_requests=max_inflight_requests, max_queued_tokens=max_queued_tokens)
+        self.batch = Bounds(
+            max_inflight_requests=MAX_INFLIGHT_BATCH_REQUESTS, max_queued_tokens=MAX_QUEUED_BATCH_TOKENS
+        )
+        self._table = table
+        self._queue = queue
+        self._clock = clock
+        self._arrivals = itertools.count()
+        self._turns = Turns()
+        self._stays = Recent()  # seconds on the replica that finished a sequence
 
-        tenant: may hold MAX_TENANT_SHARE of either bound; None: all of it.
-        """
-        if tenant is not None:
-            self._check_share(tenant, num_sequences, num_tokens, wait_s=wait_s)
-        if self.num_inflight_requests + num_sequences > self.max_inflight_requests:
-            raise OverloadedError(
-                f"The server holds {self.num_inflight_requests} of at most {self.max_inflight_requests} sequences and has no "
-                f"room for {num_sequences} more; try again later.",
-                retry_after_s=self._retry_after_s(wait_s()),
-            )
-        if self.num_queued_tokens and self.num_queued_tokens + num_tokens > self.max_queued_tokens:
-            raise OverloadedError(
-                f"{self.num_queued_tokens} prompt tokens wait for a replica and at most {self.max_queued_tokens} may; there is "
-                f"no room for {num_tokens} more. Try again later.",
-                retry_after_s=self._retry_after_s(wait_s()),
-            )
+    @property
+    def num_inflight_requests(self) -> int:
+        """Sequences admitted and not finished."""
+        return self.online.num_inflight_requests + self.batch.num_inflight_requests
 
-    def _check_share(
-        self, tenant: str, num_sequences: int, num_tokens: int, *, wait_s: Callable[[], float | None]
-    ) -> None:
-        most, held = math.floor(self.max_inflight_requests * MAX_TENANT_SHARE), self._held[tenant]
-        most_tokens, queued = self.max_queued_tokens * MAX_TENANT_SHARE, self._queued[tenant]
-        if held and held + num_sequences > most:
-            raise OverloadedError(
-                f"This API key holds {held} of the at most {most} sequences that one key may; wait for some to end.",
-                retry_after_s=self._retry_after_s(wait_s()),
-            )
-        if queued and queued + num_tokens > most_tokens:
-            raise OverloadedError(
-                f"{queued} prompt tokens of this API key wait for a replica and at most {most_tokens:.0f} of one key may; there is no "
-                f"room for {num_tokens} more. Try again later.",
-                retry_after_s=self._retry_after_s(wait_s()),
-            )
+    @property
+    def num_queued_tokens(self) -> int:
+        """Prompt tokens of sequences that are not on a replica."""
+        return self.online.num_queued_tokens + self.batch.num_queued_tokens
 
-    def _retry_after_s(self, wait_s: float | None) -> int:
-        """Spread over the longer a time the more is held: those refused together would else come back together, and be refused again."""
-        spread_s = 2 * self.num_inflight_requests / MAX_RETURNS_PER_S
-        return min(MAX_RETRY_AFTER_S, retry_after_s(wait_s) + int(random.uniform(0, spread_s)))
+    def check_room(self, tenant: str | None) -> None:
+        """Raises OverloadedError if `admit` would refuse a single sequence, whatever its prompt. Reserves nothing."""
+        self.online.check(1, 0, wait_s=lambda: self._estimated_wait_s(0), tenant=tenant)
 
-    def _add(self, admission: Admission, num_sequences: int, num_tokens: int) -> None:
-        self.num_inflight_requests += num_sequences
-        self.num_queued_tokens += num_tokens
-        if (tenant := admission.tenant) is not None:
-            for counter, change in ((self._held, num_sequences), (self._queued, num_tokens)):
-                counter[tenant] += change
-                if not counter[tenant]:
-                    del counter[tenant]
+    @contextlib.contextmanager
+    def admit(
+        self, num_sequences: int, num_tokens: int, *, priority: int, deadline: float | None, tenant: str | None
+    ) -> Iterator[Admission]:
+        """Reserves room while the block runs. Raises OverloadedError; see Router.admit."""
+        now = self._clock()
+        bounds = self._bounds_for(priority)
+        bounds.check(num_sequences, num_tokens, wait_s=lambda: self._estimated_wait_s(priority), tenant=tenant)
+        if deadline is not None:
+            check_deadline(deadline - now, self._estimated_wait_s(priority, overtakes=True))
+        admission = Admission(
+            num_sequences,
+            num_tokens,
+            priority=priority,
+            deadline=deadline,
+            arrived=now,
+            arrival=next(self._arrivals),
+            tenant=tenant,
+            turn=self._turns.next_turn(tenant, num_sequences),
+        )
+        if bounds is self.online:
+            self.arrived_tokens_total += num_tokens
+        bounds.add(tenant, num_sequences, num_tokens)
+        try:
+            yield admission
+        finally:
+            bounds.add(tenant, -num_sequences, -admission.num_queued_tokens)
 
-    def take(self, admission: Admission) -> None:
-        self._add(admission, admission.num_sequences, admission.num_queued_tokens)
-
-    def give_back(self, admission: Admission) -> None:
-        self._add(admission, -admission.num_sequences, -admission.num_queued_tokens)
-
-    def placed(self, admission: Admission, num_tokens: int) -> None:
-        """A sequence went to a replica."""
+    def dispatched(self, admission: Admission, num_tokens: int) -> None:
+        """A sequence was sent to a replica."""
         num_tokens = min(num_tokens, admission.num_queued_tokens)
         admission.num_queued_tokens -= num_tokens
-        self._add(admission, 0, -num_tokens)
+        self._bounds_for(admission.priority).add(admission.tenant, 0, -num_tokens)
+        self._turns.advance(admission.turn)
 
-    def displaced(self, admission: Admission, num_tokens: int) -> None:
+    def requeued(self, admission: Admission, num_tokens: int) -> None:
         """A sequence lost its replica and waits again."""
         admission.num_queued_tokens += num_tokens
-        self._add(admission, 0, num_tokens)
+        self._bounds_for(admission.priority).add(admission.tenant, 0, num_tokens)
 
+    def finished(self, seconds: float) -> None:
+        """An online sequence finished after this long on its last replica."""
+        self._stays.add(self._clock(), seconds)
 
-def check_deadline(deadline_s: float, wait_s: float | None) -> None:
-    """Raises OverloadedError for a request whose time would be over before its turn. Both from now on."""
-    if wait_s is not None and wait_s > deadline_s:
-        raise OverloadedError(
-            f"The wait is about {wait_s:.1f} s, longer than the {max(deadline_s, 0.0):.1f} s this request has; try again later.",
-            retry_after_s=retry_after_s(wait_s),
-        )
+    def _bounds_for(self, priority: int) -> Bounds:
+        return self.batch if priority >= BATCH_PRIORITY else self.online
 
+    def _estimated_wait_s(self, priority: int, *, overtakes: bool = False) -> float | None:
+        """The wait of a request that arrives now: for prompts before it, and for queued sequences to find room. None if unknown.
 
-def retry_after_s(wait_s: float | None) -> int:
-    """Whole seconds from 1 to MAX_RETRY_AFTER_S."""
-    return max(1, min(MAX_RETRY_AFTER_S, math.ceil(wait_s or 1.0)))
+        overtakes: count only the queued requests it would not overtake; otherwise all of its kind, batch lines or online requests.
+        """
+        queue, bounds = self._queue, self._bounds_for(priority)
+        background = bounds is self.batch
+        num_of_kind = queue.num_background if background else queue.num_online
+        num_tokens, num_before = bounds.num_queued_tokens, num_of_kind
+        if overtakes and len(queue):
+            before = [w.stream.num_tokens for w in queue if w.stream.order[0] <= priority]
+            num_tokens, num_before = sum(before), len(before)
+        by_tokens = self._table.estimated_wait_s(num_tokens, background=background)
+        # Not by how many finished lately: on replicas that were idle until now these were few.
+        stay_s, num_running = self._stays.mean(self._clock()), bounds.num_inflight_requests - num_of_kind
+        by_room = num_before * stay_s / num_running if stay_s and num_running > 0 else None
+        return max((w for w in (by_tokens, by_room) if w is not None), default=None)

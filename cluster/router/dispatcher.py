@@ -1,152 +1,157 @@
-"""Hands places on replicas to those that wait for them, as late as possible: the choice is made when there is room.
+"""Assigns queued sequences to replicas as late as possible: the choice is made when there is room.
 
-Knows the table, the line and the timers. Woken by ended streams, frames, news of replicas and, while anyone waits, by time. Knows no
-deltas and no admission.
+Knows the table, the queue and the timers. Woken by finished streams, frames, changes of the replicas and, while requests queue, by time.
+Knows no deltas and no admission.
 """
 
 import asyncio
 from collections.abc import Callable, Iterable
 
-from cluster.router.admission import retry_after_s
+from cluster.router.bounds import retry_after_s
 from cluster.router.policy import PolicyName
-from cluster.router.replica import Outlook, Replica
+from cluster.router.replica import Availability, Replica
+from cluster.router.request_queue import RequestQueue, Waiter
 from cluster.router.stream import Stream, StreamMovedError
-from cluster.router.table import Place, ReplicaTable, Seat
-from cluster.router.waiting import Waiter, WaitingLine
+from cluster.router.table import Assignment, ReplicaEntry, ReplicaTable
 from workers.errors import OverloadedError, ReplicaUnavailableError
 
 TICK_S = 0.1
-BEGUN_PATIENCE = 10  # times as long a stream that has begun waits to go on: a pause is better than an end
+# A stream that has begun waits this many times as long to resume: a pause is better than an error.
+STARTED_TIMEOUT_FACTOR = 10
 
 
 class Dispatcher:
-    """`describe` words why no replica is ready. Every `place` is followed by a `leave`."""
+    """`describe` says why no replica is ready. Every `assign` is followed by a `leave`."""
 
     def __init__(
         self, policy: PolicyName, *, queue_timeout_s: float, clock: Callable[[], float], describe: Callable[[], str]
     ) -> None:
-        self.table = ReplicaTable(policy, clock, self._on_news)
-        self.line: WaitingLine[Place] = WaitingLine()
-        self.outlook = Outlook()
+        self.table = ReplicaTable(policy, clock, self._on_report)
+        self.queue: RequestQueue[Assignment] = RequestQueue()
+        self.availability = Availability()
         self._queue_timeout_s = queue_timeout_s
         self._clock = clock
         self._describe = describe
         self._timer: asyncio.TimerHandle | None = None
 
     @property
-    def has_hope(self) -> bool:
-        """Whether there is a replica, or may be one, for whoever waits."""
-        return self.outlook.expected or any(
-            seat.replica.condemned is None and (seat.replica.drain_until is None or self.table.is_ready(seat))
-            for seat in self.table
+    def may_recover(self) -> bool:
+        """Whether there is a replica, or may be one, for the requests that wait."""
+        return self.availability.expected or any(
+            entry.replica.condemned is None and (entry.replica.drain_until is None or self.table.is_ready(entry))
+            for entry in self.table
         )
 
-    def update(self, replicas: Iterable[Replica], outlook: Outlook) -> None:
-        """From now on it is these replicas. Streams on others go on until those let them fall."""
-        self.outlook = outlook
+    def update(self, replicas: Iterable[Replica], availability: Availability) -> None:
+        """Replaces the set of replicas. Streams on removed ones continue until those end them."""
+        self.availability = availability
         self.table.update(list(replicas))
-        for seat in self.table:
-            self._watch_drain(seat)
+        for entry in self.table:
+            self._watch_drain(entry)
         self._dispatch()
 
-    async def place(self, stream: Stream) -> Place:
-        """Waits for the stream's turn and for room. Raises ReplicaUnavailableError when there is no hope, or no more patience."""
+    async def assign(self, stream: Stream) -> Assignment:
+        """Waits for the stream's turn and for room. Raises ReplicaUnavailableError if no replica can be expected, OverloadedError or
+        ReplicaUnavailableError after the queue timeout.
+        """
         while True:
-            waiter = self.line.join(stream, now=self._clock())
+            waiter = self.queue.join(stream, now=self._clock())
             self._dispatch()
-            place = await self._turn_of(waiter)
-            if place is not None and self.table.is_ready(place.seat):
-                return place
-            if place is not None:  # lost before anything was sent there
-                self.leave(place.seat, stream)
+            assignment = await self._result_of(waiter)
+            if assignment is not None and self.table.is_ready(assignment.entry):
+                return assignment
+            if assignment is not None:  # lost before anything was sent there
+                self.leave(assignment.entry, stream)
 
-    def leave(self, seat: Seat, stream: Stream) -> None:
-        """The stream is not on that replica any more."""
-        self.table.leave(seat, stream)
+    def leave(self, entry: ReplicaEntry, stream: Stream) -> None:
+        """The stream is no longer on that replica."""
+        self.table.leave(entry, stream)
         stream.interrupt.forget(StreamMovedError)
-        if self.line:
+        if self.queue:
             self._dispatch()
 
-    async def _turn_of(self, waiter: Waiter[Place]) -> Place | None:
-        """Its place; None when the replica began to drain on the way there."""
+    async def _result_of(self, waiter: Waiter[Assignment]) -> Assignment | None:
+        """None if the replica began to drain before the stream got there."""
         if waiter.future.done():
             return waiter.future.result()
         stream = waiter.stream
-        patience_s = self._queue_timeout_s * (BEGUN_PATIENCE if stream.output_token_ids else 1)
-        timer = asyncio.get_running_loop().call_later(patience_s, self._lose_patience, waiter, patience_s)
+        timeout_s = self._queue_timeout_s * (STARTED_TIMEOUT_FACTOR if stream.output_token_ids else 1)
+        timer = asyncio.get_running_loop().call_later(timeout_s, self._time_out, waiter, timeout_s)
         try:
             return await stream.interrupt.wait(lambda: waiter.future)
         except BaseException as e:
             future = waiter.future
             if future.done() and not future.cancelled() and future.exception() is None:
-                self.leave(future.result().seat, stream)
+                self.leave(future.result().entry, stream)
                 if isinstance(e, StreamMovedError):
                     return None
             raise
         finally:
             timer.cancel()
-            self.line.leave(waiter)
+            self.queue.leave(waiter)
 
     def _dispatch(self) -> None:
-        while (waiter := self.line.first()) is not None:
-            place = self.table.choose(waiter.stream)
-            if place is None:
+        while (waiter := self.queue.first()) is not None:
+            assignment = self.table.choose(waiter.stream)
+            if assignment is None:
                 break
-            self.table.enter(place.seat, waiter.stream, place.decision.num_cached_tokens)
-            self.line.serve(waiter, place)
-        if not self.line:
+            self.table.enter(assignment.entry, waiter.stream, assignment.decision.num_cached_tokens)
+            self.queue.serve(waiter, assignment)
+        if not self.queue:
             return
-        if not self.has_hope:
-            for waiter in self.line:
-                self.line.fail(waiter, ReplicaUnavailableError(self._describe()))
+        if not self.may_recover:
+            for waiter in self.queue:
+                self.queue.fail(waiter, ReplicaUnavailableError(self._describe()))
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
-        if self.line:
-            self.table.sweep()
+        if self.queue:
+            self.table.refresh()
             self._dispatch()
 
-    def _on_news(self, seat: Seat) -> None:
-        self._watch_drain(seat)
-        first = self.line.first()
-        if first is not None and (self.table.has_room(seat, first.stream) or not self.has_hope):
+    def _on_report(self, entry: ReplicaEntry) -> None:
+        self._watch_drain(entry)
+        first = self.queue.first()
+        if first is not None and (self.table.has_room(entry, first.stream) or not self.may_recover):
             self._dispatch()
 
-    def _lose_patience(self, waiter: Waiter[Place], patience_s: float) -> None:
-        waited = f"It waited {patience_s:g} s at the router"
+    def _time_out(self, waiter: Waiter[Assignment], timeout_s: float) -> None:
         if self.table.any_ready:
             error: Exception = OverloadedError(
-                f"{waited}, and no replica had room; try again later.", retry_after_s=retry_after_s(None)
+                f"No replica had room for the request within {timeout_s:g} s.",
+                remedy="Try again later.",
+                retry_after_s=retry_after_s(None),
             )
         else:
-            error = ReplicaUnavailableError(f"{self._describe()} {waited}, which is as long as a request may.")
-        self.line.fail(waiter, error)
+            error = ReplicaUnavailableError(
+                f"{self._describe()} The request waited {timeout_s:g} s at the router, the longest a request may wait."
+            )
+        self.queue.fail(waiter, error)
 
-    def _watch_drain(self, seat: Seat) -> None:
-        until = seat.replica.drain_until
-        if until is None or not seat.streams:
+    def _watch_drain(self, entry: ReplicaEntry) -> None:
+        until = entry.replica.drain_until
+        if until is None or not entry.streams:
             return
-        if seat.replica.is_leaving:
-            self._move(seat, self.table.room_elsewhere() - len(self.line))
-        if seat.move_timer is not None:
+        if entry.replica.is_leaving:
+            self._move(entry, self.table.online_room() - len(self.queue))
+        if entry.move_timer is not None:
             return
         delay = max(0.0, until - self._clock())
-        seat.move_timer = asyncio.get_running_loop().call_later(delay, self._move_streams, seat)
+        entry.move_timer = asyncio.get_running_loop().call_later(delay, self._move_streams, entry)
 
-    def _move_streams(self, seat: Seat) -> None:
-        seat.move_timer = None
-        until = seat.replica.drain_until
-        if until is None or not seat.streams:
+    def _move_streams(self, entry: ReplicaEntry) -> None:
+        entry.move_timer = None
+        until = entry.replica.drain_until
+        if until is None or not entry.streams:
             return
-        if until > self._clock():  # put off meanwhile
-            self._watch_drain(seat)
-        elif (
-            self.outlook.expected or self.table.any_ready
-        ):  # else nowhere to go: they stay, and the next frame asks again
-            self._move(seat, len(seat.streams))
+        if until > self._clock():  # postponed since the timer was set
+            self._watch_drain(entry)
+        # Without another replica to go to, the streams stay, and the next frame tries again.
+        elif self.availability.expected or self.table.any_ready:
+            self._move(entry, len(entry.streams))
 
-    def _move(self, seat: Seat, most: int) -> None:
-        for stream in sorted(seat.streams, key=lambda stream: stream.order)[: max(most, 0)]:
-            stream.interrupt.set(StreamMovedError(f"Replica {seat.replica.replica_id} is being drained."))
+    def _move(self, entry: ReplicaEntry, most: int) -> None:
+        for stream in sorted(entry.streams, key=lambda stream: stream.order)[: max(most, 0)]:
+            stream.interrupt.set(StreamMovedError(f"Replica {entry.replica.replica_id} is being drained."))

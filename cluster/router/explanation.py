@@ -1,4 +1,4 @@
-"""Why a request would go where: a decision taken apart for people, without taking it. Knows the table and a policy's rows."""
+"""Explains where the router would send a request and why, without sending it. Knows the table and a policy's rows."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class RouteRow:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """`chosen` is None when the request would wait at the router."""
+    """`chosen` is None if the request would wait at the router."""
 
     policy: PolicyName
     num_prompt_tokens: int
@@ -36,7 +36,7 @@ class Explanation:
 def explain_route(table: ReplicaTable, stream: Stream, policy: PolicyName, *, num_waiting: int) -> Explanation:
     rows = [
         RouteRow(
-            replica_id=seat.replica.replica_id,
+            replica_id=entry.replica.replica_id,
             available=row.available,
             num_cached_tokens=row.num_cached_tokens,
             pending_tokens=row.pending_tokens,
@@ -45,7 +45,7 @@ def explain_route(table: ReplicaTable, stream: Stream, policy: PolicyName, *, nu
             score=row.score,
             chosen=row.chosen,
         )
-        for seat, row in table.explain(stream, policy)
+        for entry, row in table.explain(stream, policy)
     ]
     chosen = next((r for r in rows if r.chosen), None)
     num_available = sum(r.available for r in rows)

@@ -1,13 +1,13 @@
-"""What is true about the replicas now, in words for load balancers and people. Knows the table; decides nothing."""
+"""The health of the gateway and its replicas, for load balancers and people. Reads the table; decides nothing."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.router.replica import Outlook
+from cluster.router.replica import Availability
 from cluster.router.table import ReplicaTable
 from workers.protocol import LoadReport
 
-ASLEEP = "No replica runs; the next request starts one."
+SCALED_TO_ZERO = "No replica runs; the next request starts one."
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +21,18 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`ready`: a request sent now would be taken, if need be by starting a replica. `reason` is one sentence when none runs."""
+    """`ready`: a request sent now would be served, if need be by starting a replica. `reason`: one sentence if no replica is ready."""
 
     ready: bool
     reason: str | None
     replicas: list[ReplicaStatus]
 
 
-def look(table: ReplicaTable, outlook: Outlook, *, closing: str | None, now: float) -> Health:
-    """closing: why this gateway wants nothing new, in a sentence."""
+def check_health(table: ReplicaTable, availability: Availability, *, closing: str | None, now: float) -> Health:
+    """closing: why this gateway accepts no new requests, one sentence, or None."""
     statuses = []
-    for seat in table:
-        replica = seat.replica
+    for entry in table:
+        replica = entry.replica
         reason = replica.not_ready_reason(now)
         if reason is None and replica.drain_until is not None:
             reason = f"Replica {replica.replica_id} is being drained."
@@ -42,9 +42,9 @@ def look(table: ReplicaTable, outlook: Outlook, *, closing: str | None, now: flo
             statuses.append(ReplicaStatus(replica.replica_id, reason is None, reason, replica.load, state))
     if closing is not None:
         return Health(False, closing, statuses)
-    if any(s.ready for s in statuses) or table.look_for_ready():
+    if any(s.ready for s in statuses) or table.accepts_requests():
         return Health(True, None, statuses)
-    if outlook.expected and outlook.asleep:
-        return Health(True, outlook.reason or ASLEEP, statuses)
+    if availability.expected and availability.scaled_to_zero:
+        return Health(True, availability.reason or SCALED_TO_ZERO, statuses)
     reasons = [s.reason for s in statuses if s.reason]
-    return Health(False, outlook.reason or " ".join(reasons) or "The server has no replica.", statuses)
+    return Health(False, availability.reason or " ".join(reasons) or "The server has no replica.", statuses)

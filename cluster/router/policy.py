@@ -1,12 +1,12 @@
-"""Which replica takes a request: pure functions of what is known about the replicas, vectorized over them.
+"""Chooses the replica for a request: pure functions of numbers about the replicas, vectorized over them.
 
-Knows numbers only, by slot; the clock, the replicas and the counters stay in router.py, the blocks in prefix_index.py.
+Knows numbers by slot only; replicas, streams and the clock stay in table.py, cached blocks in prefix_index.py.
 
-The default, `prefix`, predicts the time to the first token on every replica: the prompt tokens that wait there and the part of
-this prompt that its cache does not hold, at its speed; running sequences slow that. A cached prefix thus counts for the seconds it saves
-and no more, so that a popular prefix spreads as soon as its holder's queue is longer than what computing it anew takes. A
-replica that holds far more sequences than its share is not chosen at all (consistent hashing with bounded loads), since many
-short prefills with long outputs fill a replica without ever showing in its prompt queue.
+The default, `prefix`, predicts the time to the first token on every replica: the prompt tokens that wait there plus the part of this
+prompt that its cache does not hold, at its speed; running sequences slow that down. So a cached prefix counts for the seconds it saves
+and no more, and a popular prefix spreads as soon as its holder's queue is longer than computing the prefix again would take. A replica
+that holds far more sequences than its share is never chosen (consistent hashing with bounded loads), because many short prompts with
+long outputs fill a replica without showing in its prompt queue.
 """
 
 from dataclasses import dataclass
@@ -18,23 +18,23 @@ from numpy.typing import NDArray
 PolicyName = Literal["prefix", "least_load", "round_robin"]
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
-STREAM_S = 10.0  # about a stream's life: on a full replica one of max_num_seqs ends every so many seconds
-HIGH_KV_USAGE = 0.9  # beyond this, a new prompt soon preempts another
-MAX_IMBALANCE = 1.5  # at most so many times the mean occupancy, once occupancy matters
-FREE_IMBALANCE = 0.25  # of max_num_seqs: below this, uneven is fine
+STREAM_S = 10.0  # rough lifetime of a stream: a full replica frees max_num_seqs sequences in this time
+HIGH_KV_USAGE = 0.9  # above this, a new prompt soon preempts another
+MAX_IMBALANCE = 1.5  # times the mean occupancy: the most a replica may have, once occupancy matters
+FREE_IMBALANCE = 0.25  # of max_num_seqs: below this, an uneven load does not matter
 _TIES = {"prefix": 1.01, "least_load": 1.0, "round_robin": 1.0}  # predictions within 1 % are equal
-SPEED_NOISE = 1.5  # measured speeds this far apart may be of equal machines
-PROOF_TOKENS = 1024  # waiting on a replica whose slowness counts
-DEFAULT_TOKENS_PER_S = 4000.0  # as long as no replica has computed a prompt
+SPEED_NOISE = 1.5  # speeds that differ by less than this factor may come from equal machines
+PROOF_TOKENS = 1024  # prompt tokens that must wait on a slow replica before its speed counts
+DEFAULT_TOKENS_PER_S = 4000.0  # until a replica has computed a prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What is known about the replicas, by slot; all arrays have one length. Slots without a replica are not available."""
+    """The replicas by slot; all arrays have the shape [num_slots]. Slots without a replica are not available."""
 
     available: NDArray[np.bool_]
-    num_requests: NDArray[np.int64]  # sequences there: the larger of what the gateway sent and what the replica reports
-    pending_tokens: NDArray[np.float64]  # prompt tokens still to be computed, with those a report cannot know yet
+    num_requests: NDArray[np.int64]  # the larger of what the gateway sent and what the replica reports
+    pending_tokens: NDArray[np.float64]  # prompt tokens still to compute, including those no report knows yet
     tokens_per_s: NDArray[np.float64]  # prefill speed; 0 where unknown
     kv_usage: NDArray[np.float64]  # 0 to 1
     max_num_seqs: NDArray[np.int64]
@@ -42,15 +42,15 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """What a policy knows of a request. `cached_tokens` is by slot: PrefixIndex.match times the block size."""
+    """What a policy knows about a request. `cached_tokens`, by slot: PrefixIndex.match times the block size."""
 
-    num_tokens: int  # prompt and output tokens so far: what a replica must have computed for the next token
+    num_tokens: int  # prompt and output so far: what a replica must have computed before the next token
     cached_tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`estimated_wait_s`: until the first token, as far as prompts decide it."""
+    """`estimated_wait_s`: until the first token, as far as prompts determine it."""
 
     slot: int
     num_cached_tokens: int
@@ -60,7 +60,7 @@ class Decision:
 
     @property
     def reason(self) -> str:
-        """One clause for logs and people."""
+        """One clause for logs and display."""
         among = f"of {self.num_available} available replicas"
         if self.policy == "round_robin":
             return f"next in turn {among}"
@@ -87,7 +87,7 @@ class Row:
 
 
 def choose(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn: int) -> Decision | None:
-    """The replica for this request; None when none is available. turn: counts up with every decision; it breaks ties."""
+    """The replica for this request; None if none is available. turn: grows by 1 with every decision; it breaks ties."""
     num_available = int(np.count_nonzero(snapshot.available))
     if num_available == 0:
         return None
@@ -100,7 +100,7 @@ def choose(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn
 
 
 def explain(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn: int) -> list[Row]:
-    """Every replica as `choose` with the same arguments sees it."""
+    """Every replica as `choose` sees it with the same arguments."""
     decision = choose(policy, snapshot, request, turn=turn)
     if len(snapshot.available) == 0:
         return []
@@ -122,20 +122,18 @@ def explain(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, tur
 
 
 def _estimated_waits(snapshot: Snapshot, request: RequestView) -> NDArray[np.float64]:
-    """Seconds until the first token: every prompt token that waits there, and this prompt's that are not cached."""
+    """Seconds until the first token: all prompt tokens that wait there, and those of this prompt that are not cached."""
     return (snapshot.pending_tokens + (request.num_tokens - request.cached_tokens)) / _speeds(snapshot)
 
 
 def _scores(policy: PolicyName, snapshot: Snapshot, waits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Lower is better; infinite: not eligible. Where a slot is available, one is finite."""
+    """Lower is better; infinite: not eligible. If a slot is available, at least one score is finite."""
     if policy == "round_robin":
         return np.where(snapshot.available, 0.0, np.inf)
     if policy == "least_load":
         return np.where(snapshot.available, snapshot.num_requests + 0.5 * snapshot.kv_usage, np.inf)
     occupancy = snapshot.num_requests / snapshot.max_num_seqs
-    scores = waits * (
-        occupancy + 1.0
-    )  # with all its sequences running a replica takes about twice as long for a prompt
+    scores = waits * (occupancy + 1.0)  # a full replica takes about twice as long for a prompt
     if occupancy[occupancy.argmax()] >= 1.0:
         num_before = np.maximum(snapshot.num_requests - snapshot.max_num_seqs + 1, 0)
         scores += STREAM_S * num_before / snapshot.max_num_seqs
@@ -148,11 +146,11 @@ def _scores(policy: PolicyName, snapshot: Snapshot, waits: NDArray[np.float64]) 
 
 
 def _speeds(snapshot: Snapshot) -> NDArray[np.float64] | float:
-    """Tokens per second to reckon with: the mean, except for replicas that are surely faster or slower.
+    """Tokens per second to assume: the mean, except for replicas that are certainly faster or slower.
 
-    A measured speed depends on the prompts it was measured with, short or long. Taken at its word it would send everything to the
-    luckiest replicas, and a replica that began with a few short prompts would never get another one to prove itself: slow is
-    believed only while prompts wait there.
+    A measured speed depends on the length of the prompts it was measured with. Trusting it would send everything to the luckiest
+    replicas, and a replica that started with a few short prompts would never get another one. So a low speed counts only while prompts
+    wait there.
     """
     measured = snapshot.tokens_per_s
     num_known = int(np.count_nonzero(measured))

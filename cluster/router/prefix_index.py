@@ -1,11 +1,11 @@
-"""Which replica holds which KV blocks, as the replicas told: how much of a prompt each could take from its cache.
+"""Which replica holds which KV blocks, as reported: how much of a prompt each could take from its cache.
 
-Knows replicas as slots (small integers its owner hands out) and blocks by the names `hash_block` gives them. Knows no load, no
-clock and no tokens. Holders of a block are the bits of one Python int, so that a prompt is matched against all replicas at
-once: about 0.1 us per block for 1,000 of them.
+Knows replicas as slots (small integers assigned by its owner) and blocks by their `hash_block`. Knows no load, no clock and no tokens.
+The holders of a block are the bits of one Python int, so a prompt is matched against all replicas at once: about 0.1 us per block for
+1,000 replicas.
 
-Window arithmetic, with block_size 4 and W = 6: the query behind a prefix sees the 5 tokens before it, which lie in its last
-ceil(5 / 4) = 2 blocks whatever the prefix's length. A replica that evicted block 0 and holds 1 and 2 can start behind 3 blocks.
+Window arithmetic, with block_size 4 and W = 6: the query after a prefix sees the 5 tokens before it, which lie in the prefix's last
+ceil(5 / 4) = 2 blocks, whatever its length. A replica that evicted block 0 and holds blocks 1 and 2 can start after 3 blocks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 
 from workers.protocol import CacheEvents
 
-FEW_BITS = 8  # so many are set one by one; more are unpacked at once
+FEW_BITS = 8  # up to this many are set one by one; more are unpacked at once
 
 
 def window_blocks(sliding_window: int | None, block_size: int) -> int | None:
-    """How many blocks before it the query behind a whole-block prefix needs; None: all of them."""
+    """How many blocks the query after a prefix of whole blocks needs; None: all of them."""
     if sliding_window is None:
         return None
     return max(1, -(-(sliding_window - 1) // block_size))
 
 
 class PrefixIndex:
-    """Slots must be small: arrays are as long as the highest one. A slot that was removed may be added again."""
+    """Slots must be small: arrays are as long as the highest slot. A removed slot may be added again."""
 
     def __init__(self) -> None:
         self._holders: dict[bytes, int] = {}  # of each block held anywhere: bit i is slot i
@@ -42,24 +42,24 @@ class PrefixIndex:
 
     @property
     def num_blocks(self) -> int:
-        """Different blocks held by at least one slot."""
+        """Distinct blocks held by at least one slot."""
         return len(self._holders)
 
     def num_held(self, slot: int) -> int:
         return len(self._held[slot])
 
     def add(self, slot: int) -> None:
-        """A new replica, which holds nothing yet."""
+        """Adds a replica that holds nothing yet."""
         assert slot not in self._held, f"slot {slot} is taken"
         self._held[slot] = set()
         self._bits += [1 << i for i in range(len(self._bits), slot + 1)]
 
     def remove(self, slot: int) -> None:
-        """Forgets the replica and all it held. Unknown slots are passed over."""
+        """Forgets the replica and all its blocks. Unknown slots are ignored."""
         self._drop(slot, self._held.pop(slot, set()))
 
     def apply(self, slot: int, events: CacheEvents) -> None:
-        """What the replica's cache lost and gained, in the order that CacheEvents states."""
+        """Applies the changes of the replica's cache in the order that CacheEvents states."""
         held, holders, bit = self._held[slot], self._holders, self._bits[slot]
         if events.reset:
             self._drop(slot, held)
@@ -73,10 +73,10 @@ class PrefixIndex:
             holders[block] = bit if others is None else others | bit
 
     def match(self, hashes: Sequence[bytes], *, window_blocks: int | None) -> NDArray[np.int64]:
-        """By slot: the number of leading blocks a request could start behind, as KVCacheManager.find_prefix decides.
+        """By slot, shape [num_slots]: the number of leading blocks a request could skip, as KVCacheManager.find_prefix decides.
 
-        hashes: of every full block the request may take from a cache, in order; its last token is always computed, so
-        these are (num_tokens - 1) // block_size. window_blocks: see the function of that name.
+        hashes: of every full block the request may take from a cache, in order; its last token is always computed, so there are
+        (num_tokens - 1) // block_size of them. window_blocks: see the function of that name.
         """
         lengths = np.zeros(self.num_slots, np.int64)
         if window_blocks is None:
@@ -88,7 +88,7 @@ class PrefixIndex:
         return lengths
 
     def _leading_runs(self, hashes: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-        """(length, slots whose longest leading run that is), until no slot is left."""
+        """(length, slots with a longest leading run of that length), until no slot is left."""
         get = self._holders.get
         running = 0
         for length, block in enumerate(hashes):
@@ -103,7 +103,7 @@ class PrefixIndex:
         yield len(hashes), running
 
     def _windowed_runs(self, hashes: Sequence[bytes], window: int) -> Iterator[tuple[int, int]]:
-        """(length, slots that hold the last `window` blocks of a prefix that long and of none longer)."""
+        """(length, slots that hold the last `window` blocks of a prefix of that length and of no longer one)."""
         get = self._holders.get
         able = _sliding_and([get(block, 0) for block in hashes], window)
         found = 0
@@ -138,9 +138,9 @@ class PrefixIndex:
 
 
 def _sliding_and(masks: list[int], window: int) -> list[int]:
-    """At i: the AND of masks[max(0, i - window + 1) : i + 1], at three ANDs per element whatever the window.
+    """At i: the AND of masks[max(0, i - window + 1) : i + 1], with three ANDs per element whatever the window.
 
-    Van Herk and Gil-Werman: cut into pieces of `window`; every window is the tail of one piece and the head of the next.
+    Van Herk and Gil-Werman: cut the list into pieces of `window`; every window is the tail of one piece and the head of the next.
     """
     heads: list[int] = []
     tails: list[int] = []
@@ -148,5 +148,5 @@ def _sliding_and(masks: list[int], window: int) -> list[int]:
         piece = masks[start : start + window]
         heads += accumulate(piece, and_)
         tails += reversed(list(accumulate(reversed(piece), and_)))
-    # The window that ends at i >= window begins at i - window + 1; the first piece's heads are whole by themselves.
+    # The window that ends at i >= window starts at i - window + 1; the heads of the first piece are complete windows.
     return heads[:window] + list(map(and_, tails[1:], heads[window:]))

@@ -1,6 +1,6 @@
-"""What the router asks of a replica, and what it is told of those that are not there.
+"""The two seams below the router: the `Replica` protocol, and what the gateway knows about replicas that are not there.
 
-Two seams as values and one Protocol: cluster/replicas/client.py is a `Replica` over a socket, tests have one without an engine.
+cluster/replicas/client.py is a `Replica` over a socket; tests use one without an engine.
 """
 
 from collections.abc import AsyncIterator, Callable
@@ -13,9 +13,10 @@ from workers.protocol import EngineFacts, GenerateRequest, LoadReport, StepFrame
 class Replica(Protocol):
     """One model replica, as the router sees it.
 
-    drain_until: time.monotonic() at which running streams move elsewhere; None while it is not draining.
-    is_leaving: while it drains: its node goes away. Streams move as soon as another replica has room; while none is ready, it serves on.
-    on_frame: the router's ear. Whoever sets it hears at once what was said before.
+    drain_until: time.monotonic() at which running streams move elsewhere; None unless it is draining.
+    is_leaving: it drains because its node is preempted. Streams move as soon as another replica has room; while no other is ready, it
+    keeps serving.
+    on_frame: called with every frame. A new listener gets the earlier content of the cache at once.
     """
 
     drain_until: float | None
@@ -32,7 +33,7 @@ class Replica(Protocol):
 
     @property
     def facts(self) -> EngineFacts:
-        """What start-up learned. Raises ReplicaUnavailableError before the first connection."""
+        """What start-up determined. Raises ReplicaUnavailableError before the first connection."""
 
     @property
     def load(self) -> LoadReport:
@@ -40,7 +41,7 @@ class Replica(Protocol):
 
     @property
     def condemned(self) -> str | None:
-        """Why it will never be ready again, in one sentence; None while it may be."""
+        """Why it will never be ready again, one sentence; None while it may recover."""
 
     def is_ready(self, now: float) -> bool:
         """Whether all ranks took part in a forward pass a moment ago. now: time.monotonic()."""
@@ -49,17 +50,23 @@ class Replica(Protocol):
         """One sentence that names the replica, and the stuck rank if there is one; None when ready."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
-        """An async generator of deltas up to one with a finish_reason. Closing it aborts the request.
+        """An async generator of deltas, the last one with a finish_reason. Closing it aborts the request.
 
         Raises ReplicaUnavailableError when the replica is lost.
         """
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """What the gateway knows beyond the replicas it has."""
+class Availability:
+    """What the gateway knows beyond the replicas it is connected to.
 
-    expected: bool = False  # a replica will come (starting, being replaced, or woken by demand): requests may wait
-    reason: str | None = None  # why none is ready, one sentence
-    facts: EngineFacts | None = None  # of the model served, known even while no replica runs
-    asleep: bool = False  # none runs on purpose: the next request starts one
+    expected: a replica will come (it is starting, being replaced, or started on demand), so requests may wait.
+    reason: why no replica is ready, one sentence.
+    facts: of the served model, known even while no replica runs.
+    scaled_to_zero: no replica runs on purpose; the next request starts one.
+    """
+
+    expected: bool = False
+    reason: str | None = None
+    facts: EngineFacts | None = None
+    scaled_to_zero: bool = False

@@ -1,52 +1,40 @@
-"""Spreads requests over replicas: admits or refuses, waits for room, chooses, streams, and resumes elsewhere what a replica drops.
+"""Spreads requests over replicas: admits, queues, chooses a replica, streams tokens, and resumes on another replica after a loss.
 
-Knows replicas only through the `Replica` protocol, and token ids only. Does not know HTTP, text or Ray. A sequence goes on as long as
-there is a replica or hope for one: its deltas are those of one undisturbed run, whatever happens below.
+Knows replicas only through the `Replica` protocol, and token ids only. Does not know HTTP, text or Ray. A sequence continues as long as
+there is a replica or one is expected: its deltas are those of one undisturbed run, whatever happens below.
 """
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 from cluster.protocol.report import BatchDemand, GatewayReport
-from cluster.router.admission import (
-    MAX_INFLIGHT_BATCH_REQUESTS,
-    MAX_INFLIGHT_REQUESTS,
-    MAX_QUEUED_BATCH_TOKENS,
-    MAX_QUEUED_TOKENS,
-    Admission,
-    Bounds,
-    Recent,
-    Turns,
-    check_deadline,
-)
+from cluster.router.admission import Admission, AdmissionControl, Recent
+from cluster.router.bounds import MAX_INFLIGHT_REQUESTS, MAX_QUEUED_TOKENS, QUEUE_TIMEOUT_S
 from cluster.router.dispatcher import Dispatcher
 from cluster.router.explanation import Explanation, explain_route
 from cluster.router.hashing import Hashing
-from cluster.router.health import Health, ReplicaStatus, look
+from cluster.router.health import Health, ReplicaStatus, check_health
 from cluster.router.policy import PolicyName
-from cluster.router.replica import Outlook, Replica
+from cluster.router.replica import Availability, Replica
 from cluster.router.stream import Stream, StreamMovedError, Trace
-from cluster.router.table import Place, Seat
+from cluster.router.table import Assignment, ReplicaEntry
 from workers.errors import DeadlineExceededError, ReplicaUnavailableError
-from workers.protocol import BATCH_PRIORITY, EngineFacts, GenerateRequest, SamplingParams, TokenDelta
+from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 
-__all__ = ["Explanation", "Health", "Outlook", "Replica", "ReplicaStatus", "Router", "Trace"]
+__all__ = ["Availability", "Explanation", "Health", "Replica", "ReplicaStatus", "Router", "Trace"]
 
 log = logging.getLogger(__name__)
-
-QUEUE_TIMEOUT_S = 300.0  # longer than any start-up that is worth waiting for
 
 
 class Router:
     """Use on one event loop.
 
     max_inflight_requests: sequences held at once, running or waiting. max_queued_tokens: prompt tokens not yet on a replica. Both without
-    batch lines (BATCH_PRIORITY and beyond), for whom there is `batch_room`.
-    queue_timeout_s: the longest wait for a replica or for room on one; each resumption waits anew.
+    batch lines (BATCH_PRIORITY and above), for which there is `batch_room`.
+    queue_timeout_s: the longest wait for a replica or for room on one; it starts over with each resumption.
     """
 
     def __init__(
@@ -61,81 +49,91 @@ class Router:
     ) -> None:
         self._policy = policy
         self._clock = clock
-        self._bounds = Bounds(max_inflight_requests=max_inflight_requests, max_queued_tokens=max_queued_tokens)
-        self._batch_bounds = Bounds(
-            max_inflight_requests=MAX_INFLIGHT_BATCH_REQUESTS, max_queued_tokens=MAX_QUEUED_BATCH_TOKENS
-        )
         self._dispatcher = Dispatcher(
             policy,
             queue_timeout_s=queue_timeout_s,
             clock=clock,
-            describe=lambda: self.health().reason or "None is ready.",
+            describe=lambda: self.health().reason or "No replica is ready.",
         )
-        self._table = self._dispatcher.table
-        self._arrivals = itertools.count()
-        self._turns = Turns()
+        self._table, self._queue = self._dispatcher.table, self._dispatcher.queue
+        self._admission = AdmissionControl(
+            self._table,
+            self._queue,
+            max_inflight_requests=max_inflight_requests,
+            max_queued_tokens=max_queued_tokens,
+            clock=clock,
+        )
         self._closing: str | None = None
         self._admits = True
         self._first_tokens = Recent()
-        self._stays = Recent()  # on the replica that finished a sequence
-        self.num_failovers_total = 0  # a sequence going on elsewhere, because its replica was lost or drained
-        self.arrived_tokens_total = 0  # prompt tokens of all that was admitted, without batch lines
-        # Told by whoever runs batches here, for the report.
+        self.num_failovers_total = 0  # sequences that continued elsewhere because their replica was lost or drained
+        # Set by the runner of batches, for the report.
         self.batches: tuple[BatchDemand, ...] = ()
         self.batch_tokens_total = 0
-        self.update(replicas, Outlook())
+        self.update(replicas, Availability())
 
     @property
     def num_inflight_requests(self) -> int:
         """Sequences admitted and not finished."""
-        return self._bounds.num_inflight_requests + self._batch_bounds.num_inflight_requests
+        return self._admission.num_inflight_requests
 
     @property
     def num_waiting(self) -> int:
         """Sequences waiting at the router for room."""
-        return len(self._dispatcher.line)
+        return len(self._queue)
+
+    @property
+    def num_stale(self) -> int:
+        """Sequences that have left the queue and are still held in memory; bounded."""
+        return self._queue.num_stale
 
     @property
     def num_queued_tokens(self) -> int:
-        """Prompt tokens of sequences that are not on a replica yet, or not any more."""
-        return self._bounds.num_queued_tokens + self._batch_bounds.num_queued_tokens
+        """Prompt tokens of sequences that are not on a replica."""
+        return self._admission.num_queued_tokens
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """The tenants whose requests count against the limits now."""
+        return self._admission.online.tenants | self._admission.batch.tenants
 
     @property
     def facts(self) -> EngineFacts:
-        """What the replicas' start-up learned, or earlier replicas'. Raises ReplicaUnavailableError when none ever started."""
-        facts = self._table.facts or self._dispatcher.outlook.facts
+        """What the start-up of the replicas, or of earlier ones, determined. Raises ReplicaUnavailableError if none ever started."""
+        availability = self._dispatcher.availability
+        facts = self._table.facts or availability.facts
         if facts is None:
-            raise ReplicaUnavailableError(
-                self._dispatcher.outlook.reason or "No replica has been reached yet; try again in a moment."
-            )
+            remedy = None if availability.reason else "Try again in a moment."
+            raise ReplicaUnavailableError(availability.reason or "No replica has been reached yet.", remedy=remedy)
         return facts
 
-    def update(self, replicas: Sequence[Replica], outlook: Outlook) -> None:
-        """From now on it is these replicas. Streams on others go on until those are closed, and then move."""
-        self._dispatcher.update(replicas, outlook)
+    def update(self, replicas: Sequence[Replica], availability: Availability) -> None:
+        """Replaces the set of replicas. Streams on removed ones continue until those are closed, and then move."""
+        self._dispatcher.update(replicas, availability)
 
     def health(self) -> Health:
-        """What is true now; costs no request."""
-        return look(self._table, self._dispatcher.outlook, closing=self._closing, now=self._clock())
+        """The current health; costs no request."""
+        return check_health(self._table, self._dispatcher.availability, closing=self._closing, now=self._clock())
 
     def batch_room(self) -> int:
-        """How many more batch sequences the replicas could take now: what others leave of them, with a few that are next. For a
-        runner, who adds it to those it has in flight.
+        """How many more batch sequences the replicas could take now: what online requests leave, plus a few to come next.
+
+        A runner adds this to the number it has in flight.
         """
-        return max(0, self._table.background_room() - self._dispatcher.line.num_background)
+        return max(0, self._table.background_room() - self._queue.num_background)
 
     def report(self, gateway_id: str, url: str) -> GatewayReport:
-        """What this router holds now, for whoever scales."""
-        now, line = self._clock(), self._dispatcher.line
-        per_replica = {seat.replica.replica_id: len(seat.streams) for seat in self._table}
+        """The load of this router, for the autoscaler."""
+        now, queue = self._clock(), self._queue
+        per_replica = {entry.replica.replica_id: len(entry.streams) for entry in self._table}
         return GatewayReport(
             gateway_id=gateway_id,
             url=url,
             num_running=sum(per_replica.values()),
-            num_queued=len(line) - line.num_background,
-            num_queued_tokens=self._bounds.num_queued_tokens,
-            oldest_wait_s=line.oldest_wait_s(now),
-            arrived_tokens_total=self.arrived_tokens_total,
+            num_queued=queue.num_online,
+            num_queued_tokens=self._admission.online.num_queued_tokens,
+            oldest_wait_s=queue.oldest_wait_s(now),
+            arrived_tokens_total=self._admission.arrived_tokens_total,
             ttft_p95_s=self._first_tokens.p95(now),
             streams_per_replica=per_replica,
             batches=self.batches,
@@ -143,41 +141,41 @@ class Router:
         )
 
     async def explain(self, prompt_token_ids: list[int], *, policy: PolicyName | None = None) -> Explanation:
-        """Where a request with this prompt would go now, and why; nothing is sent."""
+        """Where a request with this prompt would go now, and why. Sends nothing."""
         sampling = SamplingParams(max_tokens=1, seed=0)
         request = GenerateRequest(request_id="", prompt_token_ids=prompt_token_ids, sampling=sampling)
         stream = Stream(request, order=(0, 0))
-        await self._name_blocks(stream, Hashing())
+        await self._hash_blocks(stream, Hashing())
         return explain_route(self._table, stream, policy or self._policy, num_waiting=self.num_waiting)
 
     @property
     def closing(self) -> str | None:
-        """Why this gateway wants nothing new, in a sentence; None while it does."""
+        """Why this gateway accepts no new requests, one sentence; None while it does."""
         return self._closing
 
     def close(self, reason: str, *, admits: bool = False) -> None:
-        """From now on `health` says so, and nothing new is admitted unless `admits`; what runs or waits goes on."""
+        """`health` is not ready from now on, and nothing new is admitted unless `admits`. Admitted requests continue."""
         self._closing, self._admits = reason, admits
 
     def reopen(self) -> None:
-        """Takes `close` back."""
+        """Undoes `close`."""
         self._closing, self._admits = None, True
 
     def end_streams(self, error: Exception) -> int:
-        """Every stream ends with the error, where it runs or waits, but lines of batches, whose runner brings them back.
+        """Ends every running or waiting stream with the error, except batch lines, which their runner tries again.
 
         Returns how many.
         """
-        running = [stream for seat in self._table for stream in seat.streams]
-        streams = {*running, *(waiter.stream for waiter in self._dispatcher.line)}
+        running = [stream for entry in self._table for stream in entry.streams]
+        streams = {*running, *(waiter.stream for waiter in self._queue)}
         for stream in streams:
             if not stream.is_background:
                 stream.interrupt.set(error)
         return sum(not stream.is_background for stream in streams)
 
     def check_room(self, tenant: str | None) -> None:
-        """Raises OverloadedError when `admit` would, for one sequence and whatever prompt. Costs nothing and reserves nothing."""
-        self._bounds.check(1, 0, wait_s=lambda: self._estimated_wait_s(0), tenant=tenant)
+        """Raises OverloadedError if `admit` would refuse a single sequence, whatever its prompt. Reserves nothing."""
+        self._admission.check_room(tenant)
 
     @contextlib.contextmanager
     def admit(
@@ -191,34 +189,19 @@ class Router:
     ) -> Iterator[Admission]:
         """Reserves room for this many sequences while the block runs: all of them or none. num_tokens: of all their prompts.
 
-        deadline: on the router's clock (time.monotonic()). tenant: whose it is; tenants take turns, and none may hold all the room.
-        Raises OverloadedError when there is no room or the wait would outlast the deadline, ReplicaUnavailableError when no replica is
-        ready and none is expected.
+        deadline: on the router's clock (time.monotonic()). tenant: the owner; tenants take turns, and none may hold all the room.
+        Raises OverloadedError if there is no room or the wait would exceed the deadline, ReplicaUnavailableError if no replica is ready
+        and none is expected.
         """
-        now = self._clock()
-        if not self._admits or not (self._dispatcher.outlook.expected or self._table.look_for_ready()):
-            raise ReplicaUnavailableError(self.health().reason or "No replica is ready; try again in a moment.")
-        bounds = self._bounds_for(priority)
-        bounds.check(num_sequences, num_tokens, wait_s=lambda: self._estimated_wait_s(priority), tenant=tenant)
-        if deadline is not None:
-            check_deadline(deadline - now, self._estimated_wait_s(priority, overtakes=True))
-        admission = Admission(
-            num_sequences,
-            num_tokens,
-            priority=priority,
-            deadline=deadline,
-            arrived=now,
-            arrival=next(self._arrivals),
-            tenant=tenant,
-            turn=self._turns.take(tenant, num_sequences),
+        if not self._admits or not (self._dispatcher.availability.expected or self._table.accepts_requests()):
+            reason = self.health().reason
+            remedy = None if reason else "Try again in a moment."
+            raise ReplicaUnavailableError(reason or "No replica is ready.", remedy=remedy)
+        admitting = self._admission.admit(
+            num_sequences, num_tokens, priority=priority, deadline=deadline, tenant=tenant
         )
-        if bounds is self._bounds:
-            self.arrived_tokens_total += num_tokens
-        bounds.take(admission)
-        try:
+        with admitting as admission:
             yield admission
-        finally:
-            bounds.give_back(admission)
 
     async def generate(
         self,
@@ -230,10 +213,10 @@ class Router:
     ) -> AsyncGenerator[TokenDelta, None]:
         """Yields the request's deltas, the last one with a finish_reason. Closing the generator aborts the request.
 
-        admission: what the caller's `admit` gave; without it the request is admitted here. trace: is kept up to date for the caller.
-        max_crashes: replicas that may crash in all while they work on it; at None, only those without a token in between count.
-        Raises OverloadedError, ReplicaUnavailableError, DeadlineExceededError, CrashedError for a request that outlived too many
-        replicas that crashed, and EngineError for one that outlived too many of all.
+        admission: from the caller's `admit`; without it the request is admitted here. trace: kept up to date for the caller.
+        max_crashes: how many replicas may crash in all while they work on it; None: only crashes without a token in between count.
+        Raises OverloadedError, ReplicaUnavailableError, DeadlineExceededError, CrashedError if too many replicas crashed on the request,
+        and EngineError if too many were lost.
         """
         with contextlib.ExitStack() as stack:
             if admission is None:
@@ -243,32 +226,32 @@ class Router:
             stack.callback(self._watch_deadline(stream, admission))
             while True:
                 if self._policy == "prefix":
-                    await self._name_blocks(stream, admission.hashing)
-                place = await self._dispatcher.place(stream)
-                placed = self._clock()
-                async with contextlib.aclosing(self._stream(place, stream, admission)) as deltas:
+                    await self._hash_blocks(stream, admission.hashing)
+                assignment = await self._dispatcher.assign(stream)
+                assigned_at = self._clock()
+                async with contextlib.aclosing(self._stream(assignment, stream, admission)) as deltas:
                     async for delta in deltas:
                         yield delta
                         if delta.finish_reason is not None:
                             if not stream.is_background:
-                                self._stays.add(self._clock(), self._clock() - placed)
+                                self._admission.finished(self._clock() - assigned_at)
                             return
                 if pause_s := stream.pause_s:
                     await stream.interrupt.wait(lambda: asyncio.sleep(pause_s))
 
-    async def _stream(self, place: Place, stream: Stream, admission: Admission) -> AsyncGenerator[TokenDelta, None]:
-        """The deltas one replica contributes; ends without a finish_reason when the rest must come from another."""
-        seat, num_tokens = place.seat, len(stream.request.prompt_token_ids)
-        replica = seat.replica
+    async def _stream(
+        self, assignment: Assignment, stream: Stream, admission: Admission
+    ) -> AsyncGenerator[TokenDelta, None]:
+        """The deltas of one replica; ends without a finish_reason if another replica must continue."""
+        entry, num_tokens = assignment.entry, len(stream.request.prompt_token_ids)
+        replica = entry.replica
         trace = stream.trace
         trace.replica_id = replica.replica_id
         if trace.queue_s is None:
             trace.queue_s = self._clock() - admission.arrived
             if self._policy == "prefix":
-                trace.num_cached_tokens_predicted = place.decision.num_cached_tokens
-        bounds = self._bounds_for(admission.priority)
-        bounds.placed(admission, num_tokens)
-        self._turns.came(admission.turn)
+                trace.num_cached_tokens_predicted = assignment.decision.num_cached_tokens
+        self._admission.dispatched(admission, num_tokens)
         deltas = replica.generate(stream.next_attempt())
         is_first = True
         try:
@@ -276,14 +259,14 @@ class Router:
                 delta = await stream.interrupt.wait(deltas.__anext__)
                 if is_first:
                     is_first = False
-                    self._table.report_knows(seat, stream)
+                    self._table.report_includes(entry, stream)
                     if not stream.output_token_ids and not stream.is_background:
                         self._first_tokens.add(self._clock(), self._clock() - admission.arrived)
-                yield stream.take(delta)
+                yield stream.record(delta)
         except StopAsyncIteration:
-            self._lost(stream, seat, ReplicaUnavailableError(f"Replica {replica.replica_id} ended the stream early."))
+            self._lost(stream, entry, ReplicaUnavailableError(f"Replica {replica.replica_id} ended the stream early."))
         except ReplicaUnavailableError as e:
-            self._lost(stream, seat, e)
+            self._lost(stream, entry, e)
         except StreamMovedError as e:
             self.num_failovers_total += 1
             stream.move()
@@ -292,50 +275,29 @@ class Router:
             try:
                 await deltas.aclose()  # type: ignore[attr-defined]  # a Replica's generate is an async generator
             finally:
-                self._dispatcher.leave(seat, stream)
-        bounds.displaced(admission, num_tokens)
+                self._dispatcher.leave(entry, stream)
+        self._admission.requeued(admission, num_tokens)
 
-    def _bounds_for(self, priority: int) -> Bounds:
-        return self._batch_bounds if priority >= BATCH_PRIORITY else self._bounds
-
-    def _lost(self, stream: Stream, seat: Seat, error: ReplicaUnavailableError) -> None:
-        stream.lose(seat.replica, error, alone=self._table.lost(seat))
+    def _lost(self, stream: Stream, entry: ReplicaEntry, error: ReplicaUnavailableError) -> None:
+        stream.lose(entry.replica, error, alone=self._table.was_alone(entry))
         self.num_failovers_total += 1
         log.info(
-            "Request %s goes on elsewhere after %d tokens: %s",
+            "Request %s continues on another replica after %d tokens: %s",
             stream.request.request_id, len(stream.output_token_ids), error,
         )  # fmt: skip
 
-    async def _name_blocks(self, stream: Stream, hashing: Hashing) -> None:
+    async def _hash_blocks(self, stream: Stream, hashing: Hashing) -> None:
         facts = self._table.facts
         if facts is not None and facts.enable_prefix_caching:
             await hashing.extend(stream, facts.block_size)
 
     def _watch_deadline(self, stream: Stream, admission: Admission) -> Callable[[], None]:
-        """Interrupts the stream when its time is over; returns what stops watching."""
+        """Interrupts the stream at its deadline; returns what cancels that."""
         if admission.deadline is None:
             return lambda: None
         error = DeadlineExceededError(
-            f"The request was not complete after the {admission.deadline - admission.arrived:.2f} s it was given; "
-            "give it more time or ask for fewer tokens."
+            f"The request was not complete after the {admission.deadline - admission.arrived:.2f} s it was given.",
+            remedy="Give it more time or ask for fewer tokens.",
         )
         delay = max(0.0, admission.deadline - self._clock())
         return asyncio.get_running_loop().call_later(delay, stream.interrupt.set, error).cancel
-
-    def _estimated_wait_s(self, priority: int, *, overtakes: bool = False) -> float | None:
-        """Of a request that came now: for prompts before it, and for those in line to find room. None when nothing is known.
-
-        overtakes: only those in line that it would not overtake count; else all of its kind, batch lines or others.
-        """
-        line, bounds = self._dispatcher.line, self._bounds_for(priority)
-        background = bounds is self._batch_bounds
-        num_of_kind = line.num_background if background else len(line) - line.num_background
-        num_tokens, num_before = bounds.num_queued_tokens, num_of_kind
-        if overtakes and len(line):
-            before = [w.stream.num_tokens for w in line if w.stream.order[0] <= priority]
-            num_tokens, num_before = sum(before), len(before)
-        by_tokens = self._table.estimated_wait_s(num_tokens, background=background)
-        # Not by how many ended lately: on replicas that were idle until now these were few.
-        stay_s, num_placed = self._stays.mean(self._clock()), bounds.num_inflight_requests - num_of_kind
-        by_places = num_before * stay_s / num_placed if stay_s and num_placed > 0 else None
-        return max((w for w in (by_tokens, by_places) if w is not None), default=None)

@@ -1,7 +1,7 @@
-"""One sequence from its admission to its last delta: what it has said, so that any replica can go on with it.
+"""One sequence from its admission to its last delta: what it has produced, so that any replica can continue it.
 
-Knows requests, deltas and the task that waits for them. Knows no replica's state, no order and no load. What comes out of `take` is
-what one undisturbed replica would have said, whatever number of them took part.
+Knows requests, deltas and the task that waits for them. Knows no replica's state, no order and no load. `record` returns the deltas
+that one undisturbed replica would have sent, however many replicas took part.
 """
 
 import asyncio
@@ -15,22 +15,22 @@ import msgspec
 from workers.errors import CrashedError, EngineError, ReplicaUnavailableError
 from workers.protocol import BATCH_PRIORITY, GenerateRequest, TokenDelta
 
-# Without a token in between. So many crashes may be the request's own doing; of other losses any number is bad luck, but not for ever.
+# In a row, without a token in between. This many crashes may be the request's fault. Other losses are bad luck, but have a limit too.
 MAX_CRASHES_WITHOUT_PROGRESS = 5
 MAX_LOSSES_WITHOUT_PROGRESS = 20
-FIRST_PAUSE_S = 0.5  # before the second loss is followed by a third attempt; twice as long each time
+FIRST_PAUSE_S = 0.5  # between the second loss and the third attempt; doubles with each further loss
 MAX_PAUSE_S = 8.0
 
 T = TypeVar("T")
 
 
 class StreamMovedError(Exception):
-    """The replica drains, and its streams go elsewhere. Never leaves the router."""
+    """The replica drains, and its streams continue elsewhere. Never leaves the router."""
 
 
 @dataclass(slots=True)
 class Trace:
-    """What became of a request in the router, for whoever asked. `replica_id` is the newest replica's."""
+    """The path of a request through the router, for the caller. `replica_id`: the newest replica."""
 
     replica_id: str | None = None
     queue_s: float | None = None  # from admission to the first replica
@@ -39,9 +39,9 @@ class Trace:
 
 
 class Interrupt:
-    """Ends a wait from outside with an error, and only the wait: whoever is not waiting meets it at the next one.
+    """Ends a wait from outside with an error, and only a wait: a task that is not waiting gets the error at its next wait.
 
-    As asyncio.timeout does it, but for the many short waits of one stream, at the cost of two assignments each.
+    Works like asyncio.timeout, but for the many short waits of one stream, at the cost of two assignments each.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Interrupt:
         self._cancelled = False
 
     def set(self, error: Exception) -> None:
-        """Kept until it was raised; a move gives way to any other error, and to nothing else does an error give way."""
+        """Keeps the error until it is raised. Any error replaces a StreamMovedError; nothing replaces another error."""
         if self._error is not None and not isinstance(self._error, StreamMovedError):
             return
         self._error = error
@@ -59,14 +59,14 @@ class Interrupt:
             self._task.cancel()
 
     def forget(self, kind: type[Exception]) -> None:
-        """Drops an error of this kind that has not been raised yet: what it spoke of is over."""
+        """Drops an error of this kind that has not been raised: it no longer applies."""
         if isinstance(self._error, kind) and not self._cancelled:
             self._error = None
 
     async def wait(self, start: Callable[[], Awaitable[T]]) -> T:
-        """The result of what `start` begins. Raises what `set` was given; what arrives meanwhile stays where it is."""
+        """The result of what `start` begins. Raises the error given to `set`; a result that arrives during that is not lost."""
         if self._error is not None:
-            raise self._take_error()
+            raise self._pop_error()
         task = asyncio.current_task()
         assert task is not None
         num_cancels = task.cancelling()
@@ -76,21 +76,22 @@ class Interrupt:
         except asyncio.CancelledError:
             if self._cancelled:
                 self._cancelled = False
-                if task.uncancel() <= num_cancels:  # else somebody cancels the task as well, and means it
-                    raise self._take_error() from None
+                if task.uncancel() <= num_cancels:  # otherwise the task was cancelled from elsewhere too
+                    raise self._pop_error() from None
             raise
         finally:
             self._task = None
 
-    def _take_error(self) -> Exception:
+    def _pop_error(self) -> Exception:
         error, self._error = self._error, None
         assert error is not None
         return error
 
 
 class Stream:
-    """`order`: (priority, turn, arrival); smaller is served first. max_crashes: of replicas, in all, before it is given up; None: any
-    number with tokens in between.
+    """`order`: (priority, turn, arrival); smaller is served first.
+
+    max_crashes: how many replicas may crash in all before the stream is given up; None: any number, as long as tokens come in between.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Stream:
         self.interrupt = Interrupt()
         self.output_token_ids = list(request.output_token_ids)
         self.block_hashes: list[bytes] = []
-        self.lost_on: set[object] = set()  # replicas not to try first
+        self.lost_on: set[object] = set()  # replicas to avoid on the next attempt
         self._started = False
         self._num_attempts = 0
         self._num_losses = 0
@@ -125,7 +126,7 @@ class Stream:
         return [*self.request.prompt_token_ids, *self.output_token_ids]
 
     def next_attempt(self) -> GenerateRequest:
-        """The request as the next replica gets it. Its id is new each time: a late word of an earlier attempt goes nowhere."""
+        """The request for the next replica. Its id is new each time, so that a late delta of an earlier attempt is dropped."""
         self._num_attempts += 1
         if self._num_attempts == 1:
             return self.request
@@ -135,8 +136,8 @@ class Stream:
             output_token_ids=list(self.output_token_ids),
         )
 
-    def take(self, delta: TokenDelta) -> TokenDelta:
-        """Remembers a delta and words it as the first replica would have."""
+    def record(self, delta: TokenDelta) -> TokenDelta:
+        """Remembers a delta and returns it as the first replica would have sent it."""
         if self._num_attempts > 1:
             cached = None if self._started else delta.num_cached_tokens
             delta = msgspec.structs.replace(delta, request_id=self.request.request_id, num_cached_tokens=cached)
@@ -150,14 +151,15 @@ class Stream:
 
     @property
     def pause_s(self) -> float:
-        """Before the next attempt. Whoever crashes replicas thus parts from those that were there by chance, who differ by chance."""
+        """Before the next attempt. Random, so that a request that crashes replicas is separated from those that were there by chance."""
         if self._num_losses < 2:
             return 0.0
         return min(FIRST_PAUSE_S * 2.0 ** (self._num_losses - 2), MAX_PAUSE_S) * random.uniform(0.5, 1.0)
 
     def lose(self, replica: object, error: ReplicaUnavailableError, *, alone: bool) -> None:
-        """The replica was lost; `alone`: it had no other request. Raises EngineError when it was one too many since the last token,
-        CrashedError when crashes are why.
+        """The replica was lost. alone: it had no other request.
+
+        Raises EngineError after too many losses since the last token, CrashedError if they were crashes.
         """
         self.trace.num_failovers += 1
         self.lost_on.add(replica)
@@ -166,7 +168,7 @@ class Stream:
         self._num_crashes_total += error.crashed
         in_a_row = (
             f"{self._num_losses} replicas in a row were lost while they worked on this request, the last one with: {error} "
-            "It is not tried again."
+            "The request is not tried again."
         )
         if self._num_crashes >= MAX_CRASHES_WITHOUT_PROGRESS:
             raise CrashedError(in_a_row, num_crashes=self._num_crashes_total, alone=alone) from error
@@ -181,5 +183,5 @@ class Stream:
             raise EngineError(in_a_row) from error
 
     def move(self) -> None:
-        """It goes elsewhere without a loss."""
+        """It continues elsewhere, and no replica was lost."""
         self.trace.num_failovers += 1

@@ -1,8 +1,8 @@
-"""Sets up logging for a control-plane process: on stderr, our own loggers at the chosen level and the rest at warnings.
+"""Sets up logging for a control-plane process: on stderr, our own loggers at the chosen level and all others at warnings.
 
-Text for people, or one JSON object a line for machines; both carry the id of the request that is being served, if there is one. Knows
-nothing of HTTP: whoever serves a request sets `request_id_var`, and tasks made meanwhile inherit it. Prompts are in no log unless asked
-for, and then through `log_prompt` only.
+Text for people, or one JSON object per line for machines; both carry the id of the request that is being served, if there is one. Knows
+no HTTP: the code that serves a request sets `request_id_var`, and the tasks it starts inherit it. Prompts are logged on request only, and
+only through `log_prompt`.
 """
 
 import logging
@@ -22,11 +22,11 @@ request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 _prompts = logging.getLogger("cluster.prompts")
-_prompts.setLevel(logging.CRITICAL)  # never used: silent until asked
+_prompts.setLevel(logging.CRITICAL)  # a level that is never used: off until `setup_logging` turns it on
 
 
 def log_prompt(prompt: object) -> None:
-    """Text, token ids or messages, at info; nowhere without --log-prompts."""
+    """Text, token ids or messages, at info; not logged without --log-prompts."""
     _prompts.info("Prompt: %r", prompt)
 
 
@@ -74,5 +74,5 @@ class JsonFormatter(logging.Formatter):
 
 
 def _printable(text: str) -> str:
-    """Without half characters, which a client's path may hold and JSON must not."""
+    """Without lone surrogates, which a client's path may contain and JSON must not."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Addresses: which of them only this machine can reach, whether a port is free, and the URL of a server for a browser here."""
+"""Addresses and ports: which addresses only this machine can reach, whether a port is free, a server's URL for a browser here."""
 
 import ipaddress
 import socket
@@ -7,7 +7,7 @@ from workers.errors import ConfigError
 
 
 def url_of(host: str, port: int, *, scheme: str = "http") -> str:
-    """Where a browser on this machine finds a server bound to `host`."""
+    """The URL at which a browser on this machine reaches a server bound to `host`."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"{scheme}://{shown}:{port}"
 
@@ -21,12 +21,16 @@ def is_loopback(host: str) -> bool:
     try:
         addresses = {info[4][0] for info in socket.getaddrinfo(host, None)} if host else set()
     except OSError as e:
-        raise ConfigError(f"--host {host} is neither an address nor a name that resolves.") from e
+        raise ConfigError(
+            f"--host {host} is neither an address nor a name that resolves.",
+            remedy="Give an address of this machine, such as 0.0.0.0.",
+            param="--host",
+        ) from e
     return bool(addresses) and all(ipaddress.ip_address(a).is_loopback for a in addresses)
 
 
 def check_port_is_free(host: str, port: int, *, shared: bool = False) -> None:
-    """Raises ConfigError when something listens there already, before the minutes of start-up are spent."""
+    """Raises ConfigError when the port is in use, before start-up takes minutes."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -36,5 +40,7 @@ def check_port_is_free(host: str, port: int, *, shared: bool = False) -> None:
             s.bind((host, port))
         except OSError as e:
             raise ConfigError(
-                f"Port {port} on {host} cannot be used ({e.strerror}); choose another with --port."
+                f"Port {port} on {host} cannot be used ({e.strerror}).",
+                remedy="Choose another with --port.",
+                param="--port",
             ) from e

@@ -1,42 +1,31 @@
-"""Who holds a lease: a name for this process from which others on the same host can tell that it is dead, and need not wait.
+"""The name under which a process holds a lease. Others on the same host can tell from it that the process is dead, and need not wait.
 
-Knows Linux' /proc. Of another host, container or boot nothing can be told; there the lease's time decides.
+About another host, container or boot nothing can be said; there the lease's time limit decides.
 """
 
-import os
 import socket
 import uuid
-from pathlib import Path
+
+from workers.process_identity import ProcessIdentity, is_known_dead, this_process
+
+_NUM_PARTS = 6
 
 
 def new_owner() -> str:
-    """One process may have several."""
-    pid = os.getpid()
-    return "/".join((*_place(), str(pid), str(_started_at(pid)), uuid.uuid4().hex[:8]))
+    """A new name of this process; one process may hold several leases under different names."""
+    me = this_process()
+    parts = (socket.gethostname(), me.boot_id or "", me.pid_namespace or "", me.pid, me.born, uuid.uuid4().hex[:8])
+    return "/".join(map(str, parts))
 
 
 def is_dead(owner: str) -> bool:
-    """Whether that process surely no longer lives. False for one that cannot be seen from here."""
-    *place, pid, started_at, _ = owner.split("/")
-    if tuple(place) != _place() or not place[-1] or not pid.isdigit():
+    """Whether that process is known to be dead. False for a process that cannot be seen from here, and for unknown names."""
+    parts = owner.split("/")
+    if len(parts) != _NUM_PARTS:
         return False
-    return str(_started_at(int(pid))) != started_at
-
-
-def _place() -> tuple[str, str, str]:
-    """Host, boot and process namespace: within the same three a process id means the same. The last is "" where it is not known."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return socket.gethostname(), "", ""
-    return socket.gethostname(), boot, namespace
-
-
-def _started_at(pid: int) -> int | None:
-    """In the kernel's clock ticks since boot; None for a process that is not there or has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in ("Z", "X") else int(fields[19])
+    host, boot_id, pid_namespace, pid, born, _ = parts
+    if host != socket.gethostname() or not pid.isdigit() or not born.isdigit():
+        return False
+    return is_known_dead(
+        ProcessIdentity(pid=int(pid), born=int(born), boot_id=boot_id or None, pid_namespace=pid_namespace or None)
+    )

@@ -1,7 +1,7 @@
-"""TLS: the server's two files become a context, which follows them when they change; and what our own commands trust.
+"""TLS: a server's context from its two files, loaded again when they change; and the certificates that our own commands trust.
 
-Knows PEM files and OpenSSL's complaints about them; no HTTP. A certificate that is renewed in place is used for connections from then
-on; files that do not fit each other (one is written before the other) change nothing until they do.
+Knows PEM files and OpenSSL's errors about them; no HTTP. A certificate that is renewed in place is used for new connections. Files that
+do not match (one is written before the other) change nothing until they do.
 """
 
 import asyncio
@@ -14,33 +14,35 @@ from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN_S = 5.0
+POLL_S = 5.0
 
 
 class Certificate:
-    """Raises ConfigError for files that cannot work. `run` as a task follows them."""
+    """Raises ConfigError for files that cannot work. Run `run` as a task to load them again when they change."""
 
-    def __init__(self, cert: Path, key: Path, *, look_again_s: float = LOOK_AGAIN_S) -> None:
+    def __init__(self, cert: Path, key: Path, *, poll_s: float = POLL_S) -> None:
         self._cert = cert
         self._key = key
-        self._look_again_s = look_again_s
+        self._poll_s = poll_s
         self._version = self._version_now()
         self.context = load(cert, key)
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
-            await asyncio.sleep(self._look_again_s)
+            await asyncio.sleep(self._poll_s)
             version = self._version_now()
             if version == self._version:
                 continue
             try:
-                load(self._cert, self._key)  # elsewhere first: a context that takes only half of a pair serves nobody
+                load(
+                    self._cert, self._key
+                )  # into another context first: one with only half of a pair would refuse every client
                 self.context.load_cert_chain(self._cert, self._key)
             except (ConfigError, OSError) as e:
-                log.error("The TLS certificate stays as it was: %s", e)
+                log.error("The old TLS certificate stays in use: %s", e)
             else:
-                log.warning("The TLS certificate was read again.")
+                log.warning("The TLS certificate was reloaded.")
             self._version = version
 
     def _version_now(self) -> tuple[object, ...]:
@@ -53,54 +55,71 @@ def open_certificate(cert: str | None, key: str | None) -> Certificate | None:
 
 
 def load(cert: Path, key: Path) -> ssl.SSLContext:
-    """For servers, TLS 1.2 and newer. Raises ConfigError in a sentence."""
+    """A server's context, TLS 1.2 and newer. Raises ConfigError."""
     for option, path in (("--tls-cert", cert), ("--tls-key", key)):
         try:
             path.read_bytes()
         except OSError as e:
-            raise ConfigError(f"{option} {path} cannot be read: {e.strerror}.") from e
+            raise ConfigError(
+                f"{option} {path} cannot be read: {e.strerror}.",
+                remedy="Give a PEM file that this user can read.",
+                param=option,
+            ) from e
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    asked: list[bool] = []
+    prompted: list[bool] = []
 
-    def password() -> str:  # else OpenSSL asks at the terminal
-        asked.append(True)
+    def password() -> str:  # otherwise OpenSSL prompts on the terminal
+        prompted.append(True)
         return ""
 
     try:
         context.load_cert_chain(cert, key, password=password)
     except (ssl.SSLError, ValueError, OSError) as e:
-        if asked:
+        if prompted:
             raise ConfigError(
-                f"--tls-key {key} is encrypted; store it without a password, readable by this user only."
+                f"--tls-key {key} is encrypted.",
+                remedy="Store it without a password, readable by this user only.",
+                param="--tls-key",
             ) from e
         if getattr(e, "reason", None) == "KEY_VALUES_MISMATCH":
-            raise ConfigError(f"--tls-key {key} is not the key of the certificate in --tls-cert {cert}.") from e
+            raise ConfigError(
+                f"--tls-key {key} is not the key of the certificate in --tls-cert {cert}.",
+                remedy="Give a certificate and its own key.",
+                param="--tls-key",
+            ) from e
         raise ConfigError(
-            f"--tls-cert {cert} and --tls-key {key} are no certificate and key in PEM format ({_reason(e)})."
+            f"--tls-cert {cert} and --tls-key {key} are not a certificate and a key in PEM format ({_reason(e)}).",
+            remedy="Convert them to PEM.",
+            param="--tls-cert",
         ) from e
     return context
 
 
 def client_context(ca_cert: Path | None) -> ssl.SSLContext:
-    """Trusts what the system trusts, and `ca_cert`. Raises ConfigError."""
+    """A client's context: trusts the system's certificates and `ca_cert`. Raises ConfigError."""
     context = ssl.create_default_context()
     if ca_cert is not None:
         try:
             context.load_verify_locations(ca_cert)
         except OSError as e:  # ssl.SSLError is one
-            raise ConfigError(f"--ca-cert {ca_cert} is no certificate in PEM format ({_reason(e)}).") from e
+            raise ConfigError(
+                f"--ca-cert {ca_cert} is not a certificate in PEM format ({_reason(e)}).",
+                remedy="Give the PEM file of the certificate authority.",
+                param="--ca-cert",
+            ) from e
     return context
 
 
-def distrust(url: str, error: Exception) -> ConfigError | None:
-    """What to say when a request failed because the server's certificate is not trusted; None if that is not why."""
-    cause = getattr(error, "reason", error)
-    if not isinstance(cause, ssl.SSLCertVerificationError):
+def distrust(url: str, error: BaseException) -> ConfigError | None:
+    """The error for a server whose certificate is not trusted; None if the connection failed for another reason."""
+    if not isinstance(error, ssl.SSLCertVerificationError):
         return None
     return ConfigError(
-        f"The certificate of the server at {url} is not trusted ({cause.verify_message}); name the one that signed it with --ca-cert."
+        f"The certificate of the server at {url} is not trusted ({error.verify_message}).",
+        remedy="Give the certificate that signed it with --ca-cert.",
+        param="--ca-cert",
     )
 
 

@@ -1,15 +1,15 @@
-"""How commands print their answers to stdout: tables without lines, as wide as the terminal. Knows nothing of what they show."""
+"""How commands print results to stdout: tables without lines, as wide as the terminal. Knows nothing about their content."""
 
 import sys
 
 from rich.console import Console
 from rich.table import Table
 
-PLAIN_WIDTH = 160  # columns where there is no terminal to ask
+PLAIN_WIDTH = 160  # columns where stdout is not a terminal
 
 
 def answer_console(*, plain_width: int = PLAIN_WIDTH) -> Console:
-    """Prints text as it is: brackets in a model's name are no markup."""
+    """Prints text as it is: brackets in a model's name are not markup."""
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else plain_width)
 
 

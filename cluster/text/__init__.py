@@ -1,1 +1,1 @@
-"""Text on one side, token ids on the other: tokenizers, chat templates, incremental detokenization, stop strings."""
+"""Between text and token ids: tokenizers, chat templates, grammars, incremental detokenization, stop strings, tool calls."""

@@ -1,87 +1,59 @@
-"""Text to token ids: finds a checkpoint's SentencePiece model, and says which chat template belongs to it.
+"""Text to token ids: finds and opens a checkpoint's tokenizer, and says which chat template belongs to it.
 
-Knows file names, template versions and what each id decodes to on its own. Does not know conversations (chat.py) or how ids join
-into text (detokenizer.py).
+Knows file names, template versions and the text of each single token. Does not know conversations (chat/), how ids become text in a
+stream (output/detokenizer.py), or the format of the file (tokenizer_model.py).
 
     file in the checkpoint        template
     tokenizer.model.v1/.v2/.v3    v1 / v2 / v3, by the suffix
-    tokenizer.model               v3 with 32,768 pieces (Mistral v0.3), else v1 (v0.1 and v0.2 have 32,000)
+    tokenizer.model               v3 with 32,768 pieces (Mistral v0.3), otherwise v1 (v0.1 and v0.2 have 32,000)
 """
 
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
-from sentencepiece import SentencePieceProcessor
-
+from cluster.text.sentencepiece_model import SentencePieceModel
+from cluster.text.tokenizer_model import PieceTable, TokenizerModel
 from workers.errors import ConfigError, RequestError
 
 log = logging.getLogger(__name__)
 
 TemplateVersion = Literal["v1", "v2", "v3"]
 TEMPLATE_VERSIONS: tuple[TemplateVersion, ...] = get_args(TemplateVersion)
-_SPACE = "▁"
-_ANCHOR = "☺"  # mistral-common's own choice for the same purpose
 _V3_VOCAB_SIZE = 32_768
 _VERSIONED = re.compile(r"\.model\.(v\d+)(m\d+)?$")
 
 
-@dataclass(frozen=True, slots=True)
-class PieceTable:
-    """What each token id adds to a text, by id. A control token has surface "" and no byte."""
-
-    surfaces: tuple[str, ...]  # with ▁ as a space; "" for control tokens and bytes
-    bytes: tuple[int | None, ...]  # the byte of a byte-fallback token
-    starts_with_space: tuple[bool, ...]
-    is_control: tuple[bool, ...]
-
-
 class Tokenizer:
-    """One SentencePiece model. `encode` releases the interpreter lock, so it may run in a thread beside the event loop."""
+    """One vocabulary, and the chat template version it is used with. `path` is the file it was read from."""
 
-    def __init__(self, path: Path, template_version: TemplateVersion) -> None:
+    def __init__(self, model: TokenizerModel, *, path: Path, template_version: TemplateVersion) -> None:
+        self._model = model
         self.path = path
         self.template_version = template_version
-        try:
-            self.sp = SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as e:
-            raise ConfigError(f"{path} is not a SentencePiece model: {e}.") from e
-        self.vocab_size: int = self.sp.vocab_size()
-        self.bos_token_id: int = self.sp.bos_id()
-        self.eos_token_id: int = self.sp.eos_id()
-        if self.bos_token_id < 0 or self.eos_token_id < 0:
-            raise ConfigError(f"{path} defines no beginning-of-sequence or no end-of-sequence token.")
+        self.bos_token_id = model.bos_token_id
+        self.eos_token_id = model.eos_token_id
+        self.pieces: PieceTable = model.pieces
+        self.vocab_size = len(self.pieces.names)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """The prompt's token ids, with the beginning-of-sequence token unless bos=False. "" gives [bos]."""
-        try:
-            ids: list[int] = self.sp.encode(text)
-        except RuntimeError as e:  # a lone surrogate: no UTF-8 exists for it
-            raise RequestError(
-                "The text is not valid Unicode: it holds half of a surrogate pair.", param="prompt"
-            ) from e
+        """The token ids of a prompt, with the beginning-of-sequence token unless bos=False. "" gives [bos].
+
+        May run in a thread while the event loop continues. Raises RequestError for text that is not valid Unicode.
+        """
+        ids = self._model.encode(text)
         return [self.bos_token_id, *ids] if bos else ids
 
-    def decode(self, token_ids: list[int]) -> str:
-        """The whole text at once; ids beyond the vocabulary and control tokens add nothing."""
-        return str(self.sp.decode([i for i in token_ids if 0 <= i < self.vocab_size]))
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of a text that directly follows other text: no space is added before its first word. Raises RequestError."""
+        return self._model.encode_continuation(text)
 
-    @cached_property
-    def pieces(self) -> PieceTable:
-        sp, size = self.sp, self.vocab_size
-        names = [sp.id_to_piece(i) for i in range(size)]
-        control = [sp.is_control(i) for i in range(size)]
-        byte = [int(names[i][3:5], 16) if sp.is_byte(i) else None for i in range(size)]
-        surfaces = [
-            "" if control[i] or byte[i] is not None else sp.decode([i]) if sp.is_unknown(i) else n.replace(_SPACE, " ")
-            for i, n in enumerate(names)
-        ]
-        starts = [n.startswith(_SPACE) and not control[i] and not sp.is_unknown(i) for i, n in enumerate(names)]
-        return PieceTable(tuple(surfaces), tuple(byte), tuple(starts), tuple(control))
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of all ids at once. Control tokens and ids beyond the vocabulary add nothing."""
+        return self._model.decode([i for i in token_ids if 0 <= i < self.vocab_size])
 
     @cached_property
     def control_token_ids(self) -> frozenset[int]:
@@ -89,30 +61,35 @@ class Tokenizer:
 
     @cached_property
     def max_piece_chars(self) -> int:
-        """No token stands for more characters than this, so a text's length bounds its tokens from below."""
+        """The most characters any token stands for, so a text's length gives a lower bound on its number of tokens."""
         return max(map(len, self.pieces.surfaces))
 
     @cached_property
     def tool_calls_token_id(self) -> int | None:
-        """The control token behind which tool calls stand, in vocabularies that have it (v2 and v3)."""
+        """The control token that comes before tool calls; None in vocabularies without it (v1)."""
         return self.control_token_id("[TOOL_CALLS]")
 
     def control_token_id(self, name: str) -> int | None:
-        """The id of a control token, or None: a piece of that name that is plain text does not count."""
-        token_id: int = self.sp.piece_to_id(name)
-        return token_id if self.sp.is_control(token_id) else None
+        """The id of a control token, or None. A plain text piece of that name does not count."""
+        return self._control_token_ids_by_name.get(name)
+
+    @cached_property
+    def _control_token_ids_by_name(self) -> dict[str, int]:
+        return {self.pieces.names[i]: i for i in self.control_token_ids}
 
     def bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The token sequences that would write these words, for SamplingParams.bad_words.
 
-        Each word counts at a text's or word's start and, where its encoding differs there, right behind other text. Raises
-        RequestError for a word that no token stands for.
+        Each word is encoded as it is at the start of a word and, if that differs, as it is directly after other text. Raises
+        RequestError for an empty word.
         """
         found: dict[tuple[int, ...], None] = {}
         for word in words:
             stripped = word.lstrip(" ")
             if not stripped:
-                raise RequestError("'bad_words' has a word that is empty or blank; remove it.", param="bad_words")
+                raise RequestError(
+                    "'bad_words' contains an empty or blank word.", remedy="Remove it.", param="bad_words"
+                )
             for ids in (self._encode_word(stripped), self.encode_continuation(stripped)):
                 found[tuple(ids)] = None
         return tuple(found)
@@ -121,27 +98,19 @@ class Tokenizer:
         try:
             return self.encode(word, bos=False)
         except RequestError as e:
-            raise RequestError(str(e), param="bad_words") from e
-
-    def encode_continuation(self, text: str) -> list[int]:
-        """The ids of text that stands right behind other text: without the space that SentencePiece puts before a first word."""
-        return self.encode(_ANCHOR + text, bos=False)[self._num_anchor_ids :]
-
-    @cached_property
-    def _num_anchor_ids(self) -> int:
-        return len(self.sp.encode(_ANCHOR))
+            raise RequestError(e.message, remedy=e.remedy, param="bad_words") from e
 
     def token_text(self, token_id: int) -> str:
-        """One token alone, as log-probabilities show it: `</s>` for control tokens, `<0xE2>` for a byte that is no character."""
+        """A single token as log-probabilities show it: `</s>` for a control token, `<0xE2>` for a byte that is not ASCII."""
         if not 0 <= token_id < self.vocab_size:
             return f"<|{token_id}|>"
         byte = self.pieces.bytes[token_id]
         if byte is not None:
             return chr(byte) if byte < 0x80 else f"<0x{byte:02X}>"
-        return self.pieces.surfaces[token_id] or str(self.sp.id_to_piece(token_id))
+        return self.pieces.surfaces[token_id] or self.pieces.names[token_id]
 
     def token_bytes(self, token_id: int) -> list[int] | None:
-        """The token's UTF-8 bytes, or None where it stands for no text."""
+        """The token's UTF-8 bytes, or None if it stands for no text."""
         if not 0 <= token_id < self.vocab_size or self.pieces.is_control[token_id]:
             return None
         byte = self.pieces.bytes[token_id]
@@ -151,34 +120,40 @@ class Tokenizer:
 def load_tokenizer(
     folder: str | Path, *, version: TemplateVersion | None = None, model_vocab_size: int | None = None
 ) -> Tokenizer:
-    """Finds and loads the checkpoint's tokenizer; an explicit template version wins over the file's.
+    """Finds and opens the checkpoint's tokenizer. An explicit template version takes precedence over the file's.
 
-    Raises ConfigError when there is none this server can use, or when it has more tokens than the model.
+    Raises ConfigError if there is no supported tokenizer, or if it has more tokens than the model.
     """
-    folder = Path(folder)
     if version is not None and version not in TEMPLATE_VERSIONS:
-        raise ConfigError(f"Chat template {version!r} is not known; use one of {', '.join(TEMPLATE_VERSIONS)}.")
-    path = find_tokenizer(folder)
-    named = _VERSIONED.search(path.name)
-    tokenizer = Tokenizer(path, "v1")
-    if version is not None:
-        tokenizer.template_version = version
-    elif named is not None:
-        tokenizer.template_version = named[1]  # type: ignore[assignment]  # find_tokenizer offers only known versions
-    elif tokenizer.vocab_size == _V3_VOCAB_SIZE:
-        tokenizer.template_version = "v3"
-    _ = tokenizer.max_piece_chars  # builds the piece table now, not during the first request
+        raise ConfigError(
+            f"Chat template {version!r} is not known.", remedy=f"Use one of {', '.join(TEMPLATE_VERSIONS)}."
+        )
+    path = find_tokenizer(Path(folder))
+    tokenizer = open_tokenizer(path, version)
     log.info("tokenizer %s: %s pieces, chat template %s", path, tokenizer.vocab_size, tokenizer.template_version)
     if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
         raise ConfigError(
-            f"The tokenizer {path.name} has {tokenizer.vocab_size} tokens but the model only {model_vocab_size}; "
-            "they do not belong together."
+            f"The tokenizer {path.name} has {tokenizer.vocab_size} tokens, but the model has only {model_vocab_size}.",
+            remedy="Use the tokenizer that belongs to the model.",
         )
     return tokenizer
 
 
+def open_tokenizer(path: Path, version: TemplateVersion | None = None) -> Tokenizer:
+    """The tokenizer in that file. Without a version, the file's name and size decide. Raises ConfigError."""
+    # The model builds its table of pieces here, so that the first request does not have to.
+    model = SentencePieceModel(path)
+    return Tokenizer(model, path=path, template_version=version or _guess_version(path, len(model.pieces.names)))
+
+
+def _guess_version(path: Path, vocab_size: int) -> TemplateVersion:
+    named = _VERSIONED.search(path.name)
+    version = next((v for v in TEMPLATE_VERSIONS if named is not None and v == named[1]), None)
+    return version or ("v3" if vocab_size == _V3_VOCAB_SIZE else "v1")
+
+
 def find_tokenizer(folder: Path) -> Path:
-    """The checkpoint's SentencePiece model. Raises ConfigError when there is none this server can use."""
+    """The path of the checkpoint's tokenizer. Raises ConfigError if there is none that is supported."""
     for name in ("tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1", "tokenizer.model"):
         if (folder / name).is_file():
             return folder / name
@@ -187,7 +162,10 @@ def find_tokenizer(folder: Path) -> Path:
     )
     if others:
         raise ConfigError(
-            f"{folder} has the tokenizer {others[0]}, which is not supported; "
-            "Tramontane reads SentencePiece tokenizers of versions v1, v2 and v3."
+            f"{folder} has the tokenizer {others[0]}, which is not supported.",
+            remedy="Use a checkpoint with a SentencePiece tokenizer of version v1, v2 or v3.",
         )
-    raise ConfigError(f"{folder} has no tokenizer; expected tokenizer.model.v3, .v2, .v1 or tokenizer.model in it.")
+    raise ConfigError(
+        f"{folder} has no tokenizer.",
+        remedy="Add tokenizer.model.v3, .v2, .v1 or tokenizer.model to the folder.",
+    )

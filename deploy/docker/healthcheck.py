@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Exit code 0 when the server in this container would serve a request: for HEALTHCHECK, Compose and Kubernetes probes.
+"""Exits with 0 if the server in this container would serve a request. For HEALTHCHECK, Compose and Kubernetes probes.
 
-Asks GET /health/ready with the key in TRAMONTANE_API_KEY. A server whose keys it does not know answers 401; then it is enough that the
-process lives, which /health/live tells everybody. Knows HTTP only: the standard library, no proxy, and no key on a command line.
+Calls GET /health/ready with the key in TRAMONTANE_API_KEY. If the server answers 401, the key is unknown to it, and GET /health/live, which
+needs no key, decides. Uses only the standard library and no proxy, and puts no key on a command line.
 """
 
 import http.client
@@ -15,13 +15,13 @@ TIMEOUT_S = 4.0
 
 
 def status_of(url: str, path: str, *, key: str | None) -> tuple[int, str]:
-    """The status and the body of an answer. Raises OSError or HTTPException."""
+    """The status and the body of the response. Raises OSError or HTTPException."""
     target = urlsplit(url)
     if target.hostname is None:
-        raise OSError(f"{url} is no address; write it like http://127.0.0.1:8000")
+        raise OSError(f"{url} is not a URL. Write it like http://127.0.0.1:8000.")
     connection: http.client.HTTPConnection
     if target.scheme == "https":
-        # Its certificate names the host that clients use, not the loopback address that is asked here.
+        # The certificate names the host that clients use, not the loopback address used here.
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(target.hostname, target.port, timeout=TIMEOUT_S, context=context)

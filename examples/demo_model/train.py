@@ -1,8 +1,8 @@
 """Trains the demo model: `make demo-model`, or `python examples/demo_model/train.py --steps 2600`.
 
-Writes a Hugging Face checkpoint (config.json, model.safetensors in bf16, tokenizer.model.v3) and the model card beside
-itself. The model is transformers' MistralForCausalLM, so the checkpoint owes nothing to the engine that serves it.
-Needs only the `dev` extra and a CPU: about an hour on 2 cores.
+Writes a Hugging Face checkpoint (config.json, model.safetensors in bf16, tokenizer.model.v3) and the model card next to
+this file. The model is transformers' MistralForCausalLM, so the checkpoint does not depend on the engine that serves it.
+Needs the `dev` extra and a CPU: about an hour on 2 cores.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CONFIG = MistralConfig(
 
 
 def train_tokenizer(docs: list[Document], folder: Path) -> sentencepiece.SentencePieceProcessor:
-    """A byte-fallback BPE vocabulary that keeps white space as it is, since Python's is syntax."""
+    """A byte-fallback BPE vocabulary that keeps white space unchanged, because in Python it is syntax."""
     sentences = (line for doc in docs if not doc.held_out for line in _pieces_of(doc.text))
     with (folder / "tokenizer.model.v3").open("wb") as f:
         sentencepiece.SentencePieceTrainer.train(
@@ -59,7 +59,7 @@ def train_tokenizer(docs: list[Document], folder: Path) -> sentencepiece.Sentenc
             allow_whitespace_only_pieces=True,
             split_digits=True,
             control_symbols=CONTROL_TOKENS,
-            # A line break is always a token of its own: a prompt that ends with "def f(n):" then ends as training text does.
+            # A line break is always its own token, so a prompt that ends with "def f(n):" ends like training text.
             user_defined_symbols=["\n"],
             character_coverage=0.9995,
             minloglevel=2,

@@ -1,4 +1,4 @@
-"""The routing simulation keeps its own books: every request ends, blocks come back, and the reports are the truth."""
+"""The routing simulation is consistent: every request ends, blocks are freed, and reports match the state."""
 
 import sys
 
@@ -13,14 +13,14 @@ BENCHMARKS = ROOT / "benchmarks"
 
 @pytest.fixture(scope="module", autouse=True)
 def simulation():
-    """The benchmarks are scripts beside their modules, not a package."""
+    """Makes the benchmarks importable: they are scripts in a folder, not a package."""
     sys.path.insert(0, str(BENCHMARKS))
     yield
     sys.path.remove(str(BENCHMARKS))
 
 
 def make_trace(num_requests=300, *, gap_s=0.05, num_stems=10):
-    """Requests with one of a few long stems and an own tail each."""
+    """Requests that each have one of a few long stems and a tail of their own."""
     from simulation.traces import TraceRequest
 
     requests = []
@@ -35,7 +35,7 @@ def ends(sequences):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_request_is_answered_and_every_block_comes_back(policy, monkeypatch):
+def test_every_request_is_answered_and_every_block_is_freed(policy, monkeypatch):
     from simulation import gateway, replica
 
     made = []
@@ -51,7 +51,7 @@ def test_every_request_is_answered_and_every_block_comes_back(policy, monkeypatc
         assert 0 < len(r.cache.idle) <= r.cache.num_blocks
 
 
-def test_a_prompt_alone_takes_as_long_as_its_steps():
+def test_a_single_prompt_takes_as_long_as_its_steps():
     from simulation.replica import Hardware, Replica, Sequence
     from simulation.traces import TraceRequest
 
@@ -65,10 +65,10 @@ def test_a_prompt_alone_takes_as_long_as_its_steps():
     first = hardware.step_s([(1024, 0)], 0, 0) + hardware.step_s([(476, 1024)], 0, 0)
     assert sequence.first_token_s == pytest.approx(first)
     assert frame.made_s == pytest.approx(first + 2 * hardware.step_s([], 1, 1501.5))
-    assert stored == [b"a", b"b"], "both full blocks can be found afterwards"
+    assert stored == [b"a", b"b"], "both full blocks can be found later"
 
 
-def test_a_request_does_not_wait_for_streams_that_only_decode():
+def test_a_request_does_not_wait_for_decoding_streams():
     from simulation.replica import Hardware, Replica, Sequence
     from simulation.traces import TraceRequest
 
@@ -77,9 +77,9 @@ def test_a_request_does_not_wait_for_streams_that_only_decode():
     long = Sequence(TraceRequest(0.0, 100, 1000, ()), 0.0)
     late = Sequence(TraceRequest(0.0, 100, 2, ()), 1.0)
     end = replica.end_step(replica.submit(long, 0.0))[1]
-    assert end > 5, "a thousand steps are taken together"
+    assert end > 5, "a thousand steps are computed together"
     end = replica.submit(late, 1.0)
-    assert 1.0 < end < 1.05, "the step that runs when a request comes is the last before it"
+    assert 1.0 < end < 1.05, "the step that runs when a request arrives is the last one before it"
     while late.first_token_s is None:
         _, end = replica.end_step(end)
     assert late.first_token_s < 1.1
@@ -90,13 +90,13 @@ def test_a_request_does_not_wait_for_streams_that_only_decode():
     assert frame.made_s == pytest.approx(undisturbed_s, rel=0.005), "no step of the long stream was lost or invented"
 
 
-def test_the_default_finds_prefixes_and_answers_sooner():
+def test_the_default_policy_finds_prefixes_and_answers_sooner():
     from simulation.gateway import simulate
     from simulation.replica import Hardware
 
     p99, hits = {}, {}
     for policy in POLICIES:
-        # Four replicas of a cache for little more than two stems: only a policy that keeps stems apart finds them.
+        # Each of the four replicas can cache little more than two stems: only a policy that keeps stems apart finds them.
         hardware = Hardware(kv_tokens=512 * 60)
         outcome = simulate(make_trace(), policy=policy, num_replicas=4, hardware=hardware, num_gateways=2)
         p99[policy] = np.percentile(ends(outcome.sequences), 99)

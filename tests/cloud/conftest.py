@@ -1,4 +1,4 @@
-"""One cloud for all tests of this folder: SkyPilot on a laptop, Slurm in network namespaces, no network beyond them.
+"""One cloud for all tests of this folder: SkyPilot on a laptop, Slurm in network namespaces, no other network.
 
 `make test-cloud` runs them: as root on Linux, with Debian's Slurm (installed when missing), Python 3.10 for SkyPilot's own runtime, and,
 the first time, registries from which the nodes' wheelhouse is filled. What a node is made of lies in `slurm/`:
@@ -36,7 +36,7 @@ def sky(cloud: SlurmCloud) -> Sky:
 
 @pytest.fixture(scope="session")
 def figures() -> Iterator[dict[str, str]]:
-    """What was measured, printed at the end."""
+    """The measurements, printed at the end."""
     figures: dict[str, str] = {}
     yield figures
     print("\n" + "\n".join(f"{what}: {figure}" for what, figure in figures.items()))

@@ -14,14 +14,14 @@ from support.cloud.slurm_cloud import LAPTOP_IP, SlurmCloud
 pytestmark = [pytest.mark.cloud, pytest.mark.timeout(3600)]
 S3 = f"http://{LAPTOP_IP}:5000"
 TRAMONTANE, MOTO = (Path(sys.executable).parent / name for name in ("tramontane", "moto_server"))
-PATIENCE_S = 1200.0  # for a machine that is busy otherwise; every wait is for a condition
+PATIENCE_S = 1200.0  # for a busy machine; every wait is for a condition
 POLL_S = 5.0  # a `sky` command costs seconds of CPU
 S3_ENVS = {"AWS_ENDPOINT_URL": S3, "AWS_DEFAULT_REGION": "us-east-1"}
 S3_SECRETS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 
 
 class Bucket:
-    """A bucket on the laptop, over which S3's protocol is spoken."""
+    """A bucket on the laptop, with the S3 protocol."""
 
     def __init__(self, cloud: SlurmCloud) -> None:
         self._cloud = cloud
@@ -29,7 +29,7 @@ class Bucket:
         self._curl("-X", "PUT", "--retry", "30", "--retry-delay", "1", "--retry-all-errors", self.url)
 
     def put_prompts(self, name: str, num_lines: int) -> list[str]:
-        """A file of so many lines; their ids."""
+        """Writes a file with that many lines; returns their ids."""
         ids = [f"{name}-{i}" for i in range(num_lines)]
         path = self._cloud.home / name
         path.write_text(
@@ -67,7 +67,7 @@ def assert_each_once(bucket: Bucket, output: str, ids: list[str]) -> None:
 
 
 def wait_until_over(cloud: SlurmCloud, sky: Sky, jobs: set[int]) -> dict[int, str]:
-    """Their last statuses."""
+    """The last status of each job."""
 
     def over() -> bool:
         statuses = sky.jobs()
@@ -120,7 +120,7 @@ def test_pool(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, st
     options = list(env_options({**envs, **S3_ENVS}, S3_SECRETS))
 
     def launch() -> set[int]:
-        """Also again, as the YAML's comment says: only shares that are missing are answered then."""
+        """Can be repeated, as the YAML's comment says: then only missing parts are answered."""
         before = set(sky.jobs())
         yaml_file = on_slurm("pool-job.yaml", cloud.home)
         sky(
@@ -143,7 +143,7 @@ def test_pool(cloud: SlurmCloud, sky: Sky, bucket: Bucket, figures: dict[str, st
     cloud.kill_node(victim)
     cloud.start_node(victim)
     statuses = sorted(wait_until_over(cloud, sky, jobs).values())
-    # SkyPilot 0.14 sometimes calls a job FAILED_CONTROLLER whose worker was lost and replaced; its share is launched again.
+    # SkyPilot 0.14 sometimes calls a job FAILED_CONTROLLER whose worker was lost and replaced; its part is launched again.
     assert set(statuses) <= {"SUCCEEDED", "FAILED_CONTROLLER"}
     if "FAILED_CONTROLLER" in statuses:
         wait_until_over(cloud, sky, launch())

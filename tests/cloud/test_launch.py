@@ -1,4 +1,4 @@
-"""sky/serve.yaml and sky/cluster.yaml, launched by SkyPilot onto real nodes and used as their comments say."""
+"""sky/serve.yaml and sky/cluster.yaml, launched by SkyPilot on real nodes and used as in their comments."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ TRAMONTANE = Path(sys.executable).parent / "tramontane"
 
 
 def curl(cloud: SlurmCloud, url: str, *options: str, key: str | None = API_KEY) -> str:
-    """From the laptop; the answer and, on a line of its own, the status."""
+    """Calls the URL from the laptop; returns the body and, on a separate line, the status."""
     header = ["-H", f"Authorization: Bearer {key}"] if key else []
     return cloud.run(["curl", "-sS", "--max-time", "60", "-w", "\n%{http_code}", *header, *options, url], timeout_s=90)
 
@@ -31,13 +31,13 @@ def completion(cloud: SlurmCloud, endpoint: str) -> str:
 
 
 def first_node(cloud: SlurmCloud) -> str:
-    """The address of the node with rank 0 in the one cluster there is: for SkyPilot a Slurm cluster's address is its login node's."""
+    """The address of the node with rank 0 in the only cluster. SkyPilot itself reports the address of the login node."""
     nodes = "scontrol show hostnames $(squeue --noheader --states=running --format=%N)"
     return NODE_IPS[cloud.ssh("c0", nodes).split()[0]]
 
 
 def wait_until_ready(cloud: SlurmCloud, sky: Sky, cluster: str, endpoint: str) -> None:
-    """As the YAMLs say, and with the job's log if it comes to nothing."""
+    """Waits as the YAMLs say; on failure it shows the log of the job."""
     retry = ["--retry", "200", "--retry-delay", "5", "--retry-all-errors", "-fsS"]
     command = ["curl", *retry, "-H", f"Authorization: Bearer {API_KEY}", f"{endpoint}/health/ready"]
     try:

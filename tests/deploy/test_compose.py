@@ -1,4 +1,4 @@
-"""The Compose files: every name in them leads somewhere, only what should be is reachable from outside, and secrets stay secrets."""
+"""The Compose files: every name resolves, only the intended ports are reachable from outside, and secrets stay secret."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def script(service: dict[str, Any]) -> str:
 
 
 def compose_command() -> list[str]:
-    """Of the second generation, as a plugin of docker or alone; else the test is skipped."""
+    """Compose v2, as a plugin of docker or standalone; without it the test is skipped."""
     for command in (["docker", "compose"], ["docker-compose"]):
         if shutil.which(command[0]) is not None:
             done = subprocess.run([*command, "version", "--short"], capture_output=True, text=True, check=False)
@@ -53,7 +53,7 @@ def test_docker_compose_reads_the_files_as_these_tests_do(files: list[Path]) -> 
 
 
 @pytest.mark.parametrize("files", [FILES[:1], FILES], ids=["gpu", "cpu"])
-def test_the_files_keep_to_the_compose_specification(files: list[Path]) -> None:
+def test_the_files_follow_the_compose_specification(files: list[Path]) -> None:
     program = "import sys, compose_spec; compose_spec.PyCompose.from_yaml(sys.stdin.read())"
     done = subprocess.run(
         [linter("python"), "-c", program],
@@ -65,7 +65,7 @@ def test_the_files_keep_to_the_compose_specification(files: list[Path]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_name_leads_somewhere() -> None:
+def test_every_name_resolves() -> None:
     used: dict[str, set[str]] = {"configs": set(), "secrets": set(), "volumes": set()}
     for service in SERVICES.values():
         for kind in ("configs", "secrets"):
@@ -90,7 +90,7 @@ def test_images_are_pinned() -> None:
     assert SERVER["image"] == f"tramontane:{PROJECT['version']}"
 
 
-def test_only_the_gateway_can_be_opened_to_others() -> None:
+def test_only_the_gateway_can_be_published() -> None:
     published = {port: name for name, service in SERVICES.items() for port in service.get("ports", [])}
     assert all(port.startswith("127.0.0.1:") for port in published), published
     opened = load(FILES[:1], {**ENV, "TRAMONTANE_BIND": "0.0.0.0"})["services"]
@@ -99,7 +99,7 @@ def test_only_the_gateway_can_be_opened_to_others() -> None:
 
 def test_nothing_starts_without_a_key_and_a_token() -> None:
     for missing in ENV:
-        with pytest.raises(KeyError, match=f"{missing}: make one"):
+        with pytest.raises(KeyError, match=f"{missing}: create one"):
             load(FILES[:1], {name: value for name, value in ENV.items() if name != missing})
     assert SERVER["environment"]["RAY_AUTH_MODE"] == "token"
     for name, service in SERVICES.items():
@@ -108,7 +108,7 @@ def test_nothing_starts_without_a_key_and_a_token() -> None:
         )
 
 
-def test_the_server_is_what_its_options_say() -> None:
+def test_the_server_gets_the_options() -> None:
     variables = SERVER["environment"]
     args = serve_arguments(script(SERVER), variables)
     assert args.model == variables["MODEL"] == "mistralai/Mistral-7B-Instruct-v0.3"
@@ -119,7 +119,7 @@ def test_the_server_is_what_its_options_say() -> None:
     assert demo["MODEL"] == ""
 
 
-def test_without_a_gpu_none_is_asked_for() -> None:
+def test_the_cpu_file_requests_no_gpu() -> None:
     assert SERVER["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     cpu = load(FILES, ENV)["services"]
     assert "deploy" not in cpu["tramontane"]
@@ -128,7 +128,7 @@ def test_without_a_gpu_none_is_asked_for() -> None:
     }
 
 
-def test_prometheus_and_grafana_find_what_they_are_configured_to_read() -> None:
+def test_prometheus_and_grafana_find_the_files_they_are_configured_to_read() -> None:
     mounted = {entry["target"]: COMPOSE["configs"][entry["source"]] for entry in SERVICES["prometheus"]["configs"]}
     secrets = {entry["target"]: COMPOSE["secrets"][entry["source"]] for entry in SERVICES["prometheus"]["secrets"]}
     path = next(a.partition("=")[2] for a in SERVICES["prometheus"]["command"] if a.startswith("--config.file="))

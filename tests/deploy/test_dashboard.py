@@ -1,4 +1,4 @@
-"""Every metric and label that the dashboard and the alerts use is in what /metrics renders, and in what Ray is told; the YAML parses."""
+"""Every metric and label of the dashboard and the alerts is exported by /metrics or through Ray; the YAML is valid."""
 
 import json
 import re
@@ -89,7 +89,7 @@ def test_legends_name_labels_that_the_expression_keeps() -> None:
             assert label in kept, f"the legend of {where} shows {label}, which {expression} drops"
 
 
-def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     panels: list[dict[str, Any]] = DASHBOARD["panels"]
     assert len({p["id"] for p in panels}) == len(panels)
     taken: dict[tuple[int, int], str] = {}
@@ -101,7 +101,7 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
             taken[cell] = panel["title"]
 
 
-def test_the_dashboard_shows_what_an_operator_asks_for() -> None:
+def test_the_dashboard_shows_what_an_operator_needs() -> None:
     used = {name for _, expression, _ in expressions() for _, name, _ in METRIC.findall(expression)}
     for name in (
         *("num_requests_running", "num_requests_waiting", "num_requests_queued", "kv_cache_usage_perc"),
@@ -113,7 +113,7 @@ def test_the_dashboard_shows_what_an_operator_asks_for() -> None:
         assert name in used, f"no panel shows {name}"
 
 
-def test_the_dashboard_asks_the_data_source_the_reader_chose() -> None:
+def test_the_dashboard_uses_the_chosen_data_source() -> None:
     sources = {t["datasource"]["uid"] for p in PANELS for t in p["targets"]}
     assert sources == {"${datasource}"}, "a fixed data source exists in one Grafana only"
     prefixes = next(v for v in DASHBOARD["templating"]["list"] if v["name"] == "prefix")

@@ -1,4 +1,4 @@
-"""The Dockerfile: what is pinned, what the context holds, who runs, and that its health check tells the truth of a real application."""
+"""The Dockerfile: pins, build context and user, and its health check against a real application."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from support.fakes.replica import FakeReplica, tokens
 from support.servers.certificates import make_pair
 
 from cluster.api.app import make_app
-from cluster.cli.main import make_parser
+from cluster.cli.options.parser import make_parser
 from cluster.router.router import Router
 from cluster.system.net import is_loopback
 from cluster.system.tls import load
@@ -45,7 +45,7 @@ def tree() -> list[str]:
     return names
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_finds_nothing() -> None:
     done = subprocess.run([linter("hadolint"), str(DOCKERFILE)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -66,7 +66,7 @@ def test_every_release_is_pinned() -> None:
     assert f'org.opencontainers.image.version="{PROJECT["version"]}"' in one("LABEL")
 
 
-def test_the_driver_asked_for_is_the_one_that_torch_was_built_for() -> None:
+def test_the_required_driver_is_the_one_torch_was_built_for() -> None:
     asked = re.search(r'NVIDIA_REQUIRE_CUDA="?cuda>=(\d+)\.', one("ENV"))[1]
     assert asked == PINS["cuda-bindings"].partition(".")[0] == PINS["nvidia-nvjitlink"].partition(".")[0]
 
@@ -134,7 +134,7 @@ async def health(url: str, key: str | None) -> tuple[int, str]:
     return process.returncode or 0, output.decode()
 
 
-async def test_the_health_check_tells_ready_from_not_ready(tmp_path: Path) -> None:
+async def test_the_health_check_distinguishes_ready_and_not_ready(tmp_path: Path) -> None:
     async with serving(FakeReplica(tokens([42]), replica_id="r0")) as url:
         code, output = await health(url, KEY)
         assert code == 0 and '"r0"' in output, output

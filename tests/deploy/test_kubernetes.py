@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: schemas of KubeRay and Kubernetes, names that lead somewhere, numbers that fit the server and each other."""
+"""The Kubernetes manifests: the schemas of KubeRay and Kubernetes, names that resolve, and numbers that fit the server and each other."""
 
 import json
 import re
@@ -39,7 +39,7 @@ TEMPLATES = {
     "gateway": DEPLOYMENT["spec"]["template"],
 }
 (GATEWAY,) = TEMPLATES["gateway"]["spec"]["containers"]
-ADDRESS = f"{CLUSTER['metadata']['name']}-head-svc:6379"  # KubeRay names it so
+ADDRESS = f"{CLUSTER['metadata']['name']}-head-svc:6379"  # as KubeRay names it
 
 
 def containers() -> Iterator[tuple[str, Manifest, Manifest]]:
@@ -62,7 +62,7 @@ def test_the_ray_cluster_has_only_fields_that_kuberay_knows() -> None:
 
 @pytest.mark.parametrize("manifest", ALL, ids=lambda m: f"{m['kind']}-{m['metadata']['name']}")
 def test_kubernetes_own_schemas_accept_everything(manifest: Manifest, tmp_path: Path) -> None:
-    # KubeRay's kind is none of Kubernetes'; what is in it of Kubernetes are its pods.
+    # Kubernetes has no schema for KubeRay's kind; only its pods can be checked.
     pods = [HEAD["template"], WORKERS["template"]] if manifest is CLUSTER else []
     judged = [
         {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "pod"}, "template": pod} for pod in pods
@@ -89,7 +89,7 @@ def test_the_image_is_the_one_that_kustomize_replaces() -> None:
     assert CLUSTER["spec"]["rayVersion"] == PINS["ray"]
 
 
-def test_every_name_leads_somewhere() -> None:
+def test_every_name_resolves() -> None:
     maps = {of_kind("ConfigMap")["metadata"]["name"]}
     claims = {of_kind("PersistentVolumeClaim")["metadata"]["name"]}
     made = re.search(r"create secret generic (\S+) (.*)", TEXT)
@@ -154,7 +154,7 @@ def test_the_gateway_joins_the_ray_cluster_with_its_token() -> None:
     assert API_KEY_ENV in env and served().host == "0.0.0.0"
 
 
-def test_pods_come_for_as_many_replicas_as_are_asked_for() -> None:
+def test_there_can_be_as_many_pods_as_replicas() -> None:
     args = served()
     low, high = args.replicas
     (worker,) = WORKERS["template"]["spec"]["containers"]
@@ -178,14 +178,14 @@ def test_gateway_and_ranks_read_the_same_model_from_the_same_folder() -> None:
     assert served().served_model_name == of_kind("ConfigMap")["data"]["MODEL"]
 
 
-def test_the_command_that_downloads_ends_well_with_the_pinned_releases() -> None:
-    """With a typer that does not fit click, `hf` fails behind its work, and a pod would start again for ever."""
+def test_the_download_command_succeeds_with_the_pinned_releases() -> None:
+    """With a typer that does not match click, `hf` fails after its work is done, and a pod would restart forever."""
     command = [str(Path(sys.executable).parent / "hf"), "version"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_probes_ask_what_exists_and_the_drain_fits_into_the_grace_period() -> None:
+def test_probes_use_existing_paths_and_the_drain_fits_into_the_grace_period() -> None:
     paths = {endpoint.path: endpoint for endpoint in ENDPOINTS}
     for probe in ("startupProbe", "livenessProbe"):
         assert paths[GATEWAY[probe]["httpGet"]["path"]].is_open, "kubelet has no key"

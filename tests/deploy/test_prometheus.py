@@ -55,13 +55,13 @@ def test_promtool_accepts_the_configuration_and_the_rules(tmp_path: Path) -> Non
 
 
 @needs_prometheus
-def test_alerts_fire_when_they_should_and_not_before() -> None:
+def test_alerts_fire_when_they_should_and_not_earlier() -> None:
     promtool("test", "rules", "alerts_test.yml", cwd=Path(__file__).parent)
 
 
 @contextlib.asynccontextmanager
 async def gateway() -> AsyncIterator[str]:
-    """host:port of an application behind which one sequence after another is generated."""
+    """host:port of an application that generates one sequence after another."""
     replica = FakeReplica(tokens([42, 43, 44, 45]), replica_id="r0")
     router = Router([replica])
     num_steps = itertools.count()
@@ -111,14 +111,14 @@ class Prometheus:
             return body["data"]
 
     async def values(self, expression: str) -> list[float]:
-        """Of every series now. An expression that cannot be evaluated is an error."""
+        """The current value of every series. Raises for an expression that cannot be evaluated."""
         return [float(row["value"][1]) for row in (await self.get("/api/v1/query", query=expression))["result"]]
 
     async def targets(self) -> dict[str, tuple[str, str]]:
         """(health, last error) by job."""
         try:
             active = (await self.get("/api/v1/targets", state="active"))["activeTargets"]
-        except ClientError:  # it still starts
+        except ClientError:  # it is still starting
             return {}
         return {t["labels"]["job"]: (t["health"], t["lastError"]) for t in active}
 
@@ -171,7 +171,7 @@ async def test_every_panel_has_samples_from_a_real_scrape(tmp_path: Path) -> Non
     async with gateway() as target, prometheus(target, tmp_path) as server:
         assert (await server.targets())["tramontane"] == ("up", ""), "the scrape with the key does not work"
         missing = dict(asked)
-        for _ in range(NUM_TRIES):  # rates come with the second scrape
+        for _ in range(NUM_TRIES):  # rates need a second scrape
             for name, expression in list(missing.items()):
                 if any(not math.isnan(value) for value in await server.values(expression)):
                     del missing[name]
@@ -185,7 +185,7 @@ async def test_every_panel_has_samples_from_a_real_scrape(tmp_path: Path) -> Non
 
 
 def in_prometheus(expression: str) -> str:
-    """With what Grafana would put in for its variables."""
+    """The expression with the values that Grafana would insert for its variables."""
     values = {"${prefix}": "tramontane:", "$model_name": ".*", "$engine": ".*", "$__rate_interval": "2s"}
     for name, value in values.items():
         expression = expression.replace(name, value)

@@ -59,7 +59,7 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "none")
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / ".ssh").mkdir()  # Ray keeps the key pair there that it makes
+    (tmp_path / ".ssh").mkdir()  # Ray stores the key pair it makes there
     with mock_aws():
         iam = boto3.client("iam", region_name=CONFIG["provider"]["region"])
         iam.create_role(RoleName="ray-autoscaler-v1", AssumeRolePolicyDocument="{}")
@@ -68,7 +68,7 @@ def aws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         yield boto3.client("ec2", region_name=CONFIG["provider"]["region"])
 
 
-def test_rays_provider_starts_the_machines_that_the_file_says(prepared: dict[str, Any], aws: Any) -> None:
+def test_rays_provider_starts_the_machines_of_the_file(prepared: dict[str, Any], aws: Any) -> None:
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
     from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
@@ -90,7 +90,7 @@ def test_rays_provider_starts_the_machines_that_the_file_says(prepared: dict[str
     assert opened == [22], "the head of the file says that nothing but SSH is open"
 
 
-def test_nodes_come_for_as_many_replicas_as_are_asked_for() -> None:
+def test_there_can_be_as_many_nodes_as_replicas() -> None:
     args = served()
     assert (GPU["min_workers"], GPU["max_workers"]) == args.replicas and CONFIG["max_workers"] == args.replicas[1]
     assert GPU["resources"]["GPU"] == args.tensor_parallel_size and HEAD["resources"] == {"CPU": 0}
@@ -100,7 +100,7 @@ def test_nodes_come_for_as_many_replicas_as_are_asked_for() -> None:
     assert args.drain_timeout < stop
 
 
-def test_nothing_listens_to_strangers() -> None:
+def test_nothing_is_open_to_the_outside() -> None:
     assert is_loopback(served().host) and "--dashboard-host=127.0.0.1" in PATH.read_text()
     for command in COMMANDS:
         assert "ray start" not in command or "RAY_AUTH_MODE=token" in command
@@ -117,7 +117,7 @@ def test_what_is_installed_is_this_release_with_its_pins() -> None:
     assert set(re.findall(r"[\w.-]+\.whl", " ".join(COMMANDS))) == {wheel}
 
 
-def test_every_node_has_the_model_where_the_command_looks_for_it() -> None:
+def test_every_node_has_the_model_at_the_path_of_the_command() -> None:
     for step in ("head_setup_commands", "worker_setup_commands"):
         (command,) = CONFIG[step]
         model, folder = re.search(r"hf download (\S+) --local-dir ~/(\S+)", command).groups()

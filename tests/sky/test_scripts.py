@@ -1,6 +1,6 @@
-"""The shell in `sky/`: read by bash and shellcheck, then run as SkyPilot runs it. What it starts are stand-ins that note their arguments.
+"""The shell in `sky/`: checked by bash and shellcheck, then run as SkyPilot runs it, with stand-ins that record their arguments.
 
-The arguments go through the real command line's parser. `make test-cloud` runs the same scripts with nothing stood in for.
+The arguments go through the real command line's parser. `make test-cloud` runs the same scripts without stand-ins.
 """
 
 import os
@@ -16,7 +16,7 @@ import pytest
 import yaml
 from support.paths import ROOT
 
-from cluster.cli.main import make_parser
+from cluster.cli.options.parser import make_parser
 
 TASKS: dict[str, dict[str, Any]] = {
     path.name: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "sky").glob("*.yaml"))
@@ -43,7 +43,7 @@ exec tail -f /dev/null
 
 
 class Node:
-    """A home with stand-ins, in which `run` runs a section."""
+    """A home folder with stand-ins; `run` runs a section in it."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -87,7 +87,7 @@ class Node:
         return make_parser().parse_args(["serve", *options])
 
     def left(self) -> list[str]:
-        """Processes that were started and still run."""
+        """Processes that were started and are still running."""
         pids = self.pids_path.read_text().split() if self.pids_path.exists() else []
         return [
             pid for pid in pids if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -103,7 +103,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
 
 
 @pytest.mark.parametrize(("name", "section"), SECTIONS)
-def test_bash_and_shellcheck_take_it(name: str, section: str) -> None:
+def test_bash_and_shellcheck_accept_it(name: str, section: str) -> None:
     text = TASKS[name][section]
     assert text.startswith("set -e\n"), "an error in the middle must end it"
     for command in (["bash", "-n"], [Path(sys.executable).parent / "shellcheck", "--shell=bash", "-"]):
@@ -129,7 +129,7 @@ def test_the_private_address(node: Node) -> None:
     assert node.served().host == "10.0.0.1"
 
 
-def test_without_a_model_the_demo_model_is_served_and_a_failure_is_the_jobs(node: Node) -> None:
+def test_without_a_model_the_demo_model_is_served_and_a_failure_fails_the_job(node: Node) -> None:
     assert node.run("serve.yaml", {"MODEL": ""}, server="2") == 2
     assert node.served().model is None
 
@@ -168,7 +168,7 @@ def test_a_server_that_fails_fails_the_cluster(node: Node) -> None:
     assert node.left() == []
 
 
-def test_a_further_node_of_a_cluster_joins_the_head(node: Node) -> None:
+def test_another_node_of_a_cluster_joins_the_head(node: Node) -> None:
     env = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     assert node.run("cluster.yaml", env, ray="1") == 1, "when its Ray has ended, so has the node"
     assert node.calls("ray", "health-check") == [["--address", "10.0.0.1:6379"]]
@@ -180,8 +180,8 @@ def test_a_further_node_of_a_cluster_joins_the_head(node: Node) -> None:
 BATCH = {"IN": "s3://bucket/in.jsonl", "OUT": "s3://bucket/out.jsonl", "PARTS": "5", "BATCH_OPTIONS": "--max-tokens 16"}
 
 
-@pytest.mark.parametrize("part", ["0", "1"])  # 1: the part has lines without an answer, or failed; `merge` knows which
-def test_a_batch_asks_for_each_part_and_joins_them(part: str, node: Node) -> None:
+@pytest.mark.parametrize("part", ["0", "1"])  # 1: the part has failed lines, or failed itself; `merge` tells which
+def test_a_batch_runs_each_part_and_merges_them(part: str, node: Node) -> None:
     assert node.run("batch.yaml", BATCH, server="stays", part=part) == 0
     runs = [make_parser().parse_args(["batch", "run", *call]) for call in node.calls("tramontane", "batch", "run")]
     assert sorted(str(run.part) for run in runs) == sorted(str(share) for share in shares(5))
@@ -202,12 +202,12 @@ def test_without_a_file_nothing_is_started(name: str, missing: str, node: Node) 
     assert not node.calls_path.exists()
 
 
-def test_a_batch_whose_server_dies_does_not_go_on(node: Node) -> None:
+def test_a_batch_whose_server_dies_stops(node: Node) -> None:
     assert node.run("batch.yaml", BATCH, server="1") != 0
     assert node.calls("tramontane", "batch") == []
 
 
-def test_a_job_of_the_pool_answers_its_share(node: Node) -> None:
+def test_a_job_of_the_pool_answers_its_part(node: Node) -> None:
     env = BATCH | {"SKYPILOT_JOB_RANK": "3", "SKYPILOT_NUM_JOBS": "32"}
     assert node.run("pool-job.yaml", env) == 0
     (call,) = node.calls("tramontane", "batch", "run")
@@ -218,6 +218,6 @@ def test_a_job_of_the_pool_answers_its_share(node: Node) -> None:
 
 
 def shares(count: int) -> list[Any]:
-    """As the command line understands them."""
+    """The options as the command line parses them."""
     parse = make_parser().parse_args
     return [parse(["batch", "run", "in", "-o", "out", "--part", f"{i}/{count}"]).part for i in range(count)]

@@ -1,4 +1,4 @@
-"""Every file of `sky/` as SkyPilot reads it, offline; and the commands that its comment, docs/deploy.md and the README tell to type."""
+"""Every file of `sky/` as SkyPilot reads it, offline; and the commands in its comment, docs/deploy/ and the README."""
 
 import re
 import shlex
@@ -9,13 +9,13 @@ import yaml
 from support.cloud.sky_reading import commands_in, opening_comment, read_with_sky
 from support.paths import ROOT
 
-from cluster.cli.main import make_parser
+from cluster.cli.options.parser import make_parser
 from cluster.plan.offers import OFFERS
 
 KINDS = ("batch", "cluster", "pool-job", "pool", "private", "serve-tp", "serve", "service")
 NAMES = [f"{kind}.yaml" for kind in KINDS]
 PATHS = [ROOT / "sky" / name for name in NAMES]
-GUIDE = ROOT / "docs" / "deploy.md"
+GUIDES = [*sorted((ROOT / "docs" / "deploy").glob("*.md")), ROOT / "README.md"]
 RUNS_OUR_CODE = [name for name in NAMES if name != "pool-job.yaml"]
 WRONG = [
     ["sky", "lunch", "x.yaml"],
@@ -26,8 +26,8 @@ SERVES = [name for name in RUNS_OUR_CODE if name not in ("batch.yaml", "pool.yam
 
 
 def texts() -> dict[str, str]:
-    """Where commands are told."""
-    guides = {path.name: path.read_text(encoding="utf-8") for path in (GUIDE, ROOT / "README.md")}
+    """The texts that contain commands."""
+    guides = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in GUIDES}
     fences = re.compile(r"^ *```sh\n(.*?)^ *```", flags=re.DOTALL | re.MULTILINE)
     fenced = {name: "\n".join(fences.findall(text)) for name, text in guides.items()}
     return {path.name: opening_comment(path) for path in PATHS} | fenced
@@ -57,19 +57,19 @@ def test_the_comment_says_how_to_launch_it(name: str) -> None:
     assert any(tuple(words[:n]) in ends for words in commands for n in (2, 3)) or name == "pool-job.yaml"
 
 
-def test_sky_takes_the_commands(read: dict[str, Any]) -> None:
+def test_sky_accepts_the_commands(read: dict[str, Any]) -> None:
     refused = {command for command, error in read["commands"].items() if error}
     assert refused == {shlex.join(words) for words in WRONG}, read["commands"]
 
 
-def test_tramontane_takes_the_commands() -> None:
+def test_tramontane_accepts_the_commands() -> None:
     commands = [words for text in texts().values() for words in commands_in(text, "tramontane")]
     assert len(commands) > 5
     for _, *words in commands:
-        make_parser().parse_args(words)  # exits for an option that is not there
+        make_parser().parse_args(words)  # exits for an unknown option
 
 
-def test_machines_are_sold(tasks: dict[str, Any]) -> None:
+def test_the_machines_are_on_sale(tasks: dict[str, Any]) -> None:
     sold = {(offer.cloud, offer.gpu, offer.count) for offer in OFFERS}
     anywhere = {(gpu, count) for _, gpu, count in sold}
     for name, task in tasks.items():
@@ -94,7 +94,7 @@ def test_tensor_parallel_counts(tasks: dict[str, Any]) -> None:
     assert all(n in (2, 4, 8) for _, n in counts)  # what 8 KV heads can be divided by
 
 
-def test_only_what_serves_the_world_opens_a_port(tasks: dict[str, Any]) -> None:
+def test_only_public_endpoints_open_a_port(tasks: dict[str, Any]) -> None:
     ports = {name: {tuple(r["ports"] or ()) for r in task["resources"]} for name, task in tasks.items()}
     public = {"serve.yaml", "serve-tp.yaml", "cluster.yaml", "service.yaml"}
     assert ports == {name: {("8000",)} if name in public else {()} for name in NAMES}
@@ -120,7 +120,7 @@ def test_the_pool_and_its_job(tasks: dict[str, Any]) -> None:
     pool = tasks["pool.yaml"]["service"]["pool"]
     assert pool["min_workers"] == 0 < pool["max_workers"] and pool["queue_length_threshold"] == 1
     worker, job = (tasks[name]["resources"] for name in ("pool.yaml", "pool-job.yaml"))
-    assert worker == job, "a job asks for what a worker has"
+    assert worker == job, "a job requests what a worker has"
     assert tasks["pool-job.yaml"]["workdir"] is None, "a pool takes neither workdir nor setup from a job"
     assert tasks["pool.yaml"]["envs"]["MODEL"] == tasks["pool-job.yaml"]["envs"]["MODEL"]
 
@@ -141,7 +141,7 @@ def test_secrets_are_secrets(name: str, tasks: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS_OUR_CODE)
-def test_all_install_alike_and_pinned(name: str) -> None:
+def test_all_install_the_same_way_with_pins(name: str) -> None:
     task = yaml.safe_load((ROOT / "sky" / name).read_text(encoding="utf-8"))
     first = yaml.safe_load((ROOT / "sky" / "serve.yaml").read_text(encoding="utf-8"))["setup"]
     assert task["setup"].startswith(first)
@@ -150,6 +150,6 @@ def test_all_install_alike_and_pinned(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_waits_by_the_clock_or_takes_the_latest(name: str) -> None:
+def test_nothing_sleeps_or_uses_the_latest_release(name: str) -> None:
     text = (ROOT / "sky" / name).read_text(encoding="utf-8")
     assert not re.search(r"\bsleep\b|\blatest\b", text)

@@ -11,17 +11,17 @@ TIMEOUT_S = 150.0
 
 
 def run_doctor(hosts: RayHosts, *options: str, host: int = 0) -> tuple[int, dict[str, Any]]:
-    """Its exit code and its JSON. It must have ended whatever it started."""
+    """Its exit code and its JSON. Fails if a process that it started is still running."""
     command = [*hosts.prefix(host), str(BIN / "tramontane"), "doctor", "--ray-address", hosts.address, "--json"]
     command += ["--port", str(free_port()), *options]
     done = subprocess.run(command, env=hosts.env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.stdout, done.stderr
-    assert left_behind(hosts) == []
+    assert leftovers(hosts) == []
     return done.returncode, json.loads(done.stdout)
 
 
-def left_behind(hosts: RayHosts) -> list[str]:
-    """Titles of the doctor's actors that still run."""
+def leftovers(hosts: RayHosts) -> list[str]:
+    """Titles of the doctor's actors that are still running."""
     found = []
     for pid in hosts.processes():
         try:
@@ -33,5 +33,6 @@ def left_behind(hosts: RayHosts) -> list[str]:
     return found
 
 
-def sentences(report: dict[str, Any], check: str, severity: str) -> list[str]:
+def messages(report: dict[str, Any], check: str, severity: str) -> list[str]:
+    """Of the findings of this check with this severity."""
     return [f["sentence"] for f in report["findings"] if (f["check"], f["severity"]) == (check, severity)]

@@ -3,12 +3,24 @@
 from workers.engine.request import Request
 from workers.engine.scheduler import Scheduler
 from workers.kv_cache.manager import KVCacheManager
+from workers.kv_cache.sequence import BlockSequence
 from workers.protocol import SamplingParams
 
 
-def make_scheduler(*, num_blocks=100, block_size=4, max_num_seqs=8, max_num_batched_tokens=16, window=None):
+def make_scheduler(
+    *,
+    num_blocks=100,
+    block_size=4,
+    max_num_seqs=8,
+    max_num_batched_tokens=16,
+    window=None,
+    enable_prefix_caching=True,
+):
     kv_cache = KVCacheManager(
-        num_blocks=num_blocks, block_size=block_size, sliding_window=window, enable_prefix_caching=True
+        num_blocks=num_blocks,
+        block_size=block_size,
+        sliding_window=window,
+        enable_prefix_caching=enable_prefix_caching,
     )
     return Scheduler(kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
 
@@ -18,7 +30,7 @@ def add(scheduler, arrival, num_tokens, *, priority=0, max_tokens=10):
         request_id=str(arrival),
         sampling=SamplingParams(max_tokens=max_tokens, seed=0),
         num_prompt_tokens=num_tokens,
-        token_ids=[arrival * 1000 + i for i in range(num_tokens)],
+        sequence=BlockSequence([arrival * 1000 + i for i in range(num_tokens)]),
         arrival=arrival,
         priority=priority,
     )
@@ -32,11 +44,10 @@ def run_step(scheduler):
 
 
 def play(scheduler, scheduled):
-    """What a core does with what was scheduled; every sampled token is 1."""
+    """Does with the scheduled requests what a core does; every sampled token is 1."""
     for s in scheduled:
         samples = s.samples
-        s.request.num_computed_tokens += s.num_new_tokens
-        scheduler.kv_cache.commit(s.request)
+        scheduler.kv_cache.commit(s.request.sequence, s.num_new_tokens)
         if samples:
             s.request.append(1)
             if s.request.num_output_tokens >= s.request.sampling.max_tokens:

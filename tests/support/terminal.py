@@ -1,4 +1,4 @@
-"""A command on a terminal of its own, as a person sees it: all it draws, and when each thing stood there first. Linux and macOS."""
+"""A command on a terminal of its own, as a person sees it: everything it draws, with times. For Linux and macOS."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class TerminalCommand:
-    """One process whose stderr is a terminal. `close` it."""
+    """A process whose stderr is a terminal. The caller closes it."""
 
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str]) -> None:
         self.began = time.monotonic()
@@ -42,11 +42,11 @@ class TerminalCommand:
         return "".join(text for _, text in self._drawn)
 
     def first(self, pattern: str) -> float | None:
-        """Seconds from the start until something like this was drawn; None if it never was."""
+        """Seconds from the start until text that matches was first drawn; None if it never was."""
         return next((at - self.began for at, text in self._drawn if re.search(pattern, text)), None)
 
     def close(self) -> None:
-        """Whatever state it is in, it is gone afterwards."""
+        """Ends the process, whatever its state, and waits for it."""
         if self.is_running:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):

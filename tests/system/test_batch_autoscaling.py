@@ -1,6 +1,6 @@
-"""Nodes come for a batch, work, and go: on a Ray whose own autoscaler starts nodes for what waits, from none to two and back to none.
+"""Nodes are added for a batch and removed after it, by Ray's own autoscaler: from none to two and back to none.
 
-Once with the command's own replicas and a deadline, once on a server that sleeps at none of `--replicas 0:1`. Prints the figures.
+Once with the command's own replicas and a deadline, once on a server of `--replicas 0:1` that has scaled to zero. Prints the figures.
 """
 
 import json
@@ -47,8 +47,8 @@ def show(title: str, figures: dict[str, float]) -> None:
     print(f"\n{title}: {json.dumps({name: round(value, 1) for name, value in figures.items()})}", flush=True)
 
 
-def run_beside(hosts: RayHosts, source: Path, out: Path, *options: str) -> dict[str, float]:
-    """A whole `batch run`, and what there was when: seconds since its start, until the last node is gone."""
+def timed_run(hosts: RayHosts, source: Path, out: Path, *options: str) -> dict[str, float]:
+    """Runs a whole `batch run` and returns a timeline: seconds from its start until the last node is gone."""
     store = out.with_name(f"{out.name}.tramontane") / "batches.db"
     command = [str(COMMAND), "batch", "run", str(source), "-o", str(out), "--ray-address", hosts.address, *options]
     terminal = TerminalCommand(command, env=hosts.env)
@@ -74,7 +74,7 @@ def run_beside(hosts: RayHosts, source: Path, out: Path, *options: str) -> dict[
             time.sleep(0.1)
         ended = time.monotonic()
         assert terminal.process.returncode == 0, terminal.output[-3000:]
-        assert num_ranks(hosts) == 0, "the replicas are given back before the command ends"
+        assert num_ranks(hosts) == 0, "the replicas are removed before the command ends"
         figures["all answered"] = ended - began
         with_one = NUM_LINES if answered_at_two is None else answered_at_two
         figures["lines/s with one"] = with_one / (
@@ -82,7 +82,7 @@ def run_beside(hosts: RayHosts, source: Path, out: Path, *options: str) -> dict[
         )
         if answered_at_two is not None:
             figures["lines/s with two"] = (NUM_LINES - with_one) / (ended - began - figures["second replica ready"])
-        wait_until(lambda: num_raylets(hosts) == 1, timeout_s=200, what="the nodes are given back")
+        wait_until(lambda: num_raylets(hosts) == 1, timeout_s=200, what="the nodes are removed")
         figures["no node left, after the end"] = time.monotonic() - ended
         figures["most nodes"] = most_nodes
         return figures
@@ -91,19 +91,19 @@ def run_beside(hosts: RayHosts, source: Path, out: Path, *options: str) -> dict[
 
 
 @pytest.mark.timeout(1500)
-def test_nodes_come_for_a_command_and_go_when_it_ends(hosts: RayHosts, tmp_path: Path) -> None:
+def test_nodes_are_added_for_a_command_and_removed_when_it_ends(hosts: RayHosts, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     ids = write_lines(source, NUM_LINES, max_tokens=MAX_TOKENS)
 
-    soon = run_beside(hosts, source, tmp_path / "soon.jsonl", "--max-replicas", "2", "--max-num-seqs", "4")
-    show(f"{NUM_LINES} lines as soon as may be", soon)
+    soon = timed_run(hosts, source, tmp_path / "soon.jsonl", "--max-replicas", "2", "--max-num-seqs", "4")
+    show(f"{NUM_LINES} lines as soon as possible", soon)
     assert soon["most nodes"] == 2
     assert "second replica ready" in soon
 
     late_options = ("--replicas", "0:2", "--deadline", "2h", "--max-num-seqs", "4")
-    late = run_beside(hosts, source, tmp_path / "late.jsonl", *late_options)
+    late = timed_run(hosts, source, tmp_path / "late.jsonl", *late_options)
     show(f"{NUM_LINES} lines within two hours", late)
-    assert late["most nodes"] == 1, "one replica keeps this deadline"
+    assert late["most nodes"] == 1, "one replica meets this deadline"
 
     answered = answers(tmp_path / "soon.jsonl")
     assert sorted(answered) == sorted(ids)
@@ -111,14 +111,14 @@ def test_nodes_come_for_a_command_and_go_when_it_ends(hosts: RayHosts, tmp_path:
 
 
 @pytest.mark.timeout(900)
-def test_a_batch_wakes_a_server_that_sleeps(hosts: RayHosts, tmp_path: Path) -> None:
+def test_a_batch_wakes_a_server_that_scaled_to_zero(hosts: RayHosts, tmp_path: Path) -> None:
     source, out, data = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tmp_path / "data"
     ids = write_lines(source, 300, max_tokens=MAX_TOKENS)
     options = ("--ray-address", hosts.address, "--replicas", "0:1", "--scale-down-after", "5", "--data-dir", str(data))
     server = Server(*options, env=hosts.env)
     try:
-        server.wait_for(lambda: not server.replicas(), timeout_s=120, what="fall asleep")
-        server.wait_for(lambda: num_raylets(hosts) == 1, timeout_s=120, what="give its node back")
+        server.wait_for(lambda: not server.replicas(), timeout_s=120, what="scale to zero")
+        server.wait_for(lambda: num_raylets(hosts) == 1, timeout_s=120, what="release its node")
 
         began = time.monotonic()
         env = {**hosts.env, "TRAMONTANE_API_KEY": API_KEY}
@@ -138,9 +138,9 @@ def test_a_batch_wakes_a_server_that_sleeps(hosts: RayHosts, tmp_path: Path) -> 
         ended = time.monotonic()
         figures["all answered"] = ended - began
         figures["lines/s"] = len(ids) / (ended - began - figures["replica ready"])
-        server.wait_for(lambda: not server.replicas(), timeout_s=120, what="fall asleep again")
+        server.wait_for(lambda: not server.replicas(), timeout_s=120, what="scale to zero again")
         figures["no replica left, after the end"] = time.monotonic() - ended
-        server.wait_for(lambda: num_raylets(hosts) == 1, timeout_s=120, what="give its node back again")
+        server.wait_for(lambda: num_raylets(hosts) == 1, timeout_s=120, what="release its node again")
         figures["no node left, after the end"] = time.monotonic() - ended
         show(f"{len(ids)} lines wake a server of 0:1", figures)
         assert sorted(answers(out)) == sorted(ids)

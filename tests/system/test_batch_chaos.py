@@ -1,7 +1,7 @@
-"""Batches of 2,000 lines while every kind of process is killed with SIGKILL at random moments, on the three places a batch runs.
+"""Batches of 2,000 lines while every kind of process gets SIGKILL at random moments, in the three places where a batch can run.
 
-Whoever died is started again as an operator would; at the end every line is there exactly once over output and error files, with the
-answer of an undisturbed run. Also lines that kill their rank, and full and read-only disks.
+What died is restarted as an operator would restart it. At the end each line occurs exactly once over output and error files, with the
+answer of an undisturbed run. Also covers lines that kill their rank, and full and read-only disks.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.batch.chaos import Kill, TormentedBatch, Undisturbed, kill_rank, undisturbed
+from support.batch.chaos import DisturbedBatch, Kill, Undisturbed, kill_rank, undisturbed
 from support.batch.command import BatchCommand, answers, ranks_of, wait_until
 from support.paths import ROOT
 from support.servers.ray_hosts import RayHosts, can_make_namespaces, free_port
@@ -33,17 +33,17 @@ SEED = int(os.environ.get("TRAMONTANE_CHAOS_SEED", "5"))
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     return undisturbed(tmp_path_factory.mktemp("undisturbed"), num_lines=NUM_LINES, max_tokens=MAX_TOKENS)
 
 
 @pytest.mark.timeout(1500)
-def test_on_a_ray_of_its_own(asked: Undisturbed, tmp_path: Path) -> None:
+def test_on_a_ray_of_its_own(reference: Undisturbed, tmp_path: Path) -> None:
     chance = random.Random(SEED)
-    batch = TormentedBatch(tmp_path, asked, log=tmp_path / "log")
+    batch = DisturbedBatch(tmp_path, reference, log=tmp_path / "log")
 
     def kill_ray() -> None:
-        """The node of this Ray, which nobody but the command could start again."""
+        """Kills the node of this Ray, which only the command can restart."""
         for process in batch.command.descendants():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -58,21 +58,21 @@ def test_on_a_ray_of_its_own(asked: Undisturbed, tmp_path: Path) -> None:
         Kill("Ray, all of it", kill_ray),
     ]
     try:
-        batch.torment(kills, chance)
+        batch.disturb(kills, chance)
         batch.check_end()
     finally:
         batch.command.close()
 
 
 class TwoNodes:
-    """A Ray cluster of two nodes of one CPU, each in a network namespace, where processes die and nodes come back."""
+    """A Ray cluster of two nodes with one CPU each, each in a network namespace, where processes die and nodes return."""
 
     def __init__(self) -> None:
         self.hosts = RayHosts([1, 1])
         self._coming: threading.Thread | None = None
 
     def processes(self, *numbers: int) -> list[psutil.Process]:
-        """Of these nodes."""
+        """The processes of these nodes."""
         wanted = {Path(f"/run/netns/{self.hosts.namespaces[n]}").stat().st_ino for n in numbers}
         found = []
         for pid in self.hosts.processes():
@@ -82,13 +82,13 @@ class TwoNodes:
         return found
 
     def kill_second(self) -> None:
-        """It comes back while the batch goes on, or is killed again in mid-start."""
+        """The node returns while the batch continues, or is killed again while it starts."""
         self._end(1)
         self._coming = threading.Thread(target=self._bring_back)
         self._coming.start()
 
     def kill_both(self) -> None:
-        """With whatever else runs there."""
+        """Kills everything that runs on both nodes."""
         self._end(0, 1)
         self.hosts.start(0, 1)
         self.hosts.start(1, 1)
@@ -105,11 +105,11 @@ class TwoNodes:
         self.hosts.close()
 
     def _bring_back(self) -> None:
-        with contextlib.suppress(AssertionError):  # killed as it started; whoever did that starts it again
+        with contextlib.suppress(AssertionError):  # killed as it started; the killer restarts it
             self.hosts.start(1, 1)
 
     def _end(self, *numbers: int) -> None:
-        for _ in range(2):  # the second time what the last start began just then
+        for _ in range(2):  # the second time for what a start had just begun
             gone = self.processes(*numbers)
             for process in gone:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -131,11 +131,11 @@ def nodes() -> Iterator[TwoNodes]:
 
 
 @pytest.mark.timeout(1500)
-def test_on_a_ray_cluster_of_two_nodes(asked: Undisturbed, tmp_path: Path, nodes: TwoNodes) -> None:
+def test_on_a_ray_cluster_of_two_nodes(reference: Undisturbed, tmp_path: Path, nodes: TwoNodes) -> None:
     chance = random.Random(SEED + 1)
     options = ("--ray-address", nodes.hosts.address, "--replicas", "2")
     how = {"prefix": nodes.hosts.prefix(0), "env": nodes.hosts.env}
-    batch = TormentedBatch(tmp_path, asked, log=tmp_path / "log", options=options, **how)
+    batch = DisturbedBatch(tmp_path, reference, log=tmp_path / "log", options=options, **how)
 
     def kill_all() -> None:
         nodes.kill_both()
@@ -150,15 +150,15 @@ def test_on_a_ray_cluster_of_two_nodes(asked: Undisturbed, tmp_path: Path, nodes
     ]
     assert len(kills) == 50
     try:
-        batch.torment(kills, chance)
+        batch.disturb(kills, chance)
         batch.check_end()
-        wait_until(lambda: not ranks_of(nodes.processes(0, 1)), timeout_s=60, what="the replicas are given back")
+        wait_until(lambda: not ranks_of(nodes.processes(0, 1)), timeout_s=60, what="the replicas are removed")
     finally:
         batch.command.close()
 
 
 @pytest.mark.timeout(1500)
-def test_on_a_server(asked: Undisturbed, tmp_path: Path) -> None:
+def test_on_a_server(reference: Undisturbed, tmp_path: Path) -> None:
     chance = random.Random(SEED + 2)
     options = ("--port", str(free_port()), "--data-dir", str(tmp_path / "data"))
     server = Server(*options)
@@ -167,17 +167,17 @@ def test_on_a_server(asked: Undisturbed, tmp_path: Path) -> None:
         nonlocal server
         server.process.kill()
         server.process.wait()
-        server.kill()  # what is left of it
+        server.kill()  # its remaining processes
         server = Server(*options)
-        if not batch.command.is_running:  # its server went away before it had the batch
+        if not batch.command.is_running:  # its server died before it had the batch
             assert batch.num_done == 0, batch.command.output
-            batch.go_on()
+            batch.restart()
 
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: server.kill())  # whichever is the last
-        batch = TormentedBatch(
+        stack.callback(lambda: server.kill())  # the last one started
+        batch = DisturbedBatch(
             tmp_path,
-            asked,
+            reference,
             log=tmp_path / "log",
             options=("--url", server.url),
             store=tmp_path / "data" / "batches.db",
@@ -189,14 +189,14 @@ def test_on_a_server(asked: Undisturbed, tmp_path: Path) -> None:
             *[Kill("command", batch.kill_command)] * 3,
             *[Kill("rank", lambda: kill_rank(server.all_descendants, chance))] * 3,
         ]
-        batch.torment(kills, chance)
+        batch.disturb(kills, chance)
         batch.check_end()
 
 
 @pytest.mark.timeout(600)
-def test_lines_that_kill_their_rank_are_left_out_and_the_others_answered(asked: Undisturbed, tmp_path: Path) -> None:
+def test_lines_that_kill_their_rank_are_skipped_and_the_others_answered(reference: Undisturbed, tmp_path: Path) -> None:
     source, log = tmp_path / "in.jsonl", tmp_path / "log"
-    lines = [json.loads(line) for line in asked.source.read_text().splitlines()[:200]]
+    lines = [json.loads(line) for line in reference.source.read_text().splitlines()[:200]]
     for i in DEADLY_LINES:
         lines[i]["body"]["seed"] = DEADLY_SEED
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -208,17 +208,19 @@ def test_lines_that_kill_their_rank_are_left_out_and_the_others_answered(asked: 
     finally:
         batch.close()
     found = answers(tmp_path / "out.jsonl", tmp_path / "out.errors.jsonl")
-    deadly = {asked.ids[i] for i in DEADLY_LINES}
+    deadly = {reference.ids[i] for i in DEADLY_LINES}
     assert {i for i, answer in found.items() if answer["error"]} == deadly
     for i in deadly:
         assert found[i]["error"]["code"] == "replica_crashed"
         assert "2 replicas ended while they worked on this request and nothing else" in found[i]["error"]["message"]
-    assert {i: found[i] for i in found if i not in deadly} == {i: asked.answers[i] for i in found if i not in deadly}
+    assert {i: found[i] for i in found if i not in deadly} == {
+        i: reference.answers[i] for i in found if i not in deadly
+    }
     num_deaths = batch.output.count("cluster.batch.run.window: A replica died")
     print(
         f"{len(deadly)} deadly lines of {len(found)}: {num_deaths} deaths, {time.monotonic() - began:.0f} s", flush=True
     )
-    assert num_deaths <= 4 * len(deadly), "in company of 80 lines, of 10, and alone twice"
+    assert num_deaths <= 4 * len(deadly), "in groups of 80 and 10 lines, and alone twice"
 
 
 @pytest.fixture
@@ -236,14 +238,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(900)
-def test_a_full_and_a_read_only_disk_lose_nothing(asked: Undisturbed, small_disk: Path, tmp_path: Path) -> None:
-    batch = TormentedBatch(small_disk, asked, log=tmp_path / "log")
+def test_a_full_and_a_read_only_disk_lose_nothing(reference: Undisturbed, small_disk: Path, tmp_path: Path) -> None:
+    batch = DisturbedBatch(small_disk, reference, log=tmp_path / "log")
     try:
         assert batch.command.wait(300) == 1
         done = batch.num_done
         print(f"full: {batch.command.output.splitlines()[-2:]}, {done} lines kept", flush=True)
         assert "full" in batch.command.output
-        assert f"`tramontane batch resume {batch.out}` goes on" in batch.command.output
+        assert f"Continue with `tramontane batch resume {batch.out}`." in batch.command.output
         assert "Traceback" not in batch.command.output
         assert 0 < done < NUM_LINES
 

@@ -1,4 +1,4 @@
-"""Two servers that share a PostgreSQL database and a folder: what one takes the other sees, and when one is killed the other goes on."""
+"""Two servers that share a PostgreSQL database and a folder: each sees the other's batches, and continues them when the other is killed."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ NUM_LINES = 400
 
 
 def start_two(data: Path, database: str) -> list[Server]:
-    """Side by side, each with a Ray of its own."""
+    """At the same time, each with a Ray of its own."""
     servers: list[Server] = []
 
     def start() -> None:
@@ -35,7 +35,7 @@ def start_two(data: Path, database: str) -> list[Server]:
 
 @pytest.mark.chaos  # two servers take half a minute to start
 @pytest.mark.timeout(400)
-def test_a_batch_of_a_server_that_is_killed_goes_on_at_the_other(tmp_path: Path) -> None:
+def test_a_batch_of_a_killed_server_continues_on_the_other(tmp_path: Path) -> None:
     ids = write_lines(tmp_path / "in.jsonl", NUM_LINES, max_tokens=24)
     with postgres_server() as folder:
         servers = start_two(tmp_path / "data", new_database(folder))
@@ -52,7 +52,7 @@ def test_a_batch_of_a_server_that_is_killed_goes_on_at_the_other(tmp_path: Path)
 
             wait_until(lambda: max(map(num_done, servers)) > NUM_LINES / 10, timeout_s=100, what="some lines are done")
             done = [num_done(server) for server in servers]
-            assert min(done) == 0, f"one of them has the batch: {done}"
+            assert min(done) == 0, f"both of them run the batch: {done}"
             killed, left = (servers[i] for i in ((0, 1) if done[0] else (1, 0)))
             client = there if left is servers[1] else here
             for process in [killed.process, *killed.all_descendants()]:
@@ -62,13 +62,15 @@ def test_a_batch_of_a_server_that_is_killed_goes_on_at_the_other(tmp_path: Path)
             assert NUM_LINES / 10 <= before.request_counts.completed < NUM_LINES, "killed too late to prove anything"
 
             wait_until(
-                lambda: client.batches.retrieve(batch.id).status == "completed", timeout_s=200, what="the other ends it"
+                lambda: client.batches.retrieve(batch.id).status == "completed",
+                timeout_s=200,
+                what="the other completes it",
             )
             after = client.batches.retrieve(batch.id)
             assert (after.request_counts.completed, after.request_counts.failed) == (NUM_LINES, 0)
             output = client.files.content(after.output_file_id).text.splitlines()
-            assert [json.loads(line)["custom_id"] for line in output] == ids, "each once, in the order of the lines"
-            assert num_done(left) == NUM_LINES - before.request_counts.completed, "what was stored was done again"
+            assert [json.loads(line)["custom_id"] for line in output] == ids, "each once, in line order"
+            assert num_done(left) == NUM_LINES - before.request_counts.completed, "stored lines were computed again"
             print(f"\nkilled at {before.request_counts.completed} of {NUM_LINES} lines", flush=True)
         finally:
             for server in servers:

@@ -1,6 +1,6 @@
-"""Batches on a real `tramontane serve` that is killed in mid-batch: started again over the same data directory it finishes it.
+"""Batches on a real `tramontane serve` that is killed during a batch: restarted on the same data directory, it completes the batch.
 
-The official client speaks to it, unchanged.
+Uses the official client, unchanged.
 """
 
 import json
@@ -22,7 +22,7 @@ def client_of(server: Server) -> openai.OpenAI:
 
 
 def write_lines(path: Path, num_lines: int) -> None:
-    """Each of a prompt and a length of its own, without a seed."""
+    """Each line has its own prompt and length, and no seed."""
     with path.open("w") as file:
         for i in range(num_lines):
             body = {"model": "demo_model", "prompt": f"def f{i}(", "max_tokens": 8 + i % 16, "ignore_eos": True}
@@ -39,12 +39,12 @@ def retrieve_until(client: openai.OpenAI, batch_id: str, condition, timeout_s: f
 
 
 def kill_all(server: Server) -> None:
-    """Every process of the server at once, as a power cut does."""
+    """Kills every process of the server at once, like a power failure."""
     processes = [server.process, *server.all_descendants()]
     for process in processes:
         process.send_signal(signal.SIGKILL)
     server.kill()
-    shutil.rmtree(server.folder)  # nobody is left who would
+    shutil.rmtree(server.folder)  # no process is left to do it
 
 
 @pytest.mark.timeout(300)
@@ -61,14 +61,14 @@ def test_a_batch_outlives_its_server(tmp_path: Path) -> None:
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", metadata={"of": "a test"}
         )
         before = retrieve_until(client, batch.id, lambda b: b.request_counts.completed >= 20)
-        assert before.status == "in_progress", "killed too late to be in mid-batch: make it longer"
+        assert before.status == "in_progress", "killed after the batch had ended: make it longer"
     finally:
         kill_all(first)
     second = Server(*options)
     try:
         client = client_of(second)
         found = client.batches.retrieve(batch.id)
-        assert found.request_counts.completed >= before.request_counts.completed, "what was counted was on the disk"
+        assert found.request_counts.completed >= before.request_counts.completed, "what was counted was on disk"
         ended = retrieve_until(client, batch.id, lambda b: b.status in ENDED)
         assert (ended.status, ended.error_file_id) == ("completed", None)
         assert ended.request_counts.completed == ended.request_counts.total == NUM_LINES
@@ -77,13 +77,13 @@ def test_a_batch_outlives_its_server(tmp_path: Path) -> None:
         for i, line in enumerate(lines):
             assert line["response"]["body"]["usage"]["completion_tokens"] == 8 + i % 16
         assert ended.usage.output_tokens == sum(8 + i % 16 for i in range(NUM_LINES))
-        # One that runs when the server is asked to end is no reason to wait, and not lost either.
+        # A batch that is running when the server is stopped does not delay the stop, and is not lost.
         other = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
         retrieve_until(client, other.id, lambda b: b.status == "in_progress" and b.request_counts.completed > 0)
         asked = time.monotonic()
         second.process.send_signal(signal.SIGTERM)
         assert second.process.wait(20) == 0, second.output
-        assert time.monotonic() - asked < 15, "lines of a batch held the server up"
+        assert time.monotonic() - asked < 15, "lines of a batch delayed the stop"
     finally:
         second.kill()
     assert second.left_over() == []

@@ -1,4 +1,4 @@
-"""The doctor across two hosts: network namespaces that are well, that a firewall divides, and where a rank stands still."""
+"""The doctor across two hosts in network namespaces: healthy ones, a firewall between them, and a rank that is stopped."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.doctor_runs import run_doctor, sentences
+from support.doctor_runs import messages, run_doctor
 from support.servers.ray_hosts import BIN, RayHosts, can_make_namespaces
 
 pytestmark = [
@@ -21,7 +21,7 @@ EPHEMERAL = "32768-60999"
 
 
 class FixedPortHosts(RayHosts):
-    """Every port of Ray's is outside the kernel's own range, as where a security group names what is open."""
+    """All of Ray's own ports are outside the kernel's ephemeral range, as where a security group lists the open ports."""
 
     def start(self, host: int, num_cpus: int, options=()) -> None:
         super().start(host, num_cpus, [*options, "--node-manager-port=7801", "--object-manager-port=7802"])
@@ -42,7 +42,7 @@ def rule(hosts: RayHosts, *words: str) -> None:
 
 @pytest.fixture
 def firewall(hosts) -> Iterator[None]:
-    """Host 0 drops what comes from a port to a port that the kernel chose; Ray goes on."""
+    """Host 0 drops packets between two ephemeral ports; Ray itself keeps working."""
     rule(hosts, "add", "pref", "100", "lookup", "local")
     rule(hosts, "del", "pref", "0")  # comes before every other rule
     dropped = ("iif", "eth0", "ipproto", "tcp", "sport", EPHEMERAL, "dport", EPHEMERAL, "blackhole")
@@ -55,20 +55,20 @@ def firewall(hosts) -> Iterator[None]:
         rule(hosts, "del", "pref", "100")
 
 
-def test_two_hosts_that_are_well(hosts):
+def test_two_healthy_hosts(hosts):
     status, report = run_doctor(hosts)
     assert status == 0, report
     found = report["all_reduce"]
     assert (found["outcome"], found["collectives"], found["interface"]) == ("measured", "Gloo", "eth0")
     assert sorted(found["ranks"]) == hosts.ips
     assert found["bus_bytes_per_s"] > 1e6
-    assert sentences(report, "ports", "ok") == ["All 2 nodes reach each other on ports the kernel chose."]
-    assert "the same on 2 nodes" in sentences(report, "model", "ok")[0]
+    assert messages(report, "ports", "ok") == ["All 2 nodes can reach each other on ports the kernel chose."]
+    assert "the same on 2 nodes" in messages(report, "model", "ok")[0]
     for ip in hosts.ips:
-        assert any(f"through eth0 ({ip})" in s for s in sentences(report, "interface", "ok"))
+        assert any(f"through eth0 ({ip})" in s for s in messages(report, "interface", "ok"))
 
 
-def test_ranks_of_a_replica_are_where_serve_would_put_them(hosts):
+def test_ranks_are_placed_where_serve_would_place_them(hosts):
     _, report = run_doctor(hosts, "--tensor-parallel-size", "2", host=1)
     found = report["all_reduce"]
     assert found["collectives"] == "shared memory" and len(set(found["ranks"])) == 1
@@ -83,16 +83,16 @@ def test_a_closed_port_names_the_pair_and_the_ranks(hosts, firewall):
     assert time.monotonic() - began < 60
     assert status == 1
     a, b = hosts.ips
-    closed = sentences(report, "ports", "problem")
+    closed = messages(report, "ports", "problem")
     assert any(s.startswith(f"{b} cannot reach {a} ") for s in closed), closed
     remedies = [f["remedy"] for f in report["findings"] if f["check"] == "ports"]
     assert all("TCP 32768 to 60999" in r for r in remedies)
-    (sentence,) = sentences(report, "all-reduce", "problem")
-    assert "Rank 1" in sentence and "rank 0 (" in sentence
+    (message,) = messages(report, "all-reduce", "problem")
+    assert "Rank 1" in message and "rank 0 (" in message
 
 
-def test_a_rank_that_stands_still_is_named(hosts):
-    """The second rank to appear is stopped before it has joined."""
+def test_a_stopped_rank_is_named(hosts):
+    """The second rank to appear is stopped before it joins."""
     stopped: list[int] = []
     over = threading.Event()
 
@@ -113,13 +113,13 @@ def test_a_rank_that_stands_still_is_named(hosts):
         over.set()
         stopping.join()
     assert stopped and status == 1
-    (sentence,) = sentences(report, "all-reduce", "problem")
-    assert "does not answer at all" in sentence, sentence
-    assert sentences(report, "ports", "ok")
+    (message,) = messages(report, "all-reduce", "problem")
+    assert "does not answer at all" in message, message
+    assert messages(report, "ports", "ok")
 
 
-def test_shared_memory_that_is_full():
-    """On one host, in a mount namespace of its own: the facts and the trial say the same."""
+def test_full_shared_memory():
+    """On one host, in a mount namespace of its own: the facts and the trial agree."""
     mount = "mount -t tmpfs -o size=3m tmpfs /dev/shm"
     command = f"{mount} && exec {BIN / 'tramontane'} doctor --port 7999"
     done = subprocess.run(

@@ -1,6 +1,6 @@
-"""Real ranks killed and frozen under running streams: what clients get is what they would have got, and the gang is replaced.
+"""Real ranks are killed and frozen under running streams: clients get the same answers as without, and the gang is replaced.
 
-The first test runs over a handful of cut points, and over all 64 as `make test-chaos` (marked chaos).
+The first test uses a few cut points; `make test-chaos` uses all 64 (marker chaos).
 """
 
 import signal
@@ -16,7 +16,7 @@ REQUESTS = {
     "greedy": {"temperature": 0, "ignore_eos": True},
     "seeded": {"temperature": 1.0, "seed": 11, "ignore_eos": True, "frequency_penalty": 0.3},
     "logprobs": {"temperature": 1.0, "seed": 12, "ignore_eos": True, "logprobs": 3},
-    "stop": {"temperature": 0.9, "seed": 13, "ignore_eos": True, "min_tokens": 4},  # a stop string is found for it
+    "stop": {"temperature": 0.9, "seed": 13, "ignore_eos": True, "min_tokens": 4},  # gets a stop string below
 }
 
 
@@ -52,7 +52,7 @@ def comparable(answer: dict) -> tuple:
 
 
 class Client(threading.Thread):
-    """One request on a thread; `index` counts the chunks that came so far."""
+    """One request on a thread; `index` counts the chunks so far."""
 
     def __init__(self, server: Server, body: dict, *, stream: bool) -> None:
         super().__init__(daemon=True)
@@ -65,7 +65,7 @@ class Client(threading.Thread):
     def run(self) -> None:
         try:
             self.answer = self._read() if self._stream else self._server.complete(**self._body)
-        except Exception as e:  # shown by the test
+        except Exception as e:  # the test reports it
             self.error = e
 
     def _read(self) -> dict:
@@ -84,7 +84,7 @@ class Client(threading.Thread):
 
 
 def cut(server: Server, undisturbed: dict, index: int) -> None:
-    """All requests at once, streaming and not; a rank of the busiest replica dies when the first stream has `index` chunks."""
+    """Runs all requests at once, streaming and not. A rank of the busiest replica is killed when the first stream has `index` chunks."""
     server.wait_ready(2)
     clients = {
         (name, stream): Client(server, body, stream=stream)
@@ -107,7 +107,7 @@ def test_a_rank_killed_under_streams_changes_no_byte(server, undisturbed):
     before = server.metric("num_failovers_total")
     for index in (0, 1, 17, 40):
         cut(server, undisturbed, index)
-    assert server.metric("num_failovers_total") > before, "no stream was ever cut: the test tests nothing"
+    assert server.metric("num_failovers_total") > before, "no stream was interrupted, so this run shows nothing"
 
 
 @pytest.mark.chaos
@@ -121,15 +121,15 @@ def test_a_rank_killed_at_every_index_changes_no_byte(server, undisturbed):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_frozen_rank_is_named_within_5_seconds_and_its_streams_go_on(server, undisturbed, rank):
+def test_a_frozen_rank_is_named_within_5_seconds_and_its_streams_continue(server, undisturbed, rank):
     server.wait_ready(2)
     body, answer = undisturbed["seeded"]
     victim = next(iter(server.replicas("ready")))
     process = server.rank(victim, rank)
     process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    clients = [Client(server, body, stream=True) for _ in range(6)]  # some of them begin on the frozen one
-    server.wait_for(lambda: victim not in server.replicas("ready"), timeout_s=15, what="give up a frozen rank")
+    clients = [Client(server, body, stream=True) for _ in range(6)]  # some of them start on the frozen replica
+    server.wait_for(lambda: victim not in server.replicas("ready"), timeout_s=15, what="replace the frozen rank")
     seen_after = time.monotonic() - began
     for client in clients:
         client.join(100)
@@ -157,7 +157,7 @@ def test_a_drained_replica_loses_no_stream(server, undisturbed):
     server.wait_ready(2)
 
 
-def test_nothing_is_left_when_all_is_quiet(server):
+def test_nothing_is_left_after_the_last_request(server):
     server.wait_ready(2)
     gauges = ("num_requests_inflight", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     server.wait_for(lambda: not any(map(server.metric, gauges)), timeout_s=10, what="become empty")

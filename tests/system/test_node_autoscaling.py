@@ -1,4 +1,4 @@
-"""Ray's own node autoscaler under ours, without a cloud: pending placement groups make nodes come, released ones let them go.
+"""Ray's node autoscaler with ours, without a cloud: pending placement groups add nodes, and released ones remove them.
 
 Ray's fake multi-node provider starts each node as processes on this machine.
 """
@@ -23,9 +23,9 @@ def hosts(tmp_path) -> Iterator[RayHosts]:
         hosts.close()
 
 
-@pytest.mark.chaos  # a minute of waiting for nodes
+@pytest.mark.chaos  # waits about a minute for nodes
 @pytest.mark.timeout(400)
-def test_nodes_come_with_the_load_and_go_with_it(hosts):
+def test_nodes_are_added_and_removed_with_the_load(hosts):
     began = time.monotonic()
     server = Server(
         "--ray-address",
@@ -40,7 +40,7 @@ def test_nodes_come_with_the_load_and_go_with_it(hosts):
     )
     try:
         figures = {"first replica on a new node": time.monotonic() - began}
-        assert "Needed: one rank with 1 CPU." in server.output, "nobody was told what is waited for"
+        assert "Needed: one rank with 1 CPU." in server.output, "the client was not told what it waits for"
         assert num_raylets(hosts) == 2
         expected = server.complete(prompt="class A:\n", max_tokens=150, seed=1, ignore_eos=True)["choices"][0]["text"]
 
@@ -69,7 +69,7 @@ def test_nodes_come_with_the_load_and_go_with_it(hosts):
         server.wait_for(lambda: num_raylets(hosts) == 1, timeout_s=120, what="give its nodes back")
         figures["no node left"] = time.monotonic() - began
         status, health = server.health()
-        assert status == 200, f"asleep is healthy: {health}"
+        assert status == 200, f"zero replicas at rest are healthy: {health}"
 
         began = time.monotonic()
         again = server.complete(prompt="class A:\n", max_tokens=150, seed=1, ignore_eos=True)

@@ -1,7 +1,7 @@
-"""The web page as people use it: a real browser, the real application with a key, replicas that say what they are told to.
+"""The web page in a real browser, with the real application, an API key and scripted replicas.
 
-The browser is Debian's `chromium` package; without it these tests are left out. Whatever a test does, afterwards the page must have
-thrown nothing, logged no error but refused requests, and asked nobody but its own server.
+The browser is Debian's `chromium` package; without it these tests are skipped. After each test, the page must have thrown no exception,
+logged no error except for refused requests, and sent requests only to its own server.
 """
 
 import ast
@@ -30,7 +30,7 @@ from cluster.keys.key import new_key
 from cluster.keys.keyring import Keyring
 from cluster.protocol.view import ClusterView, GatewayRecord, NodeNotice, ReplicaRecord, ReplicaState
 from cluster.router.router import Router
-from cluster.text.chat.template import MistralTemplate
+from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.errors import EngineError
 from workers.protocol import TokenDelta
@@ -63,23 +63,23 @@ FIRST = TOKENIZER.decode(IDS[:4]).strip()
 
 @dataclass
 class Cluster:
-    """An Admin: two replicas, the first of which generates 100 tokens between two looks."""
+    """An Admin: two replicas, the first of which generates 100 tokens between two snapshots."""
 
-    num_looks: int = 0
+    num_snapshots: int = 0
     drained: list[str] = field(default_factory=list)
 
     async def drain_replica(self, replica_id: str, grace_s: float | None) -> None:
         self.drained.append(replica_id)
 
     def cluster_view(self) -> ClusterView:
-        self.num_looks += 1
+        self.num_snapshots += 1
         common = {"incarnation": "a", "started_at": 0.0}
         ready = ReplicaRecord(
             replica_id="r0",
             state=ReplicaState.READY,
             ready_at=0.0,
-            ranks=(rank("r0", 0, num_steps=10 * self.num_looks), rank("r0", 1, num_steps=10 * self.num_looks)),
-            load=_with_tokens(100 * self.num_looks),
+            ranks=(rank("r0", 0, num_steps=10 * self.num_snapshots), rank("r0", 1, num_steps=10 * self.num_snapshots)),
+            load=_with_tokens(100 * self.num_snapshots),
             **common,
         )
         starting = ReplicaRecord(
@@ -117,13 +117,13 @@ def _with_tokens(count: int) -> Any:
 
 @dataclass
 class Site:
-    """A page of a server of its own. `page` is at the server's address, with the key accepted unless a test wants it otherwise."""
+    """A page and its own server. `open` loads the page and enters the key, unless the test does that itself."""
 
     page: Any
     url: str
     replica: FakeReplica
     cluster: Cluster
-    user_key: str  # no admin's
+    user_key: str  # not an admin key
 
     async def open(self, path: str = "/", *, key: str | None = KEY) -> None:
         await self.page.goto(self.url + path)
@@ -194,7 +194,7 @@ def _is_failure(message: Any) -> bool:
     )
 
 
-async def test_the_key_is_asked_for_and_a_wrong_one_said(site: Site) -> None:
+async def test_the_page_asks_for_the_key_and_refuses_a_wrong_one(site: Site) -> None:
     await site.open(key=None)
     await playwright.expect(site.page.get_by_label("Key", exact=True)).to_be_focused()
     await site.give_key("a-wrong-key")
@@ -203,7 +203,7 @@ async def test_the_key_is_asked_for_and_a_wrong_one_said(site: Site) -> None:
     await site.page.locator("#key-dialog").wait_for(state="hidden")
     await site.see("#model", MODEL)
     await site.page.reload()
-    await site.see("#model", MODEL)  # kept for this tab
+    await site.see("#model", MODEL)  # stored for this tab
     stored = "() => [sessionStorage, localStorage].map((s) => Object.values(s).join())"
     assert await site.page.evaluate(stored) == [KEY, ""]
 
@@ -215,11 +215,11 @@ async def test_the_key_is_asked_for_and_a_wrong_one_said(site: Site) -> None:
 
     await site.page.get_by_role("button", name="Key").click()
     await site.page.get_by_role("button", name="Forget key").click()
-    await site.see("#key-dialog", "This server asks for a key")
+    await site.see("#key-dialog", "This server requires an API key")
     assert await site.page.evaluate(stored) == ["", ""]
 
 
-async def test_a_completion_appears_as_it_comes(site: Site) -> None:
+async def test_a_completion_appears_as_it_arrives(site: Site) -> None:
     site.replica.hold_after = 4
     await site.open()
     await site.complete()
@@ -236,7 +236,7 @@ async def test_a_completion_appears_as_it_comes(site: Site) -> None:
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
-async def test_stop_ends_it_on_the_replica_too(site: Site, how: str) -> None:
+async def test_stop_also_aborts_the_request_on_the_replica(site: Site, how: str) -> None:
     site.replica.hold_after = 4
     await site.open()
     await site.complete()
@@ -275,7 +275,7 @@ async def test_a_chat_keeps_its_conversation_and_parameters_are_sent(site: Site)
         assert -1 not in positions, f"{parts} in {text!r}"
     assert "Second?" not in texts[0]
     await page.get_by_role("button", name="Clear").click()
-    await site.see("#chat-empty", "Say something")
+    await site.see("#chat-empty", "Start a conversation")
 
 
 async def test_a_tool_call_takes_its_result(site: Site) -> None:
@@ -316,7 +316,7 @@ async def test_failures_are_shown_in_the_servers_words(site: Site) -> None:
     await page.get_by_label("Message", exact=True).fill("Keep this.")
     await page.get_by_role("button", name="Send").click()
     await site.see("#trouble", "temperature")
-    assert await page.input_value("#message") == "Keep this."  # nothing typed is lost
+    assert await page.input_value("#message") == "Keep this."  # typed text is kept
     await page.get_by_label("Seed").fill("1.5")
     await page.get_by_role("button", name="Send").click()
     await site.see("#trouble", "Seed must be a whole number.")
@@ -361,7 +361,7 @@ async def test_the_cluster_is_live(site: Site) -> None:
         "The queue is long.",
         "loading 25 %",
         "Rank 1 was killed.",
-        "Node 10.0.0.9 goes away in 1 min: AWS terminates this spot instance.",
+        "Node 10.0.0.9 stops in 1 min: AWS terminates this spot instance.",
         "http://10.0.0.1:8000",
     ):
         await site.see("#panel-cluster", text)
@@ -372,20 +372,20 @@ async def test_the_cluster_is_live(site: Site) -> None:
     rate = await page.locator(".figure .value").first.inner_text()
     assert 20 <= int(rate) <= 101, rate
     await page.get_by_role("tab", name="Playground").click()
-    before = site.cluster.num_looks
+    before = site.cluster.num_snapshots
     await asyncio.sleep(1.3)
-    assert site.cluster.num_looks <= before + 1, "it asks although nobody looks"
+    assert site.cluster.num_snapshots <= before + 1, "a hidden view must not poll"
 
 
-async def test_a_key_that_may_not_see_the_cluster_sees_its_health(site: Site) -> None:
+async def test_a_key_that_is_not_an_admin_key_sees_the_health_only(site: Site) -> None:
     site.replica.reason = "Rank 1 does not answer."
     await site.open("/#cluster", key=site.user_key)
-    await site.see("#panel-cluster", "no admin's")
+    await site.see("#panel-cluster", "requires an admin key")
     await site.see("#panel-cluster", "Not ready")
     await site.see(".card", "Rank 1 does not answer.")
     site.replica.reason = None
     await site.see("#panel-cluster", "Ready")
-    assert site.cluster.num_looks == 0
+    assert site.cluster.num_snapshots == 0
     await site.page.get_by_role("button", name="Key").click()
     await site.give_key(KEY)
     await site.see("#panel-cluster", "1 of 3 replicas ready")
@@ -400,7 +400,7 @@ async def test_dark_and_light(site: Site) -> None:
     dark = await page.evaluate(ground)
     assert sum(_rgb(light)) > 700 > 100 > sum(_rgb(dark))
     toggle = page.get_by_role("button", name="Dark theme")
-    await playwright.expect(toggle).to_have_attribute("aria-pressed", "true")  # the change of medium is an event
+    await playwright.expect(toggle).to_have_attribute("aria-pressed", "true")  # the page handles the change as an event
     await toggle.click()
     assert await page.evaluate(ground) == light
     await page.reload()
@@ -449,14 +449,14 @@ async def test_the_documentation_lists_tries_and_links_everything(site: Site) ->
     body = operation.get_by_label("Body")
     await playwright.expect(body).to_have_value(re.compile(f'"model": "{MODEL}"'))
     await operation.get_by_role("button", name="Send").click()
-    await playwright.expect(operation.locator("[aria-label=Answer]")).to_contain_text(TEXT.strip())
+    await playwright.expect(operation.locator("[aria-label=Response]")).to_contain_text(TEXT.strip())
     await playwright.expect(operation.get_by_role("status")).to_contain_text("200")
 
 
-# The modules by themselves
+# Single modules
 
 
-async def test_events_however_they_are_cut(site: Site) -> None:
+async def test_events_in_pieces_of_any_size(site: Site) -> None:
     await site.open()
     wire = ': keep-alive\r\n\r\ndata: {"a": "é😀"}\n\ndata:two\r\rdata: l1\ndata: l2\nid: 4\n\ndata: cut'.encode()
     expected = ['{"a": "é😀"}', "two", "l1\nl2"]

@@ -1,6 +1,6 @@
-"""A machine is taken away with a notice: a node of two hosts, each with a cloud's metadata service at its real address, and a lone server.
+"""A preemption notice arrives: on one of two hosts, each with a cloud's metadata service at its real address, and on a server alone.
 
-As `make test-chaos`. The ordinary run has the same without Ray: tests/cluster/controller/preemption/test_act.py.
+Part of `make test-chaos`. `make test` runs the same without Ray: tests/cluster/controller/preemption/test_act.py.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def metadata_service(cloud: str, host: str, port: int, *, prefix: Sequence[str] 
 
 @contextlib.contextmanager
 def metadata_services(hosts: RayHosts, cloud: str) -> Iterator[None]:
-    """One on each host, which reaches its own only."""
+    """One per host; each host reaches only its own."""
     with contextlib.ExitStack() as stack:
         for host, namespace in enumerate(hosts.namespaces):
             subprocess.run(["ip", "-n", namespace, "addr", "add", f"{METADATA_IP}/32", "dev", "lo"], check=True)
@@ -79,7 +79,7 @@ sys.stdin.read()
 
 @contextlib.contextmanager
 def held_cpu(hosts: RayHosts) -> Iterator[None]:
-    """Somebody else's on the first host, so that a replica has to go to the second."""
+    """Occupies a CPU of the first host, so that one replica must be placed on the second."""
     command = [*hosts.prefix(0), sys.executable, "-c", HOLD, hosts.address, hosts.ips[0]]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=hosts.env)
     try:
@@ -90,7 +90,7 @@ def held_cpu(hosts: RayHosts) -> Iterator[None]:
 
 
 def leave(cloud: str, *, has_spare: bool) -> None:
-    """Four clients of two replicas, one of which is on the host that goes. has_spare: there is room for its successor."""
+    """Four clients use two replicas, one of them on the preempted host. has_spare: there is room for its replacement."""
     hosts = RayHosts([2 if has_spare else 1, 1])
     try:
         with metadata_services(hosts, cloud), contextlib.ExitStack() as stack:
@@ -109,12 +109,12 @@ def check_leaving(hosts: RayHosts, server: RemoteServer, cloud: str, *, has_spar
     clients = [Streams(server) for _ in range(4)]
     server.wait_for(lambda: all(c.is_streaming for c in clients), timeout_s=60, what="stream")
     server.wait_for(
-        lambda: server.replicas()[far]["load"]["num_running"] > 0, timeout_s=60, what="stream on the node that goes"
+        lambda: server.replicas()[far]["load"]["num_running"] > 0, timeout_s=60, what="stream on the preempted node"
     )
     others = ShortRequests(server)
     announced = time.time()
     announce(f"http://{METADATA_IP}", GRACE_S[cloud], prefix=hosts.prefix(1))
-    server.wait_for(lambda: bool(notices(server)), timeout_s=20, what="hear of the notice")
+    server.wait_for(lambda: bool(notices(server)), timeout_s=20, what="see the notice")
     server.wait_for(
         lambda: notices(server)[0]["drained_at"] is not None, timeout_s=GRACE_S[cloud], what="drain the node"
     )
@@ -126,19 +126,19 @@ def check_leaving(hosts: RayHosts, server: RemoteServer, cloud: str, *, has_spar
     print(f"{cloud}: heard of after {heard:.1f} s, drained after {drained:.1f} s; ", end="")
     print(f"{len(texts)} streams, longest pause {pause:.1f} s; {len(statuses)} short requests")
     assert texts == [expected] * len(texts)
-    assert statuses and set(statuses) == {200}, "requests that came meanwhile failed"
+    assert statuses and set(statuses) == {200}, "requests failed during the drain"
     assert drained < GRACE_S[cloud]
     assert server.metric("num_failovers_total") > 0
     assert server.metric("preemption_notices_total") == 1
-    assert "goes away in" in server.output and "is drained" in server.output
-    assert server.get("/health/ready")[0] == 200, "the gateway is on the node that stays"
+    assert "will be removed in" in server.output and "was drained" in server.output
+    assert server.get("/health/ready")[0] == 200, "the gateway is on the other node"
     if has_spare:
         server.wait_ready(2)
         assert all(hosts.ips[1] not in nodes_of(r) for r in server.replicas("ready").values())
 
 
 class Streams(threading.Thread):
-    """One after another until `stop`, which returns their texts."""
+    """Runs one stream after another until `stop`, which returns their texts."""
 
     def __init__(self, server: RemoteServer) -> None:
         super().__init__(daemon=True)
@@ -167,7 +167,7 @@ class Streams(threading.Thread):
 
 
 class ShortRequests(threading.Thread):
-    """One after another until `stop`, which returns their statuses."""
+    """Runs one short request after another until `stop`, which returns their statuses."""
 
     def __init__(self, server: RemoteServer) -> None:
         super().__init__(daemon=True)
@@ -199,7 +199,7 @@ def test_a_node_with_a_notice_is_drained_in_time_and_no_request_fails(cloud, has
 
 
 @pytest.mark.timeout(240)
-def test_a_lone_server_says_that_it_leaves_finishes_what_it_can_and_ends_the_rest_in_words():
+def test_a_single_server_announces_its_preemption_and_ends_remaining_streams_with_an_error_event():
     with metadata_service("gcp", "127.0.0.1", 0) as url:
         env = {**os.environ, "TRAMONTANE_METADATA_URL": url, "HTTP_PROXY": "http://127.0.0.1:1"}
         server = Server("--preemption-notices", "gcp", env=env)
@@ -208,11 +208,13 @@ def test_a_lone_server_says_that_it_leaves_finishes_what_it_can_and_ends_the_res
             server.wait_for(lambda: all(c.num_events for c in clients), timeout_s=60, what="stream")
             announced = time.monotonic()
             announce(url, 30)
-            server.wait_for(lambda: server.health()[0] == 503, timeout_s=10, what="say that it leaves")
+            server.wait_for(lambda: server.health()[0] == 503, timeout_s=10, what="announce its preemption")
             heard_s = time.monotonic() - announced
-            assert "This server goes away at" in server.health()[1]["reason"]
-            assert server.complete(prompt="class B:\n", max_tokens=4)["choices"][0]["text"], "it serves who comes"
-            assert server.replicas("ready"), "there is nowhere to move to"
+            assert "This server shuts down at" in server.health()[1]["reason"]
+            assert server.complete(prompt="class B:\n", max_tokens=4)["choices"][0]["text"], (
+                "it still serves new requests"
+            )
+            assert server.replicas("ready"), "there is no other replica to move to"
             for client in clients:
                 client.join(60)
             refused = [c.refused_at - announced for c in clients if c.refused_at is not None]
@@ -226,14 +228,14 @@ def test_a_lone_server_says_that_it_leaves_finishes_what_it_can_and_ends_the_res
             )
             assert [c.error for c in clients if c.error] == []
             assert len(refused) + len(ended) == len(clients)
-            assert all(10 < s < 30 for s in refused), "refused too early, or when the machine was gone"
-            assert ended and all(25 < s < 30 for s in ended), "cut too early, or when the machine was gone"
+            assert all(10 < s < 30 for s in refused), "refused too early, or after the machine was gone"
+            assert ended and all(25 < s < 30 for s in ended), "ended too early, or after the machine was gone"
         finally:
             server.kill()
 
 
 class Client(threading.Thread):
-    """One long stream after another, until one is refused or ended with a reason. Times are time.monotonic()."""
+    """Runs one long stream after another, until one is refused or ends with a reason. Times are time.monotonic()."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(daemon=True)
@@ -248,7 +250,7 @@ class Client(threading.Thread):
         try:
             while self.ended_at is None and self.refused_at is None:
                 self._stream()
-        except Exception as e:  # shown by the test
+        except Exception as e:  # the test reports it
             self.error = e
 
     def _stream(self) -> None:

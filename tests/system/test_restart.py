@@ -1,4 +1,4 @@
-"""On a Ray that an operator started: replicas outlive the serving process, several gateways serve them, `down` removes everything."""
+"""On a Ray cluster that an operator started: replicas outlive `serve`, several gateways serve them, and `down` removes everything."""
 
 import json
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.doctor_runs import run_doctor, sentences
+from support.doctor_runs import messages, run_doctor
 from support.servers.ray_hosts import BIN, RayHosts
 from support.servers.system_server import API_KEY, Server
 
@@ -35,7 +35,7 @@ def rank_pids(server: Server) -> list[int]:
 
 
 @pytest.mark.timeout(240)
-def test_the_doctor_tries_real_ranks_where_nothing_runs_yet(hosts):
+def test_doctor_starts_real_ranks_where_nothing_runs_yet(hosts):
     """First in this file."""
     status, report = run_doctor(hosts, "--tensor-parallel-size", "2")
     assert status == 0, report
@@ -55,7 +55,7 @@ def test_a_killed_server_finds_its_replicas_again(hosts):
         first.process.wait()
     finally:
         first.kill()
-    assert all(psutil.pid_exists(pid) for pid in pids), "the ranks went with the serving process"
+    assert all(psutil.pid_exists(pid) for pid in pids), "the ranks ended with the serving process"
     began = time.monotonic()
     second = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2")
     try:
@@ -66,21 +66,21 @@ def test_a_killed_server_finds_its_replicas_again(hosts):
         print(f"first answer {took:.1f} s after the restart")
         second.process.send_signal(signal.SIGTERM)
         assert second.process.wait(60) == 0
-        assert "tramontane down" in second.output, "nobody says how to end what goes on"
+        assert "tramontane down" in second.output, "the output does not say how to end the replicas"
     finally:
         second.kill()
-    assert all(psutil.pid_exists(pid) for pid in pids), "a gateway that stops in order takes the replicas along"
+    assert all(psutil.pid_exists(pid) for pid in pids), "a gateway that stopped in order ended the replicas"
 
 
 @pytest.mark.timeout(240)
-def test_the_doctor_takes_nothing_from_replicas_that_hold_everything(hosts):
+def test_doctor_takes_nothing_from_replicas_that_use_everything(hosts):
     status, report = run_doctor(hosts)
     assert status == 0, report
     assert report["all_reduce"]["outcome"] == "not tried"
     running = report["all_reduce"]["running"]
     assert [(r["replica_id"], len(r["ranks"])) for r in running] == [("r0", 2), ("r1", 2)]
     assert all(r["num_all_reduces"] > 0 and 0 < r["mean_s"] < 1 for r in running)
-    assert "Not tried, since it would take from what serves" in sentences(report, "all-reduce", "ok")[0]
+    assert "Not tried, because running replicas use the resources." in messages(report, "all-reduce", "ok")[0]
 
 
 @pytest.mark.timeout(240)
@@ -92,7 +92,7 @@ def test_another_model_under_the_same_name_is_refused(hosts):
 
 
 @pytest.mark.timeout(240)
-def test_a_controller_that_dies_is_restarted_and_adopts_what_runs(hosts):
+def test_a_killed_controller_is_restarted_and_adopts_the_running_replicas(hosts):
     server = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2")
     try:
         pids = rank_pids(server)
@@ -105,10 +105,10 @@ def test_a_controller_that_dies_is_restarted_and_adopts_what_runs(hosts):
         server.wait_for(
             lambda: json.loads(server.get("/admin/cluster")[1])["controller_id"] != view["controller_id"],
             timeout_s=60,
-            what="meet the new controller",
+            what="connect to the new controller",
         )
         server.wait_ready(2)
-        assert rank_pids(server) == pids, "the new controller replaced what it should have adopted"
+        assert rank_pids(server) == pids, "the new controller replaced replicas instead of adopting them"
         assert server.complete(**PROMPT)["choices"][0]["text"]
     finally:
         server.kill()
@@ -131,7 +131,9 @@ def test_several_gateways_serve_the_same_replicas(hosts):
                 texts.add(json.load(response)["choices"][0]["text"])
         assert len(texts) == 1
         server.wait_for(
-            lambda: len(json.loads(server.get("/admin/cluster")[1])["gateways"]) == 2, timeout_s=10, what="see both"
+            lambda: len(json.loads(server.get("/admin/cluster")[1])["gateways"]) == 2,
+            timeout_s=10,
+            what="see both gateways",
         )
     finally:
         server.kill()

@@ -1,4 +1,4 @@
-"""The whole thing, as a user meets it: two tensor-parallel ranks on Ray, HTTP, the official client, then SIGTERM."""
+"""End to end, as a user runs it: two tensor-parallel ranks on Ray, HTTP, the official client, then SIGTERM."""
 
 import asyncio
 import json
@@ -80,7 +80,7 @@ def test_chat_and_chat_stream(client):
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
 
 
-def test_errors_are_openais(server, client):
+def test_errors_have_openais_form(server, client):
     with pytest.raises(openai.NotFoundError, match="no-such-model"):
         client.completions.create(model="no-such-model", prompt="x", max_tokens=1)
     with pytest.raises(openai.BadRequestError) as too_long:
@@ -94,7 +94,7 @@ def test_errors_are_openais(server, client):
 
 
 async def stream_text(session: aiohttp.ClientSession, url: str, index: int, *, cut_after: int | None) -> str | None:
-    """The streamed text, checked to be complete; None when cut after that many chunks by leaving."""
+    """The streamed text, checked to be complete. None if the client disconnects after `cut_after` chunks."""
     body = {
         "model": MODEL,
         "prompt": f"def function_{index}(self, value):\n",
@@ -134,7 +134,7 @@ async def run_streams(url: str, cuts: dict[int, int]) -> list[str | None]:
         )
 
 
-async def test_200_streams_with_a_third_cut_leave_nothing_and_disturb_nobody(server):
+async def test_200_streams_of_which_a_third_disconnect_leave_nothing_and_do_not_change_the_others(server):
     undisturbed = await run_streams(server.url, {})
     assert all(text is not None for text in undisturbed)
     rng = random.Random(2)
@@ -175,7 +175,7 @@ def test_the_batch_command_in_two_parts_and_merged(server, tmp_path):
     finally:
         for part in parts:
             part.close()
-    assert codes == [1, 0], [part.output for part in parts]  # the lines that are refused are in the first
+    assert codes == [1, 0], [part.output for part in parts]  # the refused lines are in the first part
     merge = BatchCommand("merge", out, "--remove-parts", log=tmp_path / "log")
     assert merge.wait(30) == 1
     assert "18 of 20 lines answered" in merge.output and "Traceback" not in merge.output
@@ -187,7 +187,7 @@ def test_the_batch_command_in_two_parts_and_merged(server, tmp_path):
 
 
 def test_sigterm_lets_a_stream_finish_refuses_new_ones_and_leaves_nothing(server, client):
-    """Last in this file: the server is gone afterwards."""
+    """Last in this file, because it stops the server."""
     stream = client.completions.create(
         model=MODEL, prompt="class A:\n", max_tokens=150, stream=True, extra_body={"ignore_eos": True}
     )
@@ -196,7 +196,7 @@ def test_sigterm_lets_a_stream_finish_refuses_new_ones_and_leaves_nothing(server
     done = threading.Event()
     threading.Thread(target=lambda: (server.process.wait(), done.set()), daemon=True).start()
     chunks = [first, *stream]
-    assert chunks[-1].choices[0].finish_reason == "length", "the running stream was not let to its end"
+    assert chunks[-1].choices[0].finish_reason == "length", "the running stream was cut off"
     assert done.wait(40), server.output
     assert server.process.returncode == 0, server.output
     assert server.left_over() == []

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces joined by a veth pair, Ray with its token between them, and the cable pulled."""
+"""Two hosts, as network namespaces with a veth pair and Ray with its token between them; then the cable is pulled."""
 
 import contextlib
 import time
@@ -33,7 +33,7 @@ def cluster(cpus: list[int], *options: str) -> Iterator[tuple[RayHosts, RemoteSe
         pytest.param([3, 1], ["--replicas", "2", "--tensor-parallel-size", "2"], id="one replica across both hosts"),
     ],
 )
-def test_the_cable_is_pulled(cpus, options):
+def test_streams_survive_a_pulled_cable(cpus, options):
     with cluster(cpus, *options) as (hosts, server):
         server.wait_ready(2)
         near, far = (

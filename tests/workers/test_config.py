@@ -117,7 +117,7 @@ def test_mistral_fields(tmp_path: Path, changes: dict[str, object], expected: di
 
 
 @pytest.mark.parametrize(
-    ("base", "changes", "sentence"),
+    ("base", "changes", "message"),
     [
         (HUGGINGFACE_V01, {"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM'] is not supported"),
         (HUGGINGFACE_V01, {"architectures": None}, "is not supported"),
@@ -147,11 +147,11 @@ def test_mistral_fields(tmp_path: Path, changes: dict[str, object], expected: di
         (MISTRAL_V01, {"sliding_window": [4096, None]}, "sliding_window is [4096, None]"),
     ],
 )
-def test_refused(tmp_path: Path, base: dict[str, object], changes: dict[str, object], sentence: str) -> None:
+def test_refused(tmp_path: Path, base: dict[str, object], changes: dict[str, object], message: str) -> None:
     name = "config.json" if "architectures" in base else "params.json"
     with pytest.raises(ConfigError) as e:
         load_model_config(write(tmp_path, {**base, **changes}, name))
-    assert sentence in str(e.value)
+    assert message in str(e.value)
 
 
 def test_missing_field_is_named(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_missing_field_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '"MistralForCausalLM"', "null"])
-def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         load_model_config(write(tmp_path, text, "config.json"))
 
@@ -184,17 +184,17 @@ def test_tensor_parallel_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3"),
         ({"block_size": 0}, "block_size is 0"),
         ({"num_kv_blocks": 0}, "num_kv_blocks is 0"),
-        ({"max_num_batched_tokens": 8, "max_num_seqs": 16}, "must be at least max_num_seqs"),
-        ({"gpu_memory_utilization": 0.0}, "must be in (0, 1]"),
-        ({"gpu_memory_utilization": 1.5}, "must be in (0, 1]"),
+        ({"max_num_batched_tokens": 8, "max_num_seqs": 16}, "is less than max_num_seqs (16)"),
+        ({"gpu_memory_utilization": 0.0}, "Use a value above 0 and up to 1."),
+        ({"gpu_memory_utilization": 1.5}, "Use a value above 0 and up to 1."),
     ],
 )
-def test_engine_settings_refused(changes: dict[str, object], sentence: str) -> None:
+def test_engine_settings_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as e:
         EngineConfig(model_path="x", model=model_config(), **changes)  # type: ignore[arg-type]
-    assert sentence in str(e.value)
+    assert message in str(e.value)

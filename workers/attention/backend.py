@@ -2,13 +2,16 @@
 
 Semantics, the same in prefill, chunked prefill and decode: the query at position q sees keys k with 0 <= q - k < W,
 where W is the sliding window (it counts the token itself) or infinity. `sdpa.py` is the specification; every kernel is
-tested against it. What a backend promises about the last bits of its results stands in its own file.
+tested against it. Each backend's own file says what it promises about the last bits of its results.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+# Per layer (k_cache, v_cache), each [num_blocks, block_size, num_kv_heads, head_dim].
+KVCaches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +23,7 @@ class AttentionMetadata:
         query_lens   [1, 3]          cu_seqlens_q [0, 1, 4]       seq_lens [6, 3]      (computed before + new)
         block_table  [[7, 2], [5, 0]]          A's tokens 0-3 are in block 7, 4-5 in block 2
         slot_mapping [2*4+1, 5*4+0, 5*4+1, 5*4+2] = [9, 20, 21, 22]
-    Block 0 is the null block: it stands for blocks released behind the window and pads rows; nothing in it is ever
-    seen.
+    Block 0 is the null block: it replaces blocks that the window has passed, and pads rows; no query ever sees it.
 
     Tensors are int32 on the model's device except slot_mapping, int64. The Python numbers are known on the host without
     reading the device.

@@ -1,10 +1,10 @@
 """Paged attention on CUDA through `torch.nn.attention.varlen`: PyTorch's own FlashAttention, no extra kernel package.
 
-The kernel reads keys and values where they lie, by block table, with GQA and the sliding window. One call serves
-prefill, chunked prefill and decode, with static shapes and no host reads, so a step can be captured in a CUDA graph.
-FlashAttention 2's paged path takes block sizes that are multiples of 256 only, hence the default block size on CUDA.
-On CUDA a stream continued on another replica keeps its seed and its tokens so far, but not the last bits of its logits:
-attention asks for one split, while cuBLAS still chooses its products by the number of rows.
+The kernel reads keys and values in place, by block table, with GQA and the sliding window. One call serves prefill, chunked prefill and
+decode, with static shapes and no host reads, so a step can be captured in a CUDA graph. FlashAttention 2's paged path accepts only block
+sizes that are multiples of 256, hence the default block size on CUDA. A stream that continues on another replica keeps its seed and its
+tokens so far on CUDA, but not the last bits of its logits: attention asks for one split, but cuBLAS still chooses its products by the
+number of rows.
 """
 
 import torch
@@ -15,7 +15,7 @@ from workers.attention.sdpa import store_kv
 
 
 class FlashBackend:
-    """See `AttentionBackend`. float16 and bfloat16 only, as the kernel."""
+    """See `AttentionBackend`. float16 and bfloat16 only, like the kernel."""
 
     name = "flash"
 
@@ -52,5 +52,5 @@ class FlashBackend:
             # One split makes a sequence's result independent of the batch around it.
             num_splits=1,
         )
-        assert isinstance(out, torch.Tensor), "varlen_attn returns a tuple only when the log-sum-exp is asked for"
+        assert isinstance(out, torch.Tensor), "varlen_attn returns a tuple only if the log-sum-exp is requested"
         return out

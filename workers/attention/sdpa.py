@@ -1,16 +1,16 @@
 """Paged attention in plain matrix products and a softmax: the specification of every other backend, on any device.
 
-On the CPU it is also the product, and there it promises more than its values: **a query's result is bit for bit the same
-whatever is computed beside it**, however its context was cut into chunks and wherever its blocks lie. So a stream
-that another replica takes up, prefilling what this one decoded, goes on with the same logits to the last bit.
+On the CPU it is also what runs, and there it promises more than its values: **a query's result is bit for bit the same whatever else is
+computed in the step**, however its context was cut into chunks and wherever its blocks are. So when another replica continues a stream
+and prefills what this one decoded, its logits are the same to the last bit.
 
-Three rules make it so; the tests hold them against the libraries underneath.
-- Keys are taken in tiles of KEY_TILE positions counted from position 0, not from the window's or the batch's first key.
-  A masked key's weight is an exact zero, so tiles that a neighbour needed or a window left behind add nothing.
-- Every product over keys spans one tile and tiles are added in order. One product over all keys would be split by the
-  library where their number suggests it.
-- Every product has a multiple of ROW_MULTIPLE rows, the last query repeated to fill up. With fewer, matrix libraries
-  take other paths with other rounding.
+Three rules ensure this; the tests check them against the libraries underneath.
+- Keys are read in tiles of KEY_TILE positions counted from position 0, not from the window's or the batch's first key. A masked key's
+  weight is an exact zero, so tiles that only another sequence needs, or that the window has passed, add nothing.
+- Every product over keys spans one tile, and tiles are added in order. The library would split one product over all keys at a place
+  that depends on their number.
+- Every product has a multiple of ROW_MULTIPLE rows; the last query is repeated to fill up. With fewer rows, matrix libraries take other
+  paths with other rounding.
 """
 
 import math
@@ -22,15 +22,14 @@ import torch
 from workers.attention.backend import AttentionMetadata
 
 KEY_TILE = 64
-QUERY_TILE = 64  # queries of one prefill computed together: bounds the scores to num_heads * 64 * num_keys
+# Queries of one prefill computed together: limits the scores to num_heads * 64 * num_keys.
+QUERY_TILE = 64
 ROW_MULTIPLE = 4
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries of one sequence in prefill, or one query of each decoding sequence, and the part of the gathered keys
-    they see.
-    """
+    """Queries of one sequence in prefill, or one query of each decoding sequence, and the part of the gathered keys they see."""
 
     rows: torch.Tensor  # [num_seqs * num_heads * num_queries] into q as [num_tokens * num_heads, head_dim]
     keys: slice
@@ -39,7 +38,7 @@ class _Tile:
 
 @dataclass(frozen=True)
 class _Gather:
-    """Sequences whose keys and values are taken out of their blocks together."""
+    """Sequences whose keys and values are gathered from their blocks together."""
 
     num_seqs: int
     slots: torch.Tensor  # [num_seqs * num_kv_heads * num_keys] into the cache as [num_slots * num_kv_heads, head_dim]
@@ -72,7 +71,7 @@ class SdpaBackend:
     ) -> torch.Tensor:
         # q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]
         store_kv(k, v, k_cache, v_cache, metadata.slot_mapping)
-        # Every layer of a step asks with the same metadata: the index arithmetic is done once.
+        # Every layer of a step passes the same metadata, so the index arithmetic is done once.
         if self._planned_for is not metadata:
             self._plan, self._planned_for = list(self._make_plan(metadata, k_cache.shape[1])), metadata
         out = q.new_empty(q.shape)
@@ -150,8 +149,8 @@ class SdpaBackend:
         return _Gather(1, self._slots(table, keys, block_size), tiles)
 
     def _first_key(self, query: int) -> int:
-        """Where the tile begins that holds the oldest key seen from this position. W=100, tiles of 64: query 170 sees
-        71..170, the tile begins at 64.
+        """Where the tile with the oldest key seen from this position begins. W=100, tiles of 64: query 170 sees 71..170, the tile begins
+        at 64.
         """
         if self.sliding_window is None:
             return 0
@@ -172,7 +171,7 @@ class SdpaBackend:
 
     def _slots(self, table: torch.Tensor, keys: torch.Tensor, block_size: int) -> torch.Tensor:
         """Block tables [num_seqs, max_blocks], positions [num_seqs, num_keys] -> rows of (sequence, KV head, key)."""
-        # Positions past the end find whatever the clamp finds: the mask hides it.
+        # The clamp gives positions past the end any block; the mask hides it.
         blocks = table.long().gather(1, (keys // block_size).clamp(max=table.shape[1] - 1))
         slots = blocks * block_size + keys % block_size
         kv_heads = torch.arange(self.num_kv_heads, device=table.device)[:, None]

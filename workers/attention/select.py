@@ -1,4 +1,4 @@
-"""Chooses the attention backend for a device and says why. Knows the backends' limits, not their arithmetic."""
+"""Chooses the attention backend for a device and logs why. Knows the backends' limits, not their arithmetic."""
 
 import logging
 
@@ -35,7 +35,7 @@ def select_backend(
     elif torch.cuda.is_available() and torch.cuda.get_device_capability() < FLASH_MIN_CAPABILITY:
         reason = "it needs an Ampere GPU (compute capability 8.0) or newer"
     if device.type == "cuda" and reason is None:
-        # Not at the top: it takes a second to import, which a start on the CPU need not wait for.
+        # Imported here because it takes a second, which a start on the CPU does not need to spend.
         from workers.attention.flash import FlashBackend
 
         return FlashBackend(

@@ -1,83 +1,92 @@
-"""One step's input as plain arrays: what rank 0 decides and every rank computes, in a form that crosses a wire in one
-piece.
+"""One step's input as plain arrays: what rank 0 decides and every rank computes, in a form that travels as one message.
 
-`ForwardBatch` holds everything a rank needs and nothing a rank could decide from: followers keep no requests and no
-block tables. Knows numpy; no torch, no scheduler policy.
+`ForwardBatch` has everything a rank needs to compute and nothing a rank could decide from: followers keep no requests and no block
+tables. Knows numpy; no torch, no scheduling policy.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from workers.engine.scheduler import ScheduledRequest
+from workers.engine.request import ScheduledRequest
 from workers.kv_cache.block_pool import NULL_BLOCK
 
-_HEADER_INTS = 5
+
+def _dims(*names: str) -> dict[str, tuple[str, ...]]:
+    """Names the dimensions of a field. A dimension has the same size in every field that names it."""
+    return {"dims": names}
 
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """All arrays int32; see AttentionMetadata for the layout, with a worked example."""
+    """All arrays int32; see AttentionMetadata for the layout, with a worked example. The wire form follows from these fields."""
 
-    token_ids: np.ndarray  # [num_tokens]
-    positions: np.ndarray  # [num_tokens]
-    slot_mapping: np.ndarray  # [num_tokens]
-    query_lens: np.ndarray  # [num_seqs]
-    seq_lens: np.ndarray  # [num_seqs]
-    logits_indices: np.ndarray  # [num_sampling_seqs] flat indices of the tokens whose logits choose the next one
-    prompt_logits_indices: np.ndarray  # [num_prompt_rows] those whose logits a prompt's log-probabilities are made of
-    block_table: np.ndarray  # [num_seqs, max_blocks]
+    token_ids: np.ndarray = field(metadata=_dims("num_tokens"))
+    positions: np.ndarray = field(metadata=_dims("num_tokens"))
+    slot_mapping: np.ndarray = field(metadata=_dims("num_tokens"))
+    query_lens: np.ndarray = field(metadata=_dims("num_seqs"))
+    seq_lens: np.ndarray = field(metadata=_dims("num_seqs"))
+    # Flat indices of the tokens whose logits choose the next one.
+    logits_indices: np.ndarray = field(metadata=_dims("num_sampling_seqs"))
+    # Flat indices of the tokens whose logits give a prompt's log-probabilities.
+    prompt_logits_indices: np.ndarray = field(metadata=_dims("num_prompt_rows"))
+    block_table: np.ndarray = field(metadata=_dims("num_seqs", "max_blocks"))
 
     def pack(self) -> np.ndarray:
-        """One 1-D int32 array: five lengths, then the arrays in the order of their declaration."""
-        num_logits, num_prompt_logits = len(self.logits_indices), len(self.prompt_logits_indices)
-        header = [len(self.token_ids), len(self.query_lens), num_logits, num_prompt_logits, self.block_table.shape[1]]
-        parts = [np.array(header, dtype=np.int32), self.token_ids, self.positions, self.slot_mapping]
-        parts += [self.query_lens, self.seq_lens, self.logits_indices, self.prompt_logits_indices]
-        return np.concatenate([*parts, self.block_table.ravel()])
+        """One 1-D int32 array: the size of each dimension in the order of first mention, then the arrays in the order of their fields.
+
+        Two sequences with 4 tokens in all begin [4 tokens, 2 sequences, ...].
+        """
+        sizes: dict[str, int] = {}
+        for name, dims in _DIMS_OF.items():
+            shape = getattr(self, name).shape
+            assert len(shape) == len(dims), f"{name} has {len(shape)} dimensions, not {dims}"
+            for dim, size in zip(dims, shape, strict=True):
+                assert sizes.setdefault(dim, size) == size, f"{name} has {size} {dim}, another array {sizes[dim]}"
+        header = np.array([sizes[dim] for dim in _DIMS], dtype=np.int32)
+        return np.concatenate([header, *(getattr(self, name).ravel() for name in _DIMS_OF)])
 
     @classmethod
     def unpack(cls, message: np.ndarray) -> "ForwardBatch":
-        num_tokens, num_seqs, num_logits, num_prompt_logits, max_blocks = (int(n) for n in message[:_HEADER_INTS])
-        sizes = [num_tokens] * 3 + [num_seqs] * 2 + [num_logits, num_prompt_logits, num_seqs * max_blocks]
-        token_ids, positions, slot_mapping, query_lens, seq_lens, logits_indices, prompt_logits_indices, block_table = (
-            np.split(message[_HEADER_INTS:], np.cumsum(sizes)[:-1])
-        )
-        return cls(
-            token_ids=token_ids,
-            positions=positions,
-            slot_mapping=slot_mapping,
-            query_lens=query_lens,
-            seq_lens=seq_lens,
-            logits_indices=logits_indices,
-            prompt_logits_indices=prompt_logits_indices,
-            block_table=block_table.reshape(num_seqs, max_blocks),
-        )
+        """Inverts `pack`; the arrays are views of the message."""
+        sizes = dict(zip(_DIMS, message[: len(_DIMS)].tolist(), strict=True))
+        arrays: dict[str, np.ndarray] = {}
+        start = len(_DIMS)
+        for name, dims in _DIMS_OF.items():
+            shape = [sizes[dim] for dim in dims]
+            end = start + math.prod(shape)
+            arrays[name] = message[start:end].reshape(shape)
+            start = end
+        return cls(**arrays)
 
+
+_DIMS_OF: dict[str, tuple[str, ...]] = {f.name: f.metadata["dims"] for f in fields(ForwardBatch)}
+_DIMS = tuple(dict.fromkeys(dim for dims in _DIMS_OF.values() for dim in dims))
 
 # Tells followers to leave their loop: a batch without tokens.
-STOP = np.zeros(_HEADER_INTS, dtype=np.int32)
+STOP = np.zeros(len(_DIMS), dtype=np.int32)
 
 
 def is_stop(message: np.ndarray) -> bool:
-    return len(message) == _HEADER_INTS
+    return len(message) == len(STOP)
 
 
 def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> ForwardBatch:
     """Lays the scheduled tokens end to end.
 
-    A request with 5 of 6 tokens computed and blocks [7, 2] of size 4 contributes token_ids[5], position 5, slot 2 * 4 +
-    1 = 9.
+    A request with 5 of 6 tokens computed and blocks [7, 2] of size 4 contributes token_ids[5], position 5, slot 2 * 4 + 1 = 9.
     """
     token_ids: list[int] = []
     positions, slots, query_lens, seq_lens, logits_indices, prompt_logits_indices = [], [], [], [], [], []
-    max_blocks = max(len(s.request.block_ids) for s in scheduled)
+    max_blocks = max(len(s.request.sequence.block_ids) for s in scheduled)
     block_table = np.full((len(scheduled), max_blocks), NULL_BLOCK, dtype=np.int32)
     for row, s in enumerate(scheduled):
         request, start = s.request, s.request.num_computed_tokens
         end = start + s.num_new_tokens
-        block_table[row, : len(request.block_ids)] = request.block_ids
+        block_ids = request.sequence.block_ids
+        block_table[row, : len(block_ids)] = block_ids
         if request.prompt_output is not None and request.prompt_output.needs_logits:
             prompt_logits_indices += [len(token_ids) + p - start for p in s.prompt_rows]
         token_ids += request.token_ids[start:end]

@@ -1,7 +1,6 @@
-"""Puts the model together on one rank: threads, attention backend, weights. The only place that knows all these parts."""
+"""Builds the model on one rank: threads, attention backend, weight format, weights. The only place that knows all these parts."""
 
 import os
-from collections.abc import Callable
 
 import torch
 
@@ -10,9 +9,8 @@ from workers.config import EngineConfig
 from workers.engine.model_runner import ModelRunner
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import TensorParallel
-from workers.weights.loader import load_weights
-
-Progress = Callable[[int, int], None]
+from workers.quant.dense import DENSE
+from workers.weights.loader import Progress, load_weights
 
 
 def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | None = None) -> ModelRunner:
@@ -22,7 +20,7 @@ def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | 
     """
     num_threads = None
     if tp.device.type == "cpu":
-        # One while loading, which is another thread's work than computing: see ModelRunner.
+        # One while loading, which runs on another thread than computing: see ModelRunner.execute.
         torch.set_num_threads(1)
         num_threads = config.num_threads or max(1, available_cpus() // tp.size)
     dtype: torch.dtype = getattr(torch, config.dtype)
@@ -37,9 +35,15 @@ def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | 
         sliding_window=model_config.sliding_window,
     )
     model = MistralForCausalLM(
-        model_config, tp=tp, backend=backend, dtype=dtype, device=tp.device, max_positions=config.max_model_len
+        model_config,
+        tp=tp,
+        backend=backend,
+        dtype=dtype,
+        device=tp.device,
+        max_positions=config.max_model_len,
+        method=DENSE,
     )
-    load_weights(model, config.model_path, model_config, tp=tp, progress=progress)
+    load_weights(model, config.model_path, model_config, progress=progress)
     return ModelRunner(config, model, tp, dtype=dtype, attention_backend=backend.name, num_threads=num_threads)
 
 

@@ -1,4 +1,4 @@
-"""The loop of ranks 1 and up: receive a batch, compute it, again. No requests, no policy."""
+"""The loop of ranks 1 and up: receive a batch, compute it, repeat. No requests, no policy."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from workers.parallel.group import TensorParallel
 def run_follower(runner: ModelRunner, tp: TensorParallel, on_step: Callable[[float], None] = lambda _: None) -> None:
     """Returns when rank 0 says stop. Raises GroupError when rank 0 is gone or a collective times out.
 
-    `on_step` gets each step's seconds on the host, the wait for rank 0 left out.
+    `on_step` gets each step's seconds on the host, without the wait for rank 0.
     """
     while not is_stop(message := tp.broadcast(None)):
         began = time.monotonic()

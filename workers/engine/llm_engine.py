@@ -1,6 +1,4 @@
-"""The engine in one process, without Ray and without HTTP: for tests, benchmarks and `tramontane generate`. Needs only
-torch.
-"""
+"""The engine in one process, without Ray and without HTTP: for tests, benchmarks and `tramontane generate`. Needs only torch."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,9 +11,15 @@ from workers.protocol import FinishReason, GenerateRequest, TokenDelta
 
 
 class LLMEngine:
+    """Loads the model and runs requests. Raises ConfigError and CheckpointError for a model that cannot be loaded."""
+
     def __init__(self, config: EngineConfig, *, progress: Progress | None = None) -> None:
         if config.tensor_parallel_size != 1:
-            raise ConfigError("One process holds one rank; use `tramontane serve` for --tensor-parallel-size above 1.")
+            raise ConfigError(
+                "One process runs one rank only.",
+                remedy="Use `tramontane serve` for --tensor-parallel-size above 1.",
+                param="--tensor-parallel-size",
+            )
         tp = SingleRank(config.device)
         runner = build_runner(config, tp, progress)
         runner.allocate_kv_cache()
@@ -31,19 +35,17 @@ class LLMEngine:
 
 
 def run_requests(core: EngineCore, requests: Sequence[GenerateRequest]) -> list[list[int]]:
-    """Output token ids in the order of `requests`, which run together. Raises RequestError for one that can't be
-    served.
-    """
+    """Output token ids in the order of `requests`, which run together. Raises RequestError for one that cannot be served."""
     outputs: dict[str, list[int]] = {request.request_id: [] for request in requests}
     if len(outputs) != len(requests):
-        raise RequestError("Two requests share one request_id; make them differ.", param="request_id")
+        raise RequestError("Two requests share one request_id.", remedy="Make them differ.", param="request_id")
     for delta in stream_requests(core, requests):
         outputs[delta.request_id] += delta.token_ids
     return list(outputs.values())
 
 
 def stream_requests(core: EngineCore, requests: Sequence[GenerateRequest]) -> Iterator[TokenDelta]:
-    """Deltas of all the requests as steps produce them. Leaving early aborts what is unfinished."""
+    """Deltas of all the requests as steps produce them. Closing the iterator early aborts unfinished requests."""
     added = []
     try:
         for request in requests:

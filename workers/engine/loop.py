@@ -1,8 +1,8 @@
 """The engine thread: drains the inbox, steps the core, hands every step's deltas and cache events to `publish`.
 
-Knows no socket and no torch: the core is anything with the methods of `Core`, the requests come in through a queue that other
-threads fill. Idle, it lets the core make an empty forward pass now and then, so that readiness is always recent knowledge.
-A request that cannot be added ends alone; an exception in a step ends the loop for good, and whoever started it is told.
+Knows no socket and no torch: the core is anything with the methods of `Core`, and requests arrive in a queue that other threads fill.
+While idle, the loop makes the core run a dummy forward pass at intervals, so that readiness always rests on a recent one. A request that
+cannot be added ends alone. An exception in a step ends the loop, and `on_failure` is called.
 """
 
 import logging
@@ -23,7 +23,7 @@ IDLE_HEARTBEAT_S = 0.5
 
 
 class Core(Protocol):
-    """What the loop asks of `workers.engine.core.EngineCore`; all of it on the engine thread."""
+    """The methods of `workers.engine.core.EngineCore` that the loop calls, all on the engine thread."""
 
     def add_request(self, request: GenerateRequest) -> None: ...
     def abort(self, request_id: str) -> None: ...
@@ -37,8 +37,8 @@ class Core(Protocol):
 class EngineLoop:
     """Owns the thread that owns the core. `submit`, `abort` and `stop` may be called from any thread.
 
-    `on_failure` runs on the engine thread after the loop has ended by an exception, which `failure` keeps. Requests held then
-    get no delta: the replica is over, and the gateway, which learns it, continues them on another one.
+    `on_failure` runs on the engine thread after an exception, kept in `failure`, has ended the loop. Requests that are in the engine
+    then get no delta: the replica has ended, and the gateway continues them on another one.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class EngineLoop:
         self._inbox.put(request_id)
 
     def stop(self, timeout_s: float = 10.0) -> bool:
-        """Lets the step at hand end and shuts the core down. False when the thread is still busy after `timeout_s`."""
+        """Lets the current step end and shuts the core down. False if the thread is still busy after `timeout_s`."""
         self._inbox.put(None)
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
@@ -87,12 +87,12 @@ class EngineLoop:
                     self._core.heartbeat()
                     last_forward = time.monotonic()
             self._core.shutdown()
-        except Exception as e:  # the one boundary: whatever broke, this replica is over
+        except Exception as e:  # the one boundary: whatever failed, this replica has ended
             log.exception("The engine stopped: %s", e)
             self._fail(e)
 
     def _drain(self, *, wait: bool, until: float) -> None:
-        """Takes in all that lies in the inbox; with nothing to do, waits for the first item until `until`."""
+        """Handles everything in the inbox; with nothing to do, waits for the first item until `until`."""
         timeout = max(0.0, until - time.monotonic()) if wait else 0.0
         try:
             while True:
@@ -112,9 +112,9 @@ class EngineLoop:
             self._core.add_request(request)
         except RequestError as e:
             self._publish([_error(request.request_id, str(e), refused=True)], None)
-        except Exception as e:  # a strange request must end alone
+        except Exception as e:  # one request must not end the engine
             log.exception("Request %s could not be added: %s", request.request_id, e)
-            message = "The engine could not take this request because of an error."
+            message = "The engine could not accept this request because of an internal error."
             self._publish([_error(request.request_id, message)], None)
 
     def _step(self) -> None:

@@ -1,7 +1,7 @@
 """Runs one ForwardBatch through the model on one rank. The same on rank 0 and on followers.
 
 Knows the model, the KV cache tensors and the batch; no requests, no sampling. Input tensors live in static buffers that
-are overwritten each step, and nothing reads the device back before the model is through, so that it can be captured in a CUDA graph.
+are overwritten each step, and nothing reads from the device before the model has finished, so a step can be captured in a CUDA graph.
 """
 
 from typing import Protocol
@@ -9,11 +9,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from workers.attention.backend import AttentionMetadata
+from workers.attention.backend import AttentionMetadata, KVCaches
 from workers.config import EngineConfig
 from workers.engine.batch import ForwardBatch, dummy_batch
 from workers.kv_cache import tensors as kv_cache
-from workers.model.mistral import KVCaches, MistralForCausalLM
+from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import TensorParallel
 
 # Logits of this many rows of prompts exist at a time: with a vocabulary of 32,768, 16 MiB in float32, and three times that in use.
@@ -21,17 +21,17 @@ PROMPT_LOGITS_AT_ONCE = 128
 
 
 class PromptRows(Protocol):
-    """Who reads what a step computed of prompts; the tensors are only lent."""
+    """Reads what a step computed for prompts. The tensors are valid during the call only."""
 
     def read_hidden_states(self, hidden_states: torch.Tensor) -> None:
-        """hidden_states: [num_tokens, hidden_size], behind the final norm, in the order of the batch."""
+        """hidden_states: [num_tokens, hidden_size], after the final norm, in the order of the batch."""
 
     def read_logits(self, logits: torch.Tensor) -> None:
         """logits: [n, vocab_size] float32, the next n rows of `prompt_logits_indices`."""
 
 
 class _Buffer:
-    """A device tensor of fixed address and capacity; `fill` returns a view of what it was filled with."""
+    """A device tensor of fixed address and capacity; `fill` returns a view of the filled part."""
 
     def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
         self.device_tensor = torch.zeros(capacity, dtype=dtype, device=device)
@@ -85,9 +85,7 @@ class ModelRunner:
         self._block_table = buffer(seqs * max_blocks)
 
     def allocate_kv_cache(self) -> int:
-        """Sizes and allocates the KV cache; every rank gets the smallest size any of them can hold. Returns usable
-        blocks.
-        """
+        """Sizes and allocates the KV cache; every rank gets the smallest size that any of them can hold. Returns the usable blocks."""
         if self.tp.device.type == "cuda" and self.config.num_kv_blocks is None:
             self._profile()
         fitting = kv_cache.num_blocks_that_fit(self.config, self.tp.device)
@@ -97,15 +95,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: ForwardBatch, prompts: PromptRows | None = None) -> torch.Tensor | None:
-        """Logits [num_sampling_seqs, vocab_size] in float32 on rank 0, None elsewhere. `prompts` reads on rank 0 only."""
+        """Logits [num_sampling_seqs, vocab_size] in float32 on rank 0, None elsewhere. `prompts` is for rank 0 only."""
         if self._num_threads_to_set is not None:
-            # Only now, on the thread that computes: OpenMP keeps a pool per calling thread, and as soon as the pools together
-            # have more threads than the machine has cores, its barriers sleep instead of spinning (a step of the demo model:
-            # 8.8 ms, not 4.0 ms).
+            # Set it here, on the thread that computes: OpenMP keeps a pool per calling thread, and once all pools together have
+            # more threads than the machine has cores, its barriers sleep instead of spinning (a step of the demo model: 8.8 ms,
+            # not 4.0 ms).
             torch.set_num_threads(self._num_threads_to_set)
             self._num_threads_to_set = None
         if self._inputs_copied is not None:
-            # The copies of the step before may still be queued behind its kernels: their host buffers are not ours yet.
+            # The previous step's copies may still be queued after its kernels, and read the host buffers until then.
             self._inputs_copied.synchronize()
         metadata = self._metadata(batch)
         token_ids, positions = self._token_ids.fill(batch.token_ids), self._positions.fill(batch.positions)
@@ -117,7 +115,7 @@ class ModelRunner:
         if prompts is not None:
             prompts.read_hidden_states(hidden_states)
         for indices in prompt_logits_indices.split(PROMPT_LOGITS_AT_ONCE) if len(prompt_logits_indices) else ():
-            prompt_logits = self.model.compute_logits(hidden_states[indices])  # every rank has its part in it
+            prompt_logits = self.model.compute_logits(hidden_states[indices])  # every rank takes part
             if prompts is not None and prompt_logits is not None:
                 prompts.read_logits(prompt_logits)
         if not len(batch.logits_indices):
@@ -125,7 +123,7 @@ class ModelRunner:
         return self.model.compute_logits(hidden_states[logits_indices])
 
     def synchronize(self) -> None:
-        """Returns when what `execute` began has really been computed; at once on the CPU."""
+        """Waits until the device has computed what `execute` began. Returns at once on the CPU."""
         if self.tp.device.type == "cuda":
             torch.cuda.synchronize(self.tp.device)
 
@@ -143,9 +141,7 @@ class ModelRunner:
         )
 
     def _profile(self) -> None:
-        """Runs the largest step once against a one-block cache, so that peak memory is known before the real cache is
-        sized.
-        """
+        """Runs the largest step once with a one-block cache, so that peak memory is known before the real cache is sized."""
         config = self.config
         self.kv_cache = kv_cache.allocate(config, 1, self.dtype, self.tp.device)
         torch.cuda.reset_peak_memory_stats(self.tp.device)
@@ -161,7 +157,7 @@ class ModelRunner:
 
 
 class _LikePromptLogprobs:
-    """Needs as much memory as reading a slice of a prompt's log-probabilities does, and as an embedding of the longest chunk."""
+    """Needs as much memory as reading a slice of a prompt's log-probabilities, and as an embedding of the longest chunk."""
 
     def read_hidden_states(self, hidden_states: torch.Tensor) -> None:
         hidden_states.double()

@@ -1,24 +1,24 @@
-"""What a request wants of its prompt beside the next token: log-probabilities of the prompt's tokens, or one embedding of it.
+"""What a request reads from its prompt besides the next token: log-probabilities of the prompt's tokens, or one embedding of it.
 
-Rank 0 only, and fed step by step with the rows that a step computes. Row p is what the model makes of the token at position p: its
-hidden state, and the logits that foretell the token at p + 1. Each wanted row is read once: the prefix cache serves a request up to
-its next wanted row, and rows computed again after a preemption are passed over.
+Rank 0 only, and fed step by step with the rows that a step computes. Row p is what the model computes for the token at position p: its
+hidden state, and the logits that predict the token at p + 1. Each requested row is read once: the prefix cache serves a request only up
+to the first row that is still unread, and rows computed again after a preemption are skipped.
 
-Worked example, a prompt of 10 tokens in chunks of 4, prompt_logprobs from index 3 on: rows 2 to 8 are wanted, of the first chunk 2
-and 3, of the second 4 to 7, of the third 8. Row 9 is left to the sampler.
+Worked example, a prompt of 10 tokens in chunks of 4, prompt_logprobs from index 3 on: rows 2 to 8 are read, from the first chunk 2 and
+3, from the second 4 to 7, from the third 8. Row 9 is the sampler's.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from workers.engine.scheduler import ScheduledRequest
+from workers.engine.request import PromptOutput, ScheduledRequest
 from workers.protocol import GenerateRequest, TokenLogprob
 from workers.sampling.logprobs import token_logprobs
 
 
 class PromptLogprobs:
-    """The list that TokenDelta.prompt_logprobs holds, as far as it is computed. `rows`: those still to read."""
+    """The list for TokenDelta.prompt_logprobs, as far as it is computed. `rows`: those still to read."""
 
     needs_logits = True
 
@@ -58,11 +58,8 @@ class MeanEmbedding:
         return (self._sum / self._num_prompt_tokens).cpu().numpy().astype("<f4").tobytes()
 
 
-PromptOutput = PromptLogprobs | MeanEmbedding
-
-
 def make_prompt_output(message: GenerateRequest) -> PromptOutput | None:
-    """None where nothing of the kind is wanted, or where it was delivered with output that the request has already."""
+    """None if the request asks for none, or has output already: then the first delta, elsewhere, delivered it."""
     if message.output_token_ids:
         return None
     if message.embed:
@@ -77,13 +74,13 @@ def make_prompt_output(message: GenerateRequest) -> PromptOutput | None:
 
 
 class PromptReader:
-    """Hands one step's rows to those who want them; see workers.engine.model_runner.PromptRows for the calls."""
+    """Gives one step's rows to the requests that read them; implements workers.engine.model_runner.PromptRows."""
 
     def __init__(self, scheduled: Sequence[ScheduledRequest]) -> None:
-        self._pooled: list[
-            tuple[MeanEmbedding, range, int]
-        ] = []  # (whose, rows, where they begin among the step's tokens)
-        self._logits: list[tuple[PromptLogprobs, range]] = []  # in the order of ForwardBatch.prompt_logits_indices
+        # (output, rows, index of the first row among the step's tokens)
+        self._pooled: list[tuple[MeanEmbedding, range, int]] = []
+        # In the order of ForwardBatch.prompt_logits_indices.
+        self._logits: list[tuple[PromptLogprobs, range]] = []
         begin = 0
         for s in scheduled:
             output, rows = s.request.prompt_output, s.prompt_rows
@@ -104,5 +101,5 @@ class PromptReader:
             part = rows[: len(logits) - begin]
             output.read(part, logits[begin : begin + len(part)])
             begin += len(part)
-            if len(part) < len(rows):  # the next slice goes on with it
+            if len(part) < len(rows):  # the next slice continues it
                 self._logits.insert(0, (output, rows[len(part) :]))

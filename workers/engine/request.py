@@ -1,19 +1,17 @@
-"""One request inside the engine: its tokens, how far they are computed, and the last gate that lets it in.
+"""One request inside the engine: its tokens, how far they are computed, and the checks it must pass on arrival.
 
-Knows no torch, no blocks and no scheduling policy.
+Knows no torch and no scheduling policy.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 from workers.errors import RequestError
-from workers.protocol import BATCH_PRIORITY, FinishReason, GenerateRequest, SamplingParams
-
-if TYPE_CHECKING:
-    from workers.engine.prompt_outputs import PromptOutput
-    from workers.sampling.grammar import Constraint
+from workers.kv_cache.sequence import BlockSequence
+from workers.protocol import BATCH_PRIORITY, FinishReason, GenerateRequest, SamplingParams, root_hash
+from workers.sampling.grammar import Constraint
 
 MAX_TOP_LOGPROBS = 100
 # All of a prompt's go out in one frame: this many (token, log-probability) pairs take about 15 MB.
@@ -24,40 +22,62 @@ MAX_TOP_K = 2**31 - 1
 UINT64 = 1 << 64
 
 
+class PromptOutput(Protocol):
+    """What a request reads from its prompt; see workers.engine.prompt_outputs."""
+
+    @property
+    def rows(self) -> range:
+        """The positions that are still to be read."""
+        ...
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether it reads logits; otherwise hidden states."""
+        ...
+
+
 @dataclass(eq=False, slots=True)
 class Request:
-    """`token_ids` is prompt and output in a row; the KV cache holds the first `num_computed_tokens` of them."""
+    """`sequence` holds prompt and output in a row."""
 
     request_id: str
     sampling: SamplingParams
     num_prompt_tokens: int
-    token_ids: list[int]
-    arrival: int  # order of arrival: the tie-break between equal priorities
+    sequence: BlockSequence
+    # Order of arrival: the tie-break between equal priorities.
+    arrival: int
     priority: int = 0
-    num_computed_tokens: int = 0
-    num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
-    block_ids: list[int] = field(default_factory=list)
-    num_released_blocks: int = 0  # leading block_ids that are the null block: behind the window
-    num_named_blocks: int = 0  # leading block_ids whose content the pool knows by hash
-    block_hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks of token_ids
+    # The name of the adapter to apply, None for the base model.
+    adapter: str | None = None
+    # Prompt tokens found in the prefix cache at first admission, until a delta has reported them.
+    num_cached_tokens: int | None = None
     num_preemptions: int = 0
-    constraint: "Constraint | None" = None  # once its grammar is compiled
-    prompt_output: "PromptOutput | None" = None
+    # Present once the grammar is compiled.
+    constraint: Constraint | None = None
+    prompt_output: PromptOutput | None = None
 
     @property
-    def max_prefix_tokens(self) -> int:
-        """How many of its tokens may come from the prefix cache: computing yields logits and hidden states, finding does not."""
-        if self.prompt_output is not None and self.prompt_output.rows:
-            return self.prompt_output.rows.start
-        return self.num_tokens - 1
+    def token_ids(self) -> list[int]:
+        return self.sequence.token_ids
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return self.sequence.num_computed_tokens
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.sequence.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.sequence.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_prefix_tokens(self) -> int:
+        """How many tokens may come from the prefix cache, which has no logits and no hidden states: those must be computed."""
+        if self.prompt_output is not None and self.prompt_output.rows:
+            return self.prompt_output.rows.start
+        return self.num_tokens - 1
 
     @property
     def order(self) -> tuple[int, int]:
@@ -68,23 +88,19 @@ class Request:
     def is_background(self) -> bool:
         return self.priority >= BATCH_PRIORITY
 
-    @property
-    def num_blocks_held(self) -> int:
-        return len(self.block_ids) - self.num_released_blocks
-
     def append(self, token_id: int) -> None:
-        self.token_ids.append(token_id)
+        self.sequence.token_ids.append(token_id)
         if self.constraint is not None:
             self.constraint.accept(token_id)
 
     def stops(self, eos_token_ids: tuple[int, ...]) -> bool:
-        """Whether the token just appended is one that ends the request and is no part of its text."""
+        """Whether the last token ends the request and is not part of its text."""
         token, sampling = self.token_ids[-1], self.sampling
         stops = token in sampling.stop_token_ids or (token in eos_token_ids and not sampling.ignore_eos)
         return stops and self.num_output_tokens > sampling.min_tokens
 
     def finish_reason(self, *, eos_token_ids: tuple[int, ...], max_model_len: int) -> FinishReason | None:
-        """Why the token just appended, or the prompt where no token is wanted, ends the request; or None."""
+        """Why the request ends with its last token, or with its prompt when it samples none; None if it goes on."""
         sampling = self.sampling
         if sampling.max_tokens and self.stops(eos_token_ids):
             return FinishReason.STOP
@@ -95,8 +111,39 @@ class Request:
         return None
 
 
-def make_request(message: GenerateRequest, *, arrival: int, vocab_size: int, max_model_len: int) -> Request:
-    """Validates a request from the wire. Raises RequestError naming the field: nothing later may fail because of it."""
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """A request and how many of its tokens the step computes."""
+
+    request: Request
+    num_new_tokens: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether this step computes the request's last token."""
+        return self.num_new_tokens == self.request.sequence.num_pending_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the logits of its last token choose the next one in this step."""
+        return self.completes and self.request.sampling.max_tokens > 0
+
+    @property
+    def prompt_rows(self) -> range:
+        """Those of the positions that `prompt_output` still reads which this step computes."""
+        if self.request.prompt_output is None:
+            return range(0)
+        start, unread = self.request.num_computed_tokens, self.request.prompt_output.rows
+        return range(max(start, unread.start), min(start + self.num_new_tokens, unread.stop))
+
+
+def make_request(
+    message: GenerateRequest, *, arrival: int, vocab_size: int, max_model_len: int, adapters: Container[str] = ()
+) -> Request:
+    """Validates a request from the wire, so that nothing fails because of it later. `adapters`: names of the loaded ones.
+
+    Raises RequestError with the field as `param`.
+    """
     sampling = message.sampling
     _check_tokens("prompt", message.prompt_token_ids, vocab_size)
     _check_tokens("output_token_ids", message.output_token_ids, vocab_size)
@@ -107,26 +154,29 @@ def make_request(message: GenerateRequest, *, arrival: int, vocab_size: int, max
     _check_sampling(sampling)
     _check_lists(sampling)
     _check_prompt_outputs(message)
+    if message.adapter is not None and message.adapter not in adapters:
+        raise RequestError(f"No adapter named {message.adapter!r} is loaded.", param="adapter")
     if not message.prompt_token_ids:
-        raise RequestError("The prompt has no tokens; send at least one.", param="prompt")
+        raise RequestError("The prompt has no tokens.", remedy="Send at least one.", param="prompt")
     num_tokens = len(message.prompt_token_ids) + len(message.output_token_ids)
     if num_tokens + min(sampling.max_tokens, 1) > max_model_len:
         including = " including at least one of output" if sampling.max_tokens else ""
         raise RequestError(
-            f"The prompt has {num_tokens} tokens, but this model's context holds {max_model_len} tokens{including}; "
-            "shorten the prompt.",
+            f"The prompt has {num_tokens} tokens, but this model's context holds {max_model_len} tokens{including}.",
+            remedy="Shorten the prompt.",
             param="prompt",
             code="context_length_exceeded",
         )
     if message.output_token_ids and len(message.output_token_ids) >= sampling.max_tokens:
-        raise RequestError("output_token_ids already holds max_tokens tokens.", param="max_tokens")
+        raise RequestError("output_token_ids already has max_tokens tokens.", param="max_tokens")
     return Request(
         request_id=message.request_id,
         sampling=sampling,
         num_prompt_tokens=len(message.prompt_token_ids),
-        token_ids=[*message.prompt_token_ids, *message.output_token_ids],
+        sequence=BlockSequence([*message.prompt_token_ids, *message.output_token_ids], root_hash(message.adapter)),
         arrival=arrival,
         priority=message.priority,
+        adapter=message.adapter,
     )
 
 
@@ -134,7 +184,9 @@ def _check_tokens(param: str, token_ids: Iterable[int], vocab_size: int) -> None
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise RequestError(
-                f"{param} contains token id {token_id}; this model's ids are 0 to {vocab_size - 1}.", param=param
+                f"{param} contains the token id {token_id}, which this model does not have.",
+                remedy=f"Use ids from 0 to {vocab_size - 1}.",
+                param=param,
             )
 
 
@@ -157,21 +209,24 @@ def _check_sampling(p: SamplingParams) -> None:
     )
     for name, value, low, high in bounds:
         if not low <= value <= high:
-            raise RequestError(f"{name} is {value}; it must be between {low} and {high}.", param=name)
+            raise RequestError(f"{name} is {value}.", remedy=f"Use a value from {low} to {high}.", param=name)
     if p.top_p == 0.0:
-        raise RequestError("top_p is 0; it must be above 0.", param="top_p")
+        raise RequestError("top_p is 0.", remedy="Use a value above 0.", param="top_p")
 
 
 def _check_lists(p: SamplingParams) -> None:
     if p.allowed_token_ids is not None and not p.allowed_token_ids:
         raise RequestError(
-            "allowed_token_ids is empty; name at least one token, or leave it out.", param="allowed_token_ids"
+            "allowed_token_ids is empty.",
+            remedy="Name at least one token, or leave it out.",
+            param="allowed_token_ids",
         )
     if not all(p.bad_words):
-        raise RequestError("bad_words has a word without tokens; remove it.", param="bad_words")
+        raise RequestError("bad_words has a word without tokens.", remedy="Remove it.", param="bad_words")
     if len(p.bad_words) > MAX_BAD_WORDS or sum(map(len, p.bad_words)) > MAX_BAD_WORDS_TOKENS:
         raise RequestError(
-            f"bad_words has too many words; at most {MAX_BAD_WORDS} with {MAX_BAD_WORDS_TOKENS} tokens together are allowed.",
+            "bad_words has too many words.",
+            remedy=f"Send at most {MAX_BAD_WORDS} words, and {MAX_BAD_WORDS_TOKENS} tokens in all.",
             param="bad_words",
         )
     if p.grammar is None:
@@ -184,23 +239,30 @@ def _check_lists(p: SamplingParams) -> None:
     }
     for name, value in combined.items():
         if value:
-            raise RequestError(f"{name} and structured_outputs exclude one another; leave one out.", param=name)
+            raise RequestError(
+                f"{name} and structured_outputs cannot be combined.", remedy="Leave one of them out.", param=name
+            )
 
 
 def _check_prompt_outputs(message: GenerateRequest) -> None:
     p, num_prompt_tokens = message.sampling, len(message.prompt_token_ids)
     if not 0 <= p.prompt_logprobs_start < max(1, num_prompt_tokens):
         raise RequestError(
-            f"prompt_logprobs_start is {p.prompt_logprobs_start}; the prompt has tokens 0 to {num_prompt_tokens - 1}.",
+            f"prompt_logprobs_start is {p.prompt_logprobs_start}, but the prompt has the tokens 0 to {num_prompt_tokens - 1}.",
             param="prompt_logprobs_start",
         )
-    num_wanted = num_prompt_tokens - p.prompt_logprobs_start
-    if p.prompt_logprobs is not None and num_wanted * (1 + p.prompt_logprobs) > MAX_PROMPT_LOGPROB_PAIRS:
+    num_tokens = num_prompt_tokens - p.prompt_logprobs_start
+    if p.prompt_logprobs is not None and num_tokens * (1 + p.prompt_logprobs) > MAX_PROMPT_LOGPROB_PAIRS:
         raise RequestError(
-            f"prompt_logprobs {p.prompt_logprobs} for {num_wanted} tokens is too much; at most {MAX_PROMPT_LOGPROB_PAIRS:,} "
-            "log-probabilities of a prompt can be had.",
+            f"prompt_logprobs {p.prompt_logprobs} for {num_tokens} tokens exceeds the limit of {MAX_PROMPT_LOGPROB_PAIRS:,} "
+            "log-probabilities of a prompt.",
+            remedy="Lower prompt_logprobs or raise prompt_logprobs_start.",
             param="prompt_logprobs",
         )
     if message.embed and (p.max_tokens or p.prompt_logprobs is not None):
         name = "max_tokens" if p.max_tokens else "prompt_logprobs"
-        raise RequestError(f"An embedding has no {name}; send max_tokens 0 and no prompt_logprobs.", param=name)
+        raise RequestError(
+            f"{name} cannot be combined with an embedding.",
+            remedy="Send max_tokens 0 and no prompt_logprobs.",
+            param=name,
+        )

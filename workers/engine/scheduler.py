@@ -1,54 +1,48 @@
-"""Who computes how many tokens in the next step: continuous batching with chunked prefill and preemption by recompute.
+"""Which requests compute how many tokens in the next step: continuous batching with chunked prefill and preemption by recomputation.
 
-Pure Python: knows requests and the KV cache manager; no torch, no ranks, no clock. There is no prefill or decode phase:
-in every step a request's `num_computed_tokens` catches up with its `num_tokens`, as far as the token budget and the KV
-blocks allow (vLLM V1, Sarathi-Serve).
+Pure Python: knows requests and the KV cache manager; no torch, no ranks, no clock. There is no prefill or decode phase: in every step a
+request's `num_computed_tokens` catches up with its `num_tokens`, as far as the token budget and the KV blocks allow (vLLM V1,
+Sarathi-Serve).
 
-The rule: requests are served by priority, of one priority the running before the waiting, then by arrival. Who is served takes
-what it needs from those of worse priorities: their sequences, tokens and blocks, in this very step. So background requests
-(batch lines) starve as long as others fill the engine: that is meant. Beside others they have a token budget of their own,
-which keeps steps short for those that decode, and for whoever comes next; and none in a step that computes another's prompt.
+The rule: requests are served by priority; at equal priority running ones come before waiting ones, then the order of arrival counts. A
+request takes what it needs from requests of worse priority: their slots, tokens and blocks, in the same step. So background requests
+(lines of batches) starve while others fill the engine; that is intended. Next to others they have a token budget of their own, which
+keeps steps short for requests that decode and for those that arrive next. They get no tokens in a step that computes another's prompt.
 """
 
 import bisect
 import math
 from dataclasses import dataclass, field
 
-from workers.engine.request import Request
+from workers.engine.request import Request, ScheduledRequest
 from workers.kv_cache.manager import KVCacheManager
 
-# Steps after the last foreground request in which background ones still keep to their budget: where one came the next is near,
-# and it must not find a long step under way. About a second of short steps.
+# Background requests keep to their budget for this many steps after the last foreground request: another one often follows soon, and a
+# long step would delay it. About a second of short steps.
 FOREGROUND_IS_NEAR_STEPS = 200
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    request: Request
-    num_new_tokens: int
+@dataclass(slots=True)
+class PrefixCounts:
+    """Prompt tokens looked up in the prefix cache, at each request's first admission, and those found. Only ever grow."""
 
-    @property
-    def completes(self) -> bool:
-        """Whether this step computes the request's last token."""
-        return self.request.num_computed_tokens + self.num_new_tokens == self.request.num_tokens
+    queries_total: int = 0
+    hits_total: int = 0
+    background_queries_total: int = 0
+    background_hits_total: int = 0
 
-    @property
-    def samples(self) -> bool:
-        """Whether the logits of its last token choose the next one in this step."""
-        return self.completes and self.request.sampling.max_tokens > 0
-
-    @property
-    def prompt_rows(self) -> range:
-        """The positions this step computes of those its `prompt_output` still waits for."""
-        if self.request.prompt_output is None:
-            return range(0)
-        start, wanted = self.request.num_computed_tokens, self.request.prompt_output.rows
-        return range(max(start, wanted.start), min(start + self.num_new_tokens, wanted.stop))
+    def add(self, request: Request) -> None:
+        num_hits = request.num_cached_tokens or 0
+        self.queries_total += request.num_prompt_tokens
+        self.hits_total += num_hits
+        if request.is_background:
+            self.background_queries_total += request.num_prompt_tokens
+            self.background_hits_total += num_hits
 
 
 @dataclass(slots=True)
 class _Step:
-    """One step as it is being put together. The first `num_visited` of the running requests had their turn."""
+    """One step while it is being built. The first `num_visited` of the running requests had their turn."""
 
     budget: int
     background_budget: int
@@ -60,20 +54,19 @@ class _Step:
     def budget_for(self, request: Request) -> int:
         return min(self.budget, self.background_budget) if request.is_background else self.budget
 
-    def take(self, request: Request, num_new_tokens: int) -> None:
+    def add(self, request: Request, num_new_tokens: int) -> None:
         self.scheduled.append(ScheduledRequest(request, num_new_tokens))
         self.num_visited += 1
         self.budget -= num_new_tokens
         if request.is_background:
             self.background_budget -= num_new_tokens
         elif num_new_tokens > 1 and self.background_is_bounded:
-            self.background_budget = (
-                0  # these are the longest steps: a first token waits for them, and everyone's next one
-            )
+            # These are the longest steps: one request's first token waits for them, and every other's next token.
+            self.background_budget = 0
 
 
 class Scheduler:
-    """max_background_tokens: of a step in which foreground requests take part, or did a moment ago; None for no bound."""
+    """max_background_tokens: the most that background requests get of a step while foreground requests are near; None for no limit."""
 
     def __init__(
         self,
@@ -88,6 +81,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_background_tokens = max_background_tokens
         self.num_preemptions_total = 0
+        self.prefix_counts = PrefixCounts()
         # Both sorted by Request.order.
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -105,7 +99,7 @@ class Scheduler:
         return self._steps_without_foreground < FOREGROUND_IS_NEAR_STEPS
 
     def schedule(self) -> list[ScheduledRequest]:
-        """The next step, blocks allocated. Empty only when there is no work, or when `head_of_line` can never run."""
+        """The next step, blocks allocated. Empty only without work, or when the first waiting request can never run."""
         step = self._begin_step()
         while (request := self._next(step)) is not None and step.budget_for(request) > 0:
             if request is self._next_waiting(step):
@@ -115,9 +109,18 @@ class Scheduler:
         return step.scheduled
 
     def finish(self, request: Request) -> None:
-        """Removes a request wherever it stands and frees its blocks."""
+        """Removes a running or waiting request and frees its blocks."""
         (self.running if request in self.running else self.waiting).remove(request)
-        self.kv_cache.free(request)
+        self.kv_cache.free(request.sequence)
+
+    def preempt_last(self) -> Request:
+        """Sends the last running request back to the queue. It keeps its tokens and computes them again later."""
+        request = self.running.pop()
+        self.kv_cache.free(request.sequence)
+        request.num_preemptions += 1
+        self.num_preemptions_total += 1
+        self.add(request)
+        return request
 
     def _begin_step(self) -> _Step:
         if any(not requests[0].is_background for requests in (self.running, self.waiting) if requests):
@@ -129,7 +132,7 @@ class Scheduler:
         return _Step(budget, budget if bound is None else bound, background_is_bounded=bound is not None)
 
     def _next(self, step: _Step) -> Request | None:
-        """Whose turn it is. Everyone behind it in `running` has the same or a worse priority and no part in this step yet."""
+        """Whose turn it is. All requests after it in `running` have the same or a worse priority and no part in this step yet."""
         running = self.running[step.num_visited] if step.num_visited < len(self.running) else None
         waiting = self._next_waiting(step)
         if running is None or (waiting is not None and waiting.priority < running.priority):
@@ -140,34 +143,36 @@ class Scheduler:
         return self.waiting[0] if self.waiting and self.waiting[0].priority < step.admits_below else None
 
     def _grow(self, request: Request, step: _Step) -> None:
-        """A running request goes on; without room for it the last in order gives way, which may be itself."""
-        num_new_tokens = min(request.num_tokens - request.num_computed_tokens, step.budget_for(request))
-        while not self.kv_cache.grow(request, num_new_tokens):
+        """A running request continues. Without room for it the last in order is preempted, which may be the request itself."""
+        num_new_tokens = min(request.sequence.num_pending_tokens, step.budget_for(request))
+        while not self.kv_cache.grow(request.sequence, num_new_tokens):
             if self._preempt_last(step) is request:
                 return
-        step.take(request, num_new_tokens)
+        step.add(request, num_new_tokens)
 
     def _start(self, request: Request, step: _Step) -> None:
-        """A waiting request begins. Those of worse priorities give way to it, one by one from the last; equal ones do not."""
-        prefix = self.kv_cache.find_prefix(request)
+        """A waiting request starts. Requests of worse priority are preempted for it, one by one from the last; equal ones are not."""
+        sequence = request.sequence
+        prefix = self.kv_cache.find_prefix(sequence, request.max_prefix_tokens)
         num_missing = request.num_tokens - len(prefix) * self.kv_cache.block_size
         num_new_tokens = min(num_missing, step.budget_for(request))
-        while len(self.running) >= self.max_num_seqs or not self.kv_cache.start(request, prefix, num_new_tokens):
+        while len(self.running) >= self.max_num_seqs or not self.kv_cache.start(sequence, prefix, num_new_tokens):
             if not self.running or self.running[-1].priority <= request.priority:
-                step.admits_below = request.priority  # nobody overtakes it, or a large request would wait for ever
+                # No other may overtake it, or a large request would wait forever.
+                step.admits_below = request.priority
                 return
             self._preempt_last(step)
-        self.waiting.pop(0)  # whoever gave way is behind it
+        # Still the first: requests preempted for it are queued after it.
+        self.waiting.pop(0)
         bisect.insort(self.running, request, key=lambda r: r.order)
-        step.take(request, num_new_tokens)
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = min(sequence.num_computed_tokens, request.num_prompt_tokens)
+            if self.kv_cache.enable_prefix_caching:
+                self.prefix_counts.add(request)
+        step.add(request, num_new_tokens)
 
     def _preempt_last(self, step: _Step) -> Request:
-        """Sends the last running request back to wait; its tokens are kept and computed again later."""
-        request = self.running.pop()
-        self.kv_cache.free(request)
-        request.num_preemptions += 1
-        self.num_preemptions_total += 1
-        self.add(request)
-        # It would come back at once, or another like it, and push the next one out.
+        request = self.preempt_last()
+        # Otherwise it, or another like it, would start again in this step and preempt the next one.
         step.admits_below = min(step.admits_below, request.priority)
         return request

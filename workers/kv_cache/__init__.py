@@ -1,1 +1,1 @@
-"""The paged KV cache: blocks, who holds them, their content, the tensors."""
+"""The paged KV cache: blocks and their reference counts, the prefix cache, and the tensors."""

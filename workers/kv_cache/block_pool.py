@@ -1,12 +1,12 @@
-"""Physical KV blocks as numbers: who is free, who is shared, who holds which content.
+"""Physical KV blocks as numbers: which are free, how many sequences hold each, and which content can be found by hash.
 
-Knows no requests and no torch. Block 0 is the null block, never allocated: it stands for blocks released behind the
-window. A block whose last holder lets go keeps its content until it is allocated again, least recently used first;
-until then a prefix with the same hash takes it back (the prefix cache of vLLM).
+Knows no requests and no torch. Block 0 is the null block and is never allocated: it replaces blocks that the window has passed. A block
+whose last reference is released keeps its content until it is allocated again, least recently used first. Until then a prefix with the
+same hash can use it (vLLM's prefix cache).
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 
 from workers.kv_cache.diff import CacheDiff
 from workers.protocol import CacheEvents
@@ -34,15 +34,23 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - len(self._free)
 
+    @property
+    def cached_hashes(self) -> KeysView[bytes]:
+        """The hash of every content that `find` knows."""
+        return self._cached.keys()
+
     def find(self, block_hash: bytes) -> int | None:
-        """The block that holds this content, held or free, or None."""
+        """The block that holds this content, used or free, or None."""
         return self._cached.get(block_hash)
 
     def is_free(self, block_id: int) -> bool:
         return block_id in self._free
 
-    def hold(self, block_ids: Iterable[int]) -> None:
-        """One more holder for each; null blocks are passed over."""
+    def is_shared(self, block_id: int) -> bool:
+        return self._ref_counts[block_id] > 1
+
+    def touch(self, block_ids: Iterable[int]) -> None:
+        """Adds a reference to each block. Null blocks are skipped."""
         for block_id in block_ids:
             if block_id == NULL_BLOCK:
                 continue
@@ -51,37 +59,41 @@ class BlockPool:
             self._ref_counts[block_id] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one holder and no known content. The caller has checked `num_free`."""
-        assert count <= len(self._free), f"asked for {count} blocks of {len(self._free)} free"
+        """`count` blocks with one reference each and no cached content. The caller has checked `num_free`."""
+        assert count <= len(self._free), f"{count} blocks requested, {len(self._free)} are free"
         block_ids = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block_id in block_ids:
             self._ref_counts[block_id] = 1
-            block_hash = self._hash_of.pop(block_id, None)
-            if block_hash is not None:
-                del self._cached[block_hash]
-                self._diff.evict(block_hash)
+            self.uncache(block_id)
         return block_ids
 
-    def name(self, block_id: int, block_hash: bytes) -> None:
-        """Says what a full block holds. The first block of a content keeps the name; a twin stays nameless."""
+    def cache(self, block_id: int, block_hash: bytes) -> None:
+        """Makes a full block's content findable. Where another block already has this content, that one stays the one found."""
         if block_hash not in self._cached:
             self._cached[block_hash] = block_id
             self._hash_of[block_id] = block_hash
             self._diff.store(block_hash)
 
+    def uncache(self, block_id: int) -> None:
+        """Forgets the block's content, because it is about to be overwritten. References stay as they are."""
+        block_hash = self._hash_of.pop(block_id, None)
+        if block_hash is not None:
+            del self._cached[block_hash]
+            self._diff.evict(block_hash)
+
     def take_events(self) -> CacheEvents | None:
-        """Which contents became findable and which were lost since the last call; None when neither."""
+        """Which contents became findable and which were evicted since the last call; None without changes."""
         return self._diff.take()
 
     def release(self, block_ids: Iterable[int]) -> None:
-        """One holder less for each, in the order in which they may be evicted; null blocks are passed over."""
+        """Drops a reference to each block, in the order in which they may be evicted. Null blocks are skipped."""
         for block_id in block_ids:
             if block_id == NULL_BLOCK:
                 continue
             self._ref_counts[block_id] -= 1
-            assert self._ref_counts[block_id] >= 0, f"block {block_id} released more often than held"
+            assert self._ref_counts[block_id] >= 0, f"block {block_id} was released more often than touched"
             if self._ref_counts[block_id] == 0:
                 self._free[block_id] = None
                 if block_id not in self._hash_of:
-                    # Nobody can find it again: use it before any cached one.
+                    # Its content cannot be found again: use it before any cached block.
                     self._free.move_to_end(block_id, last=False)

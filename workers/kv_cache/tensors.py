@@ -5,9 +5,9 @@ import math
 import numpy as np
 import torch
 
+from workers.attention.backend import KVCaches
 from workers.config import EngineConfig
 from workers.errors import ConfigError
-from workers.model.mistral import KVCaches
 
 
 def num_blocks_that_fit(config: EngineConfig, device: torch.device) -> int:
@@ -24,21 +24,23 @@ def num_blocks_that_fit(config: EngineConfig, device: torch.device) -> int:
         activations = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
         reserved_unused = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
         budget = int(free + reserved_unused - activations - (1 - config.gpu_memory_utilization) * total)
-        remedy = "raise --gpu-memory-utilization, lower --max-num-batched-tokens or use more tensor-parallel ranks"
+        remedy = "Raise --gpu-memory-utilization, lower --max-num-batched-tokens or use more tensor-parallel ranks."
+        param = "--gpu-memory-utilization"
     else:
-        budget, remedy = config.kv_cache_bytes, "raise --kv-cache-memory"
+        budget, remedy, param = config.kv_cache_bytes, "Raise --kv-cache-memory.", "--kv-cache-memory"
     num_blocks = config.num_kv_blocks_within(budget)
     if num_blocks < 1:
         raise ConfigError(
             f"No room for the KV cache: {max(0, budget) / 2**20:.0f} MiB are left and one block of "
-            f"{config.block_size} tokens takes {config.kv_block_bytes / 2**20:.2f} MiB; {remedy}."
+            f"{config.block_size} tokens takes {config.kv_block_bytes / 2**20:.2f} MiB.",
+            remedy=remedy,
+            param=param,
         )
     return num_blocks
 
 
 def allocate(config: EngineConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> KVCaches:
-    """Per layer (k_cache, v_cache), each [num_blocks + 1, block_size, num_kv_heads, head_dim], zeroed: block 0 is the
-    null block.
+    """The caches of all layers with `num_blocks` + 1 blocks each, zeroed. Block 0 is the null block.
 
     Zeros, not garbage: masked positions still enter a product, and 0 * NaN is NaN.
     """

@@ -1,1 +1,1 @@
-"""Layers that know which slice of a weight is theirs."""
+"""The layers of the model: each knows which part of its weights belongs to this rank."""

@@ -1,8 +1,8 @@
 """The parts of a Mistral decoder layer: norm, rotary embedding, attention, feed-forward. Knows no checkpoint and no cache layout.
 
-Where the computation is divided over ranks shows in the layers' types. Tensors are flat over the step's tokens, and in fp32 on the
-CPU a token's result is bit for bit independent of the tokens beside it. Nothing here reads the device from the host, and shapes
-depend only on num_tokens, so a step can be captured as a CUDA graph.
+The layers' types show where the computation is divided over ranks. Tensors are flat over the step's tokens, and in fp32 on the CPU a
+token's result is bit for bit independent of the other tokens. Nothing here reads from the device on the host, and shapes depend only on
+num_tokens, so a step can be captured as a CUDA graph.
 """
 
 import torch
@@ -11,14 +11,9 @@ from torch.nn import functional
 
 from workers.attention.backend import AttentionBackend, AttentionMetadata
 from workers.config import ModelConfig
-from workers.layers.linear import (
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-    load_whole,
-    new_weight,
-)
+from workers.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from workers.parallel.group import TensorParallel
+from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight
 
 
 class RMSNorm(nn.Module):
@@ -27,11 +22,17 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = new_weight((hidden_size,), load_whole, dtype=dtype, device=device)
+        self.weight = new_weight((hidden_size,), self.load_whole, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def load_whole(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
+        """Every rank holds the whole parameter."""
+        check_shape(source, tuple(parameter.shape))
+        parameter.copy_(source[:])
+        return parameter.numel()
 
 
 class RotaryEmbedding(nn.Module):
@@ -44,7 +45,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, theta: float, *, max_positions: int, device: torch.device | str) -> None:
         super().__init__()
         self.half_dim = head_dim // 2
-        # Written as transformers writes it: at position 40,000 another rounding of these turns by another 0.002 radians.
+        # The formula is transformers' to the last bit: at position 40,000 other rounding changes the angle by 0.002 radians.
         inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)
         cos, sin = angles.cos(), angles.sin()
@@ -74,6 +75,7 @@ class Attention(nn.Module):
         tp: TensorParallel,
         dtype: torch.dtype,
         device: torch.device | str,
+        method: WeightMethod,
     ) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads // tp.size
@@ -89,9 +91,11 @@ class Attention(nn.Module):
             tp=tp,
             dtype=dtype,
             device=device,
+            method=method,
         )
+        input_size = config.num_attention_heads * config.head_dim
         self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, tp=tp, dtype=dtype, device=device
+            input_size, config.hidden_size, tp=tp, dtype=dtype, device=device, method=method
         )
 
     def forward(
@@ -102,9 +106,8 @@ class Attention(nn.Module):
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
-        qkv = self.qkv_proj(x).view(
-            x.shape[0], -1, self.head_dim
-        )  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
+        # qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
         qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
         q, k = self.rotary.rotate(qk, *angles).split((self.num_heads, self.num_kv_heads), dim=1)
         # q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]; views with a longer row stride
@@ -123,11 +126,16 @@ class MLP(nn.Module):
         tp: TensorParallel,
         dtype: torch.dtype,
         device: torch.device | str,
+        method: WeightMethod,
     ) -> None:
         super().__init__()
         output_sizes = [("gate", intermediate_size), ("up", intermediate_size)]
-        self.gate_up_proj = MergedColumnParallelLinear(hidden_size, output_sizes, tp=tp, dtype=dtype, device=device)
-        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, tp=tp, dtype=dtype, device=device)
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden_size, output_sizes, tp=tp, dtype=dtype, device=device, method=method
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate_size, hidden_size, tp=tp, dtype=dtype, device=device, method=method
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
@@ -138,8 +146,8 @@ class MLP(nn.Module):
 def silu(x: torch.Tensor) -> torch.Tensor:
     """x * sigmoid(x).
 
-    On the CPU torch's own silu computes the last elements of each thread's share by another exponential, with other last bits, and
-    where the shares end depends on the number of rows. `exp` treats every element alike.
+    On the CPU torch's own silu computes the last elements of each thread's part with another exponential, with other last bits, and
+    where the parts end depends on the number of rows. `exp` computes every element alike.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return functional.silu(x)

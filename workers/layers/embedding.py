@@ -12,19 +12,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from workers.layers.linear import WeightSource, check_shape, linear, new_weight, pack
 from workers.parallel.group import TensorParallel
+from workers.quant.dense import DENSE
+from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Each rank looks up the tokens it owns; the sum over ranks is the embedding."""
+    """Each rank looks up the tokens it owns; the sum over ranks is the embedding. A plain table: rows are looked up, not multiplied."""
 
     def __init__(
         self, vocab_size: int, hidden_size: int, *, tp: TensorParallel, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = _vocab_rows(vocab_size, hidden_size, tp=tp, dtype=dtype, device=device)
+        self.vocab_size = vocab_size
+        self.weight = new_weight((_num_rows(vocab_size, tp), hidden_size), self.load_rows, dtype=dtype, device=device)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         # token_ids: [num_tokens], each in [0, vocab_size) -> [num_tokens, hidden_size], the same on all ranks
@@ -36,9 +38,19 @@ class VocabParallelEmbedding(nn.Module):
         embedded = functional.embedding(rows.masked_fill(not_mine, 0), self.weight)
         return self.tp.all_reduce(embedded.masked_fill_(not_mine.unsqueeze(-1), 0))
 
+    def load_rows(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
+        check_shape(source, (self.vocab_size, self.weight.shape[1]))
+        parameter.copy_(_padded_rows(source, self.tp, num_rows=self.weight.shape[0]))
+        return parameter.numel()
+
 
 class ParallelLMHead(nn.Module):
-    """Logits over the vocabulary, gathered on rank 0. `tied` is the embedding whose weight also serves as the head's."""
+    """Logits over the vocabulary, gathered on rank 0. `tied` is the embedding whose weight also serves as the head's.
+
+    A tied embedding keeps its plain table, which looking up rows needs, and the head gets a copy in the method's form.
+    """
+
+    weight: nn.Parameter
 
     def __init__(
         self,
@@ -49,33 +61,40 @@ class ParallelLMHead(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         tied: VocabParallelEmbedding | None = None,
+        method: WeightMethod = DENSE,
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.method = method
         self.vocab_size = vocab_size
-        self.weight = tied.weight if tied else _vocab_rows(vocab_size, hidden_size, tp=tp, dtype=dtype, device=device)
+        self.hidden_size = hidden_size
+        if tied is not None:
+            self.weight = tied.weight
+            return
+        num_rows = _num_rows(vocab_size, tp)
+        method.create(self, num_rows, hidden_size, weight_loader=self.load_rows, dtype=dtype, device=device)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         # hidden_states: [num_tokens, hidden_size] -> [num_tokens, vocab_size] on rank 0, None elsewhere
-        logits = self.tp.gather(linear(hidden_states, self.weight))
+        logits = self.tp.gather(self.method.apply(self, hidden_states))
         return None if logits is None else logits[:, : self.vocab_size]
 
-    def pack(self) -> None:
-        """A tied embedding keeps its plain weight, which looking up rows needs, and the head gets a packed copy."""
-        self.weight = pack(self.weight)
+    def load_rows(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
+        check_shape(source, (self.vocab_size, self.hidden_size))
+        num_rows = _num_rows(self.vocab_size, self.tp)
+        return self.method.load(self, _padded_rows(source, self.tp, num_rows=num_rows), slice(None))
+
+    def finish_loading(self) -> None:
+        self.method.finish(self)
 
 
-def _vocab_rows(
-    vocab_size: int, hidden_size: int, *, tp: TensorParallel, dtype: torch.dtype, device: torch.device | str
-) -> nn.Parameter:
-    num_rows = -(-vocab_size // tp.size)
+def _num_rows(vocab_size: int, tp: TensorParallel) -> int:
+    return -(-vocab_size // tp.size)
+
+
+def _padded_rows(source: WeightSource, tp: TensorParallel, *, num_rows: int) -> torch.Tensor:
+    """This rank's rows of the vocabulary, then zero rows up to `num_rows`."""
+    vocab_size = source.shape[0]
     start = min(tp.rank * num_rows, vocab_size)
-    stop = min(start + num_rows, vocab_size)
-
-    def load_rows(parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
-        check_shape(source, (vocab_size, hidden_size))
-        parameter[: stop - start].copy_(source[start:stop])
-        parameter[stop - start :].zero_()
-        return parameter.numel()
-
-    return new_weight((num_rows, hidden_size), load_rows, dtype=dtype, device=device)
+    rows = source[start : min(start + num_rows, vocab_size)]
+    return rows if len(rows) == num_rows else functional.pad(rows, (0, 0, 0, num_rows - len(rows)))

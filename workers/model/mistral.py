@@ -1,7 +1,7 @@
 """Mistral (and Llama checkpoints of the same structure), top to bottom. Knows how the layers join and how they are named.
 
-Names are Hugging Face's, except that `packed_modules` fuses the projections that share an input; loader.py translates Mistral's own.
-Does not know where weights come from, how the KV cache is allocated, or how tokens are chosen.
+Names are Hugging Face's, except that `packed_modules` fuses the projections that share an input; weights/ translates Mistral's own names.
+Does not know where weights come from, how they are kept in memory, how the KV cache is allocated, or how tokens are chosen.
 """
 
 from typing import ClassVar
@@ -9,22 +9,20 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from workers.attention.backend import AttentionBackend, AttentionMetadata
+from workers.attention.backend import AttentionBackend, AttentionMetadata, KVCaches
 from workers.config import ModelConfig
 from workers.layers.decoder import MLP, Attention, RMSNorm, RotaryEmbedding
 from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from workers.parallel.group import TensorParallel
-
-KVCaches = list[
-    tuple[torch.Tensor, torch.Tensor]
-]  # per layer k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]
+from workers.quant.dense import DENSE
+from workers.quant.method import WeightMethod
 
 
 class MistralForCausalLM(nn.Module):
-    """One rank's share of the model. Parameters are unfilled until `loader.load_weights`."""
+    """One rank's part of the model. Parameters are unfilled until `loader.load_weights`."""
 
     # module here: {module in the checkpoint: its shard}
-    packed_modules: ClassVar = {
+    packed_modules: ClassVar[dict[str, dict[str, str]]] = {
         "qkv_proj": {"q_proj": "q", "k_proj": "k", "v_proj": "v"},
         "gate_up_proj": {"gate_proj": "gate", "up_proj": "up"},
     }
@@ -38,15 +36,16 @@ class MistralForCausalLM(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         max_positions: int,
+        method: WeightMethod = DENSE,
     ) -> None:
-        """`backend` serves this rank's heads, in all layers. Positions run from 0 to max_positions - 1."""
+        """`backend` serves this rank's heads, `method` all weight matrices. Positions run from 0 to max_positions - 1."""
         super().__init__()
         self.model = MistralModel(
-            config, tp=tp, backend=backend, dtype=dtype, device=device, max_positions=max_positions
+            config, tp=tp, backend=backend, dtype=dtype, device=device, max_positions=max_positions, method=method
         )
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device, tied=tied
+            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device, tied=tied, method=method
         )
 
     def forward(
@@ -71,6 +70,7 @@ class MistralModel(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         max_positions: int,
+        method: WeightMethod,
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
@@ -78,7 +78,7 @@ class MistralModel(nn.Module):
         )
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, max_positions=max_positions, device=device)
         self.layers = nn.ModuleList(
-            MistralLayer(config, rotary=self.rotary, backend=backend, tp=tp, dtype=dtype, device=device)
+            MistralLayer(config, rotary=self.rotary, backend=backend, tp=tp, dtype=dtype, device=device, method=method)
             for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
@@ -103,12 +103,15 @@ class MistralLayer(nn.Module):
         tp: TensorParallel,
         dtype: torch.dtype,
         device: torch.device | str,
+        method: WeightMethod,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.self_attn = Attention(config, rotary=rotary, backend=backend, tp=tp, dtype=dtype, device=device)
+        self.self_attn = Attention(
+            config, rotary=rotary, backend=backend, tp=tp, dtype=dtype, device=device, method=method
+        )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, tp=tp, dtype=dtype, device=device)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, tp=tp, dtype=dtype, device=device, method=method)
 
     def forward(
         self,

@@ -1,1 +1,1 @@
-"""Tensor parallelism: the process group, and layers that know which slice of a weight is theirs."""
+"""The tensor-parallel process group: its collectives and how ranks join it. Knows no model and no layers."""

@@ -103,7 +103,7 @@ class DistributedGroup:
             return torch.cat(parts, dim=-1)
 
     def broadcast(self, message: np.ndarray | None) -> np.ndarray:
-        """Rank 0 passes a 1-D int32 array; the others wait for as long as rank 0 is connected."""
+        """Rank 0 passes a 1-D int32 array; the others wait as long as rank 0 is connected."""
         head = torch.empty(1 + INLINE_WORDS, dtype=torch.int32)
         if self.rank == 0:
             assert message is not None and message.ndim == 1 and message.dtype == np.int32, (
@@ -133,12 +133,12 @@ class DistributedGroup:
         return int(x)
 
     def waiting_for(self) -> tuple[int, ...]:
-        """Ranks behind this one's running collective, as of their last report: up to PROGRESS_INTERVAL_S old."""
+        """Ranks that have not entered this rank's running collective, as of their last report: up to PROGRESS_INTERVAL_S old."""
         if not self._busy or self._closed.is_set():
             return ()
         try:
-            return self._behind(self._entered)
-        except RuntimeError:  # the store went with rank 0
+            return self._not_entered(self._entered)
+        except RuntimeError:  # the store ended with rank 0
             return (0,) if self.rank != 0 else ()
 
     def close(self) -> None:
@@ -163,8 +163,8 @@ class DistributedGroup:
 
     def _fail(self, error: RuntimeError) -> NoReturn:
         try:
-            self._closed.wait(2 * PROGRESS_INTERVAL_S)  # the living report once more
-            missing = self._behind(self._entered)
+            self._closed.wait(2 * PROGRESS_INTERVAL_S)  # living ranks report once more
+            missing = self._not_entered(self._entered)
         except RuntimeError:
             missing = (0,)
         self.close()
@@ -179,7 +179,7 @@ class DistributedGroup:
                 logger.debug("rank %s stops reporting progress: %s", self.rank, e)
                 return
 
-    def _behind(self, entered: int) -> tuple[int, ...]:
+    def _not_entered(self, entered: int) -> tuple[int, ...]:
         others = [r for r in range(self.size) if r != self.rank]
         known = [r for r in others if self._store.check([f"entered/{r}"])]
         return tuple(r for r in others if r not in known or int(self._store.get(f"entered/{r}")) < entered)
@@ -192,7 +192,7 @@ def _destroy() -> None:
 
 @contextlib.contextmanager
 def _gloo_interface(name: str | None) -> Iterator[None]:
-    """Gloo reads the interface from the environment; whoever this process starts must not inherit it."""
+    """Gloo reads the interface from the environment; processes started from here must not inherit it."""
     if name is None or "GLOO_SOCKET_IFNAME" in os.environ:
         yield
         return

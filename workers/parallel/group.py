@@ -1,4 +1,4 @@
-"""The tensor-parallel group: what the model and the engine ask of their fellow ranks, and nothing else.
+"""The tensor-parallel group: everything the model and the engine need from the other ranks.
 
 `TensorParallel` is the seam. Implementations: `SingleRank` here (one process, no process group), `SharedMemoryGroup`
 (CPU ranks of one host), `DistributedGroup` (NCCL on CUDA, Gloo for CPU ranks on different hosts).
@@ -14,7 +14,7 @@ import torch
 class TensorParallel(Protocol):
     """Collectives over the ranks of one replica. Every rank calls the same methods in the same order.
 
-    All methods raise GroupError, naming the missing ranks where they are known, instead of waiting for ever.
+    All methods raise GroupError, naming the missing ranks where they are known, instead of waiting forever.
     """
 
     rank: int

@@ -1,4 +1,4 @@
-"""Chooses and joins a rank's tensor-parallel group. Knows the implementations and when each applies; nothing of what runs on them."""
+"""Chooses and joins a rank's tensor-parallel group. Knows the implementations and when each applies."""
 
 import logging
 from typing import Literal
@@ -29,8 +29,8 @@ def join_group(
 ) -> TensorParallel:
     """Returns when all `size` ranks have joined. `timeout_s` limits each collective, `join_timeout_s` the joining.
 
-    `replica_id` must differ between incarnations of a replica. `master_address:master_port`, on rank 0's host, is not used by
-    "shm". "auto" is NCCL on CUDA; on the CPU shared memory where all ranks are on one host and it works there, else Gloo.
+    `replica_id` must differ between incarnations of a replica. `master_address:master_port` is on rank 0's host; "shm" does not use it.
+    "auto" is NCCL on CUDA; on the CPU shared memory where all ranks are on one host and it works there, else Gloo.
     Raises GroupError if a rank stays away, ConfigError if backend and device do not fit.
     """
     device = rank_device(device)
@@ -47,11 +47,12 @@ def join_group(
                 logger.info("ranks of this host use Gloo, because shared memory needs /dev/shm and an x86-64 processor")
     if (backend == "nccl") != (device.type == "cuda"):
         raise ConfigError(
-            f"The collectives {backend!r} do not work on {device.type}; use 'nccl' on cuda, 'shm' or 'gloo' on cpu."
+            f"The collectives {backend!r} do not work on {device.type}.",
+            remedy="Use 'nccl' on cuda, 'shm' or 'gloo' on cpu.",
         )
     if backend == "shm":
         if not same_host:
-            raise ConfigError("Shared-memory collectives need all ranks on one host; use 'gloo'.")
+            raise ConfigError("Shared-memory collectives need all ranks on one host.", remedy="Use 'gloo'.")
         return SharedMemoryGroup(replica_id, rank=rank, size=size, timeout_s=timeout_s, join_timeout_s=join_timeout_s)
     return DistributedGroup(
         rank=rank,

@@ -1,8 +1,8 @@
-"""The memory-mapped file behind a SharedMemoryGroup: where its words lie, how it appears to the others, and who still lives.
+"""The memory-mapped file of a SharedMemoryGroup: its layout, how the leader makes it and how the followers find it.
 
     line 0         MAGIC, size, capacity_bytes
     line 1 + r     rank r's ARRIVED, CLOSED, PID, BORN: written by rank r only
-    then           per rank two buffers, each behind a line that says what is in it
+    then           per rank two buffers, each preceded by a line that says what is in it
 
 A line is a cache line, so that ranks waiting for different ranks do not disturb each other. Knows nothing of collectives.
 """
@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 from workers.errors import GroupError
+from workers.process_identity import born_at
 
 FOLDER = Path("/dev/shm")
 MAGIC = 0x74_72_61_6D
 WORD = 8
 LINE = 8  # words in a cache line
 ARRIVED, CLOSED, PID, BORN = range(4)  # the words of each rank's own line
-PF_EXITING = 4  # Linux
 
 
 def available() -> bool:
@@ -34,7 +34,7 @@ def line(rank: int) -> int:
 
 
 def create(path: Path, num_bytes: int, facts: tuple[int, int, int]) -> mmap.mmap:
-    """The leader's mapping. The file gets its name only when it is complete, and replaces a leftover of that name."""
+    """The leader's mapping. The file gets its name only when it is complete, and replaces a leftover of that name. Raises GroupError."""
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
@@ -44,7 +44,7 @@ def create(path: Path, num_bytes: int, facts: tuple[int, int, int]) -> mmap.mmap
         for i, fact in enumerate(facts):
             words[i] = fact
         words[line(0) + PID] = os.getpid()
-        words[line(0) + BORN] = birth(os.getpid()) or 0
+        words[line(0) + BORN] = born_at(os.getpid()) or 0
         draft.rename(path)
         return memory
     except OSError as e:
@@ -55,7 +55,7 @@ def create(path: Path, num_bytes: int, facts: tuple[int, int, int]) -> mmap.mmap
 
 
 def open_existing(path: Path, facts: tuple[int, int, int], *, deadline: float) -> mmap.mmap:
-    """A follower's mapping: waits until a living leader has made the file."""
+    """A follower's mapping: waits until a living leader has made the file. Raises GroupError after `deadline` (time.monotonic())."""
     while True:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -71,20 +71,8 @@ def open_existing(path: Path, facts: tuple[int, int, int], *, deadline: float) -
                 raise GroupError(
                     f"{path} belongs to a group of another size or version: {list(words[: len(facts)])}, not {facts}."
                 )
-            if birth(words[line(0) + PID]) == words[line(0) + BORN]:
+            if born_at(words[line(0) + PID]) == words[line(0) + BORN]:
                 return memory
         if time.monotonic() > deadline:
             raise GroupError(f"Rank 0 did not make {path} in time.", ranks=(0,))
         time.sleep(0.01)
-
-
-def birth(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None if it is dead or dying, reaped or not. Tells a reused pid apart."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()  # the command's name may hold spaces
-    # Giving back much memory takes a killed process seconds, in which nothing of it runs any more.
-    dying = fields[0] in "ZX" or int(fields[6]) & PF_EXITING
-    return None if dying else int(fields[19])

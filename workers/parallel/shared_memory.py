@@ -22,6 +22,7 @@ import torch
 from workers.errors import GroupError
 from workers.parallel import shared_file
 from workers.parallel.shared_file import ARRIVED, BORN, CLOSED, LINE, MAGIC, PID, WORD
+from workers.process_identity import born_at
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ YIELD_S = 0.001  # then polls that offer the core to others; after that, sleeps 
 MIN_SLEEP_S = 0.00005
 MAX_STEP_SLEEP_S = 0.0002  # within a step
 MAX_IDLE_SLEEP_S = 0.001  # between steps
-CHECK_INTERVAL_S = 0.05  # how often a sleeper looks for dead ranks and its own deadline
+CHECK_INTERVAL_S = 0.05  # how often a sleeper checks for dead ranks and its own deadline
 
 
 class SharedMemoryGroup:
@@ -51,9 +52,9 @@ class SharedMemoryGroup:
         join_timeout_s: float = 120.0,
         capacity_bytes: int = 1 << 20,
     ) -> None:
-        """Joins the group `name`, unique to this incarnation of the replica; returns when every rank has joined.
+        """Joins the group `name`, which must be unique to this incarnation of the replica; returns when every rank has joined.
 
-        Rank 0 creates the file, and unlinks it once all have it mapped: nothing stays behind, however the ranks end.
+        Rank 0 creates the file, and unlinks it once all have it mapped: no file is left, however the ranks end.
         A collective larger than `capacity_bytes` takes several rounds. Raises GroupError after `join_timeout_s`.
         """
         assert 0 <= rank < size and capacity_bytes % (LINE * WORD) == 0, (rank, size, capacity_bytes)
@@ -78,15 +79,15 @@ class SharedMemoryGroup:
             memory = shared_file.open_existing(path, facts, deadline=time.monotonic() + join_timeout_s)
         try:
             self._words = memoryview(memory).cast("q")
-            # [size, 2] buffers, each behind a line that says what is in it
+            # [size, 2] buffers, each preceded by a line that says what is in it
             slots = torch.frombuffer(memory, dtype=torch.uint8)[header_words * WORD :].view(size, 2, -1)
             self._tags = [
                 [header_words + (2 * r + p) * (LINE + capacity_bytes // WORD) for p in (0, 1)] for r in range(size)
             ]
             self._buffers = {torch.uint8: slots[:, :, LINE * WORD :]}
             mine = shared_file.line(rank)
-            self._words[mine + BORN] = shared_file.birth(os.getpid()) or 0
-            self._words[mine + PID] = os.getpid()  # after BORN: whoever reads a pid may compare the two
+            self._words[mine + BORN] = born_at(os.getpid()) or 0
+            self._words[mine + PID] = os.getpid()  # after BORN: a rank that reads a pid may compare the two
             self._words[mine + ARRIVED] = self._round
             self._wait(self._others, timeout_s=join_timeout_s, max_sleep_s=MAX_IDLE_SLEEP_S)
         finally:
@@ -128,7 +129,7 @@ class SharedMemoryGroup:
         return torch.cat(received, dim=-1)
 
     def broadcast(self, message: np.ndarray | None) -> np.ndarray:
-        """Rank 0 passes a 1-D int32 array and does not wait for readers; the others wait for as long as rank 0 lives."""
+        """Rank 0 passes a 1-D int32 array and does not wait for readers; the others wait as long as rank 0 lives."""
         step = self._capacity // 4
         if self.rank == 0:
             assert message is not None and message.ndim == 1 and message.dtype == np.int32, (
@@ -168,12 +169,12 @@ class SharedMemoryGroup:
 
     def waiting_for(self) -> tuple[int, ...]:
         """Ranks that the collective now running still waits for. Safe to call from another thread."""
-        words = self._words  # before _awaited, the order in which close() replaces them backwards
+        words = self._words  # read before _awaited: the reverse of the order in which close() replaces them
         n, ranks = self._awaited
         return tuple(r for r in ranks if words[shared_file.line(r) + ARRIVED] < n)
 
     def close(self) -> None:
-        """Tells the others that this rank has left, and lets go of the memory. Idempotent."""
+        """Tells the others that this rank has left, and releases the memory. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -226,7 +227,7 @@ class SharedMemoryGroup:
         return self._buffers[dtype]
 
     def _wait(self, ranks: Sequence[int], *, timeout_s: float | None, max_sleep_s: float) -> None:
-        """Returns when the counters of `ranks` have reached this rank's round. `timeout_s` None: for as long as they live."""
+        """Returns when the counters of `ranks` have reached this rank's round. `timeout_s` None: as long as they live."""
         if self._closed:
             raise GroupError(f"The group {self._name} is closed on rank {self.rank}.")
         words, n = self._words, self._round
@@ -260,14 +261,14 @@ class SharedMemoryGroup:
         for rank in ranks:
             line = shared_file.line(rank)
             pid = words[line + PID]
-            left = words[line + CLOSED] or (pid and shared_file.birth(pid) != words[line + BORN])
-            # Looked at last: a rank may arrive for the last time, then leave.
+            left = words[line + CLOSED] or (pid and born_at(pid) != words[line + BORN])
+            # Checked last: a rank may arrive for the last time, then leave.
             if left and words[line + ARRIVED] < self._round:
                 self._fail(f"Rank {rank} {'left the group' if words[line + CLOSED] else 'died'}.", (rank,))
 
-    def _fail(self, sentence: str, ranks: tuple[int, ...]) -> NoReturn:
+    def _fail(self, message: str, ranks: tuple[int, ...]) -> NoReturn:
         self.close()
-        raise GroupError(f"Tensor-parallel group {self._name}, rank {self.rank}: {sentence}", ranks=ranks)
+        raise GroupError(f"Tensor-parallel group {self._name}, rank {self.rank}: {message}", ranks=ranks)
 
 
 def _named(ranks: Sequence[int]) -> str:

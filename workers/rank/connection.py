@@ -1,17 +1,31 @@
-"""One gateway's connection as rank 0 keeps it: what it submitted, what it has not been told yet, and bytes that never wait.
+"""One gateway's connection as rank 0 keeps it: what the gateway submitted, the cache events it has not received, and sends that never wait.
 
-Knows frames as bytes; their meaning is the stream server's. Belongs to the server's thread.
+Knows frames; which of them to send is the stream server's decision. Belongs to the server's thread.
 """
 
 import asyncio
 import contextlib
 import logging
 
+import msgspec
+
+from workers.heartbeat import PeerClock
 from workers.kv_cache.diff import CacheDiff
+from workers.protocol import (
+    FRAME_HEADER_BYTES,
+    LoadReport,
+    StepFrame,
+    TokenDelta,
+    ToReplica,
+    encode_frame,
+    frame_length,
+)
 
 log = logging.getLogger(__name__)
 
-MAX_UNSENT_BYTES = 64 * 1024 * 1024  # a gateway this far behind will not catch up: it is cut off, the engine goes on
+MAX_UNSENT_BYTES = 64 * 1024 * 1024  # a gateway with this much unread will not catch up: it is cut off, the engine goes on
+
+_decoder = msgspec.msgpack.Decoder(ToReplica)
 
 
 class Connection:
@@ -21,8 +35,7 @@ class Connection:
         self.prefix = f"{number}/"
         self.peer = writer.get_extra_info("peername")
         self.requests: set[str] = set()  # ids as the client knows them
-        self.last_received = now
-        self.last_sent = now
+        self.clock = PeerClock(now)
         self.unsent_events = CacheDiff()
         self._finished = False
         self._writer = writer
@@ -37,18 +50,31 @@ class Connection:
             transport.abort()
             return
         self._writer.write(frame)
-        self.last_sent = now
+        self.clock.sent(now)
+
+    def send_deltas(self, deltas: list[TokenDelta], load: LoadReport, now: float) -> None:
+        """All in one frame, but each prompt's log-probabilities in a frame of their own: together they could exceed a frame's limit."""
+        small = [delta for delta in deltas if delta.prompt_logprobs is None]
+        large = [[delta] for delta in deltas if delta.prompt_logprobs is not None]
+        for part in [small, *large] if small else large:
+            self.send(encode_frame(StepFrame(deltas=part, load=load, cache=self.unsent_events.take())), now)
 
     def drop(self) -> None:
         self._writer.transport.abort()
 
     def finish(self) -> None:
-        """Lets the client read to the end; nothing is sent any more, but until it closes it is still read from."""
+        """Lets the client read to the end. Nothing more is sent, but the connection is still read until the client closes it."""
         self._finished = True
-        with contextlib.suppress(OSError):  # the client has gone meanwhile
+        with contextlib.suppress(OSError):  # the client has disconnected
             self._writer.write_eof()
 
     async def close(self) -> None:
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
+
+
+async def read_message(reader: asyncio.StreamReader, max_bytes: int) -> ToReplica:
+    """Raises ValueError for a frame that is too large, msgspec.DecodeError for one that is broken."""
+    length = frame_length(await reader.readexactly(FRAME_HEADER_BYTES), max_bytes)
+    return _decoder.decode(await reader.readexactly(length))

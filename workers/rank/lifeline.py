@@ -1,18 +1,18 @@
-"""How the ranks of a replica notice each other's end, whatever their engines are doing: a TCP connection per follower to rank 0.
+"""How the ranks of a replica notice each other's end, whatever their engines are doing: a TCP connection from each follower to rank 0.
 
-A closed connection means that the process died, and is seen at once; SILENCE_IS_DEATH_S of silence that it is frozen or
-cut off. A killed process gives back its memory first, its connections later (0.25 s a GB was measured), so a rank on the same host
-is also looked at every LOOK_S. Lines of text go both ways:
+A closed connection means that the process died, and is seen at once. SILENCE_IS_DEATH_S of silence means that it is frozen or cut off.
+A killed process gives back its memory first and closes its connections later (0.25 s per GB was measured), so ranks on the same host
+also check each other's process every POLL_S. Lines of text go both ways:
 
-    follower                                    rank 0
-    {"rank": 1, "pid": ..., "token": ...}  -->
-                                           <--  {"rank": 0, "pid": ...}    which process to kill, should it freeze
-    an empty line every tick              <-->
-    "bye", or "failed" and why            <-->                             no death, or a better reason than that
+    follower                                         rank 0
+    {"rank": 1, "process": ..., "token": ...}  -->
+                                               <--   {"rank": 0, "process": ...}   the process to kill, should it freeze
+    an empty line every tick                  <-->
+    "bye", or "failed" and why                <-->                                 not a death, or a better reason than that
 
-A thread of its own; knows no torch, no group and no engine. A connection serves from joining on, so that a rank that dies while
-loading is named too; but until `expect_prompt`, silence is measured with LOADING_SILENCE_S: imports and native set-up code may
-hold Python's lock for seconds.
+Runs on a thread of its own; knows no torch, no group and no engine. A connection counts from joining on, so that a rank that dies while
+loading is named too. But until `expect_prompt`, LOADING_SILENCE_S of silence are allowed: imports and native set-up code may hold
+Python's lock for seconds.
 """
 
 import contextlib
@@ -27,49 +27,51 @@ from collections.abc import Callable
 import msgspec
 
 from workers.errors import GroupError
-from workers.protocol import HEARTBEAT_INTERVAL_S, SILENCE_IS_DEATH_S
-from workers.rank.process import RankProcess, is_alive, is_here, kill_if_here, this_process
+from workers.heartbeat import TICK_S, PeerClock
+from workers.process_identity import ProcessIdentity, is_alive, is_here
+from workers.protocol import SILENCE_IS_DEATH_S
+from workers.rank.process import RankProcess, kill_if_here, this_rank
 
 log = logging.getLogger(__name__)
 
 LOADING_SILENCE_S = 60.0
-LOOK_S = 0.05
+POLL_S = 0.05
 MAX_LINE_BYTES = 16 * 1024
 HELLO_TIMEOUT_S = 3.0
 PARTING_S = 0.5
 DIED = "its process died"
-_TICK_S = HEARTBEAT_INTERVAL_S / 2
 _HEARTBEAT, _BYE, _FAILED = b"\n", b"bye\n", b"failed "
 
 
 class _Peer:
-    """The other end of a connection: `process` is None until its hello has come."""
+    """The other end of a connection: `member` is None until its hello has come."""
 
     def __init__(self, sock: socket.socket, now: float) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setblocking(False)
         self.sock = sock
-        self.process: RankProcess | None = None
+        self.clock = PeerClock(now)
+        self.member: RankProcess | None = None
         self.is_here = False  # its pid means something on this host
-        self.last_received = now
         self.received = b""
 
-    def greeted(self, process: RankProcess) -> None:
-        self.process = process
-        self.is_here = is_here(process)
+    def greeted(self, member: RankProcess) -> None:
+        self.member = member
+        self.is_here = is_here(member.process)
 
-    def send(self, line: bytes) -> None:
-        """Never waits. A peer whose buffer is full is silent too; one that is gone is seen by reading."""
+    def send(self, line: bytes, now: float) -> None:
+        """Never waits. A peer whose buffer is full is silent too; a peer that has ended is noticed by reading."""
         with contextlib.suppress(OSError):
             self.sock.send(line)
+            self.clock.sent(now)
 
 
 class Lifeline:
     """Rank 0 calls `listen`, the others `connect`; at the end all `close`.
 
     on_lost(rank, how): called once, for the first rank lost, on the lifeline's thread and after its process was killed, if it
-    is on this host. `how` ends a sentence that begins with the rank: DIED, or how it froze or was cut off. on_failed(sentence):
-    called at most once, with the reason a rank gave for its end. Neither is called after `close`, nor one after the other.
+    is on this host. `how` ends a sentence that begins with the rank: DIED, or how it froze or was cut off. on_failed(message):
+    called at most once, with the reason a rank gave for its end. Only one of the two is called, and neither after `close`.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class Lifeline:
         token: str,
         on_lost: Callable[[int, str], None],
         on_failed: Callable[[str], None],
-        kill: Callable[[RankProcess], bool] = kill_if_here,
+        kill: Callable[[ProcessIdentity], bool] = kill_if_here,
     ) -> None:
         self.rank = rank
         self._token = token
@@ -90,7 +92,7 @@ class Lifeline:
         self._selector = selectors.DefaultSelector()
         self._peers: list[_Peer] = []
         self._listener: socket.socket | None = None
-        self._over = False  # the owner has been told: all that follows is the consequence
+        self._over = False  # the owner has been told: everything after that is a consequence
         self._closing = threading.Event()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._closing.is_set)
@@ -111,7 +113,7 @@ class Lifeline:
         except OSError as e:
             raise self._unreachable(address, e) from e
         try:
-            sock.sendall(msgspec.json.encode(this_process(self.rank, self._token)) + b"\n")
+            sock.sendall(msgspec.json.encode(this_rank(self.rank, self._token)) + b"\n")
             received = b""
             while b"\n" not in received:
                 chunk = sock.recv(MAX_LINE_BYTES)
@@ -144,7 +146,7 @@ class Lifeline:
         self._closing.set()
         line = _BYE if reason is None else _FAILED + " ".join(reason.split()).encode()[: MAX_LINE_BYTES // 2] + b"\n"
         for peer in list(self._peers):
-            peer.send(line)
+            peer.send(line, time.monotonic())
         with contextlib.suppress(OSError):  # the thread has ended by itself
             self._wake_sender.send(b"x")
         if self._thread.ident is None:
@@ -154,21 +156,18 @@ class Lifeline:
 
     def _run(self) -> None:
         try:
-            last = next_tick = time.monotonic()
+            next_tick = time.monotonic()
             while not self._closing.is_set():
-                for key, _ in self._selector.select(LOOK_S):
+                for key, _ in self._selector.select(POLL_S):
                     key.data()
-                self._look()
+                self._check_processes()
                 now = time.monotonic()
                 if now < next_tick or self._closing.is_set():
                     continue
-                if now - last > _TICK_S + 1.0:  # this process itself stood still: the silence is ours, not theirs
-                    for peer in self._peers:
-                        peer.last_received = now
-                last, next_tick = now, now + _TICK_S
+                next_tick = now + TICK_S
                 self._tick(now)
             self._part()
-        except Exception as e:  # without it nobody would notice a rank's end any more: better no replica
+        except Exception as e:  # without a lifeline the end of a rank would go unnoticed: better to end the replica
             log.exception("The lifeline of rank %s broke: %s", self.rank, e)
             self._on_failed(f"The lifeline of rank {self.rank} broke: {e!r}.")
         finally:
@@ -176,37 +175,37 @@ class Lifeline:
 
     def _part(self) -> None:
         """Reads what still comes until the others have closed too: a socket closed with something unread resets the connection,
-        and the reset throws away our last line where the other end has not read it yet."""
+        and the reset discards our last line if the other end has not read it yet."""
         deadline = time.monotonic() + PARTING_S
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.sock.shutdown(socket.SHUT_WR)
         for peer in self._peers:
-            with contextlib.suppress(OSError):  # gone, or it takes too long: a timeout is an OSError
+            with contextlib.suppress(OSError):  # closed, or it takes too long: a timeout is an OSError
                 while True:
                     peer.sock.settimeout(max(0.001, deadline - time.monotonic()))
                     if not peer.sock.recv(MAX_LINE_BYTES):
                         break
 
-    def _look(self) -> None:
+    def _check_processes(self) -> None:
         for peer in list(self._peers):
-            process = peer.process
-            if process is not None and peer.is_here and not is_alive(process):
-                self._read(peer)  # it may have said why
+            if peer.member is not None and peer.is_here and not is_alive(peer.member.process):
+                self._read(peer)  # its last line may give the reason
                 if peer in self._peers:
                     self._lose(peer, DIED)
 
     def _tick(self, now: float) -> None:
         for peer in list(self._peers):
-            silence = now - peer.last_received
-            if silence > (HELLO_TIMEOUT_S if peer.process is None else self._max_silence_s):
-                self._lose(peer, f"it has given no sign of life for {silence:.1f} s")
-            elif peer.process is not None:
-                peer.send(_HEARTBEAT)
+            peer.clock.tick(now)
+            silence_s = peer.clock.silence_s(now)
+            if silence_s > (HELLO_TIMEOUT_S if peer.member is None else self._max_silence_s):
+                self._lose(peer, f"it has given no sign of life for {silence_s:.1f} s")
+            elif peer.member is not None and peer.clock.is_heartbeat_due(now):
+                peer.send(_HEARTBEAT, now)
 
     def _accept(self) -> None:
         assert self._listener is not None, "registered by listen"
-        with contextlib.suppress(OSError):  # whoever it was left again
+        with contextlib.suppress(OSError):  # the client has disconnected again
             sock, _ = self._listener.accept()
             self._add(_Peer(sock, time.monotonic()))
 
@@ -223,17 +222,17 @@ class Lifeline:
         if not chunk:
             self._lose(peer, DIED)
             return
-        peer.last_received = time.monotonic()
+        peer.clock.received(time.monotonic())
         *lines, peer.received = (peer.received + chunk).split(b"\n")
         if len(peer.received) > MAX_LINE_BYTES:
-            self._lose(peer, "it sent what no rank would send")
+            self._lose(peer, "it sent data that is not a rank's")
             return
         for line in lines:
             if peer in self._peers and not self._closing.is_set():
-                self._take(peer, line)
+                self._handle(peer, line)
 
-    def _take(self, peer: _Peer, line: bytes) -> None:
-        if peer.process is None:
+    def _handle(self, peer: _Peer, line: bytes) -> None:
+        if peer.member is None:
             self._greet(peer, line)
         elif line + b"\n" == _BYE:
             self._remove(peer)
@@ -245,26 +244,26 @@ class Lifeline:
 
     def _greet(self, peer: _Peer, line: bytes) -> None:
         try:
-            process = msgspec.json.decode(line, type=RankProcess)
-            known = {p.process.rank for p in self._peers if p.process is not None}
-            if not hmac.compare_digest((process.token or "").encode(), self._token.encode()):
+            member = msgspec.json.decode(line, type=RankProcess)
+            known = {p.member.rank for p in self._peers if p.member is not None}
+            if not hmac.compare_digest((member.token or "").encode(), self._token.encode()):
                 raise ValueError("the token is not this replica's")
-            if process.rank in known | {self.rank}:
-                raise ValueError(f"rank {process.rank} is here already")
+            if member.rank in known | {self.rank}:
+                raise ValueError(f"rank {member.rank} is already connected")
         except (ValueError, RecursionError) as e:  # msgspec's errors are ValueErrors
             log.warning("Refusing a connection to the lifeline: %s", e)
             self._remove(peer)
             return
-        peer.greeted(process)
-        peer.send(msgspec.json.encode(this_process(self.rank)) + b"\n")
+        peer.greeted(member)
+        peer.send(msgspec.json.encode(this_rank(self.rank)) + b"\n", time.monotonic())
 
     def _lose(self, peer: _Peer, how: str) -> None:
         self._remove(peer)
-        process = peer.process
-        if process is not None and not self._over and not self._closing.is_set():  # else it was never one of us
+        member = peer.member
+        if member is not None and not self._over and not self._closing.is_set():  # None: not one of our ranks
             self._over = True
-            self._kill(process)
-            self._on_lost(process.rank, how)
+            self._kill(member.process)
+            self._on_lost(member.rank, how)
 
     def _add(self, peer: _Peer) -> None:
         self._peers.append(peer)

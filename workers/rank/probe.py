@@ -1,18 +1,20 @@
 """A rank without a model: joins its group exactly as a serving rank does, then measures the all-reduce that serving would use.
 
-What `tramontane doctor` runs where a replica would run. A plain class without Ray; imports torch late, as `shard` does. The calls are
-address (rank 0 only), join, measure, in this order on all ranks at the same time; `where` tells meanwhile what this rank is doing.
+What `tramontane doctor` runs where a replica would run. A plain class without Ray; imports torch late, as `worker` does. The calls are
+address (rank 0 only), join, measure, in this order on all ranks at the same time. `where` reports what this rank is doing, at any time.
 """
 
 import os
 import socket
 import statistics
 import time
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from workers.errors import GroupError
 from workers.rank.lifeline import Lifeline
-from workers.rank.worker import Rendezvous
+from workers.rank.reports import Rendezvous
 
 if TYPE_CHECKING:
     import torch
@@ -24,25 +26,25 @@ BANDWIDTH_BYTES = 16 * 2**20
 NUM_WARM_UP, NUM_LATENCY, NUM_BANDWIDTH = 10, 100, 3
 
 
-class Joined(NamedTuple):
-    """`collectives`: the implementation chosen. `gloo_interface`: None where Gloo is left to the host's own name."""
+class Joined(msgspec.Struct, frozen=True, kw_only=True):
+    """`collectives`: the implementation chosen. `gloo_interface`: None where Gloo chooses it by the host's own name."""
 
     collectives: Literal["none", "shared memory", "Gloo", "NCCL"]
-    gloo_interface: str | None
+    gloo_interface: str | None = None
 
 
-class Measured(NamedTuple):
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """`latency_s`: the median all-reduce of LATENCY_BYTES. `bus_bytes_per_s`: as nccl-tests defines it, comparable to a link's speed."""
 
     latency_s: float
     bus_bytes_per_s: float
 
 
-class Where(NamedTuple):
+class Where(msgspec.Struct, frozen=True, kw_only=True):
     """`doing` ends a sentence that begins with the rank. `waiting_for`: ranks, as far as that is known."""
 
     doing: str
-    waiting_for: tuple[int, ...]
+    waiting_for: tuple[int, ...] = ()
 
 
 class ProbeRank:
@@ -65,42 +67,42 @@ class ProbeRank:
         return f"ProbeRank({self._name}/{self.rank})"
 
     def address(self, host: str) -> Rendezvous:
-        """As ShardWorker.address."""
+        """As RankWorker.address."""
         lifeline_port = self._lifeline.listen(host)
         with socket.socket() as s:
             s.bind((host, 0))
-            return Rendezvous(host, s.getsockname()[1], lifeline_port)
+            return Rendezvous(host=host, port=s.getsockname()[1], lifeline_port=lifeline_port)
 
-    def join(self, host: str, port: int, lifeline_port: int, *, same_host: bool) -> Joined:
-        """As ShardWorker.join. Raises GroupError naming the ranks that do not come, as far as that is known."""
+    def join(self, at: Rendezvous, *, same_host: bool) -> Joined:
+        """As RankWorker.join. Raises GroupError naming the ranks that do not come, as far as they are known."""
         if self.rank != 0:
-            self._doing = f"is connecting to rank 0's lifeline at {host}:{lifeline_port}"
-            self._lifeline.connect((host, lifeline_port))
+            self._doing = f"is connecting to rank 0's lifeline at {at.host}:{at.lifeline_port}"
+            self._lifeline.connect((at.host, at.lifeline_port))
         self._doing = "is importing torch"
         from workers.parallel.distributed import DistributedGroup
         from workers.parallel.interface import interface_towards
         from workers.parallel.join import join_group
 
-        self._doing = f"is joining the group at {host}:{port}"
+        self._doing = f"is joining the group at {at.host}:{at.port}"
         tp = self._tp = join_group(
             rank=self.rank,
             size=self.size,
             device=self._device,
             replica_id=self._name,
-            master_address=host,
-            master_port=port,
+            master_address=at.host,
+            master_port=at.port,
             same_host=same_host,
             timeout_s=self._timeout_s,
             join_timeout_s=self._timeout_s,
         )
         self._doing = "has joined the group"
         if not isinstance(tp, DistributedGroup):
-            return Joined("none" if self.size == 1 else "shared memory", None)
-        interface = os.environ.get("GLOO_SOCKET_IFNAME") or interface_towards(host)
-        return Joined("NCCL" if self._device == "cuda" else "Gloo", interface)
+            return Joined(collectives="none" if self.size == 1 else "shared memory")
+        interface = os.environ.get("GLOO_SOCKET_IFNAME") or interface_towards(at.host)
+        return Joined(collectives="NCCL" if self._device == "cuda" else "Gloo", gloo_interface=interface)
 
     def measure(self) -> Measured:
-        """All-reduces small and large tensors. Raises GroupError when one fails, does not end, or comes out wrong."""
+        """All-reduces small and large tensors. Raises GroupError when one fails, does not end, or gives a wrong sum."""
         import torch
 
         assert self._tp is not None, "join comes before measure"
@@ -115,14 +117,14 @@ class ProbeRank:
         self._timed(large)  # connections and buffers grow with the first
         seconds = statistics.median(self._timed(large) for _ in range(NUM_BANDWIDTH))
         self._doing = "has measured"
-        return Measured(latency_s, BANDWIDTH_BYTES / seconds * 2 * (self.size - 1) / self.size)
+        bus_bytes_per_s = BANDWIDTH_BYTES / seconds * 2 * (self.size - 1) / self.size
+        return Measured(latency_s=latency_s, bus_bytes_per_s=bus_bytes_per_s)
 
     def where(self) -> Where:
         """Callable from another thread while the others run."""
         tp = self._tp
-        return Where(
-            self._doing if self._lost is None else f"{self._doing}; {self._lost}", tp.waiting_for() if tp else ()
-        )
+        doing = self._doing if self._lost is None else f"{self._doing}; {self._lost}"
+        return Where(doing=doing, waiting_for=tp.waiting_for() if tp else ())
 
     def close(self) -> None:
         """Leaves the group in order. Idempotent."""
@@ -145,8 +147,8 @@ class ProbeRank:
         if not torch.all(x == expected):
             wrong = x[x != expected]
             raise GroupError(
-                f"Rank {self.rank} of {self.size}: an all-reduce gave {wrong[0].item():g} where {expected:g} was right, in "
-                f"{wrong.numel()} of {x.numel()} places."
+                f"Rank {self.rank} of {self.size}: an all-reduce gave {wrong[0].item():g} instead of {expected:g} in "
+                f"{wrong.numel()} of {x.numel()} elements."
             )
         return elapsed
 
@@ -160,5 +162,5 @@ class ProbeRank:
     def _note_lost(self, rank: int, how: str) -> None:
         self._lost = f"rank {rank} was lost: {how}"
 
-    def _note_failed(self, sentence: str) -> None:
-        self._lost = sentence
+    def _note_failed(self, reason: str) -> None:
+        self._lost = reason

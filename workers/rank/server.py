@@ -1,10 +1,9 @@
 """Rank 0's socket: requests and aborts in, one frame per engine step and connection out.
 
-An asyncio server on a thread of its own, so that heartbeats go out while the engine thread waits in a collective, and say so.
-Knows frames, connections, which connection submitted what, and which blocks are cached; knows no torch, no engine: it is
-given callables.
-A connection opens with Hello and the replica's secret. Whatever a client does wrong costs that client its connection and
-nothing else; what it had submitted is aborted.
+An asyncio server on a thread of its own, so that heartbeats go out, and say so, while the engine thread waits in a collective.
+Knows connections, which connection submitted what, and which blocks are cached; knows no torch and no engine: it is given callables.
+A connection opens with Hello and the replica's secret. A client that breaks the protocol loses its connection and nothing else happens;
+what it had submitted is aborted.
 """
 
 import asyncio
@@ -17,9 +16,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from workers.heartbeat import TICK_S
 from workers.protocol import (
-    FRAME_HEADER_BYTES,
-    HEARTBEAT_INTERVAL_S,
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
     SILENCE_IS_DEATH_S,
@@ -35,23 +33,18 @@ from workers.protocol import (
     StepFrame,
     Submit,
     TokenDelta,
-    ToReplica,
     encode_frame,
-    frame_length,
 )
-from workers.rank.connection import Connection
+from workers.rank.connection import Connection, read_message
+from workers.rank.stuck_ranks import StuckRanks
 
 log = logging.getLogger(__name__)
 
 MAX_HELLO_BYTES = 4096
 MAX_STEPS_BEHIND = 8
-STUCK_AFTER_S = 1.5  # an ordinary collective is over in no time
-ORPHAN_AFTER_S = 600.0  # without any gateway for this long, nobody will come for the replica
+ORPHAN_AFTER_S = 600.0  # without any gateway for this long, no gateway will connect again
 LINGER_S = 0.25  # for clients to read the end and close
 FLUSH_S = 1.0  # for the last frames of a connection that is slow to read them
-_TICK_S = HEARTBEAT_INTERVAL_S / 2
-
-_decoder = msgspec.msgpack.Decoder(ToReplica)
 
 
 class ProtocolViolation(Exception):
@@ -62,9 +55,9 @@ class StreamServer:
     """Serves gateways from its own thread. `publish` is called from the engine thread, everything else from the owner's.
 
     submit, abort: hand a request, or the id of one to forget, to the engine thread; must not block.
-    load: the engine's LoadReport, called on the server's thread; its `stuck_ranks` may name ranks that are merely waited for at
-    that instant, and only those that stay there for STUCK_AFTER_S are passed on.
-    on_orphaned: called once, on the server's thread, when the last gateway left ORPHAN_AFTER_S ago; gets a sentence.
+    load: returns the engine's LoadReport; called on the server's thread. Its `stuck_ranks` are the ranks waited for at that instant;
+    only those that `StuckRanks` confirms are passed on.
+    on_orphaned: called once, on the server's thread, when the last gateway disconnected ORPHAN_AFTER_S ago. Gets the reason.
     """
 
     def __init__(
@@ -83,9 +76,9 @@ class StreamServer:
         self._abort = abort
         self._load = load
         self._on_orphaned = on_orphaned
-        self._alone_since: float | None = None  # None also before the first gateway came
+        self._alone_since: float | None = None  # None also before the first gateway connects
         self._cached: dict[bytes, None] = {}  # every block the prefix cache can find, in the order of storing
-        self._waited_since: dict[int, float] = {}
+        self._stuck_ranks = StuckRanks()
         self._connections: dict[str, Connection] = {}  # by prefix
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_accepted = 0
@@ -115,13 +108,13 @@ class StreamServer:
         return outcome[0]
 
     def publish(self, deltas: list[TokenDelta], events: CacheEvents | None = None) -> None:
-        """Sends each delta to the connection that submitted its request; drops what nobody waits for. Events go to everyone, with
-        the next frame they get.
+        """Sends each delta to the connection that submitted its request; drops those without one. Events go to every connection,
+        with its next frame.
 
-        Never waits for a client, only for this server's own thread when that is MAX_STEPS_BEHIND steps behind: an engine that
+        Never waits for a client, only for this server's own thread when it lags MAX_STEPS_BEHIND steps: an engine that
         outran it would fill the memory and delay every abort.
         """
-        while not self._room.acquire(timeout=_TICK_S):
+        while not self._room.acquire(timeout=TICK_S):
             if self._thread is None or not self._thread.is_alive():
                 return
         self._call_soon(self._distribute, deltas, events)
@@ -134,13 +127,13 @@ class StreamServer:
 
     def _call_soon(self, callback: Callable[..., object], *args: object) -> None:
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody is connected any more
+            with contextlib.suppress(RuntimeError):  # the loop has ended: no client is connected any more
                 self._loop.call_soon_threadsafe(callback, *args)
 
-    def _end(self, last_words: Ending | None) -> None:
+    def _end(self, ending: Ending | None) -> None:
         assert self._stop is not None, "the loop runs, so it has been set"
-        if last_words is not None and not self._stop.is_set():
-            frame, now = encode_frame(last_words), time.monotonic()
+        if ending is not None and not self._stop.is_set():
+            frame, now = encode_frame(ending), time.monotonic()
             for connection in self._connections.values():
                 connection.send(frame, now)
         for connection in self._connections.values():
@@ -166,7 +159,7 @@ class StreamServer:
             server.close()
             ticker.cancel()
             connections = list(self._connections.values())
-            # Closed while something of the client's lies unread, a connection is reset, and the client loses the last frames.
+            # A connection that is closed with unread data is reset, and the client loses the last frames.
             await asyncio.wait([*self._tasks] or [ticker], timeout=LINGER_S)
             await asyncio.wait([asyncio.create_task(c.close()) for c in connections] or [ticker], timeout=FLUSH_S)
             for task in self._tasks:
@@ -197,7 +190,7 @@ class StreamServer:
 
     async def _handshake(self, connection: Connection, reader: asyncio.StreamReader) -> bool:
         async with asyncio.timeout(SILENCE_IS_DEATH_S):
-            message = await _read_message(reader, MAX_HELLO_BYTES)
+            message = await read_message(reader, MAX_HELLO_BYTES)
         reason = None
         if not isinstance(message, Hello):
             raise ProtocolViolation(f"its first frame is {type(message).__name__}, not Hello")
@@ -206,7 +199,7 @@ class StreamServer:
         elif message.version != PROTOCOL_VERSION:
             reason = f"This replica speaks protocol {PROTOCOL_VERSION}, the gateway {message.version}."
         now = time.monotonic()
-        connection.last_received = now
+        connection.clock.received(now)
         if reason is not None:
             log.warning("Refusing %s: %s", connection.peer, reason)
             connection.send(encode_frame(Refused(reason=reason)), now)
@@ -219,8 +212,8 @@ class StreamServer:
 
     async def _read(self, connection: Connection, reader: asyncio.StreamReader) -> None:
         while True:
-            message = await _read_message(reader, MAX_FRAME_BYTES)
-            connection.last_received = time.monotonic()
+            message = await read_message(reader, MAX_FRAME_BYTES)
+            connection.clock.received(time.monotonic())
             match message:
                 case Submit(request=request):
                     if request.request_id in connection.requests:
@@ -254,10 +247,7 @@ class StreamServer:
         if batches:
             load = self._report(now)
             for prefix, batch in batches.items():
-                connection = self._connections[prefix]
-                for part in _frames(batch):
-                    frame = StepFrame(deltas=part, load=load, cache=connection.unsent_events.take())
-                    connection.send(encode_frame(frame), now)
+                self._connections[prefix].send_deltas(batch, load, now)
 
     def _remember(self, events: CacheEvents) -> None:
         for block_hash in events.evicted:
@@ -267,22 +257,18 @@ class StreamServer:
             connection.unsent_events.add(events)
 
     async def _tick(self) -> None:
-        """Heartbeats and waiting events out, silent clients closed."""
-        last = time.monotonic()
+        """Sends heartbeats and waiting events; closes silent clients."""
         while True:
-            await asyncio.sleep(_TICK_S)
+            await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            if now - last > _TICK_S + 1.0:  # this process itself stood still: the silence is ours, not theirs
-                for connection in self._connections.values():
-                    connection.last_received = now
-            last = now
             load = self._report(now)
             for connection in list(self._connections.values()):
+                connection.clock.tick(now)
                 events = connection.unsent_events.take()
-                if now - connection.last_received > SILENCE_IS_DEATH_S:
-                    log.warning("Closing %s: silent for %.1f s.", connection.peer, now - connection.last_received)
+                if (silence_s := connection.clock.silence_s(now)) > SILENCE_IS_DEATH_S:
+                    log.warning("Closing %s: silent for %.1f s.", connection.peer, silence_s)
                     connection.drop()
-                elif events is not None or now - connection.last_sent >= _TICK_S:
+                elif events is not None or connection.clock.is_heartbeat_due(now):
                     connection.send(encode_frame(StepFrame(deltas=[], load=load, cache=events)), now)
             if self._alone_since is not None and now - self._alone_since > ORPHAN_AFTER_S:
                 self._alone_since = None
@@ -290,18 +276,5 @@ class StreamServer:
 
     def _report(self, now: float) -> LoadReport:
         load = self._load()
-        self._waited_since = {rank: self._waited_since.get(rank, now) for rank in load.stuck_ranks}
-        stuck = tuple(rank for rank, since in self._waited_since.items() if now - since >= STUCK_AFTER_S)
+        stuck = self._stuck_ranks.update(load.stuck_ranks, now)
         return load if stuck == load.stuck_ranks else msgspec.structs.replace(load, stuck_ranks=stuck)
-
-
-def _frames(deltas: list[TokenDelta]) -> list[list[TokenDelta]]:
-    """All in one frame, but each prompt's log-probabilities in one of their own: together they could be more than a frame holds."""
-    small = [delta for delta in deltas if delta.prompt_logprobs is None]
-    large = [[delta] for delta in deltas if delta.prompt_logprobs is not None]
-    return [small, *large] if small else large
-
-
-async def _read_message(reader: asyncio.StreamReader, max_bytes: int) -> ToReplica:
-    length = frame_length(await reader.readexactly(FRAME_HEADER_BYTES), max_bytes)
-    return _decoder.decode(await reader.readexactly(length))

@@ -1,8 +1,8 @@
 """What one Ray actor runs: one rank of a replica, from joining the group to its end.
 
-A plain class without Ray, so that tests and other launchers can drive it. Imports torch late: whoever starts actors imports this
-module without it. The phases are join, load, start, called in this order on all ranks at the same time; rank 0 then leads and
-serves the socket, the others follow. A rank that breaks, or learns over the lifeline that another did, ends its process: half a
+A plain class without Ray, so that tests and other launchers can drive it. Imports torch late: the process that starts actors imports
+this module without it. The phases are join, load, start, called in this order on all ranks at the same time. Then rank 0 leads and
+serves the socket, and the others follow. A rank that breaks, or learns over the lifeline that another did, ends its process: half a
 replica must not look alive.
 """
 
@@ -12,13 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from workers.config import EngineConfig
 from workers.engine.loop import EngineLoop
 from workers.errors import GroupError, TramontaneError
-from workers.protocol import EngineFacts
 from workers.rank.lifeline import DIED, Lifeline
+from workers.rank.reports import LoadProgress, RankDescription, RankEnd, RankStats, Rendezvous, Started
 from workers.rank.server import StreamServer
 
 if TYPE_CHECKING:
@@ -30,31 +30,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BROKEN_EXIT_CODE = 70  # EX_SOFTWARE
-LAST_WORDS_S = 0.2  # for `wait` to carry the failure out before the process ends
-ECHO_S = 0.3  # a failing collective is most likely the echo of a lost rank, which the lifeline names within this time
+LAST_WORDS_S = 0.2  # for `wait` to report the failure before the process ends
+ECHO_S = (
+    0.3  # a failing collective is most likely a consequence of a lost rank, which the lifeline names within this time
+)
 
 
-class Rendezvous(NamedTuple):
-    """Rank 0's answer to `address`, and what `join` is called with on all ranks."""
+class RankWorker:
+    """One rank. Others call its methods; `progress`, `stats`, `describe`, `wait` and `has_ended` also while another call runs.
 
-    host: str
-    port: int
-    lifeline_port: int
-
-
-class Started(NamedTuple):
-    """Rank 0's answer to `start`: where the gateway connects, and what start-up learned."""
-
-    host: str
-    port: int
-    facts: EngineFacts
-
-
-class ShardWorker:
-    """One rank. Methods are called from outside, `progress`, `stats`, `describe` and `wait` while another is running.
-
-    incarnation: tells this start of the replica from every other one on the same host. token: the replica's secret, which
-    gateways and the other ranks must know. on_broken: what ends the process, replaceable for tests.
+    incarnation: distinguishes this start of the replica from every other one on the same host. token: the replica's secret, which
+    gateways and the other ranks must know. on_broken: ends the process; replaceable for tests.
     """
 
     def __init__(
@@ -76,7 +62,7 @@ class ShardWorker:
         self._incarnation = incarnation
         self._token = token
         self._on_broken = on_broken
-        self._progress = (0, 0)
+        self._progress = LoadProgress()
         self._num_steps_total = 0
         self._step_s_total = 0.0
         self._tp: TensorParallel | None = None
@@ -96,20 +82,21 @@ class ShardWorker:
         logging.getLogger("workers").setLevel(log_level)
 
     def __repr__(self) -> str:
-        # Ray's dashboard and logs show what this is when the actor is made and never ask again: the phase cannot be part of it.
+        # Ray's dashboard and logs read this once, when the actor is made: the phase cannot be part of it.
         return f"Rank({self.replica_id}/{self.rank})"
 
     def address(self, host: str) -> Rendezvous:
-        """Ports of this host for the group's rendezvous and its lifeline, which listens from now on; asked of rank 0."""
+        """Ports of this host for the group's rendezvous and its lifeline, which listens from now on. Called on rank 0 only."""
         lifeline_port = self._lifeline.listen(host) if self.config.tensor_parallel_size > 1 else 0
         with socket.socket() as s:
             s.bind((host, 0))
-            return Rendezvous(host, s.getsockname()[1], lifeline_port)
+            return Rendezvous(host=host, port=s.getsockname()[1], lifeline_port=lifeline_port)
 
-    def join(self, host: str, port: int, lifeline_port: int, *, same_host: bool) -> None:
-        """Meets the other ranks at rank 0's Rendezvous. Raises GroupError naming those that do not come."""
+    def join(self, at: Rendezvous, *, same_host: bool) -> None:
+        """Meets the other ranks at rank 0's rendezvous. Raises GroupError naming the ranks that do not come."""
         if self.rank != 0:
-            self._lifeline.connect((host, lifeline_port))  # before torch is imported: who dies from here on is named
+            # Before torch is imported: a rank that dies from here on is named.
+            self._lifeline.connect((at.host, at.lifeline_port))
         from workers.parallel.group import SingleRank
         from workers.parallel.join import join_group
         from workers.parallel.timed import TimedGroup
@@ -122,8 +109,8 @@ class ShardWorker:
             size=self.config.tensor_parallel_size,
             device=self.config.device,
             replica_id=f"{self.replica_id}-{self._incarnation}",
-            master_address=host,
-            master_port=port,
+            master_address=at.host,
+            master_port=at.port,
             same_host=same_host,
         )
         self._tp = self._timed = TimedGroup(group)
@@ -136,12 +123,12 @@ class ShardWorker:
         self.phase = "loading"
         self._runner = build_runner(self.config, self._tp, self._set_progress)
 
-    def progress(self) -> tuple[int, int]:
-        """Bytes of weights read so far, and in total; (0, 0) before the total is known."""
+    def progress(self) -> LoadProgress:
+        """How much of the weights `load` has read."""
         return self._progress
 
     def start(self, host: str = "127.0.0.1") -> Started | None:
-        """Allocates the KV cache and goes to work. On rank 0 returns where it serves, elsewhere None. Raises ConfigError."""
+        """Allocates the KV cache and starts to work. Returns where rank 0 serves; None on the other ranks. Raises ConfigError."""
         assert self._tp is not None and self._runner is not None, "load comes before start"
         self.phase = "starting"
         self._runner.allocate_kv_cache()
@@ -156,38 +143,42 @@ class ShardWorker:
         self.phase = "serving"
         return self._started
 
-    def stats(self) -> dict[str, float | int | None]:
-        """This rank's own counters, under the names of `cluster.protocol.view.RankStats`."""
+    def stats(self) -> RankStats:
+        """This rank's own counters."""
         core, timed = self._core, self._timed
-        return {
-            "num_steps_total": self._num_steps_total if core is None else core.num_steps_total,
-            "step_s_total": self._step_s_total if core is None else core.step_s_total,
-            "num_all_reduces_total": 0 if timed is None else timed.num_all_reduces_total,
-            "all_reduce_s_total": 0.0 if timed is None else timed.all_reduce_s_total,
-        }
+        return RankStats(
+            num_steps_total=self._num_steps_total if core is None else core.clock.num_steps_total,
+            step_s_total=self._step_s_total if core is None else core.clock.step_s_total,
+            num_all_reduces_total=0 if timed is None else timed.num_all_reduces_total,
+            all_reduce_s_total=0.0 if timed is None else timed.all_reduce_s_total,
+        )
 
-    def describe(self) -> dict[str, Any]:
-        """Who and where this rank is; on a serving rank 0 also all that it takes to connect to the replica."""
+    def describe(self) -> RankDescription:
+        """Which rank this is and where it runs; on a serving rank 0 also everything needed to connect to the replica."""
         started = self._started
-        return {
-            "replica_id": self.replica_id,
-            "incarnation": self._incarnation,
-            "rank": self.rank,
-            "pid": os.getpid(),
-            "hostname": socket.gethostname(),
-            "phase": self.phase,
-            "address": None if started is None else (started.host, started.port),
-            "token": None if started is None else self._token,
-            "facts": None if started is None else started.facts,
-        }
+        return RankDescription(
+            replica_id=self.replica_id,
+            incarnation=self._incarnation,
+            rank=self.rank,
+            pid=os.getpid(),
+            hostname=socket.gethostname(),
+            phase=self.phase,
+            address=None if started is None else (started.host, started.port),
+            token=None if started is None else self._token,
+            facts=None if started is None else started.facts,
+        )
+
+    def has_ended(self, timeout_s: float) -> RankEnd:
+        """Waits up to `timeout_s` for the end of this rank. May be called in any phase."""
+        return RankEnd(has_ended=self._ended.wait(timeout_s), reason=self.failure)
 
     def wait(self) -> str | None:
-        """Returns when this rank has ended: None after `close`, else a sentence on what broke. May be called in any phase."""
+        """Returns when this rank has ended: None after `close`, else one sentence on what broke. May be called in any phase."""
         self._ended.wait()
         return self.failure
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ends the work of this rank; rank 0 sends the others home. Idempotent."""
+        """Ends the work of this rank; rank 0 also stops the followers. Idempotent."""
         self._closing = True
         if self._loop is not None:
             self._loop.stop(timeout_s)
@@ -202,7 +193,7 @@ class ShardWorker:
         self._ended.set()
 
     def _set_progress(self, done: int, total: int) -> None:
-        self._progress = (done, total)
+        self._progress = LoadProgress(num_bytes_read=done, num_bytes_total=total)
 
     def _lead(self, host: str, runner: "ModelRunner", tp: "TensorParallel") -> Started:
         from workers.engine.core import EngineCore
@@ -217,14 +208,14 @@ class ShardWorker:
         )
         bound_host, port = server.start(host)
         loop.start()
-        return Started(bound_host, port, facts)
+        return Started(host=bound_host, port=port, facts=facts)
 
     def _follow(self, runner: "ModelRunner", tp: "TensorParallel") -> None:
         from workers.engine.follower import run_follower
 
         try:
             run_follower(runner, tp, self._count_step)
-        except Exception as e:  # whatever it was, this rank can no longer take part
+        except Exception as e:  # whatever it is, this rank can no longer take part
             if not isinstance(e, GroupError):
                 log.exception("Rank %s stopped: %s", self.rank, e)
             self._engine_failed(e)
@@ -238,29 +229,29 @@ class ShardWorker:
 
     def _orphaned(self, why: str) -> None:
         # Not on the server's own thread, which `_break` waits for.
-        sentence = f"Replica {self.replica_id} ended itself: {why}."
-        threading.Thread(target=self._break, args=(sentence, False), name="orphaned", daemon=True).start()
+        reason = f"Replica {self.replica_id} ended itself: {why}."
+        threading.Thread(target=self._break, args=(reason, False), name="orphaned", daemon=True).start()
 
     def _engine_failed(self, failure: Exception) -> None:
         if isinstance(failure, GroupError) and self._breaking.wait(ECHO_S):
-            return  # somebody with better knowledge is ending this rank already
-        sentence = str(failure) if isinstance(failure, TramontaneError) else f"{type(failure).__name__}: {failure}"
-        self._break(f"Rank {self.rank} of replica {self.replica_id} stopped: {sentence}")
+            return  # the lifeline knows better and is ending this rank already
+        reason = str(failure) if isinstance(failure, TramontaneError) else f"{type(failure).__name__}: {failure}"
+        self._break(f"Rank {self.rank} of replica {self.replica_id} stopped: {reason}")
 
-    def _break(self, sentence: str, crashed: bool = True) -> None:
-        """Says why to the other ranks, to the gateways and to `wait`, then ends the process. The first reason counts.
+    def _break(self, reason: str, crashed: bool = True) -> None:
+        """Reports the reason to the other ranks, to the gateways and to `wait`, then ends the process. The first reason counts.
 
         crashed: see Ending.
         """
         with self._break_lock:
             if self._closing or self._breaking.is_set():
                 return
-            self.failure = sentence
+            self.failure = reason
             self._breaking.set()
-        log.error("%s", sentence)
-        self._lifeline.close(sentence)
+        log.error("%s", reason)
+        self._lifeline.close(reason)
         if self._server is not None:
-            self._server.close(reason=sentence, crashed=crashed)
+            self._server.close(reason=reason, crashed=crashed)
         self.phase = "ended"
         self._ended.set()
         time.sleep(LAST_WORDS_S)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, and the most likely ones beside them, from logits as the model gave them.
+"""Log-probabilities of given tokens, and of the most likely ones, from the model's own logits.
 
 A row's values depend on that row alone. Knows torch and TokenLogprob; no requests.
 """
@@ -11,7 +11,7 @@ from workers.protocol import TokenLogprob
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_tops: Sequence[int]) -> list[TokenLogprob]:
-    """One for each row. logits: [n, vocab_size] float32; token_ids, num_tops: [n], the tokens meant and how many others to name."""
+    """One per row. logits: [n, vocab_size] float32; token_ids: [n]; num_tops: [n], how many of the most likely tokens to add."""
     logprobs = logits.log_softmax(dim=-1)
     ids = torch.tensor(token_ids, device=logits.device)[:, None]
     chosen = logprobs.gather(1, ids)

@@ -1,9 +1,9 @@
 """From logits to tokens: a pure function of (logits, parameters, seed, position), row by row.
 
-Position is the index of the output token. A row's token does not depend on the rows around it, on earlier calls or on
-the device's random state, so a request continues anywhere: same seed, same position, same logits, same token. The one
-random number a token needs comes from a hash of (seed, position); the token is found by inverting the cumulative
-distribution in the order of token ids. Knows torch and SamplingParams; no requests, no scheduler.
+Position is the index of the output token. A row's token does not depend on other rows, on earlier calls or on the device's random state,
+so a request continues anywhere: same seed, same position, same logits, same token. The one random number a token needs comes from a hash
+of (seed, position); the token is found by inverting the cumulative distribution in the order of token ids. Knows torch and
+SamplingParams; no requests, no scheduler.
 """
 
 import struct
@@ -24,9 +24,9 @@ MIN_TEMPERATURE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """One sequence that wants a token. `token_ids` is prompt and output in a row, as for repetition_penalty.
+    """One sequence to sample a token for. `token_ids` is prompt and output in a row, as repetition_penalty counts them.
 
-    `mask`: what its grammar allows behind them, a bit for each token, the lowest bit of a byte first. [at least vocab_size / 8]
+    `mask`: [at least vocab_size / 8] uint8, the tokens that its grammar allows next, one bit each, the lowest bit of a byte first.
     """
 
     params: SamplingParams
@@ -41,7 +41,7 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """`token_id` None: every token is banned."""
+    """A token, with its log-probability where one is requested. `token_id` None: every token is banned."""
 
     token_id: int | None
     logprob: TokenLogprob | None
@@ -50,8 +50,8 @@ class Sampled:
 @torch.inference_mode()
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequence[int]) -> list[Sampled]:
     """logits: [len(rows), vocab_size] float32; may be overwritten. Reads the device once, at the end."""
-    wants_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    raw = logits[wants_logprobs].clone() if wants_logprobs else None
+    with_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    raw = logits[with_logprobs].clone() if with_logprobs else None
     for i, row in enumerate(rows):
         _adjust(logits[i], row, eos_token_ids)
     _apply_masks(logits, rows)
@@ -62,12 +62,12 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: 
     chosen, possible = torch.stack([token_ids, best > -torch.inf]).tolist()
     logprobs: dict[int, TokenLogprob] = {}
     if raw is not None:
-        num_tops = [rows[i].params.logprobs or 0 for i in wants_logprobs]
-        found = token_logprobs(raw, [chosen[i] for i in wants_logprobs], num_tops)
-        logprobs = dict(zip(wants_logprobs, found, strict=True))
+        num_tops = [rows[i].params.logprobs or 0 for i in with_logprobs]
+        found = token_logprobs(raw, [chosen[i] for i in with_logprobs], num_tops)
+        logprobs = dict(zip(with_logprobs, found, strict=True))
     return [
-        Sampled(token_id, logprobs.get(i)) if may else Sampled(None, None)
-        for i, (token_id, may) in enumerate(zip(chosen, possible, strict=True))
+        Sampled(token_id, logprobs.get(i)) if is_possible else Sampled(None, None)
+        for i, (token_id, is_possible) in enumerate(zip(chosen, possible, strict=True))
     ]
 
 
@@ -78,10 +78,10 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _adjust(logits: torch.Tensor, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
-    """logits: [vocab_size], changed in place: penalties, then bias, then bans, which nothing undoes."""
+    """logits: [vocab_size], changed in place: penalties, then bias, then bans, which nothing lifts."""
     p = row.params
     if p.repetition_penalty != 1.0:
-        # Of prompt and output alike (CTRL, Keskar et al. 2019): divide what is positive, multiply what is negative.
+        # On prompt and output alike (CTRL, Keskar et al. 2019): divide positive logits, multiply negative ones.
         seen = torch.tensor(sorted(set(row.token_ids)), device=logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
@@ -108,13 +108,13 @@ def _adjust(logits: torch.Tensor, row: SamplingRow, eos_token_ids: Sequence[int]
 
 
 def _completes(word: Sequence[int], output: Sequence[int]) -> bool:
-    """Whether the word's last token would complete it: its other tokens are the newest of the output."""
+    """Whether the word's last token would complete it: the output ends with its other tokens."""
     num_before = len(word) - 1
     return num_before == 0 or list(output[-num_before:]) == list(word[:-1])
 
 
 def _apply_masks(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    """logits: [len(rows), vocab_size], changed in place: what a row's mask leaves out becomes -inf."""
+    """logits: [len(rows), vocab_size], changed in place: tokens that a row's mask does not allow become -inf."""
     masked = [i for i, row in enumerate(rows) if row.mask is not None]
     if not masked:
         return
@@ -139,16 +139,14 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
     total = cumulative[:, -1:].contiguous()
     u = column([uniform(row.params.seed, row.position) for row in rows])
     picked = torch.searchsorted(cumulative, u * total, right=True)
-    # Rounding can carry u * total up to total itself; the last token with any probability is then meant.
+    # Rounding can raise u * total to total itself; take the last token with any probability then.
     last = torch.searchsorted(cumulative, total)
     # The clamp is for rows without any finite logit, whose sums are NaN.
     return torch.minimum(picked, last).squeeze(1).clamp(max=logits.shape[-1] - 1)
 
 
 def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Sets to -inf what min_p, then top_k, then top_p exclude; the most likely token always stays. logits: [n,
-    vocab_size].
-    """
+    """Sets to -inf what min_p, then top_k, then top_p exclude; the most likely token always stays. logits: [n, vocab_size]."""
     vocab_size = logits.shape[-1]
 
     def column(values: list[float]) -> torch.Tensor:
@@ -160,7 +158,7 @@ def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
     ranks = torch.arange(vocab_size, device=logits.device)
     excluded |= ranks >= column([p.top_k or vocab_size for p in params])
     probabilities = ordered.masked_fill(excluded, -torch.inf).softmax(dim=-1)
-    # The smallest set whose sum reaches top_p: a token goes when those before it already do.
+    # The smallest set whose sum reaches top_p: a token is excluded when those before it already reach it.
     before = probabilities.cumsum(dim=-1) - probabilities
     excluded |= before >= column([p.top_p for p in params])
     excluded[:, 0] = False

@@ -1,10 +1,10 @@
-"""A SentencePiece vocabulary as llguidance sees it: what bytes each token id adds to a text, and which ids end one.
+"""A SentencePiece vocabulary in llguidance's form: which bytes each token id adds to a text, and which ids end one.
 
-Gateway and engine build it from the same file, so that a grammar the one accepts is a grammar the other can follow. Knows
-llguidance and SentencePiece; no torch, no requests, no templates.
+Gateway and engine build it from the same file, so the engine can follow every grammar that the gateway accepts. Knows llguidance and
+SentencePiece; no torch, no requests, no templates.
 
-How a Lark grammar names a control token: by id, `<[5]>`, or by name between angle brackets. llguidance reads `<[...]>` as ids, so
-that a name's own square brackets go: `[TOOL_CALLS]` is `<TOOL_CALLS>`, `[/INST]` is `</INST>`, `</s>` stays `</s>`.
+A Lark grammar names a control token by id, `<[5]>`, or by name between angle brackets. llguidance reads `<[...]>` as ids, so a name
+loses its own square brackets: `[TOOL_CALLS]` is `<TOOL_CALLS>`, `[/INST]` is `</INST>`, `</s>` stays `</s>`.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,28 @@ from sentencepiece import SentencePieceProcessor
 from workers.errors import ConfigError
 
 _SPACE = "▁"
-_ANCHOR = "\n"  # encoded in front of a text, so that the space SentencePiece puts before a text's first word falls off with it
-# llguidance's own limits (about 15 ms of work for one mask), but for two. Items in a row, 2,000 there: what an ambiguous grammar such
-# as `s: s s | "a"` costs a token grows with their square; with 2,000 half a second, with 800 under 100 ms before it ends, and an
-# object of 200 optional properties still fits. Lexer states, 250,000 there: each takes up to 2 kB, and all requests have their own.
+# Encoded before a text and cut off again, together with the space that SentencePiece puts before a text's first word.
+_ANCHOR = "\n"
+# llguidance's own limits (about 15 ms of work for one mask), except for two. Items in a row, by default 2,000: the time that an
+# ambiguous grammar such as `s: s s | "a"` takes per token grows with their square. It reaches half a second with 2,000 and stays under
+# 100 ms with 800, which still suffices for an object with 200 optional properties. Lexer states, by default 250,000: each takes up to
+# 2 kB, and every request has its own.
 LIMITS = LLParserLimits(max_items_in_row=800, max_lexer_states=50_000, verbose_errors=False)
 
 
 def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
-    """`grammar` as SamplingParams has it, within the limits of both gateway and engine. Raises nothing: see LLMatcher.is_error."""
+    """A matcher for a grammar in the form of SamplingParams.grammar, with the limits of gateway and engine. Raises nothing: see
+    LLMatcher.is_error.
+    """
     return LLMatcher(tokenizer, grammar, log_level=0, limits=LIMITS)
 
 
 def load_grammar_tokenizer(path: str | Path, *, vocab_size: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
     """The vocabulary in the SentencePiece model at `path`, for masks of `vocab_size` tokens, the model's number of logits.
 
-    A token is its piece with U+2581 as a space, or the byte of a byte-fallback token. No text contains a control token or the
-    unknown token. Two kinds of ids match nothing: those the tokenizer lacks, and the byte-fallback token of the space, which would
-    be a second way to write one that the detokenizer never drops. Raises ConfigError for a file that is not such a model.
+    A token is its piece with U+2581 as a space, or the byte of a byte-fallback token. No text contains a control token or the unknown
+    token. Two kinds of ids match nothing: those that the tokenizer lacks, and the byte-fallback token of the space. That one would be a
+    second way to write a space, which the detokenizer would never drop. Raises ConfigError for a file that is not such a model.
     """
     try:
         sp = SentencePieceProcessor(model_file=str(path))
@@ -44,25 +48,26 @@ def load_grammar_tokenizer(path: str | Path, *, vocab_size: int, eos_token_ids: 
 
 
 class _Vocabulary:
-    """What TokenizerWrapper reads."""
+    """The interface that TokenizerWrapper reads."""
 
     def __init__(self, sp: SentencePieceProcessor, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         size = sp.vocab_size()
         if size > vocab_size:
             raise ConfigError(
-                f"The tokenizer has {size} tokens but the model only {vocab_size}; they do not belong together."
+                f"The tokenizer has {size} tokens but the model only {vocab_size}.",
+                remedy="Use the tokenizer that belongs to the model.",
             )
         self._sp = sp
         self.bos_token_id = sp.bos_id()
         self.eos_token_id = eos_token_ids[0]
         self.special_token_ids = [i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)]
         self.tokens = [_token_bytes(sp, i) for i in range(size)] + [b""] * (vocab_size - size)
-        # Only for texts that SentencePiece cannot write: every byte has a token of its own, the space that of its piece.
+        # Only for texts that SentencePiece cannot encode: every byte has a token of its own, the space its piece.
         self._byte_tokens = {self.tokens[i][0]: i for i in range(size) if sp.is_byte(i) and self.tokens[i]}
         self._byte_tokens[ord(" ")] = sp.piece_to_id(_SPACE)
 
     def __call__(self, text: str) -> list[int]:
-        """How the model would write `text` in the middle of another; llguidance asks where a grammar leaves no choice."""
+        """The tokens of `text` in the middle of another text. llguidance asks for them where a grammar leaves no choice."""
         anchor: list[int] = self._sp.encode(_ANCHOR)
         ids: list[int] = self._sp.encode(_ANCHOR + text)
         if ids[: len(anchor)] == anchor and b"".join(self.tokens[i] for i in ids[len(anchor) :]) == text.encode():

@@ -1,1 +1,1 @@
-"""Where weights come from: files, formats, and the loader that proves every one was used."""
+"""Where weights come from: files, formats, and the loader that proves every parameter was filled."""

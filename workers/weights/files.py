@@ -12,16 +12,18 @@ UNSAFE = ("*.bin", "*.pth", "*.pt")
 
 
 def weight_files(folder: Path, layout: Layout) -> list[Path]:
-    """Those that the index names or, without one, all that lie there. Raises CheckpointError if one, or all, are absent."""
+    """The files that the index names or, without an index, all that are there. Raises CheckpointError if one, or all, are missing."""
     index = folder / INDEXES[layout]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError) as e:
-            raise CheckpointError(f"{index} is not a safetensors index with a weight_map; download it again.") from e
+            raise CheckpointError(
+                f"{index} is not a safetensors index with a weight_map.", remedy="Download it again."
+            ) from e
         for name in names:
             if not (folder / name).is_file():
-                raise CheckpointError(f"{index} names {name}, which is not there; download it too.")
+                raise CheckpointError(f"{index} names {name}, which does not exist.", remedy="Download it too.")
         return [folder / name for name in names]
     paths = sorted(folder.glob(PATTERNS[layout]))
     if paths:
@@ -29,6 +31,9 @@ def weight_files(folder: Path, layout: Layout) -> list[Path]:
     for pattern in UNSAFE:
         for path in sorted(folder.glob(pattern)):
             raise CheckpointError(
-                f"{path} is a pickle file, which Tramontane does not load; convert it to safetensors."
+                f"{path} is a pickle file, which Tramontane does not load.", remedy="Convert it to safetensors."
             )
-    raise CheckpointError(f"{folder} has no {PATTERNS[layout]}; the weights must lie beside the configuration file.")
+    raise CheckpointError(
+        f"{folder} has no {PATTERNS[layout]}.",
+        remedy="Put the weights into the same folder as the configuration file.",
+    )

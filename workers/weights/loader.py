@@ -1,51 +1,52 @@
 """Fills a model from a checkpoint, reading only this rank's part, and proves that every parameter was filled exactly once.
 
-Knows how parameters are named and packed; each parameter's own `weight_loader` knows which part is this rank's, and
-checkpoint.py where tensors lie.
+Knows how parameters are named and packed; each parameter's own `weight_loader` knows which part is this rank's, and safetensors.py
+where tensors are. Knows no architecture.
 """
 
-import contextlib
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from tqdm import tqdm
+from torch import nn
 
 from workers.config import ModelConfig
 from workers.errors import CheckpointError
-from workers.layers.embedding import ParallelLMHead
-from workers.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from workers.model.mistral import MistralForCausalLM
-from workers.parallel.group import TensorParallel
+from workers.layers.linear import FinishesLoading
 from workers.weights.safetensors import open_checkpoint
 
+# Called with (bytes done, bytes in total) of this rank's parameters.
 Progress = Callable[[int, int], None]
+
+
+class CheckpointModel(Protocol):
+    """The part of an nn.Module that loading needs. `packed_modules`: {module here: {module in the checkpoint: its shard}}."""
+
+    @property
+    def packed_modules(self) -> Mapping[str, Mapping[str, str]]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
 @torch.no_grad()
 def load_weights(
-    model: MistralForCausalLM,
-    folder: str | Path,
-    config: ModelConfig,
-    *,
-    tp: TensorParallel,
-    progress: Progress | None = None,
+    model: CheckpointModel, folder: str | Path, config: ModelConfig, *, progress: Progress | None = None
 ) -> None:
-    """Fills every parameter of `model` from the checkpoint in `folder`, then packs what computes faster packed.
+    """Fills every parameter of `model` from the checkpoint in `folder`, then brings weights into the form that computes fastest.
 
-    `progress(bytes_done, bytes_total)` counts the bytes of this rank's parameters; without it, rank 0 shows a bar on a terminal.
-    Raises CheckpointError, naming file and tensor, if a tensor is missing, extra or misshapen, or a file is absent or truncated.
+    Raises CheckpointError with the file and tensor if a tensor is missing, extra or has the wrong shape, or a file is missing or
+    truncated.
     """
     targets = _targets(model)
     parameters = dict(model.named_parameters())
     num_bytes = sum(parameter.nbytes for parameter in parameters.values())
+    num_bytes_done = 0
     filled: Counter[str] = Counter()
-    with (
-        open_checkpoint(folder, config.layout, head_dim=config.head_dim) as sources,
-        _reporting(num_bytes, tp, progress) as report,
-    ):
+    with open_checkpoint(folder, config.layout, head_dim=config.head_dim) as sources:
         if config.tie_word_embeddings:
             sources.pop("lm_head.weight", None)  # some files repeat the embedding here
         if missing := sorted(targets.keys() - sources.keys()):
@@ -58,17 +59,19 @@ def load_weights(
             parameter = parameters[parameter_name]
             num_elements = parameter.weight_loader(parameter, source, shard_id)  # type: ignore[attr-defined]
             filled[parameter_name] += num_elements
-            report(num_elements * parameter.element_size())
+            num_bytes_done += num_elements * parameter.element_size()
+            if progress is not None:
+                progress(num_bytes_done, num_bytes)
     for name, parameter in parameters.items():
         assert filled[name] == parameter.numel(), (
             f"{name} has {parameter.numel()} elements, but {filled[name]} were filled"
         )
     for module in model.modules():
-        if isinstance(module, (MergedColumnParallelLinear, RowParallelLinear, ParallelLMHead)):
-            module.pack()
+        if isinstance(module, FinishesLoading):
+            module.finish_loading()
 
 
-def _targets(model: MistralForCausalLM) -> dict[str, tuple[str, str | None]]:
+def _targets(model: CheckpointModel) -> dict[str, tuple[str, str | None]]:
     """{tensor name in the checkpoint: (parameter name, shard id)}, for example
     {"model.norm.weight": ("model.norm.weight", None), "...self_attn.k_proj.weight": ("...self_attn.qkv_proj.weight", "k")}.
     """
@@ -81,25 +84,6 @@ def _targets(model: MistralForCausalLM) -> dict[str, tuple[str, str | None]]:
         else:
             targets[name] = (name, None)
     return targets
-
-
-@contextlib.contextmanager
-def _reporting(num_bytes: int, tp: TensorParallel, progress: Progress | None) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the bytes newly done."""
-    done = 0
-
-    def call(new: int) -> None:
-        nonlocal done
-        done += new
-        assert progress is not None
-        progress(done, num_bytes)
-
-    if progress is not None:
-        yield call
-        return
-    hidden = tp.rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=num_bytes, desc="Loading weights", unit="B", unit_scale=True, disable=hidden) as bar:
-        yield bar.update
 
 
 def _first(names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """A checkpoint folder as a mapping from tensor names to tensors that are read only where they are indexed.
 
-Reads the safetensors files of either layout and gives every tensor its Hugging Face name and row order, so that nothing behind this
-file knows that Mistral's own layout exists. Knows no model and no ranks.
+Reads the safetensors files of either layout and gives every tensor its Hugging Face name and row order, so that only this file knows
+Mistral's own layout. Knows no model and no ranks.
 """
 
 import contextlib
@@ -14,12 +14,11 @@ from safetensors import SafetensorError, safe_open
 
 from workers.config import Layout
 from workers.errors import CheckpointError
-from workers.layers.linear import Index
+from workers.quant.method import Index
 from workers.weights.files import weight_files
 
-BUFFERS = re.compile(
-    r"(.*\.)?(rotary_emb\.inv_freq|rope\.freqs)"
-)  # old conversions stored what is computed from the config
+# Old conversions stored these, which are computed from the configuration.
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|rope\.freqs)")
 MISTRAL_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -37,7 +36,7 @@ MISTRAL_NAMES = {
 
 
 class CheckpointTensor:
-    """A `linear.WeightSource` in a memory-mapped safetensors file."""
+    """A `WeightSource` in a memory-mapped safetensors file."""
 
     def __init__(self, file: safe_open, tensor_name: str, path: Path) -> None:
         self.name = f"Tensor {tensor_name!r} of {path}"
@@ -52,9 +51,9 @@ class CheckpointTensor:
 
 
 class InterleavedRows:
-    """A q or k weight of Mistral's layout, seen in Hugging Face's row order.
+    """A q or k weight of Mistral's layout, read in Hugging Face's row order.
 
-    Mistral rotates neighbouring pairs of a head's rows, Hugging Face pairs half a head apart. With head_dim 4:
+    Mistral rotates adjacent pairs of a head's rows, Hugging Face pairs half a head apart. With head_dim 4:
         Mistral       a0 b0 a1 b1           rotates (a0, b0) and (a1, b1)
         Hugging Face  a0 a1 b0 b1           rotates the same two pairs
     Only whole heads can be read.
@@ -80,7 +79,7 @@ def open_checkpoint(
 ) -> Iterator[dict[str, CheckpointTensor | InterleavedRows]]:
     """Every tensor by its Hugging Face name. They are readable until the context ends.
 
-    Raises CheckpointError if there are no weights, a file is absent, truncated or not safetensors, or a tensor appears twice.
+    Raises CheckpointError if there are no weights, a file is missing, truncated or not safetensors, or a tensor appears twice.
     """
     tensors: dict[str, CheckpointTensor | InterleavedRows] = {}
     paths: dict[str, Path] = {}
@@ -89,13 +88,15 @@ def open_checkpoint(
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as e:
-                raise CheckpointError(f"{path} is truncated or not a safetensors file ({e}); download it again.") from e
+                raise CheckpointError(
+                    f"{path} is truncated or not a safetensors file ({e}).", remedy="Download it again."
+                ) from e
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 if BUFFERS.fullmatch(name):
                     continue
                 if name in paths:
                     raise CheckpointError(
-                        f"Tensor {name!r} is in both {paths[name]} and {path.name}; remove one of the files."
+                        f"Tensor {name!r} is in both {paths[name]} and {path.name}.", remedy="Remove one of the files."
                     )
                 paths[name] = path
                 tensor = CheckpointTensor(file, name, path)

@@ -1,6 +1,6 @@
-"""POST /v1/embeddings: the mean over an input's tokens of the model's last hidden states.
+"""POST /v1/embeddings: the mean of the model's last hidden states over the tokens of each input.
 
-Knows the endpoint's input forms and answer shape; the engine does the pooling.
+Knows the endpoint's input forms and its response; the engine does the pooling.
 """
 
 import base64
@@ -11,59 +11,66 @@ from array import array
 
 from aiohttp import web
 
-from cluster.api.context import GATEWAY, Gateway
-from cluster.api.generation.answering import json_answer
+from cluster.api.context import CONTEXT, ApiContext
+from cluster.api.generation.answering import json_response
 from cluster.api.generation.inputs import admit_inputs, run_inputs
-from cluster.api.generation.origin import HTTP, Origin
 from cluster.api.generation.prompts import encode_prompt, split_prompt, truncate
 from cluster.api.generation.sampling import too_long
-from cluster.api.schemas.other import MAX_INPUTS, EmbeddingItem, EmbeddingList, EmbeddingRequest, InputUsage
+from cluster.api.request_context import REQUEST_CONTEXT, RequestContext
+from cluster.api.schemas.embeddings import MAX_INPUTS, EmbeddingItem, EmbeddingList, EmbeddingRequest, InputUsage
 from cluster.api.server import request_options
 from cluster.api.server.body import read_body
 from cluster.system.log import log_prompt
 from workers.errors import EngineError, RequestError
 from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 
+NO_EMBEDDINGS = "Embeddings are disabled on this server (--no-embeddings)."
+
 
 async def handle(request: web.Request) -> web.Response:
     """One embedding for each input, in their order."""
-    gateway = request.app[GATEWAY]
+    api, context = request.app[CONTEXT], request[REQUEST_CONTEXT]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, EmbeddingRequest)
-    check(gateway, body)
+    check(api, body, context)
     log_prompt(body.input)
-    return json_answer(await complete(gateway, body, deadline=deadline, arrived=arrived))
+    return json_response(await complete(api, body, context, deadline=deadline, arrived=arrived))
 
 
-def check(gateway: Gateway, body: EmbeddingRequest) -> None:
-    """As far as that needs no replica. Raises RequestError."""
-    if not gateway.serves_embeddings:
-        raise RequestError("This server was started without embeddings (--no-embeddings).", code="embeddings_disabled")
-    gateway.check_model(body.model)
+def check(api: ApiContext, body: EmbeddingRequest, context: RequestContext) -> None:
+    """Checks all that needs no replica. Raises RequestError."""
+    if not api.serves_embeddings:
+        raise RequestError(NO_EMBEDDINGS, code="embeddings_disabled")
+    api.check_model(body.model, context)
     inputs = split_prompt(body.input, param="input")
     if len(inputs) > MAX_INPUTS:
-        raise RequestError(f"'input' holds {len(inputs)} inputs; send at most {MAX_INPUTS} at once.", param="input")
+        raise RequestError(
+            f"'input' has {len(inputs)} inputs; the limit is {MAX_INPUTS} per request.",
+            remedy="Split them into several requests.",
+            param="input",
+        )
 
 
 async def complete(
-    gateway: Gateway,
+    api: ApiContext,
     body: EmbeddingRequest,
-    origin: Origin = HTTP,
+    context: RequestContext,
     *,
     deadline: float | None = None,
     arrived: float,
 ) -> EmbeddingList:
-    """Raises what the router raises, and RequestError for what the model cannot do."""
-    facts = gateway.router.facts
+    """The response. Raises what the router raises, and RequestError for what the model cannot do."""
+    facts = api.router.facts
     if body.dimensions is not None and body.dimensions != facts.hidden_size:
         raise RequestError(
-            f"This model's embeddings have {facts.hidden_size} dimensions and cannot be shortened; leave 'dimensions' out.",
+            f"This model's embeddings have {facts.hidden_size} dimensions and cannot be shortened.",
+            remedy="Remove 'dimensions'.",
             param="dimensions",
         )
-    requests = await _requests(gateway, body, origin, facts=facts)
-    with admit_inputs(gateway, requests, deadline=deadline) as admission:
-        deltas = await run_inputs(gateway, requests, origin=origin, admission=admission, arrived=arrived)
+    requests = await _requests(api, body, context, facts=facts)
+    with admit_inputs(api, requests, context=context, deadline=deadline) as admission:
+        deltas = await run_inputs(api, requests, context=context, admission=admission, arrived=arrived)
     num_tokens = sum(len(r.prompt_token_ids) for r in requests)
     as_base64 = body.encoding_format == "base64"
     return EmbeddingList(
@@ -74,12 +81,12 @@ async def complete(
 
 
 async def _requests(
-    gateway: Gateway, body: EmbeddingRequest, origin: Origin, *, facts: EngineFacts
+    api: ApiContext, body: EmbeddingRequest, context: RequestContext, *, facts: EngineFacts
 ) -> list[GenerateRequest]:
     keep, answer_id = body.truncate_prompt_tokens, f"embd-{uuid.uuid4().hex}"
     requests = []
     for i, text in enumerate(split_prompt(body.input, param="input")):
-        encoded = await encode_prompt(gateway.tokenizer, text, facts=facts, truncates=keep is not None, param="input")
+        encoded = await encode_prompt(api.tokenizer, text, facts=facts, truncates=keep is not None, param="input")
         token_ids = truncate(encoded, keep, facts=facts, num_output=None)
         if len(token_ids) >= facts.max_model_len:
             raise too_long(len(token_ids), param="input", max_model_len=facts.max_model_len)
@@ -88,7 +95,7 @@ async def _requests(
                 request_id=f"{answer_id}-{i}",
                 prompt_token_ids=token_ids,
                 sampling=SamplingParams(max_tokens=0, seed=0),
-                priority=origin.priority_of(body.priority),
+                priority=context.priority_of(body.priority),
                 embed=True,
             )
         )
@@ -97,7 +104,7 @@ async def _requests(
 
 def _render(delta: TokenDelta, as_base64: bool) -> list[float] | str:
     if delta.embedding is None:
-        raise EngineError("The replica sent no embedding; it may be of an older version.")
+        raise EngineError("The replica sent no embedding. It may run an older version.")
     if as_base64:
         return base64.b64encode(delta.embedding).decode()
     values = array("f")

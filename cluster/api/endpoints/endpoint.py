@@ -1,4 +1,4 @@
-"""One row of the table of endpoints: what the HTTP router serves and what /openapi.json describes. Knows no endpoint."""
+"""One row of the table of endpoints, which is both served and described in /openapi.json. Knows no specific endpoint."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """One row. `answer`: the type of a 200's JSON, None where it is no JSON of ours. `chunk`: of a stream's events.
+    """One row.
 
-    `form`: of the fields of a body that is no JSON but a form, which the handler reads itself.
+    `response`: the type of a successful response's JSON, None for other contents. `chunk`: the type of a stream's events. `form`: the
+    type of the fields if the body is a form, which the handler reads itself. `is_open`: needs no API key.
     """
 
     method: Literal["GET", "POST", "DELETE"]
@@ -22,10 +23,10 @@ class Endpoint:
     summary: str
     body: type | None = None
     form: type | None = None
-    answer: Any = None
+    response: Any = None
     chunk: Any = None
     success: int = 200
     content_type: str = "application/json"
     errors: tuple[int, ...] = ()
     query: tuple[str, ...] = ()
-    is_open: bool = False  # needs no key
+    is_open: bool = False

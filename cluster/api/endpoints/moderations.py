@@ -1,9 +1,9 @@
-"""POST /v1/moderations: the served model judges a text itself, choosing one of Mistral's 13 categories or none.
+"""POST /v1/moderations: the served model itself classifies a text, as one of Mistral's 13 categories or none.
 
-Every possible answer is scored: its probability, given the question, is the product of its tokens' probabilities, end of answer
-included, and the scores are these, divided by their sum: the distribution of a choice constrained to these answers. The question is
-computed once; the replica's prefix cache spares it the others.
-Knows the endpoint's shapes and the scoring; the question is cluster/text/chat/moderation.py's.
+Every possible answer is scored. Its probability, given the question, is the product of its tokens' probabilities, including the end of
+the answer. The scores are these probabilities divided by their sum: the distribution of a choice constrained to these answers. The
+question is computed once; for the other answers it comes from the replica's prefix cache.
+Knows the endpoint's body and response, and the scoring; the question's text is in cluster/text/chat/moderation.py.
 """
 
 import asyncio
@@ -13,12 +13,13 @@ import uuid
 
 from aiohttp import web
 
-from cluster.api.context import GATEWAY, Gateway
-from cluster.api.generation.answering import json_answer
+from cluster.api.context import CONTEXT, ApiContext
+from cluster.api.generation.answering import json_response
 from cluster.api.generation.inputs import admit_inputs, run_inputs
-from cluster.api.generation.prompts import refuse_hopeless
+from cluster.api.generation.prompts import check_text_length
 from cluster.api.generation.sampling import too_long
-from cluster.api.schemas.other import Moderation, ModerationAnswer, ModerationRequest
+from cluster.api.request_context import REQUEST_CONTEXT
+from cluster.api.schemas.moderations import Moderation, ModerationRequest, ModerationResponse
 from cluster.api.server import request_options
 from cluster.api.server.body import read_body
 from cluster.system.log import log_prompt
@@ -31,50 +32,51 @@ ANSWERS = (*CATEGORIES, NOT_MODERATED)
 
 
 async def handle(request: web.Request) -> web.Response:
-    """One judgement for each input, in their order."""
-    gateway = request.app[GATEWAY]
+    """One result for each input, in their order."""
+    api, context = request.app[CONTEXT], request[REQUEST_CONTEXT]
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, ModerationRequest)
-    model = body.model or gateway.model_names[0]
-    gateway.check_model(model)
+    model = body.model or api.model_names[0]
+    api.check_model(model, context)
     log_prompt(body.input)
-    facts = gateway.router.facts
+    facts = api.router.facts
     answer_id = f"modr-{uuid.uuid4().hex}"
     texts = [body.input] if isinstance(body.input, str) else body.input
-    answers = [gateway.tokenizer.encode(answer, bos=False) for answer in ANSWERS]
-    questions = await asyncio.to_thread(_questions, gateway, texts, facts=facts)
+    answers = [api.tokenizer.encode(answer, bos=False) for answer in ANSWERS]
+    questions = await asyncio.to_thread(_questions, api, texts, facts=facts)
     requests = [
         _scored(question, answer, facts=facts, request_id=f"{answer_id}-{i}-{k}")
         for i, question in enumerate(questions)
         for k, answer in enumerate(answers)
     ]
-    with admit_inputs(gateway, requests, deadline=deadline) as admission:
+    with admit_inputs(api, requests, context=context, deadline=deadline) as admission:
         deltas: list[TokenDelta] = []
         for start in range(0, len(requests), len(ANSWERS)):
-            # The first fills the prefix cache for the others.
-            deltas += await run_inputs(gateway, requests[start : start + 1], admission=admission, arrived=arrived)
-            rest = requests[start + 1 : start + len(ANSWERS)]
-            deltas += await run_inputs(gateway, rest, admission=admission, arrived=arrived)
+            # The first request fills the prefix cache for the others.
+            for part in (requests[start : start + 1], requests[start + 1 : start + len(ANSWERS)]):
+                deltas += await run_inputs(api, part, context=context, admission=admission, arrived=arrived)
     scores = [_score(delta) for delta in deltas]
-    results = [_judge(scores[i : i + len(ANSWERS)]) for i in range(0, len(scores), len(ANSWERS))]
-    return json_answer(ModerationAnswer(id=answer_id, model=model, results=results))
+    results = [_classify(scores[i : i + len(ANSWERS)]) for i in range(0, len(scores), len(ANSWERS))]
+    return json_response(ModerationResponse(id=answer_id, model=model, results=results))
 
 
-def _questions(gateway: Gateway, texts: list[str], *, facts: EngineFacts) -> list[list[int]]:
-    template = gateway.chat_template
+def _questions(api: ApiContext, texts: list[str], *, facts: EngineFacts) -> list[list[int]]:
+    template = api.chat_template
     if template is None:
-        raise RequestError("This model has no chat template, which moderations need.", code="moderations_disabled")
+        raise RequestError(
+            "Moderations need a chat template, which this model does not have.", code="moderations_disabled"
+        )
     questions = []
     for text in texts:
         prompt = moderation_prompt(text)
-        refuse_hopeless(len(prompt), gateway.tokenizer, param="input", facts=facts)
+        check_text_length(len(prompt), api.tokenizer, param="input", facts=facts)
         questions.append(template.encode([Message("user", prompt)]).token_ids)
     return questions
 
 
 def _scored(question: list[int], answer: list[int], *, facts: EngineFacts, request_id: str) -> GenerateRequest:
-    """A request for the log-probabilities of the answer's tokens and of its end."""
+    """A request for the log-probabilities of the answer's tokens and of the end token."""
     token_ids = [*question, *answer, facts.eos_token_ids[0]]
     if len(token_ids) >= facts.max_model_len:
         raise too_long(len(token_ids), param="input", max_model_len=facts.max_model_len)
@@ -84,12 +86,12 @@ def _scored(question: list[int], answer: list[int], *, facts: EngineFacts, reque
 
 def _score(delta: TokenDelta) -> float:
     if delta.prompt_logprobs is None:
-        raise EngineError("The replica sent no log-probabilities; it may be of an older version.")
+        raise EngineError("The replica sent no log-probabilities. It may run an older version.")
     return sum(entry.logprob for entry in delta.prompt_logprobs if entry is not None)
 
 
-def _judge(logprobs: list[float]) -> Moderation:
-    """logprobs: of each of ANSWERS. The likeliest answer is the judgement."""
+def _classify(logprobs: list[float]) -> Moderation:
+    """logprobs: one for each of ANSWERS. The likeliest answer is the result."""
     highest = max(logprobs)
     weights = [math.exp(logprob - highest) for logprob in logprobs]
     scores = [weight / sum(weights) for weight in weights]

@@ -1,6 +1,6 @@
-"""GET /openapi.json: the endpoints and the very structs that validate bodies, as OpenAPI 3.1.
+"""GET /openapi.json: the endpoints, and the structs that validate bodies, as an OpenAPI 3.1 document.
 
-Knows OpenAPI's form; every fact comes from the table it is given (endpoints.py) and from msgspec's JSON schemas.
+Knows OpenAPI's format; all facts come from the table of endpoints (table.py) and from msgspec's JSON schemas.
 """
 
 import re
@@ -17,28 +17,28 @@ from cluster.api.server.errors import ErrorEnvelope
 OPENAPI = web.AppKey("openapi", bytes)
 _REF = "#/components/schemas/{name}"
 _ERRORS = {
-    400: "The request cannot be served as it stands; `param` names what to change.",
-    401: "No key, or one that is not known.",
-    403: "The key may not do this.",
-    404: "There is no such thing.",
+    400: "The request is invalid; `param` names the field to change.",
+    401: "The API key is missing or wrong.",
+    403: "The API key does not allow this.",
+    404: "Not found.",
     408: "The request took too long to arrive.",
-    413: "The body is too large.",
-    415: "The body is not JSON.",
-    429: "Too much at once, for the server or for the key; Retry-After says when to come back.",
-    500: "The server failed.",
-    503: "No replica can serve the request now; Retry-After says when to come back.",
-    504: "The time that the client gave its request is over.",
+    413: "The request body is too large.",
+    415: "The request body has the wrong content type or is compressed.",
+    429: "The server is full, or the API key has reached a limit. Retry after the time in Retry-After.",
+    500: "The server failed to process the request.",
+    503: "No replica can serve the request now. Retry after the time in Retry-After.",
+    504: "The request did not finish within the time in X-Request-Timeout.",
 }
 
 
 async def handle(request: web.Request) -> web.Response:
-    """The document, made when the application was."""
+    """The document, which was made together with the application."""
     return web.Response(body=request.app[OPENAPI], content_type="application/json")
 
 
 def render(endpoints: Sequence[Endpoint]) -> bytes:
     """The document for these endpoints."""
-    types = [ErrorEnvelope, *(t for e in endpoints for t in (e.body, e.form, e.answer, e.chunk) if t is not None)]
+    types = [ErrorEnvelope, *(t for e in endpoints for t in (e.body, e.form, e.response, e.chunk) if t is not None)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     schema_of = dict(zip(map(id, types), schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
@@ -50,7 +50,8 @@ def render(endpoints: Sequence[Endpoint]) -> bytes:
         "info": {
             "title": "Tramontane",
             "version": version("tramontane"),
-            "description": "OpenAI's API for Mistral-family models, with vLLM's additions. Every field acts or is refused by name.",
+            "description": "An OpenAI-compatible API for Mistral-family models, with vLLM's additions. "
+            "Fields that the server does not support are refused by name.",
         },
         "paths": paths,
         "components": {
@@ -64,14 +65,16 @@ def render(endpoints: Sequence[Endpoint]) -> bytes:
 
 def _operation(endpoint: Endpoint, path: str, schema_of: dict[int, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {
-        endpoint.content_type: {"schema": schema_of[id(endpoint.answer)]} if endpoint.answer else {}
+        endpoint.content_type: {"schema": schema_of[id(endpoint.response)]} if endpoint.response else {}
     }
     if endpoint.chunk is not None:
         content["text/event-stream"] = {
             "schema": {
                 "type": "object",
                 "required": ["data"],
-                "properties": {"data": {"type": "string", "description": "JSON of `x-event`; at the end `[DONE]`."}},
+                "properties": {
+                    "data": {"type": "string", "description": "JSON as in `x-event`; the last event is `[DONE]`."}
+                },
             },
             "x-event": schema_of[id(endpoint.chunk)],
         }
@@ -81,7 +84,7 @@ def _operation(endpoint: Endpoint, path: str, schema_of: dict[int, Any]) -> dict
         "summary": endpoint.summary,
         "operationId": f"{endpoint.method.lower()}_{re.sub(r'[^a-z]+', '_', path.strip('/').lower()).strip('_') or 'root'}",
         "responses": {
-            str(endpoint.success): {"description": "Done.", "content": content},
+            str(endpoint.success): {"description": "Success.", "content": content},
             **{str(status): {"description": _ERRORS[status], "content": error} for status in statuses},
         },
     }

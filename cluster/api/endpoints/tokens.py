@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them: what the model sees of a text, and back.
+"""POST /tokenize and /detokenize, compatible with vLLM: text to token ids and back.
 
 Knows the tokenizer and the chat template; runs nothing on a replica.
 """
@@ -8,46 +8,49 @@ import asyncio
 from aiohttp import web
 from msgspec import UNSET
 
-from cluster.api.context import GATEWAY
-from cluster.api.generation.answering import json_answer
+from cluster.api.context import CONTEXT
+from cluster.api.generation.answering import json_response
 from cluster.api.generation.conversation import encode_conversation
 from cluster.api.generation.prompts import in_thread_if_long
 from cluster.api.generation.sampling import check_token_ids
-from cluster.api.schemas.other import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, TokenizeRequest
+from cluster.api.request_context import REQUEST_CONTEXT
+from cluster.api.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from cluster.api.server.body import read_body
 from workers.errors import RequestError
 
 
 async def tokenize(request: web.Request) -> web.Response:
-    """The ids of a prompt or of a conversation."""
-    gateway = request.app[GATEWAY]
+    """The token ids of a prompt or a conversation."""
+    api = request.app[CONTEXT]
     body = await read_body(request, TokenizeRequest)
     if body.model is not None:
-        gateway.check_model(body.model)
+        api.check_model(body.model, request[REQUEST_CONTEXT])
     if (body.prompt is None) == (body.messages is None):
-        raise RequestError("Send either 'prompt' or 'messages'.", param="prompt")
+        raise RequestError(
+            "Exactly one of 'prompt' and 'messages' is required.", remedy="Send either of them.", param="prompt"
+        )
     if body.messages is not None:
-        prompt = await encode_conversation(gateway, body.messages, tools=body.tools or ())
+        prompt = await encode_conversation(api, body.messages, tools=body.tools or ())
         token_ids = prompt.token_ids
     else:
         text, bos = body.prompt or "", body.add_special_tokens is not False
-        token_ids = await in_thread_if_long(len(text), lambda: gateway.tokenizer.encode(text, bos=bos))
-    strings = [gateway.tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else UNSET
-    return json_answer(
-        TokenizeAnswer(
+        token_ids = await in_thread_if_long(len(text), lambda: api.tokenizer.encode(text, bos=bos))
+    strings = [api.tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else UNSET
+    return json_response(
+        TokenizeResponse(
             tokens=token_ids,
             count=len(token_ids),
-            max_model_len=gateway.router.facts.max_model_len,
+            max_model_len=api.router.facts.max_model_len,
             token_strs=strings,
         )
     )
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    """The text of some ids; control tokens add nothing."""
-    gateway = request.app[GATEWAY]
+    """The text of token ids. Control tokens add nothing."""
+    api = request.app[CONTEXT]
     body = await read_body(request, DetokenizeRequest)
     if body.model is not None:
-        gateway.check_model(body.model)
-    check_token_ids(body.tokens, param="tokens", vocab_size=gateway.router.facts.vocab_size)
-    return json_answer(DetokenizeAnswer(prompt=await asyncio.to_thread(gateway.tokenizer.decode, body.tokens)))
+        api.check_model(body.model, request[REQUEST_CONTEXT])
+    check_token_ids(body.tokens, param="tokens", vocab_size=api.router.facts.vocab_size)
+    return json_response(DetokenizeResponse(prompt=await asyncio.to_thread(api.tokenizer.decode, body.tokens)))

@@ -1,12 +1,12 @@
 """From a body's messages and tools to the prompt's token ids, through the model's chat template.
 
-Knows the API's message types and cluster/text/chat/template.py's; nothing of how the answer is generated.
+Knows the message types of the API and of cluster/text/chat/template.py; knows nothing about generation.
 """
 
 from collections.abc import Sequence
 
-from cluster.api.context import Gateway
-from cluster.api.generation.prompts import in_thread_if_long, refuse_hopeless
+from cluster.api.context import ApiContext
+from cluster.api.generation.prompts import check_text_length, in_thread_if_long
 from cluster.api.schemas.chat import AssistantMessage, ChatMessage, Tool, ToolMessage, UserMessage
 from cluster.text.chat.safe_prompt import with_safe_prompt
 from cluster.text.chat.template import ChatPrompt, Message
@@ -15,7 +15,7 @@ from workers.errors import RequestError
 
 
 async def encode_conversation(
-    gateway: Gateway,
+    api: ApiContext,
     messages: Sequence[ChatMessage],
     *,
     tools: Sequence[Tool] = (),
@@ -24,29 +24,29 @@ async def encode_conversation(
 ) -> ChatPrompt:
     """Raises RequestError for a conversation that the template does not allow or that can never fit.
 
-    truncates: the ids will be truncated, so that no length is hopeless.
+    truncates: the ids will be truncated, so any length fits.
     """
-    template = gateway.chat_template
+    template = api.chat_template
     if template is None:
-        raise RequestError("This model has no chat template; use /v1/completions.", param="messages")
+        raise RequestError("This model has no chat template.", remedy="Use /v1/completions.", param="messages")
     converted = to_messages(messages)
     if safe_prompt:
         converted = with_safe_prompt(converted)
     definitions = to_definitions(tools)
     num_chars = sum(len(m.content) for m in converted)
     if not truncates:
-        refuse_hopeless(num_chars, gateway.tokenizer, param="messages", facts=gateway.router.facts)
+        check_text_length(num_chars, api.tokenizer, param="messages", facts=api.router.facts)
     num_chars += 100 * len(converted) + 1000 * len(definitions)
     return await in_thread_if_long(num_chars, lambda: template.encode(converted, tools=definitions))
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """The template's messages: text parts joined, `developer` as `system`."""
+    """Messages for the template: text parts joined, `developer` as `system`."""
     return [_convert(message) for message in messages]
 
 
 def to_definitions(tools: Sequence[Tool]) -> list[ToolDefinition]:
-    """The template's tools."""
+    """Tools for the template."""
     return [
         ToolDefinition(
             name=tool.function.name,

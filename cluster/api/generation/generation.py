@@ -1,7 +1,7 @@
-"""Runs the sequences of one request and merges what they say, in the order it comes.
+"""Runs the sequences of one request and merges their deltas, in the order of arrival.
 
-Knows choices and the router; no HTTP, and not how an endpoint words its answer. Leaving `run`, for whatever reason, closes every
-stream it opened, and so frees what the replicas hold.
+Knows choices and the router; knows no HTTP and no response formats. Leaving `run`, for any reason, closes every stream it opened, which
+frees the sequences on the replicas.
 """
 
 import asyncio
@@ -11,30 +11,33 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cluster.api.context import Gateway
-from cluster.api.generation.origin import Origin
+from cluster.api.context import ApiContext
+from cluster.api.request_context import RequestContext
 from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usage
-from cluster.api.server import limits
 from cluster.api.server.errors import ClientGoneError
 from cluster.router.admission import Admission
 from cluster.router.stream import Trace
-from cluster.text.output.output import OutputStep, OutputText, PlacedLogprob
+from cluster.text.output.output_text import OutputStep, OutputText, PlacedLogprob
 from workers.errors import EngineError, RequestError
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta, TokenLogprob
 
 
 @dataclass
 class Choice:
-    """One sequence of an answer. `copy` counts the sequences of one prompt: 0 to n-1."""
+    """One sequence of a response. `copy` numbers the sequences of one prompt: 0 to n-1.
+
+    `num_cached_tokens` is None until the first delta, which also brings `prompt_logprobs` if requested. `sum_logprob`: over the output's
+    tokens, where log-probabilities were requested.
+    """
 
     index: int
     copy: int
     request: GenerateRequest
     output: OutputText
-    origin: Origin
-    num_cached_tokens: int | None = None  # None before the first delta
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # there with the first delta, if asked for
-    sum_logprob: float = 0.0  # of the output's tokens, where log-probabilities were asked for
+    context: RequestContext
+    num_cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    sum_logprob: float = 0.0
     trace: Trace = field(default_factory=Trace)
 
     @property
@@ -43,7 +46,7 @@ class Choice:
 
 
 class Event(NamedTuple):
-    """What one delta adds to a choice. `token_ids`: all it generated, those without text included."""
+    """What one delta adds to a choice. `token_ids`: all generated tokens, including those without text."""
 
     choice: Choice
     step: OutputStep
@@ -52,10 +55,10 @@ class Event(NamedTuple):
 
 
 def make_choice(
-    gateway: Gateway,
+    api: ApiContext,
     body: GenerationRequest,
     *,
-    origin: Origin,
+    context: RequestContext,
     answer_id: str,
     index: int,
     copy: int,
@@ -70,10 +73,10 @@ def make_choice(
         request_id=f"{answer_id}-{index}",
         prompt_token_ids=prompt_token_ids,
         sampling=sampling,
-        priority=origin.priority_of(body.priority),
+        priority=context.priority_of(body.priority),
     )
     output = OutputText(
-        gateway.tokenizer,
+        api.tokenizer,
         continues=continues,
         stop=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),
@@ -81,26 +84,27 @@ def make_choice(
         tool_calls_token_id=tool_calls_token_id,
         shows_end=shows_end,
     )
-    return Choice(index, copy, request, output, origin)
+    return Choice(index, copy, request, output, context)
 
 
 @contextlib.contextmanager
-def admit(gateway: Gateway, choices: Sequence[Choice], *, deadline: float | None) -> Iterator[Admission]:
-    """Room for all of these sequences or none, within the key's limits; see Router.admit."""
+def admit(api: ApiContext, choices: Sequence[Choice], *, deadline: float | None) -> Iterator[Admission]:
+    """Admits all of these sequences or none, within the API key's limits; see Router.admit."""
     requests = [c.request for c in choices]
     num_tokens = sum(len(r.prompt_token_ids) for r in requests)
+    context = choices[0].context
     num_charged = sum(len(c.request.prompt_token_ids) for c in choices if c.copy == 0)
     with (
-        limits.reserve(num_charged),
-        gateway.router.admit(
-            len(requests), num_tokens, priority=requests[0].priority, deadline=deadline, tenant=limits.tenant()
+        context.reserve(num_charged),
+        api.router.admit(
+            len(requests), num_tokens, priority=requests[0].priority, deadline=deadline, tenant=context.tenant
         ) as admission,
     ):
         yield admission
 
 
 def usage(choices: Sequence[Choice]) -> Usage:
-    """Each prompt counts once however many sequences it got; the stop token counts as generated."""
+    """Each prompt counts once, however many sequences it has. The stop token counts as generated."""
     first_copies = [c for c in choices if c.copy == 0]
     prompt = sum(len(c.request.prompt_token_ids) for c in first_copies)
     completion = sum(c.output.num_tokens for c in choices)
@@ -113,41 +117,41 @@ def usage(choices: Sequence[Choice]) -> Usage:
 
 
 async def run(
-    gateway: Gateway,
+    api: ApiContext,
     choices: Sequence[Choice],
     *,
     admission: Admission,
     arrived: float,
     is_gone: Callable[[], bool] | None = None,
 ) -> AsyncGenerator[Event, None]:
-    """Yields what each delta adds until every choice has finished. arrived: time.monotonic() at the request's first byte.
-    is_gone: whether nobody waits for the answer any more.
+    """Yields what each delta adds until every choice has finished.
 
-    Raises what the router raises, EngineError for a sequence the engine gave up, ClientGoneError when nobody listens any more.
+    arrived: time.monotonic() at the request's first byte. is_gone: whether the client has disconnected.
+    Raises what the router raises, EngineError if the engine gave up a sequence, ClientGoneError if the client has disconnected.
     """
     events = (
-        _run_one(gateway, choices[0], admission=admission, arrived=arrived)
+        _run_one(api, choices[0], admission=admission, arrived=arrived)
         if len(choices) == 1
-        else _merge(gateway, choices, admission=admission, arrived=arrived)
+        else _merge(api, choices, admission=admission, arrived=arrived)
     )
     async with contextlib.aclosing(events):
         async for event in events:
-            # A server run with handler_cancellation=True cancels us sooner; this needs no such setting.
+            # A server with handler_cancellation=True cancels this task sooner; this check works without that setting.
             if is_gone is not None and is_gone():
                 raise ClientGoneError("The client closed the connection.")
             yield event
 
 
 def raise_if_failed(delta: TokenDelta) -> None:
-    """RequestError for a sequence that failed by its own doing, EngineError for one that the engine gave up."""
+    """Raises RequestError if the engine refused the sequence, EngineError if it gave it up."""
     if delta.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-        sentence = delta.error or "The engine ended this request before it was complete."
-        raise RequestError(sentence) if delta.refused else EngineError(sentence)
+        message = delta.error or "The engine ended this request before it was complete."
+        raise RequestError(message) if delta.refused else EngineError(message)
 
 
 @dataclass
 class Whole:
-    """All of one choice, for an answer in one piece."""
+    """All of one choice, for a response in one piece."""
 
     choice: Choice
     text: str = ""
@@ -157,7 +161,7 @@ class Whole:
 
 
 async def collect(events: AsyncGenerator[Event, None], choices: Sequence[Choice]) -> list[Whole]:
-    """Runs to the end; one result per choice, in their order."""
+    """Runs to the end. Returns one result per choice, in their order."""
     results = {c.index: Whole(c) for c in choices}
     async for event in events:
         result = results[event.choice.index]
@@ -170,17 +174,17 @@ async def collect(events: AsyncGenerator[Event, None], choices: Sequence[Choice]
 
 
 async def _run_one(
-    gateway: Gateway, choice: Choice, *, admission: Admission, arrived: float
+    api: ApiContext, choice: Choice, *, admission: Admission, arrived: float
 ) -> AsyncGenerator[Event, None]:
-    metrics = gateway.metrics.sequence(
-        num_prompt_tokens=len(choice.request.prompt_token_ids), arrived=arrived, is_line=choice.origin.is_line
+    metrics = api.metrics.sequence(
+        num_prompt_tokens=len(choice.request.prompt_token_ids), arrived=arrived, is_line=choice.context.is_batch_line
     )
     trace = choice.trace
     outcome = "abort"
     is_first = True
     try:
-        deltas = gateway.router.generate(
-            choice.request, admission=admission, trace=trace, max_crashes=choice.origin.max_crashes
+        deltas = api.router.generate(
+            choice.request, admission=admission, trace=trace, max_crashes=choice.context.max_crashes
         )
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
@@ -188,7 +192,7 @@ async def _run_one(
                 if choice.num_cached_tokens is None and trace.queue_s is not None:
                     choice.num_cached_tokens = delta.num_cached_tokens or 0
                     if choice.copy == 0:
-                        limits.cached(choice.num_cached_tokens)
+                        choice.context.add_cached_tokens(choice.num_cached_tokens)
                     metrics.queued(trace.queue_s)
                     if trace.num_cached_tokens_predicted is not None:
                         metrics.routed(
@@ -202,7 +206,7 @@ async def _run_one(
                 if delta.logprobs is not None:
                     choice.sum_logprob += sum(entry.logprob for entry in delta.logprobs[:num_new])
                 metrics.produced(num_new, time.monotonic())
-                limits.produced(num_new)
+                choice.context.add_output_tokens(num_new)
                 if step.finish_reason is not None:
                     outcome = step.finish_reason.value
                 yield Event(choice, step, delta.token_ids[:num_new], is_first)
@@ -211,21 +215,21 @@ async def _run_one(
                     return
     except Exception:
         outcome = "error"
-        limits.failed()
+        choice.context.mark_failed()
         raise
     finally:
         metrics.ended(outcome)
 
 
 async def _merge(
-    gateway: Gateway, choices: Sequence[Choice], *, admission: Admission, arrived: float
+    api: ApiContext, choices: Sequence[Choice], *, admission: Admission, arrived: float
 ) -> AsyncGenerator[Event, None]:
-    # A slow reader slows the readers below.
+    # Bounded, so that a slow client slows down the streams it reads from.
     queue: asyncio.Queue[Event | Exception] = asyncio.Queue(maxsize=len(choices))
 
     async def pump(choice: Choice) -> None:
         try:
-            async with contextlib.aclosing(_run_one(gateway, choice, admission=admission, arrived=arrived)) as events:
+            async with contextlib.aclosing(_run_one(api, choice, admission=admission, arrived=arrived)) as events:
                 async for event in events:
                     await queue.put(event)
         except Exception as e:

@@ -1,6 +1,6 @@
-"""Log-probabilities as the answers show them: completions' parallel lists, chat's list of tokens, vLLM's dictionaries for prompts.
+"""Formats log-probabilities for responses: parallel lists for completions, a list of tokens for chat, vLLM's dictionaries for prompts.
 
-Knows the tokenizer and the shapes; nothing of requests.
+Knows the tokenizer and the formats; knows no requests.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from cluster.api.schemas.base import PromptLogprob, PromptLogprobs
 from cluster.api.schemas.chat import ChatLogprobs, ChatTokenLogprob, TopLogprob
 from cluster.api.schemas.completions import CompletionLogprobs
 from cluster.text.output.detokenizer import Detokenizer
-from cluster.text.output.output import PlacedLogprob
+from cluster.text.output.output_text import PlacedLogprob
 from cluster.text.tokenizer import Tokenizer
 from workers.protocol import TokenLogprob
 
-LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
+LOWEST_LOGPROB = -9999.0  # instead of minus infinity, which JSON cannot represent
 
 
 @dataclass(frozen=True, slots=True)
 class EchoedPrompt:
-    """A prompt as text; `offsets` say where each token's text begins, in characters."""
+    """A prompt as text. `offsets`: where each token's text begins, in characters."""
 
     token_ids: list[int]
     text: str
@@ -27,7 +27,7 @@ class EchoedPrompt:
 
 
 def echo_prompt(tokenizer: Tokenizer, token_ids: list[int]) -> EchoedPrompt:
-    """The text that an output goes on with when it `continues` these ids."""
+    """The text before an output that `continues` these ids."""
     detokenizer = Detokenizer(tokenizer.pieces)
     placed = [detokenizer.push_token(token_id) for token_id in token_ids]
     return EchoedPrompt(token_ids, "".join([text for _, text in placed]), [offset for offset, _ in placed])
@@ -42,7 +42,7 @@ def render_completion(
     echoed_logprobs: Sequence[TokenLogprob | None] = (),
     start: int = 0,
 ) -> CompletionLogprobs:
-    """OpenAI's parallel lists. The chosen token is always among `top_logprobs`, even beyond the number asked for.
+    """OpenAI's parallel lists. The chosen token is always in `top_logprobs`, even if that makes it longer than requested.
 
     echoed: comes before the output's tokens, whose offsets count from `start`.
     """
@@ -83,7 +83,7 @@ def render_chat(tokenizer: Tokenizer, placed: Sequence[PlacedLogprob]) -> ChatLo
 
 
 def render_prompt(tokenizer: Tokenizer, entries: Sequence[TokenLogprob | None], *, num_top: int) -> PromptLogprobs:
-    """vLLM's `prompt_logprobs`: by token id, the prompt's own token and the `num_top` likeliest."""
+    """vLLM's `prompt_logprobs`: by token id, the prompt's own token and the `num_top` likeliest tokens."""
 
     def one(token_id: int, logprob: float, rank: int) -> PromptLogprob:
         return PromptLogprob(logprob=_finite(logprob), rank=rank, decoded_token=tokenizer.token_text(token_id))
@@ -102,7 +102,7 @@ def render_prompt(tokenizer: Tokenizer, entries: Sequence[TokenLogprob | None], 
 def _top(tokenizer: Tokenizer, entry: TokenLogprob, num_top: int) -> dict[str, float]:
     top: dict[str, float] = {}
     for token_id, logprob in [*entry.top[:num_top], (entry.token_id, entry.logprob)]:
-        # Two tokens may read the same; the likelier one, which comes first, stays.
+        # Two tokens may have the same text: keep the likelier one, which comes first.
         top.setdefault(tokenizer.token_text(token_id), _finite(logprob))
     return top
 

@@ -1,6 +1,6 @@
-"""Prompts to token ids: the forms of `prompt` and `input`, truncation, and the refusal of what can never fit.
+"""Encodes prompts to token ids: the forms of `prompt` and `input`, truncation, and length checks.
 
-Knows the tokenizer and the model's context length. Knows no endpoint; conversations are cluster/text/chat/template.py's.
+Knows the tokenizer and the model's context length. Knows no endpoint; conversations are in conversation.py.
 """
 
 import asyncio
@@ -20,16 +20,17 @@ T = TypeVar("T")
 
 
 def split_prompt(prompt: str | Sequence[str | int | list[int]], *, param: str = "prompt") -> list[str | list[int]]:
-    """The prompts that a body's `prompt` or `input` holds. Raises RequestError for an empty or a mixed list."""
+    """The prompts in a body's `prompt` or `input`. Raises RequestError for an empty or a mixed list."""
     if isinstance(prompt, str):
         return [prompt]
-    kinds = set(
-        map(type, prompt)
-    )  # a body may hold millions: no loop of ours over them before their number is known to be small
+    # The list may have millions of items, and their number is checked later: use C loops only.
+    kinds = set(map(type, prompt))
     if len(kinds) > 1:
-        raise RequestError(f"{param!r} mixes texts and token ids; use one of them.", param=param)
+        raise RequestError(f"{param!r} mixes texts and token ids.", remedy="Send only one kind.", param=param)
     if not prompt or (kinds == {list} and not all(prompt)):
-        raise RequestError(f"{param!r} holds an empty list; send at least one text or token id.", param=param)
+        raise RequestError(
+            f"{param!r} contains an empty list.", remedy="Send at least one text or token id.", param=param
+        )
     if kinds == {int}:
         return [cast(list[int], prompt)]
     return cast(list[str | list[int]], prompt)
@@ -43,48 +44,50 @@ async def encode_prompt(
     truncates: bool = False,
     param: str = "prompt",
 ) -> list[int]:
-    """Token ids of one prompt, text with the beginning-of-sequence token before it. Raises RequestError.
+    """Token ids of one prompt; text starts with the beginning-of-sequence token. Raises RequestError.
 
-    truncates: `truncate` follows, so that no length is hopeless.
+    truncates: `truncate` follows, so any length fits.
     """
     if isinstance(prompt, list):
         sampling.check_token_ids(prompt, param=param, vocab_size=facts.vocab_size)
         return prompt
     if not truncates:
-        refuse_hopeless(len(prompt), tokenizer, param=param, facts=facts)
+        check_text_length(len(prompt), tokenizer, param=param, facts=facts)
     elif len(prompt) > MAX_TRUNCATED_CHARS:
         raise RequestError(
-            f"{param!r} has {len(prompt)} characters; of a text that shall be truncated send at most {MAX_TRUNCATED_CHARS}.",
+            f"{param!r} has {len(prompt)} characters; the limit for a text to truncate is {MAX_TRUNCATED_CHARS}.",
+            remedy="Shorten it.",
             param=param,
         )
     return await in_thread_if_long(len(prompt), lambda: tokenizer.encode(prompt))
 
 
 async def in_thread_if_long(num_chars: int, encode: Callable[[], T]) -> T:
-    """What `encode` returns, computed beside the event loop when the text is long."""
+    """Returns what `encode` returns. Runs it in a thread if the text is long, so that the event loop stays free."""
     if num_chars > LONG_TEXT_CHARS:
         return await asyncio.to_thread(encode)
-    await asyncio.sleep(0)  # a body may hold thousands of short texts: others have a turn between them
+    await asyncio.sleep(0)  # a body may have thousands of short texts: let other tasks run in between
     return encode()
 
 
-def refuse_hopeless(num_chars: int, tokenizer: Tokenizer, *, param: str, facts: EngineFacts) -> None:
-    """Raises RequestError for a text too long whatever its tokens are, before time is spent on encoding it."""
+def check_text_length(num_chars: int, tokenizer: Tokenizer, *, param: str, facts: EngineFacts) -> None:
+    """Raises RequestError for a text that is too long however it is encoded, before spending time on encoding it."""
     least = math.ceil(num_chars / tokenizer.max_piece_chars)
     if least >= facts.max_model_len:
         raise sampling.too_long(least, param=param, max_model_len=facts.max_model_len, at_least=True)
 
 
 def truncate(token_ids: list[int], keep: int | None, *, facts: EngineFacts, num_output: int | None) -> list[int]:
-    """The last `keep` tokens, a beginning-of-sequence token that stood before them kept as the first of these.
+    """The last `keep` tokens. A beginning-of-sequence token stays the first of them.
 
-    keep None: all of them; -1: as many as leave room for `num_output` (None: one) in the context. Raises RequestError for 0.
+    keep None: all tokens; -1: as many as leave room for `num_output` (None: one) in the context. Raises RequestError for 0.
     """
     if keep is None:
         return token_ids
     if keep == 0:
         raise RequestError(
-            "'truncate_prompt_tokens' is 0, which leaves no prompt; send at least 1, or -1 for what fits.",
+            "'truncate_prompt_tokens' is 0, which leaves no prompt.",
+            remedy="Send at least 1, or -1 to keep as much as fits.",
             param="truncate_prompt_tokens",
         )
     if keep == -1:

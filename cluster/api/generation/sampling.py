@@ -1,4 +1,4 @@
-"""From a validated body to the engine's SamplingParams: defaults, seeds, and the checks that need the model.
+"""Turns a validated body into the engine's SamplingParams: defaults, seeds, and the checks that need the model.
 
 Knows the model's facts and OpenAI's rules for lengths. Knows no prompt text and no HTTP.
 """
@@ -16,8 +16,10 @@ _MAX_SEED = 2**63 - 1
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """The seed of a request's index-th sequence (0 <= result < 2**63): the first keeps the request's own, so that
-    n=1 and the first of n=4 are the same sequence."""
+    """The seed of a request's index-th sequence (0 <= result < 2**63).
+
+    The first sequence keeps the request's own seed, so that n=1 and the first of n=4 are the same sequence.
+    """
     if index == 0:
         return seed & _MAX_SEED
     digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
@@ -25,44 +27,50 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 def random_seed() -> int:
-    """For a request without one."""
+    """For a request without a seed."""
     return secrets.randbits(63)
 
 
 def check_token_ids(token_ids: list[int], *, param: str, vocab_size: int) -> None:
-    """Raises RequestError when an id is none of the model's."""
+    """Raises RequestError if the model does not have one of the ids."""
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         bad = next(i for i in token_ids if not 0 <= i < vocab_size)
-        raise RequestError(f"{param!r} holds token id {bad}; this model's ids are 0 to {vocab_size - 1}.", param=param)
+        raise RequestError(
+            f"{param!r} contains the token id {bad}, which this model does not have.",
+            remedy=f"Use ids from 0 to {vocab_size - 1}.",
+            param=param,
+        )
 
 
 def too_long(num_prompt_tokens: int, *, param: str, max_model_len: int, at_least: bool = False) -> RequestError:
-    """The refusal of a prompt that leaves no room for output."""
+    """The error for a prompt that leaves no room for output."""
     return RequestError(
-        f"This model's maximum context length is {max_model_len} tokens, including at least one of output; the prompt has "
-        f"{'at least ' if at_least else ''}{num_prompt_tokens} tokens. Shorten it.",
+        f"This model's maximum context length is {max_model_len} tokens, including at least one output token; the prompt has "
+        f"{'at least ' if at_least else ''}{num_prompt_tokens} tokens.",
+        remedy="Shorten the prompt.",
         param=param,
         code="context_length_exceeded",
     )
 
 
 def resolve_max_tokens(
-    asked: int | None, *, default: int | None, num_prompt_tokens: int, facts: EngineFacts, prompt_param: str
+    requested: int | None, *, default: int | None, num_prompt_tokens: int, facts: EngineFacts, prompt_param: str
 ) -> int:
-    """How many tokens may be generated. default None: what the context leaves. Raises RequestError with the numbers."""
+    """How many tokens may be generated. default None: all that fit in the context. Raises RequestError if they do not fit."""
     room = facts.max_model_len - num_prompt_tokens
     if room < 1:
         raise too_long(num_prompt_tokens, param=prompt_param, max_model_len=facts.max_model_len)
-    if asked is None:
+    if requested is None:
         return room if default is None else min(default, room)
-    if asked > room:
+    if requested > room:
         raise RequestError(
-            f"This model's maximum context length is {facts.max_model_len} tokens, but {num_prompt_tokens + asked} were asked for: "
-            f"{num_prompt_tokens} in the prompt and {asked} for the output. Shorten the prompt or the output.",
+            f"This model's maximum context length is {facts.max_model_len} tokens, but the request needs "
+            f"{num_prompt_tokens + requested}: {num_prompt_tokens} in the prompt and {requested} for the output.",
+            remedy="Shorten the prompt or the output.",
             param="max_tokens",
             code="context_length_exceeded",
         )
-    return asked
+    return requested
 
 
 def sampling_params(
@@ -76,11 +84,13 @@ def sampling_params(
     tokenizer: Tokenizer,
     facts: EngineFacts,
 ) -> SamplingParams:
-    """Raises RequestError for what only the model can tell: token ids it does not have, min_tokens beyond max_tokens."""
+    """Raises RequestError for token ids the model does not have, and for min_tokens above max_tokens."""
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise RequestError(
-            f"'min_tokens' is {min_tokens}, more than the {max_tokens} tokens allowed.", param="min_tokens"
+            f"'min_tokens' is {min_tokens}, more than the {max_tokens} tokens that may be generated.",
+            remedy="Lower it, or raise 'max_tokens'.",
+            param="min_tokens",
         )
     stop_token_ids, logit_bias, allowed = body.stop_token_ids or [], body.logit_bias or {}, body.allowed_token_ids
     check_token_ids(stop_token_ids, param="stop_token_ids", vocab_size=facts.vocab_size)
@@ -88,7 +98,8 @@ def sampling_params(
     check_token_ids(allowed or [], param="allowed_token_ids", vocab_size=facts.vocab_size)
     if allowed is not None and min_tokens and set(allowed) <= {*stop_token_ids, *_ends(body, facts)}:
         raise RequestError(
-            "'allowed_token_ids' allows only tokens that would end the output, which 'min_tokens' forbids; allow others.",
+            "'allowed_token_ids' allows only tokens that end the output, which 'min_tokens' forbids.",
+            remedy="Allow other tokens as well.",
             param="allowed_token_ids",
         )
     return SamplingParams(

@@ -1,6 +1,6 @@
-"""From a body's `response_format` and `structured_outputs` to the grammar its output follows.
+"""Turns a body's `response_format` and `structured_outputs` into the grammar that the output follows.
 
-Knows the two fields and what cannot be combined with a grammar. Grammars themselves are cluster/text/grammar/compiler.py's.
+Knows the two fields and what cannot be combined with a grammar. cluster/text/grammar/compiler.py builds the grammars.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.protocol import EngineFacts
 
-TIME_LIMIT_S = 10.0  # the largest that the bounds let through take 0.8 s
+TIME_LIMIT_S = 10.0  # the largest grammars within the bounds take 0.8 s
 MAX_AT_ONCE = 2
 
 
 class Grammars:
-    """The compiler of one gateway, made at its first use: a vocabulary takes a while to read in.
+    """The grammar compiler of one gateway, made at its first use, since reading a vocabulary takes a while.
 
-    It works in threads that nothing waits for: llguidance cannot be interrupted, and a grammar that got past every bound and keeps it
-    busy shall cost its sender an answer, not the server its end. Such a thread keeps its turn for as long as it runs.
+    It works in daemon threads: llguidance cannot be interrupted. A grammar that passes every bound and still keeps it busy costs its
+    client a response, but does not keep the server from stopping. Such a thread keeps its slot for as long as it runs.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, time_limit_s: float = TIME_LIMIT_S) -> None:
@@ -49,19 +49,20 @@ class Grammars:
         return self._compiler
 
     async def compile(self, output: StructuredOutput, *, at_start: bool, param: str, facts: EngineFacts) -> str:
-        """Raises RequestError for what no grammar can be made of."""
+        """Raises RequestError if no grammar can be built."""
         compiler = await self.compiler(facts)
         return await self.run(partial(compiler.compile, output, at_start=at_start, param=param), param=param)
 
     async def run(self, build: Callable[[], str], *, param: str) -> str:
-        """What `build` returns. Raises what it raises, and RequestError naming `param` when it takes too long."""
+        """Returns what `build` returns. Raises what it raises, and RequestError naming `param` if it takes too long."""
         try:
             async with asyncio.timeout(self._time_limit_s):
                 await self._turns.acquire()
                 return await self._in_thread(build)
         except TimeoutError as e:
             raise RequestError(
-                f"{param}: no grammar could be made of it in {self._time_limit_s:g} s; make it simpler, or try again later.",
+                f"{param!r}: building its grammar took more than {self._time_limit_s:g} s.",
+                remedy="Simplify it, or try again later.",
                 param=param,
             ) from e
 
@@ -82,9 +83,9 @@ class Grammars:
             value, error = None, None
             try:
                 value = build()
-            except Exception as e:  # handed to whoever waits
+            except Exception as e:  # raised in the task that waits
                 error = e
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            with contextlib.suppress(RuntimeError):  # the loop has been closed in the meantime
                 loop.call_soon_threadsafe(deliver, value, error)
 
         threading.Thread(target=work, name="grammar", daemon=True).start()
@@ -92,29 +93,30 @@ class Grammars:
 
 
 def structured_output(body: GenerationRequest) -> tuple[StructuredOutput, str] | None:
-    """What the output shall look like and the field that says so; None for any text. Raises RequestError."""
-    wishes: list[tuple[StructuredOutput, str]] = []
+    """The requested form of the output and the field that requests it; None for any text. Raises RequestError."""
+    found: list[tuple[StructuredOutput, str]] = []
     if isinstance(body.response_format, JsonObjectFormat):
-        wishes.append((StructuredOutput("json_object", None), "response_format"))
+        found.append((StructuredOutput("json_object", None), "response_format"))
     elif isinstance(body.response_format, SchemaFormat):
         schema = body.response_format.json_schema.schema
-        wish = StructuredOutput("json_object", None) if schema is None else StructuredOutput("json", schema)
-        wishes.append((wish, "response_format"))
+        output = StructuredOutput("json_object", None) if schema is None else StructuredOutput("json", schema)
+        found.append((output, "response_format"))
     if body.structured_outputs is not None:
-        wishes.append((_from_structured_outputs(body.structured_outputs), "structured_outputs"))
-    if len(wishes) > 1:
+        found.append((_from_structured_outputs(body.structured_outputs), "structured_outputs"))
+    if len(found) > 1:
         raise RequestError(
-            "'response_format' and 'structured_outputs' both ask for a form of output; send one of them.",
+            "'response_format' and 'structured_outputs' cannot be combined.",
+            remedy="Send only one of them.",
             param="structured_outputs",
         )
-    return wishes[0] if wishes else None
+    return found[0] if found else None
 
 
 def check_combination(body: GenerationRequest, param: str) -> None:
-    """Raises RequestError for parameters that could leave a grammar without a possible token. param: what asks for the grammar."""
+    """Raises RequestError for parameters that could leave a grammar without a possible token. param: the field with the grammar."""
     for name in ("ignore_eos", "min_tokens", "allowed_token_ids", "bad_words"):
         if getattr(body, name):
-            raise RequestError(f"{name!r} cannot be combined with {param!r}; leave one of them out.", param=name)
+            raise RequestError(f"{name!r} cannot be combined with {param!r}.", remedy="Remove one of them.", param=name)
 
 
 def _from_structured_outputs(wanted: StructuredOutputs) -> StructuredOutput:
@@ -130,7 +132,8 @@ def _from_structured_outputs(wanted: StructuredOutputs) -> StructuredOutput:
     ]
     if len(given) != 1:
         raise RequestError(
-            f"'structured_outputs' needs exactly one of json, regex, choice and grammar, not {len(given)}.",
+            f"'structured_outputs' has {len(given)} of json, regex, choice and grammar.",
+            remedy="Send exactly one of them.",
             param="structured_outputs",
         )
     kind, value = given[0]

@@ -1,7 +1,7 @@
 """What several endpoints share: bounds, the parameters of every generation, usage.
 
-Knows types, bounds and OpenAI's names, and vLLM's where OpenAI has none; what needs the model (context length, vocabulary) is checked
-in sampling.py and prompts.py. Strict: unknown fields are refused (see parse.py).
+Knows types, bounds and OpenAI's names, and vLLM's names for what OpenAI does not have. Checks that need the model (context length,
+vocabulary) are in generation/sampling.py and generation/prompts.py. Unknown fields are refused (see parse.py).
 """
 
 from typing import Annotated
@@ -10,14 +10,17 @@ from msgspec import Meta, Struct
 
 from cluster.api.schemas.structured import ResponseFormat, StructuredOutputs
 
+MAX_N = 128
 MAX_STOP_STRINGS = 4
+MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 128
-MAX_VOCABULARY = 1_000_000  # no tokenizer has more; bounds lists of token ids
+MAX_VOCABULARY = 1_000_000  # more than any tokenizer has; bounds lists of token ids
 
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
-StopString = Annotated[str, Meta(min_length=1, max_length=256)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+UserName = Annotated[str, Meta(max_length=1024)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -26,22 +29,28 @@ TokenIds = Annotated[list[int], Meta(max_length=MAX_VOCABULARY)]
 
 
 class StreamOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """include_usage: a last chunk with the usage. continuous_usage_stats: the usage so far on every chunk."""
+    """`include_usage`: adds a last chunk with the usage. `continuous_usage_stats`: adds the usage so far to every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
 class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What completions and chat both take. null means the default, as with OpenAI; `user` goes to the log."""
+    """The fields that completions and chat share. As with OpenAI, null means the default. `user` is written to the log.
+
+    `top_k`: -1 and 0 mean no limit. `truncate_prompt_tokens`: keeps the last n tokens; -1 keeps as many as fit. `priority`: requests with
+    smaller numbers run first.
+    """
 
     model: str
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
-    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: (
-        Annotated[str, Meta(max_length=256)] | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)] | None
+        Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
+        | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
+        | None
     ) = None
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
@@ -49,10 +58,10 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[int, Bias], Meta(max_length=1024)] | None = None
     seed: Int64 | None = None
-    user: Annotated[str, Meta(max_length=1024)] | None = None
+    user: UserName | None = None
     response_format: ResponseFormat | None = None
-    # Beyond OpenAI, named as vLLM names them.
-    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1 and 0 are off
+    # Additions to OpenAI's API, with vLLM's names.
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Fraction | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] | None = None
@@ -61,11 +70,11 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     include_stop_str_in_output: bool | None = None
     bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[list[int], Meta(min_length=1, max_length=MAX_VOCABULARY)] | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None  # keeps the last so many; -1: what fits
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
     prompt_logprobs: NumLogprobs | None = None
     return_token_ids: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: Int32 | None = None  # smaller runs first
+    priority: Int32 | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -92,12 +101,12 @@ class Usage(Struct, frozen=True, kw_only=True):
 
 
 class PromptLogprob(Struct, frozen=True, kw_only=True):
-    """vLLM's: one alternative at one place of the prompt."""
+    """vLLM's format: one alternative at one position of the prompt."""
 
     logprob: float
     rank: int | None
     decoded_token: str
 
 
-# One entry a prompt token, by token id; null for the first token, which nothing precedes.
+# One entry per prompt token, by token id; null for the first token, which has nothing before it.
 PromptLogprobs = list[dict[str, PromptLogprob] | None]

@@ -1,6 +1,6 @@
-"""/v1/files and /v1/batches: the form of an upload, the body that starts a batch, and what is said of files and batches.
+"""Bodies and responses of /v1/files and /v1/batches: the upload form, the body that creates a batch, file and batch objects.
 
-Knows OpenAI's shapes. What the store holds of them is cluster/batch/records.py.
+Knows OpenAI's formats. The store's own records are in cluster/batch/records.py.
 """
 
 from typing import Annotated, Literal
@@ -9,24 +9,26 @@ from msgspec import Meta, Struct
 
 from cluster.batch.records import BatchRecord, BatchStatus, FileRecord
 
-MAX_FILES_AT_ONCE = 10_000
-MAX_BATCHES_AT_ONCE = 100
-DEFAULT_BATCHES_AT_ONCE = 20
-MAX_PAIRS = 16
+MAX_FILES_PER_PAGE = 10_000
+MAX_BATCHES_PER_PAGE = 100
+DEFAULT_BATCHES_PER_PAGE = 20
+MAX_METADATA_PAIRS = 16
 
-# OpenAI's bounds: an hour to 30 days.
-Lifetime = Annotated[int, Meta(ge=3600, le=2_592_000)]
+# OpenAI's bounds: one hour to 30 days.
+MIN_LIFETIME_S = 3600
+MAX_LIFETIME_S = 2_592_000
+Lifetime = Annotated[int, Meta(ge=MIN_LIFETIME_S, le=MAX_LIFETIME_S)]
 
 
 class ExpiresAfter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`seconds` after the file was made it is deleted."""
+    """The file is deleted `seconds` after it was created."""
 
     anchor: Literal["created_at"]
     seconds: Lifetime
 
 
 class FileUpload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A form, multipart/form-data. `expires_after`: as JSON, or as two fields, expires_after[anchor] and expires_after[seconds]."""
+    """A form (multipart/form-data). `expires_after`: JSON, or two fields, `expires_after[anchor]` and `expires_after[seconds]`."""
 
     file: Annotated[str, Meta(extra_json_schema={"format": "binary"})]
     purpose: Literal["batch"]
@@ -60,14 +62,15 @@ class FileDeleted(Struct, frozen=True, kw_only=True):
 
 
 class BatchRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`completion_window`: a number and a unit, s, m, h or d; what is not answered then never will be."""
+    """`completion_window`: a number with a unit (s, m, h or d). Lines that are not answered by then expire."""
 
     input_file_id: str
     endpoint: Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
     completion_window: str
     metadata: (
         Annotated[
-            dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=MAX_PAIRS)
+            dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]],
+            Meta(max_length=MAX_METADATA_PAIRS),
         ]
         | None
     ) = None
@@ -109,7 +112,7 @@ class BatchUsage(Struct, frozen=True, kw_only=True):
 
 
 class Batch(Struct, frozen=True, kw_only=True):
-    """`usage` grows while the batch runs, as do the counts."""
+    """`usage` and `request_counts` grow while the batch runs."""
 
     id: str
     endpoint: str
@@ -144,7 +147,7 @@ class BatchList(Struct, frozen=True, kw_only=True):
 
 
 def file_object(record: FileRecord) -> FileObject:
-    """A file, as it is told."""
+    """The file as the API shows it."""
     return FileObject(
         id=record.id,
         bytes=record.num_bytes,
@@ -156,9 +159,9 @@ def file_object(record: FileRecord) -> FileObject:
 
 
 def batch_object(record: BatchRecord) -> Batch:
-    """A batch, as it is told."""
-    told = {name: getattr(record, name) for name in Batch.__struct_fields__ if hasattr(record, name)}
-    told["errors"] = (
+    """The batch as the API shows it."""
+    fields = {name: getattr(record, name) for name in Batch.__struct_fields__ if hasattr(record, name)}
+    fields["errors"] = (
         BatchErrors(
             data=[BatchError(code=e.code, message=e.message, param=e.param, line=e.line) for e in record.errors]
         )
@@ -166,7 +169,7 @@ def batch_object(record: BatchRecord) -> Batch:
         else None
     )
     return Batch(
-        **told,
+        **fields,
         request_counts=RequestCounts(total=record.num_lines, completed=record.num_completed, failed=record.num_failed),
         usage=BatchUsage(
             input_tokens=record.num_prompt_tokens,

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: messages, tools, the body, and the answer whole and in chunks."""
+"""Body of /v1/chat/completions with its messages and tools, and the response, whole and in chunks."""
 
 from typing import Annotated, Any, Literal
 
@@ -14,7 +14,8 @@ FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     text: str
-    type: Literal["text"]  # a field and no tag: msgspec asks for a tag only where there are several to tell apart
+    # A field, not a tag: msgspec requires a tag only in a union.
+    type: Literal["text"]
 
 
 Content = str | list[TextPart]
@@ -22,7 +23,7 @@ NoItems = Annotated[list[Any], Meta(max_length=0)]
 
 
 class FunctionCall(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`arguments` is JSON as text, as OpenAI has it."""
+    """`arguments` is JSON as text, as in OpenAI's API."""
 
     name: FunctionName
     arguments: str
@@ -32,7 +33,8 @@ class ToolCall(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     id: Annotated[str, Meta(min_length=1, max_length=128)]
     function: FunctionCall
     type: Literal["function"] = "function"
-    index: int | None = None  # some clients send a streamed call back with it
+    # Ignored: some clients send it back with a streamed call.
+    index: int | None = None
 
 
 class SystemMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="system"):
@@ -52,7 +54,7 @@ class UserMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True,
 class AssistantMessage(
     Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="assistant"
 ):
-    """`prefix` on the last message: the answer continues it. The null fields let a client send an answer back as it got it."""
+    """`prefix` on the last message: the response continues it. The null fields allow clients to send a response back unchanged."""
 
     content: Content | None = None
     tool_calls: list[ToolCall] | None = None
@@ -64,7 +66,7 @@ class AssistantMessage(
 
 
 class ToolMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="tool"):
-    """A tool's result. `name` may repeat the function's."""
+    """The result of a tool call. `name` may repeat the function's name."""
 
     content: Content
     tool_call_id: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -75,7 +77,7 @@ ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage 
 
 
 class FunctionDefinition(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`parameters` is a JSON schema. strict: a schema that cannot be enforced is refused instead of loosened."""
+    """`parameters` is a JSON schema. `strict`: refuse a schema that cannot be enforced completely, instead of loosening it."""
 
     name: FunctionName
     description: str | None = None
@@ -98,7 +100,7 @@ class NamedToolChoice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`max_completion_tokens` is the newer name of `max_tokens`; `safe_prompt` puts Mistral's guardrail before the conversation."""
+    """`max_completion_tokens` is the newer name of `max_tokens`. `safe_prompt` puts Mistral's safety prompt before the conversation."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -128,29 +130,29 @@ class ChatLogprobs(Struct, frozen=True, kw_only=True):
     refusal: None = None
 
 
-class AnsweredFunction(Struct, frozen=True, kw_only=True):
+class ResponseFunction(Struct, frozen=True, kw_only=True):
     name: str
     arguments: str
 
 
-class AnsweredToolCall(Struct, frozen=True, kw_only=True):
+class ResponseToolCall(Struct, frozen=True, kw_only=True):
     id: str
-    function: AnsweredFunction
+    function: ResponseFunction
     type: str = "function"
 
 
-class ChatAnswer(Struct, frozen=True, kw_only=True):
-    """`content` is null when there are only tool calls."""
+class ChatResponseMessage(Struct, frozen=True, kw_only=True):
+    """`content` is null if there are only tool calls."""
 
     content: str | None
     role: str = "assistant"
     refusal: None = None
-    tool_calls: list[AnsweredToolCall] | UnsetType = UNSET
+    tool_calls: list[ResponseToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True, kw_only=True):
     index: int
-    message: ChatAnswer
+    message: ChatResponseMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     token_ids: list[int] | UnsetType = UNSET
@@ -173,7 +175,7 @@ class FunctionDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ToolCallDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The first delta of a call has `id`, `type` and the name; the others pieces of the arguments."""
+    """The first delta of a call has `id`, `type` and the name; the others have pieces of the arguments."""
 
     index: int
     function: FunctionDelta

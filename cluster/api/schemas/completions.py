@@ -1,24 +1,29 @@
-"""/v1/completions: its body and its answer, which, streamed, is also a chunk's shape."""
+"""Body and response of /v1/completions. A streamed chunk has the same form as the response."""
 
 from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from cluster.api.schemas.base import GenerationRequest, NumLogprobs, PromptLogprobs, Usage
+from cluster.api.schemas.base import MAX_N, GenerationRequest, NumLogprobs, PromptLogprobs, Usage
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`prompt` is a text, a list of texts, a list of token ids, or a list of such lists. `suffix`: fill in what stands before it."""
+    """`prompt` is a text, a list of texts, a list of token ids, or a list of such lists. `suffix`: fill in the text before it."""
 
     prompt: str | list[str | int | list[int]]
     suffix: str | None = None
     echo: bool | None = None
     logprobs: NumLogprobs | None = None
-    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
+
+    @property
+    def num_copies(self) -> int:
+        """How many sequences are generated for each prompt."""
+        return self.best_of or self.n or 1
 
 
 class CompletionLogprobs(Struct, frozen=True, kw_only=True):
-    """Parallel lists. `text_offset` counts characters from the start of this choice's text. null: the first token of an echoed prompt."""
+    """Parallel lists. `text_offset` counts characters from the start of the choice's text. Null for the first token of an echoed prompt."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -37,7 +42,7 @@ class CompletionChoice(Struct, frozen=True, kw_only=True):
 
 
 class Completion(Struct, frozen=True, kw_only=True):
-    """An answer, and, streamed, one chunk of it: they have the same shape."""
+    """A response, or one chunk of a stream: both have the same form."""
 
     id: str
     created: int

@@ -1,7 +1,7 @@
-"""From a body's bytes to its struct, and what is said when it does not fit: one sentence, naming the field to change.
+"""Parses a body's bytes into its struct, and explains what is wrong with them, naming the field to change.
 
-Knows which of OpenAI's parameters this server does not act on: they are refused by name unless their value asks for nothing, as are
-fields it has never heard of. Knows no endpoint.
+Knows which of OpenAI's parameters this server does not support: they are refused by name, unless their value has no effect anyway.
+Unknown fields are refused as well. Knows no endpoint.
 """
 
 import re
@@ -15,10 +15,10 @@ from cluster.api.schemas.completions import CompletionRequest
 from workers.errors import RequestError
 
 MAX_CONTAINERS = 100_000
-MAX_VALUES = 2_000_000  # token ids, for the most part
-MAX_DEPTH = 64  # of lists and objects in each other; a JSON schema of a person's making has a dozen
+MAX_VALUES = 2_000_000  # mostly token ids
+MAX_DEPTH = 64  # of nested lists and objects; a hand-written JSON schema has about a dozen levels
 
-# OpenAI's parameters that this server does not act on, and the values that ask for nothing.
+# OpenAI's parameters that this server does not support, with the values that have no effect.
 _COMMON: dict[str, tuple[Any, ...]] = {
     "metadata": (None, {}),
     "service_tier": (None, "auto", "default"),
@@ -60,7 +60,10 @@ def parse(body: bytes, kind: type[RequestT]) -> RequestT:
     for name, neutral in UNSUPPORTED.get(kind, {}).items():
         if name in fields and fields.pop(name) not in neutral:
             raise RequestError(
-                f"{name!r} is not supported by this server; leave it out.", param=name, code="unsupported_parameter"
+                f"{name!r} is not supported by this server.",
+                remedy="Remove it.",
+                param=name,
+                code="unsupported_parameter",
             )
     try:
         return msgspec.convert(fields, kind, str_keys=True)
@@ -69,10 +72,10 @@ def parse(body: bytes, kind: type[RequestT]) -> RequestT:
 
 
 def check_structure(body: bytes) -> None:
-    """Raises RequestError for JSON that nests too deep or holds too many values, before objects are made of them.
+    """Raises RequestError for JSON that is nested too deeply or has too many values, before any objects are made from it.
 
-    Its brackets and commas are counted outside of strings, by array arithmetic that leaves other threads their turns: 8 MB take some
-    100 ms. Of what is no JSON it may say anything; the decoder refuses that.
+    Counts brackets and commas outside of strings, by array arithmetic that does not block other threads: about 100 ms for 8 MB. The
+    result is meaningless for invalid JSON, which the decoder refuses.
     """
     codes = np.frombuffer(body, np.uint8)
     steps = _STEPS[codes]
@@ -86,7 +89,9 @@ def check_structure(body: bytes) -> None:
     steps *= outside
     if int(steps.cumsum(dtype=np.int32).max()) > MAX_DEPTH:
         raise RequestError(
-            f"The request body nests lists and objects deeper than {MAX_DEPTH} levels; flatten it.", code="invalid_json"
+            f"The request body nests lists and objects more than {MAX_DEPTH} levels deep.",
+            remedy="Flatten it.",
+            code="invalid_json",
         )
     num_containers = int((steps > 0).sum())
     num_values = num_containers + int(((codes == ord(",")) & outside).sum())
@@ -96,7 +101,8 @@ def check_structure(body: bytes) -> None:
     ):
         if number > most:
             raise RequestError(
-                f"The request body holds {number:,} {what}, more than the {most:,} allowed; send less at once.",
+                f"The request body has {number:,} {what}; the limit is {most:,}.",
+                remedy="Split it into several requests.",
                 code="request_too_large",
             )
 
@@ -115,10 +121,13 @@ def _explain(message: str) -> RequestError:
         return RequestError(f"You must provide {name!r}.", param=param or missing[1], code="missing_required_parameter")
     what = message[: at.start()] if at else message
     what = what[:1].lower() + what[1:]
+    remedy = None
     if path.endswith(".role"):
-        what += "; use 'system', 'developer', 'user', 'assistant' or 'tool'"
+        remedy = "Use 'system', 'developer', 'user', 'assistant' or 'tool'."
     elif path.endswith("response_format.type"):
-        what += "; use 'text', 'json_object' or 'json_schema'"
+        remedy = "Use 'text', 'json_object' or 'json_schema'."
     elif re.search(r"content\[\d+\]\.type$", path):
-        what += "; only parts of type 'text' are supported"
-    return RequestError(f"Invalid value for {path or 'the request'!r}: {what}.", param=param, code="invalid_value")
+        remedy = "Only parts of type 'text' are supported."
+    return RequestError(
+        f"Invalid value for {path or 'the request'!r}: {what}.", remedy=remedy, param=param, code="invalid_value"
+    )

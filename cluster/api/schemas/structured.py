@@ -1,6 +1,6 @@
-"""How a body asks for output of a certain form: OpenAI's `response_format` and vLLM's `structured_outputs`.
+"""Fields that request output of a certain form: OpenAI's `response_format` and vLLM's `structured_outputs`.
 
-Knows their shapes only; cluster/api/generation/structured.py reads them, cluster/text/grammar/compiler.py makes grammars of them.
+Knows their forms only; cluster/api/generation/structured.py reads them, cluster/text/grammar/compiler.py builds grammars from them.
 """
 
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ JsonSchema = dict[str, Any] | bool
 
 
 class JsonSchemaFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`schema` is always adhered to, whatever `strict` says; without one, any JSON object will do."""
+    """The output always follows `schema`, whatever `strict` says. Without a schema, any JSON object is allowed."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     description: str | None = None
@@ -23,7 +23,7 @@ class JsonSchemaFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class TextFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
-    """Any text: no constraint."""
+    """Any text."""
 
 
 class JsonObjectFormat(
@@ -33,7 +33,7 @@ class JsonObjectFormat(
 
 
 class SchemaFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
-    """JSON that conforms to a schema."""
+    """JSON that follows a schema."""
 
     json_schema: JsonSchemaFormat
 
@@ -42,7 +42,7 @@ ResponseFormat = TextFormat | JsonObjectFormat | SchemaFormat
 
 
 class StructuredOutputs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Exactly one of them. json: a JSON schema, also as text; regex: of the whole output; grammar: Lark."""
+    """Exactly one of: `json`, a JSON schema, also as text; `regex` for the whole output; `choice`, a list of texts; `grammar` in Lark."""
 
     json: JsonSchema | str | None = None
     regex: Annotated[str, Meta(min_length=1, max_length=MAX_PATTERN_CHARS)] | None = None

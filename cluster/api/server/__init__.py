@@ -1,1 +1,1 @@
-"""HTTP itself: listener, authentication, bodies, errors, event streams, limits."""
+"""The HTTP layer: listener, authentication, bodies, errors, event streams, limits."""

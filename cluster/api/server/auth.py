@@ -1,23 +1,24 @@
-"""Bearer authentication: which key a request carries, and which paths need one.
+"""Bearer authentication: which API key a request has, and which paths need one.
 
-Without a key only liveness and the page's own files answer, which hold no data. What operators use needs an admin's key. Paths are
-taken from the route that matched, so that no spelling of a path is one thing here and another in the router. Keeps no sessions.
+Only liveness and the web page's own files, which contain no data, answer without a key. The endpoints for operators require an admin key.
+Paths come from the matched route, so that every spelling of a path means the same here and in the router. There are no sessions.
 """
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
 
-from cluster.api.server.errors import Handler, Refusal
+from cluster.api.server.errors import Handler, HTTPError
 from cluster.keys.key import ApiKey, NotAllowedError
 from cluster.keys.keyring import Keyring
 
-KEY = web.RequestKey("key", ApiKey)  # absent where no key is needed
+# Not set where no key is needed.
+KEY = web.RequestKey("key", ApiKey)
 OPEN = ("/health/live", "/", "/docs", "/static/{name}")
 ADMIN = ("/admin/", "/debug/", "/metrics")
 
 
 def make_middleware(keyring: Keyring) -> Middleware:
-    """Lets everything pass when the keyring guards nothing."""
+    """Allows every request if the keyring requires no key."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -26,14 +27,18 @@ def make_middleware(keyring: Keyring) -> Middleware:
             return await handler(request)
         key = request[KEY] = _authenticate(request, keyring)
         if path.startswith(ADMIN) and not key.admin:
-            raise NotAllowedError("This API key is no admin's, which this path needs.", code="admin_key_required")
+            raise NotAllowedError(
+                "This endpoint requires an admin key.",
+                remedy="Use a key that was created with --admin.",
+                code="admin_key_required",
+            )
         return await handler(request)
 
     return middleware
 
 
 def path_of(request: web.Request) -> str:
-    """The matched route's, with names for its variables; "" for a path that is not there."""
+    """The path of the matched route, with names for its variables; "" if there is none."""
     resource = request.match_info.route.resource
     return "" if resource is None else resource.canonical
 
@@ -43,9 +48,10 @@ def _authenticate(request: web.Request, keyring: Keyring) -> ApiKey:
     key = keyring.find(secret.strip())
     if scheme.lower() == "bearer" and key is not None:
         return key
-    message = (
-        "Incorrect API key provided."
-        if secret
-        else "You didn't provide an API key; send it as 'Authorization: Bearer KEY'."
+    raise HTTPError(
+        401,
+        "Incorrect API key provided." if secret else "You didn't provide an API key.",
+        remedy="Send your key in the header 'Authorization: Bearer KEY'.",
+        code="invalid_api_key",
+        headers={hdrs.WWW_AUTHENTICATE: "Bearer"},
     )
-    raise Refusal(401, message, code="invalid_api_key", headers={hdrs.WWW_AUTHENTICATE: "Bearer"})

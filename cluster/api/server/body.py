@@ -1,6 +1,6 @@
-"""A request's body, read and parsed: beside the event loop when it is large, where it would keep every stream and heartbeat waiting.
+"""Reads and parses a request's body; a large one in a thread, so that it does not delay every stream and heartbeat.
 
-Knows how long a body may keep the loop. What it may hold is cluster/api/schemas/'s.
+Knows which bodies are large. cluster/api/schemas/ defines what a body may contain.
 """
 
 import asyncio

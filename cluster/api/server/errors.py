@@ -1,8 +1,8 @@
-"""Every failure leaves in OpenAI's envelope: {"error": {"message", "type", "param", "code"}}.
+"""Turns every failure into OpenAI's error format: {"error": {"message", "type", "param", "code"}}.
 
-Knows which of our exceptions is which status, and what aiohttp's own refusals (404, 405, 413) become. Handlers raise `workers.errors`,
-what stands at the door raises `Refusal`, and the one middleware here turns them and surprises into answers. No message repeats a path
-or a header; a surprise says nothing of its inside, and even the log gets only where it happened: its message may hold a prompt.
+Knows the status of each of our exceptions, and converts aiohttp's own errors (404, 405, 413). Handlers raise `workers.errors`; middlewares
+also raise `HTTPError`. No message repeats a path or a header. An unexpected exception reveals nothing to the client, and the log gets only
+its type and place: its message may contain a prompt.
 """
 
 import logging
@@ -26,7 +26,7 @@ from workers.errors import (
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-MAX_MESSAGE_CHARS = 2000  # a message may quote what was sent, which may be megabytes
+MAX_MESSAGE_CHARS = 2000  # a message may quote the request, which may have megabytes
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,35 +41,44 @@ class ErrorEnvelope(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NotFoundError(RequestError):
-    """The request names something that is not here, or not its key's; answered with 404."""
+    """The request names something that does not exist or belongs to another key; answered with 404."""
 
 
 class ModelNotFoundError(NotFoundError):
-    """The request names a model that is not served here."""
+    """The request names a model that this server does not have."""
 
 
 class ClientGoneError(TramontaneError):
-    """The client closed the connection; nobody reads the answer."""
+    """The client closed the connection; no response can reach it."""
 
 
-class Refusal(TramontaneError):
-    """What HTTP itself has a status for. `headers` go with the answer."""
+class HTTPError(TramontaneError):
+    """An error with its HTTP status. `headers` are added to the response."""
 
-    def __init__(self, status: int, message: str, *, code: str, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        remedy: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, remedy=remedy, param=param)
         self.status = status
         self.code = code
         self.headers = dict(headers or {})
 
 
 def describe(error: Exception) -> tuple[int, ErrorBody]:
-    """(HTTP status, body) for an exception. What is not ours says nothing of its inside; the log says where it happened."""
+    """The HTTP status and the body for an exception. An unexpected one reveals nothing; the log has its place."""
     message = str(error)
     if len(message) > MAX_MESSAGE_CHARS:
         message = f"{message[:MAX_MESSAGE_CHARS]}…"
-    if isinstance(error, Refusal):
+    if isinstance(error, HTTPError):
         kind = "invalid_request_error" if error.status < 500 else "server_error"
-        return error.status, ErrorBody(message=message, type=kind, code=error.code)
+        return error.status, ErrorBody(message=message, type=kind, param=error.param, code=error.code)
     if isinstance(error, RequestError):
         status = 404 if isinstance(error, NotFoundError) else 403 if isinstance(error, NotAllowedError) else 400
         return status, ErrorBody(message=message, type="invalid_request_error", param=error.param, code=error.code)
@@ -79,7 +88,7 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
         return 503, ErrorBody(message=message, type="service_unavailable_error", code="service_unavailable")
     if isinstance(error, BatchError):
         log.error("A request about files or batches failed: %s", error)
-        message = "Files and batches cannot be read or written now; the server's log says why. Nothing is lost; try again later."
+        message = "Files and batches are not available now. Nothing is lost: try again later. The server's log has the reason."
         return 503, ErrorBody(message=message, type="service_unavailable_error", code="store_unavailable")
     if isinstance(error, DeadlineExceededError):
         return 504, ErrorBody(message=message, type="timeout_error", code="deadline_exceeded")
@@ -88,35 +97,35 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
     if isinstance(error, EngineError):
         return 500, ErrorBody(message=message, type="server_error", code="engine_error")
     if isinstance(error, web.RequestPayloadError):
-        message = "The request body could not be read: its transfer or content encoding is broken."
+        message = "The request body could not be read: its transfer or content encoding is malformed."
         return 400, ErrorBody(message=message, type="invalid_request_error", code="invalid_body")
-    log_surprise(error)
-    message = "The server failed on this request; its log says where."
+    log_unexpected(error)
+    message = "The server failed to process this request. Its log has the details."
     return 500, ErrorBody(message=message, type="server_error", code="internal_error")
 
 
-def log_surprise(error: BaseException) -> None:
-    """Types and places, without messages."""
+def log_unexpected(error: BaseException) -> None:
+    """Logs the types and places of an exception and its causes, without their messages."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     places = [f"{type(e).__name__} at\n{''.join(traceback.format_tb(e.__traceback__))}" for e in reversed(chain)]
-    log.error("A request failed in a way nobody foresaw: %s", "which led to ".join(places).rstrip())
+    log.error("A request failed unexpectedly: %s", "which led to ".join(places).rstrip())
 
 
 def retry_headers(error: Exception) -> dict[str, str]:
-    """Retry-After, where a retry helps, and what a refusal brings along."""
+    """Retry-After where a retry may succeed, and the error's own headers."""
     if isinstance(error, OverloadedError):
         return {hdrs.RETRY_AFTER: str(error.retry_after_s)}
     if isinstance(error, ReplicaUnavailableError | BatchError):
         return {hdrs.RETRY_AFTER: "1"}
-    return error.headers if isinstance(error, Refusal) else {}
+    return error.headers if isinstance(error, HTTPError) else {}
 
 
 def envelope(error: ErrorBody, *, status: int, headers: Mapping[str, str] | None = None) -> web.Response:
-    """The JSON answer for an error."""
+    """The JSON response for an error."""
     return web.Response(
         status=status,
         headers=headers,
@@ -125,33 +134,48 @@ def envelope(error: ErrorBody, *, status: int, headers: Mapping[str, str] | None
     )
 
 
-def answer(error: Exception) -> web.Response:
-    """The envelope for any exception, aiohttp's included."""
+def error_response(error: Exception) -> web.Response:
+    """The response for any exception, including aiohttp's."""
     if isinstance(error, web.HTTPException):
         error = _from_aiohttp(error)
     status, body = describe(error)
     response = envelope(body, status=status, headers=retry_headers(error))
-    if status in (408, 413):  # the rest of the body may still come, and nobody would read it
+    if status in (408, 413):  # the rest of the body may still arrive and would not be read
         response.force_close()
     return response
 
 
 @web.middleware
 async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Whatever goes wrong inside becomes an envelope."""
+    """Turns every exception of the handler into an error response."""
     try:
         return await handler(request)
     except Exception as e:
-        return answer(e)
+        return error_response(e)
 
 
-def _from_aiohttp(e: web.HTTPException) -> Refusal:
+def _from_aiohttp(e: web.HTTPException) -> HTTPError:
     if isinstance(e, web.HTTPNotFound):
-        return Refusal(404, "There is nothing at this path; see /openapi.json for what there is.", code="unknown_url")
+        return HTTPError(
+            404,
+            "There is no endpoint at this path.",
+            remedy="See /docs or /openapi.json for a list.",
+            code="unknown_url",
+        )
     if isinstance(e, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(e.allowed_methods))
-        message = f"This path takes {allowed} and no other method."
-        return Refusal(405, message, code="method_not_allowed", headers={hdrs.ALLOW: allowed})
+        return HTTPError(
+            405,
+            "This path does not support the request's method.",
+            remedy=f"Use {allowed}.",
+            code="method_not_allowed",
+            headers={hdrs.ALLOW: allowed},
+        )
     if isinstance(e, web.HTTPRequestEntityTooLarge):
-        return Refusal(413, "The request body is too large; send less at once.", code="request_too_large")
-    return Refusal(e.status, f"{e.reason}.", code="http_error")
+        return HTTPError(
+            413,
+            "The request body is too large.",
+            remedy="Split it into several requests.",
+            code="request_too_large",
+        )
+    return HTTPError(e.status, f"{e.reason}.", code="http_error")

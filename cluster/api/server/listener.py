@@ -1,7 +1,7 @@
-"""Runs the HTTP application on a port and ends it in order: first no new connections, then no connections. Knows no endpoint.
+"""Runs the HTTP application on a port, and stops it in order: first no new connections, then no connections. Knows no endpoint.
 
-What a connection may cost is bounded here, below the application: how many there are, how long a request's head may take and how large
-it may be. What is no HTTP gets an answer in the envelope where one is possible, and a line in the log only when debugging.
+Bounds what connections may cost, below the application: their number, and the time and size of a request's head. Malformed HTTP gets an
+error response where one is possible, and a log entry at debug level only.
 """
 
 import asyncio
@@ -19,28 +19,28 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
 
-from cluster.api.server.errors import Refusal, answer
+from cluster.api.server.errors import HTTPError, error_response
 from cluster.api.server.origin_guard import harden
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_TIMEOUT_S = 0.5  # whoever drains has waited already; aiohttp takes it twice, then cancels handlers
+SHUTDOWN_TIMEOUT_S = 0.5  # draining has waited already; aiohttp waits this long twice, then cancels handlers
 BACKLOG = 1024
 MAX_ACCEPTS = 64
 HEAD_TIMEOUT_S = 30.0
-KEEP_ALIVE_S = 75.0  # without a request; longer than proxies commonly keep theirs
+IDLE_TIMEOUT_S = 75.0  # between requests; longer than proxies usually keep connections open
 MAX_LINE_BYTES = 8190
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 64 * 1024
 MAX_CONNECTIONS = 16_384
 VERSIONS = (HttpVersion10, HttpVersion11)
 MAX_UNSENT_BYTES = 128 * 1024
-_TCP_NOTSENT_LOWAT = 25  # Linux; Python has no name for it
-_SPARE_FILES = 256  # for everything else that a process opens
+_TCP_NOTSENT_LOWAT = 25  # on Linux; Python's socket module does not define it
+_SPARE_FILES = 256  # for everything else that the process opens
 
 
 class Listener:
-    """`await Listener(app).open(host, port)`; then `stop_accepting` and `close`, both idempotent. tls: for https."""
+    """`await Listener(app).open(host, port)`, later `stop_accepting` and `close`, both idempotent. tls: serve HTTPS."""
 
     def __init__(
         self,
@@ -48,33 +48,33 @@ class Listener:
         *,
         tls: ssl.SSLContext | None = None,
         head_timeout_s: float = HEAD_TIMEOUT_S,
-        keep_alive_s: float = KEEP_ALIVE_S,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
         max_connections: int | None = None,
     ) -> None:
-        # handler_cancellation: a client that goes away ends its request at once.
+        # handler_cancellation: a request ends at once if its client disconnects.
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S
         )
         self._tls = tls
         self._head_timeout_s = head_timeout_s
-        self._keep_alive_s = keep_alive_s
+        self._idle_timeout_s = idle_timeout_s
         self._connections: dict[_Connection, None] = {}  # oldest first
         self._max_connections = max_connections
         self._server: asyncio.Server | None = None
         self.port = 0
 
     async def open(self, host: str, port: int, *, shared: bool = False) -> Self:
-        """Port 0 takes a free one; see `port`. shared: other gateways of this host may listen on it too. Raises OSError."""
+        """Port 0 picks a free port; see `port`. shared: other gateways on this host may listen on the same port. Raises OSError."""
         await self._runner.setup()
         if self._max_connections is None:
             self._max_connections = min(MAX_CONNECTIONS, max(_raise_file_limit() - _SPARE_FILES, 64))
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
-        # Connections inherit it. The kernel would buffer megabytes for each client that does not read.
+        # Inherited by connections. By default the kernel would buffer megabytes for each client that does not read.
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
         self.port = sock.getsockname()[1]
         loop = asyncio.get_running_loop()
-        # asyncio accepts up to `backlog` connections in one go; a thousand requests in one turn of the loop would hold up every stream.
+        # asyncio accepts up to `backlog` connections at once; a thousand requests in one turn of the event loop would delay every stream.
         self._server = await loop.create_server(self._make_connection, sock=sock, ssl=self._tls, backlog=MAX_ACCEPTS)
         sock.listen(BACKLOG)
         return self
@@ -88,15 +88,15 @@ class Listener:
             head_timeout_s=self._head_timeout_s,
             loop=asyncio.get_running_loop(),
             access_log=None,
-            keepalive_timeout=self._keep_alive_s,
+            keepalive_timeout=self._idle_timeout_s,
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_LINE_BYTES,
             max_headers=MAX_HEADERS,
-            auto_decompress=False,  # aiohttp would unpack as bytes come, for anybody, on the event loop; see door.py
+            auto_decompress=False,  # aiohttp would decompress on the event loop, for any client; see origin_guard.py
         )
 
     def _opened(self, connection: "_Connection") -> None:
-        """One too many: the oldest that waits for nothing goes, and if none does, the newest."""
+        """If there are too many connections, closes the oldest idle one, or the new one if none is idle."""
         self._connections[connection] = None
         assert self._max_connections is not None
         if len(self._connections) > self._max_connections:
@@ -105,20 +105,20 @@ class Listener:
             victim.force_close()
 
     async def stop_accepting(self) -> None:
-        """New connections are refused; open ones go on."""
+        """Refuses new connections; open ones continue."""
         server, self._server = self._server, None
         if server is not None:
             server.close()
-            await asyncio.sleep(0)  # what was accepted just now still gets its handler
+            await asyncio.sleep(0)  # connections accepted just now still get their handler
 
     async def close(self) -> None:
-        """Gives responses a moment to finish and closes every connection."""
+        """Gives responses a moment to finish, then closes every connection."""
         await self.stop_accepting()
         await self._runner.cleanup()
 
 
 class _Connection(web.RequestHandler):
-    """aiohttp's, with a limit on time and size of a request's head, and our envelope for what it cannot parse."""
+    """aiohttp's connection, with limits on the time and size of a request's head, and our error format for what it cannot parse."""
 
     __slots__ = ("_closed", "_head_bytes", "_head_timeout_s", "_head_timer", "_opened")
 
@@ -140,7 +140,7 @@ class _Connection(web.RequestHandler):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is here, at most a part of one's head."""
+        """Whether no request has arrived, at most a part of its head."""
         return self._current_request is None and not self._messages
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -166,7 +166,7 @@ class _Connection(web.RequestHandler):
             self._refuse(431)
 
     def _refuse_versions(self) -> None:
-        """aiohttp serves what calls itself HTTP/9.9 and answers in kind, which no client can read."""
+        """aiohttp would serve a request that claims to be HTTP/9.9, and respond as HTTP/9.9, which no client can read."""
         for i, (message, _) in enumerate(self._messages):
             if isinstance(message, RawRequestMessage) and message.version not in VERSIONS:
                 error = _ErrInfo(status=400, exc=HttpProcessingError(), message="")
@@ -184,7 +184,7 @@ class _Connection(web.RequestHandler):
             self._refuse(408)
 
     def _refuse(self, status: int) -> None:
-        """Answers in place of a request that will not be read on."""
+        """Sends an error instead of reading the rest of the request."""
         self._forget_head()
         if self._force_close or self._close or self._waiter is None or self._waiter.done():
             return
@@ -194,15 +194,15 @@ class _Connection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """For what never reached the application, or left it by the back door. Always ends the connection."""
+        """For requests that never reached the application, and for failures outside its middlewares. Always closes the connection."""
         if request.writer.output_size > 0:
-            raise ConnectionError("The answer has begun; another one cannot be sent.")
+            raise ConnectionError("The response has begun; an error can no longer be sent.")
         if isinstance(exc, HttpProcessingError):
-            log.debug("A request was no HTTP: %s.", type(exc).__name__)
-            response = answer(_refusal(431 if isinstance(exc, LineTooLong) else status))
+            log.debug("A request was malformed: %s.", type(exc).__name__)
+            response = error_response(_http_error(431 if isinstance(exc, LineTooLong) else status))
         else:
-            response = answer(
-                exc if isinstance(exc, Exception) else Refusal(status, "The server failed.", code="error")
+            response = error_response(
+                exc if isinstance(exc, Exception) else HTTPError(status, "The server failed.", code="error")
             )
         harden(response.headers)
         response.force_close()
@@ -211,23 +211,27 @@ class _Connection(web.RequestHandler):
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """What aiohttp refuses before the middlewares, such as an Expect header, gets the envelope as well."""
+        """Errors that aiohttp raises before the middlewares, such as for an Expect header, get our format as well."""
         if isinstance(resp, web.HTTPException):
-            resp = answer(resp)
+            resp = error_response(resp)
             harden(resp.headers)
         return await super().finish_response(request, resp, start_time)
 
 
-def _refusal(status: int) -> Refusal:
+def _http_error(status: int) -> HTTPError:
     if status == 408:
-        return Refusal(408, "The request's head did not arrive in time; send it faster.", code="request_timeout")
+        return HTTPError(
+            408, "The request's head did not arrive in time.", remedy="Send it faster.", code="request_timeout"
+        )
     if status == 431:
-        return Refusal(431, "The request's line or headers are too large; send less in them.", code="headers_too_large")
-    return Refusal(status, "The request is no HTTP/1.1 that this server understands.", code="malformed_request")
+        return HTTPError(
+            431, "The request line or the headers are too large.", remedy="Shorten them.", code="headers_too_large"
+        )
+    return HTTPError(status, "The request is malformed.", remedy="Send valid HTTP/1.1.", code="malformed_request")
 
 
 def _raise_file_limit() -> int:
-    """Connections are files: as many as the system lets us have. Returns how many."""
+    """Raises the limit on open files, since each connection is one, as far as the system allows. Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_CONNECTIONS + _SPARE_FILES
     wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

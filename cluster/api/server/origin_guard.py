@@ -1,7 +1,8 @@
-"""What a request must be to be looked at: from where it may come, what its body may be, and what every answer's headers say.
+"""Decides which origins and which bodies are accepted, and sets the security headers of every response.
 
-A server without a key trusts whoever reaches it, so no web page of another origin may: by CORS, by a form, or by a name that its owner
-points at this machine (DNS rebinding). Bodies are JSON, where no form is expected, and arrive in time. Knows no key and no endpoint.
+A server without a key trusts every client that can reach it. So it must not be reachable by a web page of another origin: not by CORS, not
+by a form, and not by a name that the page's owner points at this machine (DNS rebinding). Bodies must be JSON, except where a form is
+expected, and arrive in time. Knows no key and no endpoint.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from aiohttp.typedefs import Middleware
 from multidict import CIMultiDict
 
 from cluster.api.server.auth import path_of
-from cluster.api.server.errors import Handler, Refusal
+from cluster.api.server.errors import Handler, HTTPError
 
 BODY_TIMEOUT_S = 60.0
 _METHODS = "GET, POST, DELETE, OPTIONS"
@@ -27,9 +28,9 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}")
 _HTML_POLICY = "default-src 'self'; frame-ancestors 'none'"
 
 
-class Door:
-    """origins: of web pages that may use this server, or "*". guarded: whether a key is needed. local_only: answer to this machine's names
-    only."""
+class OriginGuard:
+    """origins: of web pages that may use this server, or "*". guarded: whether an API key is needed. local_only: serve only requests that
+    address this machine by a local name, such as localhost."""
 
     def __init__(self, *, origins: Sequence[str] = (), guarded: bool, local_only: bool = False) -> None:
         self._origins = frozenset(origins)
@@ -37,15 +38,15 @@ class Door:
         self._local_only = local_only
 
     def make_middleware(self) -> Middleware:
-        """Outside authentication: a preflight request carries no key."""
+        """Runs before authentication: a preflight request has no key."""
 
         @web.middleware
         async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
             if self._local_only and not is_local(request.headers.get(hdrs.HOST, "")):
-                raise Refusal(
+                raise HTTPError(
                     403,
-                    "This server has no API key and answers on this machine's own names only, such as localhost; give it a key to "
-                    "reach it by another name.",
+                    "This server has no API key and can only be reached by a local name, such as localhost.",
+                    remedy="Start it with --api-key to reach it by another name.",
                     code="host_not_allowed",
                 )
             origin = request.headers.get(hdrs.ORIGIN)
@@ -53,10 +54,10 @@ class Door:
             if allowed and request.method == "OPTIONS" and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers:
                 return _preflight(request)
             if origin is not None and not allowed and not self._guarded and not _is_same(origin, request):
-                raise Refusal(
+                raise HTTPError(
                     403,
-                    "This server has no API key and takes no requests from other sites' pages; allow the page's origin with "
-                    "--cors-origin.",
+                    "This server has no API key and refuses requests from web pages of other origins.",
+                    remedy="Allow the page's origin with --cors-origin.",
                     code="origin_not_allowed",
                 )
             return await handler(request)
@@ -71,7 +72,7 @@ class Door:
         response.headers.add(hdrs.VARY, "Origin")
         origin = request.headers.get(hdrs.ORIGIN)
         if origin is not None and self._allows(origin):
-            # Never with Allow-Credentials: a page has to hold a key, the browser's cookies are nothing here.
+            # Never with Allow-Credentials: a page needs an API key; cookies mean nothing here.
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = "*" if "*" in self._origins else origin
             response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = _EXPOSED
 
@@ -80,8 +81,8 @@ class Door:
 
 
 def _preflight(request: web.Request) -> web.Response:
-    asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
-    extra = f", {asked}" if _HEADER_NAMES.fullmatch(asked) else ""
+    requested = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "")
+    extra = f", {requested}" if _HEADER_NAMES.fullmatch(requested) else ""
     return web.Response(
         status=204,
         headers={
@@ -97,7 +98,7 @@ def _is_same(origin: str, request: web.Request) -> bool:
 
 
 def is_local(host: str) -> bool:
-    """Whether a Host header names this machine, as seen from itself."""
+    """Whether a Host header has a local name of this machine."""
     name = re.sub(r":\d*$", "", host).lower().removeprefix("[").removesuffix("]").rstrip(".")
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -108,7 +109,7 @@ def is_local(host: str) -> bool:
 
 
 def harden(headers: CIMultiDict[str]) -> None:
-    """What browsers shall know of every answer, and that no version is told to strangers."""
+    """Sets the headers that every response has. The server's version is not among them."""
     headers[hdrs.SERVER] = "tramontane"
     headers["X-Content-Type-Options"] = "nosniff"
     headers.setdefault("Referrer-Policy", "no-referrer")
@@ -118,7 +119,7 @@ def harden(headers: CIMultiDict[str]) -> None:
 
 
 def make_body_middleware(timeout_s: float = BODY_TIMEOUT_S, *, forms: Container[str] = ()) -> Middleware:
-    """Innermost: handlers find the body read. forms: paths that take a form instead, and read it themselves."""
+    """The innermost middleware: reads the body before the handler runs. forms: paths whose handlers read a form themselves."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -126,20 +127,29 @@ def make_body_middleware(timeout_s: float = BODY_TIMEOUT_S, *, forms: Container[
             return await handler(request)
         if path_of(request) in forms:
             if request.content_type != "multipart/form-data":
-                raise Refusal(
-                    415, "The body must be a form, 'Content-Type: multipart/form-data'.", code="unsupported_media_type"
+                raise HTTPError(
+                    415,
+                    "The body must be a form.",
+                    remedy="Send it with the header 'Content-Type: multipart/form-data'.",
+                    code="unsupported_media_type",
                 )
             return await handler(request)
         most = request.client_max_size
         if request.content_length is not None and request.content_length > most:
             raise _too_large(most)
         if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
-            raise Refusal(415, "The body is packed; send it without Content-Encoding.", code="unsupported_media_type")
-        # A form of another site can send any text, but not this type; see https://fetch.spec.whatwg.org/#cors-safelisted-request-header
-        if request.body_exists and hdrs.CONTENT_TYPE in request.headers and request.content_type != "application/json":
-            raise Refusal(
+            raise HTTPError(
                 415,
-                "The body must be JSON, sent with the header 'Content-Type: application/json'.",
+                "Compressed bodies are not supported.",
+                remedy="Send the body without Content-Encoding.",
+                code="unsupported_media_type",
+            )
+        # A form on another site can send any text, but not with this type; see https://fetch.spec.whatwg.org/#cors-safelisted-request-header
+        if request.body_exists and hdrs.CONTENT_TYPE in request.headers and request.content_type != "application/json":
+            raise HTTPError(
+                415,
+                "The body must be JSON.",
+                remedy="Send it with the header 'Content-Type: application/json'.",
                 code="unsupported_media_type",
             )
         try:
@@ -148,13 +158,21 @@ def make_body_middleware(timeout_s: float = BODY_TIMEOUT_S, *, forms: Container[
         except web.HTTPRequestEntityTooLarge as e:
             raise _too_large(most) from e
         except TimeoutError as e:
-            raise Refusal(
-                408, f"The body did not arrive within {timeout_s:g} s; send it faster.", code="request_timeout"
+            raise HTTPError(
+                408,
+                f"The body did not arrive within {timeout_s:g} s.",
+                remedy="Send it faster.",
+                code="request_timeout",
             ) from e
         return await handler(request)
 
     return middleware
 
 
-def _too_large(most: int) -> Refusal:
-    return Refusal(413, f"The request body is larger than {most} bytes; send less at once.", code="request_too_large")
+def _too_large(most: int) -> HTTPError:
+    return HTTPError(
+        413,
+        f"The request body is larger than {most} bytes.",
+        remedy="Split it into several requests.",
+        code="request_too_large",
+    )

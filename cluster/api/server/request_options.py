@@ -1,6 +1,6 @@
-"""What clients say in headers: how long a request may take, whether they want to see the routing, and the request's id.
+"""Options that clients send in headers: a timeout, the request's id, and whether to show the routing.
 
-Knows header names and what they may hold. Bodies are cluster/api/schemas.py's.
+Knows the headers' names and allowed values. Bodies are in cluster/api/schemas/.
 """
 
 import math
@@ -26,7 +26,7 @@ _SANE_ID = re.compile(r"[!-~]{1,128}")
 
 @web.middleware
 async def request_id_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Outermost: log records of this request and its tasks carry its id, and so does the answer."""
+    """The outermost middleware: puts the request's id into the response and into the log records of this request and its tasks."""
     given = request.headers.get(REQUEST_ID, "")
     request_id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
     token = request_id_var.set(request_id)
@@ -40,14 +40,14 @@ async def request_id_middleware(request: web.Request, handler: Handler) -> web.S
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    """For `on_response_prepare`: streams send their headers before the middleware has the response."""
+    """For `on_response_prepare`: streams send their headers before the middleware gets the response."""
     request_id = request_id_var.get()
     if request_id is not None:
         response.headers[REQUEST_ID] = request_id
 
 
 def deadline(request: web.Request, *, arrived: float) -> float | None:
-    """When the client stops waiting, on the clock of `arrived`; None if it does not say. Raises RequestError."""
+    """When the client stops waiting, on the clock of `arrived`; None without the header. Raises RequestError."""
     text = request.headers.get(REQUEST_TIMEOUT)
     if text is None:
         return None
@@ -57,7 +57,8 @@ def deadline(request: web.Request, *, arrived: float) -> float | None:
         seconds = math.nan
     if not 0 < seconds < math.inf:
         raise RequestError(
-            f"{REQUEST_TIMEOUT} is {text!r}; send a positive number of seconds.",
+            f"{REQUEST_TIMEOUT} is {text!r}.",
+            remedy="Send a positive number of seconds.",
             param=REQUEST_TIMEOUT,
             code="invalid_header",
         )
@@ -65,7 +66,7 @@ def deadline(request: web.Request, *, arrived: float) -> float | None:
 
 
 def debug_headers(request: web.Request, choices: Sequence["Choice"]) -> dict[str, str]:
-    """How the first sequence was routed, as far as it is known by now; nothing unless the client asked."""
+    """How the first sequence was routed, as far as known by now; empty unless the client asked for it."""
     if request.headers.get(DEBUG) != "1":
         return {}
     choice = choices[0]

@@ -1,8 +1,8 @@
-"""Server-sent events as OpenAI sends them: `data: JSON`, a blank line, and `data: [DONE]` at the end.
+"""Server-sent events in OpenAI's format: `data: JSON`, a blank line, and `data: [DONE]` at the end.
 
-Knows the wire and one writer. Headers go out with the first event, not before, so that what fails until then has its own status; a
-stream that stays silent for `keep_alive_s`, while it waits for room or for another replica, gets a comment, which clients pass over. If
-that comes before the first event it takes the headers along, and from then on errors come as events.
+Knows the wire format. The headers are sent with the first event, so that a failure before it has its own status. A stream that is silent
+for `keep_alive_s`, while it waits for admission or for another replica, gets a comment, which clients skip. If the comment comes before
+the first event, the headers are sent with it, and later errors are sent as events.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 _HEADERS = {
     hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
     hdrs.CACHE_CONTROL: "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would otherwise collect the stream
+    "X-Accel-Buffering": "no",  # without it, nginx would buffer the stream
 }
-KEEP_ALIVE_S = 15.0  # proxies commonly give up after 30 or 60
+KEEP_ALIVE_S = 15.0  # proxies usually give up after 30 or 60 s
 WRITE_TIMEOUT_S = 60.0
-_SMALL_BYTES = 16 * 1024  # well below what makes a transport ask its writer to wait
+_SMALL_BYTES = 16 * 1024  # well below the size at which a transport makes its writer wait
 _KEEP_ALIVE = b": keep-alive\n\n"
 _encoder = msgspec.json.Encoder()
 
@@ -45,9 +45,9 @@ async def stream(
     headers: Callable[[], Mapping[str, str]] = dict,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> web.StreamResponse:
-    """Writes every event's chunks, then the last ones, then [DONE]. headers: asked for when the headers go out.
+    """Writes the chunks of every event, then the last chunks, then [DONE]. headers: called when the headers are sent.
 
-    A failure before the headers is raised; a later one becomes an error event, and the stream ends without [DONE].
+    A failure before the headers is raised. A later one is sent as an error event, and the stream ends without [DONE].
     """
     writer = _Writer(request, headers)
     try:
@@ -60,7 +60,7 @@ async def stream(
     except (ConnectionError, ClientGoneError):
         if not writer.started:
             raise
-        log.debug("The client of %s left in mid-stream.", request.path)
+        log.debug("A client of %s disconnected in mid-stream.", request.path)
     except Exception as e:
         if not writer.started:
             raise
@@ -69,12 +69,12 @@ async def stream(
             await writer.send(encode_event(ErrorEnvelope(error=body)))
             await writer.response.write_eof()
         except (ConnectionError, ClientGoneError):
-            log.debug("The client of %s left before it could be told of an error.", request.path)
+            log.debug("A client of %s disconnected before the error could be sent.", request.path)
     return writer.response
 
 
 class _Writer:
-    """Opens the response with the first bytes. Two tasks may send; each one's bytes stay together."""
+    """Starts the response with the first bytes. Several tasks may send; the bytes of one call stay together."""
 
     def __init__(self, request: web.Request, headers: Callable[[], Mapping[str, str]]) -> None:
         self.response = web.StreamResponse(headers=_HEADERS)
@@ -85,7 +85,7 @@ class _Writer:
         self._lock = asyncio.Lock()
 
     async def send(self, data: bytes) -> None:
-        """Raises ClientGoneError for a client that keeps its connection open but reads nothing."""
+        """Raises ClientGoneError if the client keeps the connection open but reads nothing."""
         async with self._lock:
             if not self.started:
                 self.started = True
@@ -96,7 +96,7 @@ class _Writer:
             self.last_sent = time.monotonic()
             transport = self._request.transport
             if transport is not None and len(data) < _SMALL_BYTES and not transport.get_write_buffer_size():
-                await self.response.write(data)  # into an empty buffer, so it waits for nobody: no timer is needed
+                await self.response.write(data)  # the buffer is empty, so this never waits: no timeout is needed
                 return
             try:
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
@@ -110,7 +110,7 @@ class _Writer:
 @contextlib.asynccontextmanager
 async def _kept_alive(writer: _Writer, keep_alive_s: float) -> AsyncIterator[None]:
     async def comment_when_silent() -> None:
-        with contextlib.suppress(ConnectionError, ClientGoneError):  # whoever writes events meets it too
+        with contextlib.suppress(ConnectionError, ClientGoneError):  # the task that writes events gets it as well
             while True:
                 silent_s = time.monotonic() - writer.last_sent
                 if silent_s >= keep_alive_s:

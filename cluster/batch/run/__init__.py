@@ -1,1 +1,1 @@
-"""Runs a batch: which lines are sent, what becomes of each, and the files at the end."""
+"""Runs batches: which lines are sent when, how each ends, and the files at the end."""

@@ -1,6 +1,6 @@
-"""Where lines are answered: the seam between a batch's runner and whatever serves requests.
+"""The interface between a batch's runner and whatever answers its lines.
 
-Implemented by cluster/api/batch_lines.py with the code of the endpoints, and by a simulation in tests and benchmarks.
+Implemented by cluster/api/line_executor.py with the code of the endpoints, and by a simulation in tests and benchmarks.
 """
 
 from typing import Protocol
@@ -9,21 +9,21 @@ from cluster.batch.records import Line, LineResult
 
 
 class LineExecutor(Protocol):
-    """`owner`: whose batch it is, as BatchRecord has it."""
+    """`owner` is the batch's owner, as in BatchRecord."""
 
     @property
     def capacity(self) -> int:
-        """How many lines are worth having under way at once now, over all replicas. 0: none can run at the moment."""
+        """How many lines are worth running at once right now, over all replicas. 0: none can run at the moment."""
 
     def check(self, endpoint: str, body: bytes, *, owner: str) -> str:
-        """Before anything runs: raises RequestError for a body (JSON) that can never be answered, else returns its model's name.
+        """Returns the name of the body's model, before anything runs. Raises RequestError for a body (JSON) that can never be answered.
 
-        Quick and without waiting: it is called for each of maybe a million lines, in a thread.
+        Must be fast and must not wait: it is called for every line, perhaps a million of them, in a thread.
         """
 
     async def execute(self, line: Line, *, endpoint: str, body: bytes, seed: int, owner: str) -> LineResult:
-        """Answers one line; `seed` is for a body that brings none. A request that is refused is a result too, with its status and body.
+        """Answers one line; `seed` is for a body without one. A rejected request is a result too, with its status and body.
 
-        Raises ReplicaUnavailableError and OverloadedError when it can be tried again later; the former with `crashed` if a replica died
-        of itself while it worked on this line, `alone` if on nothing else. Cancelled: aborts the request on its replica.
+        Raises ReplicaUnavailableError and OverloadedError when a retry may succeed; the former with `crashed` if a replica died by itself
+        while it worked on this line, and with `alone` if it worked on nothing else. When cancelled, aborts the request on its replica.
         """

@@ -1,6 +1,6 @@
-"""The lines that are still to run, in their order, with their bodies.
+"""The feed of a batch: the lines that are still to run, in their order, with their bodies.
 
-Reads ahead from the store and the input file, a bounded number of bytes. Knows nothing of running them (window.py).
+Reads ahead from the store and the input file, a bounded number of bytes. Does not run the lines (window.py).
 """
 
 import asyncio
@@ -19,31 +19,36 @@ AHEAD_BYTES = 8 * 1024 * 1024
 
 
 class Work(NamedTuple):
+    """A line and its body, ready to run."""
+
     line: Line
     body: bytes
 
 
 class Feed:
-    """`take` what is ready; `on_ready` is called when there is more. Raises StoreError when store or input file cannot be read."""
+    """`pop` lines as they become ready; `on_ready` is called when there are more.
+
+    Raises StoreError when the store or the input file cannot be read.
+    """
 
     def __init__(self, store: Store, files: FileContents, batch: BatchRecord) -> None:
         self._store = store
         self._files = files
         self._batch = batch
         self._ready: deque[Work] = deque()
-        self._lines: deque[Line] = deque()  # of a page, their bodies not yet read
+        self._lines: deque[Line] = deque()  # of the current page, bodies not read yet
         self._position = 0
-        self._is_over = False
+        self._is_exhausted = False
         self._reading: asyncio.Task[None] | None = None
         self.on_ready: Callable[[], None] = lambda: None
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is left, now or later. Known after a `take` that found nothing."""
-        return self._is_over and not self._ready and not self._lines
+        """True once no lines are left, now or later. Only known after a `pop` that returned None."""
+        return self._is_exhausted and not self._ready and not self._lines
 
-    def take(self) -> Work | None:
-        """The next one, if it has been read."""
+    def pop(self) -> Work | None:
+        """The next line, or None while it has not been read yet."""
         if len(self._ready) < PAGE_LINES // 2:
             self._read_ahead()
         return self._ready.popleft() if self._ready else None
@@ -51,18 +56,20 @@ class Feed:
     async def close(self) -> None:
         if self._reading is not None:
             self._reading.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):  # whoever waited has been told
+            with contextlib.suppress(
+                asyncio.CancelledError, Exception
+            ):  # `pop` has reported it, or nothing needs it now
                 await self._reading
 
     async def work_for(self, line: Line) -> Work:
-        """For a line that does not come in its turn."""
+        """Reads the body of a line out of order."""
         return (await self._bodies([line]))[0]
 
     def _read_ahead(self) -> None:
         if self._reading is not None and self._reading.done():
             self._reading.result()
             self._reading = None
-        if self._reading is None and not (self._is_over and not self._lines):
+        if self._reading is None and not (self._is_exhausted and not self._lines):
             self._reading = asyncio.create_task(self._read())
             self._reading.add_done_callback(lambda _: self.on_ready())
 
@@ -71,7 +78,7 @@ class Feed:
             page = await self._store.pending_lines(self._batch.id, after=self._position, limit=PAGE_LINES)
             self._lines.extend(page)
             if not page:
-                self._is_over = True
+                self._is_exhausted = True
                 return
             self._position = page[-1].position
         part: list[Line] = []

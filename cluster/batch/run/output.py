@@ -1,8 +1,8 @@
-"""A batch's output and error files, made from the stored results in the order of its lines. Streams some megabytes at a time.
+"""A batch's output and error files, written from the stored results in line order. Streams a few megabytes at a time.
 
-The files have the form of OpenAI's: an answer with status 200 goes to the output file; one with another status, and a line that has none,
-to the error file. Files are renamed into place when they are whole, under ids that no other runner of the batch uses; what a crash cut
-off is made anew from the same results, byte for byte.
+The files have OpenAI's format: an answer with status 200 goes to the output file; any other status, and a line without an answer, goes to
+the error file. Complete files are renamed into place, under ids that no other runner of the batch uses. A file that a crash cut off is
+written again from the same results, byte for byte.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from cluster.batch.records import BatchRecord, FileRecord, Lease, Line, LineResu
 from cluster.batch.store.interface import Store
 
 MAX_PAGE_LINES = 128
-PAGE_BYTES = 8 * 1024 * 1024  # of answers read at once, if the next are like those before
+PAGE_BYTES = 8 * 1024 * 1024  # of answers read at once, if the next ones are about as long as the last ones
 BUFFER_BYTES = 1024 * 1024
 Kind = Literal["output", "error"]
 _NOT_RUN = {
@@ -52,9 +52,9 @@ _encoder = msgspec.json.Encoder()
 async def write_output(
     store: Store, files: FileContents, *, lease: Lease, batch: BatchRecord, now: float
 ) -> tuple[FileRecord | None, FileRecord | None]:
-    """The output's and the errors' records, None for a file that would be empty; they are in no store yet.
+    """Returns the records of the output and the error file, None for a file that would be empty. Does not store them.
 
-    `batch` takes no results any more. Raises StoreError when a file cannot be written; the store then still has all it is made of.
+    `batch` must accept no more results. Raises StoreError when a file cannot be written; the store still has all the results then.
     """
     async with AsyncExitStack() as stack:
         output = _Sink(files, file_id(lease, "output"), stack)
@@ -75,7 +75,7 @@ async def write_output(
 
 
 def render(batch: BatchRecord, line: Line, result: LineResult | None) -> bytes:
-    """One line of either file, with its end. A line without result was cut off by what ends the batch."""
+    """One line of either file, with its newline. A line without a result was not run before the batch ended."""
     response, error = None, None
     if result is None:
         error = _Error(*_NOT_RUN["cancelled" if batch.status == "cancelling" else "expired"])
@@ -88,13 +88,13 @@ def render(batch: BatchRecord, line: Line, result: LineResult | None) -> bytes:
 
 
 def file_id(lease: Lease, kind: Kind) -> str:
-    """Of the file that this runner makes. A runner that was cut off can so never overwrite its successor's."""
+    """The id of the file that this runner writes. The fence in it keeps a stale runner from overwriting its successor's file."""
     digest = hashlib.blake2b(f"{lease.batch_id}\0{lease.fence}\0{kind}".encode(), digest_size=16).hexdigest()
     return f"file-{digest}"
 
 
 class _Sink:
-    """A file that is opened when there is something to write."""
+    """A file that is created with the first write."""
 
     def __init__(self, files: FileContents, file_id: str, stack: AsyncExitStack) -> None:
         self._files = files
@@ -122,13 +122,13 @@ class _Sink:
     def record(self, batch: BatchRecord, kind: Kind, *, now: float) -> FileRecord | None:
         if self._new is None:
             return None
-        lasts_s = batch.output_expires_after_s
+        expires_after_s = batch.output_expires_after_s
         return FileRecord(
             id=self._id,
             filename=f"{batch.id}_{kind}.jsonl",
             purpose="batch_output",
             num_bytes=self._new.num_bytes,
             created_at=int(now),
-            expires_at=None if lasts_s is None else int(now) + lasts_s,
+            expires_at=None if expires_after_s is None else int(now) + expires_after_s,
             owner=batch.owner,
         )

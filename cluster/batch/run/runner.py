@@ -1,7 +1,7 @@
-"""Runs one batch from wherever the last runner left it to its end: validate, answer, finalize. Everything it reaches is in the store.
+"""Runs one batch from wherever the last runner left it to its end: validate, answer, finalize. All progress is in the store.
 
-A runner holds the batch's lease and renews it; when another has taken the batch over, it lets go of everything at once. The deadline and a
-cancellation end the answering: lines that are under way are aborted, what was answered stays.
+A runner holds the batch's lease and renews it; it stops at once when another runner has taken over the batch. The deadline or a
+cancellation ends the answering: lines in flight are aborted, and answers so far are kept.
 """
 
 import asyncio
@@ -23,13 +23,17 @@ from cluster.batch.run.suspects import Trials
 from cluster.batch.run.window import Window, WindowOptions
 from cluster.batch.store.interface import Store
 from cluster.system.process import is_dead, new_owner
+from cluster.system.tasks import cancel_all
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerOptions:
-    """`lease_ttl_s`: a runner not heard of for so long has lost its batch. `check_every_s`: how soon a cancellation is seen."""
+    """lease_ttl_s: a runner that has not renewed its lease for this long loses the batch.
+
+    check_every_s: how soon a cancellation is seen.
+    """
 
     lease_ttl_s: float = 15.0
     check_every_s: float = 1.0
@@ -40,8 +44,10 @@ class RunnerOptions:
 
 
 class BatchRunner:
-    """`run` once. `room`: how many of its lines may be under way now; as many as the executor takes if None. `trials`: shared by
-    all runners whose lines may be on the same replicas.
+    """Call `run` once.
+
+    max_in_flight: how many of its lines may run at once at the moment; None for the executor's capacity. trials: shared by all runners
+    whose lines may be on the same replicas.
     """
 
     def __init__(
@@ -51,7 +57,7 @@ class BatchRunner:
         executor: LineExecutor,
         *,
         options: RunnerOptions,
-        room: Callable[[], int] | None = None,
+        max_in_flight: Callable[[], int] | None = None,
         trials: Trials | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -59,42 +65,42 @@ class BatchRunner:
         self._files = files
         self._executor = executor
         self._options = options
-        self._room = room or (lambda: executor.capacity)
+        self._max_in_flight = max_in_flight or (lambda: executor.capacity)
         self._trials = trials or Trials()
         self._clock = clock
         self._cancelled = asyncio.Event()
-        self._look = asyncio.Event()
+        self._wake = asyncio.Event()
 
     def wake(self) -> None:
-        """The batch may have been cancelled a moment ago."""
-        self._look.set()
+        """Checks soon whether the batch was cancelled."""
+        self._wake.set()
 
     async def run(self, lease: Lease, batch: BatchRecord) -> BatchRecord:
-        """To the end of the batch, which is returned; its lease is over then.
+        """Runs the batch to its end and returns it; the lease has ended then.
 
-        Raises LeaseLostError when another runner has the batch, and StoreError when the store or the files cannot be written: the batch
-        is as it was, without a lease, and whoever runs it next goes on from there. Cancelled, it lets go of the batch in the same way.
+        Raises LeaseLostError when another runner has the batch, and StoreError when the store or the files cannot be written. The batch
+        then stays as it is, without a lease, and the next runner continues from there. The same happens when this is cancelled.
         """
         work = asyncio.create_task(self._run(lease, batch))
-        keeper = asyncio.create_task(self._keep(lease))
+        keeper = asyncio.create_task(self._keep_lease(lease))
         try:
             await asyncio.wait((work, keeper), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():  # the keeper ends only when the lease is lost
-                await _cancel(work)
+                await cancel_all(work)
                 keeper.result()
             return await work
         finally:
-            await _cancel(work, keeper)
-            with contextlib.suppress(StoreError):  # then it expires
+            await cancel_all(work, keeper)
+            with contextlib.suppress(StoreError):  # the lease expires by itself
                 await self._store.release(lease)
 
-    async def _keep(self, lease: Lease) -> None:
+    async def _keep_lease(self, lease: Lease) -> None:
         renewed_at = -float("inf")
         while True:
-            self._look.clear()
+            self._wake.clear()
             with contextlib.suppress(TimeoutError):  # not wait_for, which may swallow a cancellation on Python 3.11
                 async with asyncio.timeout(self._options.check_every_s):
-                    await self._look.wait()
+                    await self._wake.wait()
             try:
                 if time.monotonic() - renewed_at >= self._options.lease_ttl_s / 4:
                     found: BatchRecord | None = await self._store.renew(
@@ -104,8 +110,8 @@ class BatchRunner:
                 else:
                     found = await self._store.get_batch(lease.batch_id)
             except StoreError as e:
-                # No harm in going on: what is stored is compared with the lease each time.
-                log.warning("The lease of %s cannot be renewed: %s", lease.batch_id, e)
+                # Continuing is safe: every write is checked against the lease.
+                log.warning("Cannot renew the lease of %s: %s", lease.batch_id, e)
                 continue
             if found is not None and found.status == "cancelling":
                 self._cancelled.set()
@@ -119,8 +125,8 @@ class BatchRunner:
             batch = await self._finalize(lease, batch)
         try:
             await self._store.purge(batch.id)
-        except StoreError as e:  # the batch has ended all the same
-            log.warning("The lines of %s are not removed yet: %s", batch.id, e)
+        except StoreError as e:  # the batch has ended anyway; a later sweep removes its lines
+            log.warning("Cannot remove the lines of %s yet: %s", batch.id, e)
         return batch
 
     async def _validate(self, lease: Lease, batch: BatchRecord) -> BatchRecord:
@@ -165,12 +171,12 @@ class BatchRunner:
             self._executor,
             lease=lease,
             batch=batch,
-            room=self._room,
+            max_in_flight=self._max_in_flight,
             trials=self._trials,
             options=self._options.window,
         )
         answering = asyncio.create_task(window.run())
-        ending = asyncio.create_task(self._until_over(batch))
+        ending = asyncio.create_task(self._until_deadline_or_cancelled(batch))
         try:
             await asyncio.wait((answering, ending), return_when=asyncio.FIRST_COMPLETED)
             ending.cancel()
@@ -180,12 +186,11 @@ class BatchRunner:
             if not answering.cancelled():
                 answering.result()
         finally:
-            await _cancel(answering, ending)
+            await cancel_all(answering, ending)
             await feed.close()
         return await self._store.finalize(lease, now=self._clock())
 
-    async def _until_over(self, batch: BatchRecord) -> None:
-        """Returns at the deadline, or when the batch is cancelled."""
+    async def _until_deadline_or_cancelled(self, batch: BatchRecord) -> None:
         while self._clock() < batch.expires_at and not self._cancelled.is_set():
             left_s = min(batch.expires_at - self._clock(), self._options.check_every_s)
             with contextlib.suppress(TimeoutError):  # not wait_for, which may swallow a cancellation on Python 3.11
@@ -198,11 +203,11 @@ class BatchRunner:
             return await self._store.finish(lease, output=None, errors=None, now=self._clock())
         batch = await self._store.finalize(lease, now=self._clock())
         output, errors = await write_output(self._store, self._files, lease=lease, batch=batch, now=self._clock())
-        await self._remove_attempts(lease)  # before the end: after it nobody would come back for them
+        await self._remove_attempts(lease)  # before the batch ends: afterwards no runner would do it
         return await self._store.finish(lease, output=output, errors=errors, now=self._clock())
 
     async def _remove_attempts(self, lease: Lease) -> None:
-        """What runners before made of this batch's files and did not finish."""
+        """Deletes the output files that earlier runners of this batch wrote."""
         for fence in range(1, lease.fence):
             earlier = Lease(batch_id=lease.batch_id, owner=lease.owner, fence=fence)
             for kind in ("output", "error"):
@@ -212,7 +217,10 @@ class BatchRunner:
 async def run_batch(
     store: Store, files: FileContents, executor: LineExecutor, batch_id: str, *, options: RunnerOptions | None = None
 ) -> BatchRecord:
-    """Runs this batch to its end, or returns it if that is past. Raises BatchError while another process runs it; else as `run`."""
+    """Runs this batch to its end, or returns it if it has ended already.
+
+    Raises BatchError while another process runs it, and otherwise the same as BatchRunner.run.
+    """
     options = options or RunnerOptions()
     taken = await store.acquire(
         new_owner(), ttl_s=options.lease_ttl_s, now=time.time(), batch_id=batch_id, is_dead=is_dead
@@ -223,13 +231,6 @@ async def run_batch(
     if batch is None:
         raise BatchError(f"There is no batch {batch_id}.")
     if not batch.has_ended:
-        raise BatchError(f"{batch_id} is being run by another process; wait for it, or end it first.")
+        raise BatchError(f"Another process is running {batch_id}.", remedy="Wait until it ends, or stop it first.")
     await store.purge(batch_id)
     return batch
-
-
-async def _cancel(*tasks: asyncio.Task[object]) -> None:
-    """Returns when they have ended. What they raise is for whoever awaits them."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,6 +1,6 @@
-"""Runs every batch of a store, a few at a time, for as long as a server lives; takes over what dead runners left; removes expired files.
+"""Runs every batch of a store, a few at a time, while a server lives. Takes over batches of dead runners and removes expired files.
 
-Several services on one store share its batches: each batch is one's at a time. Whoever creates or cancels a batch may `wake` it.
+Several services may share a store; each batch runs in one of them at a time. Code that creates or cancels a batch may call `wake`.
 """
 
 import asyncio
@@ -25,15 +25,15 @@ SWEEP_EVERY_S = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceOptions:
-    """`look_every_s`: how soon batches of other processes are seen. `retry_after_s`: the pause after the store failed."""
+    """poll_every_s: how soon batches created by other processes are seen. retry_after_s: the pause after the store failed."""
 
     max_batches: int = 4
-    look_every_s: float = 2.0
+    poll_every_s: float = 2.0
     retry_after_s: float = 5.0
 
 
 class BatchService:
-    """`run` as a task, until cancelled."""
+    """Start `run` as a task; cancel the task to stop it."""
 
     def __init__(
         self,
@@ -58,42 +58,42 @@ class BatchService:
 
     @property
     def batch_ids(self) -> set[str]:
-        """The batches that run here now."""
+        """The batches that this service is running now."""
         return {task.get_name() for task in self._running}
 
     def wake(self) -> None:
-        """A batch was created or cancelled."""
+        """Polls the store now: a batch was created or cancelled."""
         self._wake.set()
         for runner in self._running.values():
             runner.wake()
 
     async def run(self) -> None:
-        """A store that fails is a line in the log, and is tried again. Cancelled, it lets go of its batches, which others may take."""
+        """Retries a store that fails, and logs it. When cancelled, releases its batches, so that other services may run them."""
         try:
             while True:
                 self._wake.clear()
-                await self._look()
+                await self._poll()
                 with contextlib.suppress(TimeoutError):  # not wait_for, which may swallow a cancellation on Python 3.11
-                    async with asyncio.timeout(self._service.look_every_s):
+                    async with asyncio.timeout(self._service.poll_every_s):
                         await self._wake.wait()
         finally:
             for task in self._running:
                 task.cancel()
             await asyncio.gather(*self._running, return_exceptions=True)
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         if time.monotonic() < self._not_before:
             return
         try:
             if time.monotonic() - self._swept_at >= SWEEP_EVERY_S:
                 await self._sweep()
                 self._swept_at = time.monotonic()
-            while len(self._running) < self._service.max_batches and await self._take_one():
+            while len(self._running) < self._service.max_batches and await self._start_one():
                 pass
         except StoreError as e:
-            self._pause(f"Batches wait: {e}")
+            self._pause(f"Batches are paused: {e}")
 
-    async def _take_one(self) -> bool:
+    async def _start_one(self) -> bool:
         taken = await self._store.acquire(
             self._owner, ttl_s=self._options.lease_ttl_s, now=time.time(), is_dead=is_dead
         )
@@ -102,7 +102,12 @@ class BatchService:
         lease, batch = taken
         log.info("Batch %s: %s, runner %d", batch.id, batch.status, lease.fence)
         runner = BatchRunner(
-            self._store, self._files, self._executor, options=self._options, room=self._share, trials=self._trials
+            self._store,
+            self._files,
+            self._executor,
+            options=self._options,
+            max_in_flight=self._max_in_flight,
+            trials=self._trials,
         )
         task = asyncio.create_task(self._run(runner, lease, batch), name=batch.id)
         self._running[task] = runner
@@ -115,9 +120,9 @@ class BatchService:
         except LeaseLostError as e:
             log.warning("%s", e)
         except BatchError as e:
-            self._pause(f"Batch {batch.id} waits: {e}")
+            self._pause(f"Batch {batch.id} is paused: {e}")
         except Exception:
-            log.exception("Batch %s waits: its runner failed.", batch.id)
+            log.exception("Batch %s is paused: its runner failed.", batch.id)
             self._pause(None)
         else:
             log.info("Batch %s: %s, %d of %d", ended.id, ended.status, ended.num_completed, ended.num_lines)
@@ -126,18 +131,18 @@ class BatchService:
         del self._running[task]
         self._wake.set()
 
-    def _share(self) -> int:
-        """Running batches share the room evenly."""
+    def _max_in_flight(self) -> int:
+        """Per batch: running batches share the capacity evenly."""
         capacity = self._executor.capacity
         return max(1, capacity // max(1, len(self._running))) if capacity > 0 else 0
 
     def _pause(self, message: str | None) -> None:
         self._not_before = time.monotonic() + self._service.retry_after_s
         if message is not None:
-            log.error("%s Next try in %g s.", message, self._service.retry_after_s)
+            log.error("%s Retrying in %g s.", message, self._service.retry_after_s)
 
     async def _sweep(self) -> None:
-        """Files past their time, contents without a record, and lines of batches that have ended."""
+        """Removes expired files, contents without a record, and the lines of batches that have ended."""
         for record in await self._store.expired_files(time.time()):
             await self._store.delete_file(record.id)
             await self._files.delete(record.id)

@@ -1,8 +1,8 @@
-"""Answers the lines of one batch: so many under way at once, results stored in groups, and the lines that kill replicas found out.
+"""The window of lines in flight: starts lines up to a limit, stores results in groups, and finds the lines that kill replicas.
 
-A line that was under way on a replica that died becomes a suspect, which the store remembers. While there are suspects, they alone run, in
-ever smaller company, until the guilty one is known (suspects.py): it is answered with an error. Replicas that are lost otherwise, or
-full, only cost a pause. Knows no lease's renewal and no end of the batch: its runner stops it (runner.py).
+A line that was running on a replica when it died becomes a suspect, which the store remembers. While there are suspects, only suspects
+run, in ever smaller groups, until the line that is the cause is known (suspects.py); that line gets an error. Replicas that are lost in
+other ways, or are full, only cost a pause. Does not renew the lease and does not end the batch: its runner does (runner.py).
 """
 
 import asyncio
@@ -22,17 +22,17 @@ from workers.errors import DeadlineExceededError, OverloadedError, ReplicaUnavai
 
 log = logging.getLogger(__name__)
 
-COMMIT_LINES = 2000  # of one transaction
-MAX_UNSTORED = 4 * COMMIT_LINES  # answers that wait to be stored; beyond, no line is begun
+COMMIT_LINES = 2000  # per transaction
+MAX_UNSTORED = 4 * COMMIT_LINES  # answers that wait to be stored; with more, no line is started
 MAX_UNSTORED_BYTES = 64 * 1024 * 1024
-CHECK_EVERY_S = 0.25  # whether there is room again
+CHECK_EVERY_S = 0.25  # whether more lines may run
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowOptions:
-    """Results wait at most `commit_every_s` to be stored. `patience` with lines that replicas die of.
+    """patience: with lines that kill replicas. commit_every_s: how long results wait to be stored.
 
-    A line that finds no replica is tried again after `min_pause_s`, doubled up to `max_pause_s`.
+    min_pause_s, max_pause_s: the pause after a line found no replica; it doubles from the first to the second.
     """
 
     patience: Patience = field(default_factory=Patience)
@@ -42,7 +42,7 @@ class WindowOptions:
 
 
 class Window:
-    """`run` to the end of the lines, or until cancelled. `room`: lines that may be under way now."""
+    """Call `run` once: it returns after the last line. max_in_flight: how many lines may run at once at the moment."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Window:
         *,
         lease: Lease,
         batch: BatchRecord,
-        room: Callable[[], int],
+        max_in_flight: Callable[[], int],
         trials: Trials,
         options: WindowOptions,
     ) -> None:
@@ -61,13 +61,13 @@ class Window:
         self._executor = executor
         self._lease = lease
         self._batch = batch
-        self._room = room
+        self._max_in_flight = max_in_flight
         self._trials = trials
         self._options = options
-        self._under_way: dict[asyncio.Task[None], Work] = {}
+        self._in_flight: dict[asyncio.Task[None], Work] = {}
         self._suspects = Suspects()
-        self._again: deque[Work] = deque()
-        self._crashed: dict[int, ReplicaUnavailableError] = {}  # by the line's number; not yet in the store
+        self._retries: deque[Work] = deque()
+        self._crashed: dict[int, ReplicaUnavailableError] = {}  # by line number; not stored yet
         self._unstored: list[LineResult] = []
         self._unstored_bytes = 0
         self._storing: asyncio.Task[None] | None = None
@@ -80,7 +80,7 @@ class Window:
     async def run(self) -> None:
         """Raises StoreError when results cannot be stored, LeaseLostError when another runner has the batch.
 
-        However it ends, nothing of it runs on, and what was answered until then is stored, if the store can.
+        In any case nothing keeps running afterwards, and the answers so far are stored if the store allows.
         """
         self._suspects = Suspects(await self._store.suspects(self._batch.id))
         try:
@@ -88,7 +88,7 @@ class Window:
                 self._wake.clear()
                 await self._judge()
                 self._store_results()
-                await self._begin()
+                await self._start_lines()
                 await self._sleep()
         finally:
             try:
@@ -97,11 +97,11 @@ class Window:
                 self._trials.end(self)
 
     def _is_done(self) -> bool:
-        waiting = self._suspects or self._again or not self._feed.is_empty
-        return not (waiting or self._under_way or self._crashed or self._unstored or self._storing)
+        waiting = self._suspects or self._retries or not self._feed.is_empty
+        return not (waiting or self._in_flight or self._crashed or self._unstored or self._storing)
 
     async def _sleep(self) -> None:
-        """Until something happened, or a pause is over, or there might be room again."""
+        """Waits until something happened, a pause is over, or more lines might be allowed."""
         if self._is_done() or self._crashed:
             return
         pause_s = self._paused_until - time.monotonic()
@@ -112,31 +112,31 @@ class Window:
         finally:
             timer.cancel()
 
-    async def _begin(self) -> None:
+    async def _start_lines(self) -> None:
         full = len(self._unstored) >= MAX_UNSTORED or self._unstored_bytes >= MAX_UNSTORED_BYTES
         if full or time.monotonic() < self._paused_until:
             return
-        room, lines = self._room(), [work.line for work in self._under_way.values()]
+        limit, lines = self._max_in_flight(), [work.line for work in self._in_flight.values()]
         if self._suspects or any(line.crashes for line in lines):
             if all(line.crashes for line in lines) and self._trials.begin(self):
-                while (line := self._suspects.take(lines, room)) is not None:
+                while (line := self._suspects.pop(lines, limit)) is not None:
                     self._execute(await self._feed.work_for(line))
                     lines.append(line)
             return
         self._trials.end(self)
-        while len(self._under_way) < room:
-            work = self._again.popleft() if self._again else self._feed.take()
+        while len(self._in_flight) < limit:
+            work = self._retries.popleft() if self._retries else self._feed.pop()
             if work is None:
                 return
             self._execute(work)
 
     def _execute(self, work: Work) -> None:
         task = asyncio.create_task(self._answer(work))
-        self._under_way[task] = work
+        self._in_flight[task] = work
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        del self._under_way[task]
+        del self._in_flight[task]
         self._wake.set()
 
     async def _answer(self, work: Work) -> None:
@@ -161,10 +161,10 @@ class Window:
             self._add(LineResult(number=line.number, error_code=code, error_message=str(e)))
         except Exception:
             log.exception("Line %d of %s failed.", line.number, self._batch.id)
-            message = "The server failed on this request; its log says why."
+            message = "The server failed on this request. Its log says why."
             self._add(LineResult(number=line.number, error_code="server_error", error_message=message))
         else:
-            assert result.number == line.number, f"asked for line {line.number}, got {result.number}"
+            assert result.number == line.number, f"requested line {line.number}, got {result.number}"
             self._pause_s = self._options.min_pause_s
             self._add(result)
 
@@ -176,25 +176,25 @@ class Window:
         if work.line.crashes:
             self._suspects.add(work.line)
         else:
-            self._again.append(work)
+            self._retries.append(work)
         now = time.monotonic()
-        if now < self._paused_until:  # the others that were refused in the same moment
+        if now < self._paused_until:  # another line that was rejected at the same moment
             return
         delay_s = self._pause_s if after_s is None else after_s
         self._paused_until = now + min(delay_s, self._options.max_pause_s) * random.uniform(0.8, 1.2)
         self._pause_s = min(2 * self._pause_s, self._options.max_pause_s)
 
     async def _judge(self) -> None:
-        """Counts crashes against the lines that were under way, in the store first."""
+        """Adds a crash to each line that was in flight on a dead replica, in the store first."""
         if self._crashed:
-            # Once begun it is seen to its end, whoever cancels: counted twice or not at all would both be wrong.
+            # Runs to its end even when this is cancelled: counting a crash twice or not at all would be wrong.
             self._judging = asyncio.create_task(self._count_crashes())
             await asyncio.shield(self._judging)
 
     async def _count_crashes(self) -> None:
         crashed, self._crashed = self._crashed, {}
         log.warning(
-            "A replica died while it worked on %d lines of %s, which run in smaller company now: %s",
+            "A replica died while it worked on %d lines of %s, which are retried in smaller groups: %s",
             len(crashed),
             self._batch.id,
             next(iter(crashed.values())),
@@ -204,7 +204,7 @@ class Window:
             if verdict is None:
                 self._suspects.add(line)
                 continue
-            message = f"{verdict}, so it is left out and the batch goes on. The last one: {crashed[line.number]}"
+            message = f"{verdict}, so it was skipped. The last one: {crashed[line.number]}"
             self._add(LineResult(number=line.number, error_code="replica_crashed", error_message=message))
 
     def _store_results(self) -> None:
@@ -227,9 +227,9 @@ class Window:
             self._unstored_bytes -= sum(len(result.body) for result in part)
 
     async def _stop(self) -> None:
-        for task in list(self._under_way):
+        for task in list(self._in_flight):
             task.cancel()
-        await asyncio.gather(*self._under_way, return_exceptions=True)
+        await asyncio.gather(*self._in_flight, return_exceptions=True)
         if self._storing is not None:
             await self._storing
         if self._judging is not None:

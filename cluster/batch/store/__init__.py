@@ -1,1 +1,1 @@
-"""Where batches, files and leases are kept: one interface, SQLite and PostgreSQL behind it."""
+"""Where batches, files and leases are stored: one interface, with SQLite and PostgreSQL as implementations."""

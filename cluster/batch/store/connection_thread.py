@@ -1,6 +1,6 @@
-"""One thread with one connection to a database: what the asyncio side of both stores waits for.
+"""One thread with one connection to a database, on which the asyncio side of both stores runs its work.
 
-Knows neither database: how to connect and which errors mean what is its subclasses'.
+Knows neither database: its subclasses know how to connect and what each error means.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ ConnectionT = TypeVar("ConnectionT", bound=_Closable)
 
 
 class ConnectionThread(Generic[ConnectionT]):
-    """The first `run` connects; so does the next one after `disconnect`."""
+    """Connects with the first `run`, and again with the next `run` after a failure."""
 
     def __init__(self, name: str, connect: Callable[[], ConnectionT]) -> None:
         self._connect = connect
@@ -29,7 +29,7 @@ class ConnectionThread(Generic[ConnectionT]):
         self._closed = False
 
     async def run(self, work: Callable[[ConnectionT], T]) -> T:
-        """Raises StoreError when the database cannot do it, or after `close`."""
+        """Runs `work` with the connection. Raises StoreError when the database fails, or after `close`."""
         if self._closed:
             raise StoreError("The batch store is closed.")
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._attempt, work)
@@ -42,7 +42,7 @@ class ConnectionThread(Generic[ConnectionT]):
         self._pool.shutdown()
 
     def _attempt(self, work: Callable[[ConnectionT], T]) -> T:
-        """In the thread: `work` with `_connected()`, and the database's errors as StoreError."""
+        """Runs in the thread: calls `work` with `_connected()` and turns the database's errors into StoreError."""
         raise NotImplementedError
 
     def _connected(self) -> ConnectionT:

@@ -1,15 +1,18 @@
-"""The seam between the store's SQL and a database: transactions in a thread, rows as tuples. SQL is written with `?` for a parameter.
+"""The interface between the store's SQL and a database: transactions in a thread, rows as tuples, `?` for a parameter.
 
-Knows neither what is stored nor where (sqlite_store.py, postgres_store.py). The schema is here for both: they agree but for two types.
+Knows the schema, which is the same for both databases except for three types. Does not know either database (sqlite.py, postgres.py).
 """
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
+from cluster.batch.errors import StoreError
+
 T = TypeVar("T")
 Row = tuple[Any, ...]
 
-# Each entry brings a database from version i to i + 1. {key}: a column that counts up by itself; {bytes}: the type of a blob.
+# Entry i takes a database from version i to i + 1. {key}: an auto-incremented key; {bytes}: the type of a blob; {clustered}: for tables
+# that are stored in the order of their primary key.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE files (
@@ -41,31 +44,36 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 
+def newer_schema_error(what: str, version: int, *, remedy: str) -> StoreError:
+    known = len(MIGRATIONS)
+    return StoreError(f"{what} was made by a newer release (schema {version}, this one knows {known}).", remedy=remedy)
+
+
 class Session(Protocol):
-    """Inside one transaction, in a thread. `lock`: what a SELECT ends with to keep others from changing its rows."""
+    """One open transaction, in a thread. `lock`: the suffix of a SELECT that keeps others from changing its rows."""
 
     lock: str
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> list[Row]:
-        """The rows, if it gives any."""
+        """Returns the rows, if any."""
 
     def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None: ...
 
     def clock(self, now: float) -> float:
-        """The time that all who share the database agree on: its own, or `now` where all are on one host."""
+        """The time on which all users of the database agree: the server's clock, or `now` where all are on one host."""
 
 
 class Database(Protocol):
-    """Every method raises StoreError when the database cannot do it; then nothing of the transaction is kept."""
+    """Every method raises StoreError when the database fails; nothing of the transaction is kept then."""
 
     async def write(self, work: Callable[[Session], T]) -> T:
-        """Runs `work` in a transaction. It may be run again when the connection was lost, so it must have no other effect."""
+        """Runs `work` in a transaction. May run it again after a lost connection, so `work` must have no other effect."""
 
     async def read(self, work: Callable[[Session], T]) -> T:
-        """The same for work that changes nothing; it does not wait for writers."""
+        """The same for work that changes nothing. Does not wait for writers."""
 
     def stream(self, sql: str, parameters: Sequence[Any] = (), *, num_rows: int) -> AsyncGenerator[list[Row], None]:
-        """The rows of one SELECT, all of one moment, so many at a time. Others may write meanwhile."""
+        """The rows of one SELECT, `num_rows` at a time, as they were at one moment. Others may write at the same time."""
 
     async def close(self) -> None:
         """Idempotent."""

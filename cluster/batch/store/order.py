@@ -1,9 +1,9 @@
-"""In which order a batch's lines run: those whose prompts open alike side by side, what takes long early. Pure; knows no database.
+"""The order in which a batch's lines run: prompts that start alike together, long lines early. Pure; knows no database.
 
-Lines of one group run together, so that the prefix cache computes what they share once. Groups that hold a long line come first, by
-classes that double in length, for a long line started last would run on alone; within a class the group with most work comes first; within
-a group long lines come first. `order` says it in Python and is what tests compare with; stores sort by the same keys in the database, so
-that a million lines need no memory here.
+Lines of one group run together, so that the prefix cache computes their common prefix once. Groups with a long line come first (by length
+classes, each twice the one before), because a long line that starts last would run alone at the end. Within a class the group with the
+most work comes first; within a group long lines come first. `order` is the specification that tests compare with: the stores sort by the
+same keys in the database, so that a million lines need no memory here.
 
     lines (group, tokens):  (a, 90) (b, 10) (a, 20) (b, 12) (c, 100)    classes: a 7, b 4, c 7; sums: a 110, b 22, c 100
     order:                  (a, 90) (a, 20) (c, 100) (b, 12) (b, 10)
@@ -15,12 +15,12 @@ from cluster.batch.records import Line
 
 
 def length_class(num_tokens: int) -> int:
-    """0 for none, else one more with each doubling."""
+    """0 for no tokens, then one more with each doubling."""
     return num_tokens.bit_length()
 
 
 def order(lines: Iterable[Line]) -> list[Line]:
-    """The order of running; `position` is left alone."""
+    """The lines in the order of execution. Does not set `position`."""
     kept = list(lines)
     longest: dict[int, int] = {}
     sums: dict[int, int] = {}

@@ -1,8 +1,8 @@
-"""The store in a PostgreSQL database, for several gateways on several hosts. The SQL is sql_store.py's.
+"""The store in a PostgreSQL database, for gateways on several hosts. Knows psycopg; the SQL is in sql_store.py.
 
-One connection writes and one reads, each in a thread of its own, opened when first used and again when it was found lost: a transaction
-that could not even begin is run once more. Rows are locked by SELECT ... FOR UPDATE. Lease times are by the server's clock, for the hosts'
-may differ.
+One connection writes and one reads, each in a thread of its own. They connect when first used, and again after a lost connection: a
+transaction that could not even begin is run once more. Rows are locked with SELECT ... FOR UPDATE. Lease times use the server's clock,
+because the hosts' clocks may differ.
 """
 
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -11,18 +11,18 @@ from typing import Any, LiteralString
 
 import psycopg
 
-from cluster.batch.errors import StoreError
+from cluster.batch.errors import NOTHING_LOST, StoreError
 from cluster.batch.store.connection_thread import ConnectionThread
-from cluster.batch.store.database import MIGRATIONS, Row, T
+from cluster.batch.store.database import MIGRATIONS, Row, T, newer_schema_error
 from cluster.batch.store.sql_store import SqlStore
 
 CONNECT_TIMEOUT_S = 10
 STATEMENT_TIMEOUT_MS = 300_000
-_LOCK_KEY = 0x7472616D  # of the advisory lock under which the schema is brought up to date
+_LOCK_KEY = 0x7472616D  # of the advisory lock that guards schema migrations
 
 
 def open_postgres(url: str) -> SqlStore:
-    """Makes the tables if there are none. Raises StoreError for a server that cannot be reached, or a newer release's schema."""
+    """Creates the tables if necessary. Raises StoreError for a server that cannot be reached, or the schema of a newer release."""
     try:
         with _connect(url) as connection:
             _migrate(connection)
@@ -77,12 +77,12 @@ class _Database:
 
 
 class _Thread(ConnectionThread["psycopg.Connection[Row]"]):
-    """`run` in whatever transaction `work` begins."""
+    """`run` leaves transactions to `work`; `transact` opens one for it."""
 
     _has_begun = False
 
     async def transact(self, work: "Callable[[psycopg.Connection[Row]], T]") -> T:
-        """In a transaction of its own."""
+        """Runs `work` in a transaction of its own."""
 
         def transaction(connection: "psycopg.Connection[Row]") -> T:
             with connection.transaction():
@@ -101,7 +101,7 @@ class _Thread(ConnectionThread["psycopg.Connection[Row]"]):
                 self._disconnect()
                 if is_last or not was_stale:
                     raise StoreError(
-                        f"The batch database cannot be read or written: {_sentence(e)} Nothing that was stored is lost."
+                        f"The batch database cannot be read or written: {_sentence(e)}", remedy=NOTHING_LOST
                     ) from e
         raise AssertionError("the last try returns or raises")
 
@@ -114,7 +114,7 @@ class _Thread(ConnectionThread["psycopg.Connection[Row]"]):
 def _connect(url: str) -> "psycopg.Connection[Row]":
     return psycopg.connect(
         url,
-        autocommit=True,  # transactions are opened by name
+        autocommit=True,  # transactions are opened explicitly
         connect_timeout=CONNECT_TIMEOUT_S,
         application_name="tramontane-batches",
         options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
@@ -140,10 +140,7 @@ def _migrate(connection: "psycopg.Connection[Row]") -> None:
         found = connection.execute("SELECT version FROM batch_schema").fetchone()
         version = found[0] if found else 0
         if version > len(MIGRATIONS):
-            raise StoreError(
-                f"The batch database was made by a newer release (schema {version}, this one knows {len(MIGRATIONS)}); "
-                "run that release, or use another database."
-            )
+            raise newer_schema_error("The batch database", version, remedy="Run that release, or use another database.")
         for migration in MIGRATIONS[version:]:
             for statement in migration:
                 key = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY"
@@ -153,16 +150,16 @@ def _migrate(connection: "psycopg.Connection[Row]") -> None:
 
 
 def _translate(sql: str) -> LiteralString:
-    """The store's SQL has no question mark or per cent sign but for parameters."""
+    """In the store's SQL, question marks and percent signs only stand for parameters."""
     return _literal(sql.replace("?", "%s"))
 
 
 def _literal(sql: str) -> LiteralString:
-    """psycopg's types ask that statements are literals, against values put into them; these come from literals of ours."""
+    """psycopg's types only accept literals, to prevent values pasted into SQL. These statements come from literals in this package."""
     return sql  # type: ignore[return-value]
 
 
 def _sentence(error: psycopg.Error) -> str:
-    """The server's first line; the rest names queries and hosts."""
+    """The first line of the server's message; the rest names queries and hosts."""
     text = str(error).strip().splitlines()
     return f"{text[0].rstrip('.') if text else type(error).__name__}."

@@ -1,7 +1,7 @@
-"""The store in one SQLite file of the data directory, for one host: the default. Several processes of the host may share it.
+"""The store in an SQLite file of the data directory: the default, for one host. Several processes of the host may share it.
 
-Write-ahead log, so that readers do not wait for writers; a transaction is on the disk when its method returns (synchronous=FULL). One
-thread writes, one reads: SQLite lets one write at a time anyway. The SQL is sql_store.py's.
+Uses a write-ahead log, so that readers do not wait for writers. A transaction is on disk when its method returns (synchronous=FULL). One
+thread writes and one reads: SQLite allows one writer at a time anyway. The SQL is in sql_store.py.
 """
 
 import sqlite3
@@ -11,34 +11,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.batch.errors import StoreError
+from cluster.batch.errors import NOTHING_LOST, StoreError
 from cluster.batch.store.connection_thread import ConnectionThread
-from cluster.batch.store.database import MIGRATIONS, Row, T
+from cluster.batch.store.database import MIGRATIONS, Row, T, newer_schema_error
 from cluster.batch.store.sql_store import SqlStore
 
-BUSY_TIMEOUT_S = 20.0  # another process may be storing a long list of lines
-CACHE_KIB = 4 * 1024  # of each connection; the system caches the file as well
-CHECKPOINT_PAGES = (
-    8000  # fewer and longer: the pages of an index that is filled in no order are written once for many changes
-)
+BUSY_TIMEOUT_S = 20.0  # another process may be storing many lines
+CACHE_KIB = 4 * 1024  # per connection; the operating system caches the file as well
+# Fewer, longer checkpoints: the pages of an index that is filled in random order are then written once for many changes.
+CHECKPOINT_PAGES = 8000
 
 
 def open_sqlite(path: Path) -> SqlStore:
-    """Makes the file if there is none. Raises StoreError for one that cannot be used, or that a newer release made."""
+    """Creates the file if necessary. Raises StoreError for a file that cannot be used, or that a newer release wrote."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # else SQLite makes it as the umask says
+        path.touch(mode=0o600)  # otherwise SQLite creates it with the umask's mode
         with closing(_connect(path)) as connection:
             _migrate(connection)
     except (sqlite3.Error, OSError) as e:
         raise StoreError(
-            f"The batch store {path} cannot be opened ({e}); see that its folder can be written and has room."
+            f"The batch store {path} cannot be opened: {e}.",
+            remedy="Check that its folder is writable and has free space.",
         ) from e
     return SqlStore(_Database(path))
 
 
 class _Session:
-    lock = ""  # a writing transaction holds the whole file (BEGIN IMMEDIATE)
+    lock = ""  # a writing transaction locks the database (BEGIN IMMEDIATE)
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -66,7 +66,7 @@ class _Database:
                 result = work(_Session(connection))
                 connection.execute("COMMIT")
             except BaseException:
-                if connection.in_transaction:  # SQLite itself rolls back for some errors, a full disk among them
+                if connection.in_transaction:  # SQLite rolls back by itself after some errors, such as a full disk
                     connection.execute("ROLLBACK")
                 raise
             return result
@@ -86,7 +86,7 @@ class _Database:
     async def stream(
         self, sql: str, parameters: Sequence[Any] = (), *, num_rows: int
     ) -> AsyncGenerator[list[Row], None]:
-        thread = _Thread("batch-stream", self._connect)  # of its own: the cursor stays open while others read
+        thread = _Thread("batch-stream", self._connect)  # a separate one: the cursor stays open while others read
         try:
             cursor = await thread.run(lambda connection: connection.execute(sql, parameters))
             while rows := await thread.run(lambda _: cursor.fetchmany(num_rows)):
@@ -104,10 +104,8 @@ class _Thread(ConnectionThread[sqlite3.Connection]):
         try:
             return work(self._connected())
         except sqlite3.Error as e:
-            self._disconnect()  # whatever state it is in, the next one starts clean
-            raise StoreError(
-                f"The batch store cannot be read or written ({e}); nothing that was stored is lost."
-            ) from e
+            self._disconnect()  # its state is unknown, so the next call starts with a new one
+            raise StoreError(f"The batch store cannot be read or written: {e}.", remedy=NOTHING_LOST) from e
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -128,13 +126,10 @@ def _migrate(connection: sqlite3.Connection) -> None:
     connection.execute("BEGIN IMMEDIATE")
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version > len(MIGRATIONS):
-        raise StoreError(
-            f"The batch store was made by a newer release (schema {version}, this one knows {len(MIGRATIONS)}); "
-            "run that release, or use another data directory."
-        )
+        raise newer_schema_error("The batch store", version, remedy="Run that release, or use another data directory.")
     for migration in MIGRATIONS[version:]:
         for statement in migration:
             connection.execute(statement.format(key="INTEGER PRIMARY KEY", bytes="BLOB", clustered=" WITHOUT ROWID"))
-    if version < len(MIGRATIONS):  # else nothing is written, so that a full disk does not keep it from being opened
+    if version < len(MIGRATIONS):  # an up-to-date store is not written to, so that it opens on a full disk too
         connection.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
     connection.execute("COMMIT")

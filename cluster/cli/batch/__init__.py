@@ -1,1 +1,1 @@
-"""`tramontane batch`: jobs, their folders and locations, run here or on a server."""
+"""`tramontane batch`: jobs, their folders and locations, run on this machine or on a server."""

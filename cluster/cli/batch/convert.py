@@ -1,9 +1,9 @@
-"""Plain lines, CSV and Parquet into the lines of a batch file, streamed. Whether a request makes sense is checked later.
+"""Converts JSON lines, CSV and Parquet into the lines of a batch file, as a stream. Does not check whether a request is valid.
 
-A row becomes a request by what it holds: `prompt` a completion, `messages` a conversation, `input` an embedding. A row that is a request
-of a batch file already passes as it is. Of tables, only columns named like a request's fields are taken, and the text and the custom_id may
-be made of columns by a template. Rows without a `custom_id` or `id` are named by their number. A row's line has the row's number: what is
-left out is an empty line.
+The row's field decides what it becomes: `prompt` a completion, `messages` a conversation, `input` an embedding. A row that already is a
+request of a batch file stays as it is. From tables, only columns named like request fields are used; a template may build the text and the
+custom_id from columns. Rows without a `custom_id` or `id` are named by their number. Each line has its row's number; a skipped row becomes
+an empty line.
 """
 
 import csv
@@ -32,7 +32,7 @@ _ENDINGS: dict[str, Format] = {
 _BY_FIELD = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/embeddings"}
 _ID_COLUMNS = ("custom_id", "id")
 _PARQUET_ROWS = 1024
-# Columns of a table that are parameters of a request, with how a text is read.
+# Columns of a table that are request parameters, and how their text is parsed.
 _COLUMNS: dict[str, type] = {
     "model": str,
     "max_tokens": int,
@@ -58,10 +58,10 @@ _COLUMN = re.compile(r"\{(\w+)\}")  # in a template
 
 @dataclass(frozen=True, kw_only=True)
 class LineTemplate:
-    """What a row does not say. `endpoint` None: as the row's fields suggest. `defaults`: body fields for rows without them.
+    """What rows do not say themselves. endpoint: None means that the row's fields decide. defaults: body fields for rows without them.
 
-    `text`: with columns in braces ("Translate: {text}"), makes the prompt, the user's message or the input, as the endpoint asks.
-    `custom_id`: in the same way.
+    text: a template with columns in braces ("Translate: {text}") for the prompt, the user's message or the input, depending on the
+    endpoint. custom_id: a template of the same kind.
     """
 
     model: str
@@ -72,10 +72,14 @@ class LineTemplate:
 
 
 def guess_format(name: str) -> Format:
-    """By a file name's or an address' ending. Raises ConfigError for one that says nothing."""
+    """The format that the ending of a file name or address stands for. Raises ConfigError for an unknown ending."""
     found = _ENDINGS.get(PurePosixPath(name.lower()).suffix)
     if found is None:
-        raise ConfigError(f"What {name} holds is not told by its name; say --format jsonl, csv or parquet.")
+        raise ConfigError(
+            f"The ending of {name} does not say its format.",
+            remedy="Add --format jsonl, csv or parquet.",
+            param="--format",
+        )
     return found
 
 
@@ -84,13 +88,15 @@ def convert(
     *,
     format: Format,  # noqa: A002 - the option's name
     template: LineTemplate,
-    holds: Callable[[int], bool] = lambda number: True,
+    is_wanted: Callable[[int], bool] = lambda number: True,
 ) -> Iterator[bytes]:
-    """The lines of a batch file, each with its end and with the empty lines before it. Raises RequestError that names the row that cannot
-    be one. holds: whether the row of this number, from 1, is wanted; others are not looked into.
+    """Yields the lines of a batch file, each with its newline and the empty lines before it.
+
+    Raises RequestError, which names the row, for one that cannot be converted. is_wanted: whether the row of this number (from 1) is
+    wanted; the content of other rows is not read.
     """
     endpoint, last = template.endpoint, 0
-    for number, row in _rows(source, format, holds):
+    for number, row in _rows(source, format, is_wanted):
         skipped, last = b"\n" * (number - last - 1), number
         if isinstance(row, bytes):  # a batch's line already
             yield skipped + row + b"\n"
@@ -99,14 +105,17 @@ def convert(
         endpoint = endpoint or found
         if found != endpoint:
             raise RequestError(
-                f"Row {number} is for {found}, those before it for {endpoint}; a batch has one endpoint: split the file."
+                f"Row {number} is for {found}, but the rows before it are for {endpoint}.",
+                remedy="A batch has one endpoint: split the file.",
             )
         yield skipped + line
 
 
-def _rows(source: BinaryIO, kind: Format, holds: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
+def _rows(
+    source: BinaryIO, kind: Format, is_wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
     readers = {"jsonl": _json_rows, "csv": _csv_rows, "parquet": _parquet_rows}
-    yield from readers[kind](source, holds)
+    yield from readers[kind](source, is_wanted)
 
 
 def _request(row: dict[str, Any], number: int, template: LineTemplate, *, is_table: bool) -> tuple[str, bytes]:
@@ -129,14 +138,14 @@ def _request(row: dict[str, Any], number: int, template: LineTemplate, *, is_tab
     if len(names) != 1:
         held = ", ".join(sorted(row)[:20]) or "nothing"
         raise RequestError(
-            f"Row {number} must hold one of 'prompt', 'messages' and 'input'; it holds {held}."
+            f"Row {number} has none of 'prompt', 'messages' and 'input'; it has {held}."
             if not names
-            else f"Row {number} holds {' and '.join(repr(n) for n in names)}; it must hold one of them."
+            else f"Row {number} has {' and '.join(repr(n) for n in names)}, but only one of them is allowed."
         )
     if endpoint is not None and _BY_FIELD[names[0]] != endpoint:
         if names[0] != "prompt" or endpoint == "/v1/completions":
-            raise RequestError(f"Row {number} holds {names[0]!r}, which {endpoint} does not take.")
-        # A plain prompt is fine for the other two: they say the same in other words.
+            raise RequestError(f"Row {number} has {names[0]!r}, which {endpoint} does not accept.")
+        # The other two endpoints accept a plain prompt under another name.
         text = body.pop("prompt")
         if endpoint == "/v1/embeddings":
             body["input"] = text
@@ -151,7 +160,7 @@ def _fill(text: str, row: dict[str, Any], number: int) -> str:
     def value(found: re.Match[str]) -> str:
         if row.get(found[1]) is None:
             held = ", ".join(sorted(row)[:20])
-            raise RequestError(f"Row {number} has no {found[1]!r}, which the template asks for; it has {held}.")
+            raise RequestError(f"Row {number} has no {found[1]!r}, which the template needs; it has {held}.")
         return str(row[found[1]])
 
     return _COLUMN.sub(value, text)
@@ -161,14 +170,14 @@ def _columns_of(text: str | None) -> set[str]:
     return set(_COLUMN.findall(text or ""))
 
 
-def _json_rows(source: BinaryIO, holds: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
+def _json_rows(source: BinaryIO, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any] | bytes]]:
     decoder = msgspec.json.Decoder(dict[str, Any])
     number = 0
     while raw := source.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(raw) > MAX_LINE_BYTES:
-            raise RequestError(f"Line {number} is longer than the {MAX_LINE_BYTES:,} bytes that are allowed.")
-        if not holds(number):
+            raise RequestError(f"Line {number} is longer than the limit of {MAX_LINE_BYTES:,} bytes.")
+        if not is_wanted(number):
             continue
         data = raw.removeprefix(b"\xef\xbb\xbf").strip()
         if not data:
@@ -176,24 +185,24 @@ def _json_rows(source: BinaryIO, holds: Callable[[int], bool]) -> Iterator[tuple
         try:
             row = decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as e:
-            raise RequestError(f"Line {number} is no JSON object: {e}.") from e
+            raise RequestError(f"Line {number} is not a JSON object: {e}.") from e
         yield number, data if "body" in row and "custom_id" in row else row
 
 
-def _csv_rows(source: BinaryIO, holds: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(source: BinaryIO, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
     text = io.TextIOWrapper(source, encoding="utf-8-sig", newline="")
     csv.field_size_limit(MAX_LINE_BYTES)
     try:
         reader = csv.DictReader(text, strict=True)
         for number, row in enumerate(reader, start=1):
-            if None in row:  # DictReader's key for what has no header
+            if None in row:  # DictReader's key for fields without a header
                 raise RequestError(f"Row {number} has more fields than the header has names.")
-            if holds(number):
+            if is_wanted(number):
                 yield number, _typed(row, number)
     except (csv.Error, UnicodeDecodeError) as e:
         raise RequestError(f"The CSV cannot be read near line {reader.line_num + 1}: {e}.") from e
     finally:
-        text.detach()  # the source is the caller's to close
+        text.detach()  # the caller closes the source
 
 
 def _typed(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -208,19 +217,22 @@ def _typed(row: dict[str, Any], number: int) -> dict[str, Any]:
     return typed
 
 
-def _parquet_rows(source: BinaryIO, holds: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(source: BinaryIO, is_wanted: Callable[[int], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
     except ImportError as e:
-        raise ConfigError("Parquet needs pyarrow; install it with: pip install 'tramontane[parquet]'.") from e
+        raise ConfigError(
+            "Reading Parquet needs pyarrow, which is not installed.",
+            remedy="Install it with: pip install 'tramontane[parquet]'.",
+        ) from e
     try:
         table = ParquetFile(source)
         number = 0
         for rows in table.iter_batches(batch_size=_PARQUET_ROWS):
             for row in rows.to_pylist():
                 number += 1
-                if holds(number):
+                if is_wanted(number):
                     yield number, {name: value for name, value in row.items() if value is not None}
     except ArrowInvalid as e:
         raise RequestError(f"The Parquet file cannot be read: {e}.") from e

@@ -1,7 +1,7 @@
-"""A command's batch on this machine: the folder beside its output that remembers it, so that any death can be followed by `resume`.
+"""The job of a batch command: a folder next to the output that remembers it, so that `resume` can continue after any interruption.
 
-The folder holds `batch.json` (what was asked, which batch it is, how it ended), a lock, and, where no server keeps them, the store and the
-files. Knows no Ray, no HTTP and no lines. What is written is renamed into place; one process at a time holds the lock.
+The folder holds `batch.json` (the options, the batch's id, how it ended), a lock and, unless a server has them, the store and the files.
+Knows no Ray, no HTTP and no lines. `batch.json` is replaced atomically; one process at a time has the lock.
 """
 
 import contextlib
@@ -17,8 +17,9 @@ from typing import Any
 
 import msgspec
 
-from cluster.batch.errors import BatchError, StoreError
+from cluster.batch.errors import NOTHING_LOST, BatchError, StoreError
 from cluster.cli.batch.locations import STANDARD, is_address, local_path
+from cluster.system.files import replace_file
 from workers.errors import ConfigError
 
 FOLDER_SUFFIX = ".tramontane"
@@ -26,7 +27,7 @@ _JOB, _LOCK = "batch.json", "lock"
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """How a batch ended, once its output is where it belongs."""
+    """How a batch ended, recorded once its output is in place."""
 
     status: str
     num_lines: int
@@ -38,11 +39,11 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for. `request`: the options that say which answers are wanted; `options`: those that say where they are computed.
+    """What was requested. `request`: the options that decide which answers are computed; `options`: those that decide where.
 
-    `url`: the server that runs it, None where the command does. `batch_id` and `input_file_id` are None until they exist; the command's
-    own batches have them from the beginning. `run_id` names the run on a server and in Ray. `source_version`: of a local file, what
-    changes with its contents. `source_bytes`: where the job is a part, its input's size, which all parts must agree on.
+    `url`: the server that runs it; None if the command does. `batch_id` and `input_file_id` are None until they exist, which is from the
+    start unless a server runs the batch. `run_id` names the run on a server and in Ray. `source_version`: changes when a local input file
+    changes. `source_bytes`: for a part, the size of its input, which must be the same for all parts.
     """
 
     run_id: str
@@ -62,95 +63,94 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def deployment(self) -> str:
-        """Its name in Ray."""
+        """The deployment's name in Ray."""
         return f"batch-{self.run_id}"
 
 
 class JobFolder:
-    """One job's folder. `hold` it while something is done for the job."""
+    """The folder of one job. Take its `lock` to work on the job."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> Job | None:
-        """None where there is no job. Raises StoreError for one that cannot be read."""
+        """The job, or None. Raises StoreError for one that cannot be read."""
         try:
             return msgspec.json.decode((self.path / _JOB).read_bytes(), type=Job)
         except FileNotFoundError:
             return None
         except (OSError, msgspec.DecodeError) as e:
             raise StoreError(
-                f"{self.path / _JOB} cannot be read ({e}); use the release that wrote it, or start the batch anew."
+                f"{self.path / _JOB} cannot be read: {e}.",
+                remedy="Use the release that wrote it, or start over with `tramontane batch run --overwrite`.",
             ) from e
 
     def write(self, job: Job) -> None:
         """Raises StoreError."""
-        temporary = self.path / f"{_JOB}.new"
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with temporary.open("wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(job)) + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path / _JOB)
+            replace_file(self.path / _JOB, msgspec.json.format(msgspec.json.encode(job)) + b"\n")
         except OSError as e:
             raise StoreError(
-                f"The batch's folder {self.path} cannot be written: {e.strerror}. Nothing that was stored is lost."
+                f"The folder {self.path} of the batch cannot be written: {e.strerror}.", remedy=NOTHING_LOST
             ) from e
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Raises BatchError while another process does, and StoreError for a folder that cannot be written."""
+    def lock(self) -> Iterator[None]:
+        """Locks the job. Raises BatchError while another process has the lock, and StoreError for a folder that cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             file = (self.path / _LOCK).open("a")
         except OSError as e:
             raise StoreError(
-                f"The batch's folder {self.path} cannot be made or written ({e.strerror}); choose another with --state-dir."
+                f"The folder {self.path} of the batch cannot be created or written: {e.strerror}.",
+                remedy="Choose another folder with --state-dir.",
+                param="--state-dir",
             ) from e
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when the process ends
             except OSError as e:
                 raise BatchError(
-                    "Another process works on this batch; see `tramontane batch status`, or wait for it."
+                    "Another process is working on this batch.",
+                    remedy="Wait for it, or see its progress with `tramontane batch status`.",
                 ) from e
             yield
 
     @property
-    def is_held(self) -> bool:
-        """Whether a living process works on it."""
+    def is_locked(self) -> bool:
+        """Whether a live process is working on the job."""
         try:
-            with self.hold():
+            with self.lock():
                 return False
-        except StoreError:  # nobody who could write would work on what cannot be written
+        except StoreError:  # no process can work on a folder that cannot be written
             return False
         except BatchError:
             return True
 
     def clear(self, *, keep_job: bool) -> None:
-        """Removes the store, the files and, unless it shall be kept, what tells of the job. Raises StoreError."""
+        """Removes the store, the files and, unless `keep_job`, the job and its folder. Raises StoreError."""
         try:
             for entry in self.path.iterdir():
                 if entry.is_dir():
                     shutil.rmtree(entry)
-                elif not (keep_job and entry.name in (_JOB, _LOCK)):  # whoever holds the lock still does
+                elif not (keep_job and entry.name in (_JOB, _LOCK)):  # the process that calls this has the lock
                     entry.unlink(missing_ok=True)
             if not keep_job:
                 self.path.rmdir()
         except FileNotFoundError:
             pass
         except OSError as e:
-            raise StoreError(f"The batch's folder {self.path} cannot be emptied: {e.strerror}.") from e
+            raise StoreError(f"The folder {self.path} of the batch cannot be emptied: {e.strerror}.") from e
 
 
 def new_job(**fields: Any) -> Job:
-    """With a run id and, unless it is given, the time."""
+    """A job with a new run id, created now unless `fields` say otherwise."""
     return Job(**{"run_id": uuid.uuid4().hex[:12], "created_at": time.time(), **fields})
 
 
 def folder_for(output: str, state_dir: Path | None) -> JobFolder:
-    """Where the job of this output is: beside a local file; for others in XDG_STATE_HOME, under a name made of the output's."""
+    """The job folder of this output: next to a local file; otherwise in XDG_STATE_HOME, under a hash of the output's address."""
     if state_dir is not None:
         return JobFolder(state_dir.expanduser().absolute())
     if output != STANDARD and not is_address(output):
@@ -161,17 +161,19 @@ def folder_for(output: str, state_dir: Path | None) -> JobFolder:
 
 
 def find_job(target: str, state_dir: Path | None) -> tuple[JobFolder, Job]:
-    """`target`: an output, or a job's folder. Raises ConfigError where there is none."""
+    """target: an output, or the folder of a job. Raises ConfigError if there is no job."""
     as_folder = JobFolder(local_path(target).absolute())
     folders = [as_folder, folder_for(target, state_dir)] if state_dir is None else [folder_for(target, state_dir)]
     for folder in folders:
         if (job := folder.read() if folder.path.is_dir() else None) is not None:
             return folder, job
-    raise ConfigError(f"No batch with the output {target} is known here; start it with `tramontane batch run`.")
+    raise ConfigError(
+        f"No batch with the output {target} is known on this machine.", remedy="Start it with `tramontane batch run`."
+    )
 
 
 def version_of(source: str) -> str | None:
-    """Changes when a local file does; None where nothing is known."""
+    """A string that changes when a local file changes; None for other sources."""
     if source == STANDARD or is_address(source):
         return None
     try:

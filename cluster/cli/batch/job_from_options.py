@@ -1,6 +1,6 @@
-"""What a command's options ask for, as a Job; and whether it is what the output's folder remembers already.
+"""Makes a Job from the options of `batch run`, and compares it with the job that the output's folder remembers.
 
-Knows options, locations and folders; runs nothing.
+Knows options, locations and folders. Runs nothing.
 """
 
 import json
@@ -26,30 +26,34 @@ REQUEST_FIELDS = (
     "part",
 )
 NOT_KEPT = ("run", "api_key", "log_level", "source", "output", "errors", "state_dir", "overwrite", "target", "json")
-DEFAULT_ERRORS = "batch.errors.jsonl"  # for an output that has no name of its own
+DEFAULT_ERRORS = "batch.errors.jsonl"  # for an output on stdout
 
 
-def job_of(args: Namespace) -> Job:
-    """What is asked for. Raises ConfigError."""
+def job_from_options(args: Namespace) -> Job:
+    """The requested job. Raises ConfigError."""
     options = {k: v for k, v in vars(args).items() if k not in (*NOT_KEPT, *REQUEST_FIELDS, "set")}
     for name in ("max_tokens", "temperature", "top_p", "seed"):
         options.pop(name)
     if args.ca_cert is not None:
         options["ca_cert"] = str(args.ca_cert.absolute())
-    is_ours = args.url is None
+    runs_here = args.url is None
     model = args.model
-    if is_ours and model is not None and locations.local_path(model).is_dir():
+    if runs_here and model is not None and locations.local_path(model).is_dir():
         model = str(locations.local_path(model).absolute())
     request = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
     part = args.part
     request |= {"model": model, "defaults": _defaults(args), "part": None if part is None else str(part)}
     source, output = locations.absolute(args.source), locations.absolute(args.output)
-    errors = errors_of(output, args.errors)
+    errors = errors_location(output, args.errors)
     if part is not None:
         if output == locations.STANDARD:
-            raise ConfigError("--part writes several files, which stdout cannot be; name an output.")
+            raise ConfigError(
+                "--part writes several files, which cannot go to standard output.",
+                remedy="Give the path of an output.",
+                param="--output",
+            )
         output, errors = part.location(output), part.location(errors)
-        _check_source(source)  # its size is asked for below
+        _check_source(source)  # its size is read below
     template_of(request, "")
     format_of(request, source)
     return new_job(
@@ -61,13 +65,13 @@ def job_of(args: Namespace) -> Job:
         request=request,
         options=json.loads(json.dumps(options, default=str)),
         url=args.url,
-        batch_id=new_batch_id() if is_ours else None,
-        input_file_id=new_file_id() if is_ours else None,
+        batch_id=new_batch_id() if runs_here else None,
+        input_file_id=new_file_id() if runs_here else None,
     )
 
 
-def errors_of(output: str, errors: str | None) -> str:
-    """Where lines without an answer go."""
+def errors_location(output: str, errors: str | None) -> str:
+    """Where lines without an answer go. errors: the option, None for the default."""
     if errors is not None:
         return locations.absolute(errors)
     return locations.absolute(
@@ -80,48 +84,56 @@ def _defaults(args: Namespace) -> dict[str, Any]:
     for pair in args.set or ():
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ConfigError(f"--set {pair} is not understood; write FIELD=VALUE, as in --set top_k=40.")
+            raise ConfigError(
+                f"--set {pair} is not a field and a value.",
+                remedy="Write FIELD=VALUE, as in --set top_k=40.",
+                param="--set",
+            )
         try:
             defaults[name] = json.loads(value)
         except ValueError:
-            defaults[name] = value  # a word needs no quotes
+            defaults[name] = value  # a plain word needs no quotes
     given = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
     return defaults | {name: value for name, value in given.items() if value is not None}
 
 
-def job_in(folder: JobFolder, asked: Job, *, overwrite: bool) -> Job | None:
-    """The job that this output has already, if it is the one that is asked for. Raises ConfigError if it is another.
+def existing_job(folder: JobFolder, requested: Job, *, overwrite: bool) -> Job | None:
+    """The job that this output already has, or None. Raises ConfigError if it differs from the requested one.
 
-    A part may be whole without being known here: pools give a job to another machine, and start one again that has ended.
+    A part may be complete without a job on this machine: a pool may move a job to another machine, or restart one that has ended.
     """
-    job, is_part = folder.read(), asked.request["part"] is not None
+    job, is_part = folder.read(), requested.request["part"] is not None
     if job is None or overwrite or (is_part and job.outcome is not None):
         folder.clear(keep_job=True)
-        done = finished(asked) if is_part and not overwrite else None
+        done = finished(requested) if is_part and not overwrite else None
         if done is not None:
             folder.write(done)
         return done
     if job.outcome is not None:
-        if not locations.exists(job.output):  # somebody took it away: it may be asked for again
+        if not locations.exists(job.output):  # the output was moved or deleted: it may be computed again
             folder.clear(keep_job=True)
             return None
-        raise ConfigError(f"{summary(job)} Name another output, or add --overwrite to begin anew.")
-    same = (job.source, job.request, job.url) == (asked.source, asked.request, asked.url)
+        raise ConfigError(
+            summary(job), remedy="Choose another output, or start over with --overwrite.", param="--overwrite"
+        )
+    same = (job.source, job.request, job.url) == (requested.source, requested.request, requested.url)
     if not same:
         raise ConfigError(
-            f"A batch of {job.source} with this output has begun and asks for something else; `tramontane batch resume {job.output}` "
-            "goes on with it, --overwrite drops it."
+            f"This output belongs to a batch of {job.source} that was started with other options.",
+            remedy=f"Continue that batch with `tramontane batch resume {job.output}`, or drop it with --overwrite.",
+            param="--overwrite",
         )
-    if job.source_version != asked.source_version:
+    if job.source_version != requested.source_version:
         raise ConfigError(
-            f"{job.source} has changed since its batch began; `tramontane batch resume {job.output}` goes on with what it held "
-            "then, --overwrite begins anew."
+            f"{job.source} has changed since its batch was started.",
+            remedy=f"Continue with the old contents with `tramontane batch resume {job.output}`, or start over with --overwrite.",
+            param="--overwrite",
         )
     return job
 
 
-def check_places(job: Job) -> None:
-    """Before hours of work are spent."""
+def check_locations(job: Job) -> None:
+    """Checks input and outputs before hours of work are spent. Raises ConfigError and LocationError."""
     _check_source(job.source)
     locations.check_writable(job.output)
     locations.check_writable(job.errors)
@@ -129,15 +141,17 @@ def check_places(job: Job) -> None:
 
 def _check_source(source: str) -> None:
     if source != locations.STANDARD and not locations.exists(source):
-        raise ConfigError(f"{source} is not there; name a file to read.")
+        raise ConfigError(f"{source} does not exist.", remedy="Give the path of an existing file.")
 
 
-def make_way(job: Job, *, overwrite: bool) -> None:
-    """For the output of a job that begins. Raises ConfigError where another's is in its place, and LocationError.
+def prepare_output(job: Job, *, overwrite: bool) -> None:
+    """Prepares the output's location for a new job. Raises ConfigError if the output exists, and LocationError.
 
-    A part's output without a record is what a job that was cut off left, maybe on another machine.
+    The output of a part without a record was left by an interrupted job, perhaps on another machine; it may be replaced.
     """
     if job.request["part"] is None and not overwrite and locations.exists(job.output):
-        raise ConfigError(f"{job.output} exists already; name another output, or add --overwrite.")
+        raise ConfigError(
+            f"{job.output} already exists.", remedy="Choose another output, or add --overwrite.", param="--overwrite"
+        )
     if job.request["part"] is not None and locations.exists(record_location(job)):
-        locations.remove(record_location(job))  # before anything else: it vouches for what is replaced now
+        locations.remove(record_location(job))  # first: it says that the files that are replaced now are complete

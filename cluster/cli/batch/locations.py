@@ -1,18 +1,18 @@
-"""Where a batch's input is read and its output goes: a local path, "-" for stdin and stdout, or an object in a cloud's storage.
+"""Locations of a batch's input and output: a local path, "-" for stdin and stdout, or an object in cloud storage.
 
-Knows fsspec, and which extra brings which storage; knows nothing of what the files hold. An output is there whole or not at all: local ones
-are renamed into place, and a storage shows an object when its last byte has arrived.
+Knows fsspec, and which extra installs which storage. Does not know what the files contain. An output is complete or absent: local files
+are renamed into place, and a storage shows an object once its last byte has arrived.
 """
 
 import contextlib
 import io
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from cluster.system.files import replace_file
 from workers.errors import ConfigError, TramontaneError
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 
 class LocationError(TramontaneError):
-    """A location that cannot be read or written now: permission, room, network, or nothing there."""
+    """A location that cannot be read or written now: no permission, no space, no network, or it does not exist."""
 
 
 def is_address(location: str) -> bool:
-    """Whether it is an object in some storage, not a local path."""
+    """Whether it is an object in a storage rather than a local path."""
     return "://" in location and not location.startswith("file://")
 
 
 def absolute(location: str) -> str:
-    """The same place, whatever the working directory is later."""
+    """The same location, independent of the working directory."""
     if location == STANDARD or is_address(location):
         return location
     return str(local_path(location).absolute())
@@ -46,27 +46,27 @@ def local_path(location: str) -> Path:
 
 
 def with_suffix(location: str, suffix: str) -> str:
-    """A location beside this one: "out.jsonl" with ".errors" is "out.errors.jsonl"."""
+    """A location next to this one: "out.jsonl" with ".errors" is "out.errors.jsonl"."""
     folder, slash, name = location.rpartition("/")
     stem, dot, ending = name.rpartition(".")
     return f"{folder}{slash}{stem}{suffix}.{ending}" if dot and stem else f"{location}{suffix}"
 
 
 def plain_name(location: str) -> str:
-    """Without what a compression adds: its ending tells the format."""
+    """The name without a compression's ending; its own ending then says the format."""
     return next((location.removesuffix(c) for c in _COMPRESSED if location.endswith(c)), location)
 
 
 @contextlib.contextmanager
 def reading(location: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
-    """The bytes, uncompressed if the name ends in .gz, .bz2, .xz or .zst. Raises ConfigError and LocationError.
+    """Opens the location for reading, decompressed if the name ends in .gz, .bz2, .xz or .zst. Raises ConfigError and LocationError.
 
-    Also what reading inside the block raises becomes a LocationError. seekable: the format needs it; stdin cannot.
+    Errors while reading inside the block become a LocationError too. seekable: whether the format needs it, which stdin cannot offer.
     """
     with _guarded(location, "read"):
         if location == STANDARD:
             if seekable:
-                raise ConfigError("This format cannot be read from stdin; give the input as a file.")
+                raise ConfigError("This format cannot be read from stdin.", remedy="Give the path of a file as input.")
             yield sys.stdin.buffer
             return
         compressed = plain_name(location) != location
@@ -79,7 +79,7 @@ def reading(location: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
         _file_system(location)
         target = location if is_address(location) else str(local_path(location).absolute())
         with fsspec.open(target, "rb", compression="infer" if compressed else None) as source:
-            # A storage's own file reads whole lines only, however long they are.
+            # A storage's own file object reads complete lines only, whatever their length.
             yield source if compressed else io.BufferedReader(source, COPY_BYTES)
 
 
@@ -95,7 +95,7 @@ def exists(location: str) -> bool:
 
 
 def num_bytes(location: str) -> int | None:
-    """Its size; None of stdin. Raises ConfigError and LocationError."""
+    """The size, None for stdin. Raises ConfigError and LocationError."""
     if location == STANDARD:
         return None
     with _guarded(location, "read"):
@@ -105,8 +105,8 @@ def num_bytes(location: str) -> int | None:
         return fs.size(path)
 
 
-def names_beside(location: str) -> list[str]:
-    """Of the files in its folder, itself included if it is there. Raises ConfigError and LocationError."""
+def names_in_folder_of(location: str) -> list[str]:
+    """The names of the files in its folder, including its own if it exists. Raises ConfigError and LocationError."""
     with _guarded(location, "reached"):
         if not is_address(location):
             folder = local_path(location).absolute().parent
@@ -119,14 +119,14 @@ def names_beside(location: str) -> list[str]:
 
 
 def fetch(location: str, target: Path) -> None:
-    """A copy of an object. Raises ConfigError and LocationError."""
+    """Copies an object to a local path. Raises ConfigError and LocationError."""
     fs, path = _file_system(location)
     with _guarded(location, "read"):
         fs.get_file(path, str(target))
 
 
 def check_writable(location: str) -> None:
-    """Before hours of work are spent for it. Of a storage only that its library is there. Raises ConfigError and LocationError."""
+    """Checks before hours of work are spent; for a storage, only that its library is installed. Raises ConfigError and LocationError."""
     if location == STANDARD:
         return
     if is_address(location):
@@ -134,7 +134,7 @@ def check_writable(location: str) -> None:
         return
     path = local_path(location)
     if path.is_dir():
-        raise ConfigError(f"{location} is a folder; name a file in it.")
+        raise ConfigError(f"{location} is a folder.", remedy="Give the path of a file in it.")
     probe = path.with_name(f"{path.name}{TEMPORARY}")
     with _guarded(location, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def check_writable(location: str) -> None:
 
 
 def deliver(source: Path, location: str) -> None:
-    """Puts a copy of `source` there. May be repeated; whatever stops it, there is no half of it. Raises LocationError."""
+    """Copies `source` there, completely or not at all. May be repeated. Raises LocationError."""
     with _guarded(location, "written"):
         if location == STANDARD:
             with source.open("rb") as file:
@@ -169,21 +169,12 @@ def remove(location: str) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
-    temporary = target.with_name(f"{target.name}{TEMPORARY}")
-    try:
-        with source.open("rb") as file, temporary.open("wb") as copy:
-            shutil.copyfileobj(file, copy, COPY_BYTES)
-            copy.flush()
-            os.fsync(copy.fileno())
-        temporary.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    with source.open("rb") as file:
+        replace_file(target, lambda copy: shutil.copyfileobj(file, copy, COPY_BYTES), suffix=TEMPORARY)
 
 
 def _file_system(location: str) -> "tuple[AbstractFileSystem, Any]":
-    """The storage and the path in it. Raises ConfigError when its library is not installed or the kind is unknown."""
+    """The storage and the path in it. Raises ConfigError if its library is not installed or its kind is unknown."""
     import fsspec  # late: most commands touch no storage
 
     scheme = location.partition("://")[0]
@@ -191,26 +182,29 @@ def _file_system(location: str) -> "tuple[AbstractFileSystem, Any]":
         return fsspec.core.url_to_fs(location)
     except ImportError as e:
         extra = _EXTRAS.get(scheme)
-        how = f"pip install 'tramontane[{extra}]'" if extra else "install the library that fsspec names for it"
-        raise ConfigError(f"{scheme}:// needs a library that is not installed; {how}.") from e
+        how = f"Run: pip install 'tramontane[{extra}]'." if extra else "Install the library that fsspec uses for it."
+        raise ConfigError(f"{scheme}:// needs a library that is not installed.", remedy=how) from e
     except ValueError as e:
-        raise ConfigError(f"{scheme}:// is no storage that can be used here; use s3://, gs://, az:// or a path.") from e
+        raise ConfigError(
+            f"{scheme}:// is not a supported storage.", remedy="Use s3://, gs://, az:// or a path."
+        ) from e
 
 
 @contextlib.contextmanager
 def _guarded(location: str, verb: str) -> Iterator[None]:
-    """Storage libraries raise whatever they like; all of it is one sentence about this location."""
+    """Turns every exception of a storage library into a LocationError about this location."""
     try:
         yield
     except (TramontaneError, GeneratorExit):
         raise
     except FileNotFoundError as e:
         what = "it" if verb == "read" else "its folder or bucket"
-        raise LocationError(f"{location} cannot be {verb}: {what} is not there.") from e
+        raise LocationError(f"{location} cannot be {verb}: {what} does not exist.") from e
     except OSError as e:
         raise LocationError(f"{location} cannot be {verb}: {e.strerror or e}.") from e
     except Exception as e:
         if not is_address(location):
             raise
-        reason = next(iter(str(e).splitlines()), "").rstrip(".")  # some quote the whole answer of the storage
+        # The first line only: some messages quote the storage's complete response.
+        reason = next(iter(str(e).splitlines()), "").rstrip(".")
         raise LocationError(f"{location} cannot be {verb}: {type(e).__name__}: {reason}.") from e

@@ -1,71 +1,86 @@
-"""A running server's batches, over HTTP: upload, create, look, cancel, download. Knows /v1/files and /v1/batches, and no job.
+"""The batches of a running server, over its public API: upload, create, poll, cancel, download.
 
-The server is asked as any client would: by the official paths, with the key. What was uploaded and created carries the run's id, by which
-it is found again.
+Knows the endpoints /v1/files and /v1/batches, and no job. Uploads and batches carry the run's id, by which a later command finds them.
 """
 
 import contextlib
-import json
-import os
-import urllib.error
-import urllib.request
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from cluster.api.schemas.batches import Batch, BatchList, FileList, FileObject
-from cluster.batch.errors import StoreError
-from cluster.system.tls import client_context, distrust
+from cluster.batch.errors import NOTHING_LOST, StoreError
+from cluster.cli.client import Client
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
 
-T = TypeVar("T")
-KEEP_S = 30 * 86_400  # what the server keeps of a run; by then it has long been fetched
-TIMEOUT_S = 30.0
-UPLOAD_TIMEOUT_S = 600.0  # of silence; the server may still be writing the last of it to its disk
-PIECE_BYTES = 1024 * 1024
+KEEP_S = 30 * 86_400  # how long the server keeps the files of a run; they are fetched long before
+UPLOAD_TIMEOUT_S = 600.0  # of silence: the server may still be writing the end of the file to its disk
 RUN_KEY = "tramontane_run"
 
 
+class _Model(msgspec.Struct):
+    id: str
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Replica(msgspec.Struct):
+    state: str
+
+
+class _View(msgspec.Struct):
+    replicas: list[_Replica]
+    num_desired: int
+
+
 class RemoteBatches:
-    """A server's batches. Methods raise ReplicaUnavailableError where it may help to ask again later, ConfigError for a wrong key or
-    address, RequestError for what the server refuses.
+    """A server's batches. Close it, or use it in a `with` statement.
+
+    Methods raise ReplicaUnavailableError if a later attempt may succeed, ConfigError for a wrong key or address, and RequestError for what
+    the server refuses.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None, ca_cert: Path | None = None) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"--url {url} is not the address of a server; write it like http://127.0.0.1:8000.")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self._api_key = api_key
-        self._context = client_context(ca_cert)
+        self._client = Client(url, api_key=api_key, ca_cert=ca_cert)
+
+    def __enter__(self) -> "RemoteBatches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._client.close()
 
     def model(self) -> str:
-        """The first that the server serves."""
-        return json.loads(self._ask("/v1/models"))["data"][0]["id"]
+        """The first model that the server serves."""
+        return self._client.get("/v1/models", _Models).data[0].id
 
     def upload(self, source: Path, *, filename: str) -> FileObject:
-        """Streams it from the disk."""
-        boundary = uuid.uuid4().hex
+        """Streams the file from disk. Raises StoreError if it cannot be read."""
         fields = {"purpose": "batch", "expires_after[anchor]": "created_at", "expires_after[seconds]": str(KEEP_S)}
-        head = "".join(
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
-            for name, value in fields.items()
-        )
-        head += f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{filename}"\r\n'
-        head += "Content-Type: application/jsonl\r\n\r\n"
-        tail = f"\r\n--{boundary}--\r\n"
-        size = len(head) + source.stat().st_size + len(tail)
-        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}", "Content-Length": str(size)}
-        body = _pieces(head.encode(), source, tail.encode())
-        return _decode(self._ask("/v1/files", body, headers, timeout_s=UPLOAD_TIMEOUT_S), FileObject)
+        try:
+            return self._client.upload(
+                "/v1/files",
+                source,
+                FileObject,
+                filename=filename,
+                content_type="application/jsonl",
+                fields=fields,
+                timeout_s=UPLOAD_TIMEOUT_S,
+            )
+        except OSError as e:
+            raise StoreError(f"{source} cannot be read: {e.strerror or e}.") from e
 
     def find_file(self, filename: str) -> FileObject | None:
-        """An upload of this name."""
-        return next(
-            (f for f in self._pages("/v1/files?purpose=batch&limit=10000", FileList) if f.filename == filename), None
-        )
+        """The upload with this name, or None."""
+        files = self._pages("/v1/files?purpose=batch&limit=10000", FileList)
+        return next((f for f in files if f.filename == filename), None)
 
     def create(self, *, input_file_id: str, endpoint: str, window: str, metadata: Mapping[str, str]) -> Batch:
         body = {
@@ -75,115 +90,38 @@ class RemoteBatches:
             "metadata": metadata,
             "output_expires_after": {"anchor": "created_at", "seconds": KEEP_S},
         }
-        return _decode(self._ask("/v1/batches", json.dumps(body).encode()), Batch)
+        return self._client.post("/v1/batches", body, Batch)
 
     def find(self, run_id: str) -> Batch | None:
-        """The batch of this run."""
+        """The batch of this run, or None."""
         batches = self._pages("/v1/batches?limit=100", BatchList)
         return next((b for b in batches if (b.metadata or {}).get(RUN_KEY) == run_id), None)
 
     def get(self, batch_id: str) -> Batch:
-        return _decode(self._ask(f"/v1/batches/{batch_id}"), Batch)
+        return self._client.get(f"/v1/batches/{batch_id}", Batch)
 
     def cancel(self, batch_id: str) -> Batch:
-        return _decode(self._ask(f"/v1/batches/{batch_id}/cancel", b"{}"), Batch)
+        return self._client.post(f"/v1/batches/{batch_id}/cancel", {}, Batch)
 
     def download(self, file_id: str, target: Path) -> None:
-        """The whole file, or nothing at `target`. Raises StoreError where it cannot be written."""
-        temporary = target.with_name(f"{target.name}.part")
-        with self._open(f"/v1/files/{file_id}/content") as answer:
-            wanted = answer.headers.get("Content-Length")
-            try:
-                file = temporary.open("wb")
-            except OSError as e:
-                raise StoreError(f"{temporary} cannot be written: {e.strerror}. Nothing is lost.") from e
-            with file:
-                while piece := answer.read(PIECE_BYTES):
-                    try:
-                        file.write(piece)
-                    except OSError as e:
-                        raise StoreError(f"{temporary} cannot be written: {e.strerror}. Nothing is lost.") from e
-                if wanted is not None and file.tell() != int(wanted):
-                    raise ReplicaUnavailableError(f"The server at {self.url} broke off in the middle of a file.")
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(target)
+        """Writes `target` completely or not at all. Raises StoreError if it cannot be written."""
+        try:
+            self._client.download(f"/v1/files/{file_id}/content", target)
+        except OSError as e:
+            raise StoreError(f"{target} cannot be written: {e.strerror or e}.", remedy=NOTHING_LOST) from e
 
     def replicas(self) -> tuple[int, int] | None:
-        """Those ready and those wanted; None for whose key may not know."""
-        with contextlib.suppress(ConfigError, RequestError, ReplicaUnavailableError, KeyError, ValueError):
-            view = json.loads(self._ask("/admin/cluster"))
-            return sum(r["state"] == "ready" for r in view["replicas"]), view["num_desired"]
+        """(ready, wanted) replicas; None if this key may not see them."""
+        with contextlib.suppress(ConfigError, RequestError, ReplicaUnavailableError):
+            view = self._client.get("/admin/cluster", _View)
+            return sum(r.state == "ready" for r in view.replicas), view.num_desired
         return None
 
     def _pages(self, path: str, kind: "type[FileList | BatchList]") -> Iterator[Any]:
         after = ""
         while True:
-            page = _decode(self._ask(f"{path}{after}"), kind)
+            page = self._client.get(f"{path}{after}", kind)
             yield from page.data
             if not page.has_more:
                 return
             after = f"&after={page.last_id}"
-
-    def _ask(
-        self, path: str, body: Any = None, headers: Mapping[str, str] | None = None, *, timeout_s: float = TIMEOUT_S
-    ) -> bytes:
-        with self._open(path, body, headers, timeout_s=timeout_s) as answer:
-            return answer.read()
-
-    @contextlib.contextmanager
-    def _open(
-        self, path: str, body: Any = None, headers: Mapping[str, str] | None = None, *, timeout_s: float = TIMEOUT_S
-    ) -> Iterator[Any]:
-        request = urllib.request.Request(self.url + path, data=body, headers=dict(headers or {}))
-        if body is not None and headers is None:
-            request.add_header("Content-Type", "application/json")
-        if self._api_key:
-            request.add_header("Authorization", f"Bearer {self._api_key}")
-        try:
-            with urllib.request.urlopen(request, timeout=timeout_s, context=self._context) as answer:
-                yield answer
-        except urllib.error.HTTPError as e:
-            raise self._refusal(path, e) from e
-        except (OSError, ValueError, EOFError) as e:
-            if distrusted := distrust(self.url, e):
-                raise distrusted from e
-            raise ReplicaUnavailableError(
-                f"Nothing answers at {self.url} ({getattr(e, 'reason', None) or e}); is the server running there?"
-            ) from e
-        except Exception as e:
-            if type(e).__module__ != "http.client":  # a connection cut in mid-answer, of whatever kind
-                raise
-            raise ReplicaUnavailableError(f"The server at {self.url} broke off: {e!r}.") from e
-
-    def _refusal(self, path: str, error: urllib.error.HTTPError) -> Exception:
-        try:
-            message = json.load(error)["error"]["message"]
-        except (ValueError, KeyError, TypeError, OSError):
-            message = f"The server at {self.url} answered {error.code} {error.reason}."
-        if error.code in (401, 403):
-            return ConfigError(f"{message} Give the server's key with --api-key or TRAMONTANE_API_KEY.")
-        if error.code in (408, 429) or error.code >= 500:
-            return ReplicaUnavailableError(message)
-        if error.code == 404 and path.startswith("/v1/files?"):
-            return ConfigError(
-                f"The server at {self.url} has no /v1/files; --url must name a Tramontane of this version."
-            )
-        return RequestError(message)
-
-
-def _pieces(head: bytes, source: Path, tail: bytes) -> Iterator[bytes]:
-    yield head
-    with source.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            yield piece
-    yield tail
-
-
-def _decode(data: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as e:
-        raise ConfigError(
-            f"What answers there is no Tramontane of this version ({e}); use the `tramontane` it was started with."
-        ) from e

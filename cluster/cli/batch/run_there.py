@@ -1,11 +1,10 @@
-"""A job whose lines a running server answers: its batch is made there, waited for and fetched. Knows the order, and no HTTP.
+"""Runs a job on a server: creates the batch there, waits for it and fetches the answers. Knows the order of these steps, and no HTTP.
 
-The server may go away and come back at any moment; a wait outlasts that. What a command that died between two steps made on the server is
-found by the run's id, so that nothing is done twice.
+The server may stop and come back at any time; waiting continues. If a command died between two steps, the next one finds what it created
+on the server by the run's id, so that nothing is done twice.
 """
 
 import contextlib
-import os
 import time
 from pathlib import Path
 
@@ -17,27 +16,30 @@ from cluster.batch.records import ENDED, MAX_REPLICAS_KEY, LineError
 from cluster.cli.batch.job import Job, JobFolder, Outcome
 from cluster.cli.batch.progress import Display, Snapshot
 from cluster.cli.batch.remote import RUN_KEY, RemoteBatches
-from cluster.cli.batch.steps import Lines, conclude, endpoint_of, refused
+from cluster.cli.batch.steps import Lines, endpoint_of, finish, validation_error
+from cluster.system.files import replace_file
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
 
 DEFAULT_WINDOW = "24h"
-LOOK_EVERY_S = 1.0
+POLL_EVERY_S = 1.0
 RETRY_S = 2.0
+STILL_WAITING = "Trying again; the batch is safe on the server."
 
 
 def run_there(folder: JobFolder, job: Job, remote: RemoteBatches, display: Display) -> Job:
-    """Brings the job to its end, from wherever it is; the caller holds the folder. Ctrl-C ends the waiting, and not the batch.
+    """Runs the job to its end, from wherever it is. The caller has the folder's lock. Ctrl-C ends the wait but not the batch.
 
-    Raises TramontaneError with a sentence for the user. Before the batch exists a server that does not answer is an error, later a pause.
+    Raises TramontaneError with a message for the user. A server that does not answer is an error before the batch exists, and only a
+    pause afterwards.
     """
     if job.batch_id is None:
-        job = _begin(folder, job, remote)
+        job = _create(folder, job, remote)
     assert job.batch_id is not None
     batch = _wait(remote, job.batch_id, display)
     if batch.status == "failed":
-        folder.clear(keep_job=False)  # so that the same command can be given again with the file in order
+        folder.clear(keep_job=False)  # so that the same command can run again once the file is corrected
         errors = batch.errors.data if batch.errors is not None else []
-        raise refused(
+        raise validation_error(
             job.source, [LineError(code=e.code, message=e.message, line=e.line, param=e.param) for e in errors]
         )
     output = _fetch(folder, remote, batch.output_file_id, "output", display)
@@ -50,11 +52,11 @@ def run_there(folder: JobFolder, job: Job, remote: RemoteBatches, display: Displ
         num_prompt_tokens=batch.usage.input_tokens,
         num_output_tokens=batch.usage.output_tokens,
     )
-    return conclude(folder, job, outcome, output=output, errors=error_file)
+    return finish(folder, job, outcome, output=output, errors=error_file)
 
 
 def snapshot_of(batch: Batch, replicas: tuple[int, int] | None) -> Snapshot:
-    """For a display."""
+    """What a display shows. replicas: (ready, wanted), None if unknown."""
     return Snapshot(
         status=batch.status,
         num_lines=batch.request_counts.total,
@@ -65,13 +67,13 @@ def snapshot_of(batch: Batch, replicas: tuple[int, int] | None) -> Snapshot:
     )
 
 
-def _begin(folder: JobFolder, job: Job, remote: RemoteBatches) -> Job:
-    """Makes the batch, or finds what an earlier command made of it."""
+def _create(folder: JobFolder, job: Job, remote: RemoteBatches) -> Job:
+    """Creates the batch, or finds what an earlier command created."""
     staged, filename = folder.path / "input.jsonl", f"tramontane-{job.run_id}.jsonl"
     if not staged.exists():
         try:
             _stage(job, staged, model=job.request["model"] or remote.model())
-        except (RequestError, ConfigError):  # nothing has begun: the same command can be given again, put right
+        except (RequestError, ConfigError):  # nothing was started: the same command can run again once it is corrected
             folder.clear(keep_job=False)
             raise
     if job.input_file_id is None:
@@ -96,16 +98,10 @@ def _begin(folder: JobFolder, job: Job, remote: RemoteBatches) -> Job:
 
 
 def _stage(job: Job, target: Path, *, model: str) -> None:
-    temporary = target.with_name(f"{target.name}.part")
     try:
-        with temporary.open("wb") as file:
-            for chunk in Lines(job, model=model):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        replace_file(target, lambda file: file.writelines(Lines(job, model=model)))
     except OSError as e:
-        raise StoreError(f"{temporary} cannot be written: {e.strerror}. Nothing has begun.") from e
+        raise StoreError(f"{target} cannot be written: {e.strerror}.", remedy="Nothing was started.") from e
 
 
 def _wait(remote: RemoteBatches, batch_id: str, display: Display) -> Batch:
@@ -113,13 +109,13 @@ def _wait(remote: RemoteBatches, batch_id: str, display: Display) -> Batch:
         try:
             batch = remote.get(batch_id)
         except ReplicaUnavailableError as e:
-            display.trouble(f"{e} Asking on; the batch is safe there.")
+            display.trouble(f"{e.message} {STILL_WAITING}")
             time.sleep(RETRY_S)
             continue
         if batch.status in ENDED:
             return batch
         display.show(snapshot_of(batch, remote.replicas()))
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(POLL_EVERY_S)
 
 
 def _fetch(folder: JobFolder, remote: RemoteBatches, file_id: str | None, name: str, display: Display) -> Path | None:
@@ -130,7 +126,7 @@ def _fetch(folder: JobFolder, remote: RemoteBatches, file_id: str | None, name: 
         try:
             remote.download(file_id, target)
         except ReplicaUnavailableError as e:
-            display.trouble(f"{e} Asking on; the batch is safe there.")
+            display.trouble(f"{e.message} {STILL_WAITING}")
             time.sleep(RETRY_S)
         else:
             return target

@@ -1,6 +1,6 @@
-"""The steps of a command's batch that are the same wherever its lines are answered: its lines are made, and its files put in their places.
+"""The steps of a batch command that do not depend on where its lines are answered: making its lines, and delivering its files.
 
-Knows a job, its options, and the forms of its input; knows no store, no Ray and no HTTP. Every step may be repeated after any death.
+Knows a job, its options, and the formats of its input. Knows no store, no Ray and no HTTP. Every step may be repeated after a crash.
 """
 
 import asyncio
@@ -29,24 +29,26 @@ _FIELD_ENDPOINTS = {"prompt": "/v1/completions", "messages": "/v1/chat/completio
 
 
 class LinesFailedError(BatchError):
-    """The batch is over, and some lines have no answer: the error file says why."""
+    """The batch has ended and some lines have no answer. The error file says why."""
 
 
 class NoLinesError(RequestError):
-    """A part of a file that has no lines for it."""
+    """The input has no lines for this part."""
 
 
 class StoppedError(BatchError):
-    """By Ctrl-C or SIGTERM. Nothing is lost."""
+    """Stopped by Ctrl-C or SIGTERM. Nothing is lost."""
 
 
 def template_of(request: dict[str, Any], model: str) -> LineTemplate:
-    """What the options say of lines that do not say it themselves. Raises ConfigError."""
+    """The values for rows that do not set them, from the options. Raises ConfigError."""
     columns = dict(_column(column) for column in request.get("columns") or ())
     custom_id = columns.pop("custom_id", None)
     if len(columns) > 1:
         raise ConfigError(
-            f"--column is given for {' and '.join(columns)}; a line holds one of them: leave the others out."
+            f"--column is given for {' and '.join(columns)}, but a line has only one of them.",
+            remedy="Leave the others out.",
+            param="--column",
         )
     field, text = next(iter(columns.items()), (None, None))
     return LineTemplate(
@@ -59,32 +61,35 @@ def template_of(request: dict[str, Any], model: str) -> LineTemplate:
 
 
 def _column(option: str) -> tuple[str, str]:
-    """A field and the text that makes it, with columns in braces. Raises ConfigError."""
+    """(field, template with columns in braces) of one --column. Raises ConfigError."""
     field, equals, value = option.partition("=")
     if not equals or not value or (field not in _FIELD_ENDPOINTS and field != "custom_id"):
         raise ConfigError(
-            f"--column {option} is not understood; write --column prompt=NAME, messages=NAME, input=NAME or custom_id=NAME, or a text "
-            "with columns in braces in NAME's place."
+            f"--column {option} is not a field and a column.",
+            remedy="Write --column prompt=NAME, messages=NAME, input=NAME or custom_id=NAME; NAME may be a text with columns in braces.",
+            param="--column",
         )
     if "{" not in value and re.fullmatch(r"\w+", value) is None:
         raise ConfigError(
-            f"--column {option}: only columns named with letters, digits and underscores can be used; rename it."
+            f"--column {option}: the column's name has characters other than letters, digits and underscores.",
+            remedy="Rename the column.",
+            param="--column",
         )
     return field, value if "{" in value else f"{{{value}}}"
 
 
 def format_of(request: dict[str, Any], source: str) -> Format:
-    """Raises ConfigError where neither the option nor the name tells."""
-    if (asked := request.get("format")) is not None:
-        return asked
+    """The input's format, from the option or the name. Raises ConfigError if neither says it."""
+    if (given := request.get("format")) is not None:
+        return given
     return "jsonl" if source == locations.STANDARD else guess_format(locations.plain_name(source))
 
 
 class Lines:
-    """A job's requests as a batch file's bytes, read from its source while they are asked for. `endpoint` is known with the first chunk.
+    """A job's requests in the format of a batch file, read from its source on demand. `endpoint` is known after the first chunk.
 
-    Of a part, its own lines; the others are empty. Iterating raises RequestError, naming the row, ConfigError, and LocationError; and
-    NoLinesError where the source has none for this part.
+    For a part, only the lines of the part; the others are empty. Iterating raises RequestError (which names the row), ConfigError,
+    LocationError, and NoLinesError if the source has no lines for this part.
     """
 
     def __init__(self, job: Job, *, model: str) -> None:
@@ -98,7 +103,7 @@ class Lines:
         """Chunks of whole lines."""
         with locations.reading(self._job.source, seekable=self._format == "parquet") as source:
             chunk = bytearray()
-            for line in convert(source, format=self._format, template=self._template, holds=self._holds):
+            for line in convert(source, format=self._format, template=self._template, is_wanted=self._is_wanted):
                 if not self.endpoint:
                     self.endpoint = _endpoint_of(line)
                 chunk += line
@@ -108,9 +113,9 @@ class Lines:
             if chunk:
                 yield bytes(chunk)
         if not self.endpoint and self._part is not None:
-            raise NoLinesError(f"{self._job.source} holds no lines for part {self._part}.")
+            raise NoLinesError(f"{self._job.source} has no lines for part {self._part}.")
         if not self.endpoint:
-            raise RequestError(f"{self._job.source} holds no lines.")
+            raise RequestError(f"{self._job.source} has no lines.")
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         """The same, read in a thread."""
@@ -118,12 +123,12 @@ class Lines:
         while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
             yield chunk
 
-    def _holds(self, number: int) -> bool:
-        return self._part is None or self._part.holds(number)
+    def _is_wanted(self, number: int) -> bool:
+        return self._part is None or self._part.contains(number)
 
 
 def endpoint_of(path: Path) -> str:
-    """Of a batch file that was made of `Lines`."""
+    """The endpoint of a batch file that was made from `Lines`."""
     with path.open("rb") as file:
         return _endpoint_of(next((line for line in file if line.strip()), b""))
 
@@ -134,60 +139,64 @@ def _endpoint_of(line: bytes) -> str:
     except (ValueError, AttributeError):
         endpoint = None
     if endpoint not in ENDPOINTS:
-        raise RequestError(f"The first line's 'url' is none of {', '.join(ENDPOINTS)}; a batch can only ask these.")
+        raise RequestError(f"The 'url' of the first line is not one of {', '.join(ENDPOINTS)}.", param="url")
     return endpoint
 
 
-def refused(source: str, errors: Sequence[LineError]) -> RequestError:
-    """What a batch that failed before its start says of its lines."""
+def validation_error(source: str, errors: Sequence[LineError]) -> RequestError:
+    """The exception for a batch that failed validation, with its first errors."""
     shown = [f"line {e.line}: {e.message}" if e.line is not None else e.message for e in errors[:SHOWN_ERRORS]]
-    words = [f"Nothing was run: {source} is not in order.", *shown]
+    words = [f"Nothing was run: {source} has invalid lines.", *shown]
     if len(errors) > SHOWN_ERRORS:
-        words.append(f"and {len(errors) - SHOWN_ERRORS} errors more")
+        words.append(f"and {len(errors) - SHOWN_ERRORS} more errors")
     return RequestError("\n  ".join(words))
 
 
-def conclude(folder: JobFolder, job: Job, outcome: Outcome, *, output: Path | None, errors: Path | None) -> Job:
-    """Puts the files in their places, remembers how it ended, and only then forgets the rest. Raises LocationError and StoreError.
+def finish(folder: JobFolder, job: Job, outcome: Outcome, *, output: Path | None, errors: Path | None) -> Job:
+    """Delivers the files, records how the batch ended, and then removes everything else. Raises LocationError and StoreError.
 
-    The output comes after the errors, and a part's record after both: what is there tells that the others are.
+    The output is delivered after the errors, and a part's record after both, so that each vouches for those before it.
     """
     job = msgspec.structs.replace(job, outcome=msgspec.structs.replace(outcome, ended_at=time.time()))
     with tempfile.TemporaryDirectory() as temporary:
-        made = Path(temporary) / "made"
+        staged = Path(temporary) / "staged"
         if errors is not None:
             locations.deliver(errors, job.errors)
-        elif locations.exists(job.errors):  # of the batch that was there before
+        elif locations.exists(job.errors):  # of the batch that had this output before
             locations.remove(job.errors)
-        made.touch()
-        locations.deliver(output or made, job.output)
+        staged.touch()
+        locations.deliver(output or staged, job.output)
         if part_of(job) is not None:
-            made.write_bytes(msgspec.json.encode(record_of(job)))
-            locations.deliver(made, record_location(job))
+            staged.write_bytes(msgspec.json.encode(record_of(job)))
+            locations.deliver(staged, record_location(job))
     folder.write(job)
     folder.clear(keep_job=True)
     return job
 
 
 def summary(job: Job) -> str:
-    """Of a job that is over."""
+    """One line about a job that has ended."""
     outcome = job.outcome
-    assert outcome is not None, "the job is not over"
+    assert outcome is not None, "the job has not ended"
     took = duration(outcome.ended_at - job.created_at)
-    text = f"{outcome.num_completed:,} of {outcome.num_lines:,} lines answered in {took}, in {_shown(job.output)}."
+    text = (
+        f"{outcome.num_completed:,} of {outcome.num_lines:,} lines answered in {took}, written to {_shown(job.output)}."
+    )
     if outcome.status != "completed":
         text = f"The batch is {outcome.status}: {text}"
     return text
 
 
-def failure(job: Job) -> LinesFailedError | None:
-    """What is to be said of lines without an answer."""
+def failed_lines_error(job: Job) -> LinesFailedError | None:
+    """The exception if lines have no answer, else None."""
     outcome = job.outcome
     if outcome is None or outcome.num_failed == 0:
         return None
     lines = f"{outcome.num_failed:,} of {outcome.num_lines:,} lines"
-    return LinesFailedError(f"{lines} have no answer; {_shown(job.errors)} says why, each with its custom_id.")
+    return LinesFailedError(
+        f"{lines} have no answer.", remedy=f"See {_shown(job.errors)}, which lists the reason for each custom_id."
+    )
 
 
 def _shown(location: str) -> str:
-    return "the standard output" if location == locations.STANDARD else location
+    return "standard output" if location == locations.STANDARD else location

@@ -1,7 +1,7 @@
-"""What a notice leads to: which replicas are drained and until when, and how near its end a node must be. Pure; no Ray, no clock.
+"""What a preemption notice leads to: which replicas to drain, by when, and how close the deadline must be. Pure; no Ray, no clock.
 
-A node that is not the head node takes its replicas along, and their streams move. The head node takes all of Ray along: there is
-nowhere to move to, so nothing is drained and nothing is started; gateways end in order (cluster/gateway/departure.py).
+When a worker node is preempted, its replicas end and their streams move. When the head node is preempted, all of Ray ends with it: there
+is nowhere to move to, so nothing is drained and nothing is started, and gateways shut down in order (cluster/gateway/preemption.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,28 +9,30 @@ from dataclasses import dataclass
 
 from cluster.protocol.view import NodeNotice, ReplicaRecord, ReplicaState
 
-# Clouds tell of maintenance up to an hour before; until it is this near, the node serves on.
-LEAVES_WITHIN_S = 150.0
-# Streams that found no room elsewhere move so long before the end in any case.
+# Clouds announce maintenance up to an hour ahead; the node keeps serving until the deadline is this close.
+DUE_WITHIN_S = 150.0
+# Streams that found no room elsewhere move this long before the deadline in any case.
 MOVE_AHEAD_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeavingReplica:
+class ReplicaToDrain:
     replica_id: str
-    until: float  # time.time() at which its streams move at the latest
+    until: float  # time.time() by which its streams move
     reason: str
 
 
 def is_due(notice: NodeNotice, now: float) -> bool:
-    """Whether the node's end is so near that it is time to act."""
-    return notice.deadline - now <= LEAVES_WITHIN_S
+    """Whether the deadline is so close that it is time to act."""
+    return notice.deadline - now <= DUE_WITHIN_S
 
 
-def from_ray(
+def notices_from_ray(
     draining: Mapping[str, int], records: Sequence[ReplicaRecord], *, unknown_s: float, now: float
 ) -> tuple[NodeNotice, ...]:
-    """The nodes that Ray drains. unknown_s: how long one without a deadline is given."""
+    """A notice for each node that Ray drains. draining: node id -> Unix milliseconds or 0. unknown_s: seconds for a node without a
+    deadline.
+    """
     ips = {rank.node_id: rank.node_ip for record in records for rank in record.ranks}
     return tuple(
         NodeNotice(
@@ -38,7 +40,7 @@ def from_ray(
             node_ip=ips.get(node_id, node_id[:6]),
             is_head=False,
             source="ray",
-            cause="Ray drains it.",
+            cause="Ray is draining it.",
             deadline=deadline_ms / 1000 if deadline_ms else now + unknown_s,
             seen_at=now,
         )
@@ -46,10 +48,10 @@ def from_ray(
     )
 
 
-def leaving_replicas(
+def replicas_to_drain(
     notices: Sequence[NodeNotice], records: Sequence[ReplicaRecord], now: float
-) -> list[LeavingReplica]:
-    """Those with a rank on a node that goes away soon, and is not the head node."""
+) -> list[ReplicaToDrain]:
+    """The replicas with a rank on a worker node whose notice is due."""
     found = []
     for notice in notices:
         if notice.is_head or not is_due(notice, now):
@@ -57,10 +59,11 @@ def leaving_replicas(
         for record in records:
             if record.state is not ReplicaState.LOST and is_on(record, notice.node_id):
                 reason = (
-                    f"Replica {record.replica_id} is being drained: its node {notice.node_ip} goes away. {notice.cause}"
+                    f"Replica {record.replica_id} is being drained: its node {notice.node_ip} will be removed. "
+                    f"{notice.cause}"
                 )
                 until = max(now, notice.deadline - MOVE_AHEAD_S)
-                found.append(LeavingReplica(replica_id=record.replica_id, until=until, reason=reason))
+                found.append(ReplicaToDrain(replica_id=record.replica_id, until=until, reason=reason))
     return found
 
 
@@ -68,6 +71,6 @@ def is_on(record: ReplicaRecord, node_id: str) -> bool:
     return any(rank.node_id == node_id for rank in record.ranks)
 
 
-def ending(notices: Sequence[NodeNotice], now: float) -> NodeNotice | None:
-    """The head node's notice, once it is due: everything on this Ray cluster ends."""
+def head_notice(notices: Sequence[NodeNotice], now: float) -> NodeNotice | None:
+    """The head node's notice, once it is due: everything on this Ray cluster will end."""
     return next((n for n in notices if n.is_head and is_due(n, now)), None)

@@ -1,7 +1,7 @@
-"""Asks a cloud's metadata service, from inside a machine of its own, whether that machine goes away.
+"""Asks a cloud's metadata service, from inside one of its machines, whether that machine will be removed.
 
-Knows addresses, headers, tokens and how often each cloud wants to be asked; what the answers mean is notices.py's. Every request is
-bounded, and none goes through a proxy: the address is the host's own and means nothing elsewhere.
+Knows addresses, headers, tokens and how often each cloud may be asked; notices.py interprets the answers. Every request is bounded, and
+none goes through a proxy, because the address is local to the machine.
 """
 
 import asyncio
@@ -17,26 +17,29 @@ from cluster.controller.preemption.notices import Notice, aws_notice, azure_noti
 from cluster.protocol.notice import Cloud
 
 METADATA_URL = "http://169.254.169.254"
-# For tests, which have no cloud around them: another address in its place.
+# Tests run outside a cloud and put another address here.
 METADATA_URL_ENV = "TRAMONTANE_METADATA_URL"
 REQUEST_TIMEOUT_S = 5.0
-AZURE_TIMEOUT_S = 130.0  # the first question of a machine's life switches the service on, which may take two minutes
+AZURE_TIMEOUT_S = 130.0  # the first request enables the service for the machine, which may take two minutes
 AWS_INTERVAL_S = 5.0  # as AWS recommends
-AZURE_INTERVAL_S = 2.0  # a preemption is told 30 s before; more than once a second is refused
-GCP_WAIT_S = 10  # how long the service holds an answer back while nothing changes
-AWS_TOKEN_TTL_S = 21_600  # the longest there is
+AZURE_INTERVAL_S = 2.0  # a preemption is announced 30 s ahead; more than one request a second is refused
+GCP_WAIT_S = 10  # how long the service delays its answer while nothing changes
+AWS_TOKEN_TTL_S = 21_600  # the longest that AWS allows
 MAX_BYTES = 256 * 1024
 
 
 class MetadataError(Exception):
-    """No answer, or none that means anything. The message is a clause: "answered 500"."""
+    """No answer, or an invalid one. The message is a clause: "answered 500"."""
 
 
 class NoticeSource(Protocol):
     """One cloud's service. Use as `async with`."""
 
     async def next(self, *, is_first: bool) -> Notice | None:
-        """What holds now; at once if `is_first`, else when it is time to ask again or the cloud tells of a change. Raises MetadataError."""
+        """The current notice or None. Returns at once if `is_first`, else when it is time to ask again or the cloud reports a change.
+
+        Raises MetadataError.
+        """
 
     async def __aenter__(self) -> Self: ...
 
@@ -46,7 +49,7 @@ class NoticeSource(Protocol):
 
 
 class _Service:
-    """A session with the service, and one way to ask it."""
+    """A session with the service."""
 
     def __init__(self, url: str, *, headers: dict[str, str], timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         self._url = url
@@ -54,7 +57,7 @@ class _Service:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
 
     async def __aenter__(self) -> Self:
-        # trust_env stays False: HTTP_PROXY is for other addresses.
+        # trust_env stays False: HTTP_PROXY does not apply to this address.
         self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout, trust_env=False)
         return self
 
@@ -75,7 +78,7 @@ class _Service:
                 async for chunk in response.content.iter_any():
                     body += chunk
                     if len(body) > MAX_BYTES:
-                        raise MetadataError(f"answers {path} without end")
+                        raise MetadataError(f"sent more than {MAX_BYTES} bytes for {path}")
                 return response.status, bytes(body), response.headers.get("ETag", "")
         except TimeoutError as e:
             raise MetadataError("did not answer in time") from e
@@ -91,7 +94,7 @@ class _Service:
 
 
 class AwsNotices(_Service):
-    """IMDSv2: every question carries a token, which is asked for first, and again when it is refused."""
+    """IMDSv2: every request carries a token, which is fetched first, and again when it is refused."""
 
     _ACTION = "/latest/meta-data/spot/instance-action"
     _LIFECYCLE = "/latest/meta-data/autoscaling/target-lifecycle-state"
@@ -105,15 +108,15 @@ class AwsNotices(_Service):
             await asyncio.sleep(AWS_INTERVAL_S)
         action = await self._find(self._ACTION)
         lifecycle = await self._find(self._LIFECYCLE) if action is None else None
-        return _understood(lambda: aws_notice(action, lifecycle, now=time.time()))
+        return _parsed(lambda: aws_notice(action, lifecycle, now=time.time()))
 
     async def _find(self, path: str) -> bytes | None:
-        """None for 404, which says that there is no such news."""
+        """None for 404, which means that there is no notice."""
         for _ in range(2):
             if self._token is None:
                 self._token = await self._new_token()
             status, body, _ = await self._ask("GET", path, headers={"X-aws-ec2-metadata-token": self._token})
-            if status == 401:  # the token has run out, or the machine was restored from a snapshot
+            if status == 401:  # the token has expired, or the machine was restored from a snapshot
                 self._token = None
             elif status == 200:
                 return body
@@ -121,7 +124,7 @@ class AwsNotices(_Service):
                 return None
             else:
                 raise MetadataError(f"answered {status} to {path}")
-        raise MetadataError("refuses the tokens that it gives")
+        raise MetadataError("refuses the tokens that it issues")
 
     async def _new_token(self) -> str:
         headers = {"X-aws-ec2-metadata-token-ttl-seconds": str(AWS_TOKEN_TTL_S)}
@@ -133,13 +136,13 @@ class AwsNotices(_Service):
 
 
 class GcpNotices(_Service):
-    """The service holds its answer back until something changes, so a preemption is known the moment it is decided."""
+    """The service delays its answer until something changes, so a preemption is known the moment it is decided."""
 
     _INSTANCE = "/computeMetadata/v1/instance"
 
     def __init__(self, url: str) -> None:
         super().__init__(url, headers={"Metadata-Flavor": "Google"}, timeout_s=GCP_WAIT_S + REQUEST_TIMEOUT_S)
-        self._etag = "0"  # nothing is known: answered at once
+        self._etag = "0"  # no known state: answered at once
 
     async def next(self, *, is_first: bool) -> Notice | None:
         waiting = {"wait_for_change": "true", "timeout_sec": str(GCP_WAIT_S), "last_etag": self._etag}
@@ -150,12 +153,12 @@ class GcpNotices(_Service):
         self._etag = etag or "0"
         maintenance = await self._get(f"{self._INSTANCE}/maintenance-event")
         if not etag and not is_first:
-            await asyncio.sleep(1.0)  # without it every question is answered at once
-        return _understood(lambda: gcp_notice(preempted.decode(), maintenance.decode(), now=time.time()))
+            await asyncio.sleep(1.0)  # without an ETag every request is answered at once
+        return _parsed(lambda: gcp_notice(preempted.decode(), maintenance.decode(), now=time.time()))
 
 
 class AzureNotices(_Service):
-    """Scheduled Events. They are told to every machine of a scale set, so a machine first learns its own name."""
+    """Scheduled Events. Every machine of a scale set gets those of all machines, so a machine first looks up its own name."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, headers={"Metadata": "true"}, timeout_s=AZURE_TIMEOUT_S)
@@ -169,7 +172,7 @@ class AzureNotices(_Service):
             self._machine = (await self._get("/metadata/instance/compute/name", params=params)).decode().strip()
         machine = self._machine
         events = await self._get("/metadata/scheduledevents", params={"api-version": "2020-07-01"})
-        return _understood(lambda: azure_notice(events, machine=machine, now=time.time()))
+        return _parsed(lambda: azure_notice(events, machine=machine, now=time.time()))
 
 
 _SOURCES: dict[Cloud, type[AwsNotices | GcpNotices | AzureNotices]] = {
@@ -180,12 +183,12 @@ _SOURCES: dict[Cloud, type[AwsNotices | GcpNotices | AzureNotices]] = {
 
 
 def open_source(cloud: Cloud) -> NoticeSource:
-    """The service of this cloud, at its own address unless the environment says otherwise."""
+    """The service of this cloud, at its own address unless METADATA_URL_ENV is set."""
     return _SOURCES[cloud](os.environ.get(METADATA_URL_ENV) or METADATA_URL)
 
 
-def _understood(read: Callable[[], Notice | None]) -> Notice | None:
+def _parsed(read: Callable[[], Notice | None]) -> Notice | None:
     try:
         return read()
     except ValueError as e:
-        raise MetadataError(f"answered what cannot be understood ({e})") from e
+        raise MetadataError(f"sent an invalid answer ({e})") from e

@@ -1,7 +1,7 @@
-"""Keeps asking one machine's metadata service, and says whenever the answer to "does it go away?" has changed.
+"""Polls one machine's metadata service, and calls back whenever its preemption notice changes.
 
-Knows a NoticeSource and patience: one failure is nothing, a service that stays silent is said once in the log, since a notice would be
-missed. Returns at once where there is no cloud. Knows no nodes and no replicas.
+Knows a NoticeSource and when to retry: a single failure is ignored; a service that stays silent is logged once, since a notice would be
+missed. Knows no nodes and no replicas.
 """
 
 import asyncio
@@ -19,21 +19,21 @@ log = logging.getLogger(__name__)
 RETRY_S = 2.0
 SILENT_S = 30.0
 _HINTS: dict[Cloud, str] = {
-    "aws": "in a container, allow it two hops: aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 2",
-    "gcp": "169.254.169.254 has to be reachable from here",
-    "azure": "169.254.169.254 has to be reachable from here",
+    "aws": "In a container, allow two hops: aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 2",
+    "gcp": "Make 169.254.169.254 reachable from here",
+    "azure": "Make 169.254.169.254 reachable from here",
 }
 
 
-def cloud_to_watch(asked: PreemptionNotices) -> Cloud | None:
-    """Whose notices are to be expected on this machine."""
-    if asked == "off":
+def cloud_to_watch(option: PreemptionNotices) -> Cloud | None:
+    """The cloud whose notices this machine may get; None for none. option: `--preemption-notices`."""
+    if option == "off":
         return None
-    return find_cloud() if asked == "auto" else asked
+    return find_cloud() if option == "auto" else option
 
 
-class NoticeWatcher:
-    """`await run()` in a task until cancelled. on_change: gets the notice there is now, None when it was withdrawn."""
+class NoticePoller:
+    """`await run()` in a task until cancelled. on_change: called with the current notice, or None when it was withdrawn."""
 
     def __init__(
         self,
@@ -58,30 +58,30 @@ class NoticeWatcher:
                 try:
                     notice = await source.next(is_first=is_first)
                 except MetadataError as e:
-                    self._failed(e)
+                    self._handle_failure(e)
                     await asyncio.sleep(RETRY_S)
-                    is_first = True  # what waited for a change may have missed it
+                    is_first = True  # the failed request may have missed a change
                 else:
-                    self._heard(notice)
+                    self._handle_answer(notice)
                     is_first = False
 
-    def _heard(self, notice: Notice | None) -> None:
+    def _handle_answer(self, notice: Notice | None) -> None:
         self._answered_at = self._clock()
         if self._is_silent:
             self._is_silent = False
-            log.warning("The metadata service of %s answers again.", CLOUD_NAMES[self._cloud])
+            log.warning("The metadata service of %s is answering again.", CLOUD_NAMES[self._cloud])
         notice = sooner(self.notice, notice)
         if notice != self.notice:
             self.notice = notice
             self._on_change(notice)
 
-    def _failed(self, error: MetadataError) -> None:
+    def _handle_failure(self, error: MetadataError) -> None:
         silent_s = self._clock() - self._answered_at
         log.debug("The metadata service of %s %s.", CLOUD_NAMES[self._cloud], error)
         if silent_s > SILENT_S and not self._is_silent:
             self._is_silent = True
             log.warning(
-                "The metadata service of %s has told nothing for %.0f s: it %s. A preemption notice would be missed; %s, or "
-                "switch this off with --preemption-notices off.",
+                "The metadata service of %s has not answered for %.0f s: it %s. A preemption notice would be missed. %s, or "
+                "turn this off with --preemption-notices off.",
                 CLOUD_NAMES[self._cloud], silent_s, error, _HINTS[self._cloud],
             )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Which cloud this machine is in, read off the firmware's own words under /sys. Sends nothing, so that a laptop stays silent.
+"""Which cloud this machine is in, read from the firmware's strings under /sys. Sends nothing, so a laptop makes no request.
 
-The same marks as cloud-init's ds-identify uses. Where the kernel does not show them (a sandbox, a Mac) the machine counts as nobody's;
-`--preemption-notices aws` names the cloud there.
+Checks the same strings as cloud-init's ds-identify. Where the kernel does not show them (a sandbox, a Mac), no cloud is found; name it
+with `--preemption-notices aws`.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from cluster.protocol.notice import Cloud
 
 DMI_FOLDER = Path("/sys/class/dmi/id")
 _FIELDS = ("sys_vendor", "product_name", "bios_version", "chassis_asset_tag")
-_AZURE_ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"  # also Hyper-V elsewhere is Microsoft's, but without it
+# Hyper-V outside Azure has the same vendor, but another asset tag.
+_AZURE_ASSET_TAG = "7783-7084-3265-9085-8269-3286-77"
 
 
 def find_cloud(folder: Path = DMI_FOLDER) -> Cloud | None:
@@ -20,10 +21,9 @@ def find_cloud(folder: Path = DMI_FOLDER) -> Cloud | None:
 
 
 def cloud_of(firmware: Mapping[str, str]) -> Cloud | None:
-    """By what the fields of the DMI table say, "" where there is none."""
-    if (
-        firmware["sys_vendor"] == "Amazon EC2" or "amazon" in firmware["bios_version"].lower()
-    ):  # the latter: older types, on Xen
+    """From the fields of the DMI table; "" for a missing one."""
+    # Older instance types, on Xen, show it in the BIOS version only.
+    if firmware["sys_vendor"] == "Amazon EC2" or "amazon" in firmware["bios_version"].lower():
         return "aws"
     if firmware["product_name"] in ("Google Compute Engine", "Google"):
         return "gcp"

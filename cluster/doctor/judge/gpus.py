@@ -1,21 +1,21 @@
-"""Driver and GPUs of one node: can this torch use them, are they free, does Ray know them."""
+"""The driver and the GPUs of one node: whether torch can use them, whether they are free, and whether Ray knows them."""
 
 from collections.abc import Iterator, Sequence
 
+from cluster.doctor.amounts import GIB, format_bytes
 from cluster.doctor.facts import Gpu, Machine, Node
 from cluster.doctor.findings import Finding, ok, problem, warning
 from cluster.doctor.judge.ranks import Device
-from cluster.doctor.words import GIB, size
 
-# Within a major release of CUDA a driver runs what any newer toolkit of it built ("minor version compatibility").
+# The oldest driver for each major release of CUDA; it runs every minor release of it ("minor version compatibility").
 MIN_DRIVERS = {11: 450, 12: 525, 13: 580}
 FLASH_MIN_CAPABILITY = (8, 0)
-BUSY_BYTES = GIB  # a driver's own share is some hundred MiB
+BUSY_BYTES = GIB  # an idle GPU has a few hundred MiB in use by the driver
 OUR_PROCESS = "ray::RankActor"
 
 
 def judge_gpus(node: Node, *, device: Device, rank_bytes: int | None = None) -> Iterator[Finding]:
-    """rank_bytes: weights of one rank. On a node without GPUs one finding, which is a problem only where all ranks need one."""
+    """rank_bytes: size of one rank's weights. A node without GPUs gives one finding, a problem only if every rank needs a GPU."""
     machine = node.machine
     assert machine is not None
     nvidia, at = machine.nvidia, node.address
@@ -25,19 +25,19 @@ def judge_gpus(node: Node, *, device: Device, rank_bytes: int | None = None) -> 
     yield _driver(machine, at, device=device)
     if len(models := {gpu.name for gpu in nvidia.gpus}) > 1:
         remedy = (
-            "Give each replica GPUs of one kind, through several Ray clusters or CUDA_VISIBLE_DEVICES at `ray start`."
+            "Give each replica GPUs of one kind: use several Ray clusters, or set CUDA_VISIBLE_DEVICES for `ray start`."
         )
         yield warning(
             "gpu",
-            f"Its GPUs differ: {', '.join(sorted(models))}; a replica is as fast as the slowest.",
+            f"The GPUs differ: {', '.join(sorted(models))}. A replica is as fast as its slowest GPU.",
             remedy,
             node=at,
         )
     if node.ray_gpus is not None and node.ray_gpus < len(nvidia.gpus):
         yield warning(
             "gpu",
-            f"The machine has {len(nvidia.gpus)} GPUs, but Ray gives away {node.ray_gpus:g}.",
-            "Leave out --num-gpus at `ray start`, or check CUDA_VISIBLE_DEVICES in its environment.",
+            f"The machine has {len(nvidia.gpus)} GPUs, but Ray manages only {node.ray_gpus:g}.",
+            "Run `ray start` without --num-gpus, or check CUDA_VISIBLE_DEVICES in its environment.",
             node=at,
         )
     for gpu in nvidia.gpus:
@@ -47,19 +47,17 @@ def judge_gpus(node: Node, *, device: Device, rank_bytes: int | None = None) -> 
 def _no_gpu(node: Node, machine: Machine, *, device: Device) -> Finding:
     nvidia, at = machine.nvidia, node.address
     if nvidia.failure is not None and (nvidia.num_devices or device == "cuda"):
-        remedy = "Install or reload the NVIDIA driver (a reboot after an update often suffices); `dmesg | grep -i nvrm` says more."
+        remedy = "Install or reload the NVIDIA driver; after an update a reboot is often enough. `dmesg | grep -i nvrm` shows its errors."
         return problem("driver", f"The NVIDIA driver does not work: {nvidia.failure.rstrip('.')}.", remedy, node=at)
     if nvidia.num_devices:
         remedy = "Put nvidia-smi, which comes with the driver, on the PATH of the user that runs Ray."
-        return warning(
-            "driver", f"{nvidia.num_devices} GPUs are here, but no nvidia-smi to ask about them.", remedy, node=at
-        )
+        return warning("driver", f"There are {nvidia.num_devices} GPUs, but nvidia-smi is missing.", remedy, node=at)
     if device == "cuda" and node.ray_gpus is None:
-        remedy = "Use a machine with a GPU or --device cpu; a container needs `docker run --gpus all`."
-        return problem("gpu", "There is no NVIDIA GPU here.", remedy, node=at)
+        remedy = "Use a machine with a GPU, or --device cpu. A container needs `docker run --gpus all`."
+        return problem("gpu", "This machine has no NVIDIA GPU.", remedy, node=at)
     if device == "cuda":
-        return ok("gpu", "No GPU here; ranks go to other nodes.", node=at)
-    return ok("gpu", f"No GPU here: ranks compute on the CPU, {machine.num_cpus} cores.", node=at)
+        return ok("gpu", "No GPU; ranks run on other nodes.", node=at)
+    return ok("gpu", f"No GPU; ranks run on the CPU, which has {machine.num_cpus} cores.", node=at)
 
 
 def _driver(machine: Machine, at: str, *, device: Device) -> Finding:
@@ -69,44 +67,41 @@ def _driver(machine: Machine, at: str, *, device: Device) -> Finding:
             "driver", "torch is not installed.", "Install Tramontane there: `pip install tramontane`.", node=at
         )
     if versions.cuda is None and device == "cuda":
-        remedy = "Install a CUDA build of the same release of torch; see https://pytorch.org/get-started."
-        return problem(
-            "driver", f"torch {versions.torch} is a build for CPUs and cannot use these GPUs.", remedy, node=at
-        )
+        remedy = "Install a CUDA build of the same torch release; see https://pytorch.org/get-started."
+        return problem("driver", f"torch {versions.torch} is a CPU build and cannot use these GPUs.", remedy, node=at)
     if versions.cuda is None:
-        remedy = "To use them, install a CUDA build of the same release of torch; see https://pytorch.org/get-started."
-        return warning(
-            "driver", f"torch {versions.torch} is a build for CPUs: the GPUs here stay idle.", remedy, node=at
-        )
+        remedy = "To use them, install a CUDA build of the same torch release; see https://pytorch.org/get-started."
+        return warning("driver", f"torch {versions.torch} is a CPU build, so the GPUs stay idle.", remedy, node=at)
     needed = MIN_DRIVERS.get(int(versions.cuda.split(".")[0]))
     major = int(driver.split(".")[0]) if driver and driver.split(".")[0].isdigit() else None
     if needed is not None and major is not None and major < needed:
         return problem(
             "driver",
-            f"Driver {driver} is too old for torch {versions.torch}, which was built with CUDA {versions.cuda} and needs driver {needed}.",
-            f"Update the driver to {needed} or newer, or install torch built with an older CUDA.",
+            f"Driver {driver} is too old for torch {versions.torch}: its CUDA {versions.cuda} needs driver {needed} or newer.",
+            f"Update the driver to {needed} or newer, or install a torch built with an older CUDA.",
             node=at,
         )
-    return ok("driver", f"Driver {driver} runs torch {versions.torch} (CUDA {versions.cuda}).", node=at)
+    return ok("driver", f"Driver {driver} supports torch {versions.torch} (CUDA {versions.cuda}).", node=at)
 
 
 def _judge_gpu(gpu: Gpu, at: str, *, rank_bytes: int | None) -> Iterator[Finding]:
     name = f"GPU {gpu.index} ({gpu.name})"
     if gpu.is_mig:
-        remedy = (
-            "Turn it off with `nvidia-smi -mig 0`, or use one instance per replica: NCCL joins no instances of one GPU."
-        )
-        yield warning("gpu", f"{name} is divided by MIG.", remedy, node=at)
+        remedy = "Turn MIG off with `nvidia-smi -mig 0`, or use one instance per replica: NCCL cannot join instances of the same GPU."
+        yield warning("gpu", f"{name} is partitioned by MIG.", remedy, node=at)
     if gpu.compute_mode == "Prohibited":
         yield problem(
-            "gpu", f"{name} takes no processes (compute mode Prohibited).", "Run `nvidia-smi -c DEFAULT`.", node=at
+            "gpu",
+            f"{name} accepts no processes: its compute mode is Prohibited.",
+            "Run `nvidia-smi -c DEFAULT`.",
+            node=at,
         )
     if gpu.compute_capability is not None and gpu.compute_capability < FLASH_MIN_CAPABILITY:
         capability = ".".join(map(str, gpu.compute_capability))
         remedy = "Use an Ampere GPU (A10G, A100) or a newer one."
         yield warning(
             "gpu",
-            f"{name} has compute capability {capability}: no FlashAttention and no fast bfloat16.",
+            f"{name} has compute capability {capability}: it has neither FlashAttention nor fast bfloat16.",
             remedy,
             node=at,
         )
@@ -116,27 +111,27 @@ def _judge_gpu(gpu: Gpu, at: str, *, rank_bytes: int | None) -> Iterator[Finding
 def _memory(gpu: Gpu, name: str, at: str, *, rank_bytes: int | None) -> Finding:
     free, total = gpu.free_bytes, gpu.total_bytes
     if free is None or total is None:
-        return ok("gpu", f"{name}; its memory is not reported.", node=at)
-    has = f"{name}: {size(free)} of {size(total)} free"
+        return ok("gpu", f"{name}. The driver does not report its memory.", node=at)
+    has = f"{name} has {format_bytes(free)} of {format_bytes(total)} free"
     if rank_bytes is not None and rank_bytes > total:
-        remedy = "Divide the model over more GPUs with --tensor-parallel-size, or use larger ones."
-        return problem("gpu", f"{has}, less than the {size(rank_bytes)} of a rank's weights.", remedy, node=at)
+        remedy = "Split the model over more GPUs with --tensor-parallel-size, or use larger GPUs."
+        return problem("gpu", f"{has}, but the weights of a rank need {format_bytes(rank_bytes)}.", remedy, node=at)
     if total - free <= BUSY_BYTES:
         return ok("gpu", f"{has}.", node=at)
     if any(process.name.startswith(OUR_PROCESS) for process in gpu.processes):
-        return ok("gpu", f"{has}; a rank of a running replica holds the rest.", node=at)
-    holders = ", ".join(f"{p.pid} ({p.name})" for p in gpu.processes)
+        return ok("gpu", f"{has}; a running replica uses the rest.", node=at)
+    processes = ", ".join(f"{p.pid} ({p.name})" for p in gpu.processes)
     remedy = (
-        f"End what holds it: process {holders}."
-        if holders
-        else "`nvidia-smi` on the host shows what holds it; a container does not."
+        f"Stop the processes that use it: {processes}."
+        if processes
+        else "Stop the processes that use it. `nvidia-smi` on the host shows them; inside a container it does not."
     )
     if rank_bytes is not None and rank_bytes > free:
-        return problem("gpu", f"{has}, less than the {size(rank_bytes)} of a rank's weights.", remedy, node=at)
-    return warning("gpu", f"{has}: the KV cache gets what remains.", remedy, node=at)
+        return problem("gpu", f"{has}, but the weights of a rank need {format_bytes(rank_bytes)}.", remedy, node=at)
+    return warning("gpu", f"{has}, so the KV cache will be smaller.", remedy, node=at)
 
 
 def busy_gpus(node: Node) -> Sequence[int]:
-    """Indexes of GPUs that somebody uses."""
+    """Indexes of the GPUs that are in use."""
     gpus = node.machine.nvidia.gpus if node.machine is not None else ()
     return [g.index for g in gpus if g.processes or (g.free_bytes or 0) + BUSY_BYTES < (g.total_bytes or 0)]

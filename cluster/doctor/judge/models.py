@@ -1,31 +1,33 @@
-"""The checkpoint as every node that holds ranks sees it: complete, and the same everywhere."""
+"""Whether the checkpoint is complete and the same on every node that runs ranks."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from cluster.doctor.amounts import counted, format_bytes
 from cluster.doctor.facts import Model, Node
 from cluster.doctor.findings import Finding, ok, problem
-from cluster.doctor.words import counted, size
 
 CHECK = "model"
 
 
 def judge_models(nodes: Sequence[Node]) -> Iterator[Finding]:
-    seen = [(node.address, node.model) for node in nodes if node.model is not None]
-    for address, model in seen:
+    found = [(node.address, node.model) for node in nodes if node.model is not None]
+    for address, model in found:
         for fault in model.faults:
-            yield problem(CHECK, fault.sentence, fault.remedy, node=address)
-    whole = [(address, model) for address, model in seen if not model.faults]
-    by_print: dict[str | None, list[str]] = defaultdict(list)
-    for address, model in whole:
-        by_print[model.fingerprint].append(address)
-    if len(by_print) > 1:
-        groups = " and ".join(", ".join(addresses) for addresses in by_print.values())
-        remedy = "Download the same revision on every node (--revision), or copy the folder from one to the others."
-        yield problem(CHECK, f"The files in {whole[0][1].folder} are not the same on {groups}.", remedy)
-    elif whole:
-        yield ok(CHECK, f"{_summary(whole[0][1])}{f', the same on {len(whole)} nodes' if len(whole) > 1 else ''}.")
+            yield problem(CHECK, fault.message, fault.remedy, node=address)
+    complete = [(address, model) for address, model in found if not model.faults]
+    by_fingerprint: dict[str | None, list[str]] = defaultdict(list)
+    for address, model in complete:
+        by_fingerprint[model.fingerprint].append(address)
+    if len(by_fingerprint) > 1:
+        groups = " and ".join(", ".join(addresses) for addresses in by_fingerprint.values())
+        remedy = "Download the same --revision on every node, or copy the folder from one node to the others."
+        yield problem(CHECK, f"The files in {complete[0][1].folder} are not the same on {groups}.", remedy)
+    elif complete:
+        same = f", the same on {len(complete)} nodes" if len(complete) > 1 else ""
+        yield ok(CHECK, f"{_summary(complete[0][1])}{same}.")
 
 
 def _summary(model: Model) -> str:
-    return f"{model.folder} is complete: {counted(model.num_files, 'file')} of weights, {size(model.num_bytes)}, and a tokenizer"
+    files = counted(model.num_files, "weight file")
+    return f"{model.folder} is complete: {files}, {format_bytes(model.num_bytes)}, and a tokenizer"

@@ -1,1 +1,1 @@
-"""From a conversation to token ids: chat templates."""
+"""Chat templates: turn a conversation into token ids."""

@@ -1,7 +1,7 @@
-"""Chat templates in Jinja, as checkpoints of other families than Mistral's carry them, rendered as transformers renders them.
+"""Chat templates in Jinja, which checkpoints of other model families include, rendered as transformers renders them.
 
-The template is the operator's: it runs in jinja2's sandbox, as a program that a checkpoint brought along. Messages and tools are the
-client's: special tokens in them stay text (special_text.py). Knows no HTTP and no files.
+A template is a program from the checkpoint, so it runs in jinja2's sandbox. Messages and tools come from the client: special tokens in
+them stay text (special_text.py). Knows no HTTP and no files.
 """
 
 import json
@@ -25,13 +25,12 @@ from cluster.text.tools.definitions import ToolCall, ToolDefinition
 from workers.errors import ConfigError, RequestError
 
 _ANY_MARK = re.compile("[\ufdd0-\ufdef]")
-_ESCAPED_MARK = re.compile(
-    r"(?<!\\)((?:\\\\)*)\\u(fd[de][0-9a-f])"
-)  # behind an escaped backslash it is the client's text
+# After an escaped backslash it is the client's text.
+_ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fd[de][0-9a-f])")
 
 
 class JinjaTemplate:
-    """The templates of `files` over one tokenizer. Raises ConfigError for one that is not Jinja, or for ids beyond the model's."""
+    """The templates of `files` with one tokenizer. Raises ConfigError for invalid Jinja, or for token ids the model does not have."""
 
     supports_prefix = True
 
@@ -39,12 +38,15 @@ class JinjaTemplate:
         beyond = [content for content, token in files.added_tokens.items() if token.id >= model_vocab_size]
         if beyond:
             raise ConfigError(
-                f"The added token {beyond[0]!r} has an id beyond the model's {model_vocab_size} tokens; they do not belong together."
+                f"The id of the added token {beyond[0]!r} is beyond the model's {model_vocab_size} tokens.",
+                remedy="Use the tokenizer files that belong to the model.",
             )
         self._text = SpecialText(tokenizer, files.added_tokens, legacy=files.legacy)
         for name in ("bos_token", "eos_token"):
             if name in files.special_tokens and files.special_tokens[name] not in self._text:
-                raise ConfigError(f"The checkpoint names the {name} {files.special_tokens[name]!r} but gives it no id.")
+                raise ConfigError(
+                    f"The checkpoint names the {name} {files.special_tokens[name]!r} but does not give its id."
+                )
         default = files.templates.get(DEFAULT)
         if default is None:
             raise ConfigError("The checkpoint has several chat templates, but none is named 'default'.")
@@ -52,21 +54,23 @@ class JinjaTemplate:
         self._render = _compile(default)
         self._render_with_tools = _compile(files.templates.get(TOOL_USE, default))
         variables = jinja2.meta.find_undeclared_variables(_environment().parse(files.templates.get(TOOL_USE, default)))
-        # Calls are read behind Mistral's token; other families' forms of calls are not known here.
+        # Only Mistral's format of tool calls, after its control token, can be read.
         self.supports_tools = "tools" in variables and tokenizer.tool_calls_token_id is not None
 
     def encode(self, messages: Sequence[Message], *, tools: Sequence[ToolDefinition] = ()) -> ChatPrompt:
         check_conversation(messages)
         if not self.supports_tools and (tools or any(m.tool_calls for m in messages)):
             raise RequestError(
-                "This model's chat template has no tools; leave 'tools' and tool calls out.", param="tools"
+                "This model's chat template does not support tools.",
+                remedy="Remove 'tools' and tool calls from the request.",
+                param="tools",
             )
         texts = [text for m in messages for text in (m.content, m.name or "", m.tool_call_id or "")]
         calls = [call for m in messages for call in m.tool_calls]
         data = [(call.id, call.name, _parse(call.arguments)) for call in calls] + [_as_openai(tool) for tool in tools]
         texts.append(json.dumps(data, ensure_ascii=False))
         mark, end = free_marks(texts, 2)
-        conversation = [self._as_template_sees(message, mark) for message in messages]
+        conversation = [self._for_template(message, mark) for message in messages]
         definitions = [self._text.protect_json(_as_openai(tool), mark) for tool in tools]
         continues = messages[-1].prefix
         if continues:
@@ -80,22 +84,22 @@ class JinjaTemplate:
             **self._special_tokens,
         )
         if continues:
-            rendered = _cut_behind(rendered, end)
+            rendered = _cut_at(rendered, end)
         try:
             token_ids, num_last = self._text.encode(rendered, mark)
         except RequestError as e:
-            raise RequestError(str(e), param="messages") from e
+            raise RequestError(e.message, remedy=e.remedy, param="messages") from e
         return ChatPrompt(token_ids, token_ids[len(token_ids) - num_last :] if continues else [])
 
-    def _as_template_sees(self, message: Message, mark: str) -> dict[str, Any]:
-        seen: dict[str, Any] = {"role": message.role, "content": self._text.protect(message.content, mark)}
+    def _for_template(self, message: Message, mark: str) -> dict[str, Any]:
+        converted: dict[str, Any] = {"role": message.role, "content": self._text.protect(message.content, mark)}
         if message.name is not None:
-            seen["name"] = self._text.protect(message.name, mark)
+            converted["name"] = self._text.protect(message.name, mark)
         if message.tool_call_id is not None:
-            seen["tool_call_id"] = self._text.protect(message.tool_call_id, mark)
+            converted["tool_call_id"] = self._text.protect(message.tool_call_id, mark)
         if message.tool_calls:
-            seen["tool_calls"] = [self._call(call, mark) for call in message.tool_calls]
-        return seen
+            converted["tool_calls"] = [self._call(call, mark) for call in message.tool_calls]
+        return converted
 
     def _call(self, call: ToolCall, mark: str) -> dict[str, Any]:
         arguments, protect = _parse(call.arguments), self._text.protect_json
@@ -108,12 +112,14 @@ class JinjaTemplate:
         return {"id": self._text.protect(call.id, mark), "type": "function", "function": function}
 
 
-def _cut_behind(rendered: str, end: str) -> str:
-    """The text up to the end mark; where the template stripped the space behind it, it would have stripped the prefix's own."""
+def _cut_at(rendered: str, end: str) -> str:
+    """The text up to the end mark. If the template stripped the space after the mark, it would also strip the prefix's own space."""
     at = rendered.rfind(end)
     if at < 0:
         raise RequestError(
-            "This model's chat template cannot continue a message; leave 'prefix' out.", param="messages"
+            "This model's chat template cannot continue a message.",
+            remedy="Remove 'prefix' from the request.",
+            param="messages",
         )
     return rendered[:at] if rendered[at : at + 2] == f"{end} " else rendered[:at].rstrip()
 
@@ -124,7 +130,7 @@ def _as_openai(tool: ToolDefinition) -> dict[str, Any]:
 
 
 def _parse(arguments: str) -> Any:
-    """Templates write arguments with tojson, and so want a value, not its text."""
+    """Templates write arguments with tojson, so they need the value, not its JSON text."""
     try:
         return json.loads(arguments)
     except (ValueError, RecursionError):
@@ -132,7 +138,7 @@ def _parse(arguments: str) -> Any:
 
 
 def _compile(source: str) -> Callable[..., str]:
-    """A function of the template's variables. Raises ConfigError; the function raises RequestError."""
+    """A function that renders the template from its variables and raises RequestError. Raises ConfigError for invalid Jinja."""
     try:
         template = _environment().from_string(source)
     except jinja2.TemplateSyntaxError as e:
@@ -142,9 +148,9 @@ def _compile(source: str) -> Callable[..., str]:
         try:
             return template.render(**variables)
         except _RaisedByTemplateError as e:
-            sentence = _ANY_MARK.sub("", str(e)).split("\n", 1)[0][:300].rstrip(".")
-            raise RequestError(f"The conversation does not fit the chat template: {sentence}.", param="messages") from e
-        except Exception as e:  # a template is a program: it may fail in any way, and only its request with it
+            reason = _ANY_MARK.sub("", str(e)).split("\n", 1)[0][:300].rstrip(".")
+            raise RequestError(f"The conversation does not fit the chat template: {reason}.", param="messages") from e
+        except Exception as e:  # a template is a program that may fail in any way; only this request fails
             raise RequestError(
                 f"The chat template cannot render this conversation ({type(e).__name__}).", param="messages"
             ) from e
@@ -153,13 +159,13 @@ def _compile(source: str) -> Callable[..., str]:
 
 
 class _RaisedByTemplateError(jinja2.TemplateError):
-    """The template's own words on why it refuses a conversation."""
+    """Raised by the template itself, with its reason to reject a conversation."""
 
 
 class _Generation(jinja2.ext.Extension):
-    """The {% generation %} block of templates made for training: its body, nothing more."""
+    """The {% generation %} block of templates made for training; renders its body."""
 
-    tags = {"generation"}  # noqa: RUF012  # jinja2's own way to say it
+    tags = {"generation"}  # noqa: RUF012  # jinja2 requires this form
 
     def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
@@ -173,7 +179,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As transformers has it: without jinja2's HTML escapes. Marks stay marks."""
+    """As in transformers: without the HTML escapes of jinja2. Marks are not escaped."""
     written = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return _ESCAPED_MARK.sub(lambda m: m[1] + chr(int(m[2], 16)), written) if ensure_ascii else written
 

@@ -1,6 +1,6 @@
-"""The question by which a model moderates a text: Mistral's self-reflection, with the 13 categories its guardrailing guide names.
+"""The prompt that asks a model to moderate a text: Mistral's self-reflection, with the 13 categories of its guardrailing guide.
 
-Knows the categories, by Mistral's names and in our own words, and how to ask. Does not know how the answer is scored.
+Knows the categories (Mistral's names, our descriptions) and the prompt. Does not know how the answer is scored.
 """
 
 import json
@@ -27,9 +27,9 @@ _LIST = "\n".join(f"- {name}: {meaning}" for name, meaning in _MEANINGS.items())
 
 
 def moderation_prompt(text: str) -> str:
-    """A user message whose right answer is one of CATEGORIES or NOT_MODERATED.
+    """A user message whose correct answer is one of CATEGORIES or NOT_MODERATED.
 
-    The text stands in it as a JSON string, so that nothing in it can end the quotation and go on as instructions.
+    The text is quoted as a JSON string, so nothing in it can end the quotation and continue as instructions.
     """
     return (
         f"These are the categories of a content moderator:\n\n{_LIST}\n\n"

@@ -1,4 +1,4 @@
-"""Mistral's guardrail system prompt, as their API's `safe_prompt` puts it before a conversation. Knows messages only."""
+"""Mistral's guardrail system prompt, which `safe_prompt` in their API adds to a conversation. Knows messages only."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ SAFE_PROMPT = (
 
 
 def with_safe_prompt(messages: Sequence[Message]) -> list[Message]:
-    """The conversation with the guardrail before its own system prompt, in one message: some templates take only one."""
+    """The conversation with the guardrail before its own system prompt, as one message: some templates allow only one."""
     if messages and messages[0].role == "system":
         own = messages[0].content
         first = replace(messages[0], content=f"{SAFE_PROMPT}\n\n{own}" if own else SAFE_PROMPT)

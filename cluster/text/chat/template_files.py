@@ -1,6 +1,6 @@
-"""What a checkpoint in Hugging Face's layout says of its chat: templates, special tokens, tokens added to the vocabulary.
+"""Reads the chat settings of a checkpoint in Hugging Face's layout: templates, special tokens, and tokens added to the vocabulary.
 
-Knows tokenizer_config.json, chat_template.jinja and their relatives, and nothing of how a template is rendered.
+Knows tokenizer_config.json, chat_template.jinja and the files next to them. Does not know how a template is rendered.
 """
 
 import json
@@ -16,7 +16,7 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 
 @dataclass(frozen=True, slots=True)
 class AddedToken:
-    """A string that is one token. lstrip, rstrip: it swallows the white space before or behind it."""
+    """A string that is one token. lstrip, rstrip: white space before or after it is dropped."""
 
     id: int
     lstrip: bool = False
@@ -25,8 +25,9 @@ class AddedToken:
 
 @dataclass(frozen=True, slots=True)
 class TemplateFiles:
-    """`templates`: Jinja sources by name. `special_tokens`: such as {"bos_token": "<s>"}. `legacy`: text behind each special token
-    opens with a space, not only a text's first."""
+    """templates: Jinja sources by name. special_tokens: for example {"bos_token": "<s>"}. legacy: the text after every special token is
+    encoded with a leading space, not only the start of the text.
+    """
 
     templates: dict[str, str] = field(default_factory=dict)
     special_tokens: dict[str, str] = field(default_factory=dict)
@@ -35,7 +36,7 @@ class TemplateFiles:
 
 
 def read_template_files(folder: Path) -> TemplateFiles:
-    """All that is there; nothing of it has to be. Raises ConfigError for files that cannot be understood."""
+    """Whatever the folder has; every file is optional. Raises ConfigError for a file that cannot be read."""
     config = _read_object(folder / "tokenizer_config.json")
     templates: dict[str, str] = {}
     inline = config.get("chat_template")
@@ -54,7 +55,7 @@ def read_template_files(folder: Path) -> TemplateFiles:
 
 
 def read_source(path: Path) -> str:
-    """Raises ConfigError."""
+    """The source of a template. Raises ConfigError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -71,7 +72,7 @@ def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[str, AddedToken]
         name = _content(token)
         if not key.isdecimal() or not name:
             raise ConfigError(
-                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has an entry without id or content."
+                f"{folder / 'tokenizer_config.json'}: added_tokens_decoder has an entry without an id or content."
             )
         flags = token if isinstance(token, dict) else {}
         found[name] = AddedToken(int(key), lstrip=bool(flags.get("lstrip")), rstrip=bool(flags.get("rstrip")))

@@ -1,1 +1,1 @@
-"""From a JSON schema, expression or grammar to what the engine can follow."""
+"""Turns JSON schemas, regular expressions and grammars into what the engine can enforce."""

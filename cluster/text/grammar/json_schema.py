@@ -1,9 +1,9 @@
-"""JSON schemas before llguidance sees them: bounds on their size, and readings that keep every document valid to its reader.
+"""Prepares JSON schemas for llguidance: limits their size, and tightens them so that validators accept every document.
 
-Knows which keywords hold schemas and which hold data. Knows no grammar.
+Knows which keywords contain schemas and which contain data. Knows no grammar.
 
-    what a schema says          what documents are held to, since readers use floats and calendars
-    exclusiveMinimum: 0.81      0.81 + 1e-12 or more: 0.81000000000000000001 is above 0.81 but reads as 0.81
+    in the schema               enforced, because validators use floats and calendars
+    exclusiveMinimum: 0.81      0.81 + 1e-12 or more: 0.81000000000000000001 is above 0.81 but is parsed as 0.81
     format: date, date-time     years 1000 to 9999, 29 February in leap years only, no second 60
 """
 
@@ -18,11 +18,11 @@ MAX_SCHEMA_CHARS = 100_000
 MAX_SCHEMA_DEPTH = 64
 # llguidance follows references by recursion in native code: with 8 MiB of stack, a chain of 1,500 ended the process.
 MAX_SCHEMA_CHAIN = 600
-# A divisor is an automaton of as many states, and several in one lexer multiply: 20 of four digits did not end in ten minutes.
+# A divisor becomes an automaton with that many states, and several in one lexer multiply: 20 divisors of four digits took over ten minutes.
 MAX_DIVISORS_PRODUCT = 10_000
-MAX_OPTIONAL_PROPERTIES = 400  # of one object; each may come next, and the parser holds 2,000 such items
+MAX_OPTIONAL_PROPERTIES = 400  # of one object; each may come next, and the parser handles 2,000 such items
 
-# In these a "$ref" is data, or the name of a property, and no reference.
+# Under these keys a "$ref" is data or the name of a property, not a reference.
 _DATA_KEYS = {"const", "enum", "default", "examples", "example"}
 _MAP_KEYS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 
@@ -32,35 +32,40 @@ _FORMATS = {"date": f"^{_DATE}$", "date-time": rf"^{_DATE}.\d\d:\d\d:[0-5]", "ti
 
 
 class GrammarError(Exception):
-    """Why a schema or grammar cannot be used: the end of a sentence that began with the parameter's name."""
+    """Why a schema or grammar cannot be used. `message` follows the parameter's name; `remedy` is what to do, or None."""
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
 
 
 def check_schema(schema: Any) -> dict[str, Any] | bool:
-    """The schema, if it is within our bounds. Raises GrammarError."""
+    """The schema, if it is within the limits. Raises GrammarError."""
     if isinstance(schema, bool):
         return schema
     if not isinstance(schema, dict):
-        raise GrammarError("a JSON schema is an object, or true or false.")
+        raise GrammarError("a JSON schema must be an object, true or false.")
     if "x-guidance" in schema:
-        raise GrammarError("the schema's 'x-guidance' is not supported; remove it.")
+        raise GrammarError("the schema's 'x-guidance' is not supported.", remedy="Remove it.")
     references: set[str] = set()
     chain = _measure(schema, references, level=1)
     chain += sum(_measure(_resolve(schema, r), set(), level=1) for r in references)
     if chain > MAX_SCHEMA_CHAIN:
-        raise GrammarError("the schema's definitions refer to one another too deeply; use fewer of them.")
+        raise GrammarError("the schema's definitions refer to one another too deeply.", remedy="Use fewer of them.")
     check_divisors(schema)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as e:
-        raise GrammarError("the schema holds a number that JSON does not have.") from e
+        raise GrammarError("the schema contains a number that JSON cannot represent.") from e
     check_unicode(text)
     if len(text) > MAX_SCHEMA_CHARS:
-        raise GrammarError(f"the schema has {len(text):,} characters; at most {MAX_SCHEMA_CHARS:,} are allowed.")
+        raise GrammarError(f"the schema has {len(text):,} characters.", remedy=f"Use at most {MAX_SCHEMA_CHARS:,}.")
     return schema
 
 
 def check_divisors(schema: Any) -> None:
-    """Raises GrammarError when the multipleOf of all the schema together are too much for one lexer."""
+    """Raises GrammarError if the multipleOf keywords of the whole schema are together too much for one lexer."""
     product, nodes = 1, [schema]
     while nodes:
         node = nodes.pop()
@@ -74,25 +79,26 @@ def check_divisors(schema: Any) -> None:
             nodes += node
     if product > MAX_DIVISORS_PRODUCT:
         raise GrammarError(
-            f"the divisors in multipleOf, multiplied, are above {MAX_DIVISORS_PRODUCT:,}; use fewer or rounder ones."
+            f"the product of all multipleOf divisors is above {MAX_DIVISORS_PRODUCT:,}.",
+            remedy="Use fewer or rounder divisors.",
         )
 
 
 def check_unicode(text: str) -> None:
-    """Raises GrammarError for half of a surrogate pair."""
+    """Raises GrammarError if the text contains half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise GrammarError("it is not valid Unicode: it holds half of a surrogate pair.") from e
+        raise GrammarError("it is not valid Unicode: it contains half of a surrogate pair.") from e
 
 
 def tightened(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema as this file's docstring reads it."""
+    """The schema with the stricter rules of the table above."""
     return _mapped(schema, _tighten)
 
 
 def moved(schema: dict[str, Any], root: str) -> dict[str, Any]:
-    """The schema with references that are right when it stands at `root`, such as "#/$defs/t0"."""
+    """The schema with its references adjusted for a place at `root`, such as "#/$defs/t0"."""
 
     def move(node: dict[str, Any]) -> dict[str, Any]:
         reference = node.get("$ref")
@@ -102,7 +108,7 @@ def moved(schema: dict[str, Any], root: str) -> dict[str, Any]:
 
 
 def _mapped(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """`change` done to each schema in the schema, itself included."""
+    """Applies `change` to the schema and to every schema inside it."""
     if isinstance(schema, list):
         return [_mapped(item, change) for item in schema]
     if not isinstance(schema, dict):
@@ -136,9 +142,9 @@ def _tighten(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(node: Any, references: set[str], *, level: int) -> int:
-    """How many containers stand within one another; collects the targets of $ref."""
+    """The depth of nested containers. Adds the targets of $ref to `references`."""
     if level > MAX_SCHEMA_DEPTH:
-        raise GrammarError(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep; make it flatter.")
+        raise GrammarError(f"the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep.", remedy="Make it flatter.")
     if isinstance(node, dict):
         if isinstance(node.get("$ref"), str):
             references.add(node["$ref"])
@@ -146,7 +152,8 @@ def _measure(node: Any, references: set[str], *, level: int) -> int:
         num_required = len(required) if isinstance(required, list) else 0
         if isinstance(properties, dict) and len(properties) - num_required > MAX_OPTIONAL_PROPERTIES:
             raise GrammarError(
-                f"an object has more than {MAX_OPTIONAL_PROPERTIES} optional properties; require them, or use fewer."
+                f"an object has more than {MAX_OPTIONAL_PROPERTIES} optional properties.",
+                remedy="Make them required, or use fewer.",
             )
         children = list(node.values())
     elif isinstance(node, list):

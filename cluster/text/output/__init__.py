@@ -1,1 +1,1 @@
-"""From token ids to text: detokenizer, stop strings, tool calls."""
+"""Turns output token ids into text: detokenizer, stop strings, tool calls."""

@@ -1,15 +1,15 @@
-"""Token ids to text as they come: each `push` returns only text that no later token can change.
+"""Turns token ids into text as they arrive: each `push` returns only text that no later token can change.
 
-Equal, whatever the split, to SentencePiece's decode of all ids at once, whose rules are: control tokens add nothing but end a run
-of byte tokens; the space that opens a text is dropped once; bytes that form no UTF-8 character become one U+FFFD each.
-Knows one sequence and no tokenizer file; knows nothing of stop strings.
+However the ids are split, the result equals SentencePiece's decode of all ids at once. Its rules: control tokens add nothing but end a
+run of byte tokens; the space that opens a text is dropped once; each byte that is not part of a UTF-8 character becomes U+FFFD.
+Knows one sequence. Does not know tokenizer files or stop strings.
 
 Worked example, byte tokens of "é" (C3 A9) split over two steps: push([C3]) -> "", push([A9]) -> "é", flush() -> "".
 """
 
 from collections.abc import Iterable, Sequence
 
-from cluster.text.tokenizer import PieceTable
+from cluster.text.tokenizer_model import PieceTable
 
 _REPLACEMENT = "�"
 
@@ -17,24 +17,24 @@ _REPLACEMENT = "�"
 class Detokenizer:
     """Incremental decoder, O(1) per token.
 
-    `continues` are the ids whose text stands before ours: with a completion the prompt, so that the text is
-    decode(prompt + output) without decode(prompt); with an answer nothing, so that it opens without a space.
-    A character begun by the last bytes of `continues` is returned whole, once our bytes complete it.
+    continues: the ids before the output. For a completion the prompt, so that the text is decode(prompt + output) without
+    decode(prompt). For a chat answer nothing, so that it starts without a space. A character started by the last bytes of `continues` is
+    returned whole when the output completes it.
     """
 
     def __init__(self, pieces: PieceTable, *, continues: Sequence[int] = ()) -> None:
         self._pieces = pieces
         self._at_start = True  # the next leading space opens the text and is dropped
         self._pending = bytearray()  # a proper prefix of a UTF-8 character
-        self._num_foreign = 0  # of the pending bytes, those that `continues` ended with
+        self._num_foreign = 0  # how many of the pending bytes came from `continues`
         self.num_chars = 0  # returned so far
-        self._start_behind(continues)
+        self._start_after(continues)
 
-    def _start_behind(self, token_ids: Sequence[int]) -> None:
+    def _start_after(self, token_ids: Sequence[int]) -> None:
         is_control, size = self._pieces.is_control, len(self._pieces.is_control)
         self._at_start = all(not 0 <= i < size or is_control[i] for i in token_ids)
         run: list[int] = []
-        for token_id in reversed(token_ids[-3:]):  # a character's unfinished prefix has at most three bytes
+        for token_id in reversed(token_ids[-3:]):  # an unfinished character has at most three bytes
             byte = self._pieces.bytes[token_id] if 0 <= token_id < size else None
             if byte is None:
                 break
@@ -45,11 +45,11 @@ class Detokenizer:
         self.num_chars = 0
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text these tokens settle."""
+        """The text that is final after these tokens."""
         return "".join([self.push_token(token_id)[1] for token_id in token_ids])
 
     def push_token(self, token_id: int) -> tuple[int, str]:
-        """(where the token's own text begins, in characters of our text; the text it settles)."""
+        """Where the token's own text starts, in characters of the output, and the text that is final after it."""
         pieces = self._pieces
         if not 0 <= token_id < len(pieces.surfaces):
             return self.num_chars, ""  # the model's vocabulary may be padded beyond the tokenizer's
@@ -60,18 +60,18 @@ class Detokenizer:
             self._at_start = False
             self.num_chars += len(text)
             return offset, text
-        settled = self._drop_pending() if self._pending else ""
-        offset = self.num_chars + len(settled)
+        final = self._drop_pending() if self._pending else ""
+        offset = self.num_chars + len(final)
         surface = pieces.surfaces[token_id]
         if self._at_start and not pieces.is_control[token_id]:
             self._at_start = False
             if pieces.starts_with_space[token_id]:
                 surface = surface[1:]
         self.num_chars = offset + len(surface)
-        return offset, settled + surface
+        return offset, final + surface
 
     def flush(self) -> str:
-        """The rest, when no token follows: bytes still waiting for a character's end become U+FFFD."""
+        """The rest, when no token follows: bytes of an unfinished character become U+FFFD."""
         text = self._drop_pending()
         self.num_chars += len(text)
         return text
@@ -84,7 +84,7 @@ class Detokenizer:
         try:
             text = pending.decode()
         except UnicodeDecodeError:
-            # Only the newest byte can have broken it: what stood before was the prefix of a character.
+            # Only the newest byte can be the cause: the bytes before it were the prefix of a character.
             pending.pop()
             text = self._drop_pending()
             if _may_continue(bytes((byte,))):
@@ -103,7 +103,7 @@ class Detokenizer:
 
 
 def _may_continue(prefix: bytes | bytearray) -> bool:
-    """Whether some UTF-8 character begins with these bytes and is longer."""
+    """Whether these bytes are an incomplete prefix of a UTF-8 character."""
     lead = prefix[0]
     if 0xC2 <= lead <= 0xDF:
         return len(prefix) < 2

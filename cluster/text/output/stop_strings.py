@@ -1,7 +1,7 @@
-"""Finds stop strings in text that arrives in pieces, wherever the pieces were cut.
+"""Finds stop strings in text that arrives in pieces, also across pieces.
 
-Knows text only: no tokens, no requests. What it emits never has to be taken back: the longest tail that could begin a stop
-string is held until the next piece decides.
+Knows text only: no tokens, no requests. Emitted text is final: the longest tail that could be the start of a stop string is held back
+until the next piece decides.
 
 Worked example, stops ["END"]: push("the E") -> "the ", push("N") -> "", push("Dx") -> "" and stopped; or push("t") -> "ENt".
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class StopChecker:
-    """One sequence's stop strings. Of several that match, the one that ends first wins, then the one that begins first."""
+    """One sequence's stop strings. If several match, the one that ends first wins, then the one that starts first."""
 
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
         assert all(stops), "an empty stop string would match everywhere"
@@ -21,7 +21,7 @@ class StopChecker:
         self.stop: str | None = None  # the stop string found
 
     def push(self, text: str) -> tuple[str, bool]:
-        """(text that may be shown now, whether a stop string ended the sequence). After a stop, all text is dropped."""
+        """The text that is final now, and whether a stop string ended the sequence. After a stop, all text is dropped."""
         if self.stop is not None:
             return "", True
         if not self._stops:
@@ -39,7 +39,7 @@ class StopChecker:
         return text[: len(text) - num_held], False
 
     def flush(self) -> str:
-        """What was held back, when no text follows."""
+        """The text held back, when no text follows."""
         text, self._held = self._held, ""
         return text
 

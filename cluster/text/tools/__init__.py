@@ -1,1 +1,1 @@
-"""Tools: their definitions, and the calls a model writes."""
+"""Tools: their definitions, and the tool calls in a model's output."""

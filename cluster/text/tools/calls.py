@@ -1,8 +1,8 @@
-"""The text behind the control token [TOOL_CALLS], piece by piece, as the calls it makes.
+"""Reads tool calls from the text after the control token [TOOL_CALLS], as the pieces arrive.
 
-Knows Mistral's form, ` [{"name": "f", "arguments": {...}}, ...]`, and JSON's strings and brackets; no tokens, no schema. A call appears as
-soon as its name is complete; its arguments follow as exact pieces of the text. What is cut off or is not JSON leaves the calls that
-could be read, the last one's arguments cut: nothing here fails.
+Knows Mistral's format, ` [{"name": "f", "arguments": {...}}, ...]`, and the strings and brackets of JSON; no tokens and no schema. A call
+is reported as soon as its name is complete; its arguments follow as exact pieces of the text. Text that is cut off or is not JSON never
+raises: the calls read so far remain, the last one with incomplete arguments.
 
 Worked example: push(' [{"name": "f", "argum') -> call 0 with id and name; push('ents": {"a"') -> '{"a"'; push(': 1}}]') -> ': 1}'.
 """
@@ -19,7 +19,7 @@ _ALPHANUMERIC = string.ascii_letters + string.digits
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of call number `index`. The first has id and name, the others more of its arguments' JSON text."""
+    """A piece of the call number `index`. The first has the id and name, the others the next part of the arguments' JSON text."""
 
     index: int
     id: str | None = None
@@ -28,19 +28,19 @@ class ToolCallDelta:
 
 
 def new_tool_call_id() -> str:
-    """9 random letters and digits, as Mistral's templates want them."""
+    """9 random letters and digits, as Mistral's templates require."""
     return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(TOOL_CALL_ID_CHARS))
 
 
 class ToolCallParser:
-    """One sequence's calls. `new_id` is a hook for tests."""
+    """The calls of one sequence. `new_id` is replaceable for tests."""
 
     def __init__(self, *, new_id: Callable[[], str] = new_tool_call_id) -> None:
         self._new_id = new_id
         self._deltas: list[ToolCallDelta] = []
         self._depth = 0  # brackets open
         self._call_depth: int | None = None  # the depth inside a call's object; None before the first bracket
-        self._is_text = False  # what followed the token is no call but prose
+        self._is_text = False  # the text after the token is prose, not calls
         self._in_call = False
         self._in_string = False
         self._escaped = False
@@ -52,14 +52,14 @@ class ToolCallParser:
         self.num_calls = 0  # with a name
 
     def push(self, text: str) -> tuple[str, list[ToolCallDelta]]:
-        """(text that is no call, the pieces of calls that `text` adds)."""
+        """The part of `text` that is not a call, and the pieces of calls it adds."""
         for at, char in enumerate(text):
             if not self._is_text:
                 self._read(char)
             if self._is_text:
                 return text[at:], []
         if self._key == "arguments" and self._opens != '"':
-            self._arguments_go_on()
+            self._continue_arguments()
         deltas, self._deltas = self._deltas, []
         return "", _merge(deltas)
 
@@ -82,7 +82,7 @@ class ToolCallParser:
             self._read_nested(char)
 
     def _read_between(self, char: str) -> None:
-        """Outside the calls: the list's brackets and commas."""
+        """Between the calls: the brackets and commas of the list."""
         if self._call_depth is None:
             if char.isspace():
                 return
@@ -99,7 +99,7 @@ class ToolCallParser:
             self._depth = max(self._depth - 1, 0)
 
     def _read_field(self, char: str) -> None:
-        """In a call's object, but in none of its values."""
+        """Inside the object of a call, but not inside one of its nested values."""
         if char == ":" and self._key is None:
             key = _decode("".join(self._value))
             self._start_field()
@@ -143,9 +143,9 @@ class ToolCallParser:
             if self._opens == '"':  # some models write the arguments' JSON as a string
                 text = _decode("".join(self._value))
                 self._value = [text] if isinstance(text, str) else []
-            self._arguments_go_on()
+            self._continue_arguments()
 
-    def _arguments_go_on(self) -> None:
+    def _continue_arguments(self) -> None:
         if self._arguments is None:
             self._arguments = []
         if self._name is None:
@@ -173,7 +173,7 @@ def _decode(text: str) -> object:
 
 
 def _merge(deltas: list[ToolCallDelta]) -> list[ToolCallDelta]:
-    """Neighbouring pieces of one call as one."""
+    """Joins neighbouring pieces of the same call."""
     merged: list[ToolCallDelta] = []
     for delta in deltas:
         if merged and merged[-1].index == delta.index:

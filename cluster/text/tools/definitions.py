@@ -1,7 +1,7 @@
-"""Tools a model may call: their definitions, the grammar of an answer that may call them, and ids as Mistral's templates want them.
+"""Tools a model may call: their definitions, the grammar of an answer that may call them, and call ids as Mistral's templates require.
 
-Knows Mistral's form of calls, <[TOOL_CALLS]> and a JSON list of name and arguments. Does not know templates (chat.py) nor how a
-generated text becomes calls again (tool_calls.py).
+Knows Mistral's format of calls: [TOOL_CALLS] and a JSON list of names and arguments. Does not know chat templates (chat/) or how calls
+are read from the output (calls.py).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _MISTRAL_ID = re.compile(rf"[a-zA-Z0-9]{{{TOOL_CALL_ID_CHARS}}}")
 
 @dataclass(frozen=True, slots=True)
 class ToolDefinition:
-    """`parameters`: a JSON schema of an object. strict: a schema that cannot be enforced is refused, not loosened."""
+    """parameters: the JSON schema of an object. strict: a schema that cannot be enforced is rejected instead of ignored."""
 
     name: str
     description: str = ""
@@ -34,7 +34,7 @@ class ToolDefinition:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call an assistant message made. `arguments` is JSON as text."""
+    """A call in an assistant message. `arguments` is JSON text."""
 
     id: str
     name: str
@@ -42,7 +42,7 @@ class ToolCall:
 
 
 def mistral_id(call_id: str) -> str:
-    """The id itself if it has 9 letters and digits, else 9 that follow from it: calls and results made elsewhere still match."""
+    """The id itself if it has 9 letters and digits, otherwise 9 derived from it, so that a call and its result still match."""
     if _MISTRAL_ID.fullmatch(call_id):
         return call_id
     digest = hashlib.blake2b(call_id.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
@@ -57,22 +57,29 @@ def tool_grammar(
     name: str | None = None,
     parallel: bool = True,
 ) -> str:
-    """The grammar of an answer that is text or calls; only calls if `required`; one call of tool `name` if that is given.
+    """The grammar of an answer that is text or calls.
 
-    parallel: up to 16 calls, else exactly one. Arguments follow each tool's schema; where llguidance cannot enforce one, they may be
-    any object, unless the tool is strict. May run in a thread. Raises RequestError for param "tools".
+    required: only calls. name: exactly one call of that tool. parallel: up to 16 calls, otherwise exactly one. Arguments follow each
+    tool's schema. If llguidance cannot enforce a schema, they may be any object, unless the tool is strict. May run in a thread. Raises
+    RequestError for param "tools".
     """
     token_id = compiler.tokenizer.tool_calls_token_id
     if token_id is None:
-        raise RequestError("This model cannot call tools: its vocabulary has no [TOOL_CALLS].", param="tools")
+        raise RequestError(
+            "This model cannot call tools: its vocabulary has no [TOOL_CALLS].",
+            remedy="Remove 'tools' from the request.",
+            param="tools",
+        )
     schemas = {tool.name: _parameters(tool, compiler) for tool in tools if name in (None, tool.name)}
-    assert schemas, f"no tool to call; asked for {name!r}"
+    assert schemas, f"no tool to call; requested {name!r}"
     if sum(len(json.dumps(schema)) for schema in schemas.values()) > MAX_TOOLS_CHARS:
         raise RequestError(
-            f"The tools' schemas have more than {MAX_TOOLS_CHARS:,} characters together; use fewer.", param="tools"
+            f"The schemas of the tools have more than {MAX_TOOLS_CHARS:,} characters in total.",
+            remedy="Use fewer tools, or smaller schemas.",
+            param="tools",
         )
     calls = _calls_schema(schemas, max_calls=MAX_PARALLEL_CALLS if parallel and name is None else 1)
-    # No text holds a control token, so that TEXT ends where the calls begin.
+    # Text never contains a control token, so TEXT ends where the calls start.
     start = f'<[{token_id}]> " "? @body'
     if not required and name is None:
         start = f"TEXT | {start}\nTEXT: /(?s:.*)/"
@@ -81,27 +88,35 @@ def tool_grammar(
         check_divisors(calls)
         compiler.check(grammar)
     except GrammarError as e:
-        raise RequestError(f"tools: {e}", param="tools") from None
+        raise RequestError(f"tools: {e.message}", remedy=e.remedy, param="tools") from None
     return grammar
 
 
 def _parameters(tool: ToolDefinition, compiler: GrammarCompiler) -> dict[str, Any]:
-    """The schema its arguments are held to."""
+    """The schema that the tool's arguments must follow."""
     schema = {key: value for key, value in tool.parameters.items() if key not in ("$schema", "$id")}
     if schema.setdefault("type", "object") != "object":
-        raise RequestError(f"tools: the parameters of {tool.name!r} are not those of an object.", param="tools")
+        raise RequestError(
+            f"tools: the parameters of {tool.name!r} are not a schema of an object.",
+            remedy="Set their 'type' to 'object'.",
+            param="tools",
+        )
     try:
         body = json_body(schema)
         compiler.check(wrap(body))
     except GrammarError as e:
         if tool.strict:
-            raise RequestError(f"tools: {tool.name!r} is strict, and its schema: {e}", param="tools") from None
+            raise RequestError(
+                f"tools: {tool.name!r} is strict, but its schema cannot be enforced: {e.message}",
+                remedy=e.remedy,
+                param="tools",
+            ) from None
         return ANY_OBJECT
     return schema
 
 
 def _calls_schema(schemas: dict[str, dict[str, Any]], *, max_calls: int) -> dict[str, Any]:
-    """The JSON schema of a list of calls. Each tool's schema moves to a place of its own, and its references with it."""
+    """The JSON schema of a list of calls. Each tool's schema moves under $defs, and its references are adjusted."""
     definitions = {f"t{i}": tightened(moved(schema, f"#/$defs/t{i}")) for i, schema in enumerate(schemas.values())}
     items = [
         {

@@ -1,10 +1,10 @@
-// Requests to this server with the user's key, and failures as it words them.
-// Knows the error envelope and Bearer authentication. Knows no view.
+// Requests to this server with the user's key, and its errors.
+// Knows the error format and Bearer authentication. Knows no view.
 
 import { askForKey, authorization, currentKey } from "./key.js";
 import { eventsOf } from "./sse.js";
 
-/** `status` is null when no answer came. `retryAfterS`: seconds, where the server says so. */
+/** `status` is null without a response. `retryAfterS`: seconds from the Retry-After header, or null. */
 export class ApiError extends Error {
   constructor(message, { status = null, param = null, code = null, retryAfterS = null } = {}) {
     super(message);
@@ -13,7 +13,7 @@ export class ApiError extends Error {
   }
 }
 
-/** The answer to a request, whatever its status but 401, for which the user is asked for a key first (unless quiet). */
+/** The response to a request, with any status. After a 401 the user is asked for a key first, unless quiet. */
 export async function send(path, { quiet = false, headers = {}, ...options } = {}) {
   for (;;) {
     const key = currentKey();
@@ -22,23 +22,23 @@ export async function send(path, { quiet = false, headers = {}, ...options } = {
       response = await fetch(path, { ...options, headers: { ...headers, ...authorization(key) } });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ApiError("The server does not answer. Is it running?");
+      throw new ApiError("The server does not respond. Check that it is running.");
     }
     if (response.status !== 401) return response;
     const refusal = await errorOf(response);
-    if (key !== currentKey()) continue; // another request asked meanwhile
+    if (key !== currentKey()) continue; // the user has entered a key in the meantime
     if (quiet || !(await askForKey(key === null ? null : "The server does not accept this key."))) throw refusal;
   }
 }
 
-/** A JSON answer. Throws ApiError. */
+/** A JSON response. Throws ApiError. */
 export async function getJson(path, options) {
   const response = await send(path, options);
   if (!response.ok) throw await errorOf(response);
   return response.json();
 }
 
-/** The parsed events of a streamed answer to `body`. Throws ApiError, also for an error event in mid-stream. */
+/** The parsed events of a streamed response to `body`. Throws ApiError, also for an error event in mid-stream. */
 export async function* streamJson(path, body, signal) {
   const response = await send(path, {
     method: "POST",
@@ -48,7 +48,7 @@ export async function* streamJson(path, body, signal) {
   });
   if (!response.ok) throw await errorOf(response);
   if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
-    yield await response.json(); // the user asked for a whole answer
+    yield await response.json(); // the user requested a response in one piece
     return;
   }
   try {
@@ -60,9 +60,9 @@ export async function* streamJson(path, body, signal) {
     }
   } catch (error) {
     if (error instanceof ApiError || error.name === "AbortError") throw error;
-    throw new ApiError("The connection was lost before the answer was complete.");
+    throw new ApiError("The connection was lost before the response was complete.");
   }
-  throw new ApiError("The stream ended before the answer was complete.");
+  throw new ApiError("The stream ended before the response was complete.");
 }
 
 async function errorOf(response) {

@@ -1,4 +1,4 @@
-// Starts the page: tabs, the key button, the two views. Knows which views there are, not what they show.
+// Starts the page: tabs, the key button, the two views. Knows the views, not what they show.
 // The open tab is in the address (#cluster), so that it can be linked and survives a reload.
 
 import { startCluster } from "./cluster.js";
@@ -40,7 +40,7 @@ function startTabs() {
     });
   }
   addEventListener("hashchange", () => {
-    if (TABS.includes(location.hash.slice(1))) select(fromAddress()); // #main is the skip link's
+    if (TABS.includes(location.hash.slice(1))) select(fromAddress()); // #main belongs to the skip link
   });
   select(fromAddress());
 }

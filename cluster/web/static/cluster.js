@@ -1,5 +1,5 @@
-// The live view of the cluster: asks once a second while someone looks, and shows the answer.
-// Knows GET /admin/cluster, and /health/ready for a key that may not see the former. How it looks is cluster_view.js's.
+// The live view of the cluster: polls once a second while the page is visible.
+// Knows GET /admin/cluster, and /health/ready for a key that is not an admin key. cluster_view.js draws it.
 
 import { ApiError, getJson, send } from "./api.js";
 import { showCluster, showHealth, showMessage } from "./cluster_view.js";
@@ -8,32 +8,32 @@ import { remember } from "./rates.js";
 
 const EVERY_MS = 1000;
 
-/** {show(visible)}: whether the panel is the one that is seen. */
+/** Returns {show(visible)}: call it when the panel becomes visible or hidden. */
 export function startCluster(panel) {
-  let looks = [];
+  let snapshots = [];
   let shown = false;
   let timer = null;
   let busy = false;
-  let locked = false; // the user did not give a key: ask no more until there is one
-  let note = null; // why there is less than the whole to see
+  let locked = false; // the user entered no key: stop asking until there is one
+  let note = null; // why the view is incomplete
 
-  async function look() {
+  async function poll() {
     try {
       if (note === null) {
         const view = await getJson("admin/cluster", { cache: "no-store" });
-        looks = remember(looks, { view, atS: performance.now() / 1000 });
-        showCluster(panel, looks);
+        snapshots = remember(snapshots, { view, atS: performance.now() / 1000 });
+        showCluster(panel, snapshots);
       } else {
         showHealth(panel, await health(), note);
       }
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      if (error.status === 403) note = `${error.message} This is what every key may see.`;
-      else if (error.status === 404) note = "This server shows no cluster, only the health of its replicas.";
+      if (error.status === 403) note = `${error.message} All keys can see this much.`;
+      else if (error.status === 404) note = "This server has no cluster view, only the health of its replicas.";
       else if (error.status === 401) {
         locked = true;
-        showMessage(panel, "The cluster is shown to those who have a key.", { label: "Enter key", act: unlock });
-      } else showMessage(panel, `${error.message} Trying again every second.`, { keep: looks.length > 0 });
+        showMessage(panel, "Enter an API key to see the cluster.", { label: "Enter key", act: unlock });
+      } else showMessage(panel, `${error.message} Trying again every second.`, { keep: snapshots.length > 0 });
     }
   }
 
@@ -42,13 +42,13 @@ export function startCluster(panel) {
     tick();
   }
 
-  /** Not an interval: a slow answer is waited for, never overtaken. */
+  /** Not an interval: the next poll starts after a slow response, never during it. */
   async function tick() {
     clearTimeout(timer);
     if (busy || locked || !shown || document.hidden) return;
     busy = true;
     try {
-      await look();
+      await poll();
     } finally {
       busy = false;
     }
@@ -57,11 +57,11 @@ export function startCluster(panel) {
 
   document.addEventListener("visibilitychange", tick);
   onKeyChange(() => {
-    looks = [];
+    snapshots = [];
     note = null;
     unlock();
   });
-  showMessage(panel, "Looking at the cluster …");
+  showMessage(panel, "Loading the cluster …");
   return {
     show(visible) {
       shown = visible;
@@ -70,9 +70,9 @@ export function startCluster(panel) {
   };
 }
 
-/** /health/ready answers 503 with the same body when nothing is ready. */
+/** /health/ready has status 503 and the same body if no replica is ready. */
 async function health() {
   const response = await send("health/ready", { cache: "no-store" });
-  if (!response.ok && response.status !== 503) throw new ApiError("The server does not show its health to this key.");
+  if (!response.ok && response.status !== 503) throw new ApiError("This key cannot read the server's health.");
   return response.json();
 }

@@ -1,26 +1,26 @@
-// How a ClusterView looks: figures, one card a replica, its ranks, the gateways. Built anew with each look; it is small.
-// Knows the JSON of GET /admin/cluster and of /health/ready. Asks for nothing itself.
+// Draws a ClusterView: figures, one card per replica with its ranks, the gateways. Drawn again with each snapshot; it is small.
+// Knows the JSON of GET /admin/cluster and of /health/ready. Sends no requests.
 
 import { make } from "./dom.js";
 import { bar, sparkline } from "./gauges.js";
 import { history, rateOf } from "./rates.js";
 
 const NOTHING = "–";
-const POINTS = 60; // of a sparkline, one a second
+const POINTS = 60; // of a sparkline, one per second
 
-/** looks: of rates.js, at least one. */
-export function showCluster(panel, looks) {
-  const { view } = looks.at(-1);
-  const rates = view.replicas.map((replica) => rateOf(looks, replica));
+/** snapshots: from rates.js, at least one. */
+export function showCluster(panel, snapshots) {
+  const { view } = snapshots.at(-1);
+  const rates = view.replicas.map((replica) => rateOf(snapshots, replica));
   replace(
     panel,
     head(view),
-    view.failure && make("p", { class: "notice error" }, `Starting replicas is given up: ${view.failure[1]}`),
+    view.failure && make("p", { class: "notice error" }, `No more replicas are started: ${view.failure.message} ${view.failure.remedy ?? ""}`),
     ...view.notices.map(leaving),
-    figures(view, rates, looks),
+    figures(view, rates, snapshots),
     view.replicas.length
-      ? make("div", { class: "replicas" }, view.replicas.map((replica, i) => card(replica, rates[i], looks)))
-      : make("p", { class: "empty" }, "No replica runs now. A request wakes one, where the deployment allows none to run."),
+      ? make("div", { class: "replicas" }, view.replicas.map((replica, i) => card(replica, rates[i], snapshots)))
+      : make("p", { class: "empty" }, "No replica is running. If the deployment scales to zero, the next request starts one."),
     gateways(view.gateways),
   );
 }
@@ -67,9 +67,9 @@ function replace(panel, ...children) {
 }
 
 function leaving({ node_ip: ip, is_head: isHead, cause, deadline }) {
-  const what = isHead ? `The head node ${ip}, and everything with it,` : `Node ${ip}`;
+  const what = isHead ? `The head node ${ip}, and with it the whole cluster,` : `Node ${ip}`;
   const left = duration(Math.max(deadline - Date.now() / 1000, 0));
-  return make("p", { class: "notice error" }, `${what} goes away in ${left}: ${cause}`);
+  return make("p", { class: "notice error" }, `${what} stops in ${left}: ${cause}`);
 }
 
 function head(view) {
@@ -83,16 +83,16 @@ function head(view) {
   );
 }
 
-function figures(view, rates, looks) {
+function figures(view, rates, snapshots) {
   const sum = (values) => values.reduce((a, b) => a + b, 0);
   const known = rates.map((rate) => rate.tokensPerS).filter((rate) => rate !== null);
   const load = (name) => sum(view.replicas.map((r) => r.load[name]));
-  const points = history(looks).slice(-POINTS);
+  const points = history(snapshots).slice(-POINTS);
   const blocks = load("num_blocks");
   return make(
     "dl",
     { class: "figures" },
-    figure("Tokens per second", known.length ? count(sum(known)) : NOTHING, sparkline(points, POINTS, "Tokens per second, the last minute")),
+    figure("Tokens per second", known.length ? count(sum(known)) : NOTHING, sparkline(points, POINTS, "Tokens per second in the last minute")),
     figure("KV cache", percent(load("num_used_blocks"), blocks), bar(load("num_used_blocks"), blocks, "KV cache in use")),
     figure("Running", count(load("num_running")), note("on replicas")),
     figure("Waiting", count(load("num_waiting")), note("on replicas")),
@@ -108,10 +108,10 @@ function note(text) {
   return make("span", { class: "hint" }, text);
 }
 
-function card(replica, rate, looks) {
+function card(replica, rate, snapshots) {
   const { load } = replica;
   const kv = `${count(load.num_used_blocks)} of ${count(load.num_blocks)} blocks`;
-  const points = history(looks, replica).slice(-POINTS);
+  const points = history(snapshots, replica).slice(-POINTS);
   return make(
     "article",
     { class: "card" },
@@ -126,7 +126,7 @@ function card(replica, rate, looks) {
       fact("Waiting", count(load.num_waiting)),
       fact("Cache hits", percent(load.prefix_hits_total, load.prefix_queries_total)),
     ),
-    sparkline(points, POINTS, `Tokens per second of ${replica.replica_id}, the last minute`),
+    sparkline(points, POINTS, `Tokens per second of ${replica.replica_id} in the last minute`),
     make("div", { class: "kv" }, make("span", {}, "KV cache"), make("span", {}, load.num_blocks ? kv : NOTHING)),
     bar(load.num_used_blocks, load.num_blocks, `KV cache of ${replica.replica_id}`),
     replica.ranks.length > 0 && ranks(replica, rate),

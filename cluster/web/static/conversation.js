@@ -1,10 +1,10 @@
-// The chat's messages: as values to send, and as a list to look at. Knows nothing of requests.
+// The chat's messages: as values to send, and as a list on the page. Knows no requests.
 
 import { $, make } from "./dom.js";
 
 const NAMES = { user: "You", assistant: "Model", tool: "Result" };
 
-/** The messages so far. An answer is added empty, and grows. */
+/** The messages so far. A response is added empty and then grows. */
 export class Conversation {
   #messages = [];
   #list = $("log");
@@ -19,7 +19,7 @@ export class Conversation {
     return !this.isEmpty && this.#messages.at(-1).role !== "assistant";
   }
 
-  /** The first call of the last answer that has no result yet, or null. What is said next is its result. */
+  /** The first tool call of the last response without a result, or null. The next message is its result. */
   get openCall() {
     const last = this.#messages.findLastIndex((message) => message.role === "assistant");
     const results = this.#messages.slice(last + 1).map((message) => message.tool_call_id);
@@ -57,7 +57,7 @@ export class Conversation {
     return content;
   }
 
-  /** An answer to be written: {write(text), writeToolCall(delta), close(note), remove(), isEmpty}. */
+  /** A response to write: {write(text), writeToolCall(delta), close(note), remove(), isEmpty}. */
   addAnswer() {
     const message = { role: "assistant", content: "" };
     const text = this.#add(message);
@@ -88,7 +88,7 @@ export class Conversation {
     };
   }
 
-  /** Takes the last answer away, so that it can be given again. */
+  /** Removes the last response, so that it can be generated again. */
   dropAnswer() {
     while (!this.isEmpty && !this.awaitsAnswer) this.#remove(this.#messages.at(-1));
   }

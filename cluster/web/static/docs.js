@@ -1,5 +1,5 @@
-// The documentation page: every operation of /openapi.json, with what it takes, what it answers, and a form to try it.
-// Knows OpenAPI's operations. Schemas are schema.js's, the form is try.js's.
+// The API reference: every operation of /openapi.json with its parameters, its responses, and a form to try it.
+// Knows OpenAPI's operations. schema.js shows schemas, try.js is the form.
 
 import { getJson } from "./api.js";
 import { $, make } from "./dom.js";
@@ -88,7 +88,7 @@ function describe(entry, spec) {
     part("Try it", makeTry(entry, request && (request.example ?? exampleOf(request.schema, spec)))),
     parameters.length > 0 && part("Parameters", make("dl", { class: "fields" }, parameters.map((p) => showParameter(p)))),
     request && part("Body", showSchema(request.schema, spec)),
-    part("Answers", make("div", { class: "answers" }, Object.entries(operation.responses).map((r) => showAnswer(r, spec)))),
+    part("Responses", make("div", { class: "answers" }, Object.entries(operation.responses).map((r) => showAnswer(r, spec)))),
   ].filter(Boolean);
 }
 

@@ -1,7 +1,7 @@
-// Makes elements and finds them. Text goes in as text nodes, never as HTML: what a model says stays text.
+// Creates and finds elements. Text is added as text nodes, never as HTML, so a model's output stays text.
 // Knows no view of the page.
 
-/** The element with this id; a missing one is our own mistake. */
+/** The element with this id. Throws if it is missing, which is a bug. */
 export function $(id) {
   const element = document.getElementById(id);
   if (!element) throw new Error(`the page has no #${id}`);

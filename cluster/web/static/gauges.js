@@ -1,11 +1,11 @@
-// Small pictures of numbers: a bar, a sparkline. Knows no cluster.
+// Small charts: a bar and a sparkline. Knows no cluster.
 
 import { make, makeSvg } from "./dom.js";
 
 const WIDTH = 120;
 const HEIGHT = 28;
 
-/** A bar filled to part/whole, which screen readers hear as `label`. */
+/** A bar filled to part/whole, with `label` for screen readers. */
 export function bar(part, whole, label) {
   const share = whole ? Math.min(part / whole, 1) : 0;
   const fill = make("div", { class: share > 0.9 ? "fill high" : "fill" });

@@ -1,13 +1,13 @@
-// The API key: where it is kept, and the dialog that asks for it.
-// In sessionStorage, which ends with the tab, or in localStorage if the user wants it remembered. Knows one request, by which a key
-// is tried before it is kept; api.js knows the others.
+// The API key: where it is stored, and the dialog that asks for it.
+// It is in sessionStorage, which ends with the tab, or in localStorage if the user wants it remembered. Knows one request, which checks a
+// key before it is stored; api.js knows the others.
 
 import { $, make } from "./dom.js";
 
 const STORE = "tramontane.key";
 const listeners = new Set();
-let inMemory = null; // where the browser forbids storage
-let asking = null; // one dialog for all who ask meanwhile
+let inMemory = null; // if the browser forbids storage
+let asking = null; // the open dialog, shared by all requests that need a key
 
 /** The key, or null. */
 export function currentKey() {
@@ -30,7 +30,7 @@ function keep(key, remember) {
     localStorage.removeItem(STORE);
     if (key !== null) (remember ? localStorage : sessionStorage).setItem(STORE, key);
   } catch {
-    // it holds until the page is left
+    // the key is valid until the page is closed
   }
   for (const listener of listeners) listener();
 }
@@ -63,7 +63,7 @@ function ask(problem) {
     save.disabled = true;
     const refusal = await tryKey(key);
     save.disabled = false;
-    if (!dialog.open) return; // cancelled meanwhile
+    if (!dialog.open) return; // the user has cancelled
     if (refusal) {
       complain(refusal);
       input.select();
@@ -104,12 +104,12 @@ function ask(problem) {
 
 /** Why the server does not take this key, or null. */
 async function tryKey(key) {
-  if (!/^[!-~]+$/.test(key)) return "A key has only letters, digits and signs, without spaces.";
+  if (!/^[!-~]+$/.test(key)) return "A key has only letters, digits and punctuation, without spaces.";
   try {
     const response = await fetch("v1/models", { headers: authorization(key) });
     return response.status === 401 ? "The server does not accept this key." : null;
   } catch {
-    return "The server does not answer; try again in a moment.";
+    return "The server does not respond. Try again in a moment.";
   }
 }
 
@@ -123,12 +123,12 @@ function makeDialog() {
       "form",
       { method: "dialog", id: "key-form" },
       make("h2", { id: "key-title" }, "API key"),
-      make("p", {}, "This server asks for a key."),
+      make("p", {}, "This server requires an API key."),
       make("label", { for: "key" }, "Key"),
       make("input", { ...key, required: true, "aria-describedby": "key-error key-hint" }),
       make("p", { class: "field-error", id: "key-error", role: "alert", hidden: true }),
       make("label", { class: "check" }, make("input", { type: "checkbox", id: "key-remember" }), "Remember it in this browser"),
-      make("p", { class: "hint", id: "key-hint" }, "Otherwise it is forgotten with this tab. It is sent to this server only."),
+      make("p", { class: "hint", id: "key-hint" }, "Otherwise it is deleted when you close this tab. It is sent only to this server."),
       make(
         "div",
         { class: "dialog-actions" },

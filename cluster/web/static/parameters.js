@@ -1,5 +1,5 @@
-// The form of parameters: its fields as a table, and the part of a request's body that they are.
-// An empty field is not sent: the server's default holds. Bounds are the server's to check; here they only shape the inputs.
+// The form of parameters: a table of fields, and the part of a request's body that they fill.
+// An empty field is not sent, so the server's default applies. The server checks bounds; here they only configure the inputs.
 
 import { $, make } from "./dom.js";
 
@@ -29,7 +29,7 @@ const GROUPS = [
   },
 ];
 const MAX_STOP_STRINGS = 4;
-const FORMATS = { text: "Text", json_object: "Any JSON object", json_schema: "JSON by a schema" };
+const FORMATS = { text: "Text", json_object: "Any JSON object", json_schema: "JSON with a schema" };
 const EXAMPLE_SCHEMA = { type: "object", properties: { name: { type: "string" } }, required: ["name"] };
 
 /** Something in the form cannot be sent; `element` is where. */
@@ -108,7 +108,7 @@ function makeStop() {
     { class: "field tall" },
     make("label", { for: "stop-strings" }, "Stop at"),
     make("textarea", { id: "stop-strings", class: "code", rows: 2, spellcheck: "false", "aria-describedby": "stop-hint" }),
-    make("p", { class: "hint", id: "stop-hint" }, `One text a line, up to ${MAX_STOP_STRINGS}; \\n is a line break, \\t a tab.`),
+    make("p", { class: "hint", id: "stop-hint" }, `One string per line, at most ${MAX_STOP_STRINGS}. Write \\n for a line break and \\t for a tab.`),
   );
 }
 
@@ -116,7 +116,7 @@ function readStop() {
   const escapes = { n: "\n", t: "\t", "\\": "\\" };
   const lines = $("stop-strings").value.split("\n").filter((line) => line !== "");
   if (lines.length > MAX_STOP_STRINGS) {
-    throw new ParameterError(`At most ${MAX_STOP_STRINGS} stop texts can be sent.`, $("stop-strings"));
+    throw new ParameterError(`Enter at most ${MAX_STOP_STRINGS} stop strings.`, $("stop-strings"));
   }
   return lines.map((line) => line.replace(/\\([nt\\])/g, (_, sign) => escapes[sign]));
 }
@@ -128,7 +128,7 @@ function makeFormat() {
   schema.value = JSON.stringify(EXAMPLE_SCHEMA, null, 2);
   schema.hidden = true;
   select.addEventListener("change", () => (schema.hidden = select.value !== "json_schema"));
-  return make("div", { class: "field tall" }, make("label", { for: "response_format" }, "Answer format"), select, schema);
+  return make("div", { class: "field tall" }, make("label", { for: "response_format" }, "Response format"), select, schema);
 }
 
 function makeMore() {
@@ -151,11 +151,11 @@ function makeMore() {
 
 function readMore() {
   if ($("more").value.trim() === "") return {};
-  const fields = readJson("more", "What stands under Other fields");
+  const fields = readJson("more", "The text in Other fields");
   if (fields === null || typeof fields !== "object" || Array.isArray(fields)) {
-    throw new ParameterError("What stands under Other fields is not a JSON object.", $("more"));
+    throw new ParameterError("The text in Other fields is not a JSON object.", $("more"));
   }
-  if ((fields.n ?? 1) !== 1) throw new ParameterError("The page shows one answer; leave n out.", $("more"));
+  if ((fields.n ?? 1) !== 1) throw new ParameterError("The page shows one choice. Remove n.", $("more"));
   return fields;
 }
 

@@ -1,5 +1,5 @@
-// The playground: a prompt or a conversation, sent with the parameters, and the answer as it comes.
-// Knows the elements of its panel. Requests are run.js's, parameters parameters.js's, messages conversation.js's.
+// The playground: sends a prompt or a conversation with the parameters, and shows the response as it arrives.
+// Knows the elements of its panel. run.js sends requests, parameters.js has the parameters, conversation.js the messages.
 
 import { getJson } from "./api.js";
 import { Conversation } from "./conversation.js";
@@ -14,7 +14,7 @@ const STAGE_MARGIN_PX = 24;
 const FINISH = { stop: "stop", length: "length limit", tool_calls: "tool call", stopped: "stopped by you" };
 
 let conversation;
-let controller = null; // of the request that runs, or null
+let controller = null; // of the running request, or null
 
 export function startPlayground() {
   conversation = new Conversation();
@@ -97,7 +97,7 @@ async function submit() {
   conversation.say(area.value);
   area.value = "";
   showWhatIsNext();
-  if (conversation.openCall === null) await answer(sent); // else there is another result to give
+  if (conversation.openCall === null) await answer(sent); // otherwise another tool result is still missing
 }
 
 /** Behind a tool call the editor takes its result. */
@@ -133,7 +133,7 @@ async function answer({ path, body }) {
     showWhatIsNext();
     return;
   }
-  // What got no answer goes back to where it was written: two messages of the user in a row suit no template.
+  // A message without a response goes back into the editor: no template allows two user messages in a row.
   target.remove();
   const message = conversation.takeBack();
   if (message !== null && $("message").value === "") $("message").value = message;
@@ -286,7 +286,7 @@ async function copySnippet(what, format) {
   const base = new URL("v1", document.baseURI).href;
   const options = { withKey: currentKey() !== null, chat: isChat() };
   const text = format === asCurl ? asCurl(new URL(sent.path, document.baseURI).href, sent.body, options) : asPython(base, sent.body, options);
-  toast((await copy(text)) ? `The ${what} is in the clipboard` : "The browser did not let the page use the clipboard");
+  toast((await copy(text)) ? `${what} copied` : "The browser does not allow access to the clipboard");
 }
 
 function sendOnCtrlEnter(event) {

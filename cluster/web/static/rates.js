@@ -1,45 +1,45 @@
-// What happened between two looks at the cluster: tokens a second, time a step. The same arithmetic as `tramontane status`.
-// Pure functions over answers of GET /admin/cluster and the time they came; nothing of the page.
+// Rates between two snapshots of the cluster: tokens per second, time per step. The same arithmetic as `tramontane status`.
+// Pure functions over responses of GET /admin/cluster and their times. Knows nothing of the page.
 
-const WINDOW_S = 5; // rates are means over about this long
-const HISTORY_S = 120; // what sparklines show
+const WINDOW_S = 5; // rates are means over about this time
+const HISTORY_S = 120; // the time that sparklines show
 
-/** Looks: {view, atS}, oldest first. Adds one, forgets what is too old. */
-export function remember(looks, look) {
-  return [...looks.filter((old) => look.atS - old.atS < HISTORY_S), look];
+/** Snapshots: {view, atS}, oldest first. Adds one and drops the old ones. */
+export function remember(snapshots, snapshot) {
+  return [...snapshots.filter((old) => snapshot.atS - old.atS < HISTORY_S), snapshot];
 }
 
-/** {tokensPerS, ranks: [{stepS, allReduceS}]} of a replica in the newest look; null for what is not known yet. */
-export function rateOf(looks, replica) {
-  const last = looks.at(-1);
-  const known = looks
+/** {tokensPerS, ranks: [{stepS, allReduceS}]} of a replica in the newest snapshot; null for what is not known yet. */
+export function rateOf(snapshots, replica) {
+  const last = snapshots.at(-1);
+  const known = snapshots
     .slice(0, -1)
-    .filter((look) => last.atS - look.atS <= WINDOW_S + 0.5)
-    .map((look) => [look, find(look, replica)])
+    .filter((snapshot) => last.atS - snapshot.atS <= WINDOW_S + 0.5)
+    .map((snapshot) => [snapshot, find(snapshot, replica)])
     .find(([, before]) => before);
   if (!known) return { tokensPerS: null, ranks: [] };
-  const [look, before] = known;
+  const [snapshot, before] = known;
   return {
-    tokensPerS: slope(before, replica, last.atS - look.atS),
+    tokensPerS: slope(before, replica, last.atS - snapshot.atS),
     ranks: replica.ranks.map((rank, i) => rankRate(before.ranks[i]?.stats, rank.stats)),
   };
 }
 
-/** Tokens a second between each two neighbouring looks: of one replica, or of all of them. */
-export function history(looks, replica = null) {
+/** Tokens per second between neighbouring snapshots, of one replica or of all of them. */
+export function history(snapshots, replica = null) {
   const points = [];
-  for (let i = 1; i < looks.length; i++) {
-    const elapsedS = looks[i].atS - looks[i - 1].atS;
-    const after = replica ? [find(looks[i], replica)].filter(Boolean) : looks[i].view.replicas;
-    const rates = after.map((r) => [find(looks[i - 1], r), r]).filter(([before]) => before);
+  for (let i = 1; i < snapshots.length; i++) {
+    const elapsedS = snapshots[i].atS - snapshots[i - 1].atS;
+    const after = replica ? [find(snapshots[i], replica)].filter(Boolean) : snapshots[i].view.replicas;
+    const rates = after.map((r) => [find(snapshots[i - 1], r), r]).filter(([before]) => before);
     points.push(rates.reduce((sum, [before, r]) => sum + slope(before, r, elapsedS), 0));
   }
   return points;
 }
 
-/** The same start of the same replica: counters begin anew with another. */
-function find(look, replica) {
-  return look.view.replicas.find((r) => r.incarnation === replica.incarnation && r.replica_id === replica.replica_id);
+/** The same incarnation of the same replica: counters restart with each new one. */
+function find(snapshot, replica) {
+  return snapshot.view.replicas.find((r) => r.incarnation === replica.incarnation && r.replica_id === replica.replica_id);
 }
 
 function slope(before, after, elapsedS) {

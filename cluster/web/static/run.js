@@ -1,12 +1,12 @@
-// One request from its first byte to its end: text as it comes, and what it took.
-// Knows the two shapes of chunks, whole answers too. Knows no elements of the page.
+// One request from its first byte to its end: the text as it arrives, and timings.
+// Knows the two formats of chunks, and responses in one piece. Knows no elements of the page.
 
 import { streamJson } from "./api.js";
 
 /**
  * Streams `body`; `onText(text)` for each piece, `onToolCall(delta)` for pieces of tool calls.
  * Returns {finishReason, usage, numPieces, firstTextS, totalS, textS}: finishReason is "stopped" after an abort; seconds since the start,
- * textS from the first piece to the last; firstTextS is null when nothing came. Throws ApiError; `error.outcome` has what was until then.
+ * textS from the first piece to the last; firstTextS is null without any text. Throws ApiError; `error.outcome` has the result so far.
  */
 export async function run(path, body, { signal, onText, onToolCall }) {
   const startedAt = performance.now();
@@ -19,7 +19,7 @@ export async function run(path, body, { signal, onText, onToolCall }) {
       if (!choice) continue;
       const said = choice.delta ?? choice.message ?? { content: choice.text };
       outcome.finishReason = choice.finish_reason ?? outcome.finishReason;
-      said.tool_calls?.forEach((call, index) => onToolCall?.({ index, ...call })); // a whole answer's have no index
+      said.tool_calls?.forEach((call, index) => onToolCall?.({ index, ...call })); // without streaming they have no index
       if (said.content || said.tool_calls) {
         outcome.firstTextS ??= seconds();
         outcome.textS = seconds() - outcome.firstTextS;
@@ -39,7 +39,7 @@ export async function run(path, body, { signal, onText, onToolCall }) {
   return outcome;
 }
 
-/** Tokens a second behind the first token, or null where there is too little to tell. */
+/** Tokens per second after the first token, or null if there are too few. */
 export function speed({ usage, numPieces, textS }) {
   const count = usage?.completion_tokens ?? numPieces;
   return count > 1 && textS > 0 ? (count - 1) / textS : null;

@@ -1,9 +1,9 @@
-// JSON schemas as OpenAPI 3.1 has them, for people: types in a word, bounds, nested shapes to open, and an example.
+// Shows the JSON schemas of OpenAPI 3.1: types, bounds, nested objects that open, and an example.
 // Knows the keywords that msgspec writes. Knows no operation.
 
 import { make } from "./dom.js";
 
-/** A schema's fields, or its type where it has none. */
+/** A schema's fields, or its type if it has none. */
 export function showSchema(schema, spec) {
   const { properties, required = [], description } = resolve(schema, spec);
   if (!properties) {

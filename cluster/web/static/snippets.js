@@ -1,4 +1,4 @@
-// A request as a command line and as a program: exactly the body that the page would send, the key from the environment.
+// A request as a curl command and as a Python program: exactly the body that the page would send, with the key from the environment.
 // Pure functions; knows shell quoting, Python literals and which parameters the openai client takes by name.
 
 const KEY = "TRAMONTANE_API_KEY";

@@ -1,16 +1,16 @@
-// Server-sent events out of bytes, however they are cut. Knows the wire format, not what events mean.
+// Parses server-sent events from bytes, in pieces of any size. Knows the wire format, not what the events mean.
 
 /** The data of each event of a ReadableStream of bytes, as text. Comments and other fields are passed over. */
 export async function* eventsOf(body) {
   const decoder = new TextDecoder();
   const reader = body.getReader();
-  let text = ""; // what has come and is not a whole line yet
+  let text = ""; // received, but not a whole line yet
   let data = [];
   try {
     for (;;) {
       const { value, done } = await reader.read();
       text += done ? decoder.decode() : decoder.decode(value, { stream: true });
-      // A CR at the end may be half of a CRLF.
+      // A CR at the end may be the first half of a CRLF.
       const lines = text.split(done ? /\r\n|\n|\r/ : /\r\n|\n|\r(?!$)/);
       text = done ? "" : lines.pop();
       for (const line of lines) {
@@ -21,9 +21,9 @@ export async function* eventsOf(body) {
           data.push(line.slice(line[5] === " " ? 6 : 5));
         }
       }
-      if (done) return; // an event without its blank line is cut off, and is none
+      if (done) return; // an event without its blank line is incomplete and ignored
     }
   } finally {
-    reader.cancel().catch(() => {}); // whoever stops listening wants the server to stop too
+    reader.cancel().catch(() => {}); // if the page stops reading, the server must stop too
   }
 }

@@ -1,5 +1,5 @@
-// Light or dark: the system's choice, or the one made here, which is remembered.
-// Knows the button's id and the attribute that base.css looks at. A plain script in the head, not a module: it runs before the first
+// Light or dark: the system's choice, or the user's, which is remembered.
+// Knows the button's id and the attribute that base.css uses. A plain script in the head, not a module: it runs before the first
 // paint, so that nothing flashes.
 (() => {
   const STORE = "tramontane.theme";
@@ -10,7 +10,7 @@
     try {
       return localStorage.getItem(STORE);
     } catch {
-      return null; // a browser that forbids storage still has a theme
+      return null; // the theme works without storage
     }
   }
 
@@ -26,7 +26,7 @@
       if (asSystem) localStorage.removeItem(STORE);
       else localStorage.setItem(STORE, theme);
     } catch {
-      // it holds until the page is left
+      // the choice applies until the page is closed
     }
   }
 

@@ -1,5 +1,5 @@
-// A form that sends one operation's request with the user's key and shows the answer as it comes.
-// Knows how parameters go into an address; the starting values below make the first try say something.
+// A form that sends one operation's request with the user's key and shows the response as it arrives.
+// Knows how parameters go into an address. The starting values below make the first try useful.
 
 import { getJson, send } from "./api.js";
 import { make } from "./dom.js";
@@ -18,7 +18,7 @@ const MAX_SHOWN_CHARS = 100_000;
 export function makeTry({ path, method, operation }, body) {
   const parameters = (operation.parameters ?? []).map((parameter) => ({ ...parameter, input: make("input", { required: parameter.required }) }));
   const area = body && make("textarea", { class: "code", spellcheck: "false", "aria-label": "Body" });
-  const answer = make("pre", { class: "code answer-text", tabindex: 0, "aria-label": "Answer", hidden: true });
+  const answer = make("pre", { class: "code answer-text", tabindex: 0, "aria-label": "Response", hidden: true });
   const status = make("p", { class: "hint", role: "status" });
   const button = make("button", { type: "submit", class: "primary" }, "Send");
   if (area) fillBody(area, { ...body, ...STARTS[path] });
@@ -63,7 +63,7 @@ async function fillBody(area, body) {
   const before = area.value;
   const { data } = await getJson("v1/models", { quiet: true }).catch(() => ({ data: [] }));
   body.model = data[0]?.id ?? "";
-  if (area.value === before) write(); // the user may have begun to write
+  if (area.value === before) write(); // unless the user has started to edit
 }
 
 /** Relative, as every address of the page. */

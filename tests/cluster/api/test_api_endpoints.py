@@ -1,4 +1,4 @@
-"""Every endpoint against a replica that says what it was told to: shapes, streams, usage, disconnects, errors in mid-stream."""
+"""Every endpoint against a scripted replica: response formats, streams, usage, disconnects, errors in mid-stream."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from support.paths import DEMO_MODEL
 
 from cluster.api.app import make_app
 from cluster.router.router import Router
-from cluster.text.chat.template import MistralTemplate
+from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.protocol import FinishReason, TokenDelta
 
@@ -52,7 +52,7 @@ async def connect() -> AsyncIterator[Connect]:
 
 
 async def events(response: Any) -> list[Any]:
-    """The parsed events of a stream, with "[DONE]" as a string."""
+    """The parsed events of a stream; "[DONE]" is a string."""
     assert response.status == 200, await response.text()
     assert response.headers["Content-Type"].startswith("text/event-stream")
     blocks = (await response.text()).split("\n\n")
@@ -134,16 +134,16 @@ async def test_prompt_forms_and_n(connect: Connect, prompt: Any, expected: list[
     assert [c["index"] for c in answer["choices"]] == list(range(2 * len(expected)))
     asked = sorted(replica.requests, key=lambda r: int(r.request_id.rsplit("-", 1)[1]))
     assert [r.prompt_token_ids for r in asked] == [p for p in expected for _ in range(2)]
-    assert answer["usage"]["prompt_tokens"] == sum(map(len, expected)), "a prompt counts once, whatever n"
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, expected)), "a prompt counts once, whatever n is"
     assert answer["usage"]["completion_tokens"] == 2 * len(asked)
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == len(expected)
     seeds = [r.sampling.seed for r in asked]
-    assert seeds[0] == 3, "the first keeps the request's seed"
+    assert seeds[0] == 3, "the first sequence keeps the request's seed"
     assert seeds[0] != seeds[1]
-    assert seeds[:2] * len(expected) == seeds, "a prompt's sequences do not depend on its neighbours"
+    assert seeds[:2] * len(expected) == seeds, "a prompt's sequences do not depend on the other prompts"
 
 
-async def test_without_a_seed_every_sequence_has_its_own(connect: Connect) -> None:
+async def test_without_a_seed_every_sequence_gets_a_different_one(connect: Connect) -> None:
     replica = FakeReplica()
     client = await connect(replica)
     for _ in range(2):
@@ -166,7 +166,7 @@ async def test_streamed_completion(connect: Connect) -> None:
     assert usage["usage"]["completion_tokens"] == len(ids_behind("Hello", text)) + 1
 
 
-async def test_streamed_choices_are_told_apart(connect: Connect) -> None:
+async def test_streamed_choices_have_their_indexes(connect: Connect) -> None:
     client = await connect(FakeReplica(tokens(ids("one two three"))))
     body = {"model": MODEL, "prompt": "", "stream": True, "n": 3}
     *chunks, _ = await events(await client.post("/v1/completions", json=body))
@@ -212,7 +212,9 @@ async def test_completion_logprobs(connect: Connect, stream: bool) -> None:
         logprobs: dict[str, list[Any]] = {name: [x for p in parts for x in p[name]] for name in parts[0]}
     else:
         logprobs = (await response.json())["choices"][0]["logprobs"]
-    assert logprobs["tokens"] == [TOKENIZER.token_text(i) for i in [*output, 2]], "one entry a token, its end included"
+    assert logprobs["tokens"] == [TOKENIZER.token_text(i) for i in [*output, 2]], (
+        "one entry per token, including the end token"
+    )
     assert logprobs["token_logprobs"] == [-0.5] * (len(output) + 1)
     assert logprobs["text_offset"][0] == 0
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
@@ -244,7 +246,7 @@ async def test_chat(connect: Connect) -> None:
     assert request.sampling.max_tokens == 256 - len(request.prompt_token_ids), "the rest of the context"
 
 
-async def test_an_answer_can_be_sent_back_and_a_prefix_is_continued(connect: Connect) -> None:
+async def test_a_response_can_be_sent_back_and_a_prefix_is_continued(connect: Connect) -> None:
     replica = FakeReplica(tokens(ids("three")))
     client = await connect(replica)
     question = {"role": "user", "content": "Count"}
@@ -254,7 +256,7 @@ async def test_an_answer_can_be_sent_back_and_a_prefix_is_continued(connect: Con
     response = await client.post("/v1/chat/completions", json={"model": MODEL, "messages": messages})
     answer = await response.json()
     assert response.status == 200, answer
-    assert answer["choices"][0]["message"]["content"] == " three", "it goes on behind the prefix"
+    assert answer["choices"][0]["message"]["content"] == " three", "the output continues the prefix"
 
 
 async def test_streamed_chat(connect: Connect) -> None:
@@ -302,7 +304,7 @@ async def test_models(connect: Connect) -> None:
     assert (await answer.json())["model"] == "org/alias"
 
 
-async def test_health_tells_the_truth(connect: Connect) -> None:
+async def test_health_reports_the_replica_state(connect: Connect) -> None:
     replica = FakeReplica()
     client = await connect(replica)
     response = await client.get("/health")
@@ -347,7 +349,9 @@ async def test_metrics(connect: Connect) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("hold_after", [0, 2])
 @pytest.mark.parametrize("n", [1, 3])
-async def test_a_client_that_leaves_frees_the_replica(connect: Connect, stream: bool, hold_after: int, n: int) -> None:
+async def test_a_client_that_disconnects_frees_the_replica(
+    connect: Connect, stream: bool, hold_after: int, n: int
+) -> None:
     replica = FakeReplica(tokens(ids("one two three four")), hold_after=hold_after)
     client = await connect(replica)
     async with ClientSession(timeout=ClientTimeout(total=20)) as session:
@@ -425,7 +429,7 @@ async def test_a_lost_replica(connect: Connect) -> None:
     assert (last["error"]["type"], last["error"]["message"]) == ("service_unavailable_error", "Replica fake-0 is gone.")
 
 
-async def test_a_surprise_says_nothing_of_the_inside(connect: Connect) -> None:
+async def test_an_unexpected_exception_reveals_nothing_to_the_client(connect: Connect) -> None:
     client = await connect(FakeReplica(lambda request: [ZeroDivisionError("secret")]))
     response = await client.post("/v1/completions", json={"model": MODEL, "prompt": "x"})
     assert response.status == 500

@@ -1,4 +1,4 @@
-"""The whole gateway over replicas that are lost and drained: the client's bytes are those of an undisturbed run."""
+"""The whole gateway over replicas that are lost and drained: the client gets the same bytes as in an undisturbed run."""
 
 import asyncio
 import contextlib
@@ -15,8 +15,8 @@ from support.paths import DEMO_MODEL
 
 import cluster.api.server.sse
 from cluster.api.app import make_app
-from cluster.router.router import Outlook, Router
-from cluster.text.chat.template import MistralTemplate
+from cluster.router.router import Availability, Router
+from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.protocol import GenerateRequest, TokenDelta
 
@@ -25,7 +25,7 @@ TEMPLATE = MistralTemplate(TOKENIZER)
 TEXT = "".join(f" wörld {i} 日本 of," for i in range(20))
 OUTPUT = TOKENIZER.encode(TEXT, bos=False)[:64]
 STOP_AT = "2 日本 o"  # spread over several tokens, some of them bytes of one character
-# Names of the answer and its times differ in any two runs.
+# Ids and times differ between any two runs.
 _OWN = re.compile(rb'"(id|created)": ?("[^"]*"|\d+)')
 
 
@@ -79,7 +79,7 @@ async def test_lost_at_every_token_the_bytes_are_the_same(case: str, stream: boo
     assert num_lost > 20, "most of the losses must have fallen into the stream"
 
 
-async def test_several_sequences_each_resume_on_their_own() -> None:
+async def test_each_of_several_sequences_resumes_on_its_own() -> None:
     body = {"prompt": ["Hello", "you"], "n": 2, "max_tokens": 100}
     undisturbed = await body_of([replica("a")], "/v1/completions", body)
     for lost_after in (0, 1, 30):
@@ -88,7 +88,7 @@ async def test_several_sequences_each_resume_on_their_own() -> None:
         assert replicas[1].requests
 
 
-async def test_no_hope_is_a_status_before_the_first_event_and_an_event_later() -> None:
+async def test_a_failure_is_a_status_before_the_first_event_and_an_event_later() -> None:
     body = {"model": "demo", "prompt": "x", "stream": True}
     async with serving([replica("a", lose_after=0)]) as (client, _):
         response = await client.post("/v1/completions", json=body)
@@ -104,16 +104,16 @@ async def test_no_hope_is_a_status_before_the_first_event_and_an_event_later() -
 
 @pytest.mark.parametrize("lost_after", [0, 3])
 async def test_a_silent_stream_is_kept_alive(lost_after: int) -> None:
-    """Comments go out while the stream waits for another replica, before its first event and behind it."""
+    """Comments are sent while the stream waits for another replica, before and after its first event."""
     lost, coming = replica("a", lose_after=lost_after), replica("b")
     async with serving([lost], keep_alive_s=0.05) as (client, router):
-        router.update([lost], Outlook(expected=True, facts=lost.facts))
+        router.update([lost], Availability(expected=True, facts=lost.facts))
         response = await client.post("/v1/completions", json={"model": "demo", "prompt": "x", "stream": True})
         assert response.status == 200
         seen = b""
         while seen.count(b": keep-alive\n\n") < 3:
             seen += await response.content.readany()
-        router.update([coming], Outlook())
+        router.update([coming], Availability())
         seen += await response.content.read()
     blocks = [b for b in seen.decode().split("\n\n") if b and b != ": keep-alive"]
     assert blocks.pop() == "data: [DONE]"
@@ -123,10 +123,10 @@ async def test_a_silent_stream_is_kept_alive(lost_after: int) -> None:
 
 async def test_after_a_keep_alive_an_error_is_an_event() -> None:
     async with serving([], keep_alive_s=0.02) as (client, router):
-        router.update([], Outlook(expected=True, facts=FakeReplica().facts))
+        router.update([], Availability(expected=True, facts=FakeReplica().facts))
         response = await client.post("/v1/completions", json={"model": "demo", "prompt": "x", "stream": True})
         assert (await response.content.readuntil(b"\n\n")) == b": keep-alive\n\n"
-        router.update([], Outlook(reason="The weights are damaged."))
+        router.update([], Availability(reason="The weights are damaged."))
         rest = (await response.content.read()).decode().replace(": keep-alive\n\n", "")
         assert json.loads(rest.removeprefix("data: "))["error"]["message"] == "The weights are damaged."
 
@@ -137,9 +137,9 @@ async def test_a_busy_stream_gets_no_comment() -> None:
         assert b"keep-alive" not in await response.read()
 
 
-async def test_a_client_that_leaves_while_waiting_frees_its_place() -> None:
+async def test_a_client_that_disconnects_while_waiting_frees_its_place() -> None:
     async with serving([]) as (client, router):
-        router.update([], Outlook(expected=True, facts=FakeReplica().facts))
+        router.update([], Availability(expected=True, facts=FakeReplica().facts))
         body = {"model": "demo", "prompt": "x", "n": 2}
         sending = asyncio.create_task(client.post("/v1/completions", json=body))
         async with asyncio.timeout(10):
@@ -153,7 +153,7 @@ async def test_a_client_that_leaves_while_waiting_frees_its_place() -> None:
         assert (router.num_waiting, router.num_queued_tokens) == (0, 0)
 
 
-async def test_a_client_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.api.server.sse, "WRITE_TIMEOUT_S", 0.2)
 
     class Endless(FakeReplica):

@@ -1,4 +1,4 @@
-"""What clients ask in headers, and what operators ask: deadlines, ids, routing shown and explained, health of a cluster, /admin."""
+"""Options in headers and the endpoints for operators: deadlines, request ids, routing details, cluster health, /admin."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from support.fakes.replica import FakeReplica, tokens
 from support.paths import DEMO_MODEL
 
 from cluster.api.app import make_app
-from cluster.router.router import Outlook, Router
+from cluster.router.router import Availability, Router
 from cluster.system.log import request_id_var
 from cluster.text.tokenizer import load_tokenizer
 from workers.errors import RequestError
@@ -47,7 +47,7 @@ async def error_of(response: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("value", ["", "0", "-1", "soon", "nan", "inf"])
-async def test_a_timeout_that_is_no_time(value: str) -> None:
+async def test_an_invalid_timeout(value: str) -> None:
     async with serving(idle("r0")) as (client, _):
         response = await client.post("/v1/completions", json=BODY, headers={"X-Request-Timeout": value})
         assert response.status == 400
@@ -55,7 +55,7 @@ async def test_a_timeout_that_is_no_time(value: str) -> None:
 
 
 @pytest.mark.parametrize("hold_after", [0, 1])
-async def test_a_timeout_that_passes(hold_after: int) -> None:
+async def test_a_request_that_exceeds_its_timeout(hold_after: int) -> None:
     replica = idle("r0", hold_after=hold_after)
     async with serving(replica) as (client, router):
         headers = {"X-Request-Timeout": "0.1"}
@@ -75,7 +75,7 @@ async def test_a_timeout_that_passes(hold_after: int) -> None:
         assert 'request_success_total{finished_reason="error",model_name="demo"} 2.0' in metrics
 
 
-async def test_a_hopeless_timeout_is_refused_with_the_time_to_come_back() -> None:
+async def test_a_timeout_that_cannot_be_met_is_refused_with_retry_after() -> None:
     replica = idle("r0")
     replica.load = LoadReport(tokens_per_s=100.0, num_pending_tokens=1200)
     async with serving(replica) as (client, _):
@@ -86,18 +86,18 @@ async def test_a_hopeless_timeout_is_refused_with_the_time_to_come_back() -> Non
 
 async def test_too_many_waiting_tokens() -> None:
     async with serving() as (client, router):
-        router.update([], Outlook(expected=True, facts=FakeReplica().facts))
+        router.update([], Availability(expected=True, facts=FakeReplica().facts))
         with router.admit(1, 20):
             response = await client.post("/v1/completions", json=BODY)
             assert (response.status, response.headers["Retry-After"]) == (429, "1")
-            assert "20 prompt tokens wait" in (await error_of(response))["message"]
+            assert "20 of at most 30 prompt tokens wait" in (await error_of(response))["message"]
 
 
 # Ids
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_every_answer_carries_a_request_id(stream: bool) -> None:
+async def test_every_response_has_a_request_id(stream: bool) -> None:
     async with serving(idle("r0")) as (client, _):
         body = BODY | {"stream": stream}
         own = await client.post("/v1/completions", json=body, headers={"X-Request-Id": "abc-1"})
@@ -111,7 +111,7 @@ async def test_every_answer_carries_a_request_id(stream: bool) -> None:
             assert (await client.get(path)).headers["X-Request-Id"]
 
 
-async def test_log_records_of_a_request_carry_its_id(caplog: pytest.LogCaptureFixture) -> None:
+async def test_log_records_of_a_request_have_its_id(caplog: pytest.LogCaptureFixture) -> None:
     seen = []
 
     class Listening(logging.Handler):
@@ -134,11 +134,11 @@ async def test_log_records_of_a_request_carry_its_id(caplog: pytest.LogCaptureFi
     assert request_id_var.get() is None
 
 
-# Routing shown
+# Routing
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_debug_headers_only_when_asked(stream: bool) -> None:
+async def test_debug_headers_only_on_request(stream: bool) -> None:
     replicas = [idle("r0"), idle("r1")]
     async with serving(*replicas) as (client, _):
         replicas[1].say(cache=CacheEvents(stored=[FIRST_BLOCK], reset=True))
@@ -149,7 +149,7 @@ async def test_debug_headers_only_when_asked(stream: bool) -> None:
         )
         assert shown.headers["X-Tramontane-Replica"] == "r1"
         assert shown.headers["X-Tramontane-Cached-Tokens-Predicted"] == "16"
-        assert shown.headers["X-Tramontane-Cached-Tokens"] == "1", "the fake's own count: the real one"
+        assert shown.headers["X-Tramontane-Cached-Tokens"] == "1", "the count that the replica reported"
         assert shown.headers["X-Tramontane-Failovers"] == "0"
         metrics = await (await client.get("/metrics")).text()
         assert 'routing_predicted_cached_tokens_total{model_name="demo"} 32.0' in metrics
@@ -158,7 +158,7 @@ async def test_debug_headers_only_when_asked(stream: bool) -> None:
 
 async def test_debug_headers_count_failovers() -> None:
     async with serving(idle("a", lose_after=1), idle("b")) as (client, router):
-        for _ in range(2):  # whichever is first, one of two falls on the one that is lost
+        for _ in range(2):  # one of two requests goes to the replica that is lost, in either order
             response = await client.post("/v1/completions", json=BODY, headers={"X-Tramontane-Debug": "1"})
             if router.num_failovers_total:
                 break
@@ -196,19 +196,19 @@ async def test_debug_route_explains_and_sends_nothing() -> None:
 # Health of a cluster
 
 
-async def test_health_says_what_a_request_would_meet() -> None:
+async def test_health_says_whether_a_request_would_be_served() -> None:
     async with serving() as (client, router):
         facts = FakeReplica().facts
         for outlook, status, word, reason in (
-            (Outlook(), 503, "unavailable", "The server has no replica."),
+            (Availability(), 503, "unavailable", "The server has no replica."),
             (
-                Outlook(expected=True, reason="Replica r0 is loading.", facts=facts),
+                Availability(expected=True, reason="Replica r0 is loading.", facts=facts),
                 503,
                 "unavailable",
                 "Replica r0 is loading.",
             ),
             (
-                Outlook(expected=True, asleep=True, facts=facts),
+                Availability(expected=True, scaled_to_zero=True, facts=facts),
                 200,
                 "ok",
                 "No replica runs; the next request starts one.",
@@ -221,7 +221,7 @@ async def test_health_says_what_a_request_would_meet() -> None:
         replicas = [idle("r0"), idle("r1"), idle("r2")]
         replicas[1].drain_until = 0.0
         replicas[2].reason = "Away."
-        router.update(replicas, Outlook())
+        router.update(replicas, Availability())
         answer = await (await client.get("/health")).json()
         assert [(r["id"], r["state"], r["ready"]) for r in answer["replicas"]] == [
             ("r0", "ready", True),
@@ -269,7 +269,7 @@ async def test_admin_drains_and_shows() -> None:
         assert await (await client.get("/admin/cluster", headers=headers)).json() == {"replicas": ["r0"]}
 
 
-async def test_without_an_admin_there_is_no_admin_page() -> None:
+async def test_without_an_admin_the_admin_paths_do_not_exist() -> None:
     async with serving(idle("r0")) as (client, _):
         for response in (await client.get("/admin/cluster"), await client.post("/admin/replicas/r0/drain")):
             assert response.status == 404

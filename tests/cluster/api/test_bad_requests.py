@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request, the answer is a status, and an envelope that names what to change."""
+"""Every bad request gets its status, and an error that names the field to change."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from cluster.api.schemas.chat import ChatRequest
 from cluster.api.schemas.completions import CompletionRequest
 from cluster.api.schemas.parse import UNSUPPORTED
 from cluster.router.router import Router
-from cluster.text.chat.template import MistralTemplate
+from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer(DEMO_MODEL)
@@ -41,7 +41,7 @@ async def error_of(response: Any) -> dict[str, Any]:
 
 
 BAD_COMPLETIONS = [
-    # (fields, param, words of the message)
+    # (fields, param, part of the message)
     ({"foo": 1}, "foo", "Unrecognized request argument supplied: foo"),
     ({"messages": []}, "messages", "Unrecognized request argument supplied: messages"),
     ({"model": None}, "model", "model"),
@@ -54,7 +54,7 @@ BAD_COMPLETIONS = [
     ({"prompt": [True]}, "prompt", "prompt"),
     ({"prompt": [1.5]}, "prompt", "prompt"),
     ({"prompt": [-1]}, "prompt", "token id -1"),
-    ({"prompt": [4096]}, "prompt", "ids are 0 to 4095"),
+    ({"prompt": [4096]}, "prompt", "token id 4096, which this model does not have. Use ids from 0 to 4095."),
     ({"prompt": [10**40]}, "prompt", "token id"),
     ({"prompt": {"text": "x"}}, "prompt", "prompt"),
     ({"prompt": [5] * 64}, "prompt", "64 tokens"),
@@ -66,7 +66,7 @@ BAD_COMPLETIONS = [
     (
         {"max_tokens": 63},
         "max_tokens",
-        "maximum context length is 64 tokens, but 65 were asked for: 2 in the prompt and 63",
+        "maximum context length is 64 tokens, but the request needs 65: 2 in the prompt and 63",
     ),
     ({"max_tokens": 10**30}, "max_tokens", "maximum context length"),
     ({"temperature": -0.1}, "temperature", ">= 0"),
@@ -115,7 +115,7 @@ async def test_bad_completions(fields: dict[str, Any], param: str | None, says: 
         assert (response.status, error["type"]) == (400, "invalid_request_error"), error
         assert error["param"] == param
         assert says in error["message"]
-        assert not replica.requests, "it is decided at the door"
+        assert not replica.requests, "the request must be refused before it reaches a replica"
 
 
 BAD_CHATS = [
@@ -159,7 +159,7 @@ async def test_bad_chats(fields: dict[str, Any], param: str, says: str) -> None:
     ("path", "base", "kind"),
     [(COMPLETIONS, {"prompt": "x"}, CompletionRequest), (CHAT, {"messages": [USER]}, ChatRequest)],
 )
-async def test_unsupported_parameters_are_refused_by_name_unless_they_ask_for_nothing(path, base, kind) -> None:
+async def test_unsupported_parameters_are_refused_by_name_unless_they_have_no_effect(path, base, kind) -> None:
     async with serving() as (client, _):
         for name, neutral in UNSUPPORTED[kind].items():
             response = await client.post(path, json={"model": "demo", **base, name: "something"})
@@ -168,7 +168,7 @@ async def test_unsupported_parameters_are_refused_by_name_unless_they_ask_for_no
             assert f"'{name}' is not supported" in error["message"]
             for value in neutral:
                 response = await client.post(path, json={"model": "demo", **base, name: value})
-                assert response.status == 200, f"{name}={value!r} asks for nothing: {await response.text()}"
+                assert response.status == 200, f"{name}={value!r} has no effect: {await response.text()}"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ async def test_unsupported_parameters_are_refused_by_name_unless_they_ask_for_no
     ],
     ids=lambda b: repr(b)[:40],
 )
-async def test_bodies_that_are_no_json_object(body: bytes) -> None:
+async def test_bodies_that_are_not_a_json_object(body: bytes) -> None:
     async with serving() as (client, _):
         response = await client.post(COMPLETIONS, data=body, headers={"Content-Type": "application/json"})
         error = await error_of(response)
@@ -254,7 +254,7 @@ async def test_a_model_without_a_chat_template() -> None:
         ("bearer secret", 200),
     ],
 )
-async def test_the_key_guards_everything_but_liveness(header: str | None, status: int) -> None:
+async def test_everything_but_liveness_needs_the_key(header: str | None, status: int) -> None:
     headers = {"Authorization": header} if header else {}
     async with serving(api_key="secret") as (client, replica):
         for method, path, body in (
@@ -271,7 +271,9 @@ async def test_the_key_guards_everything_but_liveness(header: str | None, status
                 assert (await error_of(response))["code"] == "invalid_api_key"
                 assert response.headers["WWW-Authenticate"] == "Bearer"
         if status == 401:
-            assert (await client.get("/nowhere", headers=headers)).status == 401, "strangers learn no addresses"
+            assert (await client.get("/nowhere", headers=headers)).status == 401, (
+                "without a key a client does not learn which paths exist"
+            )
             assert not replica.requests
         assert (await client.get("/health/live", headers=headers)).status == 200
 
@@ -279,17 +281,17 @@ async def test_the_key_guards_everything_but_liveness(header: str | None, status
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        (b"[" * 65 + b"]" * 65, "deeper than 64"),
-        (b'"' + b"[" * 100 + b'"', "the prompt has 101 tokens"),  # text, and no list
+        (b"[" * 65 + b"]" * 65, "more than 64 levels deep"),
+        (b'"' + b"[" * 100 + b'"', "the prompt has 101 tokens"),  # brackets in a text
         (b'"\\"' + b"[" * 100 + b'"', "the prompt has 102 tokens"),
-        (b'"\\\\", "user": ' + b"[" * 100 + b"]" * 100, "deeper than 64"),
+        (b'"\\\\", "user": ' + b"[" * 100 + b"]" * 100, "more than 64 levels deep"),
         (b"[" + b"[5]," * 100_000 + b"[5]]", "100,003 lists and objects"),
         (b"[" + b"5," * 2_000_000 + b"5]", "2,000,003 values"),
         (b"[" + b"[]," * 1000 + b"[5]]", "empty list"),
     ],
     ids=lambda v: repr(v)[:20],
 )
-async def test_what_a_body_may_hold_is_known_before_anything_is_made_of_it(value: bytes, says: str) -> None:
+async def test_the_size_of_a_body_is_checked_before_it_is_decoded(value: bytes, says: str) -> None:
     async with serving() as (client, _):
         body = b'{"model": "demo", "prompt": ' + value + b"}"
         response = await client.post(COMPLETIONS, data=body, headers={"Content-Type": "application/json"})

@@ -1,4 +1,4 @@
-"""The page's files: served without a key, with their types and the policy that keeps them to this origin, and nothing beside them."""
+"""The web page's files: served without a key, with their types and a policy that restricts them to this origin; no others are served."""
 
 import re
 from collections.abc import AsyncIterator
@@ -47,7 +47,7 @@ async def test_every_file_is_served_without_a_key(client: TestClient, file: Path
     assert response.headers["X-Content-Type-Options"] == "nosniff"
 
 
-async def test_a_browser_asks_whether_a_file_has_changed(client: TestClient) -> None:
+async def test_browsers_revalidate_files(client: TestClient) -> None:
     first = await client.get("/")
     assert first.headers["Cache-Control"] == "no-cache"
     again = await client.get("/", headers={"If-None-Match": first.headers["ETag"]})
@@ -73,14 +73,14 @@ async def test_a_browser_asks_whether_a_file_has_changed(client: TestClient) -> 
         "/static/app.js/",
     ],
 )
-async def test_nothing_else_can_be_reached(client: TestClient, path: str) -> None:
+async def test_no_other_file_can_be_reached(client: TestClient, path: str) -> None:
     response = await client.get(URL(path, encoded=True), headers={"Authorization": f"Bearer {KEY}"})
     assert response.status == 404
     assert (await response.json())["error"]["code"] == "unknown_url"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_a_file_needs_nothing_from_elsewhere_and_says_what_it_knows(file: Path) -> None:
+def test_a_file_works_offline_and_opens_with_a_comment(file: Path) -> None:
     text = file.read_text(encoding="utf-8").replace(SVG_NAMESPACE, "")
     outside = re.findall(r"""https?://[^\s"'`$]+|["'(]//\w[^\s"']*|@import[^;]*""", text)
     assert not outside, f"{file.name} must work offline, and names {outside}"
@@ -89,13 +89,13 @@ def test_a_file_needs_nothing_from_elsewhere_and_says_what_it_knows(file: Path) 
         assert not inline, f"the content security policy forbids {inline} in {file.name}"
     if file.suffix == ".js":
         risky = re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text)
-        assert not risky, f"{file.name} uses {risky}; what a model says must stay text"
+        assert not risky, f"{file.name} uses {risky}; a model's output must stay text"
     if file.suffix != ".svg":
         opening = {".js": "//", ".css": "/*", ".html": "<!doctype html>\n<!--"}[file.suffix]
-        assert text.startswith(opening), f"{file.name} does not open by saying what it knows"
+        assert text.startswith(opening), f"{file.name} does not open with a comment that says what it knows"
 
 
-def test_what_files_refer_to_is_there() -> None:
+def test_all_referenced_files_exist() -> None:
     for file in FILES:
         text = file.read_text(encoding="utf-8")
         for name in re.findall(r"""(?:from|import) "\./([\w.]+)\"""", text):

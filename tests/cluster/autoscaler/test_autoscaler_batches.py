@@ -1,4 +1,4 @@
-"""Replicas for batches: tables, and whole batches on a made-up clock with replicas that take their time to start."""
+"""Replicas for batches: tables, and whole batches on a simulated clock with replicas that take time to start."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from cluster.autoscaler.batches import DOWN_AFTER_S, BatchState, size_for_batches
-from cluster.autoscaler.decide import AutoscalerConfig, AutoscalerState, Observation, decide
+from cluster.autoscaler.decide import decide
+from cluster.autoscaler.state import AutoscalerConfig, AutoscalerState, Observation
 from cluster.protocol.report import BatchDemand
 
 SPEED = 1_000.0  # tokens/s of one replica
@@ -25,43 +26,43 @@ def demand(tokens: int, deadline_s: float | None = None, most: int | None = None
         ([demand(9_000_000, 10_000.0)], 1, 1, "9,000 s of work in 9,000 s, a tenth of the time being kept in reserve"),
         ([demand(18_000_000, 10_000.0)], 2, 2, "and twice the work"),
         ([demand(1_200_000, 360.0)], 1, 5, "1,200 s of work in 300 s of which another loses 60: 1 + 900 / 240"),
-        ([demand(1_200_000, 40.0)], 1, 20, "too late whatever is done: as fast as can be"),
-        ([demand(1_200_000, -9.0)], 1, 20, "and so when the time is over"),
-        ([demand(30_000, 40.0)], 2, 2, "nobody new comes in time"),
-        ([demand(1_200_000, 40.0, 4)], 1, 4, "all that the batch may have"),
-        ([demand(100_000_000)], 1, 20, "no deadline: all there are"),
-        ([demand(100_000_000, None, 3)], 1, 3, "no deadline: all that it may have"),
+        ([demand(1_200_000, 40.0)], 1, 20, "too late in any case: as fast as possible"),
+        ([demand(1_200_000, -9.0)], 1, 20, "the same after the deadline"),
+        ([demand(30_000, 40.0)], 2, 2, "no new replica would be ready in time"),
+        ([demand(1_200_000, 40.0, 4)], 1, 4, "the maximum of the batch"),
+        ([demand(100_000_000)], 1, 20, "no deadline: all replicas"),
+        ([demand(100_000_000, None, 3)], 1, 3, "no deadline: the maximum of the batch"),
         ([demand(150_000)], 1, 3, "150 s of work: a fourth would begin when it is done"),
-        ([demand(1_000)], 3, 3, "who is there stays to the end"),
+        ([demand(1_000)], 3, 3, "running replicas stay to the end"),
         ([demand(9_000_000, 10_000.0), demand(100_000_000, None, 2, "c")], 1, 2, "the larger need"),
-        ([demand(4_500_000, 10_000.0), demand(4_500_000, 10_000.0, None, "c")], 1, 1, "due at one time: added up"),
-        ([demand(9_000_000, 20_000.0), demand(4_500_000, 5_000.0, None, "c")], 1, 1, "the one after the other"),
+        ([demand(4_500_000, 10_000.0), demand(4_500_000, 10_000.0, None, "c")], 1, 1, "due at the same time: added up"),
+        ([demand(9_000_000, 20_000.0), demand(4_500_000, 5_000.0, None, "c")], 1, 1, "one after the other"),
     ],
 )
 def test_the_number(batches, have, expected, what):
     state = BatchState(num_replicas=have, speed=SPEED)
-    _, need = look(batches, state, 0.0, num_ready=have)
+    _, need = size(batches, state, 0.0, num_ready=have)
     assert need.num_replicas == expected, what
 
 
-def look(batches, state, now, *, num_ready, total=0):
+def size(batches, state, now, *, num_ready, total=0):
     return size_for_batches(
         batches, state, now, tokens_total=total, num_ready=num_ready, startup_s=STARTUP_S, max_replicas=20
     )
 
 
-def test_one_replica_shows_how_fast_it_is():
-    state, need = look([demand(10**9, 100.0)], BatchState(), 0.0, num_ready=0)
+def test_one_replica_measures_the_speed():
+    state, need = size([demand(10**9, 100.0)], BatchState(), 0.0, num_ready=0)
     assert (need.num_replicas, state.speed) == (1, None)
     for second in range(1, 30):
-        state, need = look([demand(10**9 - 500 * second, 1e6)], state, float(second), num_ready=1, total=500 * second)
+        state, need = size([demand(10**9 - 500 * second, 1e6)], state, float(second), num_ready=1, total=500 * second)
     assert state.speed == pytest.approx(500, rel=0.01)
-    assert "a replica does 500 a second" in need.reason
+    assert "a replica does 500 tokens/s" in need.reason
 
 
 @dataclass
 class Cluster:
-    """Batches under `decide`, a second at a time. Replicas come `STARTUP_S` after they were ordered and go at once."""
+    """A batch under `decide`, once a second. Replicas are ready `STARTUP_S` after the order and are removed at once."""
 
     batch: BatchDemand
     min_replicas: int = 0
@@ -110,15 +111,17 @@ class Cluster:
             self.run(1)
 
 
-def test_a_deadline_is_met_with_hardly_more_replicas_than_it_takes():
+def test_a_deadline_is_met_at_little_more_than_the_minimal_cost():
     cluster = Cluster(demand(30_000_000, 7_200.0))
     cluster.run_to_the_end()
-    assert cluster.now < 7_200 - STARTUP_S / 2, "had a replica been lost, there was time for another"
-    assert max(cluster.numbers) == 5, "30,000 s of work in 6,480 s, and the first minutes were one replica's"
+    assert cluster.now < 7_200 - STARTUP_S / 2, "there is no time left to replace a lost replica"
+    assert max(cluster.numbers) == 5, "30,000 s of work in 6,480 s, of which the first minutes had one replica only"
     assert cluster.replica_s < 1.1 * 30_000, f"{cluster.replica_s:,.0f} s were paid for 30,000 s of work"
     cluster.run(1)
     peak = cluster.numbers.index(5)
-    assert cluster.numbers[peak:] == sorted(cluster.numbers[peak:], reverse=True), "what rounding up won is given back"
+    assert cluster.numbers[peak:] == sorted(cluster.numbers[peak:], reverse=True), (
+        "replicas ordered by rounding up are removed later"
+    )
 
 
 def test_from_zero_and_back_to_zero_at_once():
@@ -127,7 +130,7 @@ def test_from_zero_and_back_to_zero_at_once():
     assert max(cluster.numbers) > 10
     cluster.run(2)
     assert (cluster.numbers[0], cluster.numbers[-1], cluster.ready) == (1, 0, 0)
-    assert cluster.reason == f"{cluster.numbers[-2]} -> 0: no batch runs."
+    assert cluster.reason == f"{cluster.numbers[-2]} -> 0: no batch is running."
 
 
 def test_online_needs_stay_when_the_batch_ends():
@@ -147,7 +150,7 @@ def test_to_the_minimum_and_no_further():
     assert (max(cluster.numbers), cluster.numbers[-1]) == (6, 2)
 
 
-def test_half_the_speed_in_the_middle_is_made_up_for():
+def test_a_speed_that_halves_midway_is_compensated():
     cluster = Cluster(demand(30_000_000, 7_200.0))
     cluster.run(2_000)
     cluster.speed /= 2
@@ -156,21 +159,21 @@ def test_half_the_speed_in_the_middle_is_made_up_for():
     assert max(cluster.numbers) > 7
 
 
-def test_needless_replicas_go_after_a_while_and_not_for_a_moment():
+def test_idle_replicas_are_removed_only_after_a_while():
     state = BatchState(num_replicas=6, speed=SPEED, seen_at=0.0)
     work = [demand(9_000_000, 5_000.0)]
     for second in range(1, int(DOWN_AFTER_S) + 1):
         batches = [demand(25_000_000, 5_000.0)] if second == 100 else work
-        state, need = look(batches, state, float(second), num_ready=6)
+        state, need = size(batches, state, float(second), num_ready=6)
         state = replace(state, speed=SPEED)
         assert need.num_replicas == 6, second
     for second in range(int(DOWN_AFTER_S) + 1, int(2 * DOWN_AFTER_S) + 10):
-        state, need = look(work, state, float(second), num_ready=6)
+        state, need = size(work, state, float(second), num_ready=6)
         state = replace(state, speed=SPEED)
-    assert need.num_replicas == 3, "9,000 s of work in 4,500 s are two, and one because estimates differ"
+    assert need.num_replicas == 3, "9,000 s of work in 4,500 s need two, and one more for wrong estimates"
 
 
-def test_without_batches_nothing_changes():
+def test_without_batches_the_online_need_decides():
     config = AutoscalerConfig(min_replicas=1, max_replicas=9)
     seen = Observation(num_ready=3, num_backlog_tokens=400_000, prefill_tokens_per_s=SPEED, num_requests=4)
     state, decision = decide(config, seen, AutoscalerState(num_replicas=3), 1.0)

@@ -1,6 +1,7 @@
-"""Stores to test: SQLite always, PostgreSQL where a server is installed."""
+"""The stores under test: SQLite always, PostgreSQL where a server is installed."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.servers.postgres import new_database, postgres_server
@@ -16,19 +17,24 @@ def postgres_socket() -> Iterator[str]:
 
 @pytest.fixture
 def postgres_url(postgres_socket: str) -> str:
-    """Of a database of its own."""
+    """The URL of a new database."""
     return new_database(postgres_socket)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def reopen(request, tmp_path):
+def location(request, tmp_path) -> str:
+    """The path or the URL of the store under test."""
+    return request.getfixturevalue("postgres_url") if request.param == "postgres" else str(tmp_path / "batches.db")
+
+
+@pytest.fixture
+def reopen(location):
     """Opens the same store each time it is called."""
-    if request.param == "sqlite":
-        return lambda: open_sqlite(tmp_path / "batches.db")
-    url = request.getfixturevalue("postgres_url")
+    if not location.startswith("postgresql://"):
+        return lambda: open_sqlite(Path(location))
     from cluster.batch.store.postgres import open_postgres
 
-    return lambda: open_postgres(url)
+    return lambda: open_postgres(location)
 
 
 @pytest.fixture

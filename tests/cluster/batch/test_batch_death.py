@@ -1,6 +1,6 @@
-"""What a batch survives: death at any moment, a full disk, a folder that cannot be written, two runners, one that was asleep.
+"""What a batch survives: death at any moment, a full disk, a read-only folder, two runners, a runner that was paused.
 
-Afterwards every custom_id stands exactly once in output and error file, and the answers are those of a batch that nothing happened to.
+Afterwards each custom_id occurs exactly once over output and error file, and the answers are those of an undisturbed batch.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from support.paths import ROOT
 
 from cluster.batch.errors import LeaseLostError, StoreError
 from cluster.batch.files import FileContents
-from cluster.batch.records import LineResult, line_seed
+from cluster.batch.records import Line, LineResult, line_seed
 from cluster.batch.run.runner import BatchRunner, run_batch
 from cluster.batch.store.open import open_files, open_store
 from cluster.system.process import is_dead, new_owner
@@ -49,7 +49,7 @@ def undisturbed(tmp_path_factory) -> dict[str, str]:
 
 @asynccontextmanager
 async def child(folder: Path, *arguments: str):
-    """A process that runs the batch; gone at the end."""
+    """A process that runs the batch; it is killed at the end of the block."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(CHILD), str(folder), BATCH_ID, *arguments, stdout=asyncio.subprocess.PIPE, env=environment
@@ -84,7 +84,7 @@ async def check_exactly_once(folder: Path, undisturbed: dict[str, str], *, datab
 
 
 async def test_killed_at_random_moments(tmp_path, undisturbed):
-    """Lives last from nothing to about a whole run, so that deaths fall into every phase."""
+    """Lives last from nothing to about a whole run, so that deaths hit every phase."""
     deaths: list[str] = []
     for seed in range(50):
         folder = tmp_path / str(seed)
@@ -102,8 +102,8 @@ async def test_killed_at_random_moments(tmp_path, undisturbed):
     assert {"validating", "in_progress"} <= set(deaths), Counter(deaths)
 
 
-async def test_killed_beside_a_database_server(tmp_path, undisturbed, postgres_url):
-    """What the dead left open, the server rolls back."""
+async def test_killed_while_using_a_database_server(tmp_path, undisturbed, postgres_url):
+    """The server rolls back the open transactions of a dead process."""
     store = open_store(tmp_path, database_url=postgres_url)
     await add_batch(store, open_files(tmp_path), inputs(), batch_id=BATCH_ID)
     await store.close()
@@ -113,21 +113,21 @@ async def test_killed_beside_a_database_server(tmp_path, undisturbed, postgres_u
     await check_exactly_once(tmp_path, undisturbed, database_url=postgres_url)
 
 
-async def test_an_answer_is_stored_once_whoever_sends_it(tmp_path):
+async def test_an_answer_is_stored_once_and_only_under_the_newest_lease(tmp_path):
     """The first answer stands; an older lease stores nothing at all."""
     store, files = opened(tmp_path)
     batch = await add_batch(store, files, requests(5))
-    young, _ = await _half_run(store, files, batch)
-    old = await store.acquire("other", ttl_s=60, now=time.time() + 3600, is_dead=is_dead)
-    assert old is not None, "its lease has run out, so another takes it over"
-    newer, _ = old
-    assert newer.fence == young.fence + 1
+    first_lease = await _started(store, batch)
+    taken = await store.acquire("other", ttl_s=60, now=time.time() + 3600, is_dead=is_dead)
+    assert taken is not None, "its lease has expired, so another runner takes over"
+    newer, _ = taken
+    assert newer.fence == first_lease.fence + 1
     with pytest.raises(LeaseLostError):
-        await store.commit_results(young, [LineResult(number=1, status_code=200, body=b"1")])
+        await store.commit_results(first_lease, [LineResult(number=1, status_code=200, body=b"1")])
     with pytest.raises(LeaseLostError):
-        await store.add_crashes(young, {1: True})
+        await store.add_crashes(first_lease, {1: True})
     with pytest.raises(LeaseLostError):
-        await store.finalize(young, now=0)
+        await store.finalize(first_lease, now=0)
     first = await store.commit_results(newer, [LineResult(number=1, status_code=200, body=b"1")])
     again = await store.commit_results(newer, [LineResult(number=1, status_code=200, body=b"2")])
     assert (first.num_completed, again.num_completed) == (1, 1)
@@ -136,40 +136,42 @@ async def test_an_answer_is_stored_once_whoever_sends_it(tmp_path):
     await store.close()
 
 
-async def _half_run(store, files, batch):
-    """Validated and started, then left by a runner that lives."""
-    taken = await store.acquire(new_owner(), ttl_s=60, now=time.time(), is_dead=is_dead)
-    runner = BatchRunner(store, files, SimulatedExecutor(), options=FAST)
-    return taken[0], await runner._validate(*taken)
+async def _started(store, batch):
+    """The lease of a live runner that has validated and started the batch."""
+    lease, _ = await store.acquire(new_owner(), ttl_s=60, now=time.time(), batch_id=batch.id, is_dead=is_dead)
+    await store.add_lines(lease, [Line(number=n, custom_id=f"r{n}", offset=0, num_bytes=1) for n in range(1, 6)])
+    await store.plan(lease)
+    await store.start(lease, now=time.time(), model="demo")
+    return lease
 
 
-async def test_a_runner_that_was_asleep_stores_nothing(tmp_path, undisturbed):
+async def test_a_runner_that_was_paused_stores_nothing(tmp_path, undisturbed):
     store, files = opened(tmp_path)
     await add_batch(store, files, inputs(), batch_id=BATCH_ID)
     async with child(tmp_path, "--latency-s", "0.03", "--lease-ttl-s", "0.8") as process:
         while (await store.get_batch(BATCH_ID)).num_completed < 20:
             await asyncio.sleep(0.005)
         process.send_signal(signal.SIGSTOP)
-        while _is_locked(tmp_path / "batches.db"):  # it fell asleep in a transaction, and so would keep the whole file
+        while _is_locked(tmp_path / "batches.db"):  # it was paused in a transaction and would keep the file locked
             process.send_signal(signal.SIGCONT)
             await asyncio.sleep(0.003)
             process.send_signal(signal.SIGSTOP)
         deadline = time.monotonic() + 20
-        while (taken := await _try_to_take(store)) is None:
-            assert time.monotonic() < deadline, "the sleeper's lease never ran out"
+        while (taken := await _try_to_acquire(store)) is None:
+            assert time.monotonic() < deadline, "the lease of the paused runner never expired"
             await asyncio.sleep(0.05)
         executor = SimulatedExecutor(latency_s=0.005, capacity=8)
         task = asyncio.create_task(BatchRunner(store, files, executor, options=FAST).run(*taken))
         while not executor.executed:
             await asyncio.sleep(0.002)
-        process.send_signal(signal.SIGCONT)  # in the middle of its successor's work
+        process.send_signal(signal.SIGCONT)  # while its successor is working
         assert await said(process) == "lease lost"
         assert (await asyncio.wait_for(task, 20)).status == "completed"
     await store.close()
     await check_exactly_once(tmp_path, undisturbed)
 
 
-async def _try_to_take(store):
+async def _try_to_acquire(store):
     return await store.acquire(new_owner(), ttl_s=30, now=time.time(), batch_id=BATCH_ID, is_dead=is_dead)
 
 
@@ -185,19 +187,19 @@ def _is_locked(path: Path) -> bool:
     return False
 
 
-async def test_a_dead_owner_is_known_at_once(tmp_path):
+async def test_a_dead_owner_is_detected_at_once(tmp_path):
     store, files = opened(tmp_path)
     await add_batch(store, files, inputs(), batch_id=BATCH_ID)
     async with child(tmp_path, "--latency-s", "1", "--lease-ttl-s", "600"):
         while (await store.get_batch(BATCH_ID)).status != "in_progress":
             await asyncio.sleep(0.01)
-        assert await _try_to_take(store) is None, "its owner lives"
-    assert await _try_to_take(store) is not None
+        assert await _try_to_acquire(store) is None, "its owner is alive"
+    assert await _try_to_acquire(store) is not None
     await store.close()
 
 
 class _FailingFile:
-    """Takes so many bytes, then the disk is full."""
+    """Accepts this many bytes, then fails like a full disk."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
         self._file = path.open("xb", buffering=0)
@@ -216,7 +218,7 @@ class _FailingFile:
 
 
 async def test_the_disk_is_full_at_any_byte_of_the_output(tmp_path):
-    """Each attempt gets a few bytes further. Nothing half-written is ever seen, and in the end the output is the one without trouble."""
+    """Each attempt gets a few bytes further. No partial file ever appears, and the final output is the same as without failures."""
     store, files = opened(tmp_path)
     batch = await add_batch(store, files, [request(f"r{i}") for i in range(4)] + [request("no", "refuse")])
     failures = 0
@@ -236,12 +238,12 @@ async def test_the_disk_is_full_at_any_byte_of_the_output(tmp_path):
     output = read_lines(files, ended.output_file_id)
     assert [line["custom_id"] for line in output] == ["r0", "r1", "r2", "r3"]
     assert [line["custom_id"] for line in read_lines(files, ended.error_file_id)] == ["no"]
-    assert len(list((tmp_path / "files").iterdir())) == 3, "what failed attempts left is removed"
+    assert len(list((tmp_path / "files").iterdir())) == 3, "files of failed attempts are removed"
     await store.close()
 
 
 async def test_a_cut_temporary_file_is_not_used(tmp_path, undisturbed):
-    """What a crash in mid-write leaves: a part of a file under its temporary name."""
+    """A crash during a write leaves part of a file under its temporary name."""
     store, files = opened(tmp_path)
     await add_batch(store, files, inputs(), batch_id=BATCH_ID)
     tight = FileContents(tmp_path / "files", open_new=lambda path: _FailingFile(path, 5000))
@@ -259,7 +261,7 @@ async def test_a_cut_temporary_file_is_not_used(tmp_path, undisturbed):
 
 @pytest.mark.parametrize("limit", [60_000, 150_000])
 async def test_a_full_disk_is_a_clear_error(tmp_path, undisturbed, limit):
-    """No file of the process may grow beyond `limit`: the database, its log or the output fails, as on a full disk."""
+    """No file of the process may grow larger than `limit`: the database, its log or the output fails, as on a full disk."""
     store, files = opened(tmp_path)
     await add_batch(store, files, inputs(), batch_id=BATCH_ID)
     await store.close()
@@ -273,7 +275,7 @@ async def test_a_full_disk_is_a_clear_error(tmp_path, undisturbed, limit):
 
 
 async def test_the_output_folder_cannot_be_written(tmp_path, undisturbed):
-    """The folder of files has gone, and a file stands in its place, as after a lost mount."""
+    """The folder of files becomes read-only, as after a disk error."""
     store, files = opened(tmp_path)
     await add_batch(store, files, inputs(), batch_id=BATCH_ID)
 
@@ -286,19 +288,19 @@ async def test_the_output_folder_cannot_be_written(tmp_path, undisturbed):
     assert (await store.get_batch(BATCH_ID)).num_completed == NUM_LINES - 3
     executor = SimulatedExecutor()
     await run_batch(store, files, executor, BATCH_ID, options=FAST)
-    assert executor.executed == [], "all was answered before"
+    assert executor.executed == [], "all lines were answered before"
     await store.close()
     await check_exactly_once(tmp_path, undisturbed)
     (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="cannot be made"):
+    with pytest.raises(StoreError, match="cannot be created"):
         FileContents(tmp_path / "file" / "files")
 
 
-async def test_the_input_has_gone(tmp_path):
+async def test_the_input_file_is_missing(tmp_path):
     store, files = opened(tmp_path)
     batch = await add_batch(store, files, inputs())
     files.path(batch.input_file_id).rename(tmp_path / "elsewhere")
-    with pytest.raises(StoreError, match="not there"):
+    with pytest.raises(StoreError, match="does not exist"):
         await run_batch(store, files, SimulatedExecutor(), batch.id, options=FAST)
     (tmp_path / "elsewhere").rename(files.path(batch.input_file_id))
     assert (await run_batch(store, files, SimulatedExecutor(), batch.id, options=FAST)).status == "completed"

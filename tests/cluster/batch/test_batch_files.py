@@ -1,4 +1,4 @@
-"""Contents are there whole or not at all, within bounds, and under ids that can be no path."""
+"""Files are complete or absent, limited in size, and stored under ids that cannot be paths."""
 
 import os
 import time
@@ -23,12 +23,12 @@ async def test_written_and_read(tmp_path):
     assert (tmp_path / "files" / "file-1").stat().st_mode & 0o077 == 0, "others cannot read it"
     await files.delete("file-1")
     await files.delete("file-1")
-    with pytest.raises(StoreError, match="not there"):
+    with pytest.raises(StoreError, match="does not exist"):
         async for _ in files.chunks("file-1"):
             pass
 
 
-async def test_what_fails_leaves_nothing(tmp_path):
+async def test_a_failed_write_leaves_nothing(tmp_path):
     async def breaks():
         yield b"abc"
         raise ConnectionResetError
@@ -36,18 +36,18 @@ async def test_what_fails_leaves_nothing(tmp_path):
     files = FileContents(tmp_path, max_bytes=5)
     with pytest.raises(ConnectionResetError):
         await files.write("file-1", breaks())
-    with pytest.raises(RequestError, match="larger than the 5 bytes") as caught:
+    with pytest.raises(RequestError, match="larger than the limit of 5 bytes") as caught:
         await files.write("file-1", stream(b"abc", b"def"))
     assert caught.value.code == "file_too_large"
     assert list(tmp_path.iterdir()) == []
     await files.write("file-1", stream(b"12345"))
     with pytest.raises(RequestError):
         await files.write("file-1", stream(b"abcdef"))
-    assert files.path("file-1").read_bytes() == b"12345", "what was there stays until the new one is whole"
+    assert files.path("file-1").read_bytes() == b"12345", "the old file stays until the new one is complete"
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "a.tmp", ".", "x" * 101, "a\0"])
-async def test_ids_are_no_paths(tmp_path, name):
+async def test_ids_that_are_paths_are_refused(tmp_path, name):
     files = FileContents(tmp_path)
     with pytest.raises(StoreError, match="letters, digits"):
         files.path(name)

@@ -1,4 +1,4 @@
-"""Memory does not grow with the lines: the benchmark in small, each size in a process of its own whose peak is told apart."""
+"""Memory does not grow with the number of lines: a small run of the benchmark, each size in its own process."""
 
 import importlib
 
@@ -16,7 +16,7 @@ def bench(monkeypatch):
 
 
 def test_twenty_thousand_lines(bench, tmp_path):
-    """With its answers a line is about 1 KiB, so that 20,000 lines held anywhere would be seen."""
+    """A line with its answer takes about 1 KiB, so 20,000 lines kept anywhere would show."""
     small, large = (bench.measure_apart(num_lines, tmp_path) for num_lines in (5_000, 20_000))
     assert large["peak"] - small["peak"] < 9, (
         f"MiB: {small['peak']:.1f} for 5,000 lines, {large['peak']:.1f} for 20,000"

@@ -1,15 +1,14 @@
-"""What is wrong with a line and how it is said; what planning reads off the rest; bounds on lines and files."""
+"""Invalid lines and their errors, what planning derives from valid ones, and limits on lines and files."""
 
 import io
 import json
 
-import msgspec
 import pytest
 from support.batch.batches import ENDPOINT, SimulatedExecutor, request
 
 from cluster.batch import lines
 from cluster.batch.records import Line, parse_window
-from cluster.batch.store import order as plan
+from cluster.batch.store.order import length_class, order
 from workers.errors import RequestError
 
 
@@ -22,8 +21,8 @@ def scan(data: bytes, **options):
 GOOD = json.loads(request("a"))
 WRONG = [
     ("{]", "invalid_json_line", None, "not parseable"),
-    ("[1]", "invalid_json_line", None, "no JSON object"),
-    ('"text"', "invalid_json_line", None, "no JSON object"),
+    ("[1]", "invalid_json_line", None, "not a JSON object"),
+    ('"text"', "invalid_json_line", None, "not a JSON object"),
     ('{"custom_id": "a"', "invalid_json_line", None, "not parseable"),
     (b'{"custom_id": "\xff"}', "invalid_json_line", None, "not parseable"),
     ({"custom_id": None}, "invalid_type", "custom_id", "expected a string"),
@@ -48,20 +47,20 @@ def test_wrong_lines(change, code, param, says):
     else:
         line = change.encode() if isinstance(change, str) else change
     found, errors = scan(request("first") + line + b"\n" + request("last"))
-    assert [x.custom_id for x in found] == ["first", "last"], "the others are read on"
+    assert [x.custom_id for x in found] == ["first", "last"], "the other lines are still read"
     [error] = errors
     assert (error.line, error.code, error.param) == (2, code, param)
     assert says in error.message
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"x"', b"7", b"null"])
-def test_a_body_that_is_no_object(body):
+def test_a_body_that_is_not_an_object(body):
     data = request("a").replace(json.dumps(GOOD["body"]).encode(), body)
     _, [error] = scan(data, check=lambda endpoint, body: "m")
     assert (error.code, error.param) == ("invalid_type", "body")
 
 
-def test_where_lines_lie():
+def test_offsets_of_lines():
     data = b"\xef\xbb\xbf" + request("a") + b"\n   \n" + request("b").rstrip() + b"\r\n" + request("c").rstrip()
     found, errors = scan(data)
     assert errors == []
@@ -72,20 +71,20 @@ def test_where_lines_lie():
         assert json.loads(lines.body_of(part)) == GOOD["body"]
 
 
-def test_bounds():
+def test_limits():
     assert scan(b"")[1][0].code == "empty_file"
     assert scan(b"\n \n")[1][0].code == "empty_file"
     found, errors = scan(request("a") + request("b", "x" * 500) + request("c"), max_line_bytes=300)
     assert [x.custom_id for x in found] == ["a", "c"]
     assert [(e.line, e.code) for e in errors] == [(2, "line_too_long")]
-    assert "300 bytes" in errors[0].message
+    assert "limit of 300 bytes" in errors[0].message
     exact = len(request("a")) - 1
-    assert scan(request("a") + request("b"), max_line_bytes=exact)[1] == [], "the line's end does not count"
+    assert scan(request("a") + request("b"), max_line_bytes=exact)[1] == [], "the newline does not count"
     found, errors = scan(b"".join(request(str(i)) for i in range(5)), max_lines=3)
     assert (len(found), [(e.line, e.code) for e in errors]) == (3, [(4, "too_many_requests")])
 
 
-def test_it_is_read_in_chunks():
+def test_a_file_is_read_in_chunks():
     data = b"".join(request(str(i)) for i in range(2 * lines.CHUNK_LINES + 1))
     check = lambda endpoint, body: "demo"  # noqa: E731
     chunks = list(lines.scan(io.BytesIO(data), endpoint=ENDPOINT, check=check))
@@ -107,33 +106,38 @@ def test_it_is_read_in_chunks():
     ],
 )
 def test_estimates(endpoint, body, expected):
-    read = msgspec.json.decode(msgspec.json.encode(body), type=lines._Body)
-    assert lines.estimate_tokens(endpoint, read) == expected
+    assert planned(body, endpoint=endpoint).num_tokens == expected
+
+
+def planned(body, endpoint=ENDPOINT) -> Line:
+    """The line of a file with this one request."""
+    line = {"custom_id": "a", "method": "POST", "url": endpoint, "body": body}
+    [found], _ = scan(json.dumps(line).encode(), endpoint=endpoint, check=lambda endpoint, body: "m")
+    return found
 
 
 def test_groups():
     def key(prompt, model="m"):
-        body = msgspec.json.encode({"model": model, "prompt": prompt, "max_tokens": 7})
-        return lines.group_key(msgspec.json.decode(body, type=lines._Body))
+        return planned({"model": model, "prompt": prompt, "max_tokens": 7}).group_key
 
-    opening = "o" * 300
-    assert key(opening + "a") == key(opening + "b")
-    assert key(opening) != key(opening, model="n")
+    prefix = "o" * 300
+    assert key(prefix + "a") == key(prefix + "b")
+    assert key(prefix) != key(prefix, model="n")
     assert key("short a") != key("short b")
     assert -(2**63) <= key("") < 2**63
 
 
 def test_the_order():
-    """The example of plan.py: ties between groups go by their key."""
+    """The example in the docstring of store/order.py. Ties between groups go by their key."""
     a, b, c = 1, 2, 3
     given = [(a, 90), (b, 10), (a, 20), (b, 12), (c, 100)]
     kept = [
         Line(number=i, custom_id=str(i), offset=0, num_bytes=1, group_key=k, num_tokens=n)
         for i, (k, n) in enumerate(given, start=1)
     ]
-    assert [(x.group_key, x.num_tokens) for x in plan.order(kept)] == [(a, 90), (a, 20), (c, 100), (b, 12), (b, 10)]
-    assert plan.order([]) == []
-    assert [plan.length_class(n) for n in (0, 1, 2, 3, 4, 127, 128)] == [0, 1, 2, 2, 3, 7, 8]
+    assert [(x.group_key, x.num_tokens) for x in order(kept)] == [(a, 90), (a, 20), (c, 100), (b, 12), (b, 10)]
+    assert order([]) == []
+    assert [length_class(n) for n in (0, 1, 2, 3, 4, 127, 128)] == [0, 1, 2, 2, 3, 7, 8]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("24h", 86_400), ("90m", 5400), ("2d", 172_800), ("1s", 1)])

@@ -1,4 +1,4 @@
-"""Options to configuration, and the sentences a user gets for options that cannot work; nothing is started."""
+"""From options to configuration, and the messages for options that cannot work; nothing is started."""
 
 import json
 import socket
@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import serve as serve_module
-from cluster.cli.main import main, make_parser
-from cluster.cli.options import parse_bytes, serve_config
+from cluster.cli.main import main
+from cluster.cli.options.parser import make_parser
+from cluster.cli.options.settings import serve_config
+from cluster.cli.options.values import parse_bytes
 from cluster.config.checkpoint_location import resolve_model
 from cluster.config.serve import API_KEY_ENV
 from cluster.keys.file import API_KEYS_ENV, read_keys
@@ -81,31 +83,33 @@ def test_every_engine_option_arrives(folder):
     [
         ("--tensor-parallel-size 3", r"Use one of 1, 2\."),
         ("--tensor-parallel-size 0", r"Use one of 1, 2\."),
-        ("--max-model-len 4096", "use at most 2048"),
+        ("--max-model-len 4096", r"Use at most 2048\."),
         ("--host 0.0.0.0", "add --api-key KEY, set TRAMONTANE_API_KEY"),
         ("--host ::", "tramontane keys create"),
-        ("--tls-cert a.pem", "--tls-cert needs --tls-key"),
-        ("--tls-key a.pem", "--tls-key needs --tls-cert"),
-        ("--cors-origin https://a.org/path", "write it like https://example.org"),
+        ("--tls-cert a.pem", r"--tls-cert needs --tls-key too\. Add --tls-key\."),
+        ("--tls-key a.pem", r"--tls-key needs --tls-cert too\."),
+        ("--cors-origin https://a.org/path", "Write it like https://example.org"),
         ("--cors-origin *", "has no key"),
-        ("--port 70000", "use 1 to 65535"),
+        ("--port 70000", "Use 1 to 65535"),
         ("--drain-timeout -1", "negative"),
-        ("--drain-timeout inf", "without end"),
-        ("--queue-timeout 0", "--queue-timeout 0 is no time"),
+        ("--drain-timeout inf", "infinite"),
+        ("--queue-timeout 0", "--queue-timeout 0 is not a valid time"),
         ("--ttft-objective nan", "--ttft-objective nan"),
         ("--scale-down-after -5", "--scale-down-after -5"),
         ("--name Mine_1", "lower-case letters"),
+        ("--no-batches --data-dir d", "have no effect with --no-batches"),
+        ("--batch-store redis://h", "not the address of a PostgreSQL database"),
         ("--gpu-memory-utilization 1.5", "gpu_memory_utilization"),
         ("--max-num-seqs 64 --max-num-batched-tokens 8", "max_num_batched_tokens"),
     ],
 )
-def test_options_that_cannot_work_are_refused_in_a_sentence(folder, capsys, options, says):
+def test_options_that_cannot_work_are_refused_with_one_line(folder, capsys, options, says):
     with pytest.raises(ConfigError, match=says):
         configure(folder, *options.split())
     assert main(["serve", str(folder), *options.split()]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("tramontane: ")
-    assert captured.err.count("\n") == 1, "one sentence, no traceback"
+    assert captured.err.count("\n") == 1, "one line, no traceback"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_every_security_option_arrives(folder):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("--api-keys /none/keys.json", "There is no API keys file /none/keys.json; make one with"),
+        ("--api-keys /none/keys.json", "/none/keys.json does not exist. Create it with"),
         ("--tls-cert /none/c --tls-key /none/k", "--tls-cert /none/c cannot be read"),
     ],
 )
@@ -201,7 +205,7 @@ def test_keys_are_created_listed_used_and_revoked(tmp_path, capsys, monkeypatch)
         (["create", "bob", "--priority", "99999999999"], "priority"),
         (["create", "bob", "--max-concurrency", "0"], "at least 1"),
         (["usage", "--days", "0"], "at least 1"),
-        (["list", "--file", "/none/x"], "There is no API keys file"),
+        (["list", "--file", "/none/x"], "does not exist"),
     ):
         assert main(["keys", *arguments]) == 2
         assert says in capsys.readouterr().err
@@ -240,30 +244,6 @@ def test_a_hub_id_without_the_hub_says_so(monkeypatch, capsys, tmp_path):
     assert "mistralai/Mistral-7B-v0.3 is not a folder here" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("files", [["config.json"], ["params.json"]])
-def test_a_hub_id_becomes_its_folder(monkeypatch, tmp_path, files):
-    import huggingface_hub
-
-    calls = []
-
-    def download(model, *, ignore_patterns=None, **kwargs):
-        calls.append(ignore_patterns)
-        for name in files:
-            if name != "params.json" or ignore_patterns is None:
-                (tmp_path / name).touch()
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_model("owner/name") == (tmp_path, "owner/name")
-    assert calls == ([["consolidated*"]] if files == ["config.json"] else [["consolidated*"], None])
-
-
-def test_without_a_model_the_demo_is_served():
-    folder, name = resolve_model(None)
-    assert (folder / "config.json").is_file()
-    assert name == "demo_model"
-
-
 def test_other_failures_exit_with_1_and_bugs_show_themselves(folder, monkeypatch, capsys):
     def fail(args):
         raise CheckpointError("The file is truncated.")
@@ -271,6 +251,19 @@ def test_other_failures_exit_with_1_and_bugs_show_themselves(folder, monkeypatch
     monkeypatch.setattr(serve_module, "serve", fail)
     assert main(["serve", str(folder)]) == 1
     assert capsys.readouterr().err == "tramontane: The file is truncated.\n"
+
+
+def test_an_error_is_shown_as_message_remedy_and_notes(folder, monkeypatch, capsys):
+    def fail(args):
+        error = CheckpointError("The file is truncated.", remedy="Download it again.")
+        error.add_note("Nothing is lost: `tramontane batch resume out` continues.")
+        raise error
+
+    monkeypatch.setattr(serve_module, "serve", fail)
+    assert main(["serve", str(folder)]) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "tramontane: The file is truncated. Download it again."
+    assert second == "Nothing is lost: `tramontane batch resume out` continues."
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from support.doctor_runs import sentences
+from support.doctor_runs import messages
 from support.servers.ray_hosts import free_port
 
 from cluster.cli.main import main
-from cluster.cli.options import detect_device
+from cluster.cli.options.settings import detect_device
 from cluster.config.checkpoint_location import find_model
 from cluster.doctor import local
-from cluster.doctor.examine import _num_visible
+from cluster.doctor.examine import num_visible_gpus
 from workers.errors import ConfigError
 
 QUICK = ("doctor", "--no-all-reduce")
@@ -42,15 +42,15 @@ def test_a_healthy_machine(port, capsys):
     assert "no problems" in said.splitlines()[-1]
 
 
-def test_a_truncated_file_is_named_to_people_and_to_scripts(broken, port, capsys):
+def test_a_truncated_file_is_named_in_the_table_and_in_json(broken, port, capsys):
     assert main([*QUICK, str(broken), "--port", str(port)]) == 1
     said = capsys.readouterr()
     assert "model.safetensors is truncated" in said.out.replace("\n", " ") and "→ Download it again" in said.out
-    assert said.err.splitlines()[-1].startswith("tramontane: This is not fit to serve: 1 problem")
+    assert said.err.splitlines()[-1].startswith("tramontane: Not ready to serve: 1 problem")
     assert main([*QUICK, str(broken), "--port", str(port), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["num_problems"] == 1 and report["all_reduce"] is None
-    assert len(sentences(report, "model", "problem")) == 1
+    assert len(messages(report, "model", "problem")) == 1
     assert report["nodes"][0]["model"]["folder"] == str(broken)
 
 
@@ -58,45 +58,45 @@ def test_a_truncated_file_is_named_to_people_and_to_scripts(broken, port, capsys
     "options",
     [("--tensor-parallel-size", "0"), ("--port", "0"), ("--port", "70000"), ("--timeout", "0"), ("--timeout", "inf")],
 )
-def test_an_option_that_cannot_work(options, capsys):
+def test_an_invalid_option_value(options, capsys):
     assert main([*QUICK, *options]) == 2
     assert options[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./nor/this"])
-def test_a_folder_that_is_not_there(model, port, capsys):
+def test_a_folder_that_does_not_exist(model, port, capsys):
     assert main([*QUICK, model, "--port", str(port), "--json"]) == 1
-    (sentence,) = sentences(json.loads(capsys.readouterr().out), "model", "problem")
-    assert model in sentence
+    (message,) = messages(json.loads(capsys.readouterr().out), "model", "problem")
+    assert model in message
 
 
-def test_ranks_that_cannot_share_the_model(port, capsys):
+def test_a_tensor_parallel_size_that_does_not_divide_the_model(port, capsys):
     assert main([*QUICK, "-tp", "3", "--port", str(port), "--json"]) == 1
-    (sentence,) = sentences(json.loads(capsys.readouterr().out), "model", "problem")
-    assert "--tensor-parallel-size 3 does not work" in sentence
+    (message,) = messages(json.loads(capsys.readouterr().out), "model", "problem")
+    assert "--tensor-parallel-size 3 does not work" in message
 
 
-def test_a_gpu_that_was_asked_for(port, capsys):
+def test_device_cuda_without_a_gpu(port, capsys):
     if detect_device("auto") == "cuda":
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU")
     assert main(["doctor", "--device", "cuda", "--port", str(port), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert sentences(report, "gpu", "problem")
+    assert messages(report, "gpu", "problem")
     assert report["all_reduce"]["outcome"] == "not tried"
-    assert report["all_reduce"]["reason"] == "No node can hold a rank on a GPU."
-    assert sentences(report, "model", "ok")
+    assert report["all_reduce"]["reason"] == "No node can run a rank on a GPU."
+    assert messages(report, "model", "ok")
 
 
 @pytest.mark.parametrize(("visible", "count"), [("0,1", 2), ("GPU-6d3a", 1), ("", 0), ("-1", 0), (" 2 , ", 1)])
-def test_gpus_that_the_environment_leaves(visible, count):
-    assert _num_visible(visible) == count
+def test_how_many_gpus_cuda_visible_devices_leaves(visible, count):
+    assert num_visible_gpus(visible) == count
 
 
-def test_a_ray_address_where_nothing_answers_is_a_finding_beside_the_machines_own(port, capsys):
+def test_a_ray_address_that_does_not_answer_is_one_finding_among_the_machines_own(port, capsys):
     assert main(["doctor", "--ray-address", f"127.0.0.1:{port}", "--port", str(port), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    (sentence,) = sentences(report, "ray", "problem")
-    assert f"Nothing answers at the Ray address 127.0.0.1:{port}" in sentence
+    (message,) = messages(report, "ray", "problem")
+    assert f"Nothing answers at the Ray address 127.0.0.1:{port}" in message
     assert report["nodes"][0]["machine"]["num_cpus"] >= 1
 
 
@@ -119,7 +119,7 @@ def test_a_port_in_use(page, status, capsys):
         server.shutdown()
         serving.join()
         server.server_close()
-    found = sentences(json.loads(capsys.readouterr().out), "port", "ok" if status == 0 else "problem")
+    found = messages(json.loads(capsys.readouterr().out), "port", "ok" if status == 0 else "problem")
     assert len(found) == 1 and str(server.server_port) in found[0]
 
 
@@ -129,12 +129,16 @@ GIB = 2**30
 @pytest.mark.parametrize(
     ("answer", "severity", "said"),
     [
-        (14 * GIB, "warning", "the first start downloads it: 14.0 GiB"),
-        (10**18, "problem", "has no room here"),
-        (ConfigError("owner/name is gated: accept its terms."), "problem", "is gated: accept its terms."),
+        (14 * GIB, "warning", "The first start downloads 14.0 GiB;"),
+        (10**18, "problem", "not enough disk space to download owner/name"),
+        (
+            ConfigError("owner/name is gated.", remedy="Accept its terms."),
+            "problem",
+            "cannot be downloaded: owner/name is gated.",
+        ),
     ],
 )
-def test_a_model_that_is_still_on_the_hub(monkeypatch, capsys, port, answer, severity, said):
+def test_a_model_that_is_not_downloaded_yet(monkeypatch, capsys, port, answer, severity, said):
     def download_bytes(model: str, *, revision: str | None) -> int:
         if isinstance(answer, Exception):
             raise answer
@@ -144,6 +148,9 @@ def test_a_model_that_is_still_on_the_hub(monkeypatch, capsys, port, answer, sev
     monkeypatch.setattr(local, "download_bytes", download_bytes)
     options = [*QUICK, "owner/name", "--port", str(port), "--json"]
     assert main(options) == (severity == "problem")
-    (sentence,) = sentences(json.loads(capsys.readouterr().out), "model", severity)
-    assert said in sentence
-    assert main([*options, "--strict"]) == 1, "strict scripts stop at warnings"
+    report = json.loads(capsys.readouterr().out)
+    (message,) = messages(report, "model", severity)
+    assert said in message
+    if isinstance(answer, ConfigError):
+        assert [f["remedy"] for f in report["findings"] if f["sentence"] == message] == ["Accept its terms."]
+    assert main([*options, "--strict"]) == 1, "--strict fails for warnings too"

@@ -26,11 +26,11 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "create_connection", refuse)
 
 
-def test_the_issue_s_own_example(capsys):
+def test_a_plan_for_one_gpu(capsys):
     assert main(["plan", MODEL, "--gpu", "A10G", "--context", "8192", "--concurrency", "32"]) == 0
     out = capsys.readouterr().out
-    assert "7.25 billion parameters, bfloat16, 128 KiB of KV a token, full attention" in out
-    assert "To take: 4 A10G, --tensor-parallel-size 4." in out
+    assert "7.25 billion parameters, bfloat16, 128 KiB of KV cache per token, full attention" in out
+    assert "Recommended: 4 A10G, --tensor-parallel-size 4." in out
     assert "28.4 GB short" in out  # one of them is too small, and is shown as well
     row = next(line for line in out.splitlines() if line.startswith("A10G  4"))
     assert "1,024" in row
@@ -39,7 +39,7 @@ def test_the_issue_s_own_example(capsys):
     assert "SkyPilot's hosted catalog v8" in out
 
 
-def test_without_a_gpu_all_are_compared_cheapest_first(capsys):
+def test_without_a_gpu_option_all_gpus_are_compared_cheapest_first(capsys):
     assert main(["plan", MODEL, "--concurrency", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["chosen"] == 0
@@ -65,26 +65,26 @@ def test_json_says_what_the_table_says(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
-        (["--gpu", "T4"], "--gpu T4 is not known here; use one of A10G"),
-        (["--gpu", "A10G", "-tp", "1"], "28.4 GB are missing. What would fit: --concurrency 5; --context 1280"),
-        (["--context", "40000"], "--context 40000 cannot be used"),
+        (["--gpu", "T4"], "--gpu T4 is not known. Use one of A10G"),
+        (["--gpu", "A10G", "-tp", "1"], "28.4 GB are missing. Use one of: --concurrency 5; --context 1280"),
+        (["--context", "40000"], "--context 40000 does not work with"),
         (["--context", "100", "--prompt-tokens", "100"], "--prompt-tokens 100 leaves no room"),
-        (["--concurrency", "0"], "--concurrency 0 is no load"),
+        (["--concurrency", "0"], "--concurrency 0 is not a number of requests"),
         (["--tensor-parallel-size", "3"], "Use one of 1, 2, 4, 8"),
-        (["--gpu-memory-utilization", "1.5"], "it must be in (0, 1]"),
+        (["--gpu-memory-utilization", "1.5"], "Use a value above 0 and up to 1."),
         (["--gpu", "A10G", "--cloud", "gcp", "--write", "x.yaml"], "No machine with exactly 4 A10G is known on gcp"),
     ],
 )
-def test_what_cannot_be_is_refused_with_what_to_change(options, sentence, capsys, tmp_path, monkeypatch):
+def test_an_impossible_plan_is_rejected_with_a_remedy(options, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", MODEL, *options]) == 2
-    assert sentence in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.yaml"))
 
 
-def test_a_model_that_is_nowhere(capsys):
+def test_a_model_that_does_not_exist(capsys):
     assert main(["plan", "./nowhere", "--gpu", "A10G"]) == 2
     assert "The model folder ./nowhere does not exist" in capsys.readouterr().err
 
@@ -98,7 +98,7 @@ def test_a_local_checkpoint_is_read(capsys, tmp_path):
     assert [p["tensor_parallel_size"] for p in found["plans"]] == [1, 2, 4]  # it has four key/value heads
     next(folder.glob("model-*.safetensors")).unlink()
     assert main(["plan", str(folder), "--gpu", "L4"]) == 1
-    assert "which is not there; download it too" in capsys.readouterr().err
+    assert "which does not exist. Download it too." in capsys.readouterr().err
 
 
 def test_skypilot_accepts_what_is_written(tmp_path, capsys):
@@ -135,17 +135,17 @@ def test_skypilot_accepts_what_is_written(tmp_path, capsys):
     assert "tramontane serve" in local["run"]
 
 
-def test_a_file_that_exists_stays(tmp_path, capsys):
+def test_an_existing_file_is_not_overwritten(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text("mine")
     assert main(["plan", MODEL, "--gpu", "A10G", "--write", str(path)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert path.read_text() == "mine"
 
 
-def test_options_that_are_written_are_options_of_serve(tmp_path):
-    """`tramontane serve` reads them."""
-    from cluster.cli.main import make_parser
+def test_the_written_options_are_options_of_serve(tmp_path):
+    """`tramontane serve` parses them."""
+    from cluster.cli.options.parser import make_parser
 
     path = tmp_path / "a.yaml"
     options = ["--gpu", "H100", "-tp", "8", "--concurrency", "2000", "--context", "1024", "--dtype", "float16"]

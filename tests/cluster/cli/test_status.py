@@ -1,4 +1,4 @@
-"""The table of `tramontane status` out of views, and what it says when it cannot have one."""
+"""The table of `tramontane status`, and its messages when the state of the cluster cannot be read."""
 
 import http.server
 import json
@@ -19,20 +19,22 @@ import pytest
 from rich.console import Console
 from support.paths import DEMO_MODEL
 
-from cluster.cli.status import Sample, fetch, rates, render, status, to_json
+from cluster.cli.client import Client
+from cluster.cli.status import Sample, poll, rates, render, status, to_json
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import (
     ClusterView,
     GatewayRecord,
     NodeNotice,
     RankRecord,
-    RankStats,
     ReplicaRecord,
     ReplicaState,
+    StartFailure,
 )
 from workers.config import EngineConfig, load_model_config
 from workers.errors import ConfigError, ReplicaUnavailableError
 from workers.protocol import LoadReport
+from workers.rank.reports import RankStats
 
 NOW = 1_800_000_000.0
 MODEL = load_model_config(DEMO_MODEL)
@@ -58,7 +60,7 @@ VIEW = ClusterView(
     replicas=(READY,),
     gateways=(GatewayRecord(gateway_id="g", url="http://10.0.0.1:8000", node_id=None, num_running=3, num_queued=1),),
     num_desired=2,
-    scaling_reason="the backlog is 4 s",
+    scaling_reason="The backlog is 4 s.",
 )
 
 
@@ -78,14 +80,14 @@ def show(*samples: Sample) -> list[str]:
 
 def test_a_ready_replica_shows_its_ranks_and_rates() -> None:
     lines = show(Sample(VIEW, 0.0), Sample(after(), 2.0))
-    assert lines[0] == "mistral: 1 of 2 replicas ready (the backlog is 4 s)"
+    assert lines[0] == "mistral: 1 of 2 replicas ready. The backlog is 4 s."
     rows = [" ".join(line.split()) for line in lines if "10.0.0.2" in line]
     assert rows[0] == "r0 ready 0 10.0.0.2 20.0 5.0 3 0 25% 250 40% 1h02m"
     assert rows[1] == "1 10.0.0.2 20.0 –", "all-reduce is not measured on CUDA"
     assert lines[-1] == "Gateways: http://10.0.0.1:8000 (3 running, 1 queued)"
 
 
-def test_a_node_that_goes_away_is_named_with_its_reason() -> None:
+def test_a_preempted_node_is_named_with_its_reason() -> None:
     notice = NodeNotice(
         node_id="abcdef0123",
         node_ip="10.0.0.2",
@@ -95,42 +97,53 @@ def test_a_node_that_goes_away_is_named_with_its_reason() -> None:
         deadline=NOW + 95,
         seen_at=NOW - 25,
     )
-    sentence = "goes away in 1m35s: AWS terminates this spot instance."
+    sentence = "will be preempted in 1m35s: AWS terminates this spot instance."
     for said, text in (
         (notice, f"Node 10.0.0.2 {sentence}"),
         (replace(notice, drained_at=NOW - 23.5), f"Node 10.0.0.2 {sentence} It was drained 1.5 s after the notice."),
-        (replace(notice, is_head=True), f"The head node 10.0.0.2, and everything with it, {sentence}"),
+        (replace(notice, is_head=True), f"The head node 10.0.0.2, and with it the whole cluster, {sentence}"),
     ):
         shown = " ".join(" ".join(show(Sample(replace(VIEW, notices=(said,)), 0.0))).split())
         assert text in shown
 
 
-def test_nodes_that_share_an_address_are_told_apart() -> None:
+def test_nodes_that_share_an_address_are_distinguished() -> None:
     ranks = (rank(0), replace(rank(1), node_id="ffff000000"))
     text = "\n".join(show(Sample(replace(VIEW, replicas=(replace(READY, ranks=ranks),)), 0.0)))
     assert "10.0.0.2 abcdef" in text and "10.0.0.2 ffff00" in text, text
 
 
-def test_replicas_on_their_way_say_how_far_they_are_and_why_they_wait() -> None:
+def test_replicas_that_start_show_their_progress_and_why_they_wait() -> None:
     loading = ReplicaRecord(
         replica_id="r1", incarnation="b", state=ReplicaState.STARTING, phase="loading", progress=(30, 120)
     )
     placing = ReplicaRecord(replica_id="r2", incarnation="c", state=ReplicaState.PLACING, reason="r2 [needs] 4 GPUs.")
     draining = replace(READY, replica_id="r3", state=ReplicaState.DRAINING, drain_until=NOW + 12)
     stuck = replace(READY, replica_id="r4", load=LoadReport(stuck_ranks=(1,)))
-    view = replace(VIEW, replicas=(loading, placing, draining, stuck), failure=("ConfigError", "It is too big."))
+    view = replace(
+        VIEW,
+        replicas=(loading, placing, draining, stuck),
+        failure=StartFailure(kind="config", message="It is too big."),
+    )
     text = "\n".join(show(Sample(view, 0.0)))
-    wanted = ("loading 25%", "placing", "draining 12s", "1 stuck", "r2 [needs] 4 GPUs.", "given up: It is too big.")
+    wanted = (
+        "loading 25%",
+        "placing",
+        "draining 12s",
+        "1 stuck",
+        "r2 [needs] 4 GPUs.",
+        "No more replicas are started: It is too big.",
+    )
     for words in wanted:
         assert words in text, f"{words!r} is not in\n{text}"
 
 
-def test_rates_need_two_looks_at_the_same_start_of_a_replica() -> None:
+def test_rates_need_two_polls_of_the_same_incarnation() -> None:
     assert rates([Sample(VIEW, 0.0)])[0].tokens_per_s is None
     restarted = replace(VIEW, replicas=(replace(READY, incarnation="bb"),))
-    assert rates([Sample(after(), 0.0), Sample(restarted, 2.0)])[0].tokens_per_s is None, "counters began anew"
+    assert rates([Sample(after(), 0.0), Sample(restarted, 2.0)])[0].tokens_per_s is None, "counters restart at zero"
     window = [Sample(VIEW, 0.0), Sample(after(num_tokens=900), 1.0), Sample(after(num_tokens=1000), 4.0)]
-    assert rates(window)[0].tokens_per_s == 250, "over the whole window, not between the last two looks"
+    assert rates(window)[0].tokens_per_s == 250, "over the whole window, not between the last two polls"
 
 
 def test_json_has_the_view_and_the_rates() -> None:
@@ -148,7 +161,7 @@ Serve = Callable[[list[Answer]], str]
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Starts a server on loopback that gives these answers, the last one for ever, and asks for the key `secret`."""
+    """Starts a server on loopback that gives these answers, then the last one forever, and requires the key `secret`."""
     servers = []
 
     def start(answers: list[Answer]) -> str:
@@ -187,7 +200,7 @@ def test_one_shot_prints_a_table_when_not_on_a_terminal(serve: Serve, capsys: py
     assert json.loads(capsys.readouterr().out)["rates"]["r0"]["tokens_per_s"] > 0
 
 
-def test_on_a_terminal_it_goes_on_until_ctrl_c_and_through_a_restart(serve: Serve) -> None:
+def test_on_a_terminal_it_runs_until_ctrl_c_and_through_a_restart(serve: Serve) -> None:
     url = serve([(200, msgspec.json.encode(VIEW)), (503, b""), (200, msgspec.json.encode(after()))])
     leader, follower = pty.openpty()
     command = [
@@ -224,13 +237,18 @@ def read_until(fd: int, words: str) -> None:
             seen += os.read(fd, 65_536)
 
 
-def test_what_cannot_be_read_is_said_in_a_sentence(serve: Serve) -> None:
+def test_what_cannot_be_read_is_reported_in_a_message(serve: Serve) -> None:
     url = serve([(200, b'{"replicas": 3}')])
     cases = (
-        (url, None, ConfigError, "wants an admin's API key; pass --api-key or set TRAMONTANE_API_KEY"),
-        (url, "wrong", ConfigError, "wants an admin's API key"),
-        (url + "/v1", "secret", ConfigError, "has no /admin/cluster; --url must be"),
-        (url, "secret", ConfigError, "is not a Tramontane of this version"),
+        (
+            url,
+            None,
+            ConfigError,
+            "requires an API key. Give a key that may do this with --api-key or TRAMONTANE_API_KEY",
+        ),
+        (url, "wrong", ConfigError, "refused the API key"),
+        (url + "/api", "secret", ConfigError, "has no /admin/cluster. Give the address of a Tramontane server"),
+        (url, "secret", ConfigError, "Incompatible server version at"),
         (serve([(500, b"")]), "secret", ReplicaUnavailableError, "answered 500 Internal Server Error"),
         (
             "http://127.0.0.1:1",
@@ -238,9 +256,9 @@ def test_what_cannot_be_read_is_said_in_a_sentence(serve: Serve) -> None:
             ReplicaUnavailableError,
             "Nothing answers at http://127.0.0.1:1 (Connection refused)",
         ),
-        ("localhost:8000", None, ConfigError, "write it like http://127.0.0.1:8000"),
+        ("localhost:8000", None, ConfigError, "Write it like http://127.0.0.1:8000"),
     )
     for address, key, error, words in cases:
-        with pytest.raises(error) as caught:
-            fetch(address, key)
+        with pytest.raises(error) as caught, Client(address, api_key=key) as client:
+            poll(client)
         assert words in str(caught.value), f"{address} gives {caught.value}"

@@ -1,4 +1,4 @@
-"""The controller without Ray: its replicas are fakes, and what it keeps in Ray is kept in a dict."""
+"""The controller without Ray: its replicas are fakes, and a namespace stands for what it stores in Ray."""
 
 import asyncio
 import time
@@ -6,14 +6,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from support.fakes.core import FACTS
 
 import cluster.controller.controller as controller_module
-import cluster.controller.preemption.act as evacuation_module
+import cluster.controller.preemption.act as act_module
 from cluster.controller.controller import Controller
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import NodeNotice, RankRecord, ReplicaRecord, ReplicaState
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
+from workers.protocol import EngineFacts
 
 SPEC = ClusterSpec(model_name="m", engine="engine", max_replicas=2, drain_timeout_s=20.0)  # type: ignore[arg-type]
 
@@ -33,6 +35,10 @@ class FakeReplica:
     def record(self) -> ReplicaRecord:
         return self._record
 
+    def report_facts(self, facts: EngineFacts) -> None:
+        self._record = replace(self._record, facts=facts)
+        self._on_change()
+
     async def start(self) -> None:
         self._record = replace(self._record, state=ReplicaState.READY)
         self._on_change()
@@ -50,18 +56,18 @@ class FakeReplica:
         self.closed += 1
 
 
-class FakeWatch:
-    """A NodeWatch that is told the notices: set `notices` and call `on_change`."""
+class FakeWatcher:
+    """A scripted NodeWatcher: `say` sets its notice."""
 
     def __init__(self, on_change) -> None:
         self.on_change = on_change
         self.notices: tuple[NodeNotice, ...] = ()
         self.num_notices_total = 0
-        self.asked = None
+        self.option = None
         self.nodes: set[str] = set()
 
-    def configure(self, asked) -> None:
-        self.asked = asked
+    def configure(self, option) -> None:
+        self.option = option
 
     def update(self, nodes) -> None:
         self.nodes = set(nodes)
@@ -90,13 +96,13 @@ class World(Controller):
         self.made: list[FakeReplica] = []
         super().__init__("demo", spec)
 
-    def _make_replica(self, replica_id: str, incarnation: str | None = None) -> FakeReplica:
-        self.made.append(FakeReplica(replica_id, incarnation or f"i{len(self.made)}", self._note_change))
+    def make_replica(self, replica_id: str, incarnation: str | None = None) -> FakeReplica:
+        self.made.append(FakeReplica(replica_id, incarnation or f"i{len(self.made)}", self.note_change))
         return self.made[-1]
 
-    def _make_watch(self, on_notice) -> FakeWatch:
-        self.watch = FakeWatch(on_notice)
-        return self.watch
+    def make_watcher(self, on_notice) -> FakeWatcher:
+        self.watcher = FakeWatcher(on_notice)
+        return self.watcher
 
     def states(self) -> dict[str, str]:
         return {r.replica_id: r.state.value for r in self.view().replicas}
@@ -112,17 +118,17 @@ class World(Controller):
 
 @pytest.fixture
 def ray(monkeypatch):
-    """What the controller finds and leaves in Ray."""
-    ray = SimpleNamespace(running={}, kept_wish=None, spared=None, draining={}, told=[])
+    """What the controller finds and stores in Ray."""
+    ray = SimpleNamespace(running={}, saved_spec=None, spared=None, draining={}, told=[])
 
     async def find_ranks(deployment):
         return ray.running
 
     monkeypatch.setattr(controller_module, "find_ranks", find_ranks)
     monkeypatch.setattr(controller_module, "remove_all", lambda d, keep: setattr(ray, "spared", set(keep)))
-    monkeypatch.setattr(controller_module, "keep_wish", lambda d, spec: setattr(ray, "kept_wish", spec))
+    monkeypatch.setattr(controller_module, "save_spec", lambda d, spec: setattr(ray, "saved_spec", spec))
     monkeypatch.setattr(controller_module, "draining_nodes", lambda: ray.draining)
-    monkeypatch.setattr(evacuation_module, "drain_node", lambda node_id, cause, deadline: ray.told.append(node_id))
+    monkeypatch.setattr(act_module, "drain_node", lambda node_id, cause, deadline: ray.told.append(node_id))
     monkeypatch.setattr(controller_module, "SCALING_INTERVAL_S", 0.02)
     return ray
 
@@ -139,27 +145,27 @@ def report(gateway_id: str = "g", **streams: int) -> GatewayReport:
     return GatewayReport(gateway_id=gateway_id, url="http://g", streams_per_replica=streams)
 
 
-async def test_the_wish_is_kept_for_the_next_controller(world, ray):
+async def test_the_spec_is_saved_for_the_next_controller(world, ray):
     spec = replace(SPEC, min_replicas=2)
     await world.apply(spec)
-    assert ray.kept_wish == spec
+    assert ray.saved_spec == spec
     await world.ready(2)
 
 
-async def test_what_runs_is_adopted_and_everything_else_of_ours_is_ended(ray):
+async def test_running_replicas_are_adopted_and_all_other_ranks_are_ended(ray):
     ray.running = {("r0", "aa"): ["silent"], ("r1", "bb"): [{}], ("r1", "cc"): [{}], ("r2", "dd"): [{}]}
     world = World(replace(SPEC, min_replicas=2))
     await world.start()
     try:
         assert world.states() == {"r1": "ready", "r2": "ready"}
-        assert ray.spared == {("r1", "bb"), ("r2", "dd")}, "what is half started would be left behind"
+        assert ray.spared == {("r1", "bb"), ("r2", "dd")}, "half-started replicas would be left over"
         assert [r.closed for r in world.made] == [1, 0, 1, 0]
     finally:
         await world.down()
 
 
 async def test_a_drain_waits_until_every_gateway_has_seen_it(world):
-    """Also one that the supervisor decides: a request may be on its way to a replica that shows no streams yet."""
+    """Also a drain by the supervisor: a request may be on its way to a replica that shows no streams yet."""
     await world.apply(replace(SPEC, min_replicas=2))
     await world.ready(2)
     await world.sync(-1, report("slow"))
@@ -175,11 +181,11 @@ async def test_a_drain_waits_until_every_gateway_has_seen_it(world):
 
 async def test_an_unknown_replica_cannot_be_drained(world):
     await world.ready(1)
-    with pytest.raises(RequestError, match="the replicas are: r0"):
+    with pytest.raises(RequestError, match="The replicas are: r0"):
         await world.drain("r9")
 
 
-async def test_a_node_that_goes_hurries_a_drain_that_has_begun(world, ray):
+async def test_a_preempted_node_shortens_a_drain_that_has_begun(world, ray):
     await world.ready(1)
     await world.sync(-1, report(r0=1))
     await world.drain("r0", grace_s=500.0)
@@ -187,16 +193,16 @@ async def test_a_node_that_goes_hurries_a_drain_that_has_begun(world, ray):
     await world.until(lambda: _drain_until(world) is not None and _drain_until(world) < time.time() + 8.0)
 
 
-async def test_a_node_with_a_notice_is_left_at_once(world, ray):
-    """Its replica drains until shortly before the end, another one is started, Ray is told, and it is said when all is over."""
+async def test_a_node_with_a_notice_is_drained_at_once(world, ray):
+    """Its replica drains until shortly before the deadline, another one starts, Ray is told, and the notice shows when it is drained."""
     await world.ready(1)
     await world.sync(-1, report(r0=1))
-    await world.until(lambda: world.watch.nodes == {"node-of-r0"})
-    world.watch.say("node-of-r0", 120.0)
+    await world.until(lambda: world.watcher.nodes == {"node-of-r0"})
+    world.watcher.say("node-of-r0", 120.0)
     assert world.states()["r0"] == "draining", "nothing waits for the next round"
     assert _drain_until(world) == pytest.approx(time.time() + 110.0, abs=1.0)
     record = next(r for r in world.view().replicas if r.replica_id == "r0")
-    assert record.is_leaving and "10.0.0.2 goes away" in record.reason
+    assert record.is_leaving and "10.0.0.2 will be removed" in record.reason
     await world.until(lambda: world.states() == {"r0": "draining", "r1": "ready"})
     (notice,) = world.view().notices
     assert notice.drained_at is None and world.view().num_notices_total == 1
@@ -215,51 +221,51 @@ async def test_the_last_replica_serves_until_another_can(world, monkeypatch):
         self._record = replace(self._record, state=ReplicaState.READY)
 
     monkeypatch.setattr(FakeReplica, "start", start)
-    world.watch.say("node-of-r0", 120.0)
+    world.watcher.say("node-of-r0", 120.0)
     await world.until(lambda: world.states() == {"r0": "draining", "r1": "starting"})
     for _ in range(3):
         await world.sync(world.view().version, report())
-    assert world.made[0].closed == 0, "nobody would serve"
+    assert world.made[0].closed == 0, "no replica would serve"
     gate.set()
     await world.until(lambda: world.states() == {"r1": "ready"})
 
 
-async def test_an_end_that_is_far_away_is_only_shown(world):
+async def test_a_notice_far_ahead_is_only_shown(world):
     await world.ready(1)
-    world.watch.say("node-of-r0", 3600.0)
+    world.watcher.say("node-of-r0", 3600.0)
     await world.sync(world.view().version, report())
     assert world.states() == {"r0": "ready"}
     assert len(world.view().notices) == 1
-    world.watch.say("node-of-r0", 100.0)
+    world.watcher.say("node-of-r0", 100.0)
     assert world.states()["r0"] == "draining"
 
 
-async def test_with_the_head_node_everything_ends_so_nothing_is_moved_and_nothing_started(world, ray):
+async def test_when_the_head_node_is_preempted_nothing_moves_and_nothing_starts(world, ray):
     await world.ready(1)
-    world.watch.say("node-of-r0", 30.0, is_head=True)
+    world.watcher.say("node-of-r0", 30.0, is_head=True)
     assert world.states() == {"r0": "ready"}, "there is nowhere to move to"
     await world.apply(replace(SPEC, min_replicas=2))
     for _ in range(3):
         await world.sync(world.view().version, report())
     assert world.states() == {"r0": "ready"}
     assert ray.told == []
-    world.watch.notices = ()
-    world.watch.on_change()
+    world.watcher.notices = ()
+    world.watcher.on_change()
     await world.ready(2)
 
 
-async def test_what_to_listen_to_can_change(world):
-    assert world.watch.asked == "auto"
+async def test_the_source_of_notices_can_change(world):
+    assert world.watcher.option == "auto"
     await world.apply(replace(SPEC, preemption_notices="off"))
-    assert world.watch.asked == "off"
+    assert world.watcher.option == "off"
 
 
-async def test_another_model_is_refused_while_replicas_or_gateways_are_there(world):
+async def test_another_model_is_refused_while_there_are_replicas_or_gateways(world):
     await world.ready(1)
     other = replace(SPEC, model_name="other")
     with pytest.raises(ConfigError, match="tramontane down"):
         await world.apply(other)
-    world._facts = "facts"  # it has shown what it can take, so it may sleep
+    world.made[0].report_facts(FACTS)  # without facts the controller keeps one replica
     await world.apply(replace(SPEC, min_replicas=0, scale_down_after_s=0.1))
     async with asyncio.timeout(5):
         while world.states():
@@ -271,7 +277,7 @@ async def test_another_model_is_refused_while_replicas_or_gateways_are_there(wor
     assert world.view().facts is None, "requests would be checked against the model that was served before"
 
 
-async def test_sync_answers_at_once_with_news_and_waits_without(world):
+async def test_sync_returns_changes_at_once_and_waits_without(world):
     await world.until(lambda: any(r.ready_at for r in world.view().replicas))
     began = time.monotonic()
     view = await world.sync(-1, None)
@@ -293,7 +299,7 @@ async def test_down_ends_every_replica(ray):
 
 async def test_adoption_that_fails_as_a_whole_still_leads_to_replicas(ray, monkeypatch):
     async def broken(deployment):
-        raise ReplicaUnavailableError("Ray does not say what runs.")
+        raise ReplicaUnavailableError("Ray does not answer.")
 
     monkeypatch.setattr(controller_module, "find_ranks", broken)
     world = World()

@@ -1,10 +1,10 @@
-"""What the controller sees, in the autoscaler's terms."""
+"""The controller's records and reports in the autoscaler's terms."""
 
 from dataclasses import replace
 
 import pytest
 
-from cluster.controller.scaling import TAKEOVER_S, Scaling, _Total, observe
+from cluster.controller.scaling import TAKEOVER_S, GatewayTotal, Scaling, observe
 from cluster.protocol.report import BatchDemand, GatewayReport
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import ReplicaRecord, ReplicaState
@@ -25,7 +25,7 @@ def spec(low: int, high: int) -> ClusterSpec:
     return ClusterSpec(model_name="m", engine=None, min_replicas=low, max_replicas=high)  # type: ignore[arg-type]
 
 
-def test_observe_adds_up():
+def test_observe_adds_up_all_replicas_and_gateways():
     seen = observe(
         [
             record("r0", num_running=3, num_waiting=1, num_pending_tokens=50, tokens_per_s=1000.0),
@@ -45,7 +45,7 @@ def test_observe_adds_up():
     assert seen.arrived_tokens_total == 77
 
 
-def test_observe_nothing():
+def test_observe_without_replicas():
     seen = observe([], [], arrived_tokens_total=0)
     assert (seen.num_ready, seen.prefill_tokens_per_s, seen.startup_s, seen.ttft_p95_s) == (0, None, None, None)
 
@@ -53,12 +53,12 @@ def test_observe_nothing():
 @pytest.mark.parametrize(
     ("low", "high", "live", "expected"), [(2, 2, 0, 2), (0, 4, 0, 1), (1, 4, 3, 3), (1, 2, 5, 2), (0, 0, 0, 0)]
 )
-def test_initial(low, high, live, expected):
+def test_the_initial_number(low, high, live, expected):
     assert Scaling(spec(low, high)).initial(live) == expected
 
 
-def test_a_gateway_that_comes_with_a_large_total_is_no_burst():
-    total = _Total()
+def test_a_gateway_that_joins_with_a_large_total_causes_no_jump():
+    total = GatewayTotal()
     assert total.add({"a": 100}) == 0
     assert total.add({"a": 150}) == 50
     assert total.add({"a": 150, "b": 10**9}) == 50
@@ -68,10 +68,10 @@ def test_a_gateway_that_comes_with_a_large_total_is_no_burst():
 def test_a_waiting_request_wakes_the_first_replica():
     scaling = Scaling(spec(0, 2))
     assert scaling.wake() == 1
-    assert "waits" in scaling.reason
+    assert "is waiting" in scaling.reason
 
 
-def test_batch_lines_are_no_online_load():
+def test_batch_lines_do_not_count_as_online_load():
     seen = observe(
         [
             record(
@@ -89,23 +89,23 @@ def test_batch_lines_are_no_online_load():
     assert (seen.kv_cache_usage, seen.prompt_hit_rate) == (0.1, 0.0)
 
 
-def test_a_batch_wakes_a_replica_which_goes_when_the_batch_ends():
+def test_a_batch_starts_a_replica_that_is_removed_when_the_batch_ends():
     scaling = Scaling(spec(0, 4))
     batch = BatchDemand(batch_id="b", remaining_tokens=10**9)
     assert scaling.wake_for_batch() == 1
-    assert scaling.reason == "0 -> 1: a batch waits."
+    assert scaling.reason == "0 -> 1: a batch is waiting."
     assert scaling.decide([], [report(batches=(batch,))], 1.0) == 1
     assert scaling.decide([record("r0")], [report()], 2.0) == 0
-    assert scaling.reason == "1 -> 0: no batch runs."
+    assert scaling.reason == "1 -> 0: no batch is running."
 
 
-def test_a_batch_outlives_its_gateway_until_another_one_takes_it_over():
+def test_a_batch_counts_until_another_gateway_takes_it_over():
     scaling = Scaling(spec(0, 4))
     batch = BatchDemand(batch_id="b", remaining_tokens=10**9)
     assert scaling.decide([], [report("a", batches=(batch,)), report("b")], 1.0) == 1
     assert scaling.decide([], [report("b")], TAKEOVER_S) == 1, "its gateway died"
     taken = replace(batch, remaining_tokens=5)
-    assert scaling._known_batches([report("b", batches=(taken,))], TAKEOVER_S + 0.5) == (taken,), "once, not twice"
-    assert scaling.decide([], [report("b")], TAKEOVER_S + 1.0) == 0, "it ended where it ran"
+    assert scaling.known_batches([report("b", batches=(taken,))], TAKEOVER_S + 0.5) == (taken,), "counted once"
+    assert scaling.decide([], [report("b")], TAKEOVER_S + 1.0) == 0, "it ended at its new gateway"
     assert scaling.decide([], [report("a", batches=(batch,))], 100.0) == 1
-    assert scaling.decide([], [], 101.0 + TAKEOVER_S) == 0, "nobody took it over"
+    assert scaling.decide([], [], 101.0 + TAKEOVER_S) == 0, "no gateway took it over"

@@ -1,4 +1,4 @@
-"""The supervisor with replicas that are told what to do: what `plan` decides, and that it happens."""
+"""The supervisor with scripted replicas: what `plan` decides, and that the supervisor does it."""
 
 import asyncio
 import itertools
@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.controller.supervisor import GIVE_BACK_S, MAX_BACKOFF_S, Drain, Start, Supervisor, backoff_s, plan
-from cluster.protocol.view import ReplicaRecord, ReplicaState
+from cluster.controller.supervisor import MAX_BACKOFF_S, RELEASE_S, Drain, Start, Supervisor, backoff_s, plan
+from cluster.protocol.view import ReplicaRecord, ReplicaState, StartFailure
 from workers.errors import CheckpointError, ConfigError, ReplicaUnavailableError
 from workers.protocol import LoadReport
 
@@ -44,7 +44,7 @@ def test_backoff_grows_and_is_bounded():
 
 
 class FakeReplica:
-    """Starts when `go` is set, fails with `error`, is lost once `lost` says why."""
+    """Starts when `go` is set, fails with `error`, is lost once `lost` has a reason."""
 
     def __init__(self, replica_id: str) -> None:
         self.replica_id = replica_id
@@ -74,7 +74,7 @@ class FakeReplica:
 
 
 class World:
-    """A supervisor with a clock of its own and every replica it ever made."""
+    """A supervisor with its own clock, and every replica it made."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -92,7 +92,7 @@ class World:
         return self.made[-1]
 
     async def tick(self, advance_s: float = 0.0) -> None:
-        """Time passes, the supervisor looks, and what it began gets a chance to run."""
+        """Time passes, the supervisor runs a round, and its tasks get a chance to run."""
         self.now += advance_s
         self.supervisor.tick()
         for _ in range(5):
@@ -117,7 +117,7 @@ async def world():
     await world.supervisor.close()
 
 
-async def test_starts_what_is_missing(world):
+async def test_missing_replicas_are_started(world):
     world.supervisor.desired = 2
     await world.tick()
     assert world.states() == {"r0": "starting", "r1": "starting"}
@@ -125,15 +125,15 @@ async def test_starts_what_is_missing(world):
     assert world.states() == {"r0": "ready", "r1": "ready"}
 
 
-async def test_a_lost_replica_is_replaced_at_once_and_ended(world):
+async def test_a_lost_replica_is_stopped_and_replaced(world):
     world.supervisor.desired = 1
     await world.tick()
     await world.settle()
     world.made[0].may_close.clear()
     world.made[0].lost = "Replica r0 lost rank 1: its process died."
     await world.tick()
-    assert world.states() == {"r0": "lost"}, "the replacement would look for a place before this one gave its own back"
-    await world.tick(GIVE_BACK_S)
+    assert world.states() == {"r0": "lost"}, "the replacement must wait until the resources are free again"
+    await world.tick(RELEASE_S)
     assert world.states() == {"r0": "lost", "r1": "starting"}
     assert world.made[0].closed == ["Replica r0 lost rank 1: its process died."]
     world.made[0].may_close.set()
@@ -141,7 +141,7 @@ async def test_a_lost_replica_is_replaced_at_once_and_ended(world):
     assert world.states() == {"r1": "ready"}
 
 
-async def test_a_replica_that_keeps_failing_is_tried_with_growing_pauses(world):
+async def test_a_replica_that_keeps_failing_is_retried_with_growing_pauses(world):
     world.supervisor.desired = 1
     started_at = []
     for _ in range(600):
@@ -149,7 +149,7 @@ async def test_a_replica_that_keeps_failing_is_tried_with_growing_pauses(world):
         await world.tick(0.1)
         if len(world.made) > before:
             started_at.append(world.now)
-            world.made[-1].error = ReplicaUnavailableError("no such luck")
+            world.made[-1].error = ReplicaUnavailableError("it failed")
             world.made[-1].go.set()
     pauses = [b - a for a, b in itertools.pairwise(started_at)]
     assert 5 <= len(pauses) <= 8, pauses
@@ -157,15 +157,17 @@ async def test_a_replica_that_keeps_failing_is_tried_with_growing_pauses(world):
     assert pauses[-1] > 10, "the pauses do not grow"
 
 
-async def test_what_cannot_be_helped_is_said_and_not_tried_again(world):
+async def test_a_permanent_failure_is_reported_and_not_retried(world):
     world.supervisor.desired = 1
     await world.tick()
-    world.made[0].error = CheckpointError("model.safetensors is truncated.")
+    world.made[0].error = CheckpointError("model.safetensors is truncated.", remedy="Download it again.")
     world.made[0].go.set()
     for _ in range(5):
         await world.tick(60.0)
     assert len(world.made) == 1
-    assert isinstance(world.supervisor.failure, CheckpointError)
+    assert world.supervisor.failure == StartFailure(
+        kind="checkpoint", message="model.safetensors is truncated.", remedy="Download it again."
+    )
     world.supervisor.forgive()
     await world.tick()
     assert len(world.made) == 2
@@ -182,11 +184,11 @@ async def test_one_nodes_broken_files_do_not_stop_the_others(world):
     for _ in range(3):
         await world.tick(60.0)
     assert world.supervisor.failure is None
-    assert len(world.made) > 2, "the second replica is never tried again"
+    assert len(world.made) > 2, "the second replica is never retried"
 
 
-async def test_what_served_once_is_tried_again_whatever_it_fails_with(world):
-    """Drained, the only replica still holds the place its successor needs: that there is none is no reason to give up."""
+async def test_a_spec_that_worked_once_is_retried_after_any_error(world):
+    """A drained replica still holds the resources that its replacement needs, so the replacement may fail at first."""
     world.supervisor.desired = 1
     await world.tick()
     await world.settle()
@@ -194,18 +196,18 @@ async def test_what_served_once_is_tried_again_whatever_it_fails_with(world):
     world.supervisor.drain("r0", grace_s=30.0)
     await world.tick()
     assert world.states() == {"r0": "draining", "r1": "starting"}
-    world.made[1].error = ConfigError("No place was found in 10 s.")
+    world.made[1].error = ConfigError("No free resources were found in 10 s.")
     world.made[1].go.set()
     await world.tick(10.0)
     await world.tick()
-    assert world.supervisor.failure is None, "the deployment is given up because of a drain"
+    assert world.supervisor.failure is None, "the controller gave up because of a drain"
     world.streams["r0"] = 0
     await world.tick(2.0)
     await world.settle()
     assert list(world.states().values()) == ["ready"]
 
 
-async def test_a_new_wish_has_not_served_yet(world):
+async def test_a_new_spec_can_fail_permanently(world):
     world.supervisor.desired = 1
     await world.tick()
     await world.settle()
@@ -219,10 +221,10 @@ async def test_a_new_wish_has_not_served_yet(world):
     world.made[-1].go.set()
     await world.tick()
     await world.tick()
-    assert isinstance(world.supervisor.failure, CheckpointError)
+    assert world.supervisor.failure == StartFailure(kind="checkpoint", message="model.safetensors is truncated.")
 
 
-async def test_a_surprise_in_one_round_does_not_end_supervision(world, monkeypatch):
+async def test_an_error_in_one_round_does_not_end_supervision(world, monkeypatch):
     world.supervisor.desired = 1
     rounds = []
     tick = world.supervisor.tick
@@ -230,14 +232,14 @@ async def test_a_surprise_in_one_round_does_not_end_supervision(world, monkeypat
     def break_once() -> None:
         rounds.append(None)
         if len(rounds) == 1:
-            raise RuntimeError("surprise")
+            raise RuntimeError("unexpected")
         tick()
 
     monkeypatch.setattr(world.supervisor, "tick", break_once)
     running = asyncio.create_task(world.supervisor.run())
     async with asyncio.timeout(5):
         while not world.made:
-            assert not running.done(), "nobody supervises any more"
+            assert not running.done(), "the supervision ended"
             await asyncio.sleep(0.01)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
@@ -252,7 +254,7 @@ async def test_drain_waits_for_the_streams(world):
     await world.tick()
     assert world.states() == {"r0": "draining", "r1": "starting"}
     assert world.supervisor.records()[0].drain_until == world.now + 20
-    world.streams["r0"] = None  # a gateway has not heard of it
+    world.streams["r0"] = None  # a gateway has not seen the drain yet
     await world.tick(1)
     assert world.made[0].closed == []
     world.streams["r0"] = 0
@@ -260,7 +262,7 @@ async def test_drain_waits_for_the_streams(world):
     assert len(world.made[0].closed) == 1
 
 
-async def test_a_drain_does_not_wait_for_ever(world):
+async def test_a_drain_does_not_wait_forever(world):
     world.supervisor.desired = 1
     await world.tick()
     await world.settle()
@@ -272,7 +274,7 @@ async def test_a_drain_does_not_wait_for_ever(world):
     assert len(world.made[0].closed) == 1
 
 
-async def test_a_second_drain_may_only_hurry(world):
+async def test_a_second_drain_can_only_shorten_the_first(world):
     world.supervisor.desired = 1
     await world.tick()
     await world.settle()

@@ -1,4 +1,4 @@
-"""One node's facts and what they mean: GPUs, memory, shared memory, disks. Tables; every remedy must be there."""
+"""Findings about one node: GPUs, memory, shared memory, disks. Tables of facts; every finding that is not ok has a remedy."""
 
 import pytest
 from msgspec.structs import replace
@@ -20,41 +20,41 @@ def local(node):
 
 
 def worst(findings):
-    """(severity, sentence) of each that is not ok; all have what they should."""
+    """(severity, check, message) of each finding that is not ok. Checks the form of all."""
     findings = list(findings)
-    assert findings, "everything that is looked at says something"
+    assert findings, "every check gives a finding"
     for finding in findings:
         assert bool(finding.remedy) is (finding.severity != "ok"), finding
-        assert finding.sentence.endswith(".") and (not finding.remedy or finding.remedy.endswith((".", "?"))), finding
-    return [(f.severity.value, f.check, f.sentence) for f in findings if f.severity != "ok"]
+        assert finding.message.endswith(".") and (not finding.remedy or finding.remedy.endswith(".")), finding
+    return [(f.severity.value, f.check, f.message) for f in findings if f.severity != "ok"]
 
 
 @pytest.mark.parametrize(
     ("node", "device", "expected"),
     [
         pytest.param(gpu_node(), "cuda", [], id="four idle A10G"),
-        pytest.param(cpu_node(), "cpu", [], id="no GPU, none wanted"),
-        pytest.param(cpu_node(), "cuda", [], id="a head without GPUs"),
-        pytest.param(local(cpu_node()), "cuda", [("problem", "gpu", "no NVIDIA GPU")], id="no GPU, but all that there is"),
+        pytest.param(cpu_node(), "cpu", [], id="no GPU, none needed"),
+        pytest.param(cpu_node(), "cuda", [], id="a head node without GPUs"),
+        pytest.param(local(cpu_node()), "cuda", [("problem", "gpu", "no NVIDIA GPU")], id="no GPU on the only machine"),
         pytest.param(gpu_node(driver="550.90.07"), "cuda", [("problem", "driver", "needs driver 580")], id="old driver"),
         pytest.param(
             gpu_node(driver="550.90.07", versions=replace(CUDA_VERSIONS, cuda="12.8")), "cuda", [], id="older CUDA too"
         ),
         pytest.param(
-            gpu_node(versions=MACHINE.versions), "cuda", [("problem", "driver", "build for CPUs")], id="CPU build, GPUs asked for"
+            gpu_node(versions=MACHINE.versions), "cuda", [("problem", "driver", "CPU build")], id="CPU build, device cuda"
         ),
         pytest.param(gpu_node(versions=MACHINE.versions), "cpu", [("warning", "driver", "stay idle")], id="CPU build"),
         pytest.param(
-            cpu_node(nvidia=Nvidia(num_devices=2, failure="nvidia-smi ended with 9: no driver")),
+            cpu_node(nvidia=Nvidia(num_devices=2, failure="nvidia-smi exited with code 9: no driver")),
             "cpu",
-            [("problem", "driver", "nvidia-smi ended with 9: no driver.")],
+            [("problem", "driver", "nvidia-smi exited with code 9: no driver.")],
             id="broken driver",
         ),
         pytest.param(
-            cpu_node(nvidia=Nvidia(failure="nvidia-smi ended with 9: no driver")), "cpu", [], id="an image with nvidia-smi, no GPU"
+            cpu_node(nvidia=Nvidia(failure="nvidia-smi exited with code 9: no driver")), "cpu", [], id="an image with nvidia-smi, no GPU"
         ),
-        pytest.param(cpu_node(nvidia=Nvidia(num_devices=2)), "cpu", [("warning", "driver", "no nvidia-smi")], id="no nvidia-smi"),
-        pytest.param(replace(gpu_node(), ray_gpus=2.0), "cuda", [("warning", "gpu", "Ray gives away 2")], id="Ray knows fewer"),
+        pytest.param(cpu_node(nvidia=Nvidia(num_devices=2)), "cpu", [("warning", "driver", "nvidia-smi is missing")], id="no nvidia-smi"),
+        pytest.param(replace(gpu_node(), ray_gpus=2.0), "cuda", [("warning", "gpu", "Ray manages only 2")], id="Ray knows fewer"),
         pytest.param(
             gpu_node(nvidia=nvidia(a10g(0), a10g(1, name="Tesla T4", compute_capability=(7, 5))), num_gpus=2),
             "cuda",
@@ -71,13 +71,13 @@ def worst(findings):
             gpu_node(nvidia=nvidia(a10g(free_bytes=9 * GIB, processes=(GpuProcess(pid=7, name="python"),))), num_gpus=1),
             "cuda",
             [("warning", "gpu", "9.0 GiB of 22.5 GiB free")],
-            id="somebody is on it",
+            id="another process uses it",
         ),
         pytest.param(
             gpu_node(nvidia=nvidia(a10g(free_bytes=2 * GIB, processes=(GpuProcess(pid=7, name="ray::RankActor"),))), num_gpus=1),
             "cuda",
             [],
-            id="our own rank is on it",
+            id="a running replica uses it",
         ),
         pytest.param(
             gpu_node(nvidia=nvidia(a10g(free_bytes=None)), num_gpus=1), "cuda", [], id="memory not reported"
@@ -100,13 +100,13 @@ def test_gpus(node, device, expected):
         (7 * GIB, 10 * GIB, "warning"),
     ],
 )
-def test_whether_a_ranks_weights_fit(rank_bytes, free, severity):
+def test_whether_the_weights_of_a_rank_fit(rank_bytes, free, severity):
     node = gpu_node(nvidia=nvidia(a10g(free_bytes=free)), num_gpus=1)
     (_, memory) = judge_gpus(node, device="cuda", rank_bytes=rank_bytes)
     assert memory.severity == severity, memory
 
 
-def test_who_holds_a_gpu_is_in_the_remedy():
+def test_the_processes_on_a_gpu_are_in_the_remedy():
     node = gpu_node(nvidia=nvidia(a10g(free_bytes=GIB, processes=(GpuProcess(pid=4711, name="jupyter"),))), num_gpus=1)
     assert "4711 (jupyter)" in list(judge_gpus(node, device="cuda"))[-1].remedy
     assert busy_gpus(node) == [0] and busy_gpus(gpu_node()) == [] == busy_gpus(cpu_node())
@@ -116,9 +116,9 @@ def test_who_holds_a_gpu_is_in_the_remedy():
     ("free", "device", "num_ranks", "rank_bytes", "severity"),
     [
         (60 * GIB, "cpu", 2, 14 * GIB, "ok"),
-        (20 * GIB, "cpu", 2, 14 * GIB, "warning"),  # for one, not for both
-        (14 * GIB, "cpu", 1, 14 * GIB, "problem"),  # weights, but no KV cache
-        (14 * GIB, "cuda", 1, 14 * GIB, "ok"),  # they stream through
+        (20 * GIB, "cpu", 2, 14 * GIB, "warning"),  # enough for one rank, not for both
+        (14 * GIB, "cpu", 1, 14 * GIB, "problem"),  # enough for the weights, not for the KV cache
+        (14 * GIB, "cuda", 1, 14 * GIB, "ok"),  # on a GPU the weights only pass through host memory
         (1 * GIB, "cuda", 1, None, "warning"),
         (None, "cpu", 1, None, "ok"),
     ],
@@ -140,14 +140,14 @@ def shm(free, total=64 * MIB):
         (cpu_node(shm=shm(64 * MIB)), "cpu", "ok", "64.0 MiB"),
         (cpu_node(shm=shm(3 * MIB)), "cpu", "problem", "2 ranks need 4.0 MiB"),
         (cpu_node(shm=None), "cpu", "warning", "Gloo"),
-        (gpu_node(shm=shm(64 * MIB)), "cuda", "warning", "NCCL wants about 1.0 GiB for 4 GPUs"),
+        (gpu_node(shm=shm(64 * MIB)), "cuda", "warning", "NCCL needs about 1.0 GiB for 4 GPUs"),
         (gpu_node(num_gpus=1, shm=shm(64 * MIB)), "cuda", "ok", ""),
     ],
 )
 def test_shared_memory(node, device, severity, said):
     finding = judge_shared_memory(node, device=device, num_ranks=2)
     worst([finding])
-    assert finding.severity == severity and said in finding.sentence, finding
+    assert finding.severity == severity and said in finding.message, finding
 
 
 @pytest.mark.parametrize(

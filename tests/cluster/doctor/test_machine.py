@@ -1,12 +1,12 @@
-"""Reading a machine: this one, and files of /proc and /sys as other machines and containers have them."""
+"""Reading a machine: this one, and files of /proc and /sys from other machines and containers."""
 
-import msgspec
 import pytest
 import torch
 
 from cluster.doctor import machine as machine_module
-from cluster.doctor.collect import Look, look
+from cluster.doctor.facts import Fault
 from cluster.doctor.machine import read_filesystem, read_memory, read_network, read_versions
+from cluster.doctor.snapshot import parse_snapshot, take_snapshot
 
 MEMINFO = "MemTotal:       32000000 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\n"
 
@@ -21,10 +21,10 @@ def write(tmp_path):
     return write
 
 
-def test_this_machine_as_it_travels_between_nodes(tmp_path):
-    seen = msgspec.json.decode(look({str(tmp_path / "not" / "yet"): "testing"}, None), type=Look)
-    machine = seen.machine
-    assert seen.model is None
+def test_a_snapshot_of_this_machine(tmp_path):
+    snapshot = parse_snapshot(take_snapshot({str(tmp_path / "not" / "yet"): "testing"}, None))
+    machine = snapshot.machine
+    assert snapshot.model is None
     assert machine.num_cpus >= 1
     assert machine.memory_bytes > machine.free_memory_bytes > 0
     assert machine.network.interfaces["lo"] == "127.0.0.1" and machine.network.stack is not None
@@ -32,11 +32,16 @@ def test_this_machine_as_it_travels_between_nodes(tmp_path):
     assert disk.path.endswith("/not/yet") and disk.total_bytes >= disk.free_bytes > 0
 
 
-def test_an_answer_of_another_version_is_understood():
-    seen = msgspec.json.decode(
-        b'{"machine": {"num_cpus": 3, "num_tpus": 4, "versions": {"tramontane": "9.9"}}}', type=Look
-    )
-    assert (seen.machine.num_cpus, seen.machine.versions.tramontane, seen.machine.shm) == (3, "9.9", None)
+def test_a_snapshot_from_another_version_is_read():
+    machine = parse_snapshot(b'{"machine": {"num_cpus": 3, "num_tpus": 4, "versions": {"tramontane": "9.9"}}}').machine
+    assert (machine.num_cpus, machine.versions.tramontane, machine.shm) == (3, "9.9", None)
+
+
+def test_the_faults_of_a_model_from_version_0_1_0_are_read():
+    model = parse_snapshot(
+        b'{"machine": {}, "model": {"folder": "/m", "faults": [{"sentence": "It is truncated.", "remedy": "Copy it."}]}}'
+    ).model
+    assert model is not None and model.faults == (Fault(message="It is truncated.", remedy="Copy it."),)
 
 
 def test_versions_are_those_that_would_be_imported():
@@ -49,7 +54,7 @@ def test_versions_are_those_that_would_be_imported():
 @pytest.mark.parametrize(
     ("line", "cuda"), [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda: Optional[str] = None", None)]
 )
-def test_the_cuda_of_torch_is_read_off_its_source(tmp_path, monkeypatch, line, cuda):
+def test_the_cuda_of_torch_is_read_from_its_source(tmp_path, monkeypatch, line, cuda):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('this takes seconds')")
     (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\ndebug = False\n{line}\n")
@@ -59,7 +64,7 @@ def test_the_cuda_of_torch_is_read_off_its_source(tmp_path, monkeypatch, line, c
     assert read_versions().cuda == cuda
 
 
-def test_memory_of_a_machine_and_of_a_container_with_less(tmp_path, write):
+def test_memory_of_a_machine_and_of_a_smaller_container(tmp_path, write):
     assert read_memory(tmp_path) == (None, None)
     write("proc/meminfo", MEMINFO)
     assert read_memory(tmp_path) == (32_000_000 * 1024, 20_000_000 * 1024)
@@ -71,7 +76,7 @@ def test_memory_of_a_machine_and_of_a_container_with_less(tmp_path, write):
     assert read_memory(tmp_path) == (8_000_000_000, 6_000_000_000)
 
 
-def test_a_folder_that_is_still_to_be_made(tmp_path):
+def test_a_folder_that_does_not_exist_yet(tmp_path):
     assert read_filesystem(tmp_path / "a" / "b", "x").total_bytes == read_filesystem(tmp_path, "x").total_bytes
 
 

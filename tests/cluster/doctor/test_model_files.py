@@ -1,4 +1,4 @@
-"""Checkpoint folders that are whole, and every way in which a download goes wrong: the file at fault is named."""
+"""Complete checkpoint folders, and every way a download goes wrong: the finding names the bad file."""
 
 import json
 import shutil
@@ -31,20 +31,20 @@ def folder(tmp_path) -> Path:
 
 
 def faults(folder) -> list[str]:
-    """Sentences; each has a remedy."""
+    """Their messages; each has a remedy."""
     found = read_model(str(folder)).faults
     assert all(f.remedy.endswith(".") for f in found), found
-    return [f.sentence for f in found]
+    return [f.message for f in found]
 
 
-def test_a_whole_model(folder):
+def test_a_complete_model(folder):
     model = read_model(str(folder))
     assert model.faults == () and model.num_files == 2 and model.bytes_per_weight == 2
     assert model.num_bytes == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     assert read_model(str(DEMO)).faults == ()
 
 
-def test_the_fingerprint_is_of_what_is_there(folder):
+def test_the_fingerprint_changes_with_the_files(folder):
     before = read_model(str(folder)).fingerprint
     assert read_model(str(folder)).fingerprint == before
     (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
@@ -130,16 +130,22 @@ def only_pickles(folder):
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (truncate, ["model-00002-of-00002.safetensors is truncated: ", " bytes, where "]),
+        (truncate, ["model-00002-of-00002.safetensors is truncated: it has ", " bytes instead of "]),
         (lengthen, ["model-00002-of-00002.safetensors is longer than its header says"]),
-        (cut_header, ["model-00002-of-00002.safetensors (0.0 MiB) is truncated in its header"]),
-        (empty, ["model-00002-of-00002.safetensors (0.0 MiB) is truncated in its header"]),
-        (git_lfs_pointer, ["model-00002-of-00002.safetensors is a pointer of Git LFS"]),
-        (other_format, ["model-00002-of-00002.safetensors has a header that is not safetensors'"]),
-        (header_that_is_a_list, ["model-00002-of-00002.safetensors has a header that is not safetensors'"]),
-        (remove_file, ["names model-00002-of-00002.safetensors, which is not there"]),
-        (remove_file_and_index, ["layers 6 are incomplete in these files, the first is layer 0"]),
-        (other_revision, ["model-00002-of-00002.safetensors has the tensor"]),
+        (
+            cut_header,
+            ["model-00002-of-00002.safetensors (0.0 MiB) is not a safetensors file, or is truncated in its header"],
+        ),
+        (
+            empty,
+            ["model-00002-of-00002.safetensors (0.0 MiB) is not a safetensors file, or is truncated in its header"],
+        ),
+        (git_lfs_pointer, ["model-00002-of-00002.safetensors is a Git LFS pointer"]),
+        (other_format, ["model-00002-of-00002.safetensors does not have a valid safetensors header"]),
+        (header_that_is_a_list, ["model-00002-of-00002.safetensors does not have a valid safetensors header"]),
+        (remove_file, ["names model-00002-of-00002.safetensors, which does not exist"]),
+        (remove_file_and_index, ["6 of 6 layers are incomplete in these files; the first is layer 0"]),
+        (other_revision, ["in model-00002-of-00002.safetensors, which does not have it"]),
         (break_index, ["is not a safetensors index"]),
         (remove_config, ["has neither config.json"]),
         (break_config, ["MixtralForCausalLM"]),
@@ -148,18 +154,18 @@ def only_pickles(folder):
         (only_pickles, ["pytorch_model.bin is a pickle file"]),
     ],
 )
-def test_what_is_wrong_is_named(folder, damage, parts):
+def test_the_fault_is_named(folder, damage, parts):
     damage(folder)
-    (sentence, *_) = faults(folder)
+    (message, *_) = faults(folder)
     for part in parts:
-        assert part in sentence
+        assert part in message
 
 
-def test_a_folder_that_this_node_does_not_have(tmp_path):
-    assert faults(tmp_path / "nowhere") == [f"The model folder {tmp_path}/nowhere does not exist here."]
+def test_a_folder_that_does_not_exist_on_this_node(tmp_path):
+    assert faults(tmp_path / "nowhere") == [f"The model folder {tmp_path}/nowhere does not exist on this node."]
 
 
-def test_several_faults_are_all_told(folder):
+def test_all_faults_are_reported(folder):
     truncate(folder)
     remove_tokenizer(folder)
     assert len(faults(folder)) == 2

@@ -1,4 +1,4 @@
-"""What nvidia-smi says becomes facts: recorded answers, refusals, and nonsense; no GPU is needed."""
+"""The output of nvidia-smi becomes facts: recorded answers, errors, and nonsense. Needs no GPU."""
 
 import os
 import subprocess
@@ -68,12 +68,12 @@ def test_a_worker_of_ray_is_named_by_its_actor(dev):
     assert [p.name for p in found.gpus[0].processes] == ["ray::RankActor", "/usr/bin/other"]
 
 
-def test_what_is_not_known_stays_unknown():
+def test_values_that_are_not_available_are_none():
     (gpu,) = read_nvidia(Smi(A100_MIG)).gpus
     assert gpu.is_mig and gpu.free_bytes is None and gpu.total_bytes == 40960 * MIB
 
 
-def test_processes_that_cannot_be_asked_for_are_none(dev):
+def test_processes_that_cannot_be_listed_are_none(dev):
     assert read_nvidia(Smi(A10G, subprocess.TimeoutExpired("nvidia-smi", 20)), dev=dev).gpus[1].processes == ()
 
 
@@ -93,11 +93,11 @@ def test_processes_that_cannot_be_asked_for_are_none(dev):
         ("x, NVIDIA A10G, GPU-0, 550.90.07, 23028, 22731, 8.6, Default, [N/A]\n", "invalid literal"),
     ],
 )
-def test_a_driver_that_does_not_work_is_told_in_its_own_words(dev, answer, said):
+def test_a_broken_driver_is_reported_in_its_own_words(dev, answer, said):
     found = read_nvidia(Smi(answer), dev=dev)
     assert found.gpus == () and found.num_devices == 2
     assert found.failure is not None and said in found.failure and "\n" not in found.failure
 
 
-def test_without_nvidia_smi_nothing_is_wrong(tmp_path):
+def test_without_nvidia_smi_there_is_no_failure(tmp_path):
     assert read_nvidia(Smi(FileNotFoundError(2, "No such file")), dev=tmp_path) == Nvidia()

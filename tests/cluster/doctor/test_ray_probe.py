@@ -1,4 +1,4 @@
-"""The doctor's actors without Ray: their sockets, and what is made of ranks that fail, hang or die."""
+"""The doctor's actors without Ray: their sockets, and the outcome when ranks fail, hang or die."""
 
 import asyncio
 import socket
@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster.doctor import all_reduce as probe_ranks
-from cluster.doctor.facts import Failed, Reduced
-from cluster.doctor.judge.ranks import Gang
+from cluster.doctor import all_reduce
+from cluster.doctor.facts import AllReduceFailure, AllReduceResult
+from cluster.doctor.judge.ranks import TrialGang
 from cluster.doctor.ray_probe import NodeProbe, Probes, RayNode
 from workers.errors import GroupError
 from workers.rank.probe import Joined, Measured, Where
-from workers.rank.worker import Rendezvous
+from workers.rank.reports import Rendezvous
 
 
-def test_a_listener_is_reached_and_told_from_others():
+def test_only_the_echo_server_counts_as_reached():
     port = NodeProbe().listen("127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as closed:
         closed_port = closed.getsockname()[1]
@@ -37,7 +37,7 @@ def test_a_listener_is_reached_and_told_from_others():
 
 
 class FakeActor:
-    """Its methods answer what they are told: a value, an exception, or HANG. `asked` has their names."""
+    """Each method gives the answer set for it: a value, an exception, or HANG. `asked` lists the methods called."""
 
     HANG = object()
 
@@ -60,10 +60,10 @@ class FakeActor:
 class FakeRank(FakeActor):
     def __init__(self, **answers) -> None:
         defaults = {
-            "address": Rendezvous("10.0.0.1", 1, 2),
-            "join": Joined("Gloo", "eth0"),
-            "measure": Measured(0.001, 1e9),
-            "where": Where("is joining the group at 10.0.0.1:1", (1,)),
+            "address": Rendezvous(host="10.0.0.1", port=1, lifeline_port=2),
+            "join": Joined(collectives="Gloo", gloo_interface="eth0"),
+            "measure": Measured(latency_s=0.001, bus_bytes_per_s=1e9),
+            "where": Where(doing="is joining the group at 10.0.0.1:1", waiting_for=(1,)),
             "close": None,
         }
         super().__init__(**(defaults | answers))
@@ -71,11 +71,8 @@ class FakeRank(FakeActor):
 
 def probes(*actors: FakeActor) -> Probes:
     """On nodes 10.0.0.0, 10.0.0.1 and so on."""
-    found = Probes([], timeout_s=0.1)
-    for i, actor in enumerate(actors):
-        found.nodes.append(RayNode(node_id=f"n{i}", address=f"10.0.0.{i}", num_cpus=1.0, num_gpus=0.0))
-        found._actors[f"n{i}"] = actor
-    return found
+    nodes = [RayNode(node_id=f"n{i}", address=f"10.0.0.{i}", num_cpus=1.0, num_gpus=0.0) for i in range(len(actors))]
+    return Probes(nodes, timeout_s=0.1, start=lambda node: actors[nodes.index(node)])
 
 
 async def test_links_are_every_pair_both_ways():
@@ -93,39 +90,39 @@ async def test_links_are_every_pair_both_ways():
     assert set(failures.values()) == {None}
 
 
-async def test_a_node_that_is_silent_is_waited_for_once():
+async def test_a_node_that_does_not_answer_is_asked_once():
     silent, dead, well = FakeActor(run=FakeActor.HANG), FakeActor(run=RayActorError()), FakeActor(run=b"{}", listen=1)
     trio = probes(silent, dead, well)
     answers = await trio.run(len, [()] * 3)
     assert [a.value for a in answers] == [None, None, b"{}"]
-    assert answers[0].failure == "it gave no answer in 0.1 s" and answers[1].failure
+    assert answers[0].failure == "it did not answer within 0.1 s" and answers[1].failure
     assert await trio.links() == []
     assert (silent.asked, dead.asked) == (["run"], ["run"])
 
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a trial of these actors, each on a node of its own."""
+    """Runs a trial with these actors as ranks, each on a node of its own."""
     ended = []
 
-    async def trial(*actors: FakeRank) -> Reduced | Failed:
+    async def trial(*actors: FakeRank) -> AllReduceResult | AllReduceFailure:
         async def place(*args, on_group, **options):
-            assert options["detached"] is False, "a doctor that is killed would leave its place taken"
+            assert options["detached"] is False, "a killed doctor would leave its resources reserved"
             on_group("group")
             return {rank: f"node{rank}" for rank in range(len(actors))}
 
-        monkeypatch.setattr(probe_ranks, "place", place)
-        monkeypatch.setattr(probe_ranks, "missing_for", lambda gang, spread: None)
-        monkeypatch.setattr(probe_ranks, "node_ip", lambda node: f"10.0.0.{node[-1]}")
-        monkeypatch.setattr(probe_ranks._Trial, "_start_actors", lambda self, size: self._actors.extend(actors))
-        monkeypatch.setattr(probe_ranks.ray, "kill", ended.append)
-        monkeypatch.setattr(probe_ranks, "remove_placement_group", ended.append)
-        monkeypatch.setattr(probe_ranks, "START_S", 0.2)
-        monkeypatch.setattr(probe_ranks, "ECHO_S", 0.1)
-        monkeypatch.setattr(probe_ranks, "ASK_S", 0.1)
-        gang = Gang(device="cpu", tensor_parallel_size=len(actors), spread=True)
-        outcome = await probe_ranks.try_all_reduce(gang, spread=True, timeout_s=0.1)
-        assert ended == [*actors, "group"], "something is left in Ray"
+        monkeypatch.setattr(all_reduce, "place", place)
+        monkeypatch.setattr(all_reduce, "missing_for", lambda gang, spread: None)
+        monkeypatch.setattr(all_reduce, "node_ip", lambda node: f"10.0.0.{node[-1]}")
+        monkeypatch.setattr(all_reduce, "start_ranks", lambda gang, **options: list(actors))
+        monkeypatch.setattr(all_reduce.ray, "kill", ended.append)
+        monkeypatch.setattr(all_reduce, "remove_placement_group", ended.append)
+        monkeypatch.setattr(all_reduce, "START_S", 0.2)
+        monkeypatch.setattr(all_reduce, "ECHO_S", 0.1)
+        monkeypatch.setattr(all_reduce, "ASK_S", 0.1)
+        gang = TrialGang(device="cpu", tensor_parallel_size=len(actors), spread=True)
+        outcome = await all_reduce.try_all_reduce(gang, spread=True, timeout_s=0.1)
+        assert ended == [*actors, "group"], "something is left over in Ray"
         return outcome
 
     return trial
@@ -136,12 +133,12 @@ def failed(error: Exception) -> RayTaskError:
 
 
 async def test_the_slowest_rank_counts(run):
-    assert await run(FakeRank(), FakeRank(measure=Measured(0.002, 5e8))) == Reduced(
+    assert await run(FakeRank(), FakeRank(measure=Measured(latency_s=0.002, bus_bytes_per_s=5e8))) == AllReduceResult(
         ranks=("10.0.0.0", "10.0.0.1"), collectives="Gloo", interface="eth0", latency_s=0.002, bus_bytes_per_s=5e8
     )
 
 
-async def test_the_rank_that_fails_and_the_one_that_waits_are_both_told(run):
+async def test_both_the_failed_rank_and_the_waiting_one_are_reported(run):
     unreachable = failed(GroupError("Rank 1 could not reach rank 0.", ranks=(0,)))
     outcome = await run(FakeRank(join=FakeRank.HANG), FakeRank(join=unreachable))
     assert (outcome.failure, outcome.suspects) == ("Rank 1 could not reach rank 0.", (0,))
@@ -149,14 +146,14 @@ async def test_the_rank_that_fails_and_the_one_that_waits_are_both_told(run):
     assert (rank, doing, waiting_for) == (0, "is joining the group at 10.0.0.1:1", (1,))
 
 
-async def test_of_several_failures_the_one_that_names_ranks_is_told(run):
+async def test_of_several_failures_the_one_that_names_ranks_is_reported(run):
     first, second = failed(RuntimeError("broken")), failed(GroupError("Rank 0 is missing.", ranks=(0,)))
     assert (await run(FakeRank(measure=first), FakeRank(measure=second))).failure == "Rank 0 is missing."
 
 
-async def test_a_rank_that_hangs_without_a_word(run):
+async def test_a_rank_that_hangs_silently(run):
     outcome = await run(FakeRank(measure=FakeRank.HANG, where=FakeRank.HANG), FakeRank(measure=FakeRank.HANG))
-    assert outcome.failure == "'measure' did not end in 0.2 s" and outcome.suspects == ()
+    assert outcome.failure == "'measure' did not finish within 0.2 s" and outcome.suspects == ()
     assert [(w.rank, w.doing) for w in outcome.waiting] == [
         (0, "does not answer at all"),
         (1, "is joining the group at 10.0.0.1:1"),

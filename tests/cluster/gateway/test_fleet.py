@@ -1,4 +1,4 @@
-"""The fleet against a controller that says what it is told to, and replicas that are real stream servers with a fake core."""
+"""The fleet with a scripted controller, and replicas that are real stream servers with a fake core."""
 
 import asyncio
 import contextlib
@@ -8,15 +8,17 @@ import pytest
 from support.fakes.core import FACTS
 from support.fakes.engine import TOKEN, FakeEngine
 
-from cluster.gateway.fleet import Fleet, describe, outlook_of
+from cluster.gateway.fleet import Fleet, availability_of, describe
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
-from cluster.protocol.view import ClusterView, ReplicaRecord, ReplicaState
+from cluster.protocol.view import ClusterView, ReplicaRecord, ReplicaState, StartFailure
 from workers.errors import ReplicaUnavailableError
+
+FAILURE = StartFailure(kind="config", message="It is too big.", remedy="Use fewer blocks.")
 
 
 class FakeController:
-    """`say(view)` is what the next sync answers; an exception is raised instead."""
+    """`say(view)` sets the answer of the next sync; an exception is raised."""
 
     def __init__(self) -> None:
         self.known: list[int] = []
@@ -41,10 +43,10 @@ class FakeController:
 class FakeRouter:
     def __init__(self) -> None:
         self.replicas = []
-        self.outlook = None
+        self.availability = None
 
-    def update(self, replicas, outlook) -> None:
-        self.replicas, self.outlook = list(replicas), outlook
+    def update(self, replicas, availability) -> None:
+        self.replicas, self.availability = list(replicas), availability
 
     def report(self, gateway_id: str, url: str) -> GatewayReport:
         return GatewayReport(gateway_id=gateway_id, url=url)
@@ -60,7 +62,7 @@ class World:
     def _on_view(self, view: ClusterView) -> None:
         self.seen.append(view.version)
         if view.scaling_reason == "raise":
-            raise BrokenPipeError("the terminal is gone")
+            raise BrokenPipeError("the terminal is closed")
 
     def names(self) -> list[str]:
         return [r.replica_id for r in self.router.replicas]
@@ -79,7 +81,7 @@ async def world(monkeypatch):
     world = World()
     task = asyncio.create_task(world.fleet.run())
     yield world
-    assert not task.done(), "the fleet gave up: its gateway hears no more news"
+    assert not task.done(), "the fleet stopped syncing"
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await world.fleet.close()
@@ -108,7 +110,7 @@ async def test_a_ready_replica_is_connected_and_shown_to_the_router(world, engin
     await until(lambda: world.controller.known == [-1, 1])
 
 
-async def test_a_lost_replica_is_taken_from_the_router_and_its_streams_end(world, engine):
+async def test_a_lost_replica_is_removed_from_the_router_and_its_streams_end(world, engine):
     world.controller.say(view(1, record(engine)))
     await until(lambda: world.names() == ["r0"])
     client = world.router.replicas[0]
@@ -117,7 +119,7 @@ async def test_a_lost_replica_is_taken_from_the_router_and_its_streams_end(world
     assert client.condemned == "Replica r0 lost rank 1."
 
 
-async def test_a_new_incarnation_of_a_name_is_another_replica(world, engine):
+async def test_a_new_incarnation_is_another_replica(world, engine):
     world.controller.say(view(1, record(engine)))
     await until(lambda: world.names() == ["r0"])
     first = world.router.replicas[0]
@@ -126,30 +128,30 @@ async def test_a_new_incarnation_of_a_name_is_another_replica(world, engine):
     assert first.condemned is not None
 
 
-async def test_a_draining_replica_says_until_when(world, engine):
+async def test_a_draining_replica_has_its_deadline(world, engine):
     world.controller.say(view(1, record(engine, state=ReplicaState.DRAINING, drain_until=time.time() + 7)))
     await until(lambda: world.names() == ["r0"])
     assert world.router.replicas[0].drain_until == pytest.approx(time.monotonic() + 7, abs=1)
 
 
-async def test_a_replica_lost_while_it_is_being_connected_to_disturbs_nothing(world, engine):
-    """Its connection opens after it was dropped: nobody may be left holding it."""
+async def test_a_replica_lost_during_its_connection_is_closed(world, engine):
+    """Its connection opens after it was dropped, and must not stay open."""
     async with held_open() as (address, release):
         late = ReplicaRecord(replica_id="r0", incarnation="a", state=ReplicaState.READY, address=address, token=TOKEN)
         world.controller.say(view(1, late))
         await until(lambda: world.seen == [1])
-        client = world.fleet._clients["r0", "a"]
+        client = world.fleet.clients["r0", "a"]
         await asyncio.sleep(0.05)  # the connection waits for its first answer
         world.controller.say(view(2))
         await until(lambda: world.seen == [1, 2])
         release(engine.address)
-        await until(lambda: not world.fleet._tasks)
-    assert not client.connected, "a dropped replica is connected for ever"
+        await until(lambda: world.fleet.num_pending == 0)
+    assert not client.connected, "a dropped replica stays connected"
     world.controller.say(view(3, record(engine, "r1")))
     await until(lambda: world.names() == ["r1"])
 
 
-async def test_an_absent_controller_is_asked_again_and_routing_goes_on(world, engine):
+async def test_routing_continues_while_the_controller_is_down(world, engine):
     world.controller.say(view(1, record(engine)))
     await until(lambda: world.names() == ["r0"])
     for _ in range(3):
@@ -159,14 +161,14 @@ async def test_an_absent_controller_is_asked_again_and_routing_goes_on(world, en
     assert world.router.replicas[0].connected
 
 
-async def test_a_surprise_does_not_end_the_fleet(world, engine):
+async def test_an_unexpected_error_does_not_end_the_fleet(world, engine):
     world.controller.say(view(1, scaling_reason="raise"))
-    world.controller.say(ValueError("no version of ours"))
+    world.controller.say(ValueError("another version"))
     world.controller.say(view(2, record(engine)))
     await until(lambda: world.names() == ["r0"])
 
 
-async def test_close_says_goodbye(world, engine):
+async def test_close_leaves_the_controller(world, engine):
     world.controller.say(view(1, record(engine)))
     await until(lambda: world.names() == ["r0"])
     client = world.router.replicas[0]
@@ -176,26 +178,26 @@ async def test_close_says_goodbye(world, engine):
 
 
 @pytest.mark.parametrize(
-    ("fields", "expected", "asleep"),
+    ("fields", "expected", "scaled_to_zero"),
     [
         ({"num_desired": 1}, True, False),
         ({"num_desired": 0, "facts": FACTS}, True, True),
         ({"num_desired": 0}, False, False),
-        ({"num_desired": 1, "failure": ("ConfigError", "It cannot be.")}, False, False),
-        ({"num_desired": 0, "facts": FACTS, "failure": ("ConfigError", "It cannot be.")}, False, False),
+        ({"num_desired": 1, "failure": FAILURE}, False, False),
+        ({"num_desired": 0, "facts": FACTS, "failure": FAILURE}, False, False),
     ],
 )
-def test_what_a_request_may_hope_for(fields, expected, asleep):
+def test_what_requests_can_expect_of_a_view(fields, expected, scaled_to_zero):
     spec = ClusterSpec(model_name="m", engine=None, min_replicas=0)  # type: ignore[arg-type]
-    outlook = outlook_of(ClusterView(version=1, controller_id="c", spec=spec, **fields))
-    assert (outlook.expected, outlook.asleep) == (expected, asleep)
-    assert outlook.reason == (fields["failure"][1] if "failure" in fields else None)
+    availability = availability_of(ClusterView(version=1, controller_id="c", spec=spec, **fields))
+    assert (availability.expected, availability.scaled_to_zero) == (expected, scaled_to_zero)
+    assert availability.reason == ("It is too big. Use fewer blocks." if "failure" in fields else None)
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"state": ReplicaState.PLACING}, "Replica r0 waits for a place."),
+        ({"state": ReplicaState.PLACING}, "Replica r0 waits for free resources."),
         ({"state": ReplicaState.STARTING, "phase": "loading", "progress": (1, 4)}, "Replica r0 is loading (25 %)."),
         ({"state": ReplicaState.STARTING, "phase": "loading"}, "Replica r0 is loading."),
         ({"state": ReplicaState.LOST, "reason": "Replica r0 lost rank 1."}, "Replica r0 lost rank 1."),
@@ -207,7 +209,7 @@ def test_a_replica_that_is_not_ready_is_described(fields, says):
 
 @contextlib.asynccontextmanager
 async def held_open():
-    """An address whose connections get nowhere until `release(address)` says where they lead."""
+    """An address whose connections hang until `release(address)` says where they lead."""
     target: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
     tasks: set[asyncio.Task] = set()
 

@@ -1,4 +1,4 @@
-"""A whole gateway on a port, with a controller that cannot be reached and a replica that holds its streams: how it stops."""
+"""How a whole gateway on a port stops, with an unreachable controller and a replica that holds its streams."""
 
 import asyncio
 import json
@@ -9,10 +9,10 @@ import pytest
 from support.fakes.replica import FakeReplica, tokens
 from support.paths import DEMO_MODEL
 
-from cluster.cli.main import make_parser
-from cluster.cli.options import serve_config
+from cluster.cli.options.parser import make_parser
+from cluster.cli.options.settings import serve_config
 from cluster.gateway.gateway import Gateway
-from cluster.router.replica import Outlook
+from cluster.router.replica import Availability
 from cluster.text.tokenizer import load_tokenizer
 from workers.errors import ReplicaUnavailableError
 
@@ -46,24 +46,24 @@ async def events(url: str) -> list[str]:
         return (await response.text()).strip().split("\n\n")
 
 
-async def test_what_outlasts_the_time_to_finish_is_told_so(gateway):
+async def test_a_request_that_outlasts_the_drain_timeout_gets_an_error(gateway):
     replica = FakeReplica(tokens(range(100, 110)), hold_after=3)
-    gateway.router.update([replica], Outlook())
+    gateway.router.update([replica], Availability())
     running = asyncio.create_task(events(gateway.url))
     await replica.holding.wait()
     async with asyncio.timeout(5):
         await gateway.drain(0.1)
-        *said, last = await running
-    assert len(said) == 3, "what was generated until then was not sent"
+        *chunks, last = await running
+    assert len(chunks) == 3, "the tokens generated so far were not sent"
     error = json.loads(last.removeprefix("data: "))["error"]
     assert error["code"] == "server_leaving"
     assert error["message"].startswith("The server is shutting down.")
 
 
 @pytest.mark.parametrize("is_urgent", [False, True])
-async def test_stopped_again_nothing_is_waited_for(gateway, is_urgent):
+async def test_a_second_stop_ends_running_requests_at_once(gateway, is_urgent):
     replica = FakeReplica(tokens(range(100, 110)), hold_after=3)
-    gateway.router.update([replica], Outlook())
+    gateway.router.update([replica], Availability())
     running = asyncio.create_task(events(gateway.url))
     await replica.holding.wait()
     urgent = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The data directory and its claim, and what a gateway does where batches cannot be had."""
+"""The data directory and its lock, and what a gateway does when it cannot have batches."""
 
 import os
 import subprocess
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli.main import make_parser
-from cluster.cli.options import serve_config
+from cluster.api.context import NO_BATCHES
+from cluster.cli.options.parser import make_parser
+from cluster.cli.options.settings import serve_config
 from cluster.config.checkpoint_location import resolve_model
 from cluster.config.serve import ServeConfig
-from cluster.gateway.batches import Batching, open_batching
+from cluster.gateway.batches import GatewayBatches, open_batches
 from cluster.router.router import Router
 from cluster.system.data_dir import DataDir, default_data_dir
 from workers.errors import ConfigError
@@ -23,7 +24,7 @@ def config(*options: str) -> ServeConfig:
     return serve_config(args, *resolve_model(args.model), device="cpu")
 
 
-def test_the_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert default_data_dir("mine") == tmp_path / "tramontane" / "mine"
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -32,7 +33,7 @@ def test_the_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
         assert default_data_dir("mine") == tmp_path / ".local" / "share" / "tramontane" / "mine"
 
 
-def test_one_model_has_a_directory_at_a_time(tmp_path: Path) -> None:
+def test_one_model_uses_a_directory_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
     first, second = DataDir(path, model_name="one"), DataDir(path, model_name="one")
     assert path.stat().st_mode & 0o777 == 0o700
@@ -49,7 +50,7 @@ def test_one_model_has_a_directory_at_a_time(tmp_path: Path) -> None:
     third.close()
 
 
-def test_a_killed_server_lets_go(tmp_path: Path) -> None:
+def test_a_killed_server_releases_the_directory(tmp_path: Path) -> None:
     script = "import os, sys; from pathlib import Path; from cluster.system.data_dir import DataDir\n"
     script += "DataDir(Path(sys.argv[1]), model_name='one'); print('held', flush=True); os.kill(os.getpid(), 9)"
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -57,46 +58,46 @@ def test_a_killed_server_lets_go(tmp_path: Path) -> None:
     DataDir(tmp_path, model_name="two").close()
 
 
-async def test_batches_are_where_they_were_asked_for(tmp_path: Path) -> None:
-    opened = open_batching(config("--data-dir", str(tmp_path / "here")), Router())
-    assert isinstance(opened, Batching)
+async def test_batches_are_stored_where_the_option_says(tmp_path: Path) -> None:
+    opened = open_batches(config("--data-dir", str(tmp_path / "here")), Router())
+    assert isinstance(opened, GatewayBatches)
     await opened.close()
     await opened.close()
     assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["batches.db", "files", "model"]
 
 
-def test_the_default_that_cannot_be_had_is_no_reason_not_to_serve(
+def test_a_server_starts_even_if_the_default_store_cannot_be_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
-    assert open_batching(config(), Router()) == "This server cannot take batches; its log says why."
+    assert open_batches(config(), Router()) == "This server cannot accept batches; its log says why."
     assert "--data-dir" in caplog.text
     with pytest.raises(ConfigError, match="--data-dir"):
-        open_batching(config("--data-dir", str(tmp_path / "file" / "x")), Router())
-    assert open_batching(config("--no-batches"), Router()) == "This server was started without batches (--no-batches)."
+        open_batches(config("--data-dir", str(tmp_path / "file" / "x")), Router())
+    assert open_batches(config("--no-batches"), Router()) == NO_BATCHES
 
 
-def test_gateways_on_several_hosts_need_a_store_they_share(tmp_path: Path) -> None:
+def test_gateways_on_several_hosts_need_a_shared_store(tmp_path: Path) -> None:
     spread = ("--gateways", "2", "--ray-address", "10.0.0.1:6379", "--api-key", "k")
     public = (*spread[:2], *spread[2:], "--host", "0.0.0.0")
-    assert open_batching(config(*public), Router()) == "This server cannot take batches; its log says why."
+    assert open_batches(config(*public), Router()) == "This server cannot accept batches; its log says why."
     with pytest.raises(ConfigError, match="--batch-store"):
-        open_batching(config(*public, "--data-dir", str(tmp_path)), Router())
+        open_batches(config(*public, "--data-dir", str(tmp_path)), Router())
 
 
-def test_a_database_that_is_not_there(tmp_path: Path) -> None:
+def test_an_unreachable_database_is_refused_without_its_password(tmp_path: Path) -> None:
     pytest.importorskip("psycopg")
     url = f"postgresql://nobody:secret@%2F{os.fspath(tmp_path)[1:].replace('/', '%2F')}/x"
     with pytest.raises(ConfigError) as e:
-        open_batching(config("--data-dir", str(tmp_path), "--batch-store", url), Router())
+        open_batches(config("--data-dir", str(tmp_path), "--batch-store", url), Router())
     assert "secret" not in str(e.value)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--no-batches", "--data-dir", "x"), "no use"),
+        (("--no-batches", "--data-dir", "x"), "no effect"),
         (("--batch-store", "mysql://x"), "PostgreSQL"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The keys' file: what is in it, who may read it, and that neither a crash nor a second writer loses a key."""
+"""The keys file: its contents and permissions, and that neither a crash nor a second writer loses a key."""
 
 import json
 import multiprocessing
@@ -9,7 +9,7 @@ import pytest
 
 from cluster.keys.file import add_key, default_path, read_keys, revoke_key
 from cluster.keys.key import Limits, NotAllowedError, digest, new_key
-from cluster.keys.keyring import LOOK_AGAIN_S, Keyring
+from cluster.keys.keyring import RELOAD_INTERVAL_S, Keyring
 from workers.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ def make(path: Path, name: str, **options) -> str:
     return secret
 
 
-def test_a_key_survives_with_all_it_may_do_and_without_its_secret(path):
+def test_a_key_is_stored_with_its_limits_and_without_its_secret(path):
     limits = Limits(requests_per_minute=60, tokens_per_minute=1000, max_concurrency=2, models=("demo",), priority=3)
     secret = make(path, "alice", admin=True, limits=limits)
     (key,) = read_keys(path)
@@ -42,16 +42,16 @@ def test_secrets_and_ids_differ():
 
 
 @pytest.mark.parametrize("name", ["", " ", "a b", "-x", "é", "x" * 65, "a/b", "a\n"])
-def test_names_that_cannot_be_used(path, name):
-    with pytest.raises(ConfigError, match="name starts with"):
+def test_invalid_names(path, name):
+    with pytest.raises(ConfigError, match="Start with a letter or digit"):
         add_key(path, new_key(name)[0])
     assert not path.exists()
 
 
-def test_names_are_unique_and_revoking_takes_either(path):
+def test_names_are_unique_and_a_key_is_revoked_by_id_or_name(path):
     make(path, "alice")
     make(path, "bob")
-    with pytest.raises(ConfigError, match="'alice' already"):
+    with pytest.raises(ConfigError, match="'alice' already exists"):
         make(path, "alice")
     alice, bob = read_keys(path)
     assert revoke_key(path, alice.id) == alice
@@ -64,9 +64,9 @@ def test_names_are_unique_and_revoking_takes_either(path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "broken"),
-        ("{", "broken"),
-        ("[]", "broken"),
+        ("", "malformed"),
+        ("{", "malformed"),
+        ("[]", "malformed"),
         ('{"version": 2, "keys": []}', "version 2"),
         ('{"version": 1, "keys": [{"id": "a", "name": "a", "sha256": "x", "created": 1}]}', "64 hexadecimal"),
         ('{"version": 1, "keys": [], "more": 1}', "more"),
@@ -74,11 +74,11 @@ def test_names_are_unique_and_revoking_takes_either(path):
         (
             f'{{"version": 1, "keys": [{{"id": "a", "name": "a", "sha256": "{"0" * 64}", "created": 1, '
             f'"limits": {{"priority": {2**40}}}}}]}}',
-            "must lie between",
+            "must be between",
         ),
     ],
 )  # fmt: skip
-def test_a_broken_file_says_what_is_wrong(path, content, says):
+def test_a_malformed_file_is_refused_with_the_reason(path, content, says):
     path.parent.mkdir()
     path.write_text(content)
     for act in (lambda: read_keys(path), lambda: Keyring(path), lambda: make(path, "new")):
@@ -87,7 +87,7 @@ def test_a_broken_file_says_what_is_wrong(path, content, says):
     assert path.read_text() == content
 
 
-def test_a_missing_file_says_how_to_make_one(path):
+def test_a_missing_file_is_refused_with_the_command_that_creates_one(path):
     with pytest.raises(ConfigError, match="tramontane keys create"):
         Keyring(path)
 
@@ -120,32 +120,32 @@ def test_the_keyring_follows_the_file_and_keeps_the_old_keys_when_it_breaks(path
     alice = make(path, "alice")
     keyring = Keyring(path, clock=lambda: now)
     bob = make(path, "bob")
-    assert keyring.find(bob) is None, "looked at most once a second"
-    now += LOOK_AGAIN_S
+    assert keyring.find(bob) is None, "the file is checked at most once a second"
+    now += RELOAD_INTERVAL_S
     assert keyring.find(bob).name == "bob"
     good = path.read_text()
     for broken in ("{", None):
         path.write_text(broken) if broken else path.unlink()
-        now += LOOK_AGAIN_S
+        now += RELOAD_INTERVAL_S
         caplog.clear()
         assert keyring.find(alice) and keyring.find(bob)
-        assert "stay as they were" in caplog.text
+        assert "are unchanged" in caplog.text
     path.write_text(good)
     revoke_key(path, "alice")
-    now += LOOK_AGAIN_S
+    now += RELOAD_INTERVAL_S
     assert keyring.find(alice) is None and keyring.find(bob) is not None
     for wrong in ("", "tm-", bob[:-1], bob + "x", "\udcff"):
         assert keyring.find(wrong) is None
 
 
-def test_the_servers_own_key_is_an_admin_beside_the_files(path):
+def test_the_servers_own_key_is_an_admin_key_next_to_the_files(path):
     secret = make(path, "alice")
     keyring = Keyring(path, api_key="own")
     assert keyring.guards and keyring.find("own").admin and not keyring.find(secret).admin
     assert Keyring(api_key="own").guards and not Keyring().guards
 
 
-def test_where_the_file_is(monkeypatch, tmp_path):
+def test_the_default_path(monkeypatch, tmp_path):
     monkeypatch.setenv("TRAMONTANE_API_KEYS", "/x/y.json")
     assert default_path() == Path("/x/y.json")
     monkeypatch.delenv("TRAMONTANE_API_KEYS")
@@ -165,10 +165,10 @@ def test_priorities_are_clamped(best, asked, gets):
     assert key.priority(asked) == gets
 
 
-def test_models():
+def test_a_key_is_limited_to_its_models():
     key, _ = new_key("x", limits=Limits(models=("a", "b")))
     key.check_model("a")
-    with pytest.raises(NotAllowedError, match="'c'; it may use 'a', 'b'") as e:
+    with pytest.raises(NotAllowedError, match=r"'c'\. Use one of the models it allows: 'a', 'b'") as e:
         key.check_model("c")
     assert (e.value.param, e.value.code) == ("model", "model_not_allowed")
     new_key("x")[0].check_model("c")

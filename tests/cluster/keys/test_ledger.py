@@ -1,9 +1,8 @@
-"""The ledger: sums over days, keys and processes, a crash, and a disk that takes nothing."""
+"""The ledger: sums over days, keys and processes, a crash, and a disk that cannot be written."""
 
 import asyncio
 import multiprocessing
 import os
-import sqlite3
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,7 +52,7 @@ def write_then_die(path: Path, number: int) -> None:
     asyncio.run(main())
 
 
-def test_gateways_share_it_and_a_crash_keeps_what_was_flushed(tmp_path: Path) -> None:
+def test_gateways_share_the_ledger_and_a_crash_keeps_what_was_flushed(tmp_path: Path) -> None:
     path = tmp_path / "u.db"
     fork = multiprocessing.get_context("fork")
     writers = [fork.Process(target=write_then_die, args=(path, i)) for i in range(3)]
@@ -65,7 +64,7 @@ def test_gateways_share_it_and_a_crash_keeps_what_was_flushed(tmp_path: Path) ->
     assert read_usage(path) == [(group(), Sums(requests=150))]
 
 
-async def test_a_disk_that_takes_nothing_costs_a_line_in_the_log(
+async def test_an_unwritable_disk_is_logged_once_and_loses_no_usage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "missing" / "u.db"
@@ -83,7 +82,7 @@ async def test_a_disk_that_takes_nothing_costs_a_line_in_the_log(
     await ledger.close()
 
 
-async def test_it_writes_by_itself(tmp_path: Path) -> None:
+async def test_run_writes_periodically(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "u.db", flush_every_s=0.01)
     task = asyncio.create_task(ledger.run())
     ledger.add(group(), Sums(requests=1))
@@ -94,14 +93,17 @@ async def test_it_writes_by_itself(tmp_path: Path) -> None:
     await ledger.close()
 
 
-def test_a_file_that_is_no_ledger(tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_ledger(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "u.db"
     path.write_bytes(b"no database" * 100)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_usage(path)
-    with pytest.raises(sqlite3.DatabaseError):
-        ledger_module._open(path)
+    ledger = Ledger(path)
+    ledger.add(group(), Sums(requests=1))
+    await ledger.close()
+    assert "cannot be written: file is not a database" in caplog.text
+    assert path.read_bytes() == b"no database" * 100
 
 
-def test_it_lies_beside_the_keys() -> None:
+def test_the_ledger_is_next_to_the_keys_file() -> None:
     assert ledger_path(Path("/a/keys.json")) == Path("/a/keys.usage.db")

@@ -1,4 +1,4 @@
-"""What /metrics says, under both prefixes, and that vLLM's names, labels and bounds are all there."""
+"""The content of /metrics under both prefixes, including vLLM's names, labels and bounds."""
 
 import time
 from dataclasses import replace
@@ -8,8 +8,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.fakes.router import FakeRouter, make_view
 
 from cluster.metrics.gateway import Metrics
-from cluster.protocol.view import NodeNotice, RankStats, ReplicaState
+from cluster.protocol.view import NodeNotice, ReplicaState
 from workers.errors import ReplicaUnavailableError
+from workers.rank.reports import RankStats
 
 # As vLLM names them, each with the labels its dashboards and the Gateway API's endpoint picker filter by.
 OF_VLLM = {
@@ -53,12 +54,12 @@ BOUNDS_OF_VLLM = {
 
 
 def samples(metrics: Metrics) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """By name, as a scraper reads them: a series that is there twice would be refused."""
+    """By name, as a scraper reads them. A scraper refuses a series that appears twice."""
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
             rows = found.setdefault(sample.name, [])
-            assert sample.labels not in [labels for labels, _ in rows], f"{sample.name}{sample.labels} is there twice"
+            assert sample.labels not in [labels for labels, _ in rows], f"{sample.name}{sample.labels} appears twice"
             rows.append((sample.labels, sample.value))
     return found
 
@@ -112,14 +113,14 @@ def test_replicas_and_ranks_are_sampled_at_the_scrape(router: FakeRouter, metric
     assert value(metrics, "num_replicas_ready") == 2
 
 
-def test_a_node_that_goes_away_is_told_of_once(router: FakeRouter) -> None:
+def test_a_preempted_node_is_one_series(router: FakeRouter) -> None:
     def notice(node_id: str, left_s: float) -> NodeNotice:
         return NodeNotice(
             node_id=node_id,
             node_ip="10.0.0.2",
             is_head=False,
             source="azure",
-            cause="Azure takes this spot machine back.",
+            cause="Azure preempts this spot machine.",
             deadline=time.time() + left_s,
             seen_at=0.0,
         )
@@ -132,7 +133,7 @@ def test_a_node_that_goes_away_is_told_of_once(router: FakeRouter) -> None:
     assert "tramontane:node_leaving_seconds" not in samples(metrics)
 
 
-def test_a_replica_and_its_successor_of_the_same_name_are_one_series(router: FakeRouter) -> None:
+def test_a_replica_and_its_replacement_of_the_same_name_are_one_series(router: FakeRouter) -> None:
     view = make_view()
     old = replace(view.replicas[0], state=ReplicaState.LOST, started_at=1.0)
     new = replace(view.replicas[0], state=ReplicaState.STARTING, started_at=2.0, incarnation="b")
@@ -141,7 +142,7 @@ def test_a_replica_and_its_successor_of_the_same_name_are_one_series(router: Fak
     assert value(metrics, "replica_state", engine="r0", state="lost") == 0
 
 
-def test_what_is_not_known_is_left_out(router: FakeRouter) -> None:
+def test_unknown_values_are_left_out(router: FakeRouter) -> None:
     """No view without a controller, no facts before the first connection, no all-reduce times on CUDA."""
 
     class Unreached(FakeRouter):
@@ -188,12 +189,12 @@ def test_a_sequence_is_observed_once(metrics: Metrics) -> None:
         assert value(metrics, name) == pytest.approx(number), name
     assert value(metrics, "request_success_total", finished_reason="stop") == 1
     assert value(metrics, "request_success_total", finished_reason="error") == 0, (
-        "a rate needs the zero before the first"
+        "a rate needs a zero before the first event"
     )
 
 
 @pytest.mark.parametrize("reason", ["abort", "error"])
-def test_sequences_without_an_end_of_their_own_count_but_are_not_timed(metrics: Metrics, reason: str) -> None:
+def test_aborted_and_failed_sequences_count_but_are_not_timed(metrics: Metrics, reason: str) -> None:
     sequence = metrics.sequence(num_prompt_tokens=12, arrived=100.0)
     sequence.produced(1, 101.0)
     sequence.ended(reason)

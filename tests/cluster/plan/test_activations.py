@@ -1,4 +1,4 @@
-"""The planned activations against what the model's layers really hold, tensor by tensor, in a step like the engine's profiling pass."""
+"""The planned activations against what the model's layers hold, tensor by tensor, in a step like the engine's profiling pass."""
 
 import weakref
 from dataclasses import replace
@@ -20,7 +20,7 @@ SMALL = replace(V0_3, hidden_size=512, num_attention_heads=4, num_key_value_head
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the storages that operators make, from their birth to their death."""
+    """Counts the storages that operators allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Prices from the files of SkyPilot's catalog, and from the table where there are none."""
+"""Prices from the files of SkyPilot's catalog, or from the built-in table without them."""
 
 import datetime
 import logging
@@ -28,7 +28,7 @@ def prices(offers):
     }
 
 
-def test_without_skypilot_the_table_serves(home):
+def test_without_skypilot_the_table_is_used(home):
     assert catalog_folder() is None
     assert known_offers() == tuple(o for cloud in CLOUDS for o in OFFERS if o.cloud == cloud)
 
@@ -58,7 +58,7 @@ def test_prices_are_as_old_as_the_file(home):
     assert offer.on_demand.source.date == "2026-03-04"
 
 
-def test_the_newest_version_counts(home):
+def test_the_newest_version_is_used(home):
     folder = write_catalog(home)
     old = folder.parent / "v7"
     (old / "aws").mkdir(parents=True)
@@ -70,7 +70,7 @@ def test_the_newest_version_counts(home):
 
 
 @pytest.mark.parametrize("text", ["not,a,catalog\n1,2,3\n", "InstanceType,AcceleratorName\ng5.xlarge,A10G\n"])
-def test_a_broken_file_is_named_and_the_table_serves(home, caplog, text):
+def test_a_broken_file_is_named_and_the_table_is_used(home, caplog, text):
     path = write_catalog(home) / "aws" / "vms.csv"
     path.write_text(text)
     with caplog.at_level(logging.WARNING):
@@ -88,7 +88,7 @@ def test_offers_are_exact_and_the_cheapest_comes_first():
     assert [o.spot is None for o in by_spot] == [False, True]
 
 
-def test_the_table_is_sound():
+def test_the_table_is_consistent():
     assert len({(o.cloud, o.gpu, o.count) for o in OFFERS}) == len(OFFERS)
     for offer in OFFERS:
         assert offer.gpu in GPUS

@@ -1,4 +1,4 @@
-"""Which plan is taken, and what is said when none fits."""
+"""Which plan is recommended, and the message if none fits."""
 
 import re
 from dataclasses import replace
@@ -21,22 +21,22 @@ def question(model: str = "mistralai/Mistral-7B-v0.3", *, context: int = 8192, c
     )
 
 
-def test_the_cheapest_machine_that_fits_is_taken():
+def test_the_cheapest_machine_that_fits_is_recommended():
     plans = make_plans(question(), gpus=[GPUS["A10G"]], offers=OFFERS)
     assert [(p.tensor_parallel_size, p.fits) for p in plans] == [(4, True), (8, True), (1, False), (2, False)]
     best = plans[0]
     assert [o.instance_type for o in best.offers] == ["g5.12xlarge"]
     assert best.price is not None
-    # 5.672 $ an hour for so many tokens.
+    # $5.672 per hour, divided by the tokens of an hour.
     assert best.usd_per_million_tokens(best.price) == pytest.approx(5.672 / 3600 / best.speed.tokens_per_s * 1e6)
 
 
-def test_a_fit_that_nobody_rents_comes_behind_one_that_is_rented():
+def test_a_plan_that_is_not_on_sale_comes_after_those_that_are():
     plans = make_plans(question(concurrency=16), gpus=[GPUS["A10G"]], offers=OFFERS)
     assert [(p.tensor_parallel_size, p.fits) for p in plans] == [(4, True), (8, True), (2, True), (1, False)]
 
 
-def test_without_prices_the_fewest_gpus_are_taken():
+def test_without_prices_the_fewest_gpus_are_recommended():
     plans = make_plans(question(), gpus=[GPUS["A10G"]])
     assert [p.tensor_parallel_size for p in plans if p.fits] == [4, 8]
 
@@ -65,10 +65,10 @@ def test_a_refusal_has_the_numbers_and_every_remedy_works(model, gpu, size):
     if plan.fits:
         asked = question(model, context=8192, concurrency=500)
         plan = make_plan(asked, GPUS[gpu], size)
-    sentence = str(refusal(asked, [plan], offers=OFFERS))
-    assert f"{plan.memory.missing_bytes / 1e9:.1f} GB are missing" in sentence
-    assert f"may use {plan.memory.usable_bytes / 1e9:.1f} GB" in sentence
-    fewer, shorter = re.search(r"--concurrency (\d+)", sentence), re.search(r"--context (\d+)", sentence)
+    message = str(refusal(asked, [plan], offers=OFFERS))
+    assert f"{plan.memory.missing_bytes / 1e9:.1f} GB are missing" in message
+    assert f"may use {plan.memory.usable_bytes / 1e9:.1f} GB" in message
+    fewer, shorter = re.search(r"--concurrency (\d+)", message), re.search(r"--context (\d+)", message)
     assert fewer is not None
     assert shorter is not None
     work = asked.workload
@@ -76,17 +76,17 @@ def test_a_refusal_has_the_numbers_and_every_remedy_works(model, gpu, size):
         assert make_plan(replace(asked, workload=workload), GPUS[gpu], size).fits
     one_more = replace(work, concurrency=int(fewer[1]) + 1)
     assert not make_plan(replace(asked, workload=one_more), GPUS[gpu], size).fits
-    if more := re.search(r"; --tensor-parallel-size (\d)", sentence):
+    if more := re.search(r"; --tensor-parallel-size (\d)", message):
         assert make_plan(asked, GPUS[gpu], int(more[1])).fits
-    if other := re.search(r"--gpu (\S+) --tensor-parallel-size (\d)", sentence):
+    if other := re.search(r"--gpu (\S+) --tensor-parallel-size (\d)", message):
         assert make_plan(asked, find_gpu(other[1]), int(other[2])).fits
 
 
-def test_nothing_in_the_world_is_large_enough():
+def test_no_known_gpu_is_large_enough():
     asked = question(concurrency=100_000)
-    sentence = str(refusal(asked, [make_plan(asked, GPUS["L4"], 1)], offers=OFFERS))
-    assert "--gpu" not in sentence
-    assert "--concurrency" in sentence
+    message = str(refusal(asked, [make_plan(asked, GPUS["L4"], 1)], offers=OFFERS))
+    assert "--gpu" not in message
+    assert "--concurrency" in message
 
 
 def test_key_value_heads_limit_the_sizes():
@@ -98,5 +98,5 @@ def test_key_value_heads_limit_the_sizes():
 
 def test_gpus_are_found_in_any_case_and_unknown_ones_name_the_known():
     assert find_gpu("a100-80gb") is GPUS["A100-80GB"]
-    with pytest.raises(ConfigError, match=r"T4 is not known here; use one of A10G, .*H100"):
+    with pytest.raises(ConfigError, match=r"T4 is not known. Use one of A10G, .*H100"):
         find_gpu("T4")

@@ -1,4 +1,4 @@
-"""What a killed command leaves of its Ray is ended by the next one; what a living one needs is left alone."""
+"""The next command ends what a killed one left of its Ray; what a living command needs is left alone."""
 
 import os
 import subprocess

@@ -15,7 +15,7 @@ from cluster.ray_runtime.metrics import GaugeMirror, RayMetrics, publish_forever
 
 REAL_RAY = """
 import asyncio, time, urllib.request, ray
-from fake_router import FakeRouter, make_view
+from support.fakes.router import FakeRouter, make_view
 from cluster.metrics.gateway import Metrics
 from cluster.ray_runtime.metrics import RayMetrics, publish_rank
 
@@ -55,7 +55,7 @@ class RecordingGauge:
         self.values: dict[tuple[str, ...], float] = {}
 
     def set(self, value: float, tags: dict[str, str]) -> None:
-        assert set(tags) == set(self.tag_keys), "Ray refuses tags it was not told of"
+        assert set(tags) == set(self.tag_keys), "Ray refuses tags that were not declared"
         self.values[tuple(tags[key] for key in self.tag_keys)] = value
 
 
@@ -75,17 +75,17 @@ async def test_every_sample_has_its_gauge(gauges: Any) -> None:
     assert (buckets[("m", "0.25")], buckets[("m", "0.5")], buckets[("m", "+Inf")]) == (0, 1, 1)
     assert made["tramontane_time_to_first_token_seconds_sum"].values == {("m",): 0.3}
     wrong = [name for name in made if "_created" in name or "rank_" in name]
-    assert wrong == [], "ranks speak for themselves, and nobody reads when a counter was made"
+    assert wrong == [], "ranks publish their own, and the time a counter was made is of no use"
 
 
-async def test_series_of_a_replica_that_went_become_zero_and_come_back(gauges: Any) -> None:
+async def test_series_of_an_ended_replica_become_zero_and_come_back(gauges: Any) -> None:
     router = FakeRouter()
     push = RayMetrics(Metrics(router, model_name="m").registry, mirror=GaugeMirror(gauges)).push
     await push()
     router.loads = {"r1": LOAD}
     await push()
     running = gauges.made["tramontane_num_requests_running"].values
-    assert running == {("m", "r0"): 0, ("m", "r1"): 3}, "Ray would show the replica that went for ever"
+    assert running == {("m", "r0"): 0, ("m", "r1"): 3}, "Ray would show the replica that ended forever"
     router.loads = {"r0": LOAD}
     await push()
     assert running == {("m", "r0"): 3, ("m", "r1"): 0}
@@ -115,7 +115,7 @@ def test_rays_own_endpoint_shows_them() -> None:
         assert [float(line.split()[-1]) for line in found] == [value], f"{name}: {found} among {len(lines)} series"
 
 
-async def test_a_push_that_fails_is_told_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_push_that_fails_is_logged_and_retried(caplog: pytest.LogCaptureFixture) -> None:
     class Registry:
         num_asked = 0
 
@@ -133,4 +133,4 @@ async def test_a_push_that_fails_is_told_and_tried_again(caplog: pytest.LogCaptu
             await again.wait()
     finally:
         task.cancel()
-    assert "could not be handed to Ray: the router is being rebuilt" in caplog.text
+    assert "could not be pushed to Ray: the router is being rebuilt" in caplog.text

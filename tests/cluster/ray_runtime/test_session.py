@@ -1,4 +1,4 @@
-"""What surrounds a Ray of our own, without starting one: its token, and addresses that are dead."""
+"""A Ray of our own, without starting one: its token, and addresses where nothing listens."""
 
 import os
 import socket
@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from cluster.ray_runtime import session as ray_cluster
+from cluster.ray_runtime.session import connect, ensure_token, token_path
 from workers.errors import ConfigError
 
 
@@ -20,27 +20,27 @@ def home(tmp_path, monkeypatch):
 
 
 def test_a_token_is_made_once_and_only_its_owner_reads_it(home):
-    ray_cluster._use_token_authentication()
+    ensure_token()
     path = home / ".ray" / "auth_token"
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert len(path.read_text()) == 64
-    assert ray_cluster.token_path() == path
+    assert token_path() == path
     before = path.read_text()
-    ray_cluster._use_token_authentication()
+    ensure_token()
     assert path.read_text() == before
 
 
-def test_a_token_of_the_users_own_stays(home, monkeypatch):
+def test_a_token_that_the_user_set_is_kept(home, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
-    ray_cluster._use_token_authentication()
+    ensure_token()
     assert not (home / ".ray").exists()
-    assert ray_cluster.token_path() is None
+    assert token_path() is None
 
 
 def test_without_a_writable_home_the_token_lives_in_the_environment(home):
     (home / ".ray").write_text("a file where the folder should be")
-    ray_cluster._use_token_authentication()
+    ensure_token()
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
@@ -48,4 +48,4 @@ def test_a_dead_address_is_named_at_once():
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(ConfigError, match=f"Nothing answers at the Ray address {address}"):
-        ray_cluster.connect(address, namespace="test", log_to_driver=False)
+        connect(address, namespace="test", log_to_driver=False)

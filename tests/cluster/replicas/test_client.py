@@ -9,9 +9,12 @@ from support.fakes.core import FACTS, expected_tokens, request
 from support.fakes.engine import TOKEN, FakeEngine
 
 import cluster.replicas.client
-import workers.rank.server
+import cluster.replicas.inbox
+import cluster.replicas.readiness
+import workers.rank.stuck_ranks
 from cluster.replicas.client import ReplicaClient
 from workers.errors import GroupError, ReplicaUnavailableError, RequestError
+from workers.heartbeat import STANDSTILL_S
 from workers.protocol import CacheEvents, FinishReason, LoadReport, StepFrame, encode_frame
 
 
@@ -66,7 +69,7 @@ async def test_a_wrong_token_says_so(engine):
         await ReplicaClient("r0", engine.address, "wrong").connect()
 
 
-async def test_nobody_listening_says_so():
+async def test_an_address_where_nothing_listens_is_named():
     server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0)
     address = server.sockets[0].getsockname()
     server.close()
@@ -78,7 +81,7 @@ async def test_nobody_listening_says_so():
 @pytest.mark.parametrize(
     "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", encode_frame(StepFrame(deltas=[], load=LoadReport()))]
 )
-async def test_a_stranger_on_the_port_says_so(answer):
+async def test_another_program_on_the_port_is_refused(answer):
     async def serve(reader, writer):
         writer.write(answer)
         writer.close()
@@ -90,8 +93,8 @@ async def test_a_stranger_on_the_port_says_so(answer):
 
 
 async def test_readiness_follows_the_forward_passes(engine, client, monkeypatch):
-    monkeypatch.setattr(cluster.replicas.client, "MAX_FORWARD_AGE_S", 0.5)
-    monkeypatch.setattr(workers.rank.server, "STUCK_AFTER_S", 0.8)
+    monkeypatch.setattr(cluster.replicas.readiness, "MAX_FORWARD_AGE_S", 0.5)
+    monkeypatch.setattr(workers.rank.stuck_ranks, "STUCK_AFTER_S", 0.8)
     await until(lambda: client.is_ready(time.monotonic()))
     engine.core.gate.clear()
     await until(lambda: not client.is_ready(time.monotonic()))
@@ -125,7 +128,7 @@ async def test_a_failed_engine_says_why_and_is_over(engine, client):
         await anext(client.generate(request("late")))
 
 
-async def test_a_closed_connection_alone_condemns_nobody(engine, client):
+async def test_a_closed_connection_alone_condemns_no_replica(engine, client):
     stream = client.generate(request("r", max_tokens=10**9))
     await anext(stream)
     await asyncio.to_thread(engine.server.close)
@@ -147,11 +150,11 @@ async def test_a_stopped_replica_did_not_crash(engine, client):
     assert not error.value.crashed
 
 
-async def test_a_connection_closed_because_this_process_stood_still_is_no_crash(engine, client):
+async def test_a_connection_closed_because_this_process_stood_still_is_not_a_crash(engine, client):
     stream = client.generate(request("r", max_tokens=10**9))
     await anext(stream)
     closing = asyncio.get_running_loop().run_in_executor(None, engine.server.close)
-    time.sleep(cluster.replicas.client._STANDSTILL_S + 0.1)  # the point of it: meanwhile the other end gives up
+    time.sleep(STANDSTILL_S + 0.1)  # blocks the loop on purpose: the other end closes in that time
     await closing
     with pytest.raises(ReplicaUnavailableError, match=r"closed the connection|reset by peer") as error:
         async for _ in stream:
@@ -159,16 +162,14 @@ async def test_a_connection_closed_because_this_process_stood_still_is_no_crash(
     assert not error.value.crashed
 
 
-async def test_a_reader_that_lags_is_cut_and_holds_no_memory(engine, client, monkeypatch):
-    monkeypatch.setattr(cluster.replicas.client, "LAG_PATIENCE_S", 0.05)
-    monkeypatch.setattr(cluster.replicas.client, "MAX_LAG_BYTES", 100_000)
+async def test_a_reader_that_lags_is_cut_off(engine, client, monkeypatch):
+    monkeypatch.setattr(cluster.replicas.inbox, "LAG_PATIENCE_S", 0.05)
+    monkeypatch.setattr(cluster.replicas.inbox, "MAX_LAG_BYTES", 100_000)
     stream = client.generate(request("slow", max_tokens=10**9))
     await anext(stream)
-    (inbox,) = client._streams.values()
-    await until(lambda: not client._streams)
+    await until(lambda: client.num_streams == 0)
     await until(lambda: not engine.core.requests)
-    assert inbox._queue.qsize() == 1, "nothing but the error"
-    with pytest.raises(RequestError, match="read faster") as error:
+    with pytest.raises(RequestError, match="Read faster") as error:
         await anext(stream)
     assert error.value.code == "slow_reader"
     req = request("quick", max_tokens=3000)
@@ -196,7 +197,7 @@ async def test_a_listener_that_fails_leaves_no_stream_hanging(engine, client, ca
     assert await collect(client, req) == expected_tokens(req)
 
 
-async def test_whoever_listens_to_frames_hears_what_was_said_before(engine, client):
+async def test_a_new_listener_gets_what_was_reported_before(engine, client):
     engine.core.cache_events.append(CacheEvents(stored=[b"a", b"b"]))
     engine.core.cache_events.append(CacheEvents(evicted=[b"a"], stored=[b"c"]))
     await collect(client, request("before"))
@@ -225,7 +226,7 @@ async def test_a_new_connection_begins_with_all_that_is_cached(monkeypatch):
         await until(lambda: client.is_ready(time.monotonic()))
         first = heard[num_before].cache
         assert first is not None
-        assert first.reset, "what the lost connection did not say must not be believed any longer"
+        assert first.reset, "what was known before the connection was lost may be out of date"
     await asyncio.to_thread(engine.close)
 
 
@@ -284,14 +285,14 @@ async def test_condemn_ends_streams_with_the_given_reason(engine, client):
     with pytest.raises(ReplicaUnavailableError, match="lost rank 1") as error:
         async for _ in stream:
             pass
-    assert not error.value.crashed, "whoever condemns does not know"
+    assert not error.value.crashed, "the caller that condemns it does not know"
     assert client.not_ready_reason(time.monotonic()) == "Replica r0 lost rank 1: its process died."
     await until(lambda: not engine.core.requests)
 
 
-async def test_a_long_step_is_no_reason_for_doubt_until_it_is_too_long(engine, client, monkeypatch):
-    monkeypatch.setattr(cluster.replicas.client, "MAX_FORWARD_AGE_S", 0.1)
-    monkeypatch.setattr(cluster.replicas.client, "MAX_STEP_S", 2.0)
+async def test_a_long_step_is_accepted_until_it_is_too_long(engine, client, monkeypatch):
+    monkeypatch.setattr(cluster.replicas.readiness, "MAX_FORWARD_AGE_S", 0.1)
+    monkeypatch.setattr(cluster.replicas.readiness, "MAX_STEP_S", 2.0)
     engine.core.step_age_s = 0.5
     engine.core.gate.clear()
     await until(lambda: client.load.step_age_s and client.load.forward_age_s > 0.6)

@@ -1,4 +1,4 @@
-"""Which names in Ray are a deployment's own."""
+"""Which names in Ray belong to a deployment."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_names(name, ours):
     assert is_ours(name, "demo") is ours
 
 
-def test_replicas_to_keep_are_told_by_their_incarnation():
+def test_replicas_to_keep_are_named_by_their_incarnation():
     keep = {("r0", "a1b2c3")}
     assert not is_ours("demo-r0-a1b2c3-rank0", "demo", keep)
     assert is_ours("demo-r0-ffffff-rank0", "demo", keep)

@@ -1,19 +1,34 @@
-"""When a Ray replica counts as lost, and how it is ended; the actors and the client are fakes, Ray is not started."""
+"""How a Ray replica starts, when it counts as lost, and how it is ended; placement, actors and client are fakes, Ray is not started."""
 
-import asyncio
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from support.fakes.core import FACTS
 
 import cluster.replicas.replica as replica_module
+from cluster.protocol.view import ReplicaState
 from cluster.replicas.replica import HANG_IS_DEATH_S, LOST_AFTER_S, RayReplica
+from workers.errors import ConfigError, ReplicaUnavailableError
+from workers.protocol import LoadReport
+from workers.rank.reports import LoadProgress, RankDescription, RankStats, Rendezvous, Started
+
+SIZE = 2
 
 
 class FakeClient:
-    def __init__(self) -> None:
+    def __init__(self, replica_id: str, address: tuple[str, int], token: str) -> None:
+        self.address = address
         self.connected = True
         self.condemned: str | None = None
         self.reason: str | None = None
+        self.load = LoadReport()
+
+    async def connect(self) -> None:
+        pass
+
+    def condemn(self, reason: str) -> None:
+        self.condemned = reason
 
     def not_ready_reason(self, now: float) -> str | None:
         return self.condemned or self.reason
@@ -25,72 +40,197 @@ class FakeClient:
         self.connected = False
 
 
-class FakeActor:
-    def __init__(self) -> None:
-        self.num_asked = 0
-        self.close = SimpleNamespace(remote=self._close)
+class FakeGang:
+    """Plays all ranks. `fails`: method -> what it raises. `closed`: (placement group, whether the ranks were to be closed in order)."""
 
-    def _close(self) -> asyncio.Future[None]:
-        self.num_asked += 1
-        done = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
+    def __init__(self, replica_id: str, name: str, *, on_end: Any) -> None:
+        self.name = name
+        self.end = on_end
+        self.called: list[str] = []
+        self.fails: dict[str, Exception] = {}
+        self.closed: list[tuple[object, bool]] = []
+
+    def actor_name(self, rank: int) -> str:
+        return f"{self.name}-rank{rank}"
+
+    def create(self, config: object, group: object, **options: object) -> None:
+        self.called.append("create")
+
+    def find(self, size: int) -> None:
+        self.called.append("find")
+
+    async def call(self, rank: int, method: str, *arguments: object) -> Any:
+        assert (rank, method) == (0, "address")
+        return Rendezvous(host=str(arguments[0]), port=1, lifeline_port=2)
+
+    async def call_all(self, method: str, *arguments: object, **options: object) -> list[Any]:
+        if method not in ("progress", "stats"):  # polled in the background
+            self.called.append(method)
+        if method in self.fails:
+            raise self.fails[method]
+        return [self._answer(method, rank) for rank in range(SIZE)]
+
+    def _answer(self, method: str, rank: int) -> object:
+        answers = {
+            "describe": description(rank),
+            "start": Started(host="10.0.0.1", port=4000, facts=FACTS) if rank == 0 else None,
+            "progress": LoadProgress(num_bytes_read=1, num_bytes_total=2),
+            "stats": RankStats(num_steps_total=rank + 1),
+        }
+        return answers.get(method)
+
+    async def close(self, group: object, *, answers: bool) -> None:
+        self.closed.append((group, answers))
+
+
+def description(rank: int, **changes: Any) -> RankDescription:
+    return RankDescription(
+        **{
+            "replica_id": "r0",
+            "incarnation": "abc",
+            "rank": rank,
+            "pid": 100 + rank,
+            "hostname": "host",
+            "phase": "serving",
+            "node_id": f"node{rank}",
+            "address": ("10.0.0.1", 4000) if rank == 0 else None,
+            "token": "secret" if rank == 0 else None,
+            "facts": FACTS if rank == 0 else None,
+        }
+        | changes
+    )
+
+
+class Stage:
+    """A replica with its fakes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.states: list[str] = []
+        monkeypatch.setattr(replica_module, "RankGang", self._make_gang)
+        monkeypatch.setattr(replica_module, "ReplicaClient", self._make_client)
+        monkeypatch.setattr(replica_module, "place", self._place)
+        monkeypatch.setattr(replica_module, "node_ip", lambda node: f"10.0.0.{node[-1]}")
+        monkeypatch.setattr(replica_module, "get_placement_group", lambda name: f"group of {name}")
+        config: Any = SimpleNamespace(tensor_parallel_size=SIZE)
+        self.replica = RayReplica("r0", config, deployment="demo", incarnation="abc", on_change=self._note)
+
+    def _make_gang(self, *arguments: Any, **options: Any) -> FakeGang:
+        self.gang = FakeGang(*arguments, **options)
+        return self.gang
+
+    def _make_client(self, *arguments: Any) -> FakeClient:
+        self.client = FakeClient(*arguments)
+        return self.client
+
+    async def _place(
+        self, name: str, config: object, *, on_group: Any, on_waiting: Any, **options: Any
+    ) -> dict[int, str]:
+        on_waiting("Needed: 2 ranks.")
+        on_group("group")
+        return {0: "node0", 1: "node1"}
+
+    def _note(self) -> None:
+        record = self.replica.record()
+        state = record.phase or record.state.value
+        if self.states[-1:] != [state]:
+            self.states.append(state)
 
 
 @pytest.fixture
-def given_back(monkeypatch) -> list[list[FakeActor]]:
-    seen: list[list[FakeActor]] = []
-    monkeypatch.setattr(replica_module, "_give_back", lambda actors, group: seen.append(list(actors)))
-    return seen
+def stage(monkeypatch) -> Stage:
+    return Stage(monkeypatch)
 
 
 @pytest.fixture
-def replica() -> RayReplica:
-    replica = RayReplica("r0", SimpleNamespace(tensor_parallel_size=2), deployment="demo")  # type: ignore[arg-type]
-    replica._client = FakeClient()  # type: ignore[assignment]
-    replica._actors = [FakeActor(), FakeActor()]
-    return replica
+async def started(stage) -> Stage:
+    await stage.replica.start()
+    yield stage
+    await stage.replica.close(None)
 
 
-def test_what_lasts_a_moment_is_no_loss(replica):
+async def test_a_start_goes_through_its_phases_and_records_every_rank(started):
+    assert started.gang.called == ["create", "join", "describe", "load", "start"]
+    assert started.states == ["placing", "joining", "loading", "starting", "ready"]
+    record = started.replica.record()
+    assert (record.state, record.address, record.facts) == (ReplicaState.READY, ("10.0.0.1", 4000), FACTS)
+    assert [(r.rank, r.pid, r.node_id, r.node_ip, r.actor_name) for r in record.ranks] == [
+        (0, 100, "node0", "10.0.0.0", "demo-r0-abc-rank0"),
+        (1, 101, "node1", "10.0.0.1", "demo-r0-abc-rank1"),
+    ]
+
+
+async def test_what_a_rank_raises_comes_out_of_start(stage):
+    stage.gang.fails["load"] = ConfigError("It does not fit.")
+    with pytest.raises(ConfigError, match="It does not fit"):
+        await stage.replica.start()
+    await stage.replica.close("failed")
+    assert stage.gang.closed == [("group", False)]
+
+
+async def test_a_rank_that_gave_its_reason_explains_a_failed_start(stage):
+    stage.gang.fails["load"] = ReplicaUnavailableError("Replica r0 lost rank 0: its process died.")
+    stage.gang.end("Rank 1 of replica r0 stopped: no room.")
+    with pytest.raises(ReplicaUnavailableError, match=r"^Rank 1 of replica r0 stopped: no room\.$"):
+        await stage.replica.start()
+
+
+async def test_running_ranks_are_adopted(stage):
+    await stage.replica.adopt([description(0), description(1)])
+    assert stage.gang.called == ["find"]
+    record = stage.replica.record()
+    assert (record.state, record.token, [r.pid for r in record.ranks]) == (ReplicaState.READY, "secret", [100, 101])
+    await stage.replica.close(None)
+    assert stage.gang.closed == [("group of demo-r0-abc-apart", True)]
+
+
+@pytest.mark.parametrize("found", [[description(1)], [description(0), description(1, phase="loading")]])
+async def test_ranks_that_are_missing_or_not_serving_are_not_adopted(stage, found):
+    with pytest.raises(ReplicaUnavailableError, match="found with ranks missing or not serving"):
+        await stage.replica.adopt(found)
+
+
+async def test_trouble_that_lasts_a_moment_is_not_a_loss(started):
+    replica, client = started.replica, started.client
     assert replica.lost_reason(100.0) is None
-    replica._client.reason, replica._client.connected = "no connection", False
+    client.reason, client.connected = "no connection", False
     assert replica.lost_reason(101.0) is None
     assert replica.lost_reason(101.0 + LOST_AFTER_S / 2) is None
-    replica._client.reason = None
+    client.reason = None
     assert replica.lost_reason(102.0) is None
-    replica._client.reason = "no connection"
-    assert replica.lost_reason(103.0) is None, "the moment begins anew"
+    client.reason = "no connection"
+    assert replica.lost_reason(103.0) is None, "the wait begins again"
     assert replica.lost_reason(103.1 + LOST_AFTER_S) == "no connection"
 
 
-def test_ranks_that_live_and_do_not_work_are_lost_in_the_end(replica):
-    replica._client.reason = "no forward pass"
-    assert replica.lost_reason(0.0) is None
-    assert replica.lost_reason(HANG_IS_DEATH_S - 0.1) is None
-    assert replica.lost_reason(HANG_IS_DEATH_S + 0.1) == "no forward pass"
+async def test_ranks_that_live_and_do_not_work_are_lost_in_the_end(started):
+    started.client.reason = "no forward pass"
+    assert started.replica.lost_reason(0.0) is None
+    assert started.replica.lost_reason(HANG_IS_DEATH_S - 0.1) is None
+    assert started.replica.lost_reason(HANG_IS_DEATH_S + 0.1) == "no forward pass"
 
 
-def test_last_words_need_no_patience(replica):
-    replica._client.condemned = "Replica r0 lost rank 1: its process died."
-    assert replica.lost_reason(0.0) == "Replica r0 lost rank 1: its process died."
+async def test_a_reported_end_counts_at_once(started):
+    started.gang.end("Replica r0 lost rank 1: its process died.")
+    assert started.replica.lost_reason(0.0) == "Replica r0 lost rank 1: its process died."
+    assert started.client.condemned == "Replica r0 lost rank 1: its process died.", "streams end too"
 
 
-async def test_a_replica_that_works_is_asked_to_end(replica, given_back):
-    actors = list(replica._actors)
-    await replica.close(None)
-    assert [a.num_asked for a in actors] == [1, 1]
-    assert given_back == [actors]
-    await replica.close(None)
-    assert [a.num_asked for a in actors] == [1, 1], "close is idempotent"
+async def test_what_rank_0_said_on_its_connection_counts_at_once(started):
+    started.client.condemned = "Replica r0 lost rank 1: its process died."
+    assert started.replica.lost_reason(0.0) == "Replica r0 lost rank 1: its process died."
+
+
+async def test_a_replica_that_works_is_closed_in_order(started):
+    await started.replica.close(None)
+    assert started.gang.closed == [("group", True)]
+    await started.replica.close(None)
+    assert started.gang.closed[1:] == [(None, False)], "close is idempotent"
 
 
 @pytest.mark.parametrize("trouble", [{"connected": False}, {"reason": "waits for rank 1"}, {"condemned": "lost"}])
-async def test_a_replica_that_does_not_answer_is_not_asked(replica, given_back, trouble):
-    """The place it holds is what its successor waits for."""
-    actors = list(replica._actors)
+async def test_a_replica_that_does_not_answer_is_not_closed_in_order(started, trouble):
+    """Its successor waits for the resources it holds."""
     for name, value in trouble.items():
-        setattr(replica._client, name, value)
-    await replica.close("lost")
-    assert [a.num_asked for a in actors] == [0, 0]
-    assert given_back == [actors]
+        setattr(started.client, name, value)
+    await started.replica.close("lost")
+    assert started.gang.closed == [("group", False)]

@@ -1,4 +1,4 @@
-"""Turns and shares: whoever floods the server delays itself."""
+"""Turns and shares: a tenant that floods the server delays only itself."""
 
 import asyncio
 
@@ -13,33 +13,33 @@ from workers.protocol import GenerateRequest, SamplingParams
 
 def test_the_worked_example():
     turns = Turns()
-    line = [("A", turns.take("A", 1)) for _ in range(4)] + [("B", turns.take("B", 1)) for _ in range(2)]
-    assert [turn for _, turn in line] == [0, 1, 2, 3, 0, 1]
-    assert [who for who, _ in sorted(line, key=lambda item: item[1])] == list("ABABAA")
-    turns.came(2)
-    assert turns.take("C", 1) == 2
-    assert turns.take("B", 5) == 2 and turns.take("B", 1) == 7
+    queue = [("A", turns.next_turn("A", 1)) for _ in range(4)] + [("B", turns.next_turn("B", 1)) for _ in range(2)]
+    assert [turn for _, turn in queue] == [0, 1, 2, 3, 0, 1]
+    assert [tenant for tenant, _ in sorted(queue, key=lambda item: item[1])] == list("ABABAA")
+    turns.advance(2)
+    assert turns.next_turn("C", 1) == 2
+    assert turns.next_turn("B", 5) == 2 and turns.next_turn("B", 1) == 7
 
 
 def test_one_tenant_alone_is_served_in_order_of_arrival():
     turns, last = Turns(), -1.0
     for i in range(3000):
-        turn = turns.take(None, 1 + i % 3)
+        turn = turns.next_turn(None, 1 + i % 3)
         assert turn > last
         last = turn
         if i % 7 == 0:
-            turns.came(turn)
+            turns.advance(turn)
 
 
-def test_tenants_that_are_gone_are_forgotten():
+def test_tenants_without_requests_are_forgotten():
     turns = Turns()
     for i in range(5000):
-        turns.came(turns.take(f"t{i}", 1))
-        turns.came(i + 1)
-    assert len(turns._next) < 1100
+        turns.advance(turns.next_turn(f"t{i}", 1))
+        turns.advance(i + 1)
+    assert turns.num_tenants < 1100
 
 
-def test_no_tenant_holds_all_the_room():
+def test_no_tenant_can_hold_all_the_room():
     router = Router([FakeReplica()], max_inflight_requests=8, max_queued_tokens=100)
     with router.admit(6, tenant="A"):
         with pytest.raises(OverloadedError, match="holds 6 of the at most 6"), router.admit(1, tenant="A"):
@@ -53,12 +53,12 @@ def test_no_tenant_holds_all_the_room():
             pass
         with router.admit(1, 25, tenant="B"):
             pass
-    with router.admit(8, tenant="A"):  # what no queue could hold fits an empty one
+    with router.admit(8, tenant="A"):  # more than the limit fits an empty queue
         pass
-    assert not router._bounds._held and not router._bounds._queued
+    assert not router.tenants
 
 
-async def test_a_polite_tenant_does_not_wait_behind_a_flood():
+async def test_a_small_tenant_does_not_wait_for_a_flood():
     replica = FakeReplica(tokens([42, 43]), max_num_seqs=1, hold_after=1)
     router = Router([replica])
     served: list[str] = []

@@ -1,9 +1,8 @@
-"""Real engines behind the whole gateway: the replica that serves dies at every output token, and the client's bytes stay the same.
+"""Real engines and the whole gateway: the serving replica dies at every output token, and the client gets the same bytes.
 
-Engines, sockets, router, detokenizer and HTTP are the real ones; the connection to the serving replica breaks after an exact number of
-tokens.
-What the engine must give for it: a token and its log-probability depend on the sequence alone, not on whether its keys and
-values were computed one by one, in chunks or found in a cache.
+Engines, sockets, router, detokenizer and HTTP are real; the connection to the serving replica breaks after an exact number of tokens.
+This requires that a token and its log-probability depend on the sequence alone, not on whether its keys and values were computed one by
+one, in chunks or found in a cache.
 """
 
 import asyncio
@@ -24,13 +23,12 @@ from support.tiny import write_tiny_checkpoint
 
 from cluster.api.app import make_app
 from cluster.replicas.client import ReplicaClient
-from cluster.router.router import Outlook, Router
+from cluster.router.router import Availability, Router
 
 NUM_TOKENS = 64
-AT_A_TIME = 8  # in one batch, as streams are that move together
-_OWN = re.compile(
-    rb'"(id|created|cached_tokens)": ?("[^"]*"|\d+)'
-)  # differ in any two runs, the last as the caches fill
+AT_A_TIME = 8  # streams in one batch, like streams that move together
+# These differ between any two runs, the last one because the caches fill.
+_OWN = re.compile(rb'"(id|created|cached_tokens)": ?("[^"]*"|\d+)')
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 3},
     "sampled": {
@@ -84,7 +82,7 @@ async def serving(
             while not all(c.is_ready(time.monotonic()) for c in (first, second)):
                 await asyncio.sleep(0.01)
         router = Router([first, second], policy="round_robin")
-        router.update([first, second], Outlook())
+        router.update([first, second], Availability())
         app = make_app(router=router, tokenizer=TOKENIZER, chat_template=None, model_name="tiny")
         async with TestClient(TestServer(app)) as client:
             yield client, router, relay
@@ -95,21 +93,23 @@ async def answer(replicas: list[LiveReplica], body: dict[str, Any], *, cut_after
         response = await client.post("/v1/completions", json=body, headers={"X-Tramontane-Debug": "1"})
         data = await response.read()
         assert response.status == 200, data
-        assert relay.is_cut == (cut_after is not None), f"the connection was to break after {cut_after} tokens"
+        assert relay.is_cut == (cut_after is not None), f"the connection should have broken after {cut_after} tokens"
         assert router.num_failovers_total == int(cut_after is not None)
         assert router.num_inflight_requests == 0
     return _OWN.sub(rb'"\1":0', data)
 
 
 def a_late_stop_string(whole: bytes) -> str:
-    """Some characters that the output has for the first time near its end."""
+    """Some characters that occur for the first time near the end of the output."""
     text = json.loads(whole)["choices"][0]["text"]
     return next(text[i : i + 4] for i in range(len(text) * 3 // 4, 0, -1) if text.find(text[i : i + 4]) == i)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("kind", SAMPLINGS)
-async def test_the_replica_dies_at_every_token(replicas: list[LiveReplica], kind: str, stream: bool) -> None:
+async def test_the_bytes_are_the_same_when_the_replica_dies_at_any_token(
+    replicas: list[LiveReplica], kind: str, stream: bool
+) -> None:
     prompt = "def fibonacci(n):\n    a, b = 0, 1\n    while n:"
     body = {"model": "tiny", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **SAMPLINGS[kind]}
     num_tokens = NUM_TOKENS
@@ -117,7 +117,7 @@ async def test_the_replica_dies_at_every_token(replicas: list[LiveReplica], kind
         whole = await answer(replicas, body, cut_after=None)
         body["stop"] = [a_late_stop_string(whole)]
         num_tokens = json.loads(await answer(replicas, body, cut_after=None))["usage"]["completion_tokens"]
-        assert NUM_TOKENS // 2 < num_tokens < NUM_TOKENS, "the stop string must end it, and late"
+        assert NUM_TOKENS // 2 < num_tokens < NUM_TOKENS, "the stop string must end the output, and late"
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     undisturbed = await answer(replicas, body, cut_after=None)
@@ -126,13 +126,15 @@ async def test_the_replica_dies_at_every_token(replicas: list[LiveReplica], kind
         cuts = range(start, min(start + AT_A_TIME, num_tokens))
         answers = await asyncio.gather(*(answer(replicas, body, cut_after=i) for i in cuts))
         wrong += [i for i, data in zip(cuts, answers, strict=True) if data != undisturbed]
-    assert not wrong, f"the bytes differ when the replica dies after so many tokens: {wrong}"
+    assert not wrong, f"the bytes differ when the replica dies after these numbers of tokens: {wrong}"
     await all_is_free(replicas)
 
 
 @pytest.mark.parametrize("kind", STRUCTURED)
-async def test_the_replica_dies_in_the_middle_of_a_grammar(replicas: list[LiveReplica], kind: str) -> None:
-    """The other one takes it up at the same place: the text is the same, and it is what the grammar asks for."""
+async def test_the_bytes_are_the_same_when_the_replica_dies_within_a_grammar(
+    replicas: list[LiveReplica], kind: str
+) -> None:
+    """The other replica continues at the same position: the text is the same, and it matches the grammar."""
     body = {"model": "tiny", "prompt": "x = ", "max_tokens": 200, "seed": 4, **STRUCTURED[kind]}
     undisturbed = await answer(replicas, body, cut_after=None)
     whole = json.loads(undisturbed)
@@ -147,7 +149,7 @@ async def test_the_replica_dies_in_the_middle_of_a_grammar(replicas: list[LiveRe
     wholes = await asyncio.gather(*(answer(replicas, body, cut_after=i) for i in cuts))
     streams = await asyncio.gather(*(answer(replicas, body | {"stream": True}, cut_after=i) for i in cuts))
     wrong = [i for i, a, b in zip(cuts, wholes, streams, strict=True) if (a, b) != (undisturbed, streamed)]
-    assert not wrong, f"the bytes differ when the replica dies after so many tokens: {wrong}"
+    assert not wrong, f"the bytes differ when the replica dies after these numbers of tokens: {wrong}"
     await all_is_free(replicas)
 
 

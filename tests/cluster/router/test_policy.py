@@ -1,4 +1,4 @@
-"""Decisions as tables, and what holds for any of them: no hot spot, bounded imbalance, nobody starved or overrun."""
+"""Decisions as tables, and properties of all decisions: no hot spot, bounded imbalance, no replica starved or overrun."""
 
 import sys
 from collections import Counter
@@ -23,7 +23,7 @@ from cluster.router.policy import (
 def snapshot(
     count, *, available=True, num_requests=0, pending_tokens=0.0, tokens_per_s=1000.0, kv_usage=0.0, max_num_seqs=64
 ):
-    """Scalars stand for the same value everywhere."""
+    """A scalar means the same value for every slot."""
 
     def row(value, dtype):
         return np.broadcast_to(np.asarray(value, dtype), count).copy()
@@ -39,7 +39,7 @@ def snapshot(
 
 
 def prompt(count, num_tokens=1000, **cached):
-    """cached: slot_3=512 and so on."""
+    """cached: for example slot_3=512."""
     tokens = np.zeros(count, np.int64)
     for name, value in cached.items():
         tokens[int(name.removeprefix("slot_"))] = value
@@ -47,44 +47,54 @@ def prompt(count, num_tokens=1000, **cached):
 
 
 def slots(policy, state, request, turns=range(12)):
-    """Everything chosen over these turns."""
+    """All slots chosen over these turns."""
     return {choose(policy, state, request, turn=t).slot for t in turns}
 
 
 @pytest.mark.parametrize(
     ("case", "state", "request_view", "expected"),
     [
-        ("idle and alike: all take turns", {}, prompt(3), {0, 1, 2}),
+        ("idle and alike: they take turns", {}, prompt(3), {0, 1, 2}),
         ("the cached prefix wins", {}, prompt(3, slot_1=512), {1}),
         ("the longer one wins", {}, prompt(3, slot_1=512, slot_2=768), {2}),
-        ("not behind a longer queue than it saves", {"pending_tokens": [0, 600, 700]}, prompt(3, slot_1=512), {0}),
-        ("behind a shorter one it does", {"pending_tokens": [0, 400, 700]}, prompt(3, slot_1=512), {1}),
-        ("prompts before sequences", {"pending_tokens": [5000, 0, 5000], "num_requests": [1, 8, 1]}, prompt(3), {1}),
+        (
+            "but not if its queue is longer than what it saves",
+            {"pending_tokens": [0, 600, 700]},
+            prompt(3, slot_1=512),
+            {0},
+        ),
+        ("and it does if its queue is shorter", {"pending_tokens": [0, 400, 700]}, prompt(3, slot_1=512), {1}),
+        (
+            "pending prompts weigh more than sequences",
+            {"pending_tokens": [5000, 0, 5000], "num_requests": [1, 8, 1]},
+            prompt(3),
+            {1},
+        ),
         ("running sequences slow a prompt", {"num_requests": [9, 3, 9]}, prompt(3), {1}),
         ("a full replica makes it wait", {"num_requests": [70, 66, 60], "pending_tokens": [0, 0, 99]}, prompt(3), {2}),
-        ("so does a full KV cache", {"kv_usage": [0.5, 1.0, 1.0]}, prompt(3, slot_1=512), {0}),
-        ("a surely faster one is preferred", {"tokens_per_s": [1000, 1000, 4000]}, prompt(3), {2}),
+        ("and so does a full KV cache", {"kv_usage": [0.5, 1.0, 1.0]}, prompt(3, slot_1=512), {0}),
+        ("a certainly faster one is preferred", {"tokens_per_s": [1000, 1000, 4000]}, prompt(3), {2}),
         (
-            "a surely slower one with work is avoided",
+            "a certainly slower one with work is avoided",
             {"tokens_per_s": [4000, 4000, 500], "pending_tokens": [2000] * 3},
             prompt(3),
             {0, 1},
         ),
         ("an unknown speed counts as the mean", {"tokens_per_s": [0, 1000, 1000]}, prompt(3), {0, 1, 2}),
-        ("nothing is known of any speed", {"tokens_per_s": 0.0}, prompt(3, slot_0=512), {0}),
-        ("only who is available", {"available": [True, False, True]}, prompt(3, slot_1=512), {0, 2}),
+        ("no speed is known", {"tokens_per_s": 0.0}, prompt(3, slot_0=512), {0}),
+        ("only available replicas", {"available": [True, False, True]}, prompt(3, slot_1=512), {0, 2}),
     ],
 )
 def test_the_default_weighs_prefix_and_load(case, state, request_view, expected):
     assert slots("prefix", snapshot(3, **state), request_view) == expected, case
 
 
-def test_least_load_goes_by_requests_then_kv_cache():
+def test_least_load_compares_requests_then_the_kv_cache():
     state = snapshot(4, num_requests=[3, 1, 1, 1], kv_usage=[0.0, 0.4, 0.2, 0.2])
     assert slots("least_load", state, prompt(4, slot_0=900)) == {2, 3}
 
 
-def test_round_robin_goes_round_whatever_the_load():
+def test_round_robin_ignores_the_load():
     state = snapshot(4, available=[True, True, False, True], num_requests=[9, 0, 0, 50])
     assert [choose("round_robin", state, prompt(4), turn=t).slot for t in range(6)] == [0, 1, 3, 0, 1, 3]
 
@@ -97,13 +107,13 @@ def test_without_an_available_replica_there_is_no_decision(policy):
         assert not any(row.chosen for row in explain(policy, state, prompt(count), turn=0))
 
 
-def test_a_slow_start_is_not_for_life():
-    """A replica whose first prompts were tiny measured a low speed; idle, it gets its share all the same."""
+def test_a_slow_start_does_not_last():
+    """A replica whose first prompts were tiny measured a low speed; while idle, it gets its share anyway."""
     state = snapshot(4, tokens_per_s=[1000, 1000, 1000, 200])
     assert slots("prefix", state, prompt(4)) == {0, 1, 2, 3}
 
 
-def test_the_decision_says_what_it_expects():
+def test_the_decision_states_its_expectation():
     state = snapshot(2, pending_tokens=[0, 100])
     decision = choose("prefix", state, prompt(2, slot_1=512), turn=0)
     assert (decision.slot, decision.num_cached_tokens) == (1, 512)
@@ -131,7 +141,7 @@ def send(state, slot, num_tokens):
 
 
 def test_a_popular_prefix_spreads_as_its_holder_fills():
-    """100 requests at once share one long prefix that slot 0 holds: it takes more than others, not all."""
+    """100 requests at once share one long prefix that slot 0 holds: it gets more than the others, but not all."""
     state, request = snapshot(8), prompt(8, num_tokens=1000, slot_0=900)
     chosen = Counter()
     for turn in range(100):
@@ -144,15 +154,15 @@ def test_a_popular_prefix_spreads_as_its_holder_fills():
     assert waits.max() < 1.5 * waits.mean(), f"queues in seconds: {waits}"
 
 
-def test_a_whole_cached_prompt_does_not_overrun_its_holder():
-    """Prompts that cost nothing there never show in its queue of prompts; its share of sequences bounds it."""
+def test_a_fully_cached_prompt_does_not_overrun_its_holder():
+    """Cached prompts do not show in its queue of prompts; its share of sequences is the limit."""
     state, request = snapshot(8), prompt(8, num_tokens=1000, slot_0=999)
     for turn in range(8 * 60):
         decision = choose("prefix", state, request, turn=turn)
         state.num_requests[decision.slot] += 1
     assert state.num_requests[0] <= MAX_IMBALANCE * 60 + 1
     queueing_s = (state.num_requests.max() - 64) * STREAM_S / 64
-    assert queueing_s <= 2 * 1.0, "nobody queues longer for a free sequence than computing the prompt elsewhere takes"
+    assert queueing_s <= 2 * 1.0, "no request queues longer than computing the prompt elsewhere takes"
 
 
 loads = st.lists(
@@ -162,7 +172,7 @@ loads = st.lists(
 
 @settings(deadline=None)
 @given(loads, st.integers(0, 50), st.sampled_from(POLICIES))
-def test_whatever_the_load(rows, turn, policy):
+def test_any_load(rows, turn, policy):
     available, num_requests, pending, cached = (list(column) for column in zip(*rows, strict=True))
     state = snapshot(len(rows), available=available, num_requests=num_requests, pending_tokens=pending)
     request = RequestView(1001, np.array(cached, np.int64))
@@ -179,7 +189,7 @@ def test_whatever_the_load(rows, turn, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_decision_costs_no_python_per_replica(policy):
+def test_a_decision_runs_no_python_per_replica(policy):
     """As many Python calls and lines for 1,000 replicas as for 10: the work is numpy's."""
 
     def lines_run(count):

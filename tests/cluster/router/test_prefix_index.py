@@ -1,4 +1,4 @@
-"""The index against its naive definition, and against the cache manager whose decisions it predicts."""
+"""The index compared with its naive definition, and with the cache manager whose decisions it predicts."""
 
 import random
 
@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.router.prefix_index import PrefixIndex, window_blocks
-from workers.engine.request import Request
 from workers.kv_cache.manager import KVCacheManager
-from workers.protocol import CacheEvents, SamplingParams, hash_block
+from workers.kv_cache.sequence import BlockSequence
+from workers.protocol import CacheEvents, hash_block
 
 NAMES = [bytes([i]) for i in range(12)]
 
@@ -34,7 +34,7 @@ def test_a_match_is_the_leading_run_without_a_window():
 
 
 def test_the_worked_example_of_the_window():
-    """block_size 4, W = 6: two blocks before the query are enough, so block 0 may be gone."""
+    """block_size 4, W = 6: two blocks before the query suffice, so block 0 may be evicted."""
     assert window_blocks(6, 4) == 2
     index = index_of(NAMES[1:3], [NAMES[0]], [NAMES[0], NAMES[2]], NAMES[:4])
     assert index.match(NAMES[:4], window_blocks=2).tolist() == [3, 1, 1, 4]
@@ -52,18 +52,18 @@ def test_events_apply_in_their_order():
     index.apply(0, CacheEvents(stored=[NAMES[1]], evicted=[NAMES[1], NAMES[3]]))
     assert index.match(NAMES[:4], window_blocks=None).tolist() == [3], "evicted comes before stored"
     index.apply(0, CacheEvents(stored=[NAMES[0]], reset=True))
-    assert index.match(NAMES[:4], window_blocks=None).tolist() == [1], "a reset voids what was known"
+    assert index.match(NAMES[:4], window_blocks=None).tolist() == [1], "a reset forgets earlier blocks"
     assert index.num_held(0) == index.num_blocks == 1
 
 
-def test_news_of_blocks_already_known_or_never_known_changes_nothing():
+def test_events_for_known_or_unknown_blocks_change_nothing():
     index = index_of(NAMES[:2], NAMES[:1])
     index.apply(0, CacheEvents(stored=NAMES[:2], evicted=[NAMES[7]]))
     index.apply(1, CacheEvents(evicted=[NAMES[1]]))
     assert index.match(NAMES[:2], window_blocks=None).tolist() == [2, 1]
 
 
-def test_a_removed_slot_leaves_nothing_and_can_be_taken_again():
+def test_a_removed_slot_leaves_nothing_and_can_be_added_again():
     index = index_of(NAMES[:3], NAMES[:2])
     index.remove(0)
     assert index.match(NAMES[:3], window_blocks=None).tolist() == [0, 2]
@@ -100,7 +100,7 @@ def test_matches_are_as_defined_after_any_events(history, hashes, window):
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 2**32), st.sampled_from([None, 1, 2, 5, 6, 9, 17]), st.sampled_from([1, 2, 4]))
 def test_it_predicts_what_the_cache_manager_finds(seed, window, block_size):
-    """Real managers play prompts that share prefixes, short of blocks, and tell what they store and evict."""
+    """Real managers with few blocks run prompts that share prefixes, and report what they store and evict."""
     rng = random.Random(seed)
     index, managers = PrefixIndex(), []
     for slot in range(3):
@@ -115,35 +115,24 @@ def test_it_predicts_what_the_cache_manager_finds(seed, window, block_size):
         for i in range((len(tokens) - 1) // block_size):
             hashes.append(hash_block(hashes[-1] if hashes else b"", tokens[i * block_size : (i + 1) * block_size]))
         matched = index.match(hashes, window_blocks=window_blocks(window, block_size))
-        found = [len(m.find_prefix(make_request(tokens))) for m in managers]
+        found = [len(m.find_prefix(BlockSequence(tokens), len(tokens) - 1)) for m in managers]
         assert matched.tolist() == found, f"prompt {number} of {len(tokens)} tokens"
         slot = rng.randrange(3)
-        play(managers[slot], make_request(tokens), chunk=rng.randrange(1, 9))
-        news = managers[slot].pool.take_events()
-        if news is not None:
-            index.apply(slot, news)
+        play(managers[slot], BlockSequence(tokens), chunk=rng.randrange(1, 9))
+        changes = managers[slot].pool.take_events()
+        if changes is not None:
+            index.apply(slot, changes)
 
 
-def make_request(tokens):
-    return Request(
-        request_id="r",
-        sampling=SamplingParams(max_tokens=8, seed=0),
-        num_prompt_tokens=len(tokens),
-        token_ids=list(tokens),
-        arrival=0,
-    )
-
-
-def play(manager, request, *, chunk):
-    """A prompt computed in chunks, then let go."""
-    prefix = manager.find_prefix(request)
-    num_new = min(chunk, request.num_tokens - len(prefix) * manager.block_size)
-    assert manager.start(request, prefix, num_new)
+def play(manager, sequence, *, chunk):
+    """A prompt computed in chunks, then freed."""
+    prefix = manager.find_prefix(sequence, sequence.num_tokens - 1)
+    num_new = min(chunk, sequence.num_tokens - len(prefix) * manager.block_size)
+    assert manager.start(sequence, prefix, num_new)
     while True:
-        request.num_computed_tokens += num_new
-        manager.commit(request)
-        num_new = min(chunk, request.num_tokens - request.num_computed_tokens)
+        manager.commit(sequence, num_new)
+        num_new = min(chunk, sequence.num_pending_tokens)
         if num_new == 0:
             break
-        assert manager.grow(request, num_new)
-    manager.free(request)
+        assert manager.grow(sequence, num_new)
+    manager.free(sequence)

@@ -1,4 +1,4 @@
-"""The router: choice, admission, accounting, health and what it reports."""
+"""The router: choice, admission, accounting, health and reports."""
 
 import asyncio
 import contextlib
@@ -8,18 +8,17 @@ import pytest
 from support.fakes.replica import FakeReplica, tokens
 
 from cluster.router.hashing import Hashing
-from cluster.router.router import Outlook, Router, Trace
+from cluster.router.router import Availability, Router, Trace
 from cluster.router.stream import Stream
 from workers.errors import OverloadedError, ReplicaUnavailableError
-from workers.protocol import CacheEvents, GenerateRequest, LoadReport, SamplingParams, hash_block
+from workers.protocol import CacheEvents, GenerateRequest, LoadReport, SamplingParams, hash_block, root_hash
 
 PROMPT = list(range(1, 66))  # four blocks of 16 and a token
 
 
-def request(name: str = "r", prompt: list[int] | None = None) -> GenerateRequest:
-    return GenerateRequest(
-        request_id=name, prompt_token_ids=prompt or [1], sampling=SamplingParams(max_tokens=4, seed=0)
-    )
+def request(name: str = "r", prompt: list[int] | None = None, *, adapter: str | None = None) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=4, seed=0)
+    return GenerateRequest(request_id=name, prompt_token_ids=prompt or [1], sampling=sampling, adapter=adapter)
 
 
 async def collect(
@@ -34,10 +33,10 @@ def idle(replica_id: str, **options: Any) -> FakeReplica:
     return replica
 
 
-def block_hashes(prompt: list[int], block_size: int = 16) -> list[bytes]:
+def block_hashes(prompt: list[int], block_size: int = 16, *, adapter: str | None = None) -> list[bytes]:
     hashes: list[bytes] = []
     for i in range(0, len(prompt) - block_size + 1, block_size):
-        hashes.append(hash_block(hashes[-1] if hashes else b"", prompt[i : i + block_size]))
+        hashes.append(hash_block(hashes[-1] if hashes else root_hash(adapter), prompt[i : i + block_size]))
     return hashes
 
 
@@ -61,7 +60,7 @@ async def test_requests_spread_over_ready_replicas(policy: Any) -> None:
     assert router.num_inflight_requests == 0
 
 
-async def test_a_cached_prefix_draws_its_requests() -> None:
+async def test_a_cached_prefix_attracts_its_requests() -> None:
     replicas = [idle(f"r{i}") for i in range(4)]
     router = Router(replicas)
     replicas[2].say(cache=CacheEvents(stored=block_hashes(PROMPT), reset=True))
@@ -73,21 +72,21 @@ async def test_a_cached_prefix_draws_its_requests() -> None:
     replicas[2].say(cache=CacheEvents(evicted=block_hashes(PROMPT)[:1]))
     replicas[1].say(cache=CacheEvents(stored=block_hashes(PROMPT)[:2]))
     await collect(router, "q", PROMPT)
-    assert len(replicas[1].requests) == 1, "what was evicted draws nobody"
+    assert len(replicas[1].requests) == 1, "an evicted prefix attracts no request"
 
 
-async def test_a_replica_that_left_and_came_back_holds_nothing() -> None:
+async def test_a_replica_that_was_removed_and_added_again_holds_nothing() -> None:
     replicas = [idle("r0"), idle("r1")]
     router = Router(replicas)
     replicas[1].say(cache=CacheEvents(stored=block_hashes(PROMPT), reset=True))
-    router.update(replicas[:1], Outlook())
-    replicas[1].say(cache=CacheEvents(stored=block_hashes(PROMPT)))  # nobody listens any more
-    router.update(replicas, Outlook())
+    router.update(replicas[:1], Availability())
+    replicas[1].say(cache=CacheEvents(stored=block_hashes(PROMPT)))  # the router no longer listens
+    router.update(replicas, Availability())
     explanation = await router.explain(PROMPT)
     assert [r.num_cached_tokens for r in explanation.replicas] == [0, 0]
 
 
-async def test_a_prompt_on_its_way_counts_before_any_report_knows_of_it() -> None:
+async def test_a_prompt_counts_before_a_report_includes_it() -> None:
     """Two long prompts in one instant: the second must not go where the first has just gone."""
     replicas = [idle("r0", hold_after=0), idle("r1", hold_after=0)]
     router = Router(replicas)
@@ -100,7 +99,7 @@ async def test_a_prompt_on_its_way_counts_before_any_report_knows_of_it() -> Non
     assert [len(r.requests) for r in replicas] == [1, 1]
 
 
-async def test_hashing_is_shared_resumed_and_leaves_the_last_token() -> None:
+async def test_hashes_are_shared_and_extended_and_omit_the_last_token() -> None:
     hashing = Hashing()
     prompt = list(range(16 * 600))
     first, second = (Stream(request(n, prompt), order=(0, 0)) for n in "ab")
@@ -112,14 +111,39 @@ async def test_hashing_is_shared_resumed_and_leaves_the_last_token() -> None:
     assert len(second.block_hashes) == 599
 
 
-async def test_late_binding_chooses_when_there_is_room() -> None:
-    """The waiting request goes where room comes first, not where the queue looked shortest when it arrived."""
+async def test_two_adapters_share_no_prefix() -> None:
+    """The same prompt has other keys and values under another adapter, so a replica's blocks count for one adapter only."""
+    replicas = [idle(f"r{i}") for i in range(3)]
+    router = Router(replicas)
+    replicas[0].say(cache=CacheEvents(stored=block_hashes(PROMPT), reset=True))
+    replicas[1].say(cache=CacheEvents(stored=block_hashes(PROMPT, adapter="law"), reset=True))
+    replicas[2].say(cache=CacheEvents(stored=block_hashes(PROMPT, adapter="code"), reset=True))
+    for adapter, replica_id in ((None, "r0"), ("law", "r1"), ("code", "r2")):
+        trace = Trace()
+        assert [_ async for _ in router.generate(request("q", PROMPT, adapter=adapter), trace=trace)]
+        assert (trace.replica_id, trace.num_cached_tokens_predicted) == (replica_id, 64)
+    trace = Trace()
+    assert [_ async for _ in router.generate(request("q", PROMPT, adapter="other"), trace=trace)]
+    assert trace.num_cached_tokens_predicted == 0
+
+
+async def test_sequences_of_one_prompt_under_two_adapters_share_no_hashes() -> None:
+    hashing = Hashing()
+    base, law = (Stream(request("r", PROMPT, adapter=a), order=(0, 0)) for a in (None, "law"))
+    for stream in (base, law):
+        await hashing.extend(stream, 16)
+    assert base.block_hashes == block_hashes(PROMPT)
+    assert law.block_hashes == block_hashes(PROMPT, adapter="law")
+
+
+async def test_the_replica_is_chosen_when_there_is_room() -> None:
+    """A queued request goes where room appears first, not where the queue was shortest when it arrived."""
     replicas = [idle(f"r{i}", max_num_seqs=1, hold_after=1) for i in range(2)]
     router = Router(replicas)
     running = [asyncio.create_task(collect(router, f"q{i}")) for i in range(5)]
     while sum(len(r.requests) for r in replicas) < 4:
         await asyncio.sleep(0)
-    assert [len(r.requests) for r in replicas] == [2, 2], "one runs and one is next, on each"
+    assert [len(r.requests) for r in replicas] == [2, 2], "each has one running and one to come next"
     assert router.num_waiting == 1
     replicas[1].release.set()
     await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -130,9 +154,9 @@ async def test_late_binding_chooses_when_there_is_room() -> None:
     assert await asyncio.gather(*running) == [[5, 6]] * 5
 
 
-async def test_room_that_a_frame_tells_of_is_used_at_once() -> None:
+async def test_room_reported_by_a_frame_is_used_at_once() -> None:
     replica = idle("r0", max_num_seqs=4)
-    replica.load = LoadReport(num_running=4, num_waiting=4)  # another gateway's
+    replica.load = LoadReport(num_running=4, num_waiting=4)  # of another gateway
     router = Router([replica])
     running = asyncio.create_task(collect(router))
     while not router.num_waiting:
@@ -145,7 +169,7 @@ async def test_room_that_a_frame_tells_of_is_used_at_once() -> None:
 # Admission
 
 
-async def test_no_ready_replica_is_a_reason() -> None:
+async def test_without_a_ready_replica_the_error_says_why() -> None:
     router = Router([FakeReplica(reason="Replica a is gone."), FakeReplica(reason="Replica b is gone.")])
     with pytest.raises(ReplicaUnavailableError, match=r"Replica a is gone\. Replica b is gone\."):
         await collect(router)
@@ -158,16 +182,16 @@ async def test_admission_is_all_or_nothing() -> None:
     router = Router([FakeReplica()], max_inflight_requests=3)
     with router.admit(2):
         with pytest.raises(OverloadedError, match="holds 2 of at most 3") as error, router.admit(2):
-            raise AssertionError("there is room for one only")
+            raise AssertionError("there is room for one sequence only")
         assert error.value.retry_after_s > 0
         assert router.num_inflight_requests == 2
-        assert await collect(router), "one more fits, and generate admits itself"
+        assert await collect(router), "one more fits, and generate admits it"
         with router.admit(1), pytest.raises(OverloadedError):
             await collect(router)
     assert router.num_inflight_requests == 0
 
 
-async def test_waiting_tokens_are_bounded_and_the_refusal_says_when_to_come_back() -> None:
+async def test_queued_tokens_are_bounded_and_the_refusal_says_when_to_retry() -> None:
     replica = idle("r0", max_num_seqs=1, hold_after=0)
     router = Router([replica], max_queued_tokens=100)
     running = [asyncio.create_task(collect(router, f"q{i}", PROMPT)) for i in range(3)]
@@ -175,11 +199,9 @@ async def test_waiting_tokens_are_bounded_and_the_refusal_says_when_to_come_back
         await asyncio.sleep(0)
     assert router.num_queued_tokens == 65
     replica.say(tokens_per_s=10.0, num_pending_tokens=135, num_running=1, num_waiting=1)
-    with pytest.raises(OverloadedError, match=r"65 prompt tokens wait .* at most 100") as error, router.admit(1, 36):
+    with pytest.raises(OverloadedError, match=r"65 of at most 100 prompt tokens wait") as error, router.admit(1, 36):
         pass
-    assert error.value.retry_after_s == 33, (
-        "135 on the replica, the 130 it was sent a moment ago, 65 here, at 10 a second"
-    )
+    assert error.value.retry_after_s == 33, "135 on the replica, 130 just sent to it, 65 queued, at 10 tokens/s"
     replica.say(tokens_per_s=0.1)
     with pytest.raises(OverloadedError) as error, router.admit(1, 36):
         pass
@@ -191,12 +213,12 @@ async def test_waiting_tokens_are_bounded_and_the_refusal_says_when_to_come_back
     await asyncio.gather(*running)
     assert router.num_queued_tokens == 0
     with router.admit(1, 1000):
-        assert router.num_queued_tokens == 1000, "what no queue could hold, an empty one takes"
+        assert router.num_queued_tokens == 1000, "more than the limit fits an empty queue"
     assert router.num_queued_tokens == 0
     assert router.report("g", "u").arrived_tokens_total == 3 * 65 + 35 + 1000
 
 
-async def test_closing_the_stream_aborts_and_accounts() -> None:
+async def test_closing_the_stream_aborts_and_frees_its_room() -> None:
     replica = FakeReplica(tokens([5, 6, 7]))
     router = Router([replica])
     async with contextlib.aclosing(router.generate(request())) as deltas:
@@ -206,7 +228,7 @@ async def test_closing_the_stream_aborts_and_accounts() -> None:
     assert replica.aborted == ["r"]
 
 
-async def test_shutting_down_admits_nothing_and_lets_what_runs_end() -> None:
+async def test_shutting_down_admits_nothing_and_lets_running_requests_finish() -> None:
     replica = FakeReplica(tokens([5, 6]), hold_after=1)
     router = Router([replica])
     running = asyncio.create_task(collect(router))
@@ -228,19 +250,19 @@ async def test_health_of_a_cluster_without_replicas() -> None:
     assert (router.health().ready, router.health().reason) == (False, "The server has no replica.")
     with pytest.raises(ReplicaUnavailableError, match="No replica has been reached"):
         _ = router.facts
-    router.update([], Outlook(expected=True, reason="Replica r0 is loading (40 %).", facts=facts))
+    router.update([], Availability(expected=True, reason="Replica r0 is loading (40 %).", facts=facts))
     assert (router.health().ready, router.health().reason) == (False, "Replica r0 is loading (40 %).")
     assert router.facts == facts
     with router.admit(1, 10):
         pass
-    router.update([], Outlook(expected=True, asleep=True, facts=facts))
+    router.update([], Availability(expected=True, scaled_to_zero=True, facts=facts))
     assert (router.health().ready, router.health().reason) == (True, "No replica runs; the next request starts one.")
-    router.update([], Outlook(reason="The weights are damaged."))
+    router.update([], Availability(reason="The weights are damaged."))
     with pytest.raises(ReplicaUnavailableError, match="The weights are damaged"), router.admit(1, 10):
         pass
 
 
-async def test_the_report_tells_of_first_tokens() -> None:
+async def test_the_report_contains_the_time_to_first_token() -> None:
     now = 100.0
     replica = idle("r0", hold_after=0)
     router = Router([replica], clock=lambda: now)
@@ -253,7 +275,7 @@ async def test_the_report_tells_of_first_tokens() -> None:
     report = router.report("g", "u")
     assert (report.gateway_id, report.url, report.ttft_p95_s) == ("g", "u", 2.5)
     now += 31.0
-    assert router.report("g", "u").ttft_p95_s is None, "only the last half minute counts"
+    assert router.report("g", "u").ttft_p95_s is None, "only the last 30 s count"
 
 
 async def test_an_explanation_sends_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Batch lines at the router: they take what others leave, and stand in nobody's way."""
+"""Batch lines at the router: they use the room that online requests leave, and never delay those."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ from support.fakes.replica import FakeReplica, tokens
 
 from cluster.protocol.report import BatchDemand
 from cluster.router.admission import Admission
-from cluster.router.router import Outlook, Router
+from cluster.router.router import Availability, Router
 from workers.errors import CrashedError, EngineError, OverloadedError
 from workers.protocol import BATCH_PRIORITY, GenerateRequest, LoadReport, SamplingParams
 
@@ -46,25 +46,25 @@ def names(replica: FakeReplica) -> list[str]:
     return [r.request_id for r in replica.requests]
 
 
-async def test_an_online_request_finds_room_where_batch_lines_fill_everything() -> None:
+async def test_online_requests_find_room_when_batch_lines_fill_everything() -> None:
     replica = idle(max_num_seqs=4, hold_after=0)
     router = Router([replica])
     lines = await start(router, [f"line{i}" for i in range(7)], BATCH_PRIORITY)
-    assert (len(replica.requests), router.num_waiting) == (5, 2), "four run and one is next"
+    assert (len(replica.requests), router.num_waiting) == (5, 2), "four running and one to come next"
     replica.say(num_running=4, num_waiting=1, num_background=5, num_pending_tokens=9, num_background_pending_tokens=9)
     online = await start(router, [f"online{i}" for i in range(6)])
-    assert names(replica)[5:] == [f"online{i}" for i in range(5)], "online requests wait for each other only"
+    assert names(replica)[5:] == [f"online{i}" for i in range(5)], "online requests wait only for each other"
     assert router.num_waiting == 3
     replica.say(num_running=0, num_waiting=0, num_background=0, num_pending_tokens=0, num_background_pending_tokens=0)
     replica.release.set()
     assert await asyncio.wait_for(asyncio.gather(*lines, *online), 10) == [[5, 6]] * 13
-    assert names(replica)[10] == "online5", "and go before batch lines that came long before"
+    assert names(replica)[10] == "online5", "and go before batch lines that arrived earlier"
 
 
-async def test_batch_lines_go_where_others_leave_room() -> None:
+async def test_batch_lines_go_where_online_requests_leave_room() -> None:
     busy, free = idle("busy", max_num_seqs=4, hold_after=0), idle("free", max_num_seqs=4, hold_after=0)
     router = Router([busy, free])
-    busy.say(num_running=5)  # online, of another gateway
+    busy.say(num_running=5)  # online requests of another gateway
     lines = await start(router, [f"line{i}" for i in range(4)], BATCH_PRIORITY)
     assert (len(busy.requests), len(free.requests)) == (0, 4)
     for replica in (busy, free):
@@ -72,7 +72,7 @@ async def test_batch_lines_go_where_others_leave_room() -> None:
     await asyncio.gather(*lines)
 
 
-async def test_what_waits_as_background_work_is_no_wait_for_others() -> None:
+async def test_waiting_batch_lines_do_not_lengthen_the_wait_of_online_requests() -> None:
     replica = idle()
     replica.load = LoadReport(num_pending_tokens=9_000, num_background_pending_tokens=8_900, tokens_per_s=100.0)
     router = Router([replica])
@@ -86,7 +86,7 @@ async def test_what_waits_as_background_work_is_no_wait_for_others() -> None:
         pass
 
 
-async def test_bounds_are_apart() -> None:
+async def test_batch_lines_have_limits_of_their_own() -> None:
     router = Router([idle()], max_inflight_requests=2, max_queued_tokens=100)
     with router.admit(500, 100_000, priority=BATCH_PRIORITY), router.admit(2, 100):
         with pytest.raises(OverloadedError, match="holds 2 of at most 2"), router.admit(1, 1):
@@ -96,7 +96,7 @@ async def test_bounds_are_apart() -> None:
     assert (router.num_inflight_requests, router.num_queued_tokens) == (0, 0)
 
 
-async def test_the_report_tells_of_batches_apart() -> None:
+async def test_the_report_separates_batches() -> None:
     replica = idle(max_num_seqs=1, hold_after=0)
     router = Router([replica])
     lines = await start(router, ["line0", "line1", "line2"], BATCH_PRIORITY)
@@ -108,16 +108,16 @@ async def test_the_report_tells_of_batches_apart() -> None:
     assert (report.batches, report.batch_tokens_total) == ((demand,), 300)
     replica.release.set()
     await asyncio.gather(*lines)
-    assert router.report("g", "u").ttft_p95_s is None, "the patience of batch lines is no objective missed"
+    assert router.report("g", "u").ttft_p95_s is None, "batch lines do not count in the time to first token"
 
 
-async def test_batch_room_is_what_others_leave() -> None:
+async def test_batch_room_is_what_online_requests_leave() -> None:
     replicas = [idle("r0", max_num_seqs=8, hold_after=0), idle("r1", max_num_seqs=4), idle("r2", reason="Away.")]
     router = Router()
     assert router.batch_room() == 0
-    router.update(replicas, Outlook())
-    assert router.batch_room() == 10 + 5, "with a quarter more, that is next, on each that is ready"
-    replicas[1].say(num_running=3, num_background=1)  # another gateway's
+    router.update(replicas, Availability())
+    assert router.batch_room() == 10 + 5, "on each ready replica, a quarter more than it can run"
+    replicas[1].say(num_running=3, num_background=1)  # of another gateway
     assert router.batch_room() == 10 + 2
     replicas[1].say(num_running=9)
     assert router.batch_room() == 10
@@ -126,7 +126,7 @@ async def test_batch_room_is_what_others_leave() -> None:
     running += await start(router, [f"line{i}" for i in range(7)], BATCH_PRIORITY)
     assert (router.num_waiting, router.batch_room()) == (2, 0)
     replicas[1].say(num_running=0)
-    assert router.batch_room() == 3, "those that waited have gone there"
+    assert router.batch_room() == 3, "the queued lines have gone there"
     replicas[0].drain_until = time.monotonic() + 60
     replicas[0].say()
     assert router.batch_room() == 3
@@ -136,10 +136,10 @@ async def test_batch_room_is_what_others_leave() -> None:
 
 
 @pytest.mark.parametrize("max_crashes", [1, 2, 3])
-async def test_crashes_count_in_all_where_it_is_asked_for(max_crashes, monkeypatch) -> None:
+async def test_max_crashes_counts_all_crashes(max_crashes, monkeypatch) -> None:
     replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=2) for i in range(8)]
     router = Router(replicas, policy="round_robin")
-    with pytest.raises(CrashedError, match=r"crashed .* while it worked on this request.*Replica r\d is gone") as error:
+    with pytest.raises(CrashedError, match=r"crashed .* while it worked on this request.*Replica r\d is lost") as error:
         await collect(router, "line", BATCH_PRIORITY, max_crashes=max_crashes)
     assert error.value.num_crashes == max_crashes
     assert isinstance(error.value, EngineError)
@@ -150,8 +150,8 @@ async def test_crashes_count_in_all_where_it_is_asked_for(max_crashes, monkeypat
 @pytest.mark.parametrize(
     ("num_lines", "num_reported", "alone"), [(1, 0, True), (2, 0, False), (1, 3, False)], ids=["alone", "two", "others"]
 )
-async def test_a_crash_tells_whether_the_request_was_alone(num_lines, num_reported, alone) -> None:
-    """num_reported: what the replica last said it works on; more than ours are other gateways'."""
+async def test_a_crash_reports_whether_the_request_was_alone(num_lines, num_reported, alone) -> None:
+    """num_reported: sequences in the replica's last report; any beyond ours belong to other gateways."""
     replica = FakeReplica(tokens(OUTPUT), hold_after=1)
     replica.load = LoadReport(num_blocks=100, tokens_per_s=1000.0)
     router = Router([replica])
@@ -166,7 +166,7 @@ async def test_a_crash_tells_whether_the_request_was_alone(num_lines, num_report
     assert [(type(e), e.alone) for e in errors] == [(CrashedError, alone)] * num_lines
 
 
-async def test_the_sequences_of_one_request_are_no_company_to_each_other() -> None:
+async def test_the_sequences_of_one_request_count_as_alone() -> None:
     replica = FakeReplica(tokens(OUTPUT), hold_after=1)
     replica.load = LoadReport(num_blocks=100, tokens_per_s=1000.0)
     router = Router([replica])
@@ -186,7 +186,7 @@ async def test_the_sequences_of_one_request_are_no_company_to_each_other() -> No
     assert [(type(e), e.alone) for e in errors] == [(CrashedError, True)] * 2
 
 
-async def test_losses_that_are_no_crashes_do_not_count() -> None:
+async def test_losses_other_than_crashes_do_not_count() -> None:
     replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=2) for i in range(8)]
     for replica in replicas:
         replica.crashes = False

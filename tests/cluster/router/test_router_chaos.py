@@ -1,4 +1,4 @@
-"""Many streams over replicas that are lost, drained, paused and replaced at random: no wrong token, no failed request, nothing left."""
+"""Many streams while replicas are lost, drained, paused and replaced at random: no wrong token, no failed request, nothing left over."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ import time
 import pytest
 from support.fakes.replica import FakeReplica, tokens
 
-from cluster.router.router import Outlook, Router
+from cluster.router.router import Availability, Router
 from workers.errors import OverloadedError
 from workers.protocol import GenerateRequest, LoadReport, SamplingParams, TokenDelta
 
@@ -22,7 +22,7 @@ def script(request: GenerateRequest) -> list[TokenDelta]:
 
 
 class Cluster:
-    """Three replicas and whoever mistreats them."""
+    """Three replicas, and methods that disturb them at random."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
@@ -31,7 +31,7 @@ class Cluster:
         self.live: list[FakeReplica] = []
         for _ in range(3):
             self.start_one()
-        self.tell()
+        self.update_router()
 
     def start_one(self) -> None:
         replica = FakeReplica(script, replica_id=f"r{len(self.all)}", max_num_seqs=4)
@@ -39,10 +39,10 @@ class Cluster:
         self.all.append(replica)
         self.live.append(replica)
 
-    def tell(self) -> None:
-        self.router.update(self.live, Outlook(expected=True, reason="A replica is being replaced."))
+    def update_router(self) -> None:
+        self.router.update(self.live, Availability(expected=True, reason="A replica is being replaced."))
 
-    def hurt_one(self) -> None:
+    def disturb_one(self) -> None:
         replica = self.rng.choice(self.live)
         what = self.rng.choice(["lose", "drain", "pause", "resume", "replace"])
         if what == "lose":
@@ -59,7 +59,7 @@ class Cluster:
             self.live = [r for r in self.live if r not in gone]
             while sum(r.drain_until is None for r in self.live) < 3:
                 self.start_one()
-        self.tell()
+        self.update_router()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -97,14 +97,14 @@ async def test_chaos(seed: int) -> None:
         while True:
             for _ in range(8):
                 await asyncio.sleep(0)
-            cluster.hurt_one()
+            cluster.disturb_one()
 
-    torment = asyncio.create_task(chaos())
+    disturbing = asyncio.create_task(chaos())
     async with asyncio.timeout(60):
         await asyncio.gather(*(client(n) for n in range(32)))
-    torment.cancel()
-    await asyncio.gather(torment, return_exceptions=True)
-    assert router.num_failovers_total > 20, "otherwise this proves nothing"
+    disturbing.cancel()
+    await asyncio.gather(disturbing, return_exceptions=True)
+    assert router.num_failovers_total > 20, "too few failovers to prove anything"
     assert num_refused == 0
     assert (router.num_waiting, router.num_inflight_requests, router.num_queued_tokens) == (0, 0, 0)
     report = router.report("g", "u")

@@ -1,4 +1,4 @@
-"""A replica whose node goes away: its streams move as others have room, it serves while nobody else can, and a gateway ends in order."""
+"""A replica on a preempted node: its streams move as others have room, it serves while no other can, and a gateway shuts down in order."""
 
 import asyncio
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 from support.fakes.replica import FakeReplica, tokens
 
-from cluster.router.router import Outlook, Router
+from cluster.router.router import Availability, Router
 from workers.errors import ReplicaUnavailableError
 from workers.protocol import BATCH_PRIORITY, GenerateRequest, LoadReport, SamplingParams
 
@@ -38,17 +38,17 @@ def leave(leaving: FakeReplica, *, left_s: float = 60.0) -> None:
     leaving.is_leaving, leaving.drain_until = True, time.monotonic() + left_s
 
 
-async def test_streams_move_as_room_appears_and_the_others_run_on() -> None:
-    leaving, small = replica("a", hold_after=5), replica("b", hold_after=20, max_num_seqs=1)  # of which two are taken
+async def test_streams_move_as_room_appears_and_the_others_continue() -> None:
+    leaving, small = replica("a", hold_after=5), replica("b", hold_after=20, max_num_seqs=1)  # room for two sequences
     router = Router([leaving])
     running = [asyncio.create_task(collect(router, request(f"r{i}"))) for i in range(3)]
     await until(lambda: leaving.num_open == 3)
     leave(leaving)
-    router.update([leaving, small], Outlook())
+    router.update([leaving, small], Availability())
     await until(lambda: small.num_open == 2)
     leaving.say()
     await asyncio.sleep(0.02)
-    assert (leaving.num_open, router.num_waiting) == (1, 0), "a stream was stopped though there is no room for it"
+    assert (leaving.num_open, router.num_waiting) == (1, 0), "a stream was moved although there is no room for it"
     small.release.set()
     await until(lambda: small.num_open == 0)
     leaving.say()
@@ -57,32 +57,32 @@ async def test_streams_move_as_room_appears_and_the_others_run_on() -> None:
     assert router.num_failovers_total == 3
 
 
-async def test_without_room_elsewhere_they_move_at_the_last_moment() -> None:
+async def test_without_room_elsewhere_streams_move_at_the_deadline() -> None:
     leaving, full = replica("a", hold_after=5), replica("b", hold_after=20, max_num_seqs=1)
     router = Router([full])
     before = [asyncio.create_task(collect(router, request(f"f{i}"))) for i in range(2)]
     await until(lambda: full.num_open == 2)
-    router.update([full, leaving], Outlook())
+    router.update([full, leaving], Availability())
     running = asyncio.create_task(collect(router, request("r")))
     await until(lambda: leaving.num_open == 1)
     leave(leaving, left_s=0.1)
-    router.update([full, leaving], Outlook())
+    router.update([full, leaving], Availability())
     assert leaving.num_open == 1
     await until(lambda: router.num_waiting == 1)
     full.release.set()
     assert await asyncio.gather(running, *before) == [OUTPUT] * 3
 
 
-async def test_it_serves_until_another_can() -> None:
+async def test_a_leaving_replica_serves_until_another_can() -> None:
     leaving = replica("a")
     router = Router([leaving])
     leave(leaving)
-    router.update([leaving], Outlook(expected=True))
+    router.update([leaving], Availability(expected=True))
     assert router.health().ready, "a request sent now is served"
     assert router.health().replicas[0].state == "draining"
     assert await collect(router, request("first")) == OUTPUT
     other = replica("b")
-    router.update([leaving, other], Outlook())
+    router.update([leaving, other], Availability())
     assert await collect(router, request("second")) == OUTPUT
     assert [r.request_id for r in other.requests] == ["second"]
     other.reason = "Replica b is stuck."
@@ -90,39 +90,39 @@ async def test_it_serves_until_another_can() -> None:
     assert [r.request_id for r in leaving.requests] == ["first", "third"]
 
 
-async def test_behind_its_time_it_takes_nothing() -> None:
+async def test_after_its_deadline_a_leaving_replica_accepts_nothing() -> None:
     leaving = replica("a")
     router = Router([leaving])
     leave(leaving, left_s=0.0)
-    router.update([leaving], Outlook())
+    router.update([leaving], Availability())
     assert not router.health().ready
     with pytest.raises(ReplicaUnavailableError):
         await collect(router, request("late"))
 
 
-async def test_a_drain_by_hand_is_no_last_resort() -> None:
+async def test_a_replica_drained_by_hand_accepts_nothing() -> None:
     draining = replica("a")
     router = Router([draining])
     draining.drain_until = time.monotonic() + 60
-    router.update([draining], Outlook())
+    router.update([draining], Availability())
     with pytest.raises(ReplicaUnavailableError):
         await collect(router, request("new"))
 
 
-async def test_closing_says_so_and_admits_while_it_may() -> None:
+async def test_a_closing_router_is_not_ready_and_admits_only_if_told_to() -> None:
     router = Router([replica("a")])
-    router.close("This server goes away.", admits=True)
-    assert (router.health().ready, router.health().reason) == (False, "This server goes away.")
+    router.close("This server shuts down.", admits=True)
+    assert (router.health().ready, router.health().reason) == (False, "This server shuts down.")
     assert await collect(router, request("served")) == OUTPUT
-    router.close("This server goes away.")
-    with pytest.raises(ReplicaUnavailableError, match="goes away"):
+    router.close("This server shuts down.")
+    with pytest.raises(ReplicaUnavailableError, match="shuts down"):
         await collect(router, request("refused"))
     router.reopen()
     assert router.health().ready
     assert await collect(router, request("served again")) == OUTPUT
 
 
-async def test_streams_are_ended_where_they_run_and_where_they_wait() -> None:
+async def test_end_streams_ends_running_and_queued_streams() -> None:
     held = replica("a", hold_after=5, max_num_seqs=1)
     router = Router([held])
     running = [asyncio.create_task(collect(router, request(f"r{i}"))) for i in range(3)]
@@ -132,12 +132,12 @@ async def test_streams_are_ended_where_they_run_and_where_they_wait() -> None:
     results = await asyncio.gather(*running, return_exceptions=True)
     assert [str(e) for e in results] == ["over"] * 3
     held.release.set()
-    assert await line == OUTPUT, "whoever runs the batch brings its lines back, as long as they are not answered"
+    assert await line == OUTPUT, "batch lines continue: their runner would only repeat them"
     assert (router.num_inflight_requests, router.num_waiting) == (0, 0)
 
 
-async def test_health_is_as_new_as_the_question() -> None:
-    """Between two frames too, for one that leaves as for any other."""
+async def test_health_is_always_current() -> None:
+    """Between two frames too, and for a leaving replica as well."""
     serving = replica("a")
     router = Router([serving])
     serving.reason = "Replica a is stuck."

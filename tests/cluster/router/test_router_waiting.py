@@ -1,4 +1,4 @@
-"""Who waits at the router, in which order, how long, and what is left when they give up."""
+"""The queue at the router: its order, deadlines and timeouts, and what remains after a client disconnects."""
 
 import asyncio
 import contextlib
@@ -7,8 +7,8 @@ import time
 import pytest
 from support.fakes.replica import FakeReplica, tokens
 
-from cluster.router.router import Outlook, Router
-from cluster.router.waiting import MAX_LEFT
+from cluster.router.request_queue import MAX_STALE
+from cluster.router.router import Availability, Router
 from workers.errors import DeadlineExceededError, OverloadedError
 from workers.protocol import GenerateRequest, LoadReport, SamplingParams
 
@@ -26,7 +26,7 @@ async def collect(router: Router, name: str, *, priority: int = 0, deadline: flo
 
 
 def small(**options) -> FakeReplica:
-    """Room for two: one that runs and one that is next."""
+    """Room for two sequences: one running and one to come next."""
     replica = FakeReplica(tokens([5, 6]), max_num_seqs=1, **options)
     replica.load = LoadReport()
     return replica
@@ -43,7 +43,7 @@ async def start(router: Router, *tasks) -> list[asyncio.Task]:
     return started
 
 
-async def test_priority_first_then_arrival() -> None:
+async def test_priority_comes_first_then_arrival() -> None:
     replica = small(hold_after=0)
     router = Router([replica])
     names = [("running", 0), ("next", 0), ("late", 5), ("first", 0), ("second", 0), ("urgent", -1)]
@@ -54,23 +54,23 @@ async def test_priority_first_then_arrival() -> None:
     assert [r.request_id for r in replica.requests] == ["running", "next", "urgent", "first", "second", "late"]
 
 
-async def test_a_resumed_stream_keeps_its_place() -> None:
+async def test_a_resumed_stream_keeps_its_position() -> None:
     lost, other = small(replica_id="a", hold_after=1), small(replica_id="b", hold_after=1)
     router = Router([lost])
     tasks = await start(router, *(collect(router, f"q{i}") for i in range(4)))
     assert router.num_waiting == 2
-    router.update([lost], Outlook(expected=True))
+    router.update([lost], Availability(expected=True))
     lost.lose()
     while router.num_waiting < 4:
         await asyncio.sleep(0)
-    router.update([other], Outlook())
+    router.update([other], Availability())
     other.release.set()
     assert await asyncio.gather(*tasks) == [[5, 6]] * 4
     names = [r.request_id.partition("~")[0] for r in other.requests]
-    assert names == ["q0", "q1", "q2", "q3"], "whoever came first is not behind others because of a loss"
+    assert names == ["q0", "q1", "q2", "q3"], "a lost replica must not put a stream after later ones"
 
 
-async def test_who_leaves_while_waiting_frees_its_place() -> None:
+async def test_a_queued_request_that_is_cancelled_frees_its_room() -> None:
     replica = small(hold_after=0)
     router = Router([replica], max_inflight_requests=3)
     tasks = await start(router, *(collect(router, f"q{i}") for i in range(3)))
@@ -84,14 +84,14 @@ async def test_who_leaves_while_waiting_frees_its_place() -> None:
     assert [r.request_id for r in replica.requests] == ["q0", "q1", "q3"]
 
 
-async def test_who_leaves_in_the_instant_of_getting_a_place_gives_it_back() -> None:
+async def test_a_request_cancelled_at_the_moment_of_its_assignment_frees_its_room() -> None:
     replica = small(hold_after=0)
     router = Router([replica])
     tasks = await start(router, *(collect(router, f"q{i}") for i in range(4)))
     tasks[0].cancel()
     while router.num_waiting == 2:
         await asyncio.sleep(0)
-    tasks[2].cancel()  # its place is decided, its task has not run yet
+    tasks[2].cancel()  # it is assigned, but its task has not run yet
     replica.release.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert results[1] == results[3] == [5, 6]
@@ -99,7 +99,7 @@ async def test_who_leaves_in_the_instant_of_getting_a_place_gives_it_back() -> N
     assert router.num_queued_tokens == 0
 
 
-async def test_a_deadline_that_passes_in_line() -> None:
+async def test_a_deadline_that_passes_in_the_queue() -> None:
     replica = small(hold_after=0)
     router = Router([replica])
     tasks = await start(router, collect(router, "q0"), collect(router, "q1"))
@@ -111,7 +111,7 @@ async def test_a_deadline_that_passes_in_line() -> None:
     assert len(replica.requests) == 2
 
 
-async def test_a_deadline_that_passes_in_mid_stream_aborts() -> None:
+async def test_a_deadline_that_passes_during_the_stream_aborts_it() -> None:
     replica = small(hold_after=1)
     router = Router([replica])
     seen = []
@@ -123,7 +123,7 @@ async def test_a_deadline_that_passes_in_mid_stream_aborts() -> None:
     assert router.report("g", "u").num_running == 0
 
 
-async def test_a_deadline_that_is_met_leaves_no_trace() -> None:
+async def test_a_deadline_that_is_met_has_no_effect() -> None:
     router = Router([small()])
     assert await collect(router, "q", deadline=time.monotonic() + 5) == [5, 6]
 
@@ -139,7 +139,7 @@ async def test_a_wait_longer_than_the_deadline_is_refused_at_once() -> None:
     assert await collect(router, "q", deadline=time.monotonic() + 9.0) == [5, 6]
 
 
-async def test_a_deadline_is_measured_by_those_one_would_not_overtake() -> None:
+async def test_only_requests_that_are_not_overtaken_count_against_a_deadline() -> None:
     replica = small(hold_after=0)
     replica.load = LoadReport(tokens_per_s=10.0)
     router = Router([replica])
@@ -152,8 +152,8 @@ async def test_a_deadline_is_measured_by_those_one_would_not_overtake() -> None:
     assert await asyncio.gather(*tasks) == [[5, 6]] * 23
 
 
-async def test_a_quiet_time_before_a_burst_does_not_make_the_wait_look_long() -> None:
-    """Two short answers in half a minute are not all that the replica could have given."""
+async def test_a_quiet_time_before_a_burst_does_not_lengthen_the_estimated_wait() -> None:
+    """Two short answers in half a minute do not show what the replica could have done."""
     now = 1000.0
     replica = small()
     router = Router([replica], clock=lambda: now)
@@ -168,7 +168,7 @@ async def test_a_quiet_time_before_a_burst_does_not_make_the_wait_look_long() ->
     assert await asyncio.gather(*tasks) == [[5, 6]] * 23
 
 
-async def test_the_wait_for_a_place_is_told_by_how_long_others_stay() -> None:
+async def test_the_wait_for_room_is_estimated_from_how_long_sequences_stay() -> None:
     now = 1000.0
     replica = small(hold_after=1)
     router = Router([replica], clock=lambda: now)
@@ -180,33 +180,31 @@ async def test_the_wait_for_a_place_is_told_by_how_long_others_stay() -> None:
     tasks = await start(router, *(collect(router, f"q{i}") for i in range(5)))
     assert router.num_waiting == 3
     with pytest.raises(OverloadedError, match=r"about 12\.0 s, longer than the 10\.0 s"):
-        await collect(router, "late", deadline=now + 10.0)  # 3 before it, 2 places, 8 s each
+        await collect(router, "late", deadline=now + 10.0)  # 3 before it, room for 2, 8 s each
     replica.release.set()
     await asyncio.gather(*tasks)
 
 
-async def test_who_left_is_not_kept_behind_one_who_stays() -> None:
+async def test_requests_that_left_do_not_fill_the_memory() -> None:
     replica = small(hold_after=0)
     router = Router([replica])
     tasks = await start(router, *(collect(router, f"q{i}") for i in range(3)))
-    for i in range(4 * MAX_LEFT):
+    for i in range(4 * MAX_STALE):
         (task,) = await start(router, collect(router, f"gone{i}", priority=1))
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert router.num_waiting == 1
-    held = len(router._dispatcher.line._heap)
-    assert held <= MAX_LEFT + 3, (
-        f"{held} waiters are held for one that waits: prompts of clients long gone fill the memory"
-    )
+    num_stale = router.num_stale
+    assert num_stale <= MAX_STALE + 2, f"{num_stale} requests of disconnected clients are still held"
     replica.release.set()
     assert await asyncio.gather(*tasks) == [[5, 6]] * 3
 
 
-async def test_time_alone_wakes_the_line() -> None:
-    """A replica that becomes ready without a word, as one does whose reports age no longer."""
+async def test_time_alone_wakes_the_queue() -> None:
+    """A replica may become ready without a frame, for example once its last forward pass is recent enough."""
     replica = small(reason="Away.")
     router = Router([replica])
-    router.update([replica], Outlook(expected=True))
+    router.update([replica], Availability(expected=True))
     (task,) = await start(router, collect(router, "q"))
     assert router.num_waiting == 1
     replica.reason = None

@@ -31,11 +31,11 @@ async def test_lines_carry_the_request_of_their_own_task(sink: tuple[logging.Log
 
     async def serve(request_id: str) -> None:
         request_id_var.set(request_id)
-        await asyncio.sleep(0)  # the other task sets its own meanwhile
+        await asyncio.sleep(0)  # the other task sets its own in between
         logger.warning("serving %s", request_id)
 
     await asyncio.gather(*(asyncio.create_task(serve(name)) for name in ("cmpl-a", "cmpl-b")))
-    logger.warning("nobody's")
+    logger.warning("of no request")
     lines = stream.getvalue().splitlines()
     for line, name in zip(lines, ("cmpl-a", "cmpl-b"), strict=False):
         carries = json.loads(line)["request_id"] == name if line.startswith("{") else line.endswith(f"[{name}]")

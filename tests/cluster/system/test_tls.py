@@ -1,4 +1,4 @@
-"""Certificates: good, renewed, and every way in which two files are not one."""
+"""Certificates: valid, renewed, and every way in which two files are not a pair."""
 
 import asyncio
 import shutil
@@ -10,7 +10,7 @@ from aiohttp import web
 from support.servers.certificates import make_pair
 
 from cluster.api.server.listener import Listener
-from cluster.cli.operate import ask
+from cluster.cli.client import Client
 from cluster.system.tls import Certificate, client_context, load
 from workers.errors import ConfigError
 
@@ -25,20 +25,20 @@ def test_files_that_cannot_work(tmp_path):
         (a[0], tmp_path / "none", r"--tls-key .*none cannot be read: No such file"),
         (a[0], tmp_path, "--tls-key .* cannot be read: Is a directory"),
         (a[0], b[1], "is not the key of the certificate"),
-        (*locked, "is encrypted; store it without a password"),
-        (junk, a[1], "no certificate and key in PEM format"),
-        (a[0], junk, "no certificate and key in PEM format"),
+        (*locked, r"is encrypted\. Store it without a password"),
+        (junk, a[1], "not a certificate and a key in PEM format"),
+        (a[0], junk, "not a certificate and a key in PEM format"),
     ):
         with pytest.raises(ConfigError, match=says):
             load(cert, key)
-    with pytest.raises(ConfigError, match=r"--ca-cert .* is no certificate"):
+    with pytest.raises(ConfigError, match=r"--ca-cert .* is not a certificate"):
         client_context(junk)
-    with pytest.raises(ConfigError, match=r"--ca-cert .* is no certificate"):
+    with pytest.raises(ConfigError, match=r"--ca-cert .* is not a certificate"):
         client_context(tmp_path / "none")
 
 
 async def hello(request: web.Request) -> web.Response:
-    return web.Response(text="hello")
+    return web.json_response("hello")
 
 
 async def test_https_is_served_trusted_by_its_certificate_and_renewed(tmp_path, caplog):
@@ -46,30 +46,34 @@ async def test_https_is_served_trusted_by_its_certificate_and_renewed(tmp_path, 
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     shutil.copy(old[0], cert)
     shutil.copy(old[1], key)
-    certificate = Certificate(cert, key, look_again_s=0.01)
+    certificate = Certificate(cert, key, poll_s=0.01)
     app = web.Application()
     app.router.add_get("/", hello)
     listener = await Listener(app, tls=certificate.context).open("127.0.0.1", 0)
     task = asyncio.create_task(certificate.run())
     url = f"https://127.0.0.1:{listener.port}/"
 
-    async def get(ca: Path) -> bytes:
-        return await asyncio.to_thread(ask, url, api_key=None, ca_cert=ca)
+    def ask(ca: Path) -> str:
+        with Client(url, ca_cert=ca) as client:
+            return client.get("/", str)
+
+    async def get(ca: Path) -> str:
+        return await asyncio.to_thread(ask, ca)
 
     try:
-        assert await get(old[0]) == b"hello"
+        assert await get(old[0]) == "hello"
         with pytest.raises(ConfigError, match=r"is not trusted .* --ca-cert"):
             await get(new[0])
-        shutil.copy(new[0], cert)  # for a moment the files are no pair
+        shutil.copy(new[0], cert)  # for a moment the files are not a pair
         async with asyncio.timeout(10):
             while "is not the key" not in caplog.text:
                 await asyncio.sleep(0.01)
-        assert await get(old[0]) == b"hello"
+        assert await get(old[0]) == "hello"
         shutil.copy(new[1], key)
         async with asyncio.timeout(10):
-            while "was read again" not in caplog.text:
+            while "was reloaded" not in caplog.text:
                 await asyncio.sleep(0.01)
-        assert await get(new[0]) == b"hello"
+        assert await get(new[0]) == "hello"
         weak = client_context(new[0])
         weak.minimum_version = ssl.TLSVersion.MINIMUM_SUPPORTED
         weak.maximum_version = ssl.TLSVersion.TLSv1_1

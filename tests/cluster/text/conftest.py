@@ -1,4 +1,4 @@
-"""One vocabulary for the tests of grammars: reading it in takes longer than most of them."""
+"""One vocabulary for the tests of grammars: loading it takes longer than most of them."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle prompts and words that must not come: ids against mistral-common's and SentencePiece's."""
+"""Fill-in-the-middle prompts and bad words: the same ids as mistral-common and SentencePiece."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from support.paths import DEMO_MODEL
 
 from cluster.text.infilling import encode_infilling
-from cluster.text.tokenizer import Tokenizer, load_tokenizer
+from cluster.text.tokenizer import Tokenizer, load_tokenizer, open_tokenizer
 from workers.errors import RequestError
 
 DATA = Path(mistral_common.__file__).parent / "data"
-V3 = Tokenizer(DATA / "mistral_instruct_tokenizer_240323.model.v3", "v3")
+V3 = open_tokenizer(DATA / "mistral_instruct_tokenizer_240323.model.v3", "v3")
 REFERENCE = MistralTokenizer.v3()
 DEMO = load_tokenizer(DEMO_MODEL)
 
@@ -37,14 +37,14 @@ def test_ids_equal_mistral_commons(prefix: str, suffix: str) -> None:
 
 @pytest.mark.parametrize("path", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2", None])
 def test_vocabularies_without_the_tokens_refuse(path: str | None) -> None:
-    tokenizer = DEMO if path is None else Tokenizer(DATA / path, "v1")
+    tokenizer = DEMO if path is None else open_tokenizer(DATA / path, "v1")
     with pytest.raises(RequestError, match=r"cannot fill in the middle") as error:
         encode_infilling(tokenizer, "a", "b")
     assert error.value.param == "suffix"
 
 
 @pytest.mark.parametrize("tokenizer", [V3, DEMO])
-def test_bad_words_count_at_a_words_start_and_within(tokenizer: Tokenizer) -> None:
+def test_bad_words_are_encoded_at_the_start_of_a_word_and_inside_one(tokenizer: Tokenizer) -> None:
     found = tokenizer.bad_words_ids(["return", " return", "self.x"])
     assert len(set(found)) == len(found)
     written = {"".join(tokenizer.token_text(i) for i in ids) for ids in found}
@@ -53,13 +53,13 @@ def test_bad_words_count_at_a_words_start_and_within(tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize(("word", "says"), [("", "blank"), ("  ", "blank"), ("\ud83d", "surrogate")])
-def test_bad_words_that_cannot_be(word: str, says: str) -> None:
+def test_invalid_bad_words(word: str, says: str) -> None:
     with pytest.raises(RequestError, match=says) as error:
         V3.bad_words_ids(["fine", word])
     assert error.value.param == "bad_words"
 
 
 def test_the_token_of_tool_calls() -> None:
-    assert V3.tool_calls_token_id == V3.sp.piece_to_id("[TOOL_CALLS]")
+    assert V3.tool_calls_token_id == V3.pieces.names.index("[TOOL_CALLS]")
     assert V3.control_token_id("the") is None
     assert V3.control_token_id("no such piece") is None

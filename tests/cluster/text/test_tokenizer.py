@@ -1,4 +1,4 @@
-"""Which file, which template version, and the refusals of `load_tokenizer`."""
+"""`load_tokenizer`: which file and template version it chooses, and what it rejects."""
 
 import shutil
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_the_template_version(tmp_path: Path, source: Path, name: str, option, v
     assert load_tokenizer(tmp_path, version=option).template_version == version
 
 
-def test_the_newest_version_in_a_folder_wins(tmp_path: Path) -> None:
+def test_the_newest_version_in_a_folder_is_used(tmp_path: Path) -> None:
     shutil.copy(V1, tmp_path / "tokenizer.model")
     shutil.copy(V3, tmp_path / "tokenizer.model.v3")
     assert load_tokenizer(tmp_path).path.name == "tokenizer.model.v3"
@@ -47,7 +47,7 @@ def test_the_newest_version_in_a_folder_wins(tmp_path: Path) -> None:
         ({}, None, "has no tokenizer"),
         ({"tokenizer.model.v7": V3}, None, "tokenizer.model.v7, which is not supported"),
         ({"tekken.json": V3}, None, "tekken.json, which is not supported"),
-        ({"tokenizer.model": V3}, "v7", "'v7' is not known; use one of v1, v2, v3"),
+        ({"tokenizer.model": V3}, "v7", "'v7' is not known. Use one of v1, v2, v3"),
     ],
 )
 def test_refusals(tmp_path: Path, files: dict[str, Path], option, says: str) -> None:
@@ -82,12 +82,12 @@ def test_encode_and_decode() -> None:
         tokenizer.encode("half \ud83d of a pair")
 
 
-def test_how_single_tokens_read() -> None:
+def test_single_tokens_as_text_and_bytes() -> None:
     tokenizer = load_tokenizer(DEMO.parent)
     high, low = tokenizer.pieces.bytes.index(0xE2), tokenizer.pieces.bytes.index(0x41)
     assert (tokenizer.token_text(2), tokenizer.token_bytes(2)) == ("</s>", None)
     assert (tokenizer.token_text(high), tokenizer.token_bytes(high)) == ("<0xE2>", [0xE2])
     assert (tokenizer.token_text(low), tokenizer.token_bytes(low)) == ("A", [0x41])
-    word = tokenizer.sp.piece_to_id("▁the")
+    word = tokenizer.pieces.names.index("▁the")
     assert (tokenizer.token_text(word), tokenizer.token_bytes(word)) == (" the", list(b" the"))
     assert tokenizer.token_bytes(99_999) is None

@@ -1,4 +1,4 @@
-"""A gateway's application with files and batches, and the service that runs them, over any replicas."""
+"""A gateway's application with files and batches, and the service that runs them, on any replicas."""
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
@@ -8,10 +8,10 @@ from typing import Any
 from aiohttp.test_utils import TestClient, TestServer
 
 from cluster.api.app import make_app
-from cluster.api.batch_lines import ApiLineExecutor
-from cluster.api.context import GATEWAY
+from cluster.api.context import CONTEXT
+from cluster.api.line_executor import ApiLineExecutor
 from cluster.batch.store.open import open_files, open_store
-from cluster.gateway.batches import Batching
+from cluster.gateway.batches import GatewayBatches
 from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger
@@ -31,9 +31,9 @@ async def batch_app(
     runs: bool = True,
     **options: Any,
 ) -> AsyncIterator[TestClient]:
-    """A client of it. runs: whether batches are run, or only taken. options: of make_app."""
+    """Yields a client of the application. runs: whether batches are run, or only accepted. options: for make_app."""
     router = Router(replicas)
-    batching = Batching(DataDir(data_dir, model_name="demo"), open_store(data_dir), open_files(data_dir), router)
+    batching = GatewayBatches(DataDir(data_dir, model_name="demo"), open_store(data_dir), open_files(data_dir), router)
     metrics = Metrics(router, model_name="demo", batches=lambda: batching.running)
     arguments = {"tokenizer": TOKENIZER, "chat_template": TEMPLATE, "model_name": "demo", "metrics": metrics, **options}
     accounts = Accounts()
@@ -41,7 +41,7 @@ async def batch_app(
     try:
         async with TestClient(TestServer(app)) as client:
             if runs:
-                batching.start(ApiLineExecutor(app[GATEWAY], keyring=keyring, accounts=accounts, ledger=ledger))
+                batching.start(ApiLineExecutor(app[CONTEXT], keyring=keyring, accounts=accounts, ledger=ledger))
             yield client
             await batching.stop()
     finally:

@@ -1,4 +1,4 @@
-"""Batches without a cluster: an executor that answers by arithmetic, input files, and what the finished files of a batch say."""
+"""Batches without a cluster: a simulated executor, input files, and readers for the finished files of a batch."""
 
 import asyncio
 import hashlib
@@ -23,10 +23,10 @@ ENDPOINT = "/v1/completions"
 
 
 class SimulatedExecutor:
-    """Answers each line after `latency_s` (give or take half) with a function of its body and seed.
+    """Answers each line after `latency_s` (plus or minus half) with a function of its body and seed.
 
-    `fault` is called with the line before it is answered and may raise. `poison`: custom_ids that kill the one replica, and whatever
-    else is under way on it.
+    fault: called with each line before it is answered; may raise. poison: custom_ids that kill the only replica, together with every
+    other line in flight on it.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class SimulatedExecutor:
         self.fault = fault
         self.executed: list[str] = []
         self.answered: list[str] = []
-        self.together: list[int] = []  # how many were under way as each began
+        self.in_flight_counts: list[int] = []  # how many lines were in flight as each started
         self.num_deaths = 0
-        self.disturbed_suspects: list[str] = []  # lines that had crashes, and others beside them
-        self._under_way: dict[asyncio.Future[None], Line] = {}
+        self.disturbed_suspects: list[str] = []  # lines with crashes that ran together with others
+        self._in_flight: dict[asyncio.Future[None], Line] = {}
 
     def check(self, endpoint: str, body: bytes, *, owner: str) -> str:
         found = json.loads(body)
@@ -58,7 +58,7 @@ class SimulatedExecutor:
 
     async def execute(self, line: Line, *, endpoint: str, body: bytes, seed: int, owner: str) -> LineResult:
         self.executed.append(line.custom_id)
-        self.together.append(len(self._under_way) + 1)
+        self.in_flight_counts.append(len(self._in_flight) + 1)
         if self.fault is not None:
             self.fault(line)
         if self.latency_s or self.poison:
@@ -68,28 +68,28 @@ class SimulatedExecutor:
 
     async def _wait(self, line: Line) -> None:
         death = asyncio.get_running_loop().create_future()
-        self._under_way[death] = line
-        if len(self._under_way) > 1:
-            self.disturbed_suspects += [x.custom_id for x in self._under_way.values() if x.crashes]
+        self._in_flight[death] = line
+        if len(self._in_flight) > 1:
+            self.disturbed_suspects += [x.custom_id for x in self._in_flight.values() if x.crashes]
         try:
-            factor = 0.25 if line.custom_id in self.poison else random.uniform(0.5, 1.5)  # it dies beside others
+            factor = 0.25 if line.custom_id in self.poison else random.uniform(0.5, 1.5)  # it dies while others run
             async with asyncio.timeout(self.latency_s * factor):
                 await death
         except TimeoutError:
             if line.custom_id not in self.poison:
                 return
             self.num_deaths += 1
-            alone = len(self._under_way) == 1
-            for other in self._under_way:
+            alone = len(self._in_flight) == 1
+            for other in self._in_flight:
                 if not other.done():
                     other.set_exception(ReplicaUnavailableError("replica r0 ended: out of memory", crashed=True))
             raise ReplicaUnavailableError("replica r0 ended: out of memory", crashed=True, alone=alone) from None
         finally:
-            del self._under_way[death]
+            del self._in_flight[death]
 
 
 def answer(line: Line, body: bytes, seed: int) -> LineResult:
-    """A refusal for a prompt that asks for one, else a text that depends on every bit of what was asked."""
+    """Status 400 for a prompt that starts with "refuse", otherwise a text that depends on every bit of the request."""
     found = json.loads(body)
     if str(found["prompt"]).startswith("refuse"):
         error = {"error": {"message": "No.", "type": "invalid_request_error", "param": "prompt", "code": None}}
@@ -113,7 +113,7 @@ def request(custom_id: str, prompt: str = "hello", **fields: object) -> bytes:
 
 
 def requests(num: int, *, seeded: bool = False) -> list[bytes]:
-    """In groups of ten with a long common opening."""
+    """In groups of ten with a long common prefix."""
     return [
         request(f"r{i}", f"{'opening ' * 40}{i // 10} {i}", max_tokens=5 + i % 7, **({"seed": i} if seeded else {}))
         for i in range(num)
@@ -127,7 +127,7 @@ def opened(folder: Path) -> tuple[Store, FileContents]:
 async def add_batch(
     store: Store, files: FileContents, lines: Sequence[bytes], *, lasts_s: float = 3600, batch_id: str | None = None
 ) -> BatchRecord:
-    """A batch that waits for a runner."""
+    """Adds a batch that waits for a runner."""
 
     async def chunks():
         yield b"".join(lines)
@@ -156,7 +156,7 @@ def read_lines(files: FileContents, file_id: str | None) -> list[dict]:
 
 
 def texts(lines: Iterable[dict]) -> dict[str, str]:
-    """custom_id -> the answer's text. Every custom_id is there once."""
+    """custom_id -> text of the answer. Fails if a custom_id occurs twice."""
     found = [(line["custom_id"], line["response"]["body"]["choices"][0]["text"]) for line in lines]
-    assert len(dict(found)) == len(found), "a custom_id stands twice in one file"
+    assert len(dict(found)) == len(found), "a custom_id occurs twice in one file"
     return dict(found)

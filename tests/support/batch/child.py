@@ -1,7 +1,7 @@
-"""Runs one batch of a data directory with the simulated executor and says how it ended: what tests kill, stop and starve.
+"""Runs one batch of a data directory with the simulated executor and prints how it ended. Tests kill, stop and starve it.
 
-python batch_child.py FOLDER BATCH_ID [--latency-s S] [--file-limit BYTES] [--lease-ttl-s S]
-python batch_child.py FOLDER BATCH_ID --lives SEED [--life-s S]    kills itself again and again, until the batch has ended
+python child.py FOLDER BATCH_ID [--latency-s S] [--file-limit BYTES] [--lease-ttl-s S]
+python child.py FOLDER BATCH_ID --lives SEED [--life-s S]    kills itself again and again, until the batch has ended
 """
 
 import argparse
@@ -38,10 +38,10 @@ async def run(args: argparse.Namespace) -> str:
 
 
 def lives(args: argparse.Namespace) -> None:
-    """A child for each life, forked, so that only the first start of Python is paid for. Prints the batch's status at each death."""
+    """Forks a child for each life, so that Python starts only once. Prints the status of the batch at each death."""
     chance, life_s = random.Random(args.lives), args.life_s
     while True:
-        life_s *= 1.05  # so that on a busy machine, too, one is long enough at last
+        life_s *= 1.05  # so that one life is long enough in the end, on a busy machine too
         pid = os.fork()
         if pid == 0:
             print(asyncio.run(run(args)), flush=True)
@@ -81,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     random.seed(0)
     if args.file_limit is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond it fails as on a full disk
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (args.file_limit, args.file_limit))
     if args.lives is not None:
         lives(args)

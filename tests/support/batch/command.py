@@ -1,4 +1,4 @@
-"""A real `tramontane batch` as a subprocess: started, killed, resumed; and what its output and error files say, as values."""
+"""A real `tramontane batch` as a subprocess that can be started, killed and resumed, and readers for its output and error files."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ COMMAND = Path(sys.executable).parent / "tramontane"
 
 
 class BatchCommand:
-    """One `tramontane batch ...` process. `output` is all it has said so far, on stderr. prefix: what the command line begins with."""
+    """One `tramontane batch ...` process. `output`: its stderr so far. prefix: put in front of the command line."""
 
     def __init__(
         self, *arguments: str | Path, env: Mapping[str, str] | None = None, log: Path, prefix: Sequence[str] = ()
@@ -56,12 +56,12 @@ class BatchCommand:
             raise AssertionError(f"the command did not end in {timeout_s:g} s:\n{self.output[-3000:]}") from None
 
     def kill(self) -> None:
-        """SIGKILL, and its children are on their own."""
+        """SIGKILL to this process only; its children live on."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def close(self) -> None:
-        """Whatever state it is in, it and its descendants are gone afterwards."""
+        """Ends it and its descendants, whatever state they are in."""
         found = self.descendants()
         if self.is_running:
             self.process.send_signal(signal.SIGTERM)
@@ -74,7 +74,7 @@ class BatchCommand:
 
 
 def num_results(store: Path) -> int:
-    """Answered lines of a store, also while somebody writes; 0 before there is one."""
+    """Answered lines in a store, also while it is being written; 0 before it exists."""
     with (
         contextlib.suppress(sqlite3.Error),
         contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as db,
@@ -86,12 +86,15 @@ def num_results(store: Path) -> int:
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(0.02)
 
 
 def write_lines(path: Path, num: int, *, max_tokens: int, seed: int = 0, bad_every: int | None = None) -> list[str]:
-    """A batch file of seeded requests in groups of common openings; returns the custom_ids. bad_every: one that is refused as it runs."""
+    """Writes a batch file of seeded requests in groups with common prefixes, and returns the custom_ids.
+
+    bad_every: every such line is too long for the model and is rejected when it runs.
+    """
     chance = random.Random(seed)
     ids = []
     with path.open("w") as file:
@@ -112,25 +115,25 @@ def write_lines(path: Path, num: int, *, max_tokens: int, seed: int = 0, bad_eve
 
 
 def answers(*paths: Path) -> dict[str, Any]:
-    """custom_id -> what it was answered, without ids, times and what depends on the cache. Every custom_id is there once over all files."""
+    """custom_id -> answer, without ids, times and cache counts. Fails if a custom_id occurs twice over all files."""
     found: dict[str, Any] = {}
     for path in paths:
         for line in path.read_text().splitlines() if path.exists() else ():
             answer = json.loads(line)
-            assert answer["custom_id"] not in found, f"{answer['custom_id']} stands twice"
-            found[answer["custom_id"]] = _lasting(answer)
+            assert answer["custom_id"] not in found, f"{answer['custom_id']} occurs twice"
+            found[answer["custom_id"]] = _stable(answer)
     return found
 
 
-def _lasting(value: Any) -> Any:
+def _stable(value: Any) -> Any:
     if isinstance(value, dict):
         skipped = ("id", "created", "request_id", "prompt_tokens_details")
-        return {k: _lasting(v) for k, v in value.items() if k not in skipped}
-    return [_lasting(v) for v in value] if isinstance(value, list) else value
+        return {k: _stable(v) for k, v in value.items() if k not in skipped}
+    return [_stable(v) for v in value] if isinstance(value, list) else value
 
 
 def ranks_of(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Those that are ranks."""
+    """The processes among these that are ranks."""
     found = []
     for process in processes:
         with contextlib.suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""Reads Compose files as `docker compose config` would: variables filled in, files merged. Knows of both what ours use.
+"""Reads Compose files as `docker compose config` would: variables substituted, files merged. Supports the syntax that our files use.
 
 Where the Compose plugin is installed the test lets that judge too; it is not part of Debian, so the ordinary run does without.
 """
@@ -14,7 +14,7 @@ _VARIABLE = re.compile(r"\$(?:(\$)|\{(\w+)(?:(:?[-?])([^}]*))?\})")
 
 
 class _Reset:
-    """The tag `!reset`: what an earlier file says of this goes."""
+    """The tag `!reset`: removes the value from an earlier file."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -25,10 +25,10 @@ _Loader.add_constructor("!reset", lambda loader, node: _Reset())
 
 
 def load(paths: list[Path], env: Mapping[str, str]) -> dict[str, Any]:
-    """Raises KeyError with its message for a variable that the file says is needed."""
+    """Raises KeyError with the file's message for a required variable that is missing."""
     merged: dict[str, Any] = {}
     for path in paths:
-        # As Compose does, in the values and not in the text: a variable's value is never YAML.
+        # In the values, not in the text, as Compose does: the value of a variable is never parsed as YAML.
         merged = _merge(merged, _fill(yaml.load(path.read_text(), _Loader), env))
     return merged
 

@@ -1,4 +1,4 @@
-"""What the tests of deploy/ share: the release, what is pinned, the linters, and the `tramontane serve` inside a shell script.
+"""Shared by the tests of deploy/: the release, pins, the linters, and the `tramontane serve` inside a shell script.
 
 The linters are other people's and large; `make lint-deploy` installs them beside the project. Where one is missing its test is left out.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from cluster.cli.main import make_parser
+from cluster.cli.options.parser import make_parser
 from support.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -26,7 +26,7 @@ PINNED = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+[\w.-]*")  # an image with a relea
 
 
 def linter(name: str) -> str:
-    """The command, or the test is skipped."""
+    """The path of the command. Without it the test is skipped."""
     found = shutil.which(name, path=str(LINTERS)) or (None if name == "python" else shutil.which(name))
     if found is None:
         pytest.skip(f"{name} is not installed; `make lint-deploy` does that, as far as it can be")
@@ -34,7 +34,7 @@ def linter(name: str) -> str:
 
 
 def serve_arguments(script: str, variables: Mapping[str, str]) -> Namespace:
-    """What `tramontane serve ...` in a script means to our own parser, which ends the test for an option that does not exist."""
+    """The options of `tramontane serve ...` in a script, from our own parser, which fails the test for an unknown option."""
     command = re.search(r"tramontane serve ((?:[^\n\\]|\\\n)*)", script)
     assert command is not None, f"nothing is served by:\n{script}"
     filled = re.sub(r"\$\{?(\w+)(?::\+[^}]*)?\}?", lambda match: variables[match[1]], command[1].replace("\\\n", " "))

@@ -1,4 +1,4 @@
-"""What a test needs of a Dockerfile: its stages and instructions, and which files of the tree its build context has.
+"""Reads a Dockerfile for tests: its stages and instructions, and the files in its build context.
 
 Knows the patterns that our ignore files use (`*`, a path, `!` before it, `**/NAME`) and refuses others rather than guess.
 """
@@ -14,10 +14,10 @@ from dockerfile_parse import DockerfileParser
 class Instruction:
     name: str
     value: str
-    stage: int  # which FROM it belongs to; what stands before the first is of stage -1
+    stage: int  # which FROM it belongs to; -1 before the first
 
     def words(self) -> list[str]:
-        """Without the flags."""
+        """The instruction without its flags."""
         return [word for word in self.value.split() if not word.startswith("--")]
 
 
@@ -31,7 +31,7 @@ def instructions(path: Path) -> list[Instruction]:
 
 
 def context_files(root: Path, ignore_file: Path, files: list[str]) -> list[str]:
-    """Those of `files`, relative to `root`, that a build sends; the last pattern that matches decides, as in Docker."""
+    """The `files`, relative to `root`, that a build sends. The last matching pattern decides, as in Docker."""
     patterns = [line.strip() for line in ignore_file.read_text().splitlines()]
     patterns = [line for line in patterns if line and not line.startswith("#")]
     return [name for name in files if not _is_ignored(name, patterns) and (root / name).is_file()]

@@ -1,4 +1,4 @@
-"""What the nodes of tests/cloud install without a network: a wheelhouse filled beforehand, and the programs a machine must have for it.
+"""What the nodes of tests/cloud install without a network: a wheelhouse prepared in advance, and the programs that the machine needs.
 
 Knows pip, apt and where interpreters lie. The wheelhouse is `build/cloud/wheels` and is kept between runs; `make clean` removes it.
 """
@@ -29,15 +29,15 @@ PROGRAMS = {  # and the Debian package of each
     "curl": "curl",
     "openssl": "openssl",
 }
-SKYPILOT_PYTHON = "3.10"  # SkyPilot makes its own environment on a node with exactly this one
+SKYPILOT_PYTHON = "3.10"  # SkyPilot creates its own environment on a node with exactly this version
 
 
 class Missing(Exception):
-    """Something this machine lacks, and how to get it."""
+    """Something missing on this machine, and how to install it."""
 
 
 def require_programs() -> None:
-    """Installs what is missing where it can: as root, with apt."""
+    """Installs what is missing, if it can: as root, with apt."""
     if os.geteuid() != 0:
         raise Missing("The nodes are network and mount namespaces: run it as root.")
     if missing := _missing_packages():
@@ -51,7 +51,7 @@ def require_programs() -> None:
 
 
 def skypilot_python() -> Path:
-    """Where a Python of the version that SkyPilot wants on its nodes is installed."""
+    """The folder of a Python with the version that SkyPilot needs on its nodes."""
     name = f"python{SKYPILOT_PYTHON}"
     on_path = [Path(found)] if (found := shutil.which(name)) else []
     managed = [
@@ -71,7 +71,7 @@ def skypilot_python() -> Path:
 
 
 def fill_wheelhouse(python310: Path) -> Path:
-    """All that SkyPilot's runtime and Tramontane's set-up ask pip or uv for; returns the folder. Needs the registries on the first run."""
+    """Downloads all that SkyPilot's runtime and Tramontane's setup install; returns the folder. The first run needs the registries."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     ours = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["s3"]]
     build = [*project["build-system"]["requires"], "editables", "setuptools", "wheel", "pip", "uv"]
@@ -88,7 +88,7 @@ def fill_wheelhouse(python310: Path) -> Path:
 
 
 def unpack_uv(wheels: Path) -> Path:
-    """uv's binary out of its wheel."""
+    """The uv binary from its wheel."""
     wheel = max(wheels.glob("uv-*.whl"), key=lambda path: path.stat().st_mtime)
     folder = WHEELS.parent / "uv"
     subprocess.run(
@@ -100,7 +100,7 @@ def unpack_uv(wheels: Path) -> Path:
 
 def _pip_wheel(interpreter: list[str], requirements: list[str]) -> None:
     command = [sys.executable, "-m", "pip", *interpreter, "wheel", "--quiet", f"--wheel-dir={WHEELS}"]
-    command += [f"--find-links={WHEELS}", *requirements]  # what is there already is not fetched again
+    command += [f"--find-links={WHEELS}", *requirements]  # existing files are not downloaded again
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise Missing(f"The nodes' packages could not be fetched: {done.stderr.strip()[-1000:]}")

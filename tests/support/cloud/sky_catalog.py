@@ -1,4 +1,4 @@
-"""A SkyPilot catalog of a few machines in a home of its own, in the files and columns of the real one.
+"""A small SkyPilot catalog in a separate home folder, with the files and columns of the real one.
 
 For tests that read prices and for those that let SkyPilot itself read a YAML without a network. Prices are made up, but differ by region.
 """
@@ -45,7 +45,7 @@ Standard_NC24ads_A100_v4,A100-80GB,1.0,24.0,220.0,A100-80GB,3.7,0.8,eastus,V2
 
 
 def write_catalog(home: Path) -> Path:
-    """The files under `home`, as SkyPilot 0.14 looks for them; returns their folder."""
+    """Writes the files under `home`, where SkyPilot 0.14 expects them; returns their folder."""
     folder = home / ".sky" / "catalogs" / "v8"
     for name, text in (
         ("common/accelerators.csv", ACCELERATORS),

@@ -1,4 +1,4 @@
-"""SkyPilot as its user has it: the `sky` command on the laptop of a SlurmCloud, and a YAML of `sky/` made fit for Slurm.
+"""SkyPilot as a user runs it: the `sky` command on the laptop of a SlurmCloud, and the YAMLs of `sky/` adapted to Slurm.
 
 Knows the command line and its JSON. Does not know what the tasks do.
 """
@@ -15,7 +15,7 @@ from support.cloud.slurm_cloud import CHECKOUT, CLUSTER, PARTITION, SlurmCloud
 
 ENV = {
     "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
-    "SKYPILOT_POD_MEMORY_GB_LIMIT": "6",  # it starts as many controllers of managed jobs as fit into this
+    "SKYPILOT_POD_MEMORY_GB_LIMIT": "6",  # limits how many controllers of managed jobs it starts
 }
 ACCELERATORS = "A10G:1"  # as in tests/cloud/slurm/etc/slurm/slurm.conf; SkyPilot sees one kind per node
 JOB_IS_OVER = {
@@ -36,7 +36,7 @@ class Sky:
         self._command = Path(sys.executable).parent / "sky"
 
     def __call__(self, *arguments: str | Path, timeout_s: float = 900) -> str:
-        """`sky ARGUMENTS`, from the checkout; what it says."""
+        """Runs `sky ARGUMENTS` in the checkout; returns its output."""
         output = self._cloud.run([self._command, *arguments], env=ENV, timeout_s=timeout_s)
         return _COLOURS.sub("", output)
 
@@ -46,7 +46,7 @@ class Sky:
 
 
 def on_slurm(yaml_file: str, folder: Path, **changes: Mapping[str, object]) -> Path:
-    """A copy of sky/YAML_FILE for Slurm, which opens no ports and has no spot: the nodes' claimed accelerator, on two CPUs.
+    """A copy of sky/YAML_FILE for Slurm, which opens no ports and has no spot nodes: the accelerator that the nodes claim, on two CPUs.
 
     changes: to other sections, such as pool={"max_workers": 2}.
     """
@@ -60,7 +60,7 @@ def on_slurm(yaml_file: str, folder: Path, **changes: Mapping[str, object]) -> P
 
 
 def env_options(envs: Mapping[str, str], secrets: Mapping[str, str] | None = None) -> Iterable[str]:
-    """`--env` and `--secret` for each."""
+    """`--env` or `--secret` for each of them."""
     for option, values in (("--env", envs), ("--secret", secrets or {})):
         for name, value in values.items():
             yield from (option, f"{name}={value}")

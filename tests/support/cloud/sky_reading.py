@@ -1,4 +1,4 @@
-"""What SkyPilot itself reads in a task's YAML and in its own command lines, as JSON; run as a script, since it takes a process of its own.
+"""What SkyPilot itself reads in a task's YAML and in its own command lines, as JSON; run as a script, since it needs a process of its own.
 
 SkyPilot keeps state in HOME and would fetch catalogs of prices. `read_with_sky` gives it a HOME with nothing but a small catalog, no
 network, and the secrets that a user would have exported.
@@ -49,7 +49,7 @@ def read_with_sky(home: Path, paths: Sequence[Path], commands: Sequence[Sequence
 
 
 def opening_comment(path: Path) -> str:
-    """The lines before the first that is no comment, without their signs."""
+    """The lines before the first one that is not a comment, without their # signs."""
     lines = path.read_text(encoding="utf-8").splitlines()
     count = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:count])
@@ -96,7 +96,7 @@ def _describe(path: str) -> dict[str, Any]:
 
 
 def _error_of(command: Sequence[str]) -> str | None:
-    """What SkyPilot's command line has against it; nothing is executed."""
+    """Why SkyPilot's command line rejects it, or None; nothing is executed."""
     import click
     from sky.client.cli.command import cli
 

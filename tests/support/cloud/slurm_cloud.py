@@ -24,7 +24,7 @@ from support.paths import ROOT
 CHECKOUT = ROOT
 BUILD = CHECKOUT / "build" / "cloud"
 FILES = CHECKOUT / "tests" / "cloud" / "slurm"
-CLUSTER = "lab"  # SkyPilot's name of the Slurm cluster
+CLUSTER = "lab"  # SkyPilot's name for the Slurm cluster
 PARTITION = "gpu"
 LAPTOP_IP = "10.77.0.254"
 NODE_IPS = {"c0": "10.77.0.1", "n1": "10.77.0.11", "n2": "10.77.0.12"}
@@ -32,7 +32,7 @@ START_TIMEOUT_S = 120.0
 
 
 class SlurmCloud:
-    """Up when made, gone when closed.
+    """Running when created, removed by `close`.
 
     wheels: the folder of wheels from which the nodes install; uv: the binary they have; pythons: their installations of Python.
     """
@@ -40,7 +40,7 @@ class SlurmCloud:
     def __init__(self, *, wheels: Path, uv: Path, pythons: Sequence[Path]) -> None:
         BUILD.mkdir(parents=True, exist_ok=True)
         self._lock = (BUILD / "lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)  # another run of these tests in this checkout
+        fcntl.flock(self._lock, fcntl.LOCK_EX)  # in case these tests already run in this checkout
         self.lab = BUILD / "lab"
         self.home = self.lab / "laptop" / "home"
         self._pythons = pythons
@@ -61,15 +61,15 @@ class SlurmCloud:
     def popen(
         self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, **options
     ) -> subprocess.Popen:
-        """A process on the laptop: in its network and its PIDs. Killing what is returned kills it, though not what it has started."""
+        """A process on the laptop, in its network and PID namespaces. Killing the result kills it, but not the processes it has started."""
         init = psutil.Process(self._laptop.pid).children()[0].pid
         inside = ["nsenter", f"--target={init}", "--mount", "--net", "--pid", f"--wdns={CHECKOUT}"]
         command = [*inside, "setpriv", "--pdeathsig=KILL", *map(str, command)]
         return subprocess.Popen(command, env={**self.laptop_env(), **(env or {})}, text=True, **options)
 
     def run(self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, timeout_s: float = 60) -> str:
-        """What a command on the laptop says on stdout; its failure carries both outputs."""
-        # Files, not pipes: what it has started may hold them open for ever.
+        """The stdout of a command on the laptop. An error contains both of its outputs."""
+        # Files, not pipes: processes it has started may keep them open forever.
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             process = self.popen(command, env=env, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
             try:
@@ -83,17 +83,17 @@ class SlurmCloud:
         return said
 
     def ssh(self, node: str, command: str, *, timeout_s: float = 60) -> str:
-        """What a shell command on a node says."""
+        """The output of a shell command on a node."""
         quiet = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"]
         key = self.lab / "keys" / "client"
         return self.run(["ssh", *quiet, "-i", key, f"root@{NODE_IPS[node]}", command], timeout_s=timeout_s)
 
     def node_states(self) -> dict[str, str]:
-        """As Slurm sees its nodes: idle, mixed, allocated, down."""
+        """The states of the nodes in Slurm: idle, mixed, allocated, down."""
         return dict(line.split() for line in self.ssh("c0", "sinfo --noheader --Node --format='%N %t'").splitlines())
 
     def start_node(self, name: str) -> None:
-        """Also brings a killed one back, with nothing of what it had in memory or in its own folders."""
+        """Also restarts a killed node, without anything it had in memory or in its own folders."""
         shutil.rmtree(self.lab / "nodes" / name, ignore_errors=True)
         wire = ["ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", name]
         for command in (
@@ -118,7 +118,7 @@ class SlurmCloud:
         self.wait_for(lambda: self._answers(name), what=f"node {name} to answer; its log is {log.name}")
 
     def kill_node(self, name: str) -> None:
-        """As by a power cut: every process at once, and the link."""
+        """Like a power cut: ends every process at once, and the link."""
         node = self._nodes.pop(name)
         node.kill()
         node.wait()
@@ -134,7 +134,7 @@ class SlurmCloud:
             time.sleep(every_s)
 
     def laptop_env(self) -> dict[str, str]:
-        """The environment of a user whose home is empty but for what `_write_files` put there."""
+        """The environment of a user whose home has only the files that `_write_files` wrote."""
         return {
             "HOME": str(self.home),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
@@ -193,7 +193,7 @@ class SlurmCloud:
         shutil.copy(uv, lab / "bin" / "uv")
         for python in self._pythons:
             for program in (python / "bin").glob("python3.1[0-9]"):
-                # Not a link: a virtual environment made from a link finds no standard library.
+                # Not a link: a virtual environment made from a link does not find the standard library.
                 wrapper = lab / "bin" / program.name
                 wrapper.write_text(f'#!/bin/sh\nexec {program} "$@"\n')
                 wrapper.chmod(0o755)

@@ -1,7 +1,7 @@
 """An engine core without a model, for everything above the engine: token i of a request is (seed + i) % VOCAB_SIZE.
 
 The log-probability of token t is -t / VOCAB_SIZE, an embedding holds 1.0, 2.0, 3.0 and 4.0; grammars mean nothing here.
-A test can hold a step back, make it fail, and read what the core still holds. Follows workers/engine/loop.py `Core`.
+A test can hold back a step, make it fail, and read which requests the core still has. Implements workers/engine/loop.py `Core`.
 """
 
 import struct
@@ -60,8 +60,8 @@ def _prompt_logprobs(req: GenerateRequest) -> list[TokenLogprob | None] | None:
 
 
 class FakeCore:
-    """Attributes: `requests` maps id to tokens generated so far; clear `gate` to hold steps and heartbeats back. What is
-    put into `cache_events` goes out with the next steps, one each.
+    """`requests` maps each id to the request and its tokens generated so far. Clear `gate` to hold back steps and heartbeats. Each
+    entry of `cache_events` goes out with one of the next steps.
     """
 
     def __init__(self) -> None:
@@ -97,8 +97,8 @@ class FakeCore:
         self.num_steps += 1
         deltas = []
         for request_id, (req, done) in list(self.requests.items()):
-            wants_token = req.sampling.max_tokens > 0
-            token_ids = [(req.sampling.seed + done) % VOCAB_SIZE] if wants_token else []
+            samples = req.sampling.max_tokens > 0
+            token_ids = [(req.sampling.seed + done) % VOCAB_SIZE] if samples else []
             finished = done + len(token_ids) == req.sampling.max_tokens
             self.requests[request_id] = (req, done + 1)
             if finished:

@@ -1,7 +1,7 @@
-"""The metadata services of AWS, Google Cloud and Azure, as far as notices go: they refuse what the real ones refuse, and can be unwell.
+"""Fake metadata services of AWS, Google Cloud and Azure for preemption notices. They refuse what the real ones refuse, and can fail.
 
-In a test's own process as `FakeMetadata(...)`; as a program, for instance at the clouds' own address inside a network namespace, told what
-to say by requests to /fake/announce and /fake/withdraw.
+Use `FakeMetadata(...)` in the process of a test. As a program it can run at the clouds' own address inside a network namespace; requests
+to /fake/announce and /fake/withdraw then set the notice.
 """
 
 import argparse
@@ -19,7 +19,7 @@ OTHER_MACHINE = "gpu-worker_8"
 
 
 class FakeMetadata:
-    """One machine's view. `broken` is an answer given in place of every true one; `delay_s` comes before each; `asked` are the paths."""
+    """The service of one machine. `broken`: if set, the answer to every request. `delay_s`: before each answer. `asked`: the paths."""
 
     def __init__(self, cloud: str) -> None:
         self.cloud = cloud
@@ -35,14 +35,14 @@ class FakeMetadata:
         self._changed = asyncio.Event()
 
     def announce(self, grace_s: float) -> None:
-        """The machine goes away in so many seconds; Google Cloud says no time, it is always 30."""
-        self._set(time.time() + grace_s)
+        """The machine will be removed in `grace_s`. Google Cloud states no time; there it is always 30 s."""
+        self.change(time.time() + grace_s)
 
     def withdraw(self) -> None:
-        self._set(None)
+        self.change(None)
 
     def app(self) -> web.Application:
-        app = web.Application(middlewares=[self._unwell])
+        app = web.Application(middlewares=[self._check])
         app.add_routes(
             [
                 web.put("/latest/api/token", self._token),
@@ -52,20 +52,21 @@ class FakeMetadata:
                 web.get("/computeMetadata/v1/instance/maintenance-event", self._maintenance),
                 web.get("/metadata/instance/compute/name", self._name),
                 web.get("/metadata/scheduledevents", self._scheduled_events),
-                web.post("/fake/announce", self._told),
-                web.post("/fake/withdraw", self._told),
+                web.post("/fake/announce", self._set_notice),
+                web.post("/fake/withdraw", self._set_notice),
             ]
         )
         return app
 
-    def _set(self, deadline: float | None) -> None:
+    def change(self, deadline: float | None) -> None:
+        """Sets the deadline, None for no notice, and answers the long polls."""
         self._deadline = deadline
         self._num_changes += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
     @web.middleware
-    async def _unwell(self, request: web.Request, handler) -> web.StreamResponse:
+    async def _check(self, request: web.Request, handler) -> web.StreamResponse:
         if not request.path.startswith("/fake/"):
             self.asked.append(request.path)
             await asyncio.sleep(self.delay_s)
@@ -74,11 +75,11 @@ class FakeMetadata:
             prefix = {"aws": "/latest/", "gcp": "/computeMetadata/", "azure": "/metadata/"}[self.cloud]
             if not request.path.startswith(prefix):
                 raise web.HTTPNotFound
-            if "X-Forwarded-For" in request.headers:  # as the real ones refuse what a proxy passed on
+            if "X-Forwarded-For" in request.headers:  # the real services refuse requests through a proxy
                 raise web.HTTPForbidden
         return await handler(request)
 
-    async def _told(self, request: web.Request) -> web.Response:
+    async def _set_notice(self, request: web.Request) -> web.Response:
         if request.path.endswith("announce"):
             self.announce((await request.json())["grace_s"])
         else:
@@ -151,7 +152,7 @@ class FakeMetadata:
 
 
 def azure_event(kind: str, machine: str, not_before: str, *, status: str = "Scheduled") -> dict:
-    """As Azure's documentation shows one."""
+    """An event as in Azure's documentation."""
     return {
         "EventId": "C7061BAC-AFDC-4513-B24B-AA5F13A16123",
         "EventStatus": status,
@@ -167,7 +168,7 @@ def azure_event(kind: str, machine: str, not_before: str, *, status: str = "Sche
 
 @contextlib.asynccontextmanager
 async def serving(fake: FakeMetadata, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
-    """Its URL, as long as it runs."""
+    """Runs the service and yields its URL."""
     runner = web.AppRunner(fake.app(), shutdown_timeout=0.1)
     await runner.setup()
     try:

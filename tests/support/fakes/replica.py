@@ -1,6 +1,6 @@
-"""A Replica without an engine: says what it was told to say, and remembers what it was asked and what was closed on it.
+"""A Replica without an engine: streams what its script says, and remembers its requests and which streams were closed early.
 
-Goes on behind `output_token_ids` as an engine does. Can be lost, drained, slow and full, and tells of load and cache in frames.
+Continues after `output_token_ids` as an engine does. Can be lost, drained, slow and full, and reports load and cache in frames.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ def tokens(
 ) -> Script:
     """One delta per token. With stop_token_id, that token is added at the end and finish_reason is STOP.
 
-    A resumed request gets the deltas behind its `output_token_ids`, the first of them with a count of cached tokens again.
+    A resumed request gets the deltas after its `output_token_ids`, the first of them with a count of cached tokens again.
     """
 
     def script(request: GenerateRequest) -> list[TokenDelta]:
         ids = [*token_ids] if stop_token_id is None else [*token_ids, stop_token_id]
         done = len(request.output_token_ids)
-        assert request.output_token_ids == ids[:done], "resumed behind tokens that were never said"
+        assert request.output_token_ids == ids[:done], "resumed after tokens that were never sent"
         count = request.sampling.logprobs
         deltas = []
         for i, token_id in list(enumerate(ids))[done:]:
@@ -61,7 +61,7 @@ def tokens(
 class FakeReplica:
     """Plays `script`. With `hold_after` n, streams stop after n deltas until `release` is set.
 
-    lose_after: the replica is lost when a stream has said so many deltas. A script that ends without a finish_reason loses it too.
+    lose_after: the replica is lost when a stream has sent that many deltas. A script that ends without a finish_reason loses it too.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class FakeReplica:
         return self.condemned or self.reason
 
     def lose(self, reason: str | None = None) -> None:
-        """Every open stream ends with the reason."""
-        self.condemned = reason or f"Replica {self.replica_id} is gone."
+        """Ends every open stream with the reason."""
+        self.condemned = reason or f"Replica {self.replica_id} is lost."
         self.release.set()
 
     def say(self, cache: CacheEvents | None = None, **load: Any) -> None:

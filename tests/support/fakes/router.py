@@ -1,10 +1,11 @@
-"""What metrics and dashboards read: a router that says what it was told to, and a view of a cluster with two replicas of two ranks."""
+"""Sources for metrics and dashboards: a scripted router, and the view of a cluster with two replicas of two ranks."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-from cluster.protocol.view import ClusterView, RankRecord, RankStats, ReplicaRecord, ReplicaState
+from cluster.protocol.view import ClusterView, RankRecord, ReplicaRecord, ReplicaState
 from workers.protocol import LoadReport
+from workers.rank.reports import RankStats
 
 LOAD = LoadReport(
     num_running=3,

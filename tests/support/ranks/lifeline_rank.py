@@ -1,4 +1,4 @@
-"""One rank of test_lifeline.py with nothing but its lifeline, in a process of its own: says as lines of JSON what it notices, and when.
+"""One rank of test_lifeline.py with nothing but its lifeline, in a process of its own: reports as lines of JSON what it notices, and when.
 
 Arguments: rank, rank 0's port (0 on rank 0 itself), whether silence is measured as in a serving replica. Commands come by line:
 `close`, `stall` (stands still for 4 s without letting its threads run), `fork` (leaves its connections to a child),
@@ -26,7 +26,7 @@ def main(rank: int, port: int, serving: bool) -> None:
         rank,
         token=TOKEN,
         on_lost=lambda lost, how: say(event="lost", rank=lost, how=how),
-        on_failed=lambda sentence: say(event="failed", sentence=sentence),
+        on_failed=lambda reason: say(event="failed", reason=reason),
     )
     if serving:
         lifeline.expect_prompt()

@@ -70,7 +70,7 @@ def _rank(
             core.shutdown()
         else:
             run_follower(runner, tp)
-        # Nobody leaves while another may still be reading from it.
+        # No rank leaves while another may still read from it.
         results.put((rank, outputs))
         tp.close()
     except BaseException:

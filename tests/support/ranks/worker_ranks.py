@@ -1,4 +1,4 @@
-"""A replica's ShardWorkers, each in a process of its own as under Ray, but without Ray: what a signal to one does to the others."""
+"""A replica's RankWorkers, each in a process of its own as under Ray, but without Ray: what a signal to one does to the others."""
 
 import multiprocessing
 import secrets
@@ -6,14 +6,15 @@ from multiprocessing.connection import Connection
 from typing import Any, Self
 
 from workers.config import EngineConfig
-from workers.rank.worker import ShardWorker, Started
+from workers.rank.reports import Started
+from workers.rank.worker import RankWorker
 
 TOKEN = "secret"
 TIMEOUT_S = 100.0
 
 
-class ShardProcesses:
-    """`with ShardProcesses(config) as ranks`: joined, loaded and started, unless `until` names an earlier phase."""
+class RankProcesses:
+    """`with RankProcesses(config) as ranks`: joined, loaded and started, unless `until` names an earlier phase."""
 
     def __init__(self, config: EngineConfig, *, until: str = "start") -> None:
         context = multiprocessing.get_context("spawn")
@@ -33,7 +34,7 @@ class ShardProcesses:
             process.start()
         try:
             rendezvous = self.call(0, "address", "127.0.0.1")
-            self.on_all("join", *rendezvous, same_host=True)
+            self.on_all("join", rendezvous, same_host=True)
             if self._until in ("load", "start"):
                 self.on_all("load")
             if self._until == "start":
@@ -74,7 +75,7 @@ class ShardProcesses:
 
 
 def _run(pipe: Connection, config: EngineConfig, rank: int, incarnation: str) -> None:
-    worker = ShardWorker(config, rank, replica_id="r0", incarnation=incarnation, token=TOKEN)
+    worker = RankWorker(config, rank, replica_id="r0", incarnation=incarnation, token=TOKEN)
     while True:
         method, args, kwargs = pipe.recv()
         try:

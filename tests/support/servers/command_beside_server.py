@@ -1,4 +1,4 @@
-"""`tramontane batch` in this process, beside a server that is in it too: what it prints and exits with, and what the server has then."""
+"""Runs `tramontane batch` in this process, together with a server: its output, its exit code, and what the server has then."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli.batch import run_there as remote_run
+from cluster.cli.batch import run_there
 from cluster.cli.main import main
 from cluster.keys.keyring import Keyring
 from support.batch.app import batch_app
@@ -20,11 +20,11 @@ PROMPTS = [{"prompt": "a"}, {"prompt": "b", "custom_id": "mine"}]
 
 
 class DiedError(BaseException):
-    """In place of a SIGKILL."""
+    """Stands for a SIGKILL."""
 
 
 class Command:
-    """Runs `tramontane batch` beside the server of the test."""
+    """Runs `tramontane batch` against the server of the test."""
 
     def __init__(self, server: Any, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         self.server = server
@@ -49,7 +49,7 @@ class Command:
 
     def answers(self, path: Path | None = None) -> dict[str, Any]:
         found = [json.loads(line) for line in (path or self.output).read_text().splitlines()]
-        assert len({line["custom_id"] for line in found}) == len(found), "a custom_id stands twice"
+        assert len({line["custom_id"] for line in found}) == len(found), "a custom_id occurs twice"
         return {line["custom_id"]: line["response"] for line in found}
 
     async def on_the_server(self, what: str) -> list[dict[str, Any]]:
@@ -61,9 +61,9 @@ class Command:
 async def command_beside_server(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Command]:
-    """It waits for nothing longer than it must, and remembers everything under `folder`."""
-    monkeypatch.setattr(remote_run, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(remote_run, "RETRY_S", 0.02)
+    """Yields a Command that polls quickly and keeps all its state under `folder`."""
+    monkeypatch.setattr(run_there, "POLL_EVERY_S", 0.02)
+    monkeypatch.setattr(run_there, "RETRY_S", 0.02)
     monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
     async with batch_app(folder / "data", [FakeReplica(tokens([42, 43]))], keyring=Keyring(api_key=KEY)) as server:
         work = folder / "work"

@@ -1,4 +1,4 @@
-"""Nodes as the doctor sees them, made of facts: a healthy one, and what a test changes about it."""
+"""The facts of healthy nodes, and helpers that change one thing about them."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def gpu_node(address: str = "10.0.0.1", *, num_gpus: int = 4, driver: str = "580
 
 
 def network_of(node: Node, **changes: Any) -> Node:
-    """The node with another network."""
+    """The node with these fields of its Network changed."""
     assert node.machine is not None
     return replace(node, machine=replace(node.machine, network=replace(node.machine.network, **changes)))
 

@@ -1,4 +1,4 @@
-"""Rank 0 without Ray: a real engine on its thread behind the real socket server, and a gateway's application over it."""
+"""Rank 0 without Ray: a real engine on its thread, the real socket server in front of it, and a gateway's application that uses it."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from cluster.api.app import make_app
 from cluster.replicas.client import ReplicaClient
 from cluster.router.router import Router
-from cluster.text.chat.template import MistralTemplate
+from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from support.fakes.engines import make_config
 from support.paths import DEMO_MODEL

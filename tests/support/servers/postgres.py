@@ -1,4 +1,4 @@
-"""A PostgreSQL server for tests, where one is installed: it listens on a socket in a folder of its own only, and leaves nothing behind."""
+"""A PostgreSQL server for tests, if one is installed. It only listens on a socket in its own folder, which is removed at the end."""
 
 import contextlib
 import itertools
@@ -24,13 +24,13 @@ def _find(name: str) -> str | None:
 
 @contextlib.contextmanager
 def postgres_server() -> Iterator[str]:
-    """The folder of a running server's socket; its superuser is `tester` and needs no password there. Skips where none is installed."""
+    """Yields the folder of the server's socket. The superuser `tester` needs no password. Skips the test if no server is installed."""
     initdb, server = _find("initdb"), _find("postgres")
     if initdb is None or server is None:
         pytest.skip("no PostgreSQL server is installed (Debian package postgresql)")
     pytest.importorskip("psycopg")
     user: dict[str, int] = {}
-    if os.geteuid() == 0:  # the server refuses to run as root
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         try:
             account = pwd.getpwnam("postgres")
         except KeyError:
@@ -62,7 +62,7 @@ def postgres_server() -> Iterator[str]:
             _wait(folder, process)
             yield str(folder)
         finally:
-            process.send_signal(signal.SIGINT)  # a shutdown that waits for nobody
+            process.send_signal(signal.SIGINT)  # a fast shutdown, which does not wait for clients
             try:
                 process.wait(10)
             except subprocess.TimeoutExpired:
@@ -91,7 +91,7 @@ def _url(folder: str, database: str) -> str:
 
 
 def new_database(folder: str) -> str:
-    """The address of a database of its own."""
+    """The URL of a new database."""
     import psycopg
 
     name = f"test_{next(_numbers)}"

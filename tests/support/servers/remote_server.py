@@ -1,4 +1,4 @@
-"""A server in a network namespace, asked with curl from inside its host, and streams read as they come."""
+"""A server in a network namespace, called with curl from inside its host, and a reader for its streams."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from support.servers.system_server import API_KEY, Server
 
 
 class RemoteServer(Server):
-    """A server that only commands inside its host reach."""
+    """A server that only commands inside its host can reach."""
 
     def __init__(self, hosts: RayHosts, *options: str) -> None:
         self._hosts = hosts
@@ -37,7 +37,7 @@ def text_of(process: subprocess.Popen) -> str:
 
 
 class Reader(threading.Thread):
-    """Reads a stream from curl's output; `text` is None until it is whole."""
+    """Reads a stream from curl's output. `text` is None until the stream is complete."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         super().__init__(daemon=True)

@@ -69,8 +69,10 @@ def make_batch(sequences, block_size, num_kv_heads, generator):
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("window", [None, 5, 100])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(2, 2, 8), (4, 2, 32), (3, 1, 128), (8, 2, 64)])
-def test_a_query_has_the_same_bits_in_every_company(num_heads, num_kv_heads, head_dim, window, num_threads, threads):
-    """Decoded or prefilled, in any chunk, beside any other sequence, at any block size and placement."""
+def test_a_query_has_the_same_bits_whatever_else_is_computed(
+    num_heads, num_kv_heads, head_dim, window, num_threads, threads
+):
+    """Decoded or prefilled, in any chunk, along with any other sequence, at any block size and placement."""
     threads(num_threads)
     length = 260  # five tiles of keys
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +101,7 @@ def test_a_query_has_the_same_bits_in_every_company(num_heads, num_kv_heads, hea
             parts.append((i, choose.randrange(length - num_new), num_new))
         for (i, before, n), out in zip(parts, attend(parts, choose.choice([1, 4, 16, 64])), strict=True):
             assert torch.equal(out, whole[i][before : before + n]), (
-                f"{n} queries behind {before}, {len(parts)} sequences"
+                f"{n} queries after {before}, {len(parts)} sequences"
             )
 
 
@@ -123,9 +125,7 @@ def test_equals_naive_attention(block_size, window, num_heads, num_kv_heads):
 
 
 def test_released_blocks_are_never_seen():
-    """Blocks behind the window are the null block in the table: filling it with NaN-like values must not change
-    a bit.
-    """
+    """Blocks that the window has passed are the null block in the table: filling it with NaN-like values changes no bit."""
     window, block_size = 6, 4
     generator = torch.Generator().manual_seed(1)
     k_cache, v_cache, metadata, everything = make_batch([(20, 1), (18, 3)], block_size, 2, generator)

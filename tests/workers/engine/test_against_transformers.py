@@ -1,6 +1,4 @@
-"""Our logits against transformers' MistralForCausalLM on tiny random fp32 checkpoints: the engine's own scheduler,
-blocks and runner.
-"""
+"""Our logits against transformers' MistralForCausalLM on tiny random fp32 checkpoints, with the engine's scheduler, blocks and runner."""
 
 import dataclasses
 
@@ -37,8 +35,7 @@ def all_logits(engine, prompt):
         logits = core.runner.execute(dataclasses.replace(batch, logits_indices=every_token))
         rows.append(logits.clone())
         for s in scheduled:
-            s.request.num_computed_tokens += s.num_new_tokens
-            core.kv_cache.commit(s.request)
+            core.kv_cache.commit(s.request.sequence, s.num_new_tokens)
             if s.request.num_computed_tokens == s.request.num_tokens:
                 core.abort("r")
     return torch.cat(rows)

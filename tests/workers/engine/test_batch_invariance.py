@@ -1,4 +1,4 @@
-"""A token's logits and log-probabilities are the same bits whatever is computed beside it and however its context was computed.
+"""A token's logits and log-probabilities are the same bits whatever else the step computes and however its context was computed.
 
 That is what lets another replica take up a stream in the middle: it prefills what the first one decoded. Group tier where
 two ranks take part; the ranks are threads.
@@ -52,7 +52,7 @@ def logits_of(monkeypatch):
             context = tuple(row.token_ids)
             expected = seen.setdefault(context, row_logits.clone())
             off = (row_logits - expected).abs().max().item()
-            assert torch.equal(row_logits, expected), f"{off:.1e} off behind {len(context)} tokens, {len(rows)} rows"
+            assert torch.equal(row_logits, expected), f"{off:.1e} off after {len(context)} tokens, {len(rows)} rows"
         return sample(logits, rows, **kwargs)
 
     monkeypatch.setattr(core_module, "sample", recording)
@@ -107,7 +107,7 @@ def test_every_way_to_compute_a_context_gives_the_same_bits(model, num_threads, 
         expected |= run(alone, [request])
     assert len(logits_of) == NUM_OUTPUT * len(requests), "every position was recorded"
 
-    assert run(alone, requests) == expected, "decoded beside others"
+    assert run(alone, requests) == expected, "decoded along with others"
 
     rng = random.Random(1)
     for budget, block_size in ((512, 16), (67, 1)):
@@ -167,7 +167,7 @@ def test_two_ranks_keep_the_promise_too(model, tmp_path, logits_of):
 
 
 @pytest.mark.parametrize("vocab_size", [50, 4096, 32_768])
-def test_a_rows_log_probabilities_do_not_depend_on_its_neighbours(vocab_size):
+def test_a_rows_log_probabilities_do_not_depend_on_other_rows(vocab_size):
     logits = torch.randn(24, vocab_size, generator=torch.Generator().manual_seed(0)) * 3
     kinds = [
         {"temperature": 0.0, "logprobs": 5},

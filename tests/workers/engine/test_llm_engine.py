@@ -1,6 +1,4 @@
-"""The engine as a whole, in one process: what a request gets does not depend on what happens around it, and nothing is
-left behind.
-"""
+"""The engine as a whole, in one process: what a request gets does not depend on other requests, and nothing of it stays."""
 
 import random
 
@@ -29,7 +27,7 @@ def assert_empty(engine):
     core = engine.core
     assert not core.has_work()
     assert core.kv_cache.pool.num_used == 0
-    assert core._requests == {}
+    assert core.num_requests == 0
     assert core.grammars.num_compiling == 0
     load = core.load()
     assert (load.num_running, load.num_waiting, load.num_used_blocks) == (0, 0, 0)
@@ -56,7 +54,7 @@ def mixed_requests(n=32):
     ]
 
 
-def test_the_same_seed_gives_the_same_tokens_in_every_company(folder):
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(folder):
     requests = mixed_requests()
     alone = make_engine(folder, enable_prefix_caching=False)
     expected = [alone.generate([r])[0] for r in requests]
@@ -84,9 +82,7 @@ def test_full_attention_keeps_the_same_promise(full_attention_folder):
 
 
 def test_blocks_held_stop_growing_at_the_window(folder):
-    """20 windows of decoding hold no more than the window's blocks, and the text is the one an endless cache would
-    give.
-    """
+    """20 windows of decoding hold no more than the window's blocks."""
     engine = make_engine(folder)
     bound = -(-(WINDOW - 1) // 4) + 1
     core = engine.core
@@ -109,14 +105,12 @@ def test_without_a_window_blocks_grow_with_the_sequence(full_attention_folder):
     for _ in range(90):
         core.step()
     (request,) = core.scheduler.running
-    assert len(request.block_ids) == -(-(request.num_tokens - 1) // 4)
-    assert NULL_BLOCK not in request.block_ids
+    assert len(request.sequence.block_ids) == -(-(request.num_tokens - 1) // 4)
+    assert NULL_BLOCK not in request.sequence.block_ids
 
 
 def test_a_request_can_be_continued_anywhere(folder):
-    """Prompt and tokens so far, handed over apart, go on exactly: penalties, seeds and min_tokens count from the same
-    place.
-    """
+    """A prompt and the tokens so far continue exactly: penalties, seeds and min_tokens count from the same place."""
     for request in mixed_requests(7):
         whole = make_engine(folder).generate([request])[0]
         for cut in (1, 7, len(whole) - 1):
@@ -156,7 +150,7 @@ def test_finish_reasons(folder):
 
     by_context = list(engine.stream(make_request("b", prompt_of(60), max_tokens=100)))
     assert by_context[-1].finish_reason is FinishReason.LENGTH
-    assert len(by_context) == 4, "64 tokens of context leave 4 behind a prompt of 60"
+    assert len(by_context) == 4, "64 tokens of context leave 4 after a prompt of 60"
 
     token = by_length[0].token_ids[0]
     by_stop = list(engine.stream(make_request("c", prompt_of(5), max_tokens=9, stop_token_ids=(token,))))
@@ -178,7 +172,7 @@ def test_eos_stops_unless_ignored_or_too_early(folder):
     assert length(ignore_eos=False, min_tokens=4) == 5
 
 
-def test_what_is_refused_at_the_door_leaves_nothing(folder):
+def test_a_request_refused_on_arrival_leaves_nothing(folder):
     engine = make_engine(folder)
     for prompt, params in (([], {}), ([5], {"temperature": -0.1}), ([5], {"grammar": "start: x", "ignore_eos": False})):
         with pytest.raises(RequestError):

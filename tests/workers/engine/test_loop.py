@@ -1,4 +1,4 @@
-"""The engine loop with a fake core: what is published, who gets an error when what fails, and what is left."""
+"""The engine loop with a fake core: what is published, and which requests get an error when something fails."""
 
 import queue
 import threading
@@ -12,7 +12,7 @@ from workers.protocol import CacheEvents, FinishReason, GenerateRequest, Samplin
 
 
 class Published:
-    """Collects deltas, and the cache events beside them, and lets a test wait for a delta that ends a request."""
+    """Collects deltas and cache events, and lets a test wait for a delta that ends a request."""
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
@@ -93,7 +93,7 @@ def test_abort_reaches_the_core(core, loop, published):
             GenerateRequest(request_id="bad", prompt_token_ids=[], sampling=SamplingParams(max_tokens=1, seed=0)),
             "empty",
         ),
-        (request("bad", seed=666), "because of an error"),
+        (request("bad", seed=666), "because of an internal error"),
     ],
     ids=["RequestError", "bug in add_request"],
 )
@@ -130,7 +130,7 @@ def test_a_step_without_tokens_still_publishes_what_it_stored(core, published, m
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("boom"), GroupError("rank 1 died")])
-def test_an_exception_in_a_step_ends_the_loop_and_is_told(core, published, failure):
+def test_an_exception_in_a_step_ends_the_loop_and_is_reported(core, published, failure):
     told: queue.SimpleQueue[Exception] = queue.SimpleQueue()
     loop = EngineLoop(core, published, on_failure=told.put, idle_heartbeat_s=10)
     core.gate.clear()

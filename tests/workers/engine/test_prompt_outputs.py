@@ -14,7 +14,6 @@ from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
 from workers.engine.model_runner import PROMPT_LOGITS_AT_ONCE
-from workers.engine.scheduler import _Step
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
 TOLERANCE = 1e-4
@@ -91,7 +90,7 @@ def test_log_probabilities_equal_transformers(checkpoint, chunk):
             assert_like_reference(found, reference, prompt, start=start, num_top=num_top)
 
 
-def test_the_bits_do_not_depend_on_chunks_neighbours_caches_or_preemption(checkpoint):
+def test_the_bits_do_not_depend_on_chunks_other_requests_caches_or_preemption(checkpoint):
     folder, _ = checkpoint
     prompts = {str(n): prompt_of(n, n) for n in (1, 2, 17, 60, 150)}
     requests = [
@@ -114,7 +113,7 @@ def test_the_bits_do_not_depend_on_chunks_neighbours_caches_or_preemption(checkp
     cached = make_engine(folder, max_num_batched_tokens=33)
     assert run(cached) == expected, "in chunks"
     before = cached.core.load().prefix_hits_total
-    assert run(cached) == expected, "behind a cached prefix"
+    assert run(cached) == expected, "after a cached prefix"
     assert cached.core.load().prefix_hits_total > before
     tight = make_engine(
         folder, num_kv_blocks=cached.core.kv_cache.max_blocks_held(181, 32) + 6, max_num_batched_tokens=32
@@ -123,7 +122,7 @@ def test_the_bits_do_not_depend_on_chunks_neighbours_caches_or_preemption(checkp
     assert tight.core.load().num_preemptions_total > 0
 
 
-def test_a_preempted_prompt_goes_on_where_its_log_probabilities_end(checkpoint):
+def test_a_preempted_prompt_continues_where_its_log_probabilities_end(checkpoint):
     folder, reference = checkpoint
     engine = make_engine(folder, max_num_batched_tokens=32)
     core = engine.core
@@ -134,7 +133,7 @@ def test_a_preempted_prompt_goes_on_where_its_log_probabilities_end(checkpoint):
         core.step()
         (running,) = core.scheduler.running
         assert running.num_computed_tokens == 64
-        core.scheduler._preempt_last(_Step(budget=0, background_budget=0, background_is_bounded=False))
+        assert core.scheduler.preempt_last() is running
         (final,) = [d for _ in range(4) if core.has_work() for d in core.step()]
         assert not core.has_work()
         if final.prompt_logprobs is not None:
@@ -143,7 +142,7 @@ def test_a_preempted_prompt_goes_on_where_its_log_probabilities_end(checkpoint):
             assert embedding_of(final) == pytest.approx(expected_embedding(reference, prompt), abs=TOLERANCE)
 
 
-def test_the_prefix_cache_serves_up_to_the_first_wanted_token(checkpoint):
+def test_the_prefix_cache_serves_up_to_the_first_requested_token(checkpoint):
     folder, _ = checkpoint
     engine = make_engine(folder)  # blocks of 4
     prompt = prompt_of(40)
@@ -172,19 +171,19 @@ def test_embeddings_equal_transformers(checkpoint, chunk):
     assert engine.core.facts("r").hidden_size == reference.config.hidden_size
     prompts = {str(n): prompt_of(n, n) for n in (1, 16, 83)}
     requests = [embed(name, prompt) for name, prompt in prompts.items()]
-    requests.insert(1, make_request("beside", prompt_of(20), max_tokens=3))
+    requests.insert(1, make_request("other", prompt_of(20), max_tokens=3))
     for _ in ("cold", "warm"):
         found = first_deltas(engine.core, requests)
         for name, prompt in prompts.items():
             delta = found[name]
             assert (delta.finish_reason, delta.token_ids) == (FinishReason.LENGTH, [])
             assert embedding_of(delta) == pytest.approx(expected_embedding(reference, prompt), abs=TOLERANCE)
-            assert found["beside"].embedding is None
+            assert found["other"].embedding is None
     assert not engine.core.has_work()
     assert engine.core.kv_cache.pool.num_used == 0
 
 
-def test_no_tokens_wanted(checkpoint):
+def test_a_request_without_output_tokens(checkpoint):
     folder, _ = checkpoint
     engine = make_engine(folder, max_model_len=64)
     deltas = list(engine.stream(make_request("r", prompt_of(64), max_tokens=0, prompt_logprobs=0)))
@@ -196,7 +195,7 @@ def test_no_tokens_wanted(checkpoint):
     assert engine.core.kv_cache.pool.num_used == 0
 
 
-def test_a_continued_request_computes_them_no_second_time(checkpoint):
+def test_a_continued_request_does_not_compute_them_again(checkpoint):
     folder, _ = checkpoint
     request = make_request("r", prompt_of(9), prompt_logprobs=2, max_tokens=4)
     continued = GenerateRequest(

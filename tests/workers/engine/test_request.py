@@ -1,4 +1,4 @@
-"""The last gate: what can never work is refused there, naming the field; what is unusual but possible gets through."""
+"""Checks on arrival: a request that can never work is refused and the field named; an unusual but possible one is accepted."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 
 from workers.engine.request import make_request
 from workers.errors import RequestError
-from workers.protocol import GenerateRequest, SamplingParams
+from workers.protocol import GenerateRequest, SamplingParams, root_hash
 
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 512
@@ -65,7 +65,7 @@ def admit(prompt: list[int], params: dict[str, Any], **message: Any):
         ),
     ],
 )
-def test_what_can_never_work_is_refused(prompt, params, param, words):
+def test_a_request_that_can_never_work_is_refused(prompt, params, param, words):
     with pytest.raises(RequestError) as caught:
         admit(prompt, params)
     assert caught.value.param == param
@@ -82,7 +82,7 @@ def test_what_can_never_work_is_refused(prompt, params, param, words):
         ({"max_tokens": 2}, {"output_token_ids": [256]}, "output_token_ids"),
     ],
 )
-def test_what_contradicts_itself_is_refused(params, message, param):
+def test_a_request_that_contradicts_itself_is_refused(params, message, param):
     with pytest.raises(RequestError) as caught:
         admit([5], params, **message)
     assert caught.value.param == param
@@ -105,5 +105,20 @@ def test_the_log_probabilities_of_one_prompt_fit_into_a_frame():
         ([5], {"allowed_token_ids": (0, 255), "bad_words": ((0, 255), (3,)), "min_tokens": 3}, {}),
     ],
 )
-def test_what_is_unusual_gets_through(prompt, params, message):
+def test_an_unusual_request_is_accepted(prompt, params, message):
     assert admit(prompt, params, **message).num_prompt_tokens == len(prompt)
+
+
+def test_an_adapter_that_is_not_loaded_is_refused():
+    with pytest.raises(RequestError, match=r"No adapter named 'law' is loaded\.") as caught:
+        admit([5], {}, adapter="law")
+    assert caught.value.param == "adapter"
+
+
+def test_a_request_carries_its_adapter():
+    sampling = SamplingParams(max_tokens=2, seed=0)
+    message = GenerateRequest(request_id="r", prompt_token_ids=[5], sampling=sampling, adapter="law")
+    request = make_request(message, arrival=0, vocab_size=9, max_model_len=9, adapters={"law"})
+    assert request.adapter == "law"
+    assert request.sequence.root_hash == root_hash("law")
+    assert admit([5], {}).sequence.root_hash == b"", "the base model's hashes are what they were"

@@ -1,11 +1,14 @@
-"""Who runs: budget, chunks, order, preemption. Drives the scheduler without a model."""
+"""Which requests run: budget, chunks, order, preemption. Drives the scheduler without a model."""
 
 import random
 
+import pytest
 from support.scheduling import add, make_scheduler, run_step
 
+from workers.protocol import BATCH_PRIORITY
 
-def test_long_prompts_are_prefilled_in_chunks_beside_decoding():
+
+def test_long_prompts_are_prefilled_in_chunks_along_with_decoding():
     scheduler = make_scheduler()
     add(scheduler, 0, 3)
     assert run_step(scheduler) == {"0": 3}
@@ -33,7 +36,7 @@ def test_a_smaller_priority_goes_first():
     assert run_step(scheduler) == {"0": 2}
 
 
-def test_the_latest_gives_way_when_blocks_run_out_and_loses_nothing():
+def test_the_latest_is_preempted_when_blocks_run_out_and_loses_nothing():
     scheduler = make_scheduler(num_blocks=5)
     first, second = add(scheduler, 0, 7, max_tokens=8), add(scheduler, 1, 7, max_tokens=8)
     run_step(scheduler)
@@ -73,3 +76,16 @@ def test_random_loads_always_finish_and_leave_nothing():
         assert not scheduler.has_work()
         assert scheduler.kv_cache.pool.num_used == 0
         assert all(r.num_output_tokens == 10 for r in requests if r.request_id not in aborted)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_prefix_lookups_are_counted_once_per_request(caching):
+    scheduler = make_scheduler(enable_prefix_caching=caching)
+    for arrival, priority in ((0, 0), (1, 0), (2, BATCH_PRIORITY)):
+        request = add(scheduler, arrival, 9, priority=priority, max_tokens=1)
+        request.sequence.token_ids[:] = range(9)
+        run_step(scheduler)
+        assert request.num_cached_tokens == (8 if caching and arrival else 0)
+    counts = scheduler.prefix_counts
+    assert (counts.queries_total, counts.hits_total) == ((27, 16) if caching else (0, 0))
+    assert (counts.background_queries_total, counts.background_hits_total) == ((9, 8) if caching else (0, 0))

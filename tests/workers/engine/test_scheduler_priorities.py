@@ -1,4 +1,4 @@
-"""Who gives way to whom: priorities across running and waiting, and the budget of background requests."""
+"""Which requests are preempted for which: priorities across running and waiting, and the budget of background requests."""
 
 from dataclasses import dataclass
 
@@ -20,32 +20,32 @@ def names(requests):
     return [r.request_id for r in requests]
 
 
-def test_a_full_engine_makes_a_place_in_the_very_step():
+def test_a_full_engine_makes_room_in_the_same_step():
     scheduler = make_scheduler(max_num_seqs=2)
     add(scheduler, 0, 3, priority=BATCH)
     add(scheduler, 1, 3, priority=BATCH)
     run_step(scheduler)
     add(scheduler, 2, 3)
     assert run_step(scheduler) == {"2": 3, "0": 1}
-    assert names(scheduler.waiting) == ["1"], "the last of the worst gave way"
+    assert names(scheduler.waiting) == ["1"], "the last of the worst is preempted"
 
 
-def test_equal_priorities_do_not_push_each_other_out():
+def test_equal_priorities_do_not_preempt_each_other():
     scheduler = make_scheduler(max_num_seqs=2)
     add(scheduler, 5, 3)
     add(scheduler, 6, 3)
     run_step(scheduler)
-    add(scheduler, 1, 3)  # came earlier, as one does whose grammar took long to compile
+    add(scheduler, 1, 3)  # arrived earlier, like a request whose grammar took long to compile
     assert run_step(scheduler) == {"5": 1, "6": 1}
     assert scheduler.num_preemptions_total == 0
 
 
-def test_a_batch_lines_prefill_leaves_the_budget_to_whoever_comes():
+def test_a_batch_lines_prefill_leaves_the_budget_to_new_requests():
     scheduler = make_scheduler(max_num_batched_tokens=16)
     add(scheduler, 0, 60, priority=BATCH)
     assert run_step(scheduler) == {"0": 16}
     add(scheduler, 1, 30)
-    assert run_step(scheduler) == {"1": 16}, "passed over: it keeps its place and its blocks"
+    assert run_step(scheduler) == {"1": 16}, "skipped: it keeps its place and its blocks"
     assert run_step(scheduler) == {"1": 14, "0": 2}
     assert scheduler.num_preemptions_total == 0
 
@@ -120,16 +120,18 @@ def test_no_order_of_arrivals_breaks_the_rule(arrivals, num_blocks, max_num_seqs
             request = add(
                 scheduler, len(requests), arrival.num_tokens, priority=arrival.priority, max_tokens=arrival.max_tokens
             )
-            request.token_ids = [arrival.prefix * 1000 + i for i in range(arrival.num_tokens)]
+            request.sequence.token_ids[:] = [arrival.prefix * 1000 + i for i in range(arrival.num_tokens)]
             requests.append(request)
         if not scheduler.has_work():
             if len(requests) == len(arrivals):
                 break
             continue
-        heads = [line[0] for line in (scheduler.running, scheduler.waiting) if line]
+        heads = [queue[0] for queue in (scheduler.running, scheduler.waiting) if queue]
         first = min(heads, key=lambda r: r.priority)  # of two equal ones the running one
         ran = run_step_checked(scheduler, budget=budget, background=background)
-        assert first.request_id in ran, "the first in order advances in every step: so nobody starves within a class"
+        assert first.request_id in ran, (
+            "the first in order advances in every step: so no request starves within a class"
+        )
     assert [r.num_output_tokens for r in requests] == [r.sampling.max_tokens for r in requests]
     assert scheduler.kv_cache.pool.num_used == 0
 
@@ -138,19 +140,19 @@ def run_step_checked(scheduler, *, budget, background):
     """One step, with what must hold between schedule and update."""
     scheduled = scheduler.schedule()
     worst = max(s.request.priority for s in scheduled)
-    assert all(w.priority >= worst for w in scheduler.waiting), "nobody waits while a worse one is served"
+    assert all(w.priority >= worst for w in scheduler.waiting), "no request waits while a worse one is served"
     assert len(scheduler.running) <= scheduler.max_num_seqs
     assert sum(s.num_new_tokens for s in scheduled) <= budget
     if background is not None and scheduler.foreground_is_near:
         assert sum(s.num_new_tokens for s in scheduled if s.request.is_background) <= background
-    held = {b for r in scheduler.running for b in r.block_ids if b != NULL_BLOCK}
+    held = {b for r in scheduler.running for b in r.sequence.block_ids if b != NULL_BLOCK}
     assert scheduler.kv_cache.pool.num_used == len(held), "every used block has a holder"
-    assert all(not w.block_ids for w in scheduler.waiting)
+    assert all(not w.sequence.block_ids for w in scheduler.waiting)
     return play(scheduler, scheduled)
 
 
 @pytest.mark.parametrize("window", [None, 16])
-def test_lines_that_gave_way_again_and_again_get_the_tokens_they_would_have_had(tmp_path, window):
+def test_lines_preempted_again_and_again_get_the_same_tokens(tmp_path, window):
     folder = write_tiny_checkpoint(tmp_path, sliding_window=window)
     lines = [batch_line(i) for i in range(12)]
     expected = dict(

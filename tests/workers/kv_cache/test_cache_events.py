@@ -1,4 +1,4 @@
-"""What the engine says about its prefix cache and its load is what is in its pool and its lists, after every step."""
+"""What the engine reports about its prefix cache and its load matches its pool and its queues, after every step."""
 
 import itertools
 import random
@@ -21,7 +21,7 @@ def test_events_follow_the_pool_exactly_through_a_random_run(tmp_path, sliding_w
     core = make_engine(folder, num_kv_blocks=24, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32).core
     pool, rng = core.kv_cache.pool, random.Random(1)
     known: set[bytes] = set()
-    num_told = num_evicted = 0
+    num_reports = num_evicted = 0
     heads = [[rng.randrange(3, 200) for _ in range(12)] for _ in range(4)]
     for i in range(40):
         tail = [rng.randrange(3, 200) for _ in range(rng.randrange(1, 20))]
@@ -31,21 +31,21 @@ def test_events_follow_the_pool_exactly_through_a_random_run(tmp_path, sliding_w
             if rng.random() < 0.2:
                 core.abort(f"r{rng.randrange(i + 1)}")
             if rng.random() < 0.3:
-                continue  # the next events tell both steps
+                continue  # the next events cover both steps
             events = core.take_cache_events()
             if events is not None:
                 assert not events.reset
                 assert set(events.evicted) <= known, "evicted what was never stored"
                 assert not set(events.stored) & known, "stored what was known already"
                 known = known - set(events.evicted) | set(events.stored)
-                num_told += 1
+                num_reports += 1
                 num_evicted += len(events.evicted)
-            assert known == set(pool._cached)
-    assert num_told > 50
+            assert known == set(pool.cached_hashes)
+    assert num_reports > 50
     assert num_evicted > 50, "the pool was meant to be too small"
 
 
-def test_without_prefix_caching_there_is_nothing_to_tell(folder):
+def test_without_prefix_caching_there_are_no_events(folder):
     core = make_engine(folder, enable_prefix_caching=False).core
     core.add_request(make_request("r", list(range(5, 45)), max_tokens=8))
     while core.has_work():
@@ -58,7 +58,7 @@ def test_pending_tokens_are_what_is_left_to_compute(folder):
     assert core.load().num_pending_tokens == 0
     core.add_request(make_request("a", list(range(5, 45)), max_tokens=3))
     core.add_request(make_request("b", list(range(50, 60)), max_tokens=3))
-    # a's 40 prompt tokens in chunks of 16, then one token a step, beside the 10 that b waits with
+    # a's 40 prompt tokens in chunks of 16, then one token a step, and the 10 that b waits with
     pending = [core.load().num_pending_tokens]
     while core.has_work():
         core.step()
@@ -70,9 +70,9 @@ def test_the_speed_is_that_of_steps_with_prompts(folder, monkeypatch):
     core = make_engine(folder, max_num_seqs=8, max_num_batched_tokens=16).core
     clock = itertools.count()
     every_step_takes_1_s = SimpleNamespace(monotonic=lambda: float(next(clock)))
-    monkeypatch.setattr("workers.engine.core.time", every_step_takes_1_s)
+    monkeypatch.setattr("workers.engine.step_clock.time", every_step_takes_1_s)
     core.heartbeat()
-    assert core.load().tokens_per_s == 0.0, "a heartbeat computes nothing that anybody waits for"
+    assert core.load().tokens_per_s == 0.0, "a heartbeat computes no token of a request"
     core.add_request(make_request("r", list(range(5, 37)), max_tokens=6))
     core.step()
     core.step()
@@ -80,5 +80,5 @@ def test_the_speed_is_that_of_steps_with_prompts(folder, monkeypatch):
     while core.has_work():
         core.step()
     load = core.load()
-    assert load.tokens_per_s == 16.0, "decoding a token a step says nothing about prompts"
+    assert load.tokens_per_s == 16.0, "a decoding step says nothing about prompts"
     assert load.step_s_total == load.num_steps_total == 8

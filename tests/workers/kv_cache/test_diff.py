@@ -1,4 +1,4 @@
-"""Net changes of a set: whoever applies what `take` says has the set as it is."""
+"""Net changes of a set: a reader that applies what `take` returns has the current set."""
 
 import random
 
@@ -6,16 +6,16 @@ from workers.kv_cache.diff import CacheDiff
 from workers.protocol import CacheEvents
 
 
-def test_what_cancels_out_is_not_told():
+def test_changes_that_cancel_out_are_not_reported():
     diff = CacheDiff()
     diff.store(b"a")
-    diff.evict(b"a")  # before anybody heard of it
+    diff.evict(b"a")  # before a reader heard of it
     diff.evict(b"b")
     diff.store(b"b")  # known, and still there
     assert diff.take() is None
 
 
-def test_each_change_is_told_once_and_in_the_order_of_storing():
+def test_each_change_is_reported_once_and_in_the_order_of_storing():
     diff = CacheDiff()
     for name in (b"c", b"a", b"b"):
         diff.store(name)
@@ -49,7 +49,7 @@ def test_diffs_added_up_come_to_the_same_as_each_in_turn():
                 assert follows_total == actual
 
 
-def test_nobody_asking_costs_no_more_than_the_set_itself():
+def test_without_a_reader_it_holds_no_more_than_the_set_itself():
     diff = CacheDiff()
     for i in range(10_000):
         diff.store(i.to_bytes(4, "big"))

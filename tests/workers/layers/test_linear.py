@@ -9,15 +9,14 @@ from torch.nn.functional import linear as plain_linear
 from workers.errors import CheckpointError
 from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from workers.layers.linear import (
-    CAN_PACK,
     ColumnParallelLinear,
+    FinishesLoading,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
-    linear,
-    pack,
 )
 from workers.parallel.group import SingleRank
+from workers.quant.method import new_weight
 
 CPU = {"dtype": torch.float32, "device": "cpu"}
 SIZES = pytest.mark.parametrize("size", [1, 2, 4])
@@ -61,8 +60,8 @@ def test_column_then_row_is_the_whole_product(size):
         assert torch.equal(column.weight, a[tp.rank * 24 // size :][: 24 // size])
         assert torch.equal(row.weight, b[:, tp.rank * 24 // size :][:, : 24 // size])
         plain = row(column(x))
-        column.pack()
-        row.pack()
+        column.finish_loading()
+        row.finish_loading()
         torch.testing.assert_close(row(column(x)), plain)
         return plain
 
@@ -113,8 +112,8 @@ def test_vocabulary_is_padded_divided_and_cut(size, vocab_size):
         for layer in (embed, head):
             layer.weight.fill_(torch.nan)
             assert load(layer, table) == layer.weight.numel()
-        head.pack()
-        tied.pack()
+        head.finish_loading()
+        tied.finish_loading()
         logits = head(x)
         assert (logits is None) == (tp.rank != 0)
         return embed(token_ids), logits, tied(x), head(x[:0])
@@ -133,7 +132,9 @@ def test_loading_converts_the_dtype(dtype):
     layer = ColumnParallelLinear(4, 6, tp=SingleRank(), dtype=dtype, device="cpu")
     load(layer, weight(6, 4))
     assert torch.equal(layer.weight, weight(6, 4).to(dtype))
-    assert pack(layer.weight) is layer.weight, "only fp32 is packed"
+    loaded = layer.weight
+    layer.finish_loading()
+    assert layer.weight is loaded, "only fp32 gets another layout"
     x = weight(2, 4, seed=1).to(dtype)
     torch.testing.assert_close(layer(x), plain_linear(x, layer.weight))
 
@@ -146,22 +147,57 @@ def test_loading_converts_the_dtype(dtype):
         lambda tp: VocabParallelEmbedding(6, 4, tp=tp, **CPU),
     ],
 )
-def test_misshapen_source_is_refused(make):
+def test_a_source_of_the_wrong_shape_is_refused(make):
     layer = make(SingleRank())
     for shape in ((6, 5), (7, 4), (6,), (6, 4, 1)):
         with pytest.raises(CheckpointError, match=r"Tensor 'w' of file has shape .* asks for \[6, 4\]"):
             load(layer, torch.zeros(shape))
 
 
-@pytest.mark.skipif(not CAN_PACK, reason="this build of torch has no oneDNN")
-@pytest.mark.parametrize(("out_features", "in_features"), [(64, 64), (48, 96), (512, 1024), (257, 2048)])
-def test_packed_product_is_right_and_each_row_independent_of_the_batch(out_features, in_features):
-    w, x = weight(out_features, in_features), weight(130, in_features, seed=1)
-    packed = pack(torch.nn.Parameter(w, requires_grad=False))
-    assert packed.is_mkldnn
-    with torch.inference_mode():
-        whole = linear(x, packed)
-        torch.testing.assert_close(whole, plain_linear(x, w), rtol=1e-4, atol=1e-3)
-        for num_rows in (0, 1, 2, 3, 4, 7, 8, 16, 33, 129):
-            assert torch.equal(linear(x[:num_rows], packed), whole[:num_rows]), f"{num_rows} rows"
-            assert torch.equal(linear(x[130 - num_rows :], packed), whole[130 - num_rows :]), f"last {num_rows} rows"
+class HalvesMethod:
+    """A weight form of its own, to show that layers know none: two parameters, `high` and `low`, whose sum is the matrix."""
+
+    def create(self, layer, out_features, in_features, *, weight_loader, dtype, device):
+        weight = new_weight((out_features, in_features), weight_loader, dtype=dtype, device=device)
+        layer.register_parameter("weight", weight)
+        layer.register_buffer("low", torch.empty_like(weight))
+
+    def load(self, layer, values, rows):
+        layer.weight[rows].copy_(values.round())
+        layer.low[rows].copy_(values - values.round())
+        return layer.weight[rows].numel()
+
+    def finish(self, layer):
+        low = getattr(layer, "low", None)  # a tied head was never filled by `load`
+        layer.register_parameter("weight", torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False))
+        layer.total = layer.weight if low is None else layer.weight + low
+
+    def apply(self, layer, x, bias=None):
+        return plain_linear(x, layer.total, bias)
+
+
+@SIZES
+def test_a_layer_takes_its_weights_form_from_the_method(size):
+    a, b, table, x = weight(24, 16, seed=1), weight(10, 24, seed=2), weight(10, 10, seed=3), weight(5, 16, seed=4)
+
+    def program(tp):
+        form = {"tp": tp, "method": HalvesMethod(), **CPU}
+        layers = [
+            ColumnParallelLinear(16, 24, **form),
+            RowParallelLinear(24, 10, **form),
+            ParallelLMHead(10, 10, **form),
+        ]
+        for layer, tensor in zip(layers, (a, b, table), strict=True):
+            assert isinstance(layer, FinishesLoading)
+            assert load(layer, tensor) == layer.weight.numel()
+            layer.finish_loading()
+        embed = VocabParallelEmbedding(10, 10, tp=tp, **CPU)
+        load(embed, table)
+        tied = ParallelLMHead(10, 10, tied=embed, **form)
+        tied.finish_loading()
+        assert tied.weight is not embed.weight, "the head has its own form, the embedding keeps its table"
+        hidden_states = layers[1](layers[0](x))
+        return layers[2](hidden_states), tied(hidden_states)
+
+    for logits in run_ranks(size, program)[0]:
+        torch.testing.assert_close(logits, x @ a.T @ b.T @ table.T, rtol=1e-4, atol=1e-4)

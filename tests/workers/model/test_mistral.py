@@ -11,8 +11,8 @@ from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 from workers.config import load_model_config
 from workers.layers.decoder import RMSNorm, RotaryEmbedding, silu
-from workers.layers.linear import CAN_PACK, linear, pack
 from workers.model.mistral import MistralForCausalLM
+from workers.quant.dense import CAN_PACK, linear, pack
 from workers.weights.loader import load_weights
 
 BLOCK = 16
@@ -36,7 +36,7 @@ def prefill(folder, tp, token_ids):
     )
     n = len(token_ids)
     model = MistralForCausalLM(config, tp=tp, backend=backend, dtype=torch.float32, device="cpu", max_positions=n)
-    load_weights(model, folder, config, tp=tp)
+    load_weights(model, folder, config)
     num_blocks = -(-n // BLOCK)
     shape = (1 + num_blocks, BLOCK, num_kv_heads, config.head_dim)
     kv_caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_hidden_layers)]
@@ -111,7 +111,7 @@ def test_norm_equals_transformers(dtype, tolerance):
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("part", ["norm", "rotary", "silu", "linear"])
-def test_a_row_has_the_same_bits_in_every_company(part, num_threads):
+def test_a_row_has_the_same_bits_whatever_else_is_computed(part, num_threads):
     """Rows enough that three threads share them, and cut their shares in the middle of a row."""
     if part == "linear" and not CAN_PACK:
         pytest.skip("without packed weights a row's last bits depend on the number of rows")

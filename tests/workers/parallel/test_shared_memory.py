@@ -28,7 +28,7 @@ def part(rank, *shape, dtype=torch.float32):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind():
+def no_file_is_left():
     yield
     assert not list(shared_file.FOLDER.glob(f"tramontane-test-{os.getpid()}-*"))
 
@@ -77,7 +77,7 @@ def test_broadcast_and_min():
 
 
 def test_mixed_rounds_at_odd_speeds():
-    """Ranks run ahead of each other as far as the two buffers allow; nobody may see an earlier or later round."""
+    """Ranks run ahead of each other as far as the two buffers allow; no rank may see an earlier or later round."""
     plan = random.Random(0).choices(("all_reduce", "gather", "broadcast", "min"), k=400)
 
     def program(tp):
@@ -132,7 +132,7 @@ def test_a_rank_that_stays_away_is_named_while_and_after_waiting():
     assert 2 in seen[0]
 
 
-def test_different_collectives_are_told_apart():
+def test_different_collectives_are_distinguished():
     def program(tp):
         with pytest.raises(GroupError, match=r"every rank must run the same program|left the group"):
             tp.all_reduce(torch.ones(4)) if tp.rank == 0 else tp.min(3)
@@ -228,7 +228,7 @@ def test_a_crashed_groups_file_is_replaced():
     path = shared_file.FOLDER / f"tramontane-{name}"
     facts = (shared_file.MAGIC, 2, 1024)
     leftover = shared_file.create(path, 8192, facts)
-    # The leader that made it is dead: its pid belongs to a process of another birth.
+    # The leader that made it is dead: its pid belongs to a process that started at another time.
     memoryview(leftover).cast("q")[shared_file.line(0) + shared_file.BORN] -= 1
     results = [None, None]
 

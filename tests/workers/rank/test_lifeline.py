@@ -1,4 +1,4 @@
-"""The lifeline between real processes: who notices whose end, how soon, and what is no end at all."""
+"""The lifeline between real processes: which rank notices which end, how soon, and what is not an end."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from workers.errors import GroupError
 from workers.protocol import SILENCE_IS_DEATH_S
 from workers.rank import lifeline
 from workers.rank.lifeline import Lifeline
-from workers.rank.process import this_process
+from workers.rank.process import this_rank
 
 DEATH_SEEN_WITHIN_S = 1.0  # measured: a few milliseconds; the rest is a busy machine's
 FREEZE_SEEN_WITHIN_S = SILENCE_IS_DEATH_S + 2.0
@@ -98,12 +98,12 @@ def test_a_killed_follower_is_named_at_once_and_the_others_are_told_why(start, s
     assert lost["at"] - killed_at < DEATH_SEEN_WITHIN_S
     tell(f"SIGKILL of a follower, seen by rank 0 after {1000 * (lost['at'] - killed_at):.1f} ms")
     leader.say("Replica r0 lost rank 1: its process died.")
-    assert other.next("failed")["sentence"] == "Replica r0 lost rank 1: its process died."
-    assert other.silent(), "told once"
+    assert other.next("failed")["reason"] == "Replica r0 lost rank 1: its process died."
+    assert other.silent(), "reported once"
 
 
 def test_a_process_is_dead_before_its_connections_are(start):
-    """As one that has much memory to give back: here a child keeps the connection open for ever."""
+    """As one that has much memory to give back: here a child keeps the connection open forever."""
     leader, victim = start(2)
     victim.say("fork")
     child = victim.next("forked")["child"]
@@ -134,21 +134,21 @@ def test_a_frozen_rank_is_named_in_time_and_killed(start, frozen, tell):
     assert lost["rank"] == frozen
     assert lost["how"].startswith("it has given no sign of life for 3.")
     assert SILENCE_IS_DEATH_S - 1 < lost["at"] - stopped_at < FREEZE_SEEN_WITHIN_S
-    assert ranks[frozen].process.wait(10) == -signal.SIGKILL, "stopped, it would keep its memory for ever"
+    assert ranks[frozen].process.wait(10) == -signal.SIGKILL, "stopped, it would keep its memory forever"
     tell(f"SIGSTOP of rank {frozen}, seen after {lost['at'] - stopped_at:.2f} s")
 
 
 def test_a_rank_that_loads_may_stand_still_for_longer(start):
     leader, follower = start(2, "loading")
     follower.signal(signal.SIGSTOP)
-    time.sleep(SILENCE_IS_DEATH_S + 1.0)  # nothing can be awaited: nothing is what must happen
+    time.sleep(SILENCE_IS_DEATH_S + 1.0)  # there is nothing to wait for: nothing must happen
     follower.signal(signal.SIGCONT)
     follower.say("close")
     follower.next("closed")
     assert leader.silent()
 
 
-def test_ones_own_stall_is_not_the_others_silence(start):
+def test_a_stall_of_this_process_is_not_the_others_silence(start):
     leader, follower = start(2, "loading")  # the follower is patient, rank 0 is not
     leader.say("expect prompt")
     leader.next("prompt")
@@ -163,7 +163,7 @@ def test_ones_own_stall_is_not_the_others_silence(start):
 
 
 @pytest.mark.parametrize("leaving", [0, 1])
-def test_leaving_in_order_is_no_death(start, leaving):
+def test_leaving_in_order_is_not_a_death(start, leaving):
     ranks = start(2)
     ranks[leaving].say("close")
     ranks[leaving].next("closed")
@@ -177,11 +177,11 @@ def test_leaving_in_order_is_no_death(start, leaving):
 def test_a_failing_follower_says_why(start):
     leader, follower = start(2)
     follower.say("Rank 1 of replica r0 stopped: OutOfMemoryError: no room.")
-    assert leader.next("failed")["sentence"] == "Rank 1 of replica r0 stopped: OutOfMemoryError: no room."
+    assert leader.next("failed")["reason"] == "Rank 1 of replica r0 stopped: OutOfMemoryError: no room."
     follower.signal(signal.SIGKILL)
     leader.say("close")
     leader.next("closed")
-    assert leader.silent(), "its end after it gave a reason is no news"
+    assert leader.silent(), "after a rank gave a reason, its end is not reported again"
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def follower(rank: int, token: str = "right") -> Lifeline:
     return Lifeline(rank, token=token, on_lost=lambda *_: None, on_failed=lambda _: None)
 
 
-def test_strangers_are_refused_and_harm_nobody(listening, monkeypatch):
+def test_strangers_are_refused_and_do_no_harm(listening, monkeypatch):
     monkeypatch.setattr(lifeline, "HELLO_TIMEOUT_S", 0.3)
     _, port, noticed = listening
     member = follower(1)
@@ -212,7 +212,7 @@ def test_strangers_are_refused_and_harm_nobody(listening, monkeypatch):
     with pytest.raises(GroupError, match="Rank 2 could not reach rank 0's lifeline"):
         follower(2, token="wrong").connect(("127.0.0.1", port))
     with pytest.raises(GroupError, match="it closed the connection"):
-        follower(1).connect(("127.0.0.1", port))  # rank 1 is here already
+        follower(1).connect(("127.0.0.1", port))  # rank 1 is already connected
     for garbage in (b"\n", b"[" * 10_000 + b"\n", b"{}\n", b"x" * 100_000, b"GET / HTTP/1.1\r\n\r\n", b""):
         with socket.create_connection(("127.0.0.1", port), 10) as stranger:
             stranger.sendall(garbage)
@@ -225,7 +225,7 @@ def test_strangers_are_refused_and_harm_nobody(listening, monkeypatch):
 def test_the_last_line_arrives_however_much_was_left_unread(listening):
     leader, port, _ = listening
     with socket.create_connection(("127.0.0.1", port), 10) as member:
-        member.sendall(msgspec.json.encode(this_process(1, "right")) + b"\n")
+        member.sendall(msgspec.json.encode(this_rank(1, "right")) + b"\n")
         member.recv(4096)  # its greeting
         over = threading.Event()
 
@@ -245,7 +245,7 @@ def test_the_last_line_arrives_however_much_was_left_unread(listening):
     assert received.endswith(b"bye\n")
 
 
-def test_nobody_there_is_an_error_that_names_the_address():
+def test_an_address_where_no_rank_listens_is_named():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

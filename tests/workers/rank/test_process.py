@@ -4,26 +4,29 @@ import signal
 import subprocess
 import sys
 
-from workers.parallel.shared_file import birth
-from workers.rank.process import RankProcess, is_alive, is_here, kill_if_here, this_process
+import msgspec
+
+from workers.process_identity import born_at, this_process
+from workers.rank.process import kill_if_here
 
 
 def test_only_the_very_process_is_killed():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        me = this_process(0)
-        assert is_here(me)
-        assert is_alive(me)
-        its = RankProcess(rank=1, pid=process.pid, born=birth(process.pid), host=me.host)
-        assert its.born is not None
-        assert not kill_if_here(RankProcess(rank=1, pid=its.pid, born=its.born - 1, host=its.host)), "a reused pid"
-        assert not kill_if_here(RankProcess(rank=1, pid=its.pid, born=None, host=its.host)), "its birth is not known"
-        assert not kill_if_here(RankProcess(rank=1, pid=its.pid, born=its.born, host="another host")), "elsewhere"
-        assert not kill_if_here(me), "oneself"
+        its = msgspec.structs.replace(this_process(), pid=process.pid, born=born_at(process.pid))
+        for other, why in (
+            ({"born": its.born - 1}, "a reused pid"),
+            ({"born": None}, "its birth is not known"),
+            ({"boot_id": "another boot"}, "another host"),
+            ({"boot_id": None}, "its host is not known"),
+            ({"pid_namespace": "pid:[1]"}, "another container"),
+        ):
+            assert not kill_if_here(msgspec.structs.replace(its, **other)), why
+        assert not kill_if_here(this_process()), "oneself"
         assert process.poll() is None
         assert kill_if_here(its)
         assert process.wait(10) == -signal.SIGKILL
-        assert not kill_if_here(its), "dead already"
+        assert not kill_if_here(its), "already dead"
     finally:
         process.kill()
         process.wait()

@@ -1,4 +1,4 @@
-"""Ranks without a model: what they measure, and how they say who is missing. Threads of this process; the sums are real."""
+"""Ranks without a model: what they measure, and how they name the ranks that are missing. Threads of this process; the sums are real."""
 
 import threading
 import time
@@ -8,8 +8,10 @@ import pytest
 import torch
 from support.ranks.rank_threads import unique_name
 
+import workers.parallel.join
 from workers.errors import GroupError
-from workers.rank.probe import Measured, ProbeRank
+from workers.rank.probe import Joined, Measured, ProbeRank
+from workers.rank.reports import Rendezvous
 
 
 def ranks(size: int, timeout_s: float = 20.0) -> list[ProbeRank]:
@@ -22,7 +24,7 @@ def test_two_ranks_meet_and_measure():
     both = ranks(2)
     meeting = both[0].address("127.0.0.1")
     with ThreadPoolExecutor(2) as pool:
-        joined = list(pool.map(lambda rank: rank.join(*meeting, same_host=True), both))
+        joined = list(pool.map(lambda rank: rank.join(meeting, same_host=True), both))
         assert [j.collectives for j in joined] == ["shared memory"] * 2
         assert both[1].where().doing == "has joined the group"
         for measured in pool.map(ProbeRank.measure, both):
@@ -32,22 +34,22 @@ def test_two_ranks_meet_and_measure():
 
 
 @pytest.mark.group
-def test_a_rank_that_stays_away_is_named_meanwhile_and_in_the_end():
+def test_a_rank_that_stays_away_is_named_while_and_after_waiting():
     lonely = ranks(2, timeout_s=0.5)[0]
     meeting = lonely.address("127.0.0.1")
     seen = []
 
-    def look() -> None:
+    def poll() -> None:
         deadline = time.monotonic() + 10
         while not lonely.where().doing.startswith("is joining") and time.monotonic() < deadline:
             time.sleep(0.01)
         seen.append(lonely.where().doing)
 
-    looking = threading.Thread(target=look)
-    looking.start()
+    polling = threading.Thread(target=poll)
+    polling.start()
     with pytest.raises(GroupError, match="Rank 1 did not answer") as caught:
-        lonely.join(*meeting, same_host=True)
-    looking.join()
+        lonely.join(meeting, same_host=True)
+    polling.join()
     assert caught.value.ranks == (1,)
     assert seen == [f"is joining the group at {meeting.host}:{meeting.port}"]
     lonely.close()
@@ -56,7 +58,7 @@ def test_a_rank_that_stays_away_is_named_meanwhile_and_in_the_end():
 def test_a_rank_that_does_not_reach_rank_0_says_so():
     far = ranks(2)[1]
     with pytest.raises(GroupError, match=r"could not reach rank 0.s lifeline at 127\.0\.0\.1:1:") as caught:
-        far.join("127.0.0.1", 1, 1, same_host=True)
+        far.join(Rendezvous(host="127.0.0.1", port=1, lifeline_port=1), same_host=True)
     assert caught.value.ranks == (0,)
     assert far.where().doing == "is connecting to rank 0's lifeline at 127.0.0.1:1"
     far.close()
@@ -65,8 +67,8 @@ def test_a_rank_that_does_not_reach_rank_0_says_so():
 def test_one_rank_computes_alone():
     (alone,) = ranks(1)
     meeting = alone.address("127.0.0.1")
-    assert alone.join(*meeting, same_host=True) == ("none", None)
-    assert alone.measure() == Measured(pytest.approx(0, abs=1), 0.0)
+    assert alone.join(meeting, same_host=True) == Joined(collectives="none")
+    assert alone.measure() == Measured(latency_s=pytest.approx(0, abs=1), bus_bytes_per_s=0.0)
     alone.close()
 
 
@@ -81,9 +83,14 @@ class WrongGroup:
         x[7] = 2.0
         return x
 
+    def close(self) -> None:
+        pass
 
-def test_a_wrong_sum_is_no_success():
+
+def test_a_wrong_sum_is_an_error(monkeypatch):
+    monkeypatch.setattr(workers.parallel.join, "join_group", lambda **options: WrongGroup())
     rank = ranks(2)[0]
-    rank._tp = WrongGroup()
-    with pytest.raises(GroupError, match="gave 2 where 3 was right, in 1 of 2048 places"):
+    rank.join(rank.address("127.0.0.1"), same_host=True)
+    with pytest.raises(GroupError, match="gave 2 instead of 3 in 1 of 2048 elements"):
         rank.measure()
+    rank.close()

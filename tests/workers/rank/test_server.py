@@ -1,4 +1,4 @@
-"""Rank 0's socket spoken to with raw frames, by well-behaved and by broken clients. The gateway's own client has its own tests."""
+"""Rank 0's socket with raw frames, from well-behaved and from broken clients. The gateway's own client has its own tests."""
 
 import asyncio
 import contextlib
@@ -10,6 +10,7 @@ from support.fakes.engine import TOKEN, FakeEngine
 
 import workers.rank.connection
 import workers.rank.server
+import workers.rank.stuck_ranks
 from workers.protocol import (
     PROTOCOL_VERSION,
     Abort,
@@ -132,7 +133,7 @@ async def test_a_wrong_hello_is_refused_by_name_and_closed(connect, hello, reaso
         b"GET / HTTP/1.1\r\n\r\n",
         encode_frame(Heartbeat()),
         encode_frame(Submit(request=request("early"))),
-        b"\x00\x00",  # and then nothing: closed when the client's patience, not ours, is up
+        b"\x00\x00",  # and then nothing: the client ends it
     ],
 )
 async def test_garbage_before_hello_costs_only_that_connection(engine, connect, garbage):
@@ -174,10 +175,9 @@ async def test_each_prompts_log_probabilities_have_a_frame_of_their_own(engine, 
     engine.core.gate.clear()
     client = await connect()
     client.send(*(Submit(request=request(name)) for name in "abc"))
-    await until(lambda: engine.loop._inbox.qsize() + len(engine.core.requests) == 3)
-    (prefix,) = engine.server._connections
-    prompts = {"a": None, "b": [None], "c": [None]}
-    engine.server.publish([TokenDelta(request_id=prefix + r, prompt_logprobs=p) for r, p in prompts.items()])
+    await until(lambda: len(engine.submitted) == 3)
+    deltas = [TokenDelta(request_id=r, prompt_logprobs=None if r.endswith("a") else [None]) for r in engine.submitted]
+    engine.server.publish(deltas)
     frames: list[list[str]] = []
     while len(frames) < 3:
         message = await client.receive()
@@ -195,7 +195,7 @@ async def test_deltas_of_one_step_share_a_frame_and_ids_belong_to_connections(en
     one.send(*(Submit(request=r) for r in requests))
     two.send(Submit(request=request("same", seed=300)))
     two.send(Abort(request_id="other"))  # not two's to abort
-    await until(lambda: engine.loop._inbox.qsize() + len(engine.core.requests) == 3)
+    await until(lambda: len(engine.submitted) == 3)
     engine.core.gate.set()
     frames, tokens = [], {"same": [], "other": []}
     while len(tokens["other"]) < 5:
@@ -220,7 +220,7 @@ async def test_abort_and_disconnect_free_the_request(engine, connect):
 
 
 async def test_heartbeats_come_while_the_engine_hangs_and_name_the_stuck_rank(engine, connect, monkeypatch):
-    monkeypatch.setattr(workers.rank.server, "STUCK_AFTER_S", 0.4)
+    monkeypatch.setattr(workers.rank.stuck_ranks, "STUCK_AFTER_S", 0.4)
     client = await connect()
     await until(lambda: engine.core.num_heartbeats > 0)
     engine.core.gate.clear()
@@ -299,7 +299,7 @@ async def test_a_connection_begins_with_all_that_is_cached_and_goes_on_with_what
         ]
     )
     early = await connect()
-    assert (await early.receive()).cache == CacheEvents(reset=True), "nothing is cached yet, and that is said"
+    assert (await early.receive()).cache == CacheEvents(reset=True), "nothing is cached yet, and the frame says so"
     early.send(Submit(request=request("r", max_tokens=3)))
     assert await early.until_cached(b"d")
     await until(lambda: not engine.core.cache_events and not engine.core.requests)
@@ -315,7 +315,7 @@ async def test_events_reach_a_connection_without_tokens_added_up_and_soon(engine
     busy, idle = await connect(), await connect()
     assert (await idle.receive()).cache.reset
     engine.core.gate.clear()
-    # x comes and goes before the idle connection hears of it, k goes and comes back; on the busy one each step tells its own.
+    # x is stored and evicted before the idle connection gets a frame, k is evicted and stored; the busy one gets each step's events.
     engine.core.cache_events.extend(
         [
             CacheEvents(stored=[b"k", b"x"]),
@@ -333,7 +333,7 @@ async def test_events_reach_a_connection_without_tokens_added_up_and_soon(engine
         assert known == {b"k", b"end"}
 
 
-async def test_without_prefix_caching_frames_say_nothing_of_it():
+async def test_without_prefix_caching_frames_carry_no_cache_events():
     engine = FakeEngine(msgspec.structs.replace(FACTS, enable_prefix_caching=False))
     try:
         client = Client(*await asyncio.open_connection(*engine.address))
@@ -345,13 +345,11 @@ async def test_without_prefix_caching_frames_say_nothing_of_it():
         engine.close()
 
 
-async def test_last_words_reach_every_client_even_one_that_is_sending(engine, connect):
+async def test_the_ending_reaches_every_client_even_one_that_is_sending(engine, connect):
     clients = [await connect() for _ in range(3)]
     for client in clients:
         client.send(Submit(request=request("r", max_tokens=10**6)))
-        client.send(
-            *[Heartbeat()] * 1000
-        )  # unread by the server when it closes: a reset would take the last words along
+        client.send(*[Heartbeat()] * 1000)  # unread by the server when it closes: a reset would discard the last frame
     await until(lambda: len(engine.core.requests) == 3)
     closer = asyncio.create_task(asyncio.to_thread(engine.server.close, reason="The replica is over."))
     for client in clients:
@@ -366,23 +364,23 @@ async def test_last_words_reach_every_client_even_one_that_is_sending(engine, co
     await closer
 
 
-async def test_a_client_that_does_not_read_cannot_hold_the_end_up(engine, connect):
+async def test_a_client_that_does_not_read_cannot_delay_the_end(engine, connect):
     await connect()
     began = asyncio.get_running_loop().time()
     await asyncio.to_thread(engine.server.close, reason="The replica is over.")
     assert asyncio.get_running_loop().time() - began < 3.0
 
 
-async def test_a_replica_that_every_gateway_has_left_is_told_once(engine, connect, monkeypatch):
+async def test_a_replica_that_every_gateway_has_left_is_reported_once(engine, connect, monkeypatch):
     monkeypatch.setattr(workers.rank.server, "ORPHAN_AFTER_S", 0.6)
     await asyncio.sleep(1.0)
-    assert engine.orphaned == [], "nobody has come yet: the replica is new"
+    assert engine.orphaned == [], "no gateway has connected yet: the replica is new"
     one, two = await connect(), await connect()
     one.writer.close()
     for _ in range(4):
         two.send(Heartbeat())
         await asyncio.sleep(0.25)
-    assert engine.orphaned == [], "somebody is still here"
+    assert engine.orphaned == [], "a gateway is still connected"
     two.writer.close()
     await until(lambda: engine.orphaned)
     await asyncio.sleep(0.6)

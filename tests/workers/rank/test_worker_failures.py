@@ -9,7 +9,7 @@ import time
 import msgspec
 import pytest
 from support.fakes.engines import make_config, make_request
-from support.ranks.worker_ranks import TOKEN, ShardProcesses
+from support.ranks.worker_ranks import TOKEN, RankProcesses
 from support.tiny import write_tiny_checkpoint
 
 from workers.protocol import Ending, FromReplica, Heartbeat, Hello, StepFrame, Submit, encode_frame
@@ -76,7 +76,7 @@ class Gateway:
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 async def test_a_killed_follower_is_named_to_every_gateway_at_once(config, busy, tell):
-    with ShardProcesses(config) as ranks:
+    with RankProcesses(config) as ranks:
         gateways = [await Gateway.connect(ranks.started) for _ in range(2)]
         if busy:
             for gateway in gateways:
@@ -93,7 +93,7 @@ async def test_a_killed_follower_is_named_to_every_gateway_at_once(config, busy,
 
 
 async def test_a_frozen_follower_is_named_and_does_not_survive(config, tell):
-    with ShardProcesses(config) as ranks:
+    with RankProcesses(config) as ranks:
         gateway = await Gateway.connect(ranks.started)
         stopped_at = time.monotonic()
         os.kill(ranks.processes[1].pid, signal.SIGSTOP)
@@ -105,7 +105,7 @@ async def test_a_frozen_follower_is_named_and_does_not_survive(config, tell):
 
 
 def test_a_follower_does_not_survive_rank_0(config):
-    with ShardProcesses(config) as ranks:
+    with RankProcesses(config) as ranks:
         began = time.monotonic()
         ranks.processes[0].kill()
         assert ranks.exit_codes() == [-signal.SIGKILL, BROKEN_EXIT_CODE]
@@ -113,7 +113,7 @@ def test_a_follower_does_not_survive_rank_0(config):
 
 
 def test_a_rank_that_dies_before_serving_ends_the_others(config):
-    with ShardProcesses(config, until="join") as ranks:
+    with RankProcesses(config, until="join") as ranks:
         began = time.monotonic()
         ranks.processes[1].kill()
         assert ranks.exit_codes() == [BROKEN_EXIT_CODE, -signal.SIGKILL]

@@ -1,4 +1,4 @@
-"""Grammars in the engine: the whole output follows, in any company and wherever it goes on, and what goes wrong ends one request."""
+"""Grammars in the engine: the whole output follows its grammar, whatever else runs and wherever it continues; an error ends one request."""
 
 import json
 import random
@@ -9,6 +9,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llguidance import LLMatcher
 from sentencepiece import SentencePieceProcessor
 from support.clients.random_schemas import random_schema
@@ -19,7 +21,7 @@ from support.tiny import write_tiny_checkpoint
 from workers.engine.llm_engine import run_requests
 from workers.errors import RequestError
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta
-from workers.sampling import grammar as constraint_module
+from workers.sampling import grammar as grammar_module
 from workers.sampling.grammar import Constraint
 from workers.sampling.vocabulary import load_grammar_tokenizer
 
@@ -71,7 +73,7 @@ def drain(core) -> dict[str, list[TokenDelta]]:
     while core.has_work():
         for delta in core.step():
             found.setdefault(delta.request_id, []).append(delta)
-    assert core._requests == {}
+    assert core.num_requests == 0
     assert core.kv_cache.pool.num_used == 0
     return found
 
@@ -112,7 +114,7 @@ def test_choices_and_patterns(engine, temperature):
 
 
 def test_an_output_ends_where_its_grammar_ends(engine):
-    """With its last token where nothing can follow; with eos where something could; by length where it is not through."""
+    """With its last token where nothing can follow; with eos where something could; by length where it is not finished."""
     found = add_all(engine.core, [constrained("only", FREE + 'start: "red"')])["only"]
     assert found[-1].finish_reason is FinishReason.STOP
     assert found[-1].stop_token_id is None, "the last token is text"
@@ -159,16 +161,16 @@ def mixed_requests() -> list[GenerateRequest]:
     return [constrained(str(i), grammar, seed=i, **params) for i, (grammar, params) in enumerate(kinds)]
 
 
-def test_neighbours_change_nothing(folder, engine):
+def test_other_requests_change_nothing(folder, engine):
     requests = mixed_requests()
     alone = [run_requests(engine.core, [r])[0] for r in requests]
     assert run_requests(engine.core, requests) == alone, "in one batch"
     tight = new_engine(folder, num_kv_blocks=24, max_num_batched_tokens=32)
     assert run_requests(tight.core, requests) == alone
-    assert tight.core.load().num_preemptions_total > 0, "preempted, a request keeps its place in the grammar"
+    assert tight.core.load().num_preemptions_total > 0, "a preempted request keeps its place in the grammar"
 
 
-def test_an_output_goes_on_anywhere(folder, engine):
+def test_an_output_continues_anywhere(folder, engine):
     """Another engine gets the prompt and the tokens so far, as after the loss of a replica."""
     other = new_engine(folder)
     rng = random.Random(0)
@@ -199,7 +201,7 @@ def test_an_output_goes_on_anywhere(folder, engine):
          "end the grammar"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_followed_ends_alone(engine, grammar, output, words):
+def test_a_grammar_that_cannot_be_followed_ends_its_request_alone(engine, grammar, output, words):
     core = engine.core
     request = constrained("bad", grammar)
     core.add_request(
@@ -217,7 +219,7 @@ def test_what_cannot_be_followed_ends_alone(engine, grammar, output, words):
     assert found["good"][-1].finish_reason is FinishReason.STOP
 
 
-def test_a_grammar_that_grows_too_complex_ends_its_request_and_no_other(engine):
+def test_a_grammar_that_becomes_too_complex_ends_its_request_alone(engine):
     core = engine.core
     core.add_request(constrained("ambiguous", FREE + 'start: s\ns: s s s | s s | "a"', logit_bias={EOS: -100.0}))
     core.add_request(constrained("good", schema_grammar(SCHEMA)))
@@ -229,14 +231,14 @@ def test_a_grammar_that_grows_too_complex_ends_its_request_and_no_other(engine):
 
 
 def test_a_request_waits_for_its_grammar_and_may_be_aborted_there(engine, monkeypatch):
-    """Others run meanwhile."""
+    """Other requests run in the meantime."""
     core, gate = engine.core, threading.Event()
 
     def slow(*args):
         assert gate.wait(20)
         return Constraint(*args)
 
-    monkeypatch.setattr(constraint_module, "Constraint", slow)
+    monkeypatch.setattr(grammar_module, "Constraint", slow)
     for name in ("aborted", "waits"):
         core.add_request(constrained(name, CHOICES))
     with pytest.raises(RequestError, match="already in use"):
@@ -258,23 +260,23 @@ def test_without_a_tokenizer_grammars_are_refused(folder):
         core.add_request(constrained("r", CHOICES))
     assert caught.value.param == "structured_outputs"
     assert not core.has_work()
-    assert core._requests == {}
+    assert core.num_requests == 0
 
 
-def test_a_panic_in_the_masks_ends_the_guilty_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_in_a_mask_ends_its_request_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Panic(BaseException):
         """As pyo3 raises it."""
 
     engine = new_engine(folder)
     undisturbed = engine.generate([constrained("good", NUMBERS)])[0]
-    fill, guilty = constraint_module.fill_next_token_bitmask_par, []
+    fill, guilty = grammar_module.fill_next_token_bitmask_par, []
 
     def panics(executor: Any, rows: list[Any], masks: Any) -> None:
         if any(matcher in guilty for matcher, _ in rows):
             raise Panic("index out of bounds")
         fill(executor, rows, masks)
 
-    monkeypatch.setattr(constraint_module, "fill_next_token_bitmask_par", panics)
+    monkeypatch.setattr(grammar_module, "fill_next_token_bitmask_par", panics)
     core = engine.core
     for name, grammar in (("good", NUMBERS), ("bad", schema_grammar(SCHEMA))):
         core.add_request(constrained(name, grammar))
@@ -290,5 +292,71 @@ def test_a_panic_in_the_masks_ends_the_guilty_request_alone(folder: Path, monkey
         if bad is not None and bad.constraint is not None:
             guilty.append(bad.constraint.matcher)
     assert ids == undisturbed
-    assert list(errors) == ["bad"], "the neighbour of a grammar that breaks goes on"
+    assert list(errors) == ["bad"], "the other request goes on"
     assert "too complex" in (errors["bad"] or "")
+
+
+VOCABULARY = load_grammar_tokenizer(TOKENIZER, vocab_size=4096, eos_token_ids=[EOS])
+
+
+def mask_of(constraint: Constraint) -> bytes:
+    return constraint.matcher.compute_bitmask()
+
+
+def allowed(constraint: Constraint) -> list[int]:
+    mask = mask_of(constraint)
+    return [i for i in range(SP.vocab_size()) if mask[i // 8] >> i % 8 & 1]
+
+
+def accept_allowed(constraint: Constraint, choices: list[int]) -> list[int]:
+    """Accepts tokens of its masks, until the output ends; returns them."""
+    taken = []
+    for choice in choices:
+        if constraint.is_finished:
+            break
+        candidates = allowed(constraint)
+        taken.append(candidates[choice % len(candidates)])
+        constraint.accept(taken[-1])
+    assert constraint.error is None
+    return taken
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    grammar=st.sampled_from([CHOICES, NUMBERS, schema_grammar(SCHEMA), FREE + "start: /[a-z]{2,}/", 'start: "only"']),
+    kept=st.lists(st.integers(0, 5000), max_size=12),
+    dropped=st.lists(st.integers(0, 5000), max_size=12),
+    not_allowed=st.integers(0, 2),
+)
+def test_accept_and_rollback_is_as_if_never_accepted(grammar, kept, dropped, not_allowed):
+    constraint = Constraint(VOCABULARY, grammar)
+    tokens = accept_allowed(constraint, kept)
+    before, was_finished = mask_of(constraint), constraint.is_finished
+    num_dropped = len(accept_allowed(constraint, dropped))
+    for _ in range(not_allowed):  # drafted tokens need not follow the grammar
+        constraint.accept(SP.vocab_size() - 1 if constraint.is_finished else next_not_allowed(constraint))
+    if not_allowed:
+        assert constraint.error is not None
+    constraint.rollback(num_dropped + not_allowed)
+    assert constraint.error is None
+    assert (constraint.num_accepted, constraint.is_finished) == (len(tokens), was_finished)
+    if not was_finished:
+        assert mask_of(constraint) == before == mask_of(Constraint(VOCABULARY, grammar, tokens))
+        accept_allowed(constraint, dropped)
+
+
+def next_not_allowed(constraint: Constraint) -> int:
+    return next(i for i in range(SP.vocab_size()) if i not in set(allowed(constraint)))
+
+
+def test_a_limit_exceeded_is_not_rolled_back():
+    constraint = Constraint(VOCABULARY, FREE + 'start: s\ns: s s s | s s | "a"')
+    (token,) = VOCABULARY.tokenize_str("a")
+    num_accepted = 0
+    while constraint.error is None:
+        mask_of(constraint)
+        constraint.accept(token)
+        num_accepted += 1
+    constraint.rollback(num_accepted)
+    assert constraint.num_accepted == 0
+    assert "too complex" in (constraint.error or "")

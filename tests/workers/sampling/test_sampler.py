@@ -129,10 +129,10 @@ def test_banning_everything_gives_no_token():
     everything = tuple(range(VOCAB))
     for temperature in (0.0, 1.0):
         params = row(temperature=temperature, min_tokens=1, stop_token_ids=everything, logprobs=1)
-        beside = row(temperature=temperature)
-        banned, free = sample(torch.zeros(2, VOCAB), [params, beside], eos_token_ids=EOS)
+        other = row(temperature=temperature)
+        banned, free = sample(torch.zeros(2, VOCAB), [params, other], eos_token_ids=EOS)
         assert banned == Sampled(None, None)
-        assert free == sample(torch.zeros(1, VOCAB), [beside], eos_token_ids=EOS)[0]
+        assert free == sample(torch.zeros(1, VOCAB), [other], eos_token_ids=EOS)[0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -163,12 +163,12 @@ def test_allowed_token_ids(temperature):
 def test_bad_words(bad_words, output, banned):
     logits = torch.zeros(1, VOCAB)
     logits[0, 5], logits[0, 6], logits[0, 4] = 3.0, 2.0, 1.0
-    prompt = (8, 9)  # what the prompt ends with is no part of the output
+    prompt = (8, 9)  # the end of the prompt is not part of the output
     chosen = greedy(logits, bad_words=bad_words, output=output, prompt=prompt, logit_bias={5: 50.0})
     assert chosen == (5 if not banned else 4 if (6,) in bad_words else 6)
 
 
-def test_a_mask_is_the_last_word():
+def test_a_mask_overrules_everything_else():
     logits = torch.zeros(3, VOCAB)
     logits[:, 5], logits[:, 6] = 3.0, 2.0
     mask = np.packbits(
@@ -196,7 +196,7 @@ def test_a_token_depends_on_seed_and_position_only():
     assert one(seed=3, prompt=(1, 2), output=(9,)) == one(seed=3, prompt=(4,), output=(8,))
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_other_rows():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(32, VOCAB, generator=generator) * 3
     kinds = [

@@ -100,5 +100,5 @@ def test_what_is_no_tokenizer_of_the_model(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(ConfigError, match="not a SentencePiece model"):
         load_grammar_tokenizer(tmp_path / "tokenizer.model", vocab_size=10, eos_token_ids=[2])
-    with pytest.raises(ConfigError, match="do not belong together"):
+    with pytest.raises(ConfigError, match="Use the tokenizer that belongs to the model"):
         load_grammar_tokenizer(TOKENIZERS["demo"], vocab_size=4095, eos_token_ids=[2])

@@ -1,4 +1,4 @@
-"""Loading: both layouts, any number of files, each rank its slices only, and a clear sentence for everything that can be wrong."""
+"""Loading: both layouts, any number of files, each rank its slices only, and a clear message for everything that can be wrong."""
 
 import json
 
@@ -11,9 +11,9 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from workers.config import load_model_config
 from workers.errors import CheckpointError
-from workers.layers import linear
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank
+from workers.quant import dense
 from workers.weights import safetensors as checkpoint
 from workers.weights.loader import load_weights
 from workers.weights.safetensors import InterleavedRows
@@ -22,7 +22,7 @@ from workers.weights.safetensors import InterleavedRows
 @pytest.fixture(autouse=True)
 def plain_weights(monkeypatch):
     """Weights stay readable; what packing does is tested with the layers."""
-    monkeypatch.setattr(linear, "CAN_PACK", False)
+    monkeypatch.setattr(dense, "CAN_PACK", False)
 
 
 def load(folder, *, tp=None, progress=None, dtype=torch.float32):
@@ -32,7 +32,7 @@ def load(folder, *, tp=None, progress=None, dtype=torch.float32):
     model = MistralForCausalLM(config, tp=tp, backend=None, dtype=dtype, device="cpu", max_positions=8)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
-    load_weights(model, folder, config, tp=tp, progress=progress)
+    load_weights(model, folder, config, progress=progress)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -225,11 +225,11 @@ ERRORS = {
         lambda f: change(f, lambda t: t.update({Q.replace("1", "2"): torch.ones(64, 64)})),
         r"layers\.2\..* has no place in a 2-layer",
     ),
-    "misshapen": (
+    "wrong shape": (
         lambda f: change(f, lambda t: t.update({Q: torch.ones(64, 32)})),
         rf"Tensor '{Q}' of .*model\.safetensors has shape \[64, 32\], but the model's configuration asks for \[64, 64\]",
     ),
-    "misshapen norm": (
+    "wrong shape of a norm": (
         lambda f: change(f, lambda t: t.update({"model.norm.weight": torch.ones(63)})),
         r"'model\.norm\.weight' of .* has shape \[63\]",
     ),
@@ -241,16 +241,16 @@ ERRORS = {
         r"model\.safetensors is truncated or not a safetensors file",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no model\*\.safetensors"),
-    "pickle": (lambda f: rename_all(f, ".bin"), r"model\.bin is a pickle file.* convert it to safetensors"),
+    "pickle": (lambda f: rename_all(f, ".bin"), r"model\.bin is a pickle file.* Convert it to safetensors"),
     "twice": (
         lambda f: save_file({"model.norm.weight": torch.ones(64)}, f / "model-2.safetensors"),
-        r"Tensor 'model\.norm\.weight' is in both .*; remove one of the files",
+        r"Tensor 'model\.norm\.weight' is in both .*\. Remove one of the files",
     ),
     "absent file": (
         lambda f: (f / "model.safetensors.index.json").write_text(
             json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}})
         ),
-        r"index\.json names model-00002-of-00002\.safetensors, which is not there",
+        r"index\.json names model-00002-of-00002\.safetensors, which does not exist\. Download it too",
     ),
     "bad index": (
         lambda f: (f / "model.safetensors.index.json").write_text("[]"),
@@ -259,11 +259,11 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize(("damage", "sentence"), ERRORS.values(), ids=ERRORS)
-def test_damage_is_named(tmp_path, damage, sentence):
+@pytest.mark.parametrize(("damage", "message"), ERRORS.values(), ids=ERRORS)
+def test_damage_is_named(tmp_path, damage, message):
     write_tiny_checkpoint(tmp_path)
     damage(tmp_path)
-    with pytest.raises(CheckpointError, match=sentence):
+    with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
 
 

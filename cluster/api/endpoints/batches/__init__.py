@@ -1,1 +1,1 @@
-"""/v1/files and /v1/batches."""
+"""The endpoints /v1/files and /v1/batches."""

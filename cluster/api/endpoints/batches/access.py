@@ -1,14 +1,14 @@
-"""What the handlers of files and batches share: the store, whose a file or a batch is, and pages of a list.
+"""What the handlers of files and batches share: the store, who may see a file or a batch, and pages of a list.
 
-Knows keys and query parameters. A key sees what it made; an admin, and everybody where no key is needed, sees everything. What is
-somebody else's does not exist.
+Knows keys and query parameters. A key sees what it created. An admin key sees everything, as do all clients where no key is needed.
+Files and batches of other keys are answered with 404.
 """
 
 import re
 
 from aiohttp import web
 
-from cluster.api.context import GATEWAY, Batches
+from cluster.api.context import CONTEXT, Batches
 from cluster.api.server.auth import KEY
 from cluster.api.server.errors import NotFoundError
 from cluster.batch.records import BatchRecord, FileRecord
@@ -18,21 +18,21 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 
 def batches_of(request: web.Request) -> Batches:
-    """Raises RequestError where batches are switched off."""
-    gateway = request.app[GATEWAY]
-    if gateway.batches is None:
-        raise RequestError(gateway.no_batches, code="batches_disabled")
-    return gateway.batches
+    """Raises RequestError if batches are disabled."""
+    api = request.app[CONTEXT]
+    if api.batches is None:
+        raise RequestError(api.no_batches, code="batches_disabled")
+    return api.batches
 
 
 def owner_of(request: web.Request) -> str:
-    """Whose what the request makes will be; "" where nobody needs a key."""
+    """The key that will own what the request creates; "" where no key is needed."""
     key = request.get(KEY)
     return "" if key is None else key.id
 
 
 def view_of(request: web.Request) -> str | None:
-    """Whose files and batches the request may see; None: everybody's."""
+    """The key whose files and batches the request may see; None: all of them."""
     key = request.get(KEY)
     return None if key is None or key.admin else key.id
 
@@ -46,7 +46,7 @@ async def find_file(request: web.Request, file_id: str, *, param: str = "file_id
 
 
 async def find_batch(request: web.Request) -> BatchRecord:
-    """The one that the path names. Raises NotFoundError."""
+    """The batch in the path. Raises NotFoundError."""
     batch_id = request.match_info["batch_id"]
     record = await batches_of(request).store.get_batch(batch_id) if _ID.fullmatch(batch_id) else None
     if record is None or view_of(request) not in (None, record.owner):
@@ -55,7 +55,7 @@ async def find_batch(request: web.Request) -> BatchRecord:
 
 
 def check_query(request: web.Request, *known: str) -> None:
-    """Raises RequestError for a parameter that would be ignored."""
+    """Raises RequestError for an unknown parameter, which would have no effect."""
     for name in request.query:
         if name not in known:
             raise RequestError(
@@ -67,15 +67,23 @@ def page_limit(request: web.Request, *, default: int, most: int) -> int:
     """Raises RequestError."""
     text = request.query.get("limit", str(default))
     if not re.fullmatch(r"[0-9]{1,6}", text) or not 1 <= int(text) <= most:
-        raise RequestError(f"'limit' must be a number from 1 to {most}.", param="limit", code="invalid_value")
+        raise RequestError(
+            f"'limit' is {text[:20]!r}.",
+            remedy=f"Send a number from 1 to {most}.",
+            param="limit",
+            code="invalid_value",
+        )
     return int(text)
 
 
 def page_after(request: web.Request) -> str | None:
-    """Raises RequestError for what is no id at all; the store knows whether there is such a one."""
+    """The id after which the page starts; the store knows whether it exists. Raises RequestError if it cannot be an id."""
     after = request.query.get("after")
     if after is not None and not _ID.fullmatch(after):
         raise RequestError(
-            "'after' must be an id that an earlier page ended with.", param="after", code="invalid_value"
+            "'after' is not an id.",
+            remedy="Send the 'last_id' of the previous page.",
+            param="after",
+            code="invalid_value",
         )
     return after

@@ -1,13 +1,13 @@
-"""/v1/batches: start a batch over an uploaded file, look at it, and cancel it.
+"""/v1/batches: create a batch from an uploaded file, list and retrieve batches, cancel one.
 
-Knows bodies and answers. Who answers the lines, and when, is cluster/batch's; here a batch is a record in the store.
+Knows bodies and responses. Here a batch is a record in the store; cluster/batch runs it.
 """
 
 import time
 
 from aiohttp import web
 
-from cluster.api.context import GATEWAY
+from cluster.api.context import CONTEXT
 from cluster.api.endpoints.batches.access import (
     batches_of,
     check_query,
@@ -18,10 +18,11 @@ from cluster.api.endpoints.batches.access import (
     page_limit,
     view_of,
 )
-from cluster.api.generation.answering import json_answer
+from cluster.api.endpoints.embeddings import NO_EMBEDDINGS
+from cluster.api.generation.answering import json_response
 from cluster.api.schemas.batches import (
-    DEFAULT_BATCHES_AT_ONCE,
-    MAX_BATCHES_AT_ONCE,
+    DEFAULT_BATCHES_PER_PAGE,
+    MAX_BATCHES_PER_PAGE,
     BatchList,
     BatchRequest,
     batch_object,
@@ -32,20 +33,21 @@ from workers.errors import RequestError
 
 
 async def create(request: web.Request) -> web.Response:
-    """The batch is validated and run from now on."""
+    """Adds the batch; it is validated and run in the background."""
     batches = batches_of(request)
     body = parse(await request.read(), BatchRequest)
     window_s = parse_window(body.completion_window)
-    if body.endpoint == "/v1/embeddings" and not request.app[GATEWAY].serves_embeddings:
+    if body.endpoint == "/v1/embeddings" and not request.app[CONTEXT].serves_embeddings:
         raise RequestError(
-            "This server was started without embeddings (--no-embeddings).",
+            NO_EMBEDDINGS,
             param="endpoint",
             code="embeddings_disabled",
         )
     file = await find_file(request, body.input_file_id, param="input_file_id")
     if file.purpose != "batch":
         raise RequestError(
-            "The input file must have been uploaded with the purpose 'batch'.",
+            f"The file {file.id!r} has the purpose {file.purpose!r}, not 'batch'.",
+            remedy="Upload the input file with the purpose 'batch'.",
             param="input_file_id",
             code="invalid_purpose",
         )
@@ -63,17 +65,17 @@ async def create(request: web.Request) -> web.Response:
     )
     await batches.store.add_batch(record)
     batches.wake()
-    return json_answer(batch_object(record))
+    return json_response(batch_object(record))
 
 
 async def list_batches(request: web.Request) -> web.Response:
-    """A page of them, the youngest first."""
+    """One page, newest first."""
     batches = batches_of(request)
     check_query(request, "after", "limit")
-    limit = page_limit(request, default=DEFAULT_BATCHES_AT_ONCE, most=MAX_BATCHES_AT_ONCE)
+    limit = page_limit(request, default=DEFAULT_BATCHES_PER_PAGE, most=MAX_BATCHES_PER_PAGE)
     records = await batches.store.list_batches(owner=view_of(request), after=page_after(request), limit=limit + 1)
     shown = [batch_object(record) for record in records[:limit]]
-    return json_answer(
+    return json_response(
         BatchList(
             data=shown,
             first_id=shown[0].id if shown else None,
@@ -84,20 +86,20 @@ async def list_batches(request: web.Request) -> web.Response:
 
 
 async def get(request: web.Request) -> web.Response:
-    """As it stands now."""
-    return json_answer(batch_object(await find_batch(request)))
+    """The batch and its progress."""
+    return json_response(batch_object(await find_batch(request)))
 
 
 async def cancel(request: web.Request) -> web.Response:
-    """Asks for it; the batch is cancelled a moment later, with what was answered by then in its files."""
+    """Requests the cancellation. The batch is cancelled a moment later; its files have the lines answered by then."""
     batches = batches_of(request)
     if await request.read() not in (b"", b"{}"):
-        raise RequestError("Cancelling takes no body; leave it out.", code="invalid_value")
+        raise RequestError("A cancellation has no body.", remedy="Send an empty body.", code="invalid_value")
     found = await find_batch(request)
     if found.has_ended:
         raise RequestError(
-            f"The batch is {found.status} and cannot be cancelled any more.", param="batch_id", code="batch_ended"
+            f"The batch is {found.status} and can no longer be cancelled.", param="batch_id", code="batch_ended"
         )
     record = await batches.store.cancel_batch(found.id, now=time.time())
     batches.wake()
-    return json_answer(batch_object(record or found))
+    return json_response(batch_object(record or found))

@@ -1,1 +1,1 @@
-"""Health, metrics, the routing explanation and the administration of a cluster."""
+"""Endpoints for operators: health, metrics, version, the routing explanation and the administration of a cluster."""

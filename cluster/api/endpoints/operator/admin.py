@@ -1,6 +1,6 @@
-"""POST /admin/replicas/{id}/drain and GET /admin/cluster: the operator's endpoints, behind the same key as everything else.
+"""POST /admin/replicas/{id}/drain and GET /admin/cluster. On a server with API keys they require an admin key.
 
-Knows the paths and bodies; what they do is an `Admin`'s, and without one they do not exist.
+Knows the paths and bodies; an `Admin` does the work. Without one, these paths are answered with 404.
 """
 
 import math
@@ -8,11 +8,13 @@ import math
 import msgspec
 from aiohttp import web
 
-from cluster.api.context import GATEWAY, Admin
+from cluster.api.context import CONTEXT, Admin
 from workers.errors import RequestError
 
 
 class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`grace_s`: seconds until requests that still run move to other replicas. null: the server's default."""
+
     grace_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -21,27 +23,29 @@ class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 async def drain(request: web.Request) -> web.Response:
-    """Answers when the drain has begun, not when it is over: GET /admin/cluster shows the rest."""
+    """Starts the drain and responds at once; GET /admin/cluster shows its progress."""
     admin = _admin(request)
     body = await request.read()
     try:
-        wish = msgspec.json.decode(body or b"{}", type=DrainRequest)
+        drain_request = msgspec.json.decode(body or b"{}", type=DrainRequest)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:
-        raise RequestError(f'The body must be empty or like {{"grace_s": 10}}: {e}.', param="grace_s") from e
+        raise RequestError(
+            f"The body is invalid: {e}.", remedy='Send an empty body, or one like {"grace_s": 10}.', param="grace_s"
+        ) from e
     replica_id = request.match_info["replica_id"]
-    await admin.drain_replica(replica_id, wish.grace_s)
+    await admin.drain_replica(replica_id, drain_request.grace_s)
     answer = msgspec.json.encode({"id": replica_id, "state": "draining"})
     return web.Response(status=202, body=answer, content_type="application/json")
 
 
 async def cluster(request: web.Request) -> web.Response:
-    """Replicas, ranks, nodes and gateways as the controller last told."""
+    """Replicas, ranks, nodes and gateways, as the controller last reported them."""
     body = msgspec.json.encode(_admin(request).cluster_view())
     return web.Response(body=body, content_type="application/json")
 
 
 def _admin(request: web.Request) -> Admin:
-    admin = request.app[GATEWAY].admin
+    admin = request.app[CONTEXT].admin
     if admin is None:
         raise web.HTTPNotFound
     return admin

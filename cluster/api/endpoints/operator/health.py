@@ -1,46 +1,48 @@
-"""GET /health, /health/ready, /health/live and /metrics: what is true now, for load balancers, people and Prometheus.
+"""GET /health, /health/ready, /health/live and /metrics: the current state, for load balancers, people and Prometheus.
 
-Ready, and /health with it, says 200 only when a request sent now would be served, if need be by waking a replica. Live says that this
-process's event loop runs, to anybody and without a key. Knows nothing the router does not tell it.
+/health and /health/ready answer 200 only if a request sent now would be served, possibly by starting a replica. /health/live answers 200
+while this process's event loop runs; it needs no key. Knows only what the router reports.
 """
 
 import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from cluster.api.context import GATEWAY
+from cluster.api.context import CONTEXT
 
 
 class ReplicaHealth(msgspec.Struct, frozen=True, kw_only=True):
+    """`state`: ready, not_ready or draining."""
+
     id: str
     ready: bool
-    state: str  # ready, not_ready or draining
+    state: str
     num_running: int
     num_waiting: int
     reason: str | None = None
 
 
-class HealthAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """`status`: "ok", or "unavailable" with the reason in one sentence."""
+class HealthResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """`status`: "ok", or "unavailable" with a `reason`."""
 
     status: str
     replicas: list[ReplicaHealth]
     reason: str | None = None
 
 
-class LiveAnswer(msgspec.Struct, frozen=True, kw_only=True):
+class LiveResponse(msgspec.Struct, frozen=True, kw_only=True):
     status: str = "ok"
 
 
 async def live(request: web.Request) -> web.Response:
-    """200 whenever this process can answer at all."""
-    return web.Response(body=msgspec.json.encode(LiveAnswer()), content_type="application/json")
+    """200 while this process can answer at all."""
+    return web.Response(body=msgspec.json.encode(LiveResponse()), content_type="application/json")
 
 
 async def handle(request: web.Request) -> web.Response:
-    """200 when a replica is ready or sleeps on purpose, else 503."""
-    health = request.app[GATEWAY].router.health()
-    answer = HealthAnswer(
+    """200 if a replica is ready, or if the cluster is scaled to zero and the next request starts one; otherwise 503."""
+    health = request.app[CONTEXT].router.health()
+    answer = HealthResponse(
         status="ok" if health.ready else "unavailable",
         reason=health.reason,
         replicas=[
@@ -61,6 +63,6 @@ async def handle(request: web.Request) -> web.Response:
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """The Prometheus text format."""
-    body = request.app[GATEWAY].metrics.render()
+    """Metrics in the Prometheus text format."""
+    body = request.app[CONTEXT].metrics.render()
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

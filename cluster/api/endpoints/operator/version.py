@@ -1,13 +1,17 @@
-"""GET /version: which release answers."""
+"""GET /version: the server's version."""
 
 from importlib.metadata import version
 
+import msgspec
 from aiohttp import web
 
-from cluster.api.generation.answering import json_answer
-from cluster.api.schemas.other import VersionAnswer
+from cluster.api.generation.answering import json_response
+
+
+class VersionResponse(msgspec.Struct, frozen=True, kw_only=True):
+    version: str
 
 
 async def handle(request: web.Request) -> web.Response:
-    """The installed distribution's version."""
-    return json_answer(VersionAnswer(version=version("tramontane")))
+    """The version of the installed distribution."""
+    return json_response(VersionResponse(version=version("tramontane")))

@@ -1,1 +1,1 @@
-"""A job in parts: their records, their lines, and the merge of their answers."""
+"""Parts: one input split over several jobs, each with its own output, and how they are merged."""

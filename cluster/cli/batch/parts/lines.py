@@ -1,7 +1,7 @@
-"""A part's lines with their numbers, read from its two files side by side. Knows the form of output lines, and no other part.
+"""The lines of a part with their numbers, read from its output and its error file in parallel. Knows no other part.
 
-A line's id is made of its batch and its number: so it tells which of the two files has the line of a number, without the input. An input's
-empty lines have no answer, and are passed over.
+The id of a line is derived from its batch and its number, so it shows which of the two files has the line of a given number, without the
+input. Empty lines of the input have no answer and are skipped.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from cluster.batch.errors import BatchError
 from cluster.batch.records import line_id
 from cluster.cli.batch.parts.records import Part, PartRecord
 
-MAX_EMPTY_LINES = 1_000_000  # one after the other
+MAX_EMPTY_LINES = 1_000_000  # in a row
 
 
 class _Answer(msgspec.Struct, frozen=True):
-    """What is read of a line."""
+    """The fields of a line that are read."""
 
     id: str
     custom_id: str
@@ -30,7 +30,7 @@ _answer = msgspec.json.Decoder(_Answer)
 
 @dataclass(frozen=True)
 class PartLine:
-    """Of an output or error file, with its end."""
+    """A line of an output or error file. `data` has the newline."""
 
     number: int
     is_error: bool
@@ -39,7 +39,7 @@ class PartLine:
 
 
 def lines_of(part: Part, record: PartRecord, *, output: Path, errors: Path | None) -> Generator[PartLine, None, None]:
-    """A part's lines by their numbers. Raises BatchError where the files are not what the record says."""
+    """Yields the lines of a part in the order of their numbers. Raises BatchError if the files do not match the record."""
     with contextlib.ExitStack() as stack:
         readers = {False: _read(stack, part, output)}
         if errors is not None:
@@ -59,30 +59,30 @@ def lines_of(part: Part, record: PartRecord, *, output: Path, errors: Path | Non
             num_empty = 0 if kind is not None else num_empty + 1
             if num_empty > MAX_EMPTY_LINES:
                 raise _changed(
-                    part, f"{next(iter(heads.values()))[0].custom_id!r} is no line of it, or not in its order"
+                    part, f"{next(iter(heads.values()))[0].custom_id!r} is not a line of it, or out of order"
                 )
             number += part.count
     wanted_counts = {False: record.outcome.num_completed, True: record.outcome.num_failed}
     if counts != wanted_counts:
-        raise _changed(part, f"{sum(counts.values()):,} lines are there, {sum(wanted_counts.values()):,} were written")
+        raise _changed(part, f"it has {sum(counts.values()):,} lines, but {sum(wanted_counts.values()):,} were written")
 
 
 def _read(stack: contextlib.ExitStack, part: Part, path: Path) -> Iterator[tuple[_Answer, bytes]]:
     try:
         file = stack.enter_context(path.open("rb"))
     except FileNotFoundError as e:
-        raise _changed(part, f"{path} is not there") from e
+        raise _changed(part, f"{path} does not exist") from e
     except OSError as e:
         raise BatchError(f"{path} cannot be read: {e.strerror}.") from e
     for data in file:
         try:
             yield _answer.decode(data), data.rstrip(b"\n") + b"\n"
         except (msgspec.DecodeError, UnicodeDecodeError) as e:
-            raise _changed(part, f"{path} holds a line that is no answer ({e})") from e
+            raise _changed(part, f"{path} has a line that is not an answer ({e})") from e
 
 
 def _changed(part: Part, what: str) -> BatchError:
     return BatchError(
-        f"Part {part} is not what its batch wrote: {what}. Run it again with --overwrite; if its errors went elsewhere, say --errors FILE "
-        "as its command did."
+        f"Part {part} has changed since its batch wrote it: {what}.",
+        remedy="Run it again with --overwrite, or, if it was run with --errors FILE, give the same --errors here.",
     )

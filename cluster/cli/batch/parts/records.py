@@ -1,7 +1,7 @@
-"""One file's lines shared out over N jobs that know nothing of each other, such as those of a SkyPilot pool: whose is which, and where.
+"""Parts: the lines of one file split over N independent jobs, such as those of a SkyPilot pool. Which line is in which part, and names.
 
-Part I of N answers lines I+1, I+1+N, I+1+2N, ...: each has its share of whatever the file begins and ends with. The last file that a part
-writes, its record, says that the others are whole. Knows names and records; runs and merges nothing.
+Part I of N answers lines I+1, I+1+N, I+1+2N, ..., so that each part gets an even mix of the file's lines. The last file that a part
+writes, its record, says that the others are complete. Knows names and records. Runs and merges nothing.
 """
 
 import re
@@ -31,23 +31,23 @@ class Part:
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
 
-    def holds(self, number: int) -> bool:
-        """Whether the line of this number, from 1, is its own. Example: part 1 of 3 holds lines 2, 5, 8."""
+    def contains(self, number: int) -> bool:
+        """Whether the line of this number (from 1) is in this part. Example: part 1/3 contains lines 2, 5, 8."""
         return (number - 1) % self.count == self.index
 
-    def location(self, whole: str) -> str:
-        """Where this part of a file is: "out.jsonl" is "out.part-00001-of-00003.jsonl"."""
-        return locations.with_suffix(whole, f".part-{self.index:05}-of-{self.count:05}")
+    def location(self, target: str) -> str:
+        """The location of this part of a file: "out.jsonl" becomes "out.part-00001-of-00003.jsonl"."""
+        return locations.with_suffix(target, f".part-{self.index:05}-of-{self.count:05}")
 
-    def record_location(self, whole: str) -> str:
-        """Where the record of this part of an output is, once it is whole."""
-        return self.location(whole) + RECORD_SUFFIX
+    def record_location(self, target: str) -> str:
+        """The location of the record of this part of an output."""
+        return self.location(target) + RECORD_SUFFIX
 
 
 class PartRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A part that is whole. `source_bytes`: of the input as the part saw it, None where nobody can tell (stdin).
+    """The record of a complete part. `source_bytes`: the size of the input when the part was computed, None for stdin.
 
-    `batch_id`: by it the ids of the answers tell their lines' numbers.
+    `batch_id`: with it, the ids of the answers show the numbers of their lines.
     """
 
     part: str
@@ -61,33 +61,34 @@ class PartRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_part(text: str) -> Part:
-    """ "3/10". Raises ValueError with what to write instead."""
+    """Parses "3/10". Raises ValueError, which says what to write instead."""
     found = _FORM.fullmatch(text)
     if found is None:
-        raise ValueError(f"{text!r} is no part; write I/N with I from 0 to N-1, such as 0/10")
+        raise ValueError(f"{text!r} is not a part; write I/N with I from 0 to N-1, such as 0/10")
     part = Part(int(found[1]), int(found[2]))
     if not part.index < part.count <= MAX_PARTS:
         raise ValueError(
-            f"{text} is no part: I counts from 0 to N-1, so of {part.count} the last is {max(0, part.count - 1)}"
+            f"{text} is not a part: I counts from 0 to N-1, so the last of {part.count} is {max(0, part.count - 1)}"
             if part.count <= MAX_PARTS
-            else f"{text} is no part: there can be {MAX_PARTS:,} at most"
+            else f"{text} is not a part: there can be {MAX_PARTS:,} parts at most"
         )
     return part
 
 
 def part_of(job: Job) -> Part | None:
+    """The part that this job computes; None for a job that computes everything."""
     text = job.request.get("part")
     return None if text is None else parse_part(text)
 
 
 def record_location(job: Job) -> str:
-    """Where the record of this job, which is a part, is."""
+    """The location of the record of this job, which is a part."""
     return job.output + RECORD_SUFFIX
 
 
 def record_of(job: Job) -> PartRecord:
-    """Of a part that is over."""
-    assert job.outcome is not None, "the part is not over"
+    """The record of a part that has ended."""
+    assert job.outcome is not None, "the part has not ended"
     return PartRecord(
         part=job.request["part"],
         source=job.source,
@@ -100,7 +101,7 @@ def record_of(job: Job) -> PartRecord:
 
 
 def read_record(location: str) -> PartRecord | None:
-    """None where there is none. Raises BatchError for one that cannot be read, and LocationError."""
+    """The record, or None. Raises BatchError for one that cannot be read, and LocationError."""
     if not locations.exists(location):
         return None
     with locations.reading(location) as source:
@@ -109,41 +110,46 @@ def read_record(location: str) -> PartRecord | None:
         return msgspec.json.decode(data, type=PartRecord)
     except msgspec.DecodeError as e:
         raise BatchError(
-            f"{location} is no record of a part ({e}); delete it, and run the part again with --overwrite."
+            f"{location} is not the record of a part: {e}.",
+            remedy="Delete it, and run the part again with --overwrite.",
         ) from e
 
 
-def finished(asked: Job) -> Job | None:
-    """The part that is asked for, if it is whole already, wherever it was made. Raises ConfigError if it answers something else."""
-    record = read_record(record_location(asked))
+def finished(requested: Job) -> Job | None:
+    """The requested part, if it is complete already, on whichever machine. Raises ConfigError if its options differ."""
+    record = read_record(record_location(requested))
     if record is None:
         return None
-    if record.request != asked.request:
+    if record.request != requested.request:
         raise ConfigError(
-            f"{asked.output} is whole, and answers something else than what is asked for; name another output, or add --overwrite."
+            f"{requested.output} is complete, but was computed with other options.",
+            remedy="Choose another output, or add --overwrite.",
+            param="--overwrite",
         )
-    if None not in (record.source_bytes, asked.source_bytes) and record.source_bytes != asked.source_bytes:
+    if None not in (record.source_bytes, requested.source_bytes) and record.source_bytes != requested.source_bytes:
         raise ConfigError(
-            f"{asked.source} has changed since {asked.output} was made of it; add --overwrite to make this part, and all others, anew."
+            f"{requested.source} has changed since {requested.output} was computed from it.",
+            remedy="Add --overwrite to compute this part again, and all others too.",
+            param="--overwrite",
         )
-    return msgspec.structs.replace(asked, created_at=record.created_at, outcome=record.outcome)
+    return msgspec.structs.replace(requested, created_at=record.created_at, outcome=record.outcome)
 
 
-def read_records(whole: str, count: int, found: Mapping[Part, bool]) -> dict[Part, PartRecord]:
-    """Of the `count` parts of this output those that are whole, in order. found: as `find_parts` says. Raises as `read_record`."""
+def read_records(target: str, count: int, found: Mapping[Part, bool]) -> dict[Part, PartRecord]:
+    """The complete parts among the `count` parts of this output, in order. found: from `find_parts`. Raises the same as `read_record`."""
     records = {}
     for part in (Part(index, count) for index in range(count)):
-        record = read_record(part.record_location(whole)) if found.get(part) else None
+        record = read_record(part.record_location(target)) if found.get(part) else None
         if record is not None:
             records[part] = record
     return records
 
 
-def find_parts(whole: str) -> dict[Part, bool]:
-    """The parts of this output that are there, and of each whether it is whole. Raises ConfigError and LocationError."""
-    name = whole.rpartition("/")[2]
+def find_parts(target: str) -> dict[Part, bool]:
+    """The parts of this output that exist, each with whether it is complete. Raises ConfigError and LocationError."""
+    name = target.rpartition("/")[2]
     found: dict[Part, bool] = {}
-    for entry in locations.names_beside(whole):
+    for entry in locations.names_in_folder_of(target):
         is_record = entry.endswith(RECORD_SUFFIX)
         for index, count in re.findall(r"\.part-([0-9]{5})-of-([0-9]{5})", entry):
             part = Part(int(index), int(count))

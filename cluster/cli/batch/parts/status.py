@@ -1,4 +1,4 @@
-"""How far the parts of an output are, as far as their records tell: a part that still runs has none. Knows records, and no running job."""
+"""The progress of an output's parts, from their records; a part that is still running has none. Does not look at running jobs."""
 
 import msgspec
 
@@ -6,7 +6,7 @@ from cluster.cli.batch.parts.records import Part, find_parts, read_records
 
 
 class PartsStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Of `num_parts`, those that are whole and those that are not; the lines are those of the former."""
+    """How many of `num_parts` are complete (`num_whole`), and which are not (`lacking`). Counts the lines of the complete ones."""
 
     num_parts: int
     num_whole: int
@@ -17,7 +17,7 @@ class PartsStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def status_of_parts(output: str) -> list[PartsStatus]:
-    """For each number of parts into which the output was shared out; empty where there are none. Raises as `read_record`."""
+    """One status for each number of parts that the output was split into. Raises the same as `read_record`."""
     found = find_parts(output)
     statuses = []
     for count in sorted({part.count for part in found}):
@@ -36,9 +36,11 @@ def status_of_parts(output: str) -> list[PartsStatus]:
     return statuses
 
 
-def sentence(status: PartsStatus, output: str) -> str:
+def describe_parts(status: PartsStatus, output: str) -> str:
     lines = f"{status.num_completed:,} of their {status.num_lines:,} lines are answered"
     if not status.lacking:
-        return f"All {status.num_parts:,} parts are whole, {lines}; `tramontane batch merge {output}` joins them."
+        return (
+            f"All {status.num_parts:,} parts are complete, {lines}. Join them with `tramontane batch merge {output}`."
+        )
     shown = ", ".join(status.lacking[:10]) + (", ..." if len(status.lacking) > 10 else "")
-    return f"{status.num_whole:,} of {status.num_parts:,} parts are whole, {lines}; not yet: {shown}."
+    return f"{status.num_whole:,} of {status.num_parts:,} parts are complete, {lines}. Missing: {shown}."

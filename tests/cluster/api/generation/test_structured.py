@@ -1,4 +1,4 @@
-"""Grammars are made beside the event loop, within a time limit, and one that never ends holds up nobody but its sender."""
+"""Grammars are built in threads, within a time limit; one that never ends delays only its own request."""
 
 import threading
 import time
@@ -23,15 +23,15 @@ def endless(event: threading.Event) -> str:
     return "too late"
 
 
-async def test_what_takes_too_long_is_refused(never: threading.Event) -> None:
+async def test_a_grammar_that_takes_too_long_is_refused(never: threading.Event) -> None:
     grammars = Grammars(TOKENIZER, time_limit_s=0.05)
-    with pytest.raises(RequestError, match=r"x: no grammar could be made of it in 0\.05 s") as refused:
+    with pytest.raises(RequestError, match=r"'x': building its grammar took more than 0\.05 s") as refused:
         await grammars.run(lambda: endless(never), param="x")
     assert refused.value.param == "x"
-    assert await grammars.run(lambda: "quick", param="x") == "quick", "another still has its turn"
+    assert await grammars.run(lambda: "quick", param="x") == "quick", "another grammar still has a slot"
 
 
-async def test_turns_taken_for_ever_come_back_when_their_threads_end(never: threading.Event) -> None:
+async def test_occupied_slots_are_free_again_when_their_threads_end(never: threading.Event) -> None:
     grammars = Grammars(TOKENIZER, time_limit_s=0.05)
     for _ in range(MAX_AT_ONCE):
         with pytest.raises(RequestError):
@@ -45,10 +45,10 @@ async def test_turns_taken_for_ever_come_back_when_their_threads_end(never: thre
             assert await grammars.run(lambda: "quick", param="x") == "quick"
             return
         except RequestError:
-            assert time.monotonic() < deadline, "the turns did not come back"
+            assert time.monotonic() < deadline, "the slots were not freed"
 
 
-async def test_errors_come_through() -> None:
+async def test_errors_are_passed_on() -> None:
     def fail() -> str:
         raise RequestError("No.", param="y")
 

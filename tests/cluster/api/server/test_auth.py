@@ -1,4 +1,4 @@
-"""Who may do what: keys of a file beside the server's own, limits, what each answer says of them, and the ledger afterwards."""
+"""What each key may do: the keys file next to the server's own key, limits and their headers, and the ledger afterwards."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ from support.paths import DEMO_MODEL
 from cluster.api.app import make_app
 from cluster.api.endpoints.table import ENDPOINTS
 from cluster.keys.accounts import Accounts
-from cluster.keys.file import add_key
+from cluster.keys.file import add_key, revoke_key
 from cluster.keys.key import Limits, new_key
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger, Sums, read_usage, totals
@@ -26,7 +26,7 @@ PATH = "/v1/completions"
 
 
 class Keys:
-    """A file of keys, and the header of each by its name."""
+    """A keys file, and the headers for each key by its name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,7 +70,7 @@ async def error_of(response: Any) -> dict[str, Any]:
     return (await response.json())["error"]
 
 
-async def test_every_path_but_the_open_ones_needs_a_key_and_some_an_admins(keys: Keys) -> None:
+async def test_every_path_but_the_open_ones_needs_a_key_and_some_an_admin_key(keys: Keys) -> None:
     keys.add("user")
     keys.add("admin", admin=True)
     opened = {"/health/live", "/", "/docs", "/static/none.js"}
@@ -86,7 +86,9 @@ async def test_every_path_but_the_open_ones_needs_a_key_and_some_an_admins(keys:
                 assert response.status != 401
                 assert (response.status == 403) is (is_admins and name == "user"), (name, path)
                 if response.status == 403:
-                    assert (await error_of(response))["code"] == "admin_key_required"
+                    error = await error_of(response)
+                    assert error["code"] == "admin_key_required"
+                    assert error["message"].startswith("This endpoint requires an admin key.")
 
 
 async def test_a_key_may_use_its_models_only(keys: Keys) -> None:
@@ -103,15 +105,15 @@ async def test_a_key_may_use_its_models_only(keys: Keys) -> None:
                 assert (await error_of(response))["code"] == code
 
 
-@pytest.mark.parametrize(("asked", "gets"), [(None, 5), (-9, 5), (7, 7)])
-async def test_priorities_are_clamped(keys: Keys, asked: int | None, gets: int) -> None:
+@pytest.mark.parametrize(("requested", "expected"), [(None, 5), (-9, 5), (7, 7)])
+async def test_priorities_are_clamped(keys: Keys, requested: int | None, expected: int) -> None:
     keys.add("user", priority=5)
     async with serving(keys) as (client, replica):
-        await client.post(PATH, json=BODY | {"priority": asked}, headers=keys.headers["user"])
-        assert replica.requests[0].priority == gets
+        await client.post(PATH, json=BODY | {"priority": requested}, headers=keys.headers["user"])
+        assert replica.requests[0].priority == expected
 
 
-async def test_requests_a_minute(keys: Keys) -> None:
+async def test_requests_per_minute(keys: Keys) -> None:
     keys.add("user", requests_per_minute=2)
     async with serving(keys) as (client, replica):
         for left in (1, 0):
@@ -123,13 +125,15 @@ async def test_requests_a_minute(keys: Keys) -> None:
         assert (response.status, response.headers["Retry-After"]) == (429, "30")
         assert response.headers["x-ratelimit-reset-requests"] == "1m0s"
         assert (await error_of(response))["code"] == "rate_limit_exceeded"
-        assert (await client.get("/v1/models", headers=keys.headers["user"])).status == 200, "costs nothing"
-        assert (await client.post(PATH, json=BODY, headers=keys.headers["own"])).status == 200, "nobody else pays"
+        assert (await client.get("/v1/models", headers=keys.headers["user"])).status == 200, "a GET costs nothing"
+        assert (await client.post(PATH, json=BODY, headers=keys.headers["own"])).status == 200, (
+            "other keys are not affected"
+        )
         assert len(replica.requests) == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_tokens_a_minute(keys: Keys, stream: bool) -> None:
+async def test_tokens_per_minute(keys: Keys, stream: bool) -> None:
     keys.add("user", tokens_per_minute=20)
     async with serving(keys) as (client, replica):
         response = await client.post(PATH, json=BODY | {"stream": stream}, headers=keys.headers["user"])
@@ -153,10 +157,10 @@ async def test_concurrency(keys: Keys) -> None:
         assert (await client.post(PATH, json=BODY, headers=keys.headers["user"])).status == 200
 
 
-async def test_a_revoked_key_is_refused_and_what_runs_goes_on(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.keys.keyring.LOOK_AGAIN_S", 0.0)
-    from cluster.keys.file import revoke_key
-
+async def test_a_revoked_key_is_refused_and_its_running_requests_finish(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.keys.keyring.RELOAD_INTERVAL_S", 0.0)
     keys.add("user")
     async with serving(keys, hold_after=1) as (client, replica):
         running = await client.post(PATH, json=BODY | {"stream": True}, headers=keys.headers["user"])

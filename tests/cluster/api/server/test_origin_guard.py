@@ -1,4 +1,4 @@
-"""From where a request may come, and what answers tell browsers."""
+"""Which origins may send requests, and which security headers responses have."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -52,7 +52,7 @@ def test_local_names(host: str, expected: bool) -> None:
     assert is_local(host) is expected
 
 
-async def test_a_keyless_server_answers_to_this_machines_names_only() -> None:
+async def test_a_server_without_a_key_is_reached_by_local_names_only() -> None:
     async with serving(local_only=True) as client:
         assert (await client.get("/v1/models")).status == 200
         response = await client.get("/v1/models", headers={"Host": "evil.org"})
@@ -60,7 +60,7 @@ async def test_a_keyless_server_answers_to_this_machines_names_only() -> None:
 
 
 @pytest.mark.parametrize("origin", ["https://evil.org", "null", "http://127.0.0.1:1"])
-async def test_a_keyless_server_takes_nothing_from_other_sites_pages(origin: str) -> None:
+async def test_a_server_without_a_key_refuses_web_pages_of_other_origins(origin: str) -> None:
     async with serving() as client:
         response = await client.post("/v1/completions", json=BODY, headers={"Origin": origin})
         assert (response.status, (await response.json())["error"]["code"]) == (403, "origin_not_allowed")
@@ -78,16 +78,16 @@ async def test_cors_is_off_by_default() -> None:
         response = await client.options("/v1/completions", headers=PREFLIGHT)
         assert response.status == 401
         response = await client.get("/v1/models", headers={"Origin": "https://a.org", "Authorization": "Bearer k"})
-        assert response.status == 200, "without a browser's cookies an Origin harms nobody"
+        assert response.status == 200, "an Origin does no harm where cookies mean nothing"
         assert not [name for name in response.headers if name.startswith("Access-Control")]
 
 
 @pytest.mark.parametrize("origins", [("https://a.org",), ("*",)])
-async def test_cors_when_asked_for(origins: tuple[str, ...]) -> None:
+async def test_cors_for_allowed_origins(origins: tuple[str, ...]) -> None:
     shown = "*" if "*" in origins else "https://a.org"
     async with serving(api_key="k", cors_origins=origins) as client:
-        asked = PREFLIGHT | {"Access-Control-Request-Headers": "authorization, x-stainless-os"}
-        response = await client.options("/v1/completions", headers=asked)
+        preflight = PREFLIGHT | {"Access-Control-Request-Headers": "authorization, x-stainless-os"}
+        response = await client.options("/v1/completions", headers=preflight)
         assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (204, shown)
         assert "POST" in response.headers["Access-Control-Allow-Methods"]
         allowed = {name.strip().lower() for name in response.headers["Access-Control-Allow-Headers"].split(",")}
@@ -106,13 +106,13 @@ async def test_cors_when_asked_for(origins: tuple[str, ...]) -> None:
         assert ";" not in response.headers["Access-Control-Allow-Headers"]
 
 
-async def test_every_answer_says_what_browsers_shall_not_do() -> None:
+async def test_every_response_has_the_security_headers() -> None:
     async with serving(api_key="k") as client:
         for path in ("/", "/health/live", "/nowhere", "/v1/models"):
             response = await client.get(path, headers={"Authorization": "Bearer k"})
             assert response.headers["X-Content-Type-Options"] == "nosniff", path
             assert response.headers["Referrer-Policy"] == "no-referrer"
-            assert response.headers["Server"] == "tramontane", "no version for strangers"
+            assert response.headers["Server"] == "tramontane", "the version must not be shown"
             if "html" in response.headers["Content-Type"]:
                 assert "default-src 'self'" in response.headers["Content-Security-Policy"]
                 assert "frame-ancestors 'none'" in response.headers["Content-Security-Policy"]
@@ -120,8 +120,8 @@ async def test_every_answer_says_what_browsers_shall_not_do() -> None:
                 assert response.headers["Cache-Control"] == "no-store"
 
 
-async def test_what_nobody_foresaw_shows_nothing_of_its_inside(caplog: pytest.LogCaptureFixture) -> None:
-    secrets = ("a prompt of somebody", "/home/me/key")
+async def test_an_unexpected_exception_reveals_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    secrets = ("a user's prompt", "/home/me/key")
     try:
         try:
             raise KeyError(secrets[0])
@@ -135,6 +135,6 @@ async def test_what_nobody_foresaw_shows_nothing_of_its_inside(caplog: pytest.Lo
     assert "KeyError at" in caplog.text and "RuntimeError at" in caplog.text and "test_origin_guard.py" in caplog.text
 
 
-def test_messages_are_no_echo_of_megabytes() -> None:
+def test_messages_are_short_even_for_huge_values() -> None:
     _, body = errors.describe(errors.RequestError("x" * 10**6))
     assert len(body.message) < 3000

@@ -1,4 +1,4 @@
-"""A batch from its file to its end: which line goes where, what is counted, and what ends it early."""
+"""A batch from its file to its end: where each line goes, what is counted, and what ends it early."""
 
 import asyncio
 import time
@@ -44,7 +44,7 @@ async def test_lines_go_where_openai_puts_them(place):
     assert await store.unpurged() == []
 
 
-async def test_no_file_for_no_lines(place):
+async def test_no_file_is_written_for_no_lines(place):
     store, files = place
     batch = await add_batch(store, files, [request("a")])
     ended = await run_batch(store, files, SimulatedExecutor(), batch.id, options=FAST)
@@ -52,7 +52,7 @@ async def test_no_file_for_no_lines(place):
     assert ended.error_file_id is None
 
 
-async def test_wrong_lines_end_it_before_it_starts(place):
+async def test_invalid_lines_fail_the_batch_before_it_starts(place):
     store, files = place
     executor = SimulatedExecutor()
     batch = await add_batch(store, files, [request("a"), b"{]\n", request("b"), request("a")])
@@ -95,31 +95,29 @@ async def test_poison_is_found_and_the_rest_is_answered(place):
         ("r33", None, "replica_crashed"),
     ]
     assert "out of memory" in errors[0]["error"]["message"]
-    assert executor.num_deaths <= 8, (
-        "each poison line kills two replicas among others, with sixteen lines and two, and two alone"
-    )
+    assert executor.num_deaths <= 8, "each poison line kills two replicas in groups of sixteen and two, and two alone"
     assert "worked on this request and nothing else" in errors[0]["error"]["message"]
     assert len(texts(read_lines(files, ended.output_file_id))) == 58
 
 
 async def test_of_few_lines_suspects_run_alone(place):
     store, files = place
-    # r6 runs first. Lines take longer than it takes to store results, which wakes the runner beside the last suspect.
+    # r6 runs first. Lines take longer than storing results, which wakes the runner while the last suspect runs.
     executor = SimulatedExecutor(latency_s=0.1, capacity=4, poison=["r6"])
     batch = await add_batch(store, files, requests(16))
     ended = await run_batch(store, files, executor, batch.id, options=FAST)
     assert (ended.num_completed, ended.num_failed) == (15, 1)
-    assert len(executor.executed) > 17, "somebody beside the guilty one was a suspect"
+    assert len(executor.executed) > 17, "there were suspects besides the poison line"
     assert executor.disturbed_suspects == []
 
 
 async def test_crashes_are_counted_over_restarts(place):
-    """Two runners, one crash each: the line is given up by the second."""
+    """Two runners, one crash each: the second one gives up the line."""
     store, files = place
     batch = await add_batch(store, files, [request("bad"), request("good")])
 
     def fault(line):
-        if line.crashes:  # its trial does not come about any more
+        if line.crashes:  # it is not retried in this run
             raise OverloadedError("full", retry_after_s=1)
 
     async def interrupted() -> None:
@@ -140,7 +138,7 @@ async def test_crashes_are_counted_over_restarts(place):
     assert [x["custom_id"] for x in read_lines(files, ended.error_file_id)] == ["bad"]
 
 
-async def test_losses_that_are_no_crashes_do_not_count(place):
+async def test_replicas_lost_without_a_crash_do_not_count(place):
     store, files = place
     left = {"r1": 5, "r2": 3}
 
@@ -156,7 +154,7 @@ async def test_losses_that_are_no_crashes_do_not_count(place):
     assert (ended.status, ended.num_completed, left) == ("completed", 4, {"r1": 0, "r2": 0})
 
 
-async def test_an_executor_that_fails_costs_its_line(place):
+async def test_an_executor_error_only_fails_its_line(place):
     store, files = place
 
     def fault(line):
@@ -208,15 +206,15 @@ async def test_at_the_deadline_the_rest_expires(place):
     assert (len(output) + len(errors), ended.num_failed) == (500, len(errors))
 
 
-async def test_too_late_to_begin(place):
+async def test_a_batch_past_its_deadline_fails(place):
     store, files = place
     batch = await add_batch(store, files, requests(5), lasts_s=-1)
     ended = await run_batch(store, files, SimulatedExecutor(), batch.id, options=FAST)
     assert (ended.status, ended.num_lines, [e.code for e in ended.errors]) == ("failed", 0, ["batch_expired"])
 
 
-async def test_interrupted_goes_on(place):
-    """A runner that is told to stop stores what it has; the next one asks for nothing twice that was stored."""
+async def test_an_interrupted_batch_continues(place):
+    """A runner that is stopped stores its answers; the next one does not compute them again."""
     store, files = place
     batch = await add_batch(store, files, requests(100))
     executor = SimulatedExecutor(latency_s=0.01, capacity=8)
@@ -241,7 +239,7 @@ async def test_one_runner_at_a_time(place):
     task = asyncio.create_task(run_batch(store, files, executor, batch.id, options=FAST))
     while not executor.executed:
         await asyncio.sleep(0.002)
-    with pytest.raises(BatchError, match="another process"):
+    with pytest.raises(BatchError, match="Another process"):
         await run_batch(store, files, executor, batch.id, options=FAST)
     with pytest.raises(BatchError, match="There is no batch"):
         await run_batch(store, files, executor, "batch_none", options=FAST)
@@ -250,7 +248,7 @@ async def test_one_runner_at_a_time(place):
         await task
 
 
-async def test_no_room_for_a_while(place):
+async def test_a_batch_waits_for_capacity(place):
     store, files = place
     executor = SimulatedExecutor(capacity=0)
     batch = await add_batch(store, files, requests(3))

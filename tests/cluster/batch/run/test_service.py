@@ -1,4 +1,4 @@
-"""A service runs all batches of a store, shares them with others, takes over from the dead, and keeps the house clean."""
+"""A service runs all batches of a store, shares them with other services, takes over from dead ones, and cleans up."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from cluster.batch.records import FileRecord
 from cluster.batch.run.service import BatchService, ServiceOptions
 from cluster.system.process import is_dead, new_owner
 
-QUICK = ServiceOptions(max_batches=3, look_every_s=0.02, retry_after_s=0.05)
+QUICK = ServiceOptions(max_batches=3, poll_every_s=0.02, retry_after_s=0.05)
 
 
 @asynccontextmanager
@@ -29,7 +29,7 @@ async def running(*services: BatchService):
 async def until(condition, timeout_s=10.0):
     deadline = time.monotonic() + timeout_s
     while not await condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "the condition did not become true"
         await asyncio.sleep(0.01)
 
 
@@ -52,24 +52,24 @@ async def test_two_services_share_the_batches(tmp_path):
     async with running(*services):
         await until(all_ended(one))
     assert {(await one.get_batch(b.id)).num_completed for b in batches} == {20}
-    assert sum(len(e.executed) for e in executors) == 8 * 20, "each line was asked for once"
+    assert sum(len(e.executed) for e in executors) == 8 * 20, "each line was executed once"
     assert all(e.executed for e in executors)
-    # A batch that has just been taken has its share at once; those that ran before shrink to theirs line by line.
-    assert all(max(e.together) <= 9 + 9 // 2 + 9 // 3 for e in executors), "batches share the room"
+    # A new batch gets its part of the capacity at once; the others shrink to theirs line by line.
+    assert all(max(e.in_flight_counts) <= 9 + 9 // 2 + 9 // 3 for e in executors), "batches share the capacity"
     await one.close()
     await two.close()
 
 
 async def test_poison_of_one_batch_is_not_blamed_on_another(tmp_path):
-    """Both have suspects on the one replica, which would die of the poison beside any of them."""
+    """Both have suspects on the same replica, where the poison line would kill any of them."""
     store, files = opened(tmp_path)
-    guilty = await add_batch(store, files, [request("bad"), *requests(20)])
-    innocent = await add_batch(store, files, requests(40))
+    poisoned = await add_batch(store, files, [request("bad"), *requests(20)])
+    harmless = await add_batch(store, files, requests(40))
     executor = SimulatedExecutor(latency_s=0.01, capacity=8, poison=["bad"])
     async with running(BatchService(store, files, executor, options=FAST, service=QUICK)):
         await until(all_ended(store))
     assert executor.num_deaths >= 3
-    ended = [await store.get_batch(b.id) for b in (guilty, innocent)]
+    ended = [await store.get_batch(b.id) for b in (poisoned, harmless)]
     assert [(b.num_completed, b.num_failed) for b in ended] == [(20, 1), (40, 0)]
     [line] = read_lines(files, ended[0].error_file_id)
     assert (line["custom_id"], line["error"]["code"]) == ("bad", "replica_crashed")
@@ -80,7 +80,7 @@ async def test_a_cancelled_batch_ends_at_once(tmp_path):
     store, files = opened(tmp_path)
     batch = await add_batch(store, files, requests(50))
     executor = SimulatedExecutor(latency_s=1, capacity=4)
-    slow = ServiceOptions(look_every_s=60)
+    slow = ServiceOptions(poll_every_s=60)
     service = BatchService(store, files, executor, service=slow)
     async with running(service):
         await until(lambda: _true(executor.executed))
@@ -116,7 +116,7 @@ async def test_a_store_that_fails_is_tried_again(tmp_path, caplog):
     files.path(batch.input_file_id).rename(tmp_path / "away")
     failing = _Failing(store, 2)
     async with running(BatchService(failing, files, SimulatedExecutor(), options=FAST, service=QUICK)):
-        await until(lambda: _true("not there" in caplog.text))
+        await until(lambda: _true("does not exist" in caplog.text))
         assert "the disk is gone" in caplog.text
         (tmp_path / "away").rename(files.path(batch.input_file_id))
         await until(all_ended(store))

@@ -1,4 +1,4 @@
-"""The store, the same cases for each database: records, pages, leases and fences, lines in their order, results once each."""
+"""The store, with the same cases for each database: records, pages, leases and fences, the order of lines, results."""
 
 import asyncio
 import random
@@ -12,11 +12,11 @@ from cluster.batch.errors import LeaseLostError, StoreError
 from cluster.batch.files import FileContents
 from cluster.batch.records import BatchRecord, FileRecord, Lease, Line, LineError, LineResult
 from cluster.batch.run.runner import run_batch
-from cluster.batch.store import order as plan
 from cluster.batch.store.open import open_store
+from cluster.batch.store.order import order
 from workers.errors import RequestError
 
-NEVER = lambda _: False  # noqa: E731 - nobody is known to be dead
+NEVER = lambda _: False  # noqa: E731 - no owner is known to be dead
 
 
 def a_file(name: str, **fields) -> FileRecord:
@@ -83,7 +83,7 @@ async def test_a_file_in_use_stays(store):
     assert (await store.get_batch("batch_1")).errors == (LineError(code="x", message="y", line=3),)
 
 
-async def test_batches_are_listed_youngest_first(store):
+async def test_batches_are_listed_newest_first(store):
     await store.add_file(a_file("file-1"))
     for i in range(5):
         await store.add_batch(a_batch(f"batch_{i}", owner="ab"[i % 2], metadata={"k": "v"}))
@@ -111,14 +111,14 @@ async def test_leases(store):
     assert (third.batch_id, third.fence) == ("batch_2", 2)
     with pytest.raises(LeaseLostError):
         await store.renew(second, ttl_s=60, now=now)
-    await store.release(second)  # not its own any more
+    await store.release(second)  # a lost lease
     assert await store.acquire("d", ttl_s=60, now=now, batch_id="batch_2", is_dead=NEVER) is None
     await store.release(third)
     fourth, _ = await store.acquire("d", ttl_s=0.05, now=now, batch_id="batch_2", is_dead=NEVER)
     assert fourth.fence == 3
     await asyncio.sleep(0.06)
     fifth, _ = await store.acquire("e", ttl_s=60, now=time.time(), batch_id="batch_2", is_dead=NEVER)
-    assert fifth.fence == 4, "a lease ends by itself"
+    assert fifth.fence == 4, "a lease expires by itself"
     assert (await store.renew(first, ttl_s=60, now=now)).status == "validating"
     await store.cancel_batch("batch_1", now=3)
     assert (await store.renew(first, ttl_s=60, now=now)).status == "cancelling"
@@ -151,7 +151,7 @@ async def test_an_older_runner_changes_nothing(store, name, late):
     assert await store.get_file("file-o") is None
 
 
-async def test_the_order_is_the_plan(store):
+async def test_lines_come_in_the_planned_order(store):
     chance = random.Random(3)
     lines = [
         a_line(i, group_key=chance.randint(-(2**63), 2**63 - 1) if i % 3 else i % 7, num_tokens=chance.randint(0, 400))
@@ -162,12 +162,12 @@ async def test_the_order_is_the_plan(store):
     while page := await store.pending_lines("batch_1", after=after, limit=70):
         found += page
         after = page[-1].position
-    assert [x.number for x in found] == [x.number for x in plan.order(lines)]
+    assert [x.number for x in found] == [x.number for x in order(lines)]
     assert [x.position for x in found] == list(range(1, 500))
     assert msgspec.structs.replace(found[0], position=0) in lines
 
 
-async def test_planning_again_begins_anew(store):
+async def test_planning_may_be_repeated(store):
     lease = await started_validating(store, [a_line(i) for i in range(1, 10)])
     await store.plan(lease)
     await store.plan(lease)
@@ -237,7 +237,7 @@ async def test_how_a_batch_ends(store, numbers, is_cancelled, status, num_failed
     if not is_cancelled:
         with pytest.raises(LeaseLostError, match="finalizing"):
             await store.commit_results(lease, [ok(3)])
-        assert (await store.cancel_batch("batch_1", now=10)).status == "finalizing", "too late to cancel"
+        assert (await store.cancel_batch("batch_1", now=10)).status == "finalizing", "too late to be cancelled"
     output = a_file("file-output")
     ended = await store.finish(lease, output=output, errors=None, now=12)
     assert (ended.status, ended.num_completed, ended.num_failed) == (status, len(numbers), num_failed)
@@ -251,7 +251,7 @@ async def test_how_a_batch_ends(store, numbers, is_cancelled, status, num_failed
     assert await store.get_batch("batch_1") == ended
 
 
-async def test_purging_leaves_what_runs(store):
+async def test_purging_keeps_running_batches(store):
     lease = await started(store, [a_line(1)])
     await store.purge("batch_1")
     await store.purge("batch_none")
@@ -267,7 +267,7 @@ async def test_batches_do_not_mix(store):
     assert [x.number for x in await store.pending_lines("batch_1", after=0, limit=9)] == [2]
 
 
-async def test_it_is_all_there_when_opened_again(store, reopen):
+async def test_everything_is_still_there_after_reopening(store, reopen):
     lease = await started(store, [a_line(i) for i in (1, 2)])
     await store.commit_results(lease, [ok(1)])
     before = await store.get_batch("batch_1"), await store.answered("batch_1", after=0, limit=9)
@@ -281,7 +281,7 @@ async def test_it_is_all_there_when_opened_again(store, reopen):
 
 
 async def test_two_stores_of_one_database(store, reopen):
-    """Two gateways take batches at the same moment: each batch has one runner."""
+    """Two gateways acquire batches at the same moment: each batch has one runner."""
     other = reopen()
     await store.add_file(a_file("file-1"))
     for i in range(10):
@@ -303,29 +303,28 @@ async def test_a_whole_batch(store, tmp_path):
     assert [x["custom_id"] for x in read_lines(files, ended.error_file_id)] == ["r17", "no"]
 
 
-def test_a_newer_schema_is_refused(reopen):
+def test_a_newer_schema_is_refused(reopen, location):
     asyncio.run(reopen().close())
-    _set_version(reopen, 99)
+    _set_version(location, 99)
     with pytest.raises(StoreError, match="newer release"):
         reopen()
 
 
-def _set_version(reopen, version: int) -> None:
-    place = reopen.__closure__[-1].cell_contents
-    if str(place).startswith("postgresql://"):
+def _set_version(location: str, version: int) -> None:
+    if location.startswith("postgresql://"):
         import psycopg
 
-        with psycopg.connect(place) as connection:
+        with psycopg.connect(location) as connection:
             connection.execute("UPDATE batch_schema SET version = %s", (version,))
     else:
         import sqlite3
 
-        with sqlite3.connect(place / "batches.db") as connection:
+        with sqlite3.connect(location) as connection:
             connection.execute(f"PRAGMA user_version={version}")
         connection.close()
 
 
-def test_what_cannot_be_opened(tmp_path):
+def test_a_store_that_cannot_be_opened(tmp_path):
     (tmp_path / "file").write_text("no database")
     with pytest.raises(StoreError, match="cannot be opened"):
         open_store(tmp_path / "file")

@@ -1,6 +1,5 @@
-"""The batch command against a server in this process: what it prints, when it refuses, and that dying between two steps costs nothing."""
+"""The batch command against a server in this process: its output, its errors, and that a death between two steps costs nothing."""
 
-import argparse
 import asyncio
 import gzip
 import json
@@ -13,9 +12,8 @@ import pytest
 from support.servers.command_beside_server import KEY, PROMPTS, Command, DiedError, command_beside_server
 
 from cluster.cli.batch import locations, remote
-from cluster.cli.batch import run_there as remote_run
 from cluster.cli.batch.job import JobFolder, find_job
-from cluster.cli.batch.main import add_parser
+from cluster.cli.options.parser import make_parser
 from workers.errors import ConfigError
 
 
@@ -27,7 +25,7 @@ async def command(
         yield command
 
 
-async def test_plain_lines_there_and_back(command: Command) -> None:
+async def test_plain_lines_are_answered(command: Command) -> None:
     code, out, err = await command.run(
         command.write("in.jsonl", *PROMPTS), "--max-tokens", "2", "--max-replicas", "3", "--deadline", "2h"
     )
@@ -40,7 +38,7 @@ async def test_plain_lines_there_and_back(command: Command) -> None:
     assert (batch["metadata"]["max_replicas"], batch["completion_window"]) == ("3", "2h")
 
 
-async def test_the_second_time_it_refuses_and_overwrite_begins_anew(command: Command) -> None:
+async def test_a_second_run_is_refused_and_overwrite_starts_over(command: Command) -> None:
     source = command.write("in.jsonl", *PROMPTS)
     assert (await command.run(source))[0] == 0
     code, _, err = await command.run(source)
@@ -52,10 +50,10 @@ async def test_the_second_time_it_refuses_and_overwrite_begins_anew(command: Com
     assert len(await command.on_the_server("batches")) == 2
 
 
-async def test_an_output_of_somebody_else_is_not_replaced(command: Command) -> None:
+async def test_an_existing_output_is_not_replaced(command: Command) -> None:
     command.output.write_text("precious")
     code, _, err = await command.run(command.write("in.jsonl", *PROMPTS))
-    assert code == 2 and "exists already" in err
+    assert code == 2 and "already exists" in err
     assert command.output.read_text() == "precious"
     assert await command.on_the_server("files") == []
 
@@ -64,7 +62,7 @@ async def test_an_output_of_somebody_else_is_not_replaced(command: Command) -> N
 async def test_a_death_between_any_two_steps_does_nothing_twice(
     command: Command, monkeypatch: pytest.MonkeyPatch, dies_at: int
 ) -> None:
-    """It dies before or behind what cannot be seen from outside: an upload, a creation, a note in the job's folder, a delivery."""
+    """It dies just before or after an upload, a creation, a write to the job's folder, or a delivery."""
     source = command.write("in.jsonl", *PROMPTS)
     steps = 0
 
@@ -93,7 +91,7 @@ async def test_a_death_between_any_two_steps_does_nothing_twice(
         else:
             assert (await command.run(source))[0] == 0
             assert steps == 14
-    if dies_at in (1, 4, 7, 10, 13):  # 1: before the first note there is nothing to resume
+    if dies_at in (1, 4, 7, 10, 13):  # 1: before the first write to the folder there is nothing to resume
         code, _, err = await command.run(source)
     else:
         code, _, err = await command("resume", str(command.output), "--api-key", KEY)
@@ -107,17 +105,17 @@ async def test_failed_lines_are_an_exit_code_and_a_file(command: Command) -> Non
     source = command.write("in.jsonl", {"prompt": "a"}, {"prompt": "word " * 5000})
     code, _, err = await command.run(source)
     assert code == 1
-    assert f"1 of 2 lines have no answer; {command.folder / 'out.errors.jsonl'} says why" in err
+    assert f"1 of 2 lines have no answer. See {command.folder / 'out.errors.jsonl'}" in err
     assert list(command.answers()) == ["line-1"]
     assert command.answers(command.folder / "out.errors.jsonl")["line-2"]["status_code"] == 400
     code, _, err = await command("resume", str(command.output))
-    assert code == 1, "the same, asked again"
+    assert code == 1, "the same when run again"
     command.write("in.jsonl", {"prompt": "a"})
     assert (await command.run(source, "--overwrite"))[0] == 0
-    assert not (command.folder / "out.errors.jsonl").exists(), "it would tell of the batch before"
+    assert not (command.folder / "out.errors.jsonl").exists(), "it would be from the batch before"
 
 
-async def test_lines_that_cannot_be_run_are_named_and_leave_nothing(command: Command) -> None:
+async def test_invalid_lines_are_named_and_leave_nothing(command: Command) -> None:
     source = command.write("in.jsonl", {"prompt": "a"}, {"prompt": "b", "temperature": 99})
     code, _, err = await command.run(source)
     assert code == 1 and "line 2: " in err and "temperature" in err
@@ -126,19 +124,19 @@ async def test_lines_that_cannot_be_run_are_named_and_leave_nothing(command: Com
     assert (await command.run(source))[0] == 0
 
 
-async def test_a_changed_input_and_another_request_are_told(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_changed_input_and_other_options_are_refused(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     source = command.write("in.jsonl", *PROMPTS)
     with monkeypatch.context() as patch:
         patch.setattr(remote.RemoteBatches, "upload", lambda *_, **__: (_ for _ in ()).throw(DiedError))
         with pytest.raises(DiedError):
             await command.run(source)
     code, _, err = await command.run(source, "--max-tokens", "3")
-    assert code == 2 and "asks for something else" in err
+    assert code == 2 and "started with other options" in err
     command.write("in.jsonl", *PROMPTS, *PROMPTS)
     code, _, err = await command.run(source)
     assert code == 2 and "has changed since" in err
     code, _, _ = await command("resume", str(command.output), "--api-key", KEY)
-    assert code == 0 and len(command.answers()) == 2, "it goes on with what the file held then"
+    assert code == 0 and len(command.answers()) == 2, "it continues with the old contents"
 
 
 async def test_csv_columns_make_prompts(command: Command) -> None:
@@ -170,52 +168,53 @@ async def test_storage_addresses(command: Command) -> None:
     assert code == 0 and "1 of 1 lines answered" in shown
 
 
-async def test_a_server_that_goes_away_is_waited_for(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, url = 0, remote.RemoteBatches._open
+async def test_a_server_that_stops_for_a_while_is_waited_for(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_calls, stopped = 0, remote.RemoteBatches("http://127.0.0.1:9")
 
-    def flaky(self: remote.RemoteBatches, path: str, *args: Any, **kwargs: Any) -> Any:
-        nonlocal asked
-        if path.startswith("/v1/batches/") or path.endswith("/content"):
-            asked += 1
-            if asked % 3:
-                monkeypatch.setattr(self, "url", "http://127.0.0.1:9" if asked % 3 == 1 else command.url)
-        return url(self, path, *args, **kwargs)
+    def flaky(method: Any) -> Any:
+        def call(server: remote.RemoteBatches, *args: Any) -> Any:
+            nonlocal num_calls
+            num_calls += 1
+            return method(stopped if num_calls % 3 == 1 else server, *args)
 
-    monkeypatch.setattr(remote.RemoteBatches, "_open", flaky)
+        return call
+
+    monkeypatch.setattr(remote.RemoteBatches, "get", flaky(remote.RemoteBatches.get))
+    monkeypatch.setattr(remote.RemoteBatches, "download", flaky(remote.RemoteBatches.download))
     code, _, err = await command.run(command.write("in.jsonl", *PROMPTS))
     assert code == 0, err
-    assert "the batch is safe there" in err
+    assert "the batch is safe on the server" in err
     assert len(command.answers()) == 2
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "sentence"),
+    ("options", "code", "message"),
     [
         (("--api-key", "wrong"), 2, "--api-key"),
-        (("--url", "http://127.0.0.1:9"), 1, "is the server running there?"),
+        (("--url", "http://127.0.0.1:9"), 1, "Nothing answers at http://127.0.0.1:9"),
         (("--url", "nonsense"), 2, "is not the address of a server"),
-        (("--ray-address", "127.0.0.1:1"), 2, "two places"),
+        (("--ray-address", "127.0.0.1:1"), 2, "both say where the batch runs"),
         (("--column", "prompt"), 2, "--column prompt=NAME"),
-        (("--column", "prompt=a", "--column", "input=b"), 2, "leave the others out"),
-        (("--column", "prompt=a b"), 2, "rename it"),
+        (("--column", "prompt=a", "--column", "input=b"), 2, "Leave the others out"),
+        (("--column", "prompt=a b"), 2, "Rename the column"),
         (("--set", "top_k"), 2, "FIELD=VALUE"),
         (("-o", "/proc/x/out.jsonl"), 1, "--state-dir"),
         (("--state-dir", "STATE", "-o", "/proc/x/out.jsonl"), 1, "cannot be written"),
-        (("-o", "nonsense://x/y"), 2, "no storage"),
+        (("-o", "nonsense://x/y"), 2, "not a supported storage"),
     ],
 )
-async def test_what_cannot_work_is_a_sentence(
-    command: Command, options: tuple[str, ...], code: int, sentence: str
+async def test_options_that_cannot_work_are_clear_errors(
+    command: Command, options: tuple[str, ...], code: int, message: str
 ) -> None:
     options = tuple(str(command.folder / "state") if o == "STATE" else o for o in options)
     found, _, err = await command.run(command.write("in.jsonl", *PROMPTS), *options)
-    assert found == code and sentence in err, err
+    assert found == code and message in err, err
     assert err.startswith("tramontane: ") and "Traceback" not in err
 
 
-async def test_an_input_that_is_not_there(command: Command) -> None:
+async def test_a_missing_input(command: Command) -> None:
     code, _, err = await command.run(command.folder / "no.jsonl")
-    assert code == 2 and "is not there" in err
+    assert code == 2 and "does not exist" in err
     code, _, err = await command("resume", "no.jsonl")
     assert code == 2 and "tramontane batch run" in err
 
@@ -227,12 +226,12 @@ async def test_status_and_cancel(command: Command, monkeypatch: pytest.MonkeyPat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote_run, "_wait", stop)
+        patch.setattr(remote.RemoteBatches, "get", stop)
         code, _, err = await command.run(source)
-    assert code == 1, "Ctrl-C is no success"
+    assert code == 1, "Ctrl-C is not a success"
     assert (
-        f"Stopped. Nothing is lost: the server at {command.url} works on; `tramontane batch resume {command.output}` goes on."
-        in err
+        f"Stopped. Nothing is lost, and the server at {command.url} continues the batch. Fetch its answers with "
+        f"`tramontane batch resume {command.output}`." in err
     )
     batch_id = (await command.on_the_server("batches"))[0]["id"]
     code, shown, _ = await command("status", str(command.output), "--api-key", KEY)
@@ -251,17 +250,14 @@ async def test_status_and_cancel(command: Command, monkeypatch: pytest.MonkeyPat
 async def test_one_command_at_a_time(command: Command) -> None:
     source = command.write("in.jsonl", *PROMPTS)
     folder = JobFolder(Path(f"{command.output}.tramontane"))
-    with folder.hold():
+    with folder.lock():
         code, _, err = await command.run(source)
     assert code == 1 and "Another process" in err
     assert (await command.run(source))[0] == 0
 
 
 def test_resume_replaces_only_what_is_given_again() -> None:
-    parser = argparse.ArgumentParser()
-    commands = parser.add_subparsers()
-    add_parser(commands, add_engine_options=lambda p: p.add_argument("--max-num-seqs", type=int, default=7))
-    given = vars(parser.parse_args(["batch", "resume", "out", "--replicas", "0:3"]))
+    given = vars(make_parser().parse_args(["batch", "resume", "out", "--replicas", "0:3"]))
     assert given["replicas"] == (0, 3)
     assert not {"tensor_parallel_size", "max_num_seqs", "ray_address", "max_replicas"} & given.keys()
 

@@ -1,4 +1,4 @@
-"""Plain lines and tables become the lines of a batch file; what cannot is named by its row."""
+"""JSON lines and tables become the lines of a batch file; a row that cannot is named in the error."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def test_plain_lines():
         ({"prompt": "q", "temperature": 0.5}, "/v1/completions", {"prompt": "q", "temperature": 0.5, "max_tokens": 9}),
     ],
 )
-def test_the_endpoint_is_what_the_row_holds(row, endpoint, body):
+def test_the_row_decides_the_endpoint(row, endpoint, body):
     [line] = converted(json.dumps(row).encode(), template=LineTemplate(model="demo", defaults={"max_tokens": 9}))
     assert line["url"] == endpoint
     assert line["body"] == {"model": "demo", "max_tokens": 9, **body}
@@ -63,7 +63,7 @@ def test_a_prompt_serves_every_endpoint(endpoint, body):
     assert (line["url"], line["body"]) == (endpoint, {"model": "demo", **body})
 
 
-def test_lines_of_a_batch_file_pass():
+def test_lines_of_a_batch_file_stay_as_they_are():
     assert b"".join(convert(io.BytesIO(request("a") + request("b")), format="jsonl", template=PLAIN)) == request(
         "a"
     ) + request("b")
@@ -114,11 +114,15 @@ def test_parquet(tmp_path):
 
 
 WRONG = [
-    (b'{"prompt": "a"}\n{]', "jsonl", "Line 2 is no JSON object"),
-    (b"[1]", "jsonl", "Line 1 is no JSON object"),
-    (b'{"text": "a"}', "jsonl", "Row 1 must hold one of 'prompt', 'messages' and 'input'; it holds text"),
+    (b'{"prompt": "a"}\n{]', "jsonl", "Line 2 is not a JSON object"),
+    (b"[1]", "jsonl", "Line 1 is not a JSON object"),
+    (b'{"text": "a"}', "jsonl", "Row 1 has none of 'prompt', 'messages' and 'input'; it has text"),
     (b'{"prompt": "a", "input": "b"}', "jsonl", "'prompt' and 'input'"),
-    (b'{"prompt": "a"}\n{"input": "b"}', "jsonl", "Row 2 is for /v1/embeddings, those before it for /v1/completions"),
+    (
+        b'{"prompt": "a"}\n{"input": "b"}',
+        "jsonl",
+        "Row 2 is for /v1/embeddings, but the rows before it are for /v1/completions",
+    ),
     (b"prompt,max_tokens\na,many\n", "csv", "Row 1: 'max_tokens' is 'many'"),
     (b"prompt\na,b\n", "csv", "more fields than the header"),
     (b"prompt\n\xff\n", "csv", "cannot be read"),
@@ -127,14 +131,14 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("data", "kind", "says"), WRONG)
-def test_what_cannot_be_a_request(data, kind, says):
+def test_rows_that_cannot_be_requests(data, kind, says):
     with pytest.raises(RequestError) as caught:
         converted(data, kind)
     assert says in str(caught.value)
 
 
 def test_a_field_of_another_endpoint():
-    with pytest.raises(RequestError, match="'messages', which /v1/embeddings does not take"):
+    with pytest.raises(RequestError, match="'messages', which /v1/embeddings does not accept"):
         converted(b'{"messages": []}\n', template=LineTemplate(model="m", endpoint="/v1/embeddings"))
 
 
@@ -161,11 +165,11 @@ def test_an_unknown_format():
 def test_a_column_names_the_lines(kind, data):
     [line] = converted(data, kind, LineTemplate(model="demo", custom_id="{key}"))
     assert line["custom_id"] == "k1"
-    assert {"key", "id"} & line["body"].keys() == set(), "what names the line is no parameter"
+    assert {"key", "id"} & line["body"].keys() == set(), "a column that names the line is not a request parameter"
     [line] = converted(data, kind, LineTemplate(model="demo", custom_id="{prompt}-{key}", text="Say {prompt}"))
     assert (line["custom_id"], line["body"]["prompt"]) == ("a-k1", "Say a")
 
 
-def test_a_row_without_the_column_that_names_it_is_told():
+def test_a_row_without_the_column_that_names_it_is_refused():
     with pytest.raises(RequestError, match=r"Row 2 has no 'key'"):
         converted(b"key,prompt\nk1,a\n,b\n", "csv", LineTemplate(model="demo", custom_id="{key}"))

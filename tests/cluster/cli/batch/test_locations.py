@@ -1,4 +1,4 @@
-"""Reading and writing where a batch's files are: local paths, any fsspec storage, and S3's own protocol against a server on loopback."""
+"""Reading and writing the files of batches: local paths, any fsspec storage, and S3's protocol against a server on loopback."""
 
 import contextlib
 import gzip
@@ -22,7 +22,7 @@ from cluster.cli.batch.locations import (
     deliver,
     exists,
     fetch,
-    names_beside,
+    names_in_folder_of,
     num_bytes,
     plain_name,
     reading,
@@ -31,21 +31,21 @@ from cluster.cli.batch.locations import (
 )
 from workers.errors import ConfigError
 
-# Azurite's own, published with it.
+# The public default key of Azurite.
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 TEXT = b'{"prompt": "a"}\n{"prompt": "b"}\n'
 
 
 @pytest.fixture
-def made(tmp_path):
-    path = tmp_path / "made"
+def source(tmp_path):
+    path = tmp_path / "source"
     path.write_bytes(TEXT)
     return path
 
 
 @pytest.fixture
 def memory():
-    fs = fsspec.filesystem("memory")  # one for the whole process
+    fs = fsspec.filesystem("memory")  # shared by the whole process
     fs.store.clear()
     yield "memory://bucket/out.jsonl"
     fs.store.clear()
@@ -53,7 +53,7 @@ def memory():
 
 @pytest.fixture
 def s3(monkeypatch):
-    """A bucket behind S3's protocol."""
+    """A bucket on a server that speaks S3's protocol."""
     server_module = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}.items():
@@ -65,7 +65,7 @@ def s3(monkeypatch):
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
-    bucket = f"bucket-{port}"  # moto's state outlives its server
+    bucket = f"bucket-{port}"  # moto keeps its state after the server ends
     s3fs.S3FileSystem().mkdir(bucket)
     yield f"s3://{bucket}/folder/out.jsonl"
     s3fs.S3FileSystem.clear_instance_cache()
@@ -74,10 +74,10 @@ def s3(monkeypatch):
 
 @pytest.fixture
 def az(tmp_path, monkeypatch):
-    """A container behind Azure's protocol, where adlfs and Azurite (npm) are installed."""
+    """A container on a server that speaks Azure's protocol, where adlfs and Azurite (npm) are installed."""
     pytest.importorskip("adlfs")
     if shutil.which("azurite-blob") is None:
-        pytest.skip("no Azurite is installed (npm install azurite)")
+        pytest.skip("Azurite is not installed (npm install azurite)")
     port, folder = free_port(), str(tmp_path / "azurite")
     command = ["azurite-blob", "--blobPort", str(port), "--location", folder, "--silent", "--skipApiVersionCheck"]
     with listening([*command, "--disableTelemetry"], port):
@@ -92,7 +92,7 @@ def az(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gs(monkeypatch):
-    """A bucket behind Google's protocol, where gcsfs and gcp-storage-emulator are installed."""
+    """A bucket on a server that speaks Google's protocol, where gcsfs and gcp-storage-emulator are installed."""
     pytest.importorskip("gcsfs")
     pytest.importorskip("gcp_storage_emulator")
     port = free_port()
@@ -105,7 +105,7 @@ def gs(monkeypatch):
 
 @contextlib.contextmanager
 def listening(command, port):
-    """A server that runs for so long."""
+    """Runs a server during the block."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 30
@@ -121,43 +121,43 @@ def listening(command, port):
 
 
 @pytest.mark.parametrize("kind", ["local", "memory", "s3", "az", "gs"])
-def test_there_and_back(kind, made, tmp_path, request):
+def test_there_and_back(kind, source, tmp_path, request):
     location = str(tmp_path / "new" / "out.jsonl") if kind == "local" else request.getfixturevalue(kind)
     check_writable(location)
     assert not exists(location)
-    deliver(made, location)
-    deliver(made, location)  # as after a crash
+    deliver(source, location)
+    deliver(source, location)  # as after a crash
     assert exists(location)
-    with reading(location) as source:
-        assert list(source) == TEXT.splitlines(keepends=True)
-    with reading(location) as source:
-        assert source.readline(3) == TEXT[:3]  # a line without end must not fill the memory
-    with reading(location, seekable=True) as source:
-        source.seek(-5, io.SEEK_END)
-        assert source.read() == TEXT[-5:]
+    with reading(location) as file:
+        assert list(file) == TEXT.splitlines(keepends=True)
+    with reading(location) as file:
+        assert file.readline(3) == TEXT[:3]  # a line without a newline must not fill the memory
+    with reading(location, seekable=True) as file:
+        file.seek(-5, io.SEEK_END)
+        assert file.read() == TEXT[-5:]
     assert num_bytes(location) == len(TEXT)
-    assert names_beside(location) == ["out.jsonl"]
+    assert names_in_folder_of(location) == ["out.jsonl"]
     if kind != "local":
         fetch(location, tmp_path / "fetched")
         assert (tmp_path / "fetched").read_bytes() == TEXT
     remove(location)
     remove(location)
     assert not exists(location)
-    with pytest.raises(LocationError, match=r"cannot be read: it is not there"), reading(location):
+    with pytest.raises(LocationError, match=r"cannot be read: it does not exist"), reading(location):
         pass
 
 
 def test_an_object_of_many_parts(s3, tmp_path):
     big = tmp_path / "big"
-    big.write_bytes(bytes(range(256)) * (60 * 4096))  # beyond one part of an upload
+    big.write_bytes(bytes(range(256)) * (60 * 4096))  # more than one part of an upload
     deliver(big, s3)
-    with reading(s3) as source:
-        assert source.read() == big.read_bytes()
+    with reading(s3) as file:
+        assert file.read() == big.read_bytes()
 
 
-def test_a_storage_that_refuses_is_a_sentence(s3, made):
-    with pytest.raises(LocationError, match=r"^s3://nowhere/x cannot be written: its folder or bucket is not there"):
-        deliver(made, "s3://nowhere/x")
+def test_a_storage_that_refuses_is_a_clear_error(s3, source):
+    with pytest.raises(LocationError, match=r"^s3://nowhere/x cannot be written: its folder or bucket does not exist"):
+        deliver(source, "s3://nowhere/x")
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])
@@ -167,26 +167,26 @@ def test_compressed_input(kind, tmp_path, request):
     with fsspec.open(location, "wb") as file:
         file.write(gzip.compress(TEXT))
     assert plain_name(location).endswith("in.jsonl")
-    with reading(location) as source:
-        assert source.readline() == TEXT.splitlines(keepends=True)[0]
+    with reading(location) as file:
+        assert file.readline() == TEXT.splitlines(keepends=True)[0]
 
 
 @pytest.mark.parametrize(
     ("scheme", "module", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gs"), ("az", "adlfs", "az")]
 )
-def test_a_missing_library_is_named(scheme, module, extra, made, monkeypatch):
+def test_a_missing_library_is_named(scheme, module, extra, source, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)  # importing it fails
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
     with pytest.raises(ConfigError, match=rf"tramontane\[{extra}\]"):
-        deliver(made, f"{scheme}://bucket/x")
+        deliver(source, f"{scheme}://bucket/x")
 
 
 def test_an_unknown_storage_is_refused():
-    with pytest.raises(ConfigError, match="is no storage"):
+    with pytest.raises(ConfigError, match="is not a supported storage"):
         check_writable("nonsense://x/y")
 
 
-def test_a_failed_delivery_leaves_the_old_output_and_no_temporary_file(made, tmp_path, monkeypatch):
+def test_a_failed_delivery_leaves_the_old_output_and_no_temporary_file(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.write_bytes(b"old")
 
@@ -195,18 +195,18 @@ def test_a_failed_delivery_leaves_the_old_output_and_no_temporary_file(made, tmp
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(LocationError, match="No space left on device"):
-        deliver(made, str(out))
+        deliver(source, str(out))
     assert out.read_bytes() == b"old"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "out"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_a_folder_is_no_output(tmp_path):
+def test_a_folder_is_not_an_output(tmp_path):
     with pytest.raises(ConfigError, match="is a folder"):
         check_writable(str(tmp_path))
 
 
-def test_stdout(made, capfdbinary):
-    deliver(made, "-")
+def test_stdout(source, capfdbinary):
+    deliver(source, "-")
     assert capfdbinary.readouterr().out == TEXT
     assert not exists("-")
 

@@ -1,4 +1,4 @@
-"""When a batch's command gives up waiting for replicas, and what it says then."""
+"""When a batch command stops waiting for replicas, and what it says then."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -8,8 +8,8 @@ from support.batch.batches import add_batch, opened, requests
 from support.fakes.replica import FakeReplica
 
 from cluster.cli.batch.watch import SILENCE_S, Watch
-from cluster.protocol.view import ClusterView
-from cluster.router.router import Outlook, Router
+from cluster.protocol.view import ClusterView, StartFailure
+from cluster.router.router import Availability, Router
 
 
 class Clock:
@@ -28,9 +28,9 @@ def clock() -> Clock:
 async def watching(folder, router: Router, clock: Clock):
     store, files = opened(folder)
     batch = await add_batch(store, files, requests(3))
-    watch = Watch(store, batch.id, has_deadline=True, clock=clock, look_every_s=0.01)
+    watch = Watch(store, batch.id, has_deadline=True, clock=clock, poll_every_s=0.01)
     task = asyncio.create_task(watch.run(router))
-    await asyncio.sleep(0)  # it has begun
+    await asyncio.sleep(0)  # it has started
     try:
         yield watch
     finally:
@@ -43,35 +43,35 @@ def view(**fields) -> ClusterView:
     return ClusterView(version=1, controller_id="c", **fields)
 
 
-async def test_a_ray_that_says_nothing_more_has_ended(tmp_path, clock):
+async def test_a_silent_ray_has_ended(tmp_path, clock):
     router = Router()
     async with watching(tmp_path, router, clock) as watch:
-        watch.take(view())
+        watch.on_view(view())
         clock.now += SILENCE_S / 2
         await asyncio.sleep(0.05)
-        assert not watch.hopeless.done()
+        assert not watch.failed.done()
         clock.now += SILENCE_S
         async with asyncio.timeout(5):
-            error = await watch.hopeless
-    assert watch.is_cut_off
+            error = await watch.failed
+    assert watch.ray_is_gone
     assert str(error).startswith("Ray's head has not answered for 20 s")
 
 
-async def test_a_replica_that_works_needs_no_head(tmp_path, clock):
+async def test_a_working_replica_needs_no_head(tmp_path, clock):
     replica = FakeReplica()
     router = Router([replica])
     async with watching(tmp_path, router, clock) as watch:
         clock.now += 10 * SILENCE_S
         await asyncio.sleep(0.05)
-        assert not watch.hopeless.done()
-        router.update([], Outlook())
+        assert not watch.failed.done()
+        router.update([], Availability())
         async with asyncio.timeout(5):
-            await watch.hopeless
+            await watch.failed
 
 
 async def test_replicas_that_cannot_start_are_the_reason(tmp_path, clock):
     async with watching(tmp_path, Router(), clock) as watch:
-        watch.take(view(failure=("place", "No place was found.")))
+        watch.on_view(view(failure=StartFailure(kind="config", message="No place was found.")))
         async with asyncio.timeout(5):
-            assert str(await watch.hopeless) == "No place was found."
-    assert not watch.is_cut_off
+            assert str(await watch.failed) == "No place was found."
+    assert not watch.ray_is_gone

@@ -1,4 +1,4 @@
-"""From a cloud's notice to a drained node, with everything real but Ray: metadata service, watcher, controller, fleet, router, engines."""
+"""From a cloud's notice to a drained node, with everything real but Ray and the cloud: poller, controller, fleet, router, engines."""
 
 import asyncio
 import secrets
@@ -13,11 +13,11 @@ from support.fakes.metadata import FakeMetadata, serving
 from support.servers.live_replica import TOKEN, LiveReplica
 
 import cluster.controller.controller as controller_module
-import cluster.controller.preemption.act as evacuation_module
-import cluster.controller.preemption.watch as node_watch_module
+import cluster.controller.preemption.act as act_module
+import cluster.controller.preemption.watch as watch_module
 from cluster.controller.controller import Controller
 from cluster.controller.preemption import metadata
-from cluster.controller.preemption.watch import NodeWatch, NoticeActor
+from cluster.controller.preemption.watch import NodeWatcher, NoticeActor
 from cluster.gateway.fleet import Fleet
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
@@ -32,7 +32,7 @@ NODES = {"r0": "near", "r1": "far", "r2": "near"}
 
 
 class EngineReplica:
-    """A supervisor's replica in this process, on a node by its name."""
+    """A ManagedReplica in this process; its name determines its node."""
 
     def __init__(self, replica_id: str, on_change) -> None:
         self.replica_id = replica_id
@@ -61,7 +61,7 @@ class EngineReplica:
 
 
 class Remote:
-    """An actor's handle without Ray: `actor.method.remote(...)` runs it here."""
+    """An actor handle without Ray: `actor.method.remote(...)` runs the method here."""
 
     def __init__(self, actor: object) -> None:
         self._actor = actor
@@ -70,24 +70,26 @@ class Remote:
         return SimpleNamespace(remote=getattr(self._actor, name))
 
 
-class LocalWatch(NodeWatch):
-    async def _watch_here(self) -> None:
-        """The head node stays."""
+def start_actor(node_id: str, option, log_level: str) -> Remote:
+    """Only the node "far" is in a cloud."""
+    return Remote(NoticeActor(option if node_id == "far" else "off", log_level))
 
-    def _start_actor(self, node_id: str) -> Remote:
-        return Remote(NoticeActor(self._asked if node_id == "far" else "off", "WARNING"))
+
+def local_watcher(on_change, *, start_actor=start_actor) -> NodeWatcher:
+    """Without Ray, on a head node that is in no cloud."""
+    return NodeWatcher(on_change, here="head", find_cloud=lambda option: None, start_actor=start_actor)
 
 
 class World(Controller):
-    def _make_replica(self, replica_id: str, incarnation: str | None = None) -> EngineReplica:
-        return EngineReplica(replica_id, self._note_change)
+    def make_replica(self, replica_id: str, incarnation: str | None = None) -> EngineReplica:
+        return EngineReplica(replica_id, self.note_change)
 
-    def _make_watch(self, on_notice) -> NodeWatch:
-        return LocalWatch(on_notice, here="head")
+    def make_watcher(self, on_notice) -> NodeWatcher:
+        return local_watcher(on_notice)
 
 
-class Here:
-    """The controller as a gateway on the node "near" sees it."""
+class FromNear:
+    """The controller, called from a gateway on the node "near"."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -110,10 +112,10 @@ def no_ray(monkeypatch) -> SimpleNamespace:
     monkeypatch.setattr(controller_module, "remove_all", lambda d, keep: None)
     monkeypatch.setattr(controller_module, "draining_nodes", dict)
     monkeypatch.setattr(controller_module, "SCALING_INTERVAL_S", 0.02)
-    monkeypatch.setattr(evacuation_module, "drain_node", lambda node_id, cause, deadline: seen.told.append(node_id))
-    monkeypatch.setattr(node_watch_module, "ray", SimpleNamespace(kill=seen.killed.append))
-    monkeypatch.setattr(node_watch_module, "node_addresses", lambda: {n: f"ip-of-{n}" for n in NODES.values()})
-    monkeypatch.setattr(node_watch_module, "RETRY_S", 0.01)
+    monkeypatch.setattr(act_module, "drain_node", lambda node_id, cause, deadline: seen.told.append(node_id))
+    monkeypatch.setattr(watch_module, "ray", SimpleNamespace(kill=seen.killed.append))
+    monkeypatch.setattr(watch_module, "node_addresses", lambda: {n: f"ip-of-{n}" for n in NODES.values()})
+    monkeypatch.setattr(watch_module, "RETRY_S", 0.01)
     monkeypatch.setattr(metadata, "AWS_INTERVAL_S", 0.05)
     monkeypatch.setattr(metadata, "AZURE_INTERVAL_S", 0.05)
     return seen
@@ -139,7 +141,7 @@ async def generate(router: Router, seed: int) -> list[int]:
     return [i async for delta in router.generate(request) for i in delta.token_ids]
 
 
-async def test_streams_outlive_the_node_and_say_the_same(metadata_service, no_ray):
+async def test_streams_outlive_the_node_and_their_tokens_stay_the_same(metadata_service, no_ray):
     cloud = metadata_service.cloud
     spec = ClusterSpec(
         model_name="m",
@@ -150,7 +152,7 @@ async def test_streams_outlive_the_node_and_say_the_same(metadata_service, no_ra
     )
     world, router = World("demo", spec), Router(policy="round_robin")
     await world.start()
-    fleet = Fleet(Here(world), router, gateway_id="g", url="http://g")
+    fleet = Fleet(FromNear(world), router, gateway_id="g", url="http://g")
     syncing = asyncio.create_task(fleet.run())
     try:
         await until(lambda: [r.state for r in router.health().replicas] == ["ready", "ready"])
@@ -163,14 +165,12 @@ async def test_streams_outlive_the_node_and_say_the_same(metadata_service, no_ra
         assert await asyncio.gather(*running, *later) == expected * 2
         await until(lambda: world.view().notices and world.view().notices[0].drained_at is not None)
         (notice,) = world.view().notices
-        print(
-            f"{cloud}: heard of after {notice.seen_at - began:.2f} s, drained after {notice.drained_at - began:.2f} s"
-        )
+        print(f"{cloud}: noticed after {notice.seen_at - began:.2f} s, drained after {notice.drained_at - began:.2f} s")
         assert notice.drained_at - began < GRACE_S[cloud]
         assert router.num_failovers_total >= 1, "no stream had to move"
         await until(lambda: {r.replica_id: r.state for r in world.view().replicas} == {"r0": "ready", "r2": "ready"})
         assert (notice.node_ip, no_ray.told) == ("ip-of-far", ["far"])
-        await until(lambda: no_ray.killed)  # its watcher has nothing to watch any more, and Ray there may end
+        await until(lambda: no_ray.killed)  # the node needs no poller any more, and its Ray may end
     finally:
         syncing.cancel()
         await asyncio.gather(syncing, return_exceptions=True)
@@ -179,43 +179,39 @@ async def test_streams_outlive_the_node_and_say_the_same(metadata_service, no_ra
 
 
 class DyingActor(NoticeActor):
-    async def watches(self) -> bool:
+    async def start(self) -> bool:
         raise RayActorError
 
 
-async def test_a_watcher_that_dies_is_started_again(metadata_service, no_ray):
-    class Watch(LocalWatch):
-        num_started = 0
+async def test_a_poller_that_dies_is_started_again(metadata_service, no_ray):
+    started = []
 
-        def _start_actor(self, node_id: str) -> Remote:
-            self.num_started += 1
-            if self.num_started == 1:
-                return Remote(DyingActor(self._asked, "WARNING"))
-            return super()._start_actor(node_id)
+    def start_dying_first(node_id: str, option, log_level: str) -> Remote:
+        started.append(node_id)
+        return Remote(DyingActor(option, log_level)) if len(started) == 1 else start_actor(node_id, option, log_level)
 
-    watch = Watch(lambda: None, here="head")
+    watch = local_watcher(lambda: None, start_actor=start_dying_first)
     watch.configure(metadata_service.cloud)
     watch.update(["far"])
     metadata_service.announce(60.0)
     await until(lambda: watch.notices)
-    assert watch.num_started == 2
+    assert len(started) == 2
     assert len(no_ray.killed) == 1
     watch.update([])
-    assert watch.notices, "until its end the node is shown"
+    assert watch.notices, "the notice is shown until its deadline"
     watch.configure("off")
     watch.update(["far"])
     assert watch.notices == ()
     await watch.close()
 
 
-async def test_where_there_is_no_cloud_nobody_watches(no_ray, monkeypatch):
-    monkeypatch.setattr(node_watch_module, "cloud_to_watch", lambda asked: None)
-    watch = NodeWatch(lambda: None, here="head")
+async def test_without_a_cloud_nothing_is_polled(no_ray):
+    watch = local_watcher(lambda: None)
     watch.configure("auto")
     watch.update([])
     (task,) = asyncio.all_tasks() - {asyncio.current_task()}
     await task
     for _ in range(3):
         watch.update([])
-    assert asyncio.all_tasks() == {asyncio.current_task()}, "it is asked again and again"
+    assert asyncio.all_tasks() == {asyncio.current_task()}, "the node is polled again and again"
     await watch.close()

@@ -1,4 +1,4 @@
-"""What the clouds' own documentation shows as answers, and what we take them for."""
+"""The answers that the clouds document, and the notices parsed from them."""
 
 from datetime import UTC, datetime
 
@@ -26,7 +26,7 @@ def azure_document(*events: dict) -> bytes:
         (b'{"action":"stop","time":"2026-11-24T08:22:00Z"}', b"InService", "stops this spot instance", 120),
         (b'{"action": "hibernate", "time": "2026-11-24T08:20:00Z"}', None, "hibernates this spot instance", 0),
         (b'{"action": "evict", "time": "2026-11-24T08:22:00+00:00"}', None, "will evict this spot instance", 120),
-        (None, b"Terminated", "takes this instance out of its Auto Scaling group", 60),
+        (None, b"Terminated", "removes this instance from its Auto Scaling group", 60),
         (None, b"Warmed:Stopped", None, None),
     ],
 )
@@ -41,7 +41,7 @@ def test_aws(action, lifecycle, event, left_s):
         ("TRUE", "NONE", "preempts this machine", 30),
         ("TRUE\n", "TERMINATE_ON_HOST_MAINTENANCE", "preempts this machine", 30),
         ("FALSE", "MIGRATE_ON_HOST_MAINTENANCE", None, None),
-        ("FALSE", "TERMINATE_ON_HOST_MAINTENANCE", "stops this machine for the maintenance of its host", 3600),
+        ("FALSE", "TERMINATE_ON_HOST_MAINTENANCE", "stops this machine for host maintenance", 3600),
     ],
 )
 def test_google_cloud(preempted, maintenance, event, left_s):
@@ -52,8 +52,8 @@ def test_google_cloud(preempted, maintenance, event, left_s):
     ("events", "event", "left_s"),
     [
         ([], None, None),
-        ([azure_event("Preempt", "vm_0", "Tue, 24 Nov 2026 08:20:30 GMT")], "takes this spot machine back", 30),
-        ([azure_event("Preempt", "VM_0", "Tue, 24 Nov 2026 08:20:30 GMT")], "takes this spot machine back", 30),
+        ([azure_event("Preempt", "vm_0", "Tue, 24 Nov 2026 08:20:30 GMT")], "preempts this spot machine", 30),
+        ([azure_event("Preempt", "VM_0", "Tue, 24 Nov 2026 08:20:30 GMT")], "preempts this spot machine", 30),
         ([azure_event("Preempt", "vm_1", "Tue, 24 Nov 2026 08:20:30 GMT")], None, None),
         ([azure_event("Freeze", "vm_0", "Tue, 24 Nov 2026 08:35:00 GMT")], None, None),
         ([azure_event("Reboot", "vm_0", "", status="Started")], "restarts this machine", 0),
@@ -87,18 +87,18 @@ def check(notice: Notice | None, cloud: str, event: str | None, left_s: float | 
         lambda: azure_notice(azure_document(azure_event("Preempt", "vm_0", "soon")), machine="vm_0", now=NOW),
     ],
 )
-def test_what_means_nothing_is_no_notice_and_no_all_clear(read):
+def test_an_invalid_answer_is_an_error(read):
     with pytest.raises(ValueError):
         read()
 
 
-def test_the_end_of_a_notice_never_moves_away():
+def test_the_deadline_of_a_notice_never_moves_back():
     first, second = (gcp_notice("TRUE", "NONE", now=NOW + s) for s in (0, 5))
     assert sooner(first, second) == first
     assert sooner(second, first) == first
     assert sooner(first, None) is None
     maintenance = gcp_notice("FALSE", "TERMINATE_ON_HOST_MAINTENANCE", now=NOW)
-    assert sooner(first, maintenance) == maintenance, "another event has a time of its own"
+    assert sooner(first, maintenance) == maintenance, "another event has its own deadline"
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_end_of_a_notice_never_moves_away():
         ({}, None),
     ],
 )
-def test_the_firmware_tells_the_cloud(firmware, cloud, tmp_path):
+def test_the_firmware_identifies_the_cloud(firmware, cloud, tmp_path):
     for name, text in firmware.items():
         (tmp_path / name).write_text(text + "\n")
     assert find_cloud(tmp_path) == cloud

@@ -1,26 +1,28 @@
-"""Jinja chat templates: rendered text and ids equal to transformers', special tokens out of a client's reach, sandbox."""
+"""Jinja chat templates: rendered text and ids equal to transformers', special tokens cannot come from a client, sandbox."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from support.paths import DEMO_MODEL
 from transformers import LlamaTokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
-from cluster.cli.options import chat_template
+from cluster.cli.options.serve_rows import chat_template
 from cluster.config.serve import CHAT_TEMPLATES
 from cluster.text.chat.jinja_template import JinjaTemplate
-from cluster.text.chat.template import Message, MistralTemplate
+from cluster.text.chat.mistral_template import MistralTemplate
+from cluster.text.chat.template import Message
 from cluster.text.chat.template_files import TemplateFiles, read_template_files
 from cluster.text.load import load_text
-from cluster.text.tokenizer import Tokenizer, load_tokenizer
+from cluster.text.tokenizer import load_tokenizer, open_tokenizer
 from cluster.text.tools.definitions import ToolCall, ToolDefinition
 from workers.errors import ConfigError, RequestError
 
 DEMO = DEMO_MODEL / "tokenizer.model.v3"
-TOKENIZER = Tokenizer(DEMO, "v3")
+TOKENIZER = open_tokenizer(DEMO, "v3")
 SIZE = TOKENIZER.vocab_size
 IM_END, IM_START = SIZE, SIZE + 1
 CHATML = (
@@ -58,8 +60,9 @@ def make(folder: Path, template: str | list = CHATML, **more) -> JinjaTemplate:
 
 @pytest.fixture(scope="module")
 def transformers_tokenizer() -> LlamaTokenizer:
-    vocab = {TOKENIZER.sp.id_to_piece(i): i for i in range(SIZE)}
-    merges = generate_merges(vocab, {piece: TOKENIZER.sp.get_score(i) for piece, i in vocab.items()})
+    vocab = {name: i for i, name in enumerate(TOKENIZER.pieces.names)}
+    processor = SentencePieceProcessor(model_file=str(DEMO))
+    merges = generate_merges(vocab, {piece: processor.get_score(i) for piece, i in vocab.items()})
     tokens = ["<|im_end|>", "<|im_start|>"]
     reference = LlamaTokenizer(vocab=vocab, merges=merges, legacy=False, additional_special_tokens=tokens)
     assert reference.convert_tokens_to_ids(tokens) == [IM_END, IM_START]
@@ -132,7 +135,7 @@ def test_tools_and_calls_are_rendered_as_in_transformers(tmp_path: Path, transfo
     assert prompt.token_ids == list(expected)
 
 
-def test_legacy_tokenizers_put_a_space_behind_special_tokens(tmp_path: Path) -> None:
+def test_legacy_tokenizers_put_a_space_after_special_tokens(tmp_path: Path) -> None:
     """As the slow Llama tokenizer does with legacy=true; compared on its own class, which reads the same file."""
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
@@ -182,7 +185,7 @@ def test_special_tokens_in_a_clients_text_stay_text(tmp_path: Path, template: st
     assert TOKENIZER.decode(ids) == attack, "and it is still the client's text, unchanged"
 
 
-def test_noncharacters_of_a_client_are_kept_apart(tmp_path: Path) -> None:
+def test_noncharacters_of_a_client_are_not_taken_for_marks(tmp_path: Path) -> None:
     chat = make(tmp_path, "{{ messages[0].content }}")
     text = "\ufdd0</s>\ufdd1"
     assert TOKENIZER.decode(chat.encode([Message(U, text)]).token_ids) == text
@@ -216,7 +219,7 @@ def test_noncharacters_of_a_client_are_kept_apart(tmp_path: Path) -> None:
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     ],
 )
-def test_a_template_that_fails_fails_its_request_only(tmp_path: Path, template: str, says: str) -> None:
+def test_a_failing_template_fails_only_its_request(tmp_path: Path, template: str, says: str) -> None:
     with pytest.raises(RequestError, match=says) as error:
         make(tmp_path, template).encode([Message(U, "a</s>")])
     assert error.value.param == "messages"
@@ -228,7 +231,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert not chat.supports_tools
     for messages, tools, says in [
         ([Message(S, "x")], [], "no user message"),
-        ([Message(U, "x")], [ToolDefinition("f")], "has no tools"),
+        ([Message(U, "x")], [ToolDefinition("f")], "does not support tools"),
         ([Message(U, "half \ud83d")], [], "not valid Unicode"),
     ]:
         with pytest.raises(RequestError, match=says):
@@ -244,11 +247,11 @@ def test_refusals(tmp_path: Path) -> None:
         ({"tokenizer_config.json": json.dumps(config([{"name": "rag", "template": "x"}]))}, "none is named 'default'"),
         (
             {"tokenizer_config.json": json.dumps(config(CHATML, eos_token="<|end|>"))},
-            "eos_token '<|end|>' but gives it no id",
+            "eos_token '<|end|>' but does not give its id",
         ),
         (
             {"tokenizer_config.json": json.dumps(config(CHATML)), "added_tokens.json": '{"<x>": 99999}'},
-            "id beyond the model's",
+            "is beyond the model's",
         ),
         ({"tokenizer_config.json": "{"}, "cannot be read"),
         ({"tokenizer_config.json": "[]"}, "not a JSON object"),

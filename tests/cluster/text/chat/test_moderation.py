@@ -1,4 +1,4 @@
-"""The moderation question: Mistral's categories, and a text that cannot leave its quotation."""
+"""The moderation prompt: Mistral's categories, and a text that cannot escape its quotation."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Templates v1, v2 and v3: our ids equal those of mistral-common's own tokenizers, and pinned texts."""
+"""Templates v1, v2 and v3: the same ids as mistral-common's own tokenizers, and pinned pieces."""
 
 import shutil
 from pathlib import Path
@@ -11,9 +11,10 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from support.paths import DEMO_MODEL
 
+from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.chat.safe_prompt import SAFE_PROMPT, with_safe_prompt
-from cluster.text.chat.template import Message, MistralTemplate
-from cluster.text.tokenizer import Tokenizer, load_tokenizer
+from cluster.text.chat.template import Message
+from cluster.text.tokenizer import load_tokenizer, open_tokenizer
 from cluster.text.tools.definitions import ToolCall, ToolDefinition, mistral_id
 from workers.errors import ConfigError, RequestError
 
@@ -30,7 +31,7 @@ REFERENCES = {
     "v3": MistralTokenizer.v3(),
     "demo": MistralTokenizer.from_file(str(DEMO)),
 }
-TEMPLATES = {version: MistralTemplate(Tokenizer(path, version)) for version, path in PATHS.items()}
+TEMPLATES = {version: MistralTemplate(open_tokenizer(path, version)) for version, path in PATHS.items()}
 TEMPLATES["demo"] = MistralTemplate(load_tokenizer(DEMO.parent))
 
 U, A, S = "user", "assistant", "system"
@@ -86,13 +87,13 @@ def test_a_prefix_is_continued(version: str) -> None:
     ],
 )
 def test_pinned_pieces(version: str, pieces: str) -> None:
-    sp = Tokenizer(PATHS[version], version).sp
+    names = open_tokenizer(PATHS[version], version).pieces.names
     prompt = TEMPLATES[version].encode([Message(S, "S"), Message(U, "a"), Message(A, "b"), Message(U, "c")])
-    assert "|".join(sp.id_to_piece(i) for i in prompt.token_ids) == pieces
+    assert "|".join(names[i] for i in prompt.token_ids) == pieces
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-def test_a_plain_file_name_takes_any_version(tmp_path: Path, version: str) -> None:
+def test_a_plain_file_name_works_with_any_version(tmp_path: Path, version: str) -> None:
     shutil.copy(PATHS[version], tmp_path / "tokenizer.model")
     template = MistralTemplate(load_tokenizer(tmp_path, version=version))
     prompt = template.encode([Message(S, "Be brief."), Message(U, "a"), Message(A, "b"), Message(U, "c")])
@@ -101,7 +102,7 @@ def test_a_plain_file_name_takes_any_version(tmp_path: Path, version: str) -> No
 
 def test_a_template_needs_its_control_tokens() -> None:
     with pytest.raises(ConfigError, match=r"v3 needs the control tokens \[INST\]"):
-        MistralTemplate(Tokenizer(PATHS["v1"], "v3"))
+        MistralTemplate(open_tokenizer(PATHS["v1"], "v3"))
 
 
 @pytest.mark.parametrize("version", TEMPLATES)
@@ -110,8 +111,8 @@ def test_a_template_needs_its_control_tokens() -> None:
     [
         ([Message(S, "only this")], "no user message"),
         ([Message(A, "Hi")], "no user message"),
-        ([Message(U, "a"), Message(A, "b")], "last message is the assistant's"),
-        ([Message(U, "a"), Message(A, ""), Message(U, "b")], "assistant message needs content"),
+        ([Message(U, "a"), Message(A, "b")], "last message is an assistant message"),
+        ([Message(U, "a"), Message(A, ""), Message(U, "b")], "neither content nor tool calls"),
         ([Message(U, "a"), Message(A, "b", prefix=True), Message(U, "c")], "must be last message"),
         ([Message(U, "a"), Message(A, "b"), Message(S, "c"), Message(U, "d")], "Unexpected role 'system' after role"),
         ([Message(U, "half \ud83d")], "not valid Unicode"),
@@ -166,7 +167,8 @@ def test_ids_of_other_servers_still_match() -> None:
         Message("tool", "plain text", tool_call_id="call_2"),
         Message("tool", "[1, 2]", tool_call_id="call_1"),
     ]
-    text = TEMPLATES["v3"]._mistral.decode(TEMPLATES["v3"].encode(conversation, tools=TOOLS).token_ids)
+    prompt = TEMPLATES["v3"].encode(conversation, tools=TOOLS)
+    text = open_tokenizer(PATHS["v3"], "v3").decode(prompt.token_ids)
     for call_id in ("call_1", "call_2"):
         assert call_id not in text
         assert text.count(mistral_id(call_id)) == 2, "once in the call, once in its result"
@@ -186,19 +188,22 @@ def result(content: str, call_id: str | None = CALL.id) -> Message:
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([Message(U, "a"), result("x")], "needs the 'tool_call_id' of a call"),
-        ([*ASKED, result("x", "abcDEF124")], "needs the 'tool_call_id'"),
-        ([*ASKED, result("x", None)], "needs the 'tool_call_id'"),
-        ([*ASKED, result("x"), result("x")], "needs the 'tool_call_id'"),
+        ([Message(U, "a"), result("x")], "'tool_call_id' to a call in the assistant message"),
+        ([*ASKED, result("x", "abcDEF124")], "does not answer an open tool call"),
+        ([*ASKED, result("x", None)], "does not answer an open tool call"),
+        ([*ASKED, result("x"), result("x")], "does not answer an open tool call"),
         ([*ASKED, Message(U, "b")], "has no result"),
-        (ASKED, "last message is the assistant's"),
-        ([Message(U, "a"), Message(A, tool_calls=[CALL], prefix=True)], "content and no tool calls"),
-        ([Message(U, "a"), Message(A, "Let me see", tool_calls=[CALL]), result("x")], "either content or tool calls"),
+        (ASKED, "last message is an assistant message"),
+        ([Message(U, "a"), Message(A, tool_calls=[CALL], prefix=True)], "'prefix' has tool calls"),
+        (
+            [Message(U, "a"), Message(A, "Let me see", tool_calls=[CALL]), result("x")],
+            "does not allow both content and tool calls",
+        ),
         ([Message(U, "a"), Message(A, tool_calls=[CALL, CALL])], "the same id"),
         (called("a b", "{}"), "Function name"),
         (called("f", "\ud83d"), "not valid Unicode"),
         ([*ASKED, result(r'"\ud83d"')], "not valid Unicode"),
-        ([*ASKED, result("9" * 5000)], "cannot be read"),
+        ([*ASKED, result("9" * 5000)], "cannot be parsed"),
         ([*ASKED, result("[" * 100_000)], "nested too deeply"),
     ],
 )
@@ -211,7 +216,7 @@ def test_refused_tool_messages(messages: list[Message], says: str) -> None:
 @pytest.mark.parametrize(
     ("version", "tool", "says"),
     [
-        ("v1", TOOLS[0], "template has no tools"),
+        ("v1", TOOLS[0], "does not support tools"),
         ("v3", ToolDefinition("a.b"), "Function name was a.b"),
         ("v3", ToolDefinition("f", parameters={"type": "nothing"}), "Invalid tool schema"),
     ],
@@ -231,6 +236,6 @@ def test_refused_tools(version: str, tool: ToolDefinition, says: str) -> None:
         ([Message(S, ""), Message(U, "a")], SAFE_PROMPT),
     ],
 )
-def test_the_safe_prompt_stands_first(before: list[Message], system: str) -> None:
+def test_the_safe_prompt_comes_first(before: list[Message], system: str) -> None:
     assert with_safe_prompt(before) == [Message(S, system), Message(U, "a")]
     assert TEMPLATES["v3"].encode(with_safe_prompt(before)).token_ids == reference("v3", [(S, system), (U, "a")])

@@ -1,4 +1,4 @@
-"""Grammars for structured outputs: what they accept and refuse, and that nasty ones are refused in bounded time."""
+"""Grammars for structured outputs: what they accept and reject, and that hostile ones are rejected in bounded time."""
 
 import json
 import subprocess
@@ -51,21 +51,21 @@ OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 )
 def test_what_a_grammar_accepts(kind, value, good: list[str], bad: list[str]) -> None:
     output = StructuredOutput(kind, value)
-    behind, at_start = (COMPILER.compile(output, at_start=s, param="p") for s in (False, True))
+    continuing, at_start = (COMPILER.compile(output, at_start=s, param="p") for s in (False, True))
     for text in good:
-        assert accepts(behind, text), text
+        assert accepts(continuing, text), text
         assert accepts(at_start, text), text
         assert accepts(at_start, " " + text), "the space that opens an answer does not show"
-        assert not accepts(behind, " " + text), text
+        assert not accepts(continuing, " " + text), text
     for text in bad:
-        assert not accepts(behind, text), text
+        assert not accepts(continuing, text), text
         assert not accepts(at_start, text), text
 
 
 @pytest.mark.parametrize(
     ("kind", "value"), [("regex", " ?[a-z]+"), ("choice", [" yes", "no"]), ("grammar", 'start: " "? "word"')]
 )
-def test_a_text_that_may_open_with_a_space_conforms_as_it_is_shown(kind, value) -> None:
+def test_a_text_that_may_start_with_a_space_matches_as_it_is_shown(kind, value) -> None:
     grammar = COMPILER.compile(StructuredOutput(kind, value), at_start=True, param="p")
     plain = COMPILER.compile(StructuredOutput(kind, value), at_start=False, param="p")
     for text in ("abc", " abc", "  abc", "yes", " yes", "  yes", "no", " no", "word", " word", "  word"):
@@ -88,14 +88,14 @@ def nested(depth: int) -> dict:
 
 
 REFUSED = [
-    ("json", 3, "is an object, or true or false"),
+    ("json", 3, "must be an object, true or false"),
     ("json", False, "no document matches"),
     ("json", {"if": {"type": "string"}}, 'uses "if", which cannot be enforced'),
     ("json", {"type": "array", "uniqueItems": True}, 'uses "uniqueItems"'),
-    ("json", {"oneOf": [{"type": "string"}, {"minLength": 3}]}, "use anyOf"),
+    ("json", {"oneOf": [{"type": "string"}, {"minLength": 3}]}, "Use anyOf"),
     ("json", {"type": "string", "pattern": "(?=a)"}, "look-around"),
     ("json", {"type": "nothing"}, "Invalid type"),
-    ("json", {"const": float("inf")}, "number that JSON does not have"),
+    ("json", {"const": float("inf")}, "number that JSON cannot represent"),
     ("json", {"const": "\ud83d"}, "surrogate"),
     ("json", {"$ref": "#/$defs/a"}, "points to nothing"),
     ("json", {"$ref": "http://example.com/x"}, "into the schema itself"),
@@ -111,38 +111,42 @@ REFUSED = [
     ),
     ("json", {"const": "x" * 100_001}, "at most 100,000"),
     ("json", {"properties": {f"p{i}": {} for i in range(401)}}, "400 optional properties"),
-    ("json", {"type": "integer", "multipleOf": 99991}, "divisors in multipleOf"),
-    ("json", {"anyOf": [{"type": "integer", "multipleOf": 9973 - k} for k in range(20)]}, "divisors in multipleOf"),
+    ("json", {"type": "integer", "multipleOf": 99991}, "multipleOf divisors is above 10,000"),
+    (
+        "json",
+        {"anyOf": [{"type": "integer", "multipleOf": 9973 - k} for k in range(20)]},
+        "multipleOf divisors is above 10,000",
+    ),
     ("json", {"allOf": [{"enum": [f"v{i}" for i in range(1200)]}] * 4}, "too complex"),
-    ("regex", "", "not empty"),
+    ("regex", "", "non-empty string"),
     ("regex", "(a", "unclosed group"),
     ("regex", r"(a)\1", "backreferences"),
     ("regex", r"[^\s\S]", "no text matches"),
     ("regex", "a" * 10_001, "at most 10,000"),
     ("regex", "(.{1,1000}){1,1000}", "too complex"),
     ("regex", "\ud83d", "surrogate"),
-    ("choice", [], "one or more strings"),
-    ("choice", ["a", ""], "none of them empty"),
-    ("choice", ["a", 1], "one or more strings"),
+    ("choice", [], "one or more non-empty strings"),
+    ("choice", ["a", ""], "one or more non-empty strings"),
+    ("choice", ["a", 1], "one or more non-empty strings"),
     ("choice", ["a", "b", "a"], "listed twice"),
     ("choice", [f"{i}" for i in range(10_001)], "at most 10,000 choices"),
     ("choice", ["x" * 100_001], "100,000 characters"),
-    ("grammar", " ", "Lark's or GBNF's"),
+    ("grammar", " ", "Lark or GBNF"),
     ("grammar", 'start: "a" b', "unknown name"),
     ("grammar", "start: a\na: a", "no text matches"),
     ("grammar", 'start: "a"\n' * 501, "500 lines"),
     ("grammar", '%llguidance {"no_forcing": false}\nstart: "a"', "cannot be set"),
     ("grammar", "start: %json " + json.dumps(nested(70)), "more than 64 levels"),
-    ("grammar", "start: %json {", "cannot be read"),
+    ("grammar", "start: %json {", "cannot be parsed"),
     ("grammar", "start: a\na[temperature=0.5]: /.*/", "'temperature' has no effect"),
     ("grammar", 'start: a\na[capture, stop="x"]: /.*/', "'stop' has no effect"),
-    ("grammar", "root ::= (", "cannot be read"),
+    ("grammar", "root ::= (", "cannot be parsed"),
     ("grammar", "start: " + "(" * 9_000 + '"a"' + ")" * 9_000, "too complex"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "value", "says"), REFUSED, ids=[f"{k}: {s}" for k, _, s in REFUSED])
-def test_what_is_refused_is_refused_quickly(kind, value, says: str) -> None:
+def test_what_is_rejected_is_rejected_quickly(kind, value, says: str) -> None:
     begun = time.process_time()
     with pytest.raises(RequestError, match=says) as error:
         COMPILER.compile(StructuredOutput(kind, value), at_start=True, param="response_format")
@@ -179,7 +183,7 @@ def test_large_but_fine_is_quick_at_every_token(kind, value) -> None:
     assert time.process_time() - begun < 1, "a slow mask would hold up every other request of the replica"
 
 
-def test_the_longest_chains_allowed_do_not_end_the_process() -> None:
+def test_the_longest_allowed_chains_do_not_crash_the_process() -> None:
     """llguidance recurses in native code: a stack overflow could not be caught. Run apart, on a thread's stack."""
     code = f"""
 import sys, threading
@@ -217,7 +221,7 @@ def test_random_walks_give_valid_documents() -> None:
     for seed in range(20):
         rng, matcher, ids = random.Random(seed), llguidance.LLMatcher(VOCABULARY, grammar), []
         while not matcher.is_stopped():
-            token = grammars._pick(int.from_bytes(matcher.compute_bitmask(), "little"), rng)
+            token = grammars.random_token(int.from_bytes(matcher.compute_bitmask(), "little"), rng)
             assert matcher.consume_token(token)
             ids.append(token)
         detokenizer = Detokenizer(TOKENIZER.pieces)

@@ -1,4 +1,4 @@
-"""Schemas as llguidance gets them: documents that strict readers accept, and references that move along."""
+"""Schemas as llguidance receives them: documents that strict validators accept, and references that move with their schema."""
 
 import datetime
 import json
@@ -37,7 +37,7 @@ LIST = {
         ({"properties": {"format": {"const": 1}}, "required": ["format"]}, ['{"format":1}'], ['{"format":2}']),
     ],
 )  # fmt: skip
-def test_what_documents_are_held_to(compiler, accepts, schema: dict, good: list[str], bad: list[str]) -> None:
+def test_what_documents_must_satisfy(compiler, accepts, schema: dict, good: list[str], bad: list[str]) -> None:
     grammar = compiler.compile(StructuredOutput("json", schema), at_start=False, param="p")
     for text in good:
         jsonschema.validate(json.loads(text), schema)
@@ -123,7 +123,7 @@ def test_random_tokens_write_valid_documents_of_random_schemas(compiler, tokeniz
     grammar = compiler.compile(StructuredOutput("json", schema), at_start=True, param="p")
     matcher, ids = llguidance.LLMatcher(vocabulary, grammar), []
     while not matcher.is_stopped() and len(ids) < 400:
-        token = grammars._pick(int.from_bytes(matcher.compute_bitmask(), "little"), rng)
+        token = grammars.random_token(int.from_bytes(matcher.compute_bitmask(), "little"), rng)
         assert matcher.consume_token(token), matcher.get_error()[:200]
         ids.append(token)
     if matcher.is_stopped():

@@ -1,15 +1,15 @@
-"""Detokenizer and stop strings together: what a delta shows, and that a replay rebuilds the state."""
+"""Detokenizer and stop strings together: what a delta shows, and that a replay restores the state."""
 
 from pathlib import Path
 
 import mistral_common
 import pytest
 
-from cluster.text.output.output import OutputText
-from cluster.text.tokenizer import Tokenizer
+from cluster.text.output.output_text import OutputText
+from cluster.text.tokenizer import open_tokenizer
 from workers.protocol import FinishReason, TokenDelta, TokenLogprob
 
-TOKENIZER = Tokenizer(
+TOKENIZER = open_tokenizer(
     Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3", "v3"
 )
 TEXT = "It is 日本 time; the END of 😀 it"
@@ -27,12 +27,12 @@ def test_a_stop_string_ends_the_sequence_in_mid_delta() -> None:
     output = OutputText(TOKENIZER, stop=["END"])
     step = output.push(delta(IDS))
     assert (step.text, step.finish_reason) == ("It is 日本 time; the ", FinishReason.STOP)
-    assert output.num_tokens < len(IDS), "tokens behind the stop string do not count"
+    assert output.num_tokens < len(IDS), "tokens after the stop string do not count"
 
 
-def test_the_stop_token_counts_and_is_not_text() -> None:
+def test_the_stop_token_is_counted_and_is_not_text() -> None:
     output = OutputText(TOKENIZER)
-    hello = TOKENIZER.sp.piece_to_id("▁Hello")
+    hello = TOKENIZER.pieces.names.index("▁Hello")
     step = output.push(delta([hello, hello], finish=FinishReason.STOP, stop_token_id=hello))
     assert (step.text, output.num_tokens) == ("Hello", 2)
 
@@ -53,7 +53,7 @@ def test_a_stop_string_completed_by_the_last_token_makes_it_stop() -> None:
     assert (step.text, step.finish_reason) == ("the ", FinishReason.STOP)
 
 
-def test_min_tokens_lets_stop_strings_pass() -> None:
+def test_before_min_tokens_stop_strings_are_ignored() -> None:
     ids = TOKENIZER.encode("END one END two", bos=False)
     num_first = len(TOKENIZER.encode("END", bos=False))
     step = OutputText(TOKENIZER, stop=["END"], min_tokens=num_first).push(delta(ids))
@@ -61,8 +61,8 @@ def test_min_tokens_lets_stop_strings_pass() -> None:
 
 
 @pytest.mark.parametrize("cut", range(len(IDS) + 1))
-def test_a_replay_goes_on_like_the_original(cut: int) -> None:
-    prompt = TOKENIZER.encode("Behind a prompt")
+def test_a_replay_continues_like_the_original(cut: int) -> None:
+    prompt = TOKENIZER.encode("After a prompt")
     arguments = {"continues": prompt, "stop": ["of 😁", "zzz"]}
     original, rebuilt = OutputText(TOKENIZER, **arguments), OutputText(TOKENIZER, **arguments)
     original.push(delta(IDS[:cut]))
@@ -87,7 +87,7 @@ def test_logprobs_come_with_their_text_and_point_into_it() -> None:
             assert text[p.text_offset :].startswith(piece if p.text_offset else piece.lstrip())
 
 
-def test_logprobs_of_a_stop_string_go_with_it() -> None:
+def test_logprobs_of_a_stop_string_are_dropped_with_it() -> None:
     ids = TOKENIZER.encode("the END", bos=False)
     output = OutputText(TOKENIZER, stop=[" END"])
     placed = [

@@ -1,4 +1,4 @@
-"""Stop strings are found wherever the text is cut, and nothing shown has to be taken back."""
+"""Stop strings are found however the text is split, and shown text is final."""
 
 from itertools import pairwise
 

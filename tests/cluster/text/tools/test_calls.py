@@ -1,4 +1,4 @@
-"""The incremental reader of tool calls, and its place in OutputText: however the text is cut, the calls are the same."""
+"""The incremental reader of tool calls, alone and in OutputText: however the text is split, the calls are the same."""
 
 import itertools
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 from support.paths import DEMO_MODEL
 
-from cluster.text.output.output import OutputText
+from cluster.text.output.output_text import OutputText
 from cluster.text.tokenizer import load_tokenizer
 from cluster.text.tools.calls import ToolCallDelta, ToolCallParser, new_tool_call_id
 from workers.protocol import FinishReason, TokenDelta, TokenLogprob
@@ -20,7 +20,7 @@ def ids():
 
 
 def read(pieces) -> tuple[str, list[tuple[str, str, str]]]:
-    """(text that is no call, (id, name, arguments) of each call)."""
+    """(text that is not a call, (id, name, arguments) of each call)."""
     parser, shown, calls = ToolCallParser(new_id=ids()), "", []
     for piece in pieces:
         text, deltas = parser.push(piece)
@@ -62,13 +62,13 @@ CASES = {
     "no arguments": ('[{"name": "f"}]', [("f", "{}")]),
     "arguments as a string": (r'[{"name": "f", "arguments": "{\"a\": 1}"}]', [("f", '{"a": 1}')]),
     "no list": ('{"name": "f", "arguments": {}}', [("f", "{}")]),
-    "text behind": ('[{"name": "f", "arguments": {}}] and more', [("f", "{}")]),
+    "text after it": ('[{"name": "f", "arguments": {}}] and more', [("f", "{}")]),
     "a name with escapes": (r'[{"name": "f\u0041", "arguments": {}}]', [("fA", "{}")]),
     "cut in the arguments": ('[{"name": "f", "arguments": {"a": "b', [("f", '{"a": "b')]),
     "cut in the name": ('[{"name": "f', []),
     "cut in the second": ('[{"name": "f", "arguments": {}}, {"name": "g", "argu', [("f", "{}"), ("g", "")]),
     "no name": ('[{"arguments": {"a": 1}}, {"name": "g", "arguments": {}}]', [("g", "{}")]),
-    "a name that is no string": ('[{"name": 3, "arguments": {}}]', []),
+    "a name that is not a string": ('[{"name": 3, "arguments": {}}]', []),
     "empty list": ("[]", []),
     "nothing": ("", []),
     "broken": ('[{"name" "f", : {]}}', []),
@@ -86,7 +86,7 @@ def test_calls_are_the_same_however_the_text_is_cut(name: str) -> None:
         assert read([text[:cut], text[cut:]]) == expected, text[:cut]
 
 
-def test_prose_behind_the_token_is_text() -> None:
+def test_prose_after_the_token_is_text() -> None:
     assert read([" I would ", "call [f]"]) == ("I would call [f]", [])
 
 
@@ -151,7 +151,7 @@ def test_without_tools_the_token_is_nothing_special() -> None:
 
 
 @pytest.mark.parametrize("cut", range(len(ANSWER)))
-def test_a_replay_goes_on_like_the_original(cut: int) -> None:
+def test_a_replay_continues_like_the_original(cut: int) -> None:
     original, rebuilt = (
         OutputText(TOKENIZER, tool_calls_token_id=TOOL_CALLS, new_tool_call_id=ids()) for _ in range(2)
     )

@@ -1,4 +1,4 @@
-"""Grammars of answers that may call tools, and how foreign ids become Mistral's."""
+"""Grammars of answers that may call tools, and call ids in Mistral's format."""
 
 import json
 import random
@@ -11,8 +11,8 @@ from support.paths import DEMO_MODEL
 
 from cluster.text.grammar import compiler as grammars
 from cluster.text.grammar.compiler import GrammarCompiler
-from cluster.text.output.output import OutputText
-from cluster.text.tokenizer import Tokenizer, load_tokenizer
+from cluster.text.output.output_text import OutputText
+from cluster.text.tokenizer import load_tokenizer, open_tokenizer
 from cluster.text.tools.definitions import MAX_PARALLEL_CALLS, ToolDefinition, mistral_id, tool_grammar
 from workers.errors import RequestError
 from workers.protocol import FinishReason, TokenDelta
@@ -91,7 +91,7 @@ def test_random_answers_are_calls_that_fit_their_schemas() -> None:
     for seed in range(8):
         rng, matcher, ids = random.Random(seed), llguidance.LLMatcher(VOCABULARY, grammar), []
         while not matcher.is_stopped():
-            token = grammars._pick(int.from_bytes(matcher.compute_bitmask(), "little"), rng)
+            token = grammars.random_token(int.from_bytes(matcher.compute_bitmask(), "little"), rng)
             assert matcher.consume_token(token)
             ids.append(token)
         output = OutputText(TOKENIZER, tool_calls_token_id=TOOL_CALLS)
@@ -118,7 +118,7 @@ def test_a_schema_that_cannot_be_enforced_loosens_only_without_strict() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(RequestError, match="not those of an object"):
+    with pytest.raises(RequestError, match="are not a schema of an object"):
         tool_grammar([ToolDefinition("f", parameters={"type": "array"})], compiler=COMPILER)
     big = {"type": "object", "properties": {"a": {"const": "x" * 90_000}}}
     with pytest.raises(RequestError, match="400,000 characters"):
@@ -128,7 +128,7 @@ def test_refusals() -> None:
 def test_a_vocabulary_without_the_token_has_no_tools() -> None:
     import mistral_common
 
-    v1 = Tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", "v1")
+    v1 = open_tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", "v1")
     assert v1.tool_calls_token_id is None
     with pytest.raises(RequestError, match=r"no \[TOOL_CALLS\]"):
         tool_grammar([ADD], compiler=GrammarCompiler(v1, vocab_size=v1.vocab_size, eos_token_ids=(2,)))

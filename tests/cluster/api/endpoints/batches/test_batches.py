@@ -1,4 +1,4 @@
-"""/v1/batches over the real store and runner: what becomes of each line, whose it is and what it costs, and what a batch may be."""
+"""/v1/batches with the real store and runner: the result of each line, its owner and its cost, and which batches are accepted."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 
 
 def lines(bodies: Sequence[dict[str, Any]], url: str = COMPLETIONS) -> bytes:
-    """A file of them; the custom_ids are their numbers."""
+    """An input file; the custom_ids are the lines' numbers."""
     requests = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i, body in enumerate(bodies)]
     return b"".join(json.dumps(request).encode() + b"\n" for request in requests)
 
@@ -77,7 +77,7 @@ class Api:
         return await self.until(await self.start(content, url, **fields), lambda b: b["status"] in ENDED)
 
     async def results(self, batch: dict[str, Any], kind: str = "output") -> dict[str, dict[str, Any]]:
-        """By custom_id."""
+        """The results by custom_id."""
         if batch[f"{kind}_file_id"] is None:
             return {}
         response = await self.client.get(f"/v1/files/{batch[f'{kind}_file_id']}/content", headers=self.headers)
@@ -114,17 +114,17 @@ async def test_each_line_has_its_answer(api: Api, replica: FakeReplica) -> None:
         assert line["response"]["body"]["object"] == "text_completion"
         assert line["response"]["body"]["choices"][0]["text"] == TOKENIZER.decode([42, 43])
     asked = {r.sampling.seed: r for r in replica.requests}
-    assert 7 in asked and len(asked) == 5, "every sequence has a seed of its own"
+    assert 7 in asked and len(asked) == 5, "every sequence has its own seed"
     assert sorted(r.priority - BATCH_PRIORITY for r in replica.requests) == [0, 0, 0, 0, 3]
 
 
 async def test_a_line_without_a_seed_gets_the_same_one_again(tmp_path: Path) -> None:
-    """However often it is computed: by its batch and its custom_id."""
+    """The seed depends on the batch and the custom_id, so it is the same each time the line runs."""
     first, second = FakeReplica(hold_after=1), FakeReplica(hold_after=1)
     async with batch_app(tmp_path, [first]) as client:
         batch = await Api(client).start(lines([BODY]))
         await asyncio.wait_for(first.holding.wait(), 10)
-    assert first.num_open == 0, "a service that ends gives its lines up"
+    assert first.num_open == 0, "a service that stops aborts its lines"
     second.release.set()
     async with batch_app(tmp_path, [second]) as client:
         ended = await Api(client).until(batch, lambda b: b["status"] in ENDED)
@@ -138,7 +138,7 @@ REFUSED_LINES = [
     (BODY | {"temperature": 9}, "temperature", "Invalid value"),
     (BODY | {"colour": 1}, "colour", "Unrecognized"),
     (BODY | {"model": "gpt-4"}, "model", "does not exist"),
-    (BODY | {"max_tokens": 0}, "max_tokens", "no answer"),
+    (BODY | {"max_tokens": 0}, "max_tokens", "would be empty"),
     (BODY | {"best_of": 1, "n": 2}, "best_of", "at least n"),
 ]
 
@@ -155,7 +155,7 @@ async def test_lines_that_can_never_run_fail_the_batch_before_it_starts(api: Api
     assert replica.requests == []
 
 
-async def test_what_the_model_cannot_do_is_the_lines_own_answer(api: Api) -> None:
+async def test_a_request_the_model_cannot_serve_fails_its_own_line_only(api: Api) -> None:
     batch = await api.run(lines([BODY, BODY | {"prompt": [5] * 300}, BODY | {"prompt": [4096]}]))
     assert (batch["status"], batch["request_counts"]) == ("completed", {"total": 3, "completed": 1, "failed": 2})
     assert sorted(await api.results(batch)) == ["0"]
@@ -191,7 +191,7 @@ async def test_cancel(tmp_path: Path) -> None:
         batch = await api.start(lines([BODY] * 3))
         await asyncio.wait_for(slow.holding.wait(), 10)
         response = await client.delete(f"/v1/files/{batch['input_file_id']}")
-        assert response.status == 400, "it is being read"
+        assert response.status == 400, "a batch reads it"
         response = await client.post(f"/v1/batches/{batch['id']}/cancel")
         assert (response.status, (await response.json())["status"]) == (200, "cancelling")
         ended = await api.until(batch, lambda b: b["status"] in ENDED)
@@ -212,7 +212,7 @@ async def test_a_batch_expires(tmp_path: Path) -> None:
         assert {e["error"]["code"] for e in (await api.results(batch, "error")).values()} == {"batch_expired"}
 
 
-async def test_output_files_expire_when_asked_to(api: Api) -> None:
+async def test_output_files_expire_if_requested(api: Api) -> None:
     after = {"anchor": "created_at", "seconds": 7200}
     batch = await api.run(lines([BODY]), output_expires_after=after, metadata={"run": "7"})
     assert batch["metadata"] == {"run": "7"}
@@ -231,7 +231,9 @@ async def test_online_requests_and_lines_share_a_replica(api: Api, replica: Fake
     assert values['tramontane:batch_lines_total{model_name="demo",outcome="completed"}'] == 20
     assert values[f"tramontane:batch_generation_tokens_total{name}"] == 40
     assert values[f"tramontane:generation_tokens_total{name}"] == 42
-    assert values[f"tramontane:time_to_first_token_seconds_count{name}"] == 1, "lines say nothing about the service"
+    assert values[f"tramontane:time_to_first_token_seconds_count{name}"] == 1, (
+        "batch lines do not count in the latency metrics"
+    )
     assert f"tramontane:num_batch_lines_pending{name}" in values
 
 
@@ -268,7 +270,7 @@ async def test_wrong_bodies(api: Api) -> None:
         assert (response.status, (await response.json())["error"]["code"]) == (404, "batch_not_found")
 
 
-async def test_embeddings_where_they_are_switched_off(tmp_path: Path, replica: FakeReplica) -> None:
+async def test_embeddings_where_they_are_disabled(tmp_path: Path, replica: FakeReplica) -> None:
     async with batch_app(tmp_path, [replica], serves_embeddings=False) as client:
         api = Api(client)
         body = {"input_file_id": await api.upload(b"x"), "endpoint": "/v1/embeddings", "completion_window": "24h"}
@@ -303,7 +305,7 @@ async def test_lines_are_charged_to_their_key_and_its_models_apply(tmp_path: Pat
     async with batch_app(tmp_path / "data", [replica], **options) as client:
         batch = await Api(client, headers["a"]).start(lines([BODY] * 10))
         ended = await Api(client, headers["a"]).until(batch, lambda b: b["status"] in ENDED)
-        assert ended["request_counts"]["completed"] == 10, "limits per minute are for requests that somebody waits for"
+        assert ended["request_counts"]["completed"] == 10, "limits per minute do not apply to batch lines"
         response = await client.get(f"/v1/batches/{batch['id']}", headers=headers["b"])
         assert response.status == 404
         assert (await Api(client, headers["b"]).get("/v1/batches"))["data"] == []
@@ -312,7 +314,7 @@ async def test_lines_are_charged_to_their_key_and_its_models_apply(tmp_path: Pat
     await ledger.close()
     used = {(group.key_name, group.endpoint): sums for group, sums in read_usage(tmp_path / "usage.db")}
     assert used["a", "/v1/completions (batch)"] == Sums(10, 30, 10, 20, 0)
-    # A key that is revoked while its batch waits costs nobody anything.
+    # If a key is revoked while its batch waits, nothing is charged.
     async with batch_app(tmp_path / "data", [FakeReplica()], keyring=Keyring(path), runs=False) as client:
         waiting = await Api(client, headers["c"]).start(lines([BODY]))
     revoke_key(path, keys["c"].id)
@@ -328,7 +330,7 @@ async def test_lines_are_charged_to_their_key_and_its_models_apply(tmp_path: Pat
 
 
 def rounded(value: Any) -> Any:
-    """Log-probabilities depend in their last digits on what else was computed in the same step."""
+    """The last digits of log-probabilities depend on what else is computed in the same step."""
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -363,7 +365,7 @@ async def test_lines_answer_as_http_does(live: Api) -> None:
         assert response.status == 200, expected
         batch = await live.run(lines([body], url), url)
         got = (await live.results(batch))["0"]["response"]["body"]
-        for answer in (expected, got):  # what another run of the same request would have otherwise as well
+        for answer in (expected, got):  # these differ between any two runs of the same request
             for name in ("id", "created"):
                 answer.pop(name, None)
             answer["usage"].pop("prompt_tokens_details", None)
@@ -402,7 +404,7 @@ async def test_the_openai_client(live: Api, tmp_path: Path) -> None:
         assert [b.id async for b in client.batches.list(limit=1)] == [batch.id]
         assert {f.id async for f in client.files.list(limit=1)} == {file.id, batch.output_file_id}
         assert (await client.files.retrieve(file.id)).id == file.id
-        with pytest.raises(openai.BadRequestError, match="cannot be cancelled"):
+        with pytest.raises(openai.BadRequestError, match="can no longer be cancelled"):
             await client.batches.cancel(batch.id)
         assert (await client.files.delete(file.id)).deleted
         with pytest.raises(openai.NotFoundError):

@@ -1,4 +1,4 @@
-"""/v1/files over a store and a folder of its own: forms, what is refused and leaves nothing, pages, and whose files are whose."""
+"""/v1/files with a store and a folder: forms, refused uploads that leave nothing, pages, and who sees which files."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ async def client(tmp_path: Path) -> AsyncIterator[TestClient]:
 
 
 def form(*fields: tuple[str, Any], filename: str | None = "in.jsonl", content: Any = LINE) -> aiohttp.FormData:
-    """The fields in their order; one named "file" gets the content."""
+    """A form with these fields in this order; the field named "file" gets the content."""
     data = aiohttp.FormData(default_to_multipart=True)
     for name, value in fields:
         if name == "file":
@@ -55,7 +55,9 @@ def contents(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("fields", [PLAIN, PLAIN[::-1]], ids=["purpose first", "file first"])
-async def test_a_file_comes_and_goes(client: TestClient, tmp_path: Path, fields: tuple[Any, ...]) -> None:
+async def test_a_file_is_uploaded_downloaded_and_deleted(
+    client: TestClient, tmp_path: Path, fields: tuple[Any, ...]
+) -> None:
     made = await upload(client, form(*fields))
     assert (made["object"], made["bytes"], made["filename"], made["purpose"]) == (
         "file",
@@ -80,7 +82,7 @@ async def test_a_file_comes_and_goes(client: TestClient, tmp_path: Path, fields:
         assert (response.status, (await response.json())["error"]["code"]) == (404, "file_not_found")
 
 
-async def test_a_large_file_passes_the_limit_of_other_bodies(tmp_path: Path) -> None:
+async def test_a_file_may_be_larger_than_other_bodies(tmp_path: Path) -> None:
     content = LINE * 30_000
     async with batch_app(tmp_path, [FakeReplica()], runs=False, max_body_bytes=1000) as client:
         made = await upload(client, form(*PLAIN, content=content))
@@ -88,7 +90,7 @@ async def test_a_large_file_passes_the_limit_of_other_bodies(tmp_path: Path) -> 
         assert await (await client.get(f"/v1/files/{made['id']}/content")).read() == content
 
 
-async def test_it_expires_when_asked_to(client: TestClient) -> None:
+async def test_a_file_expires_if_requested(client: TestClient) -> None:
     parts = (("expires_after[anchor]", "created_at"), ("expires_after[seconds]", "3600"))
     whole = (("expires_after", '{"anchor": "created_at", "seconds": 3600}'),)
     for after in (parts, whole):
@@ -110,12 +112,12 @@ REFUSED = [
     ([*PLAIN, ("expires_after", "[]")], "expires_after", "3600"),
     ([*PLAIN, ("expires_after", "{")], "expires_after", "3600"),
     ([*PLAIN, ("expires_after", '{"anchor": "created_at", "seconds": 3600, "x": 1}')], "expires_after", "3600"),
-    ([("purpose", "b" * 5000), ("file", None)], "purpose", "too long"),
+    ([("purpose", "b" * 5000), ("file", None)], "purpose", "longer than 1024 bytes"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "param", "words"), REFUSED)
-async def test_a_wrong_form_leaves_nothing(
+async def test_a_wrong_form_leaves_no_file(
     client: TestClient, tmp_path: Path, fields: list[tuple[str, Any]], param: str, words: str
 ) -> None:
     response = await client.post("/v1/files", data=form(*fields))
@@ -142,14 +144,14 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("content_type", "body"), BROKEN)
-async def test_what_is_no_form(client: TestClient, tmp_path: Path, content_type: str, body: bytes) -> None:
+async def test_a_malformed_form(client: TestClient, tmp_path: Path, content_type: str, body: bytes) -> None:
     response = await client.post("/v1/files", data=body, headers={"Content-Type": content_type})
     assert response.status == 400, await response.text()
     assert (await response.json())["error"]["type"] == "invalid_request_error"
     assert contents(tmp_path) == []
 
 
-async def test_other_types_are_refused_on_both_sides(client: TestClient) -> None:
+async def test_forms_and_json_are_refused_where_the_other_is_expected(client: TestClient) -> None:
     response = await client.post("/v1/files", json={"purpose": "batch"})
     assert (response.status, (await response.json())["error"]["code"]) == (415, "unsupported_media_type")
     response = await client.post("/v1/batches", data=form(*PLAIN))
@@ -165,7 +167,7 @@ async def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert contents(tmp_path) == []
 
 
-async def test_a_client_that_stops_sending_or_goes_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_client_that_stops_sending_or_disconnects_leaves_no_file(tmp_path: Path) -> None:
     async with batch_app(tmp_path, [FakeReplica()], runs=False, body_timeout_s=0.2) as client:
         sent = asyncio.Event()
 
@@ -234,7 +236,7 @@ async def test_wrong_queries(client: TestClient, query: str, param: str) -> None
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "C:\\x\\in.jsonl", 'a"b;X: y\t', "é" * 400, "\u202e.jsonl", "/"])
-async def test_names_are_made_harmless(client: TestClient, name: str) -> None:
+async def test_file_names_are_cleaned(client: TestClient, name: str) -> None:
     made = await upload(client, form(*PLAIN, filename=name))
     assert 0 < len(made["filename"]) <= 255
     assert not set(made["filename"]) & set("/\\\r\n\u202e")
@@ -244,7 +246,7 @@ async def test_names_are_made_harmless(client: TestClient, name: str) -> None:
 
 
 @pytest.mark.parametrize("file_id", ["file-0", "%00", "..%2f..%2fbatches.db", "batches.db", "a" * 500])
-async def test_ids_that_are_none(client: TestClient, file_id: str) -> None:
+async def test_invalid_ids(client: TestClient, file_id: str) -> None:
     for path in (f"/v1/files/{file_id}", f"/v1/files/{file_id}/content"):
         response = await client.get(path)
         assert response.status == 404
@@ -270,10 +272,10 @@ async def test_a_key_sees_its_own_files_and_an_admin_all(tmp_path: Path) -> None
             assert (await client.post("/v1/batches", json=body, headers=headers[name])).status == status
         assert (await client.delete(f"/v1/files/{file_id}", headers=headers["b"])).status == 404
         refused = await client.delete(f"/v1/files/{file_id}", headers=headers["root"])
-        assert refused.status == 400, "its batches have not ended"
+        assert refused.status == 400, "a batch still reads it"
 
 
-async def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_is_reported_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: Path) -> Any:
         raise OSError(28, "No space left on device")
 

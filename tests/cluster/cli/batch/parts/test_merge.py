@@ -1,4 +1,4 @@
-"""Parts of one file, each by a command of its own, and `merge`: every line once and in its order, or a sentence that says why not."""
+"""Parts of one file, each run by a command of its own, and `merge`: every line once and in order, or a clear error."""
 
 import json
 import resource
@@ -17,7 +17,7 @@ from cluster.cli.batch.parts import lines as part_lines
 from cluster.cli.batch.parts.merge import merge
 from cluster.cli.batch.parts.records import Part, PartRecord
 
-# Line 4 is empty, line 6 is refused.
+# Line 4 is empty, line 6 is rejected by the model.
 ROWS = [
     {"prompt": "a"},
     {"prompt": "b", "id": "x"},
@@ -45,7 +45,7 @@ def ids(path: Path) -> list[str]:
 async def run_parts(
     command: Command, count: int, *rows: Any, which: Callable[[int], bool] = lambda index: True
 ) -> Path:
-    """Each of them by its own command; those that are not wanted are left out."""
+    """Runs each wanted part with its own command."""
     source = command.write("in.jsonl", *(rows or ROWS))
     for index in filter(which, range(count)):
         code, _, err = await command.run(source, "--part", f"{index}/{count}")
@@ -54,15 +54,15 @@ async def run_parts(
 
 
 @pytest.mark.parametrize("count", [1, 3])
-async def test_parts_become_the_whole_in_the_order_of_the_lines(command: Command, count: int) -> None:
+async def test_merged_parts_are_in_line_order(command: Command, count: int) -> None:
     source = await run_parts(command, count)
     assert not command.output.exists()
     code, out, err = await command("merge", str(command.output))
     assert (code, out) == (1, ""), "a line has no answer"
-    assert "5 of 6 lines answered" in err and f"{command.folder / 'out.errors.jsonl'} says why" in err
+    assert "5 of 6 lines answered" in err and f"See {command.folder / 'out.errors.jsonl'}" in err
     assert ids(command.output) == ANSWERED
     assert ids(command.folder / "out.errors.jsonl") == ["line-6"]
-    # The same in one go says the same of each line.
+    # Without parts, each line has the same answer.
     merged = command.answers()
     code, _, _ = await command.run(source, "--overwrite")
     assert {k: v["body"]["choices"] for k, v in merged.items()} == {
@@ -70,7 +70,7 @@ async def test_parts_become_the_whole_in_the_order_of_the_lines(command: Command
     }
 
 
-async def test_a_part_that_is_whole_is_left_as_it_is(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_complete_part_is_left_as_it_is(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     source = await run_parts(command, 2)
     part = command.folder / "out.part-00001-of-00002.jsonl"
     before = part.read_bytes()
@@ -82,26 +82,26 @@ async def test_a_part_that_is_whole_is_left_as_it_is(command: Command, monkeypat
     assert code == 1 and "1 of 2 lines answered" in err
     assert len(await command.on_the_server("batches")) == 2
     code, _, err = await command.run(source, "--part", "1/2", "--max-tokens", "3")
-    assert code == 2 and "something else" in err
+    assert code == 2 and "other options" in err
     command.write("in.jsonl", *ROWS, {"prompt": "f"})
     code, _, err = await command.run(source, "--part", "1/2")
     assert code == 2 and "has changed" in err
     code, _, err = await command.run(source, "--part", "1/2", "--overwrite")
     assert code == 1 and "2 of 3 lines answered" in err
     code, _, err = await command("merge", str(command.output))
-    assert code == 1 and "had another size when part 1/2 was made" in err
+    assert code == 1 and "had a different size for part 1/2 than for part 0/2" in err
 
 
-async def test_a_part_that_died_while_it_was_delivered_is_not_whole(
+async def test_a_part_that_died_during_delivery_is_not_complete(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = await run_parts(command, 2, which=lambda index: index == 0)
     deliver = locations.deliver
 
-    def dies(made: Path, location: str) -> None:
+    def dies(source: Path, location: str) -> None:
         if location.endswith(".done"):
             raise DiedError
-        deliver(made, location)
+        deliver(source, location)
 
     with monkeypatch.context() as patch:
         patch.setattr(locations, "deliver", dies)
@@ -109,9 +109,10 @@ async def test_a_part_that_died_while_it_was_delivered_is_not_whole(
             await command.run(source, "--part", "1/2")
     assert (command.folder / "out.part-00001-of-00002.jsonl").exists()
     code, _, err = await command("merge", str(command.output))
-    assert code == 1 and f"still lacks part 1/2; `tramontane batch run {source} -o {command.output} --part 1/2`" in err
+    remedy = f"Run or continue it with `tramontane batch run {source} -o {command.output} --part 1/2`."
+    assert code == 1 and f"is missing part 1/2. {remedy}" in err
     assert not command.output.exists()
-    # Its state is lost with its machine: it begins anew.
+    # Its state is lost with its machine, so it starts over.
     JobFolder(command.folder / "out.part-00001-of-00002.jsonl.tramontane").clear(keep_job=False)
     assert (await command.run(source, "--part", "1/2"))[0] == 1
     assert (await command("merge", str(command.output)))[0] == 1
@@ -132,7 +133,7 @@ async def test_storages(command: Command) -> None:
     assert code == 1 and "5 of 6 lines answered" in err
     with locations.reading(out) as source:
         assert [json.loads(line)["custom_id"] for line in source] == ANSWERED
-    assert sorted(locations.names_beside(out)) == ["in.jsonl", "out.errors.jsonl", "out.jsonl"]
+    assert sorted(locations.names_in_folder_of(out)) == ["in.jsonl", "out.errors.jsonl", "out.jsonl"]
     code, shown, _ = await command("status", out)
     assert code == 0 and "5 of 6 lines answered" in shown
 
@@ -149,23 +150,23 @@ async def test_more_parts_than_lines(command: Command) -> None:
 async def test_an_input_without_lines(command: Command) -> None:
     await run_parts(command, 2, "")
     code, _, err = await command("merge", str(command.output))
-    assert code == 1 and "holds no lines" in err
+    assert code == 1 and "has no lines" in err
 
 
-async def test_a_custom_id_of_two_parts_is_named_with_its_lines(command: Command) -> None:
+async def test_a_custom_id_in_two_parts_is_named_with_its_lines(command: Command) -> None:
     await run_parts(command, 2, {"prompt": "a", "id": "same"}, {"prompt": "b", "id": "same"})
     code, _, err = await command("merge", str(command.output))
     assert code == 1 and "Lines 1 and 2 have the same custom_id, 'same'" in err
     assert not command.output.exists() and not (command.folder / "out.jsonl.tramontane").exists()
 
 
-async def test_a_line_that_cannot_be_run_has_the_number_it_has_in_the_file(command: Command) -> None:
+async def test_an_invalid_line_is_named_by_its_number_in_the_file(command: Command) -> None:
     source = command.write("in.jsonl", *ROWS, {"prompt": "b", "temperature": 99})
     code, _, err = await command.run(source, "--part", "1/2")
     assert code == 1 and "line 8: " in err
 
 
-async def test_an_output_of_somebody_else_and_a_second_merge(command: Command) -> None:
+async def test_an_existing_output_and_a_second_merge(command: Command) -> None:
     await run_parts(command, 2)
     command.output.write_text("precious")
     code, _, err = await command("merge", str(command.output))
@@ -181,44 +182,47 @@ async def test_a_part_that_was_tampered_with(command: Command, monkeypatch: pyte
     await run_parts(command, 2)
     part = command.folder / "out.part-00000-of-00002.jsonl"
     whole = part.read_bytes()
-    for damaged, sentence in (
-        (whole[: whole.index(b"\n") + 1], "1 lines are there, 4 were written"),
-        (whole[:-20], "holds a line that is no answer"),
-        (b"".join(reversed(whole.splitlines(keepends=True))), "or not in its order"),
+    for damaged, message in (
+        (whole[: whole.index(b"\n") + 1], "it has 1 lines, but 4 were written"),
+        (whole[:-20], "has a line that is not an answer"),
+        (b"".join(reversed(whole.splitlines(keepends=True))), "or out of order"),
     ):
         part.write_bytes(damaged)
         code, _, err = await command("merge", str(command.output))
-        assert code == 1 and "Part 0/2 is not what its batch wrote" in err and sentence in err, err
+        assert code == 1 and "Part 0/2 has changed since its batch wrote it" in err and message in err, err
         assert not command.output.exists()
 
 
-async def test_parts_that_do_not_belong_together(command: Command) -> None:
+async def test_parts_that_do_not_match(command: Command) -> None:
     source = await run_parts(command, 2)
     assert (await command.run(source, "--part", "0/2", "--max-tokens", "3", "--overwrite"))[0] == 0
     code, _, err = await command("merge", str(command.output))
-    assert code == 1 and "Part 1/2 was asked for with other options than part 0/2" in err
+    assert code == 1 and "Part 1/2 was run with other options than part 0/2" in err
     await run_parts(command, 3, which=lambda index: index == 2)
     code, _, err = await command("merge", str(command.output))
-    assert code == 2 and "into 2 and 3 parts; say which with --parts N" in err
+    assert code == 2 and "parts from more than one split, into 2 and 3 parts. Choose one with --parts N." in err
     code, _, err = await command("merge", str(command.output), "--parts", "3")
-    assert code == 1 and "still lacks parts 0/3, 1/3;" in err
+    assert code == 1 and "is missing parts 0/3, 1/3." in err
 
 
-async def test_status_tells_which_parts_are_whole(command: Command) -> None:
+async def test_status_shows_which_parts_are_complete(command: Command) -> None:
     await run_parts(command, 3, which=lambda index: index != 1)
     code, shown, _ = await command("status", str(command.output))
-    assert (code, shown) == (0, "2 of 3 parts are whole, 3 of their 4 lines are answered; not yet: 1/3.\n")
+    assert (code, shown) == (0, "2 of 3 parts are complete, 3 of their 4 lines are answered. Missing: 1/3.\n")
     code, shown, _ = await command("status", str(command.output), "--json")
     assert json.loads(shown)[0]["lacking"] == ["1/3"]
     await run_parts(command, 3, which=lambda index: index == 1)
     code, shown, _ = await command("status", str(command.output))
-    assert f"All 3 parts are whole, 5 of their 6 lines are answered; `tramontane batch merge {command.output}`" in shown
+    assert (
+        f"All 3 parts are complete, 5 of their 6 lines are answered. Join them with `tramontane batch merge {command.output}`"
+        in shown
+    )
 
 
-def test_more_parts_than_a_process_may_open_files(tmp_path: Path) -> None:
+def test_more_parts_than_the_limit_of_open_files(tmp_path: Path) -> None:
     out, count, num_lines = tmp_path / "out.jsonl", 150, 400
     for index in range(count):
-        part, held = Part(index, count), [n for n in range(1, num_lines + 1) if Part(index, count).holds(n)]
+        part, held = Part(index, count), [n for n in range(1, num_lines + 1) if Part(index, count).contains(n)]
         rows = [{"id": line_id(f"batch_{index}", n), "custom_id": f"row-{n}"} for n in held]
         Path(part.location(str(out))).write_text("".join(json.dumps(row) + "\n" for row in rows))
         outcome = Outcome(status="completed", num_lines=len(held), num_completed=len(held), num_failed=0)
@@ -241,13 +245,13 @@ def test_more_parts_than_a_process_may_open_files(tmp_path: Path) -> None:
     assert ids(out) == [f"row-{n}" for n in range(1, num_lines + 1)]
 
 
-async def test_what_cannot_be_a_part(command: Command) -> None:
+async def test_options_that_do_not_fit_parts(command: Command) -> None:
     source = command.write("in.jsonl", *PROMPTS)
     code, _, err = await command("run", str(source), "-o", "-", "--part", "0/2", "--url", command.url)
-    assert code == 2 and "name an output" in err
+    assert code == 2 and "Give the path of an output" in err
     code, _, err = await command.run(command.folder / "no.jsonl", "--part", "0/2")
-    assert code == 2 and "no.jsonl is not there" in err
+    assert code == 2 and "no.jsonl does not exist" in err
     code, _, err = await command("merge", "-")
-    assert code == 2 and "stdout" in err
+    assert code == 2 and "Standard output has no parts" in err
     code, _, err = await command("merge", str(command.output))
     assert code == 2 and "There are no parts of" in err and "--part I/N" in err

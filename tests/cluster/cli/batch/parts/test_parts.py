@@ -1,4 +1,4 @@
-"""Which lines a part holds, what its files are called, and that an answer's id tells its line."""
+"""Which lines a part contains, the names of its files, and that the id of an answer identifies its line."""
 
 import io
 import json
@@ -12,21 +12,21 @@ from cluster.cli.batch.parts.records import Part, find_parts, parse_part
 
 
 def test_every_line_is_in_one_part():
-    assert [n for n in range(1, 10) if Part(1, 3).holds(n)] == [2, 5, 8]
+    assert [n for n in range(1, 10) if Part(1, 3).contains(n)] == [2, 5, 8]
     for count in (1, 2, 7, 100):
-        held = [n for index in range(count) for n in range(1, 60) if Part(index, count).holds(n)]
+        held = [n for index in range(count) for n in range(1, 60) if Part(index, count).contains(n)]
         assert sorted(held) == list(range(1, 60))
 
 
 @pytest.mark.parametrize(("text", "part"), [("0/1", Part(0, 1)), ("3/10", Part(3, 10)), ("09/10", Part(9, 10))])
-def test_a_part_is_read(text, part):
+def test_a_part_is_parsed(text, part):
     assert parse_part(text) == part
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
-        ("10/10", "of 10 the last is 9"),
+        ("10/10", "the last of 10 is 9"),
         ("0/0", "counts from 0"),
         ("-1/3", "such as 0/10"),
         ("1", "such as 0/10"),
@@ -34,24 +34,24 @@ def test_a_part_is_read(text, part):
         ("", "such as 0/10"),
         ("1/3/5", "such as 0/10"),
         ("a/b", "such as 0/10"),
-        ("0/99999", "10,000 at most"),
+        ("0/99999", "10,000 parts at most"),
     ],
 )
-def test_what_is_no_part_is_told(text, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_text_that_is_not_a_part_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
         parse_part(text)
 
 
 @pytest.mark.parametrize(
-    ("whole", "part"),
+    ("target", "part"),
     [
         ("out.jsonl", "out.part-00003-of-00010.jsonl"),
         ("a.b/out", "a.b/out.part-00003-of-00010"),
         ("s3://b/x/out.errors.jsonl", "s3://b/x/out.errors.part-00003-of-00010.jsonl"),
     ],
 )
-def test_names(whole, part):
-    assert Part(3, 10).location(whole) == part
+def test_names(target, part):
+    assert Part(3, 10).location(target) == part
 
 
 def test_parts_are_found_by_their_names(tmp_path):
@@ -59,7 +59,7 @@ def test_parts_are_found_by_their_names(tmp_path):
         "out.part-00000-of-00002.jsonl",
         "out.part-00000-of-00002.jsonl.done",
         "out.part-00001-of-00002.jsonl",
-        "out.part-00001-of-00002.jsonl.tramontane",  # its folder
+        "out.part-00001-of-00002.jsonl.tramontane",  # its job folder
         "out.errors.part-00001-of-00002.jsonl",
         "other.part-00000-of-00003.jsonl.done",
         "out.part-00000-of-00004.csv",
@@ -69,7 +69,7 @@ def test_parts_are_found_by_their_names(tmp_path):
     assert find_parts(str(tmp_path / "none" / "out.jsonl")) == {}
 
 
-def test_an_answers_id_is_its_lines():
+def test_the_id_of_an_answer_identifies_its_line():
     batch = BatchRecord(
         id="batch_1", endpoint="/v1/completions", input_file_id="f", completion_window="1h", created_at=0, expires_at=1
     )
@@ -78,18 +78,18 @@ def test_an_answers_id_is_its_lines():
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
-def test_a_parts_lines_keep_their_numbers(kind):
+def test_the_lines_of_a_part_keep_their_numbers(kind):
     rows = [f'{{"prompt": "p{n}"}}' for n in range(1, 8)] if kind == "jsonl" else ["prompt", *"abcdefg"]
     if kind == "jsonl":
         rows[3] = ""
-        rows[5] = "not looked into"
-    made = b"".join(
+        rows[5] = "not even JSON"
+    lines = b"".join(
         convert(
             io.BytesIO("\n".join(rows).encode()),
             format=kind,
             template=LineTemplate(model="demo"),
-            holds=Part(0, 2).holds,
+            is_wanted=Part(0, 2).contains,
         )
     )
-    numbered = {n: json.loads(line) for n, line in enumerate(made.split(b"\n"), start=1) if line}
+    numbered = {n: json.loads(line) for n, line in enumerate(lines.split(b"\n"), start=1) if line}
     assert {n: line["custom_id"] for n, line in numbered.items()} == {n: f"line-{n}" for n in (1, 3, 5, 7)}

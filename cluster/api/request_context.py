@@ -1,0 +1,73 @@
+"""What one request brings along besides its body: its API key's usage and limits, and how a batch line differs from an HTTP request.
+
+Made once for each request, by a middleware (server/limits.py) or by the executor of batch lines (line_executor.py), and passed on as an
+argument. Knows priorities, seeds and accounting; knows no endpoint and no HTTP.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from cluster.api.generation import sampling
+from cluster.keys.accounts import RequestUsage
+from cluster.keys.key import OWN_ID
+from workers.protocol import BATCH_PRIORITY
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestContext:
+    """`usage`: what the request has used of its API key; None if no key is charged.
+
+    `seed`: for a body without one; None: a random one. `is_batch_line`: a line of a batch, which runs after all other requests.
+    `max_crashes`: give the request up after it was running on this many crashed replicas; None: the router's default.
+    """
+
+    usage: RequestUsage | None = None
+    seed: int | None = None
+    is_batch_line: bool = False
+    max_crashes: int | None = None
+
+    @property
+    def tenant(self) -> str | None:
+        """The API key's id, for the router's fair queueing. None without a key, and for the server's own key, which has no limits."""
+        return None if self.usage is None or self.usage.key.id == OWN_ID else self.usage.key.id
+
+    def seed_of(self, requested: int | None) -> int:
+        """The requested seed, or this context's."""
+        if requested is not None:
+            return requested
+        return sampling.random_seed() if self.seed is None else self.seed
+
+    def priority_of(self, requested: int | None) -> int:
+        """The requested priority, limited to what the API key allows. Batch lines come after everything else."""
+        allowed = requested or 0 if self.usage is None else self.usage.key.priority(requested)
+        return BATCH_PRIORITY + max(allowed, 0) if self.is_batch_line else allowed
+
+    def check_model(self, name: str) -> None:
+        """Records the model, which must be a served one. Raises NotAllowedError if the API key may not use it."""
+        if self.usage is not None:
+            self.usage.model = name
+            self.usage.key.check_model(name)
+
+    def reserve(self, num_prompt_tokens: int) -> contextlib.AbstractContextManager[None]:
+        """Around a generation. Raises OverloadedError if the API key has too few tokens left this minute."""
+        return contextlib.nullcontext() if self.usage is None else self.usage.reserve(num_prompt_tokens)
+
+    def add_output_tokens(self, num_tokens: int) -> None:
+        """Charges generated tokens as they arrive."""
+        if self.usage is not None:
+            self.usage.add_output_tokens(num_tokens)
+
+    def add_cached_tokens(self, num_tokens: int) -> None:
+        """Counts prompt tokens that the replica had in its prefix cache."""
+        if self.usage is not None:
+            self.usage.num_cached_tokens += num_tokens
+
+    def mark_failed(self) -> None:
+        """A sequence ended with an error, possibly after the response had begun."""
+        if self.usage is not None:
+            self.usage.failed = True
+
+
+REQUEST_CONTEXT = web.RequestKey("request_context", RequestContext)

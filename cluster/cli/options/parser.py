@@ -1,0 +1,101 @@
+"""From the table to parsed arguments: argparse reads the command line, then environment variables fill what is missing."""
+
+import argparse
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cluster.cli.options.option import Command, Option
+from cluster.cli.options.table import COMMANDS, DESCRIPTION, FAMILIES
+
+_BUILTIN: tuple[Callable[[str], Any], ...] = (str, int, float, Path)
+
+
+def parse(argv: Sequence[str] | None = None, *, environ: Mapping[str, str] = os.environ) -> Namespace:
+    """The arguments of one command; `run` is its Command. Exits with 2 and a message for a command line that cannot be read."""
+    args = make_parser(environ=environ).parse_args(argv)
+    read_environment(args, args.run.options, environ=environ)
+    return args
+
+
+def make_parser(*, environ: Mapping[str, str] = os.environ) -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="tramontane", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"tramontane {version('tramontane')}")
+    top = parser.add_subparsers(required=True, metavar="COMMAND")
+    families: dict[str, Any] = {}
+    for command in COMMANDS:
+        family, _, name = command.name.rpartition(" ")
+        if family and family not in families:
+            about, description = FAMILIES[family]
+            members = top.add_parser(family, help=about, description=description)
+            families[family] = members.add_subparsers(required=True, metavar="COMMAND")
+        where = families[family] if family else top
+        _fill(where.add_parser(name, help=command.help, description=_escaped(command.description)), command, environ)
+    return parser
+
+
+def read_environment(args: Namespace, options: Iterable[Option], *, environ: Mapping[str, str]) -> None:
+    """Fills options that were not given from their environment variables; an empty variable counts as not set."""
+    for option in options:
+        if option.env is None or getattr(args, option.dest) is not None:
+            continue
+        ignored = option.ignore_env_with is not None and getattr(args, option.ignore_env_with)
+        if (text := environ.get(option.env)) and not ignored:
+            setattr(args, option.dest, option.parse(text))
+
+
+def help_text(option: Option) -> str:
+    """The help, then default and environment variable in brackets."""
+    notes = [f"env: {option.env}"] if option.env else []
+    if option.shown_default:
+        notes.append(f"default: {option.shown_default}")
+    return f"{option.help} ({'; '.join(notes)})" if notes else option.help
+
+
+def _fill(parser: argparse.ArgumentParser, command: Command, environ: Mapping[str, str]) -> None:
+    parser.set_defaults(run=command, **dict(command.constants))
+    for group in command.groups:
+        where: Any = parser
+        if group.title is not None:
+            where = parser.add_argument_group(group.title, group.note)
+        for option in group.options:
+            _add(where, option, environ)
+
+
+def _add(where: Any, option: Option, environ: Mapping[str, str]) -> None:
+    given: dict[str, Any] = {"help": _escaped(help_text(option))}
+    default = argparse.SUPPRESS if option.is_remembered else option.default
+    if option.kind == "switch":
+        given |= {"action": "store_true", "default": default, "dest": option.dest}
+    elif option.kind == "list":
+        given |= {"action": "append", "metavar": option.metavar, "default": default, "dest": option.dest}
+    else:
+        given |= {"type": _argparse_type(option.parse), "metavar": option.metavar, "choices": option.choices or None}
+        if option.kind == "value":
+            is_required = option.is_required and not (option.env and environ.get(option.env))
+            given |= {"default": default, "dest": option.dest, "required": is_required}
+        elif option.kind == "optional argument":
+            given |= {"nargs": "?"}
+    where.add_argument(*option.names, **given)
+
+
+def _argparse_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """argparse shows the reason of an ArgumentTypeError only; for the built-in types its own words do."""
+    if parse in _BUILTIN:
+        return parse
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e)) from e
+
+    return convert
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", "%%")

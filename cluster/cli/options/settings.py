@@ -1,0 +1,101 @@
+"""From parsed arguments to configuration: an EngineConfig and a ServeConfig, checked and complete before anything starts.
+
+Knows the defaults that depend on the model and the device. Knows no Ray and no torch.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.cli.options.option import Option
+from cluster.cli.options.serve_rows import SERVE
+from cluster.cli.options.shared_rows import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
+from cluster.config.engine import BLOCK_SIZES, MAX_DEFAULT_MODEL_LEN, Device
+from cluster.config.serve import ServeConfig
+from workers.config import Dtype, EngineConfig, ModelConfig, load_model_config
+from workers.errors import ConfigError
+
+
+def settings_of(config: type, args: Namespace, options: Iterable[Option]) -> dict[str, Any]:
+    """Field name -> value, for every option that fills a field of `config`. What `args` lacks, or has as None, is the row's default."""
+    settings: dict[str, Any] = {}
+    for option in options:
+        if option.fills is not None and option.fills.config is config:
+            value = getattr(args, option.dest, None)
+            settings |= option.fills.values(option.default if value is None else value)
+    return settings
+
+
+def serve_config(args: Namespace, folder: Path, model_name: str, *, device: Device) -> ServeConfig:
+    """Raises ConfigError with the message for the user."""
+    settings = settings_of(ServeConfig, args, SERVE.options)
+    settings["engine"] = engine_config(args, folder, device=device)
+    settings["model_name"] = args.served_model_name or model_name
+    return ServeConfig(**settings)
+
+
+def serve_defaults() -> dict[str, Any]:
+    """Every field of ServeConfig that an option of `serve` fills, as it is without the option; not the engine and the model's name."""
+    defaults = settings_of(ServeConfig, Namespace(), SERVE.options)
+    del defaults["model_name"]
+    return defaults
+
+
+def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineConfig:
+    """One replica's engine. Raises ConfigError."""
+    model = load_model_config(folder)
+    max_model_len = args.max_model_len
+    if max_model_len is None:
+        max_model_len = min(model.max_position_embeddings, MAX_DEFAULT_MODEL_LEN)
+    elif max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is more than the model supports.",
+            remedy=f"Use at most {model.max_position_embeddings}.",
+            param="--max-model-len",
+        )
+    settings = settings_of(EngineConfig, args, (*ENGINE_ROWS, TENSOR_PARALLEL_SIZE))
+    settings |= {
+        "model_path": str(folder),
+        "tokenizer_path": _tokenizer_path(folder),
+        "model": model,
+        "device": device,
+        "dtype": choose_dtype(args.dtype, model, device=device),
+        "max_model_len": max_model_len,
+        "block_size": args.block_size or BLOCK_SIZES[device],
+    }
+    return EngineConfig(**settings)
+
+
+def _tokenizer_path(folder: Path) -> str | None:
+    from cluster.text.tokenizer import find_tokenizer  # late: refusing an option does not need SentencePiece
+
+    try:
+        return str(find_tokenizer(folder))
+    except ConfigError:  # loading the text raises it again; requests with token ids work without
+        return None
+
+
+def choose_dtype(requested: Literal["auto"] | Dtype, model: ModelConfig, *, device: Device) -> Dtype:
+    """auto: the checkpoint's own type on CUDA; float32 on the CPU, which computes it fastest."""
+    if requested != "auto":
+        return requested
+    return model.dtype if device == "cuda" else "float32"
+
+
+def detect_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
+    """cuda if this machine has a GPU and torch was built for it; does not import torch. Raises ConfigError."""
+    try:
+        has_cuda_build = "+cpu" not in version("torch")
+    except PackageNotFoundError:
+        has_cuda_build = False
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    if requested == "cuda" and not (has_gpu and has_cuda_build):
+        what = "this machine has no NVIDIA GPU" if not has_gpu else "the installed torch is a CPU-only build"
+        raise ConfigError(
+            f"--device cuda cannot work: {what}.", remedy="Use --device cpu or leave the option out.", param="--device"
+        )
+    if requested == "auto":
+        return "cuda" if has_gpu and has_cuda_build else "cpu"
+    return requested

@@ -1,0 +1,79 @@
+"""Every private part of Ray that this project uses, in one place. pyproject.toml pins Ray to exactly the version this was tested with.
+
+When the pin moves, check each function here: none of these parts has a stable interface. tests/test_pins.py holds the pin.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# Waiting for a prestarted worker can block forever: Ray 2.60 does not notice when that worker dies as it starts.
+# A worker that dies as it starts is given up after 30 s; Ray's 60 s are as long as the controller is waited for.
+_SYSTEM_CONFIG = {"prestart_worker_first_driver": False, "worker_register_timeout_seconds": 30}
+
+
+def start_options(folder: Path) -> dict[str, Any]:
+    """Arguments of `ray.init` for a cluster of our own whose files lie in `folder`. Relies on `_temp_dir` and `_system_config`."""
+    return {"_temp_dir": str(folder), "_system_config": _SYSTEM_CONFIG}
+
+
+def available_resources() -> Mapping[str, Mapping[str, float]]:
+    """Node id -> its free resources. Relies on `ray._private.state`."""
+    from ray._private.state import available_resources_per_node
+
+    return available_resources_per_node()
+
+
+def draining_nodes() -> Mapping[str, int]:
+    """Node id -> when it ends, in milliseconds since 1970, 0 when unknown. Relies on `ray._private.state`.
+
+    Raises RayError or RuntimeError when Ray does not answer.
+    """
+    from ray._private.state import state
+
+    return state.get_draining_nodes()
+
+
+def drain_node(node_id: str, reason: str, *, deadline: float) -> tuple[bool, str]:
+    """Tells Ray that the node is preempted at `deadline` (time.time()). Returns whether Ray accepted it and, if not, why.
+
+    Relies on the driver's GCS client and on the autoscaler's protocol buffers. Raises RayError or RuntimeError.
+    """
+    from ray._private.worker import global_worker
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    kind = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = global_worker.gcs_client.drain_node(node_id, kind, reason, int(deadline * 1000))
+    return bool(accepted), str(why)
+
+
+def session_folder() -> str:
+    """Where the Ray of this node keeps its files. Relies on the worker's node object."""
+    from ray._private.worker import global_worker
+
+    return str(global_worker.node.get_temp_dir_path())
+
+
+class KeyValueStore:
+    """Bytes in Ray's control store, which outlive every actor. Relies on `ray.experimental.internal_kv`."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+
+    def put(self, key: str, value: bytes) -> None:
+        """Replaces the value."""
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(key.encode(), value, overwrite=True, namespace=self.namespace.encode())
+
+    def get(self, key: str) -> bytes | None:
+        """None for a key that is not there."""
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        return _internal_kv_get(key.encode(), namespace=self.namespace.encode())
+
+    def delete(self, key: str) -> None:
+        """Idempotent."""
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(key.encode(), namespace=self.namespace.encode())

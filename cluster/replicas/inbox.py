@@ -1,0 +1,68 @@
+"""What one stream's reader has not read yet, and when the reader lags too much. Pure: the time is an argument, in seconds.
+
+Knows deltas and roughly how much memory they take; knows no sockets.
+"""
+
+import asyncio
+
+from workers.errors import RequestError, TramontaneError
+from workers.protocol import TokenDelta
+
+MAX_LAG_BYTES = 4 * 2**20  # about 10,000 plain deltas: more than a model makes while a writer waits for its client
+LAG_PATIENCE_S = 5.0  # a burst, for example after this process stood still, is not the reader's fault
+
+
+class StreamInbox:
+    """A queue of deltas with one reader. Its end is an error that `get` raises."""
+
+    __slots__ = ("_lags_since", "_num_bytes", "_queue")
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[TokenDelta | TramontaneError] = asyncio.Queue()
+        self._num_bytes = 0
+        self._lags_since: float | None = None
+
+    def __len__(self) -> int:
+        """How many deltas and errors wait."""
+        return self._queue.qsize()
+
+    def put(self, delta: TokenDelta, now: float) -> bool:
+        """False when the reader has lagged more than MAX_LAG_BYTES for LAG_PATIENCE_S: an error replaces everything that waited."""
+        self._num_bytes += _size_of(delta)
+        if self._num_bytes > MAX_LAG_BYTES and not self._queue.empty():
+            self._lags_since = self._lags_since or now
+        if self._lags_since is not None and now - self._lags_since > LAG_PATIENCE_S:
+            while not self._queue.empty():
+                self._queue.get_nowait()
+            self.end(
+                RequestError(
+                    "The client reads this stream more slowly than it is generated.",
+                    remedy="Read faster.",
+                    code="slow_reader",
+                )
+            )
+            return False
+        self._queue.put_nowait(delta)
+        return True
+
+    def end(self, error: TramontaneError) -> None:
+        self._queue.put_nowait(error)
+
+    async def get(self) -> TokenDelta:
+        """The next delta. Raises the error that the stream ended with."""
+        item = await self._queue.get()
+        if isinstance(item, TramontaneError):
+            raise item
+        self._num_bytes -= _size_of(item)
+        if self._num_bytes <= MAX_LAG_BYTES:
+            self._lags_since = None
+        return item
+
+
+def _size_of(delta: TokenDelta) -> int:
+    """In bytes, roughly; log-probabilities are what can make it large."""
+    size = 400 + 36 * len(delta.token_ids)
+    for entries in (delta.logprobs, delta.prompt_logprobs):
+        if entries:
+            size += sum(200 + 100 * len(entry.top) for entry in entries if entry is not None)
+    return size

@@ -1,0 +1,151 @@
+"""Turns the token deltas of one sequence into what the client sees: text, tool calls and the positions of log-probabilities.
+
+Holds what a gateway must remember about a sequence. All of it follows from the arguments and the output ids so far, so `replay` can
+rebuild it on another gateway (except the random ids of tool calls, which were sent with the first piece of each call).
+After the token [TOOL_CALLS] the output is tool calls: stop strings do not apply, and tokens have no log-probabilities, which OpenAI
+defines for the content only. Knows no HTTP and no replica.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cluster.text.output.detokenizer import Detokenizer
+from cluster.text.output.stop_strings import StopChecker
+from cluster.text.tokenizer import Tokenizer
+from cluster.text.tools.calls import ToolCallDelta, ToolCallParser, new_tool_call_id
+from workers.protocol import FinishReason, TokenDelta, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedLogprob:
+    """A token's log-probability and where its text starts, in characters of the output."""
+
+    logprob: TokenLogprob
+    text_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputStep:
+    """What one delta adds. `logprobs`: of the tokens whose text is now complete."""
+
+    text: str
+    logprobs: list[PlacedLogprob]
+    finish_reason: FinishReason | None
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+
+
+class OutputText:
+    """The visible output of one sequence.
+
+    continues: see Detokenizer. min_tokens: stop strings apply only after this many tokens. shows_end: also return the log-probability
+    of a stop token, which has no text. tool_calls_token_id: the token that comes before tool calls; None if no tools are offered, and
+    all output is text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        continues: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        tool_calls_token_id: int | None = None,
+        shows_end: bool = False,
+        new_tool_call_id: Callable[[], str] = new_tool_call_id,
+    ) -> None:
+        self._pieces = tokenizer.pieces
+        self._detokenizer = Detokenizer(tokenizer.pieces, continues=continues)
+        self._checker = StopChecker(stop, include_stop=include_stop)
+        self._min_tokens = min_tokens
+        self._shows_end = shows_end
+        self._tool_calls_token_id = tool_calls_token_id
+        self._new_tool_call_id = new_tool_call_id
+        self._parser: ToolCallParser | None = None  # set once that token was seen
+        self._waiting: deque[tuple[int, PlacedLogprob]] = deque()  # (where the token's text ends, ...)
+        self.num_tokens = 0
+        self.num_chars = 0  # shown so far
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def called_tools(self) -> bool:
+        """Whether the output so far calls a tool."""
+        return self._parser is not None and self._parser.num_calls > 0
+
+    def replay(self, token_ids: Sequence[int]) -> None:
+        """Restores the state after these output ids, which were already shown and did not end the sequence."""
+        step = self.push(TokenDelta(request_id="", token_ids=list(token_ids)))
+        assert step.finish_reason is None, "the replayed tokens contain a stop string"
+
+    def push(self, delta: TokenDelta) -> OutputStep:
+        """The text, tool calls and log-probabilities that are final now. A stop string ends the sequence with STOP."""
+        assert self.finish_reason is None, "the sequence has ended"
+        parts: list[str] = []
+        calls: list[ToolCallDelta] = []
+        reason = delta.finish_reason
+        last = len(delta.token_ids) - 1
+        for i, token_id in enumerate(delta.token_ids):
+            self.num_tokens += 1
+            if i == last and delta.stop_token_id is not None:
+                if self._shows_end and delta.logprobs is not None:
+                    end = self._detokenizer.num_chars
+                    self._waiting.append((end, PlacedLogprob(delta.logprobs[i], end)))
+                break  # counted, but not part of the text
+            if self._parser is None and token_id == self._tool_calls_token_id:
+                if self._end_text(parts):
+                    reason = FinishReason.STOP
+                    break
+                self._parser = ToolCallParser(new_id=self._new_tool_call_id)
+                self._detokenizer = Detokenizer(self._pieces)
+            if self._parser is not None:
+                self._push_calls(parts, calls, self._detokenizer.push_token(token_id)[1])
+                continue
+            offset, text = self._detokenizer.push_token(token_id)
+            if delta.logprobs is not None:
+                self._waiting.append((self._detokenizer.num_chars, PlacedLogprob(delta.logprobs[i], offset)))
+            if self._push_text(parts, text):
+                reason = FinishReason.STOP
+                break
+        if reason is not None:
+            if self._parser is not None:
+                self._push_calls(parts, calls, self._detokenizer.flush())
+            elif self._end_text(parts):
+                reason = FinishReason.STOP
+        text = "".join(parts)
+        self.num_chars += len(text)
+        self.finish_reason = reason
+        return OutputStep(text, self._release(), reason, calls)
+
+    def _end_text(self, parts: list[str]) -> bool:
+        """Adds the text that was held back, since no text follows. Returns whether it contains a stop string."""
+        if self._checker.stop is None and not self._push_text(parts, self._detokenizer.flush()):
+            parts.append(self._checker.flush())
+        return self._checker.stop is not None
+
+    def _push_calls(self, parts: list[str], calls: list[ToolCallDelta], text: str) -> None:
+        assert self._parser is not None
+        shown, deltas = self._parser.push(text)
+        parts.append(shown)
+        calls += deltas
+
+    def _push_text(self, parts: list[str], text: str) -> bool:
+        if self.num_tokens <= self._min_tokens:
+            parts.append(text)
+            return False
+        shown, stopped = self._checker.push(text)
+        parts.append(shown)
+        return stopped
+
+    def _release(self) -> list[PlacedLogprob]:
+        released: list[PlacedLogprob] = []
+        while self._waiting:
+            end, placed = self._waiting[0]
+            if self.finish_reason is None:
+                if end > self.num_chars:
+                    break
+            elif self._checker.stop is not None and placed.text_offset >= self.num_chars:
+                break  # the tokens of a stop string are dropped with it
+            released.append(placed)
+            self._waiting.popleft()
+        return released

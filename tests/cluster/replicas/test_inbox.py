@@ -1,0 +1,53 @@
+"""What a stream's reader may leave unread, with times passed in."""
+
+import pytest
+
+from cluster.replicas.inbox import LAG_PATIENCE_S, MAX_LAG_BYTES, StreamInbox
+from workers.errors import ReplicaUnavailableError, RequestError
+from workers.protocol import TokenDelta, TokenLogprob
+
+SMALL = TokenDelta(request_id="r", token_ids=[1])
+# About a quarter of what may wait.
+LARGE = TokenDelta(
+    request_id="r",
+    token_ids=[1],
+    logprobs=[TokenLogprob(token_id=1, logprob=-1.0, rank=1, top=[(i, -1.0) for i in range(MAX_LAG_BYTES // 400)])],
+)
+
+
+async def test_deltas_come_in_order_and_then_the_error():
+    inbox = StreamInbox()
+    deltas = [TokenDelta(request_id="r", token_ids=[i]) for i in range(3)]
+    assert all(inbox.put(delta, 0.0) for delta in deltas)
+    inbox.end(ReplicaUnavailableError("It is lost."))
+    assert [await inbox.get() for _ in deltas] == deltas
+    with pytest.raises(ReplicaUnavailableError, match="It is lost"):
+        await inbox.get()
+
+
+async def test_a_reader_that_lags_for_too_long_gets_the_error_and_nothing_is_kept():
+    inbox = StreamInbox()
+    for _ in range(8):
+        assert inbox.put(LARGE, 10.0), "a burst is not the reader's fault"
+    assert inbox.put(SMALL, 10.0 + LAG_PATIENCE_S)
+    assert not inbox.put(SMALL, 10.1 + LAG_PATIENCE_S)
+    assert len(inbox) == 1, "only the error waits"
+    with pytest.raises(RequestError, match="Read faster") as error:
+        await inbox.get()
+    assert error.value.code == "slow_reader"
+
+
+async def test_a_reader_that_catches_up_is_forgiven():
+    inbox = StreamInbox()
+    for _ in range(8):
+        inbox.put(LARGE, 10.0)
+    for _ in range(6):
+        await inbox.get()
+    assert inbox.put(LARGE, 20.0)
+
+
+def test_one_delta_may_be_larger_than_everything_else_together():
+    inbox = StreamInbox()
+    huge = TokenDelta(request_id="r", prompt_logprobs=[LARGE.logprobs[0]] * 10)
+    assert inbox.put(huge, 0.0)
+    assert len(inbox) == 1

@@ -1,0 +1,70 @@
+"""What sampled tokens make of a request: appended one by one until one of them ends it, and reported as deltas.
+
+Changes the request only. Knows no scheduler and no blocks: the caller removes a request that has ended.
+"""
+
+from collections.abc import Sequence
+
+from workers.engine.prompt_outputs import MeanEmbedding, PromptLogprobs
+from workers.engine.request import Request
+from workers.protocol import FinishReason, TokenDelta
+from workers.sampling.sampler import Sampled
+
+
+def advance(
+    request: Request, sampled: Sequence[Sampled], *, eos_token_ids: tuple[int, ...], max_model_len: int
+) -> list[TokenDelta]:
+    """Adds one step's tokens to a request. The last of the deltas says whether it ended; tokens after its end are dropped.
+
+    `sampled` is empty for a request that samples nothing and only reads its prompt. Usually there is one delta; a failure after other
+    tokens of the step is a delta of its own, as if each token had a step of its own.
+    """
+    token_ids, logprobs = [], []
+    reason, error = None, None
+    if not sampled:
+        reason = request.finish_reason(eos_token_ids=eos_token_ids, max_model_len=max_model_len)
+    for chosen in sampled:
+        error = _append(request, chosen)
+        if error is not None or chosen.token_id is None:
+            break
+        token_ids.append(chosen.token_id)
+        if chosen.logprob is not None:
+            logprobs.append(chosen.logprob)
+        reason = request.finish_reason(eos_token_ids=eos_token_ids, max_model_len=max_model_len)
+        if reason is not None:
+            break
+    deltas = []
+    if token_ids or error is None:
+        num_cached_tokens, request.num_cached_tokens = request.num_cached_tokens, None
+        output, request.prompt_output = request.prompt_output, None
+        deltas.append(
+            TokenDelta(
+                request_id=request.request_id,
+                token_ids=token_ids,
+                logprobs=logprobs or None,
+                finish_reason=reason,
+                stop_token_id=token_ids[-1] if reason is FinishReason.STOP and request.stops(eos_token_ids) else None,
+                num_cached_tokens=num_cached_tokens,
+                prompt_logprobs=output.logprobs if isinstance(output, PromptLogprobs) else None,
+                embedding=output.to_bytes() if isinstance(output, MeanEmbedding) else None,
+            )
+        )
+    if error is not None:
+        deltas.append(failure(request.request_id, error))
+    return deltas
+
+
+def failure(request_id: str, error: str) -> TokenDelta:
+    """Ends a request for a reason of its own, which every replica would have. `error` is for the user."""
+    return TokenDelta(request_id=request_id, finish_reason=FinishReason.ERROR, error=error, refused=True)
+
+
+def _append(request: Request, chosen: Sampled) -> str | None:
+    """Appends the token. Returns a message for the user if the request cannot go on."""
+    if chosen.token_id is not None:
+        request.append(chosen.token_id)
+    if request.constraint is not None and request.constraint.error is not None:
+        return request.constraint.error
+    if chosen.token_id is None:
+        return "Every token is banned here. Allow more tokens, or ban fewer."
+    return None
