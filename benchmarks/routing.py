@@ -22,7 +22,8 @@ from simulation.gateway import Outcome, simulate
 from simulation.replica import Hardware
 from simulation.traces import TraceRequest
 
-from cluster.router.policy import POLICIES, RequestView, Snapshot, choose
+from cluster.protocol.routing import ROUTING_POLICIES
+from cluster.router.policy import RequestView, Snapshot, choose
 from cluster.router.prefix_index import PrefixIndex
 from workers.protocol import CacheEvents
 
@@ -155,14 +156,14 @@ def main() -> None:
     )
     parser.add_argument("--replicas", default="4,64,1000")
     parser.add_argument("--replicas-without-prefixes", default="64", help="for the traces that share none")
-    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--policies", default=",".join(ROUTING_POLICIES))
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--load", type=float, default=0.75)
     parser.add_argument("--output", type=Path, default=None, help="write the tables to this file")
     args = parser.parse_args()
-    unknown = set(args.policies.split(",")) - set(POLICIES)
+    unknown = set(args.policies.split(",")) - set(ROUTING_POLICIES)
     if unknown:
-        raise SystemExit(f"Unknown policy {unknown.pop()!r}. Choose from {', '.join(POLICIES)}.")
+        raise SystemExit(f"Unknown policy {unknown.pop()!r}. Choose from {', '.join(ROUTING_POLICIES)}.")
     if not args.traces.is_dir():
         raise SystemExit(f"No traces found in {args.traces}. Name their folder with --traces.")
     hardware = Hardware()

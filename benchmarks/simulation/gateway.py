@@ -14,7 +14,8 @@ import numpy as np
 from simulation.replica import Frame, Hardware, Replica, Sequence
 from simulation.traces import TraceRequest
 
-from cluster.router.policy import PolicyName, RequestView, Snapshot, choose
+from cluster.protocol.routing import RoutingPolicy
+from cluster.router.policy import RequestView, Snapshot, choose
 from cluster.router.prefix_index import PrefixIndex
 from workers.protocol import CacheEvents
 
@@ -33,7 +34,7 @@ class Outcome:
 
 
 class SimulatedGateway:
-    def __init__(self, policy: PolicyName, num_replicas: int, hardware: Hardware) -> None:
+    def __init__(self, policy: RoutingPolicy, num_replicas: int, hardware: Hardware) -> None:
         n = num_replicas
         self.policy = policy
         self.block_size = hardware.block_size
@@ -93,7 +94,12 @@ class SimulatedGateway:
 
 
 def simulate(
-    requests: Series[TraceRequest], *, policy: PolicyName, num_replicas: int, hardware: Hardware, num_gateways: int = 1
+    requests: Series[TraceRequest],
+    *,
+    policy: RoutingPolicy,
+    num_replicas: int,
+    hardware: Hardware,
+    num_gateways: int = 1,
 ) -> Outcome:
     """Runs the requests in order of arrival, until the last one ends. Gateways take turns and know nothing about each other."""
     replicas = [Replica(slot, hardware) for slot in range(num_replicas)]

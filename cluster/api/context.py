@@ -71,10 +71,10 @@ class ApiContext:
     def check_model(self, name: str, context: RequestContext) -> None:
         """Raises ModelNotFoundError if `name` is not served here, NotAllowedError if the request's API key may not use it."""
         if name not in self.model_names:
-            served = ", ".join(repr(n) for n in self.model_names)
+            served = " or ".join(repr(n) for n in self.model_names)
             raise ModelNotFoundError(
                 f"The model {name!r} does not exist.",
-                remedy=f"Use one of the models this server has: {served}.",
+                remedy=f"Use {served}.",
                 param="model",
                 code="model_not_found",
             )

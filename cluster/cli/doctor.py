@@ -5,6 +5,8 @@
 2  an option has an invalid value; nothing was examined
 """
 
+import contextlib
+import sys
 from argparse import Namespace
 
 from cluster.doctor.examine import Options, examine
@@ -44,7 +46,9 @@ def doctor(args: Namespace) -> None:
         run_all_reduce=not args.no_all_reduce,
         timeout_s=args.timeout,
     )
-    found = examine(options, Console())
+    # Ray prints errors of its workers to stdout, which belongs to the findings alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        found = examine(options, Console())
     if args.json:
         print(to_json(found.findings, nodes=found.nodes, all_reduce=found.all_reduce))
     else:

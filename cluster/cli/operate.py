@@ -33,4 +33,4 @@ def down(args: Namespace) -> None:
         left = asyncio.run(controller.down())
     finally:
         cluster.close()
-    print(f"Stopped {args.name!r}." if found or left else f"Nothing of {args.name!r} runs on this Ray cluster.")
+    print(f"{args.name!r} is down." if found or left else f"Nothing of {args.name!r} runs on this Ray cluster.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from cluster.protocol.notice import PreemptionNotices
+from cluster.protocol.routing import RoutingPolicy
 from cluster.protocol.spec import ClusterSpec
 from cluster.system.log import LogFormat, LogLevel
 from cluster.system.net import is_loopback, url_of
@@ -16,8 +17,6 @@ from workers.errors import ConfigError
 API_KEY_ENV = "TRAMONTANE_API_KEY"
 BATCH_STORE_ENV = "TRAMONTANE_BATCH_STORE"
 DEFAULT_DEPLOYMENT = "tramontane"
-RoutingPolicy = Literal["prefix", "least_load", "round_robin"]
-ROUTING_POLICIES: tuple[RoutingPolicy, ...] = get_args(RoutingPolicy)
 MetricsPrefix = Literal["tramontane", "vllm"]
 METRICS_PREFIXES: tuple[MetricsPrefix, ...] = get_args(MetricsPrefix)
 CHAT_TEMPLATES = ("auto", "v1", "v2", "v3", "jinja")

@@ -102,7 +102,9 @@ def _change(path: Path, change: Callable[[list[ApiKey]], Sequence[ApiKey]], *, m
     try:
         with _locked(path):
             keys = read_keys(path) if must_exist or path.exists() else []
-            _replace(path, msgspec.json.encode(_Content(version=1, keys=list(change(keys)))))
+            content = msgspec.json.encode(_Content(version=1, keys=list(change(keys))))
+            # Resolved, so that a link stays a link.
+            replace_file(path.resolve(), msgspec.json.format(content, indent=2) + b"\n", mode=0o600)
     except OSError as e:
         raise ConfigError(f"The API keys file {path} cannot be written: {e.strerror}.") from e
 
@@ -116,9 +118,3 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Atomic: a reader finds the whole old file or the whole new one."""
-    # Resolved, so that a link stays a link.
-    replace_file(path.resolve(), msgspec.json.format(data, indent=2) + b"\n", mode=0o600, suffix=".new")

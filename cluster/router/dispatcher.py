@@ -7,8 +7,8 @@ Knows no deltas and no admission.
 import asyncio
 from collections.abc import Callable, Iterable
 
+from cluster.protocol.routing import RoutingPolicy
 from cluster.router.bounds import retry_after_s
-from cluster.router.policy import PolicyName
 from cluster.router.replica import Availability, Replica
 from cluster.router.request_queue import RequestQueue, Waiter
 from cluster.router.stream import Stream, StreamMovedError
@@ -24,7 +24,7 @@ class Dispatcher:
     """`describe` says why no replica is ready. Every `assign` is followed by a `leave`."""
 
     def __init__(
-        self, policy: PolicyName, *, queue_timeout_s: float, clock: Callable[[], float], describe: Callable[[], str]
+        self, policy: RoutingPolicy, *, queue_timeout_s: float, clock: Callable[[], float], describe: Callable[[], str]
     ) -> None:
         self.table = ReplicaTable(policy, clock, self._on_report)
         self.queue: RequestQueue[Assignment] = RequestQueue()

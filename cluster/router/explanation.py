@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.router.policy import PolicyName
+from cluster.protocol.routing import RoutingPolicy
 from cluster.router.stream import Stream
 from cluster.router.table import ReplicaTable
 
@@ -25,7 +25,7 @@ class RouteRow:
 class Explanation:
     """`chosen` is None if the request would wait at the router."""
 
-    policy: PolicyName
+    policy: RoutingPolicy
     num_prompt_tokens: int
     chosen: str | None
     reason: str
@@ -33,7 +33,7 @@ class Explanation:
     replicas: list[RouteRow]
 
 
-def explain_route(table: ReplicaTable, stream: Stream, policy: PolicyName, *, num_waiting: int) -> Explanation:
+def explain_route(table: ReplicaTable, stream: Stream, policy: RoutingPolicy, *, num_waiting: int) -> Explanation:
     rows = [
         RouteRow(
             replica_id=entry.replica.replica_id,

@@ -10,13 +10,11 @@ long outputs fill a replica without showing in its prompt queue.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-PolicyName = Literal["prefix", "least_load", "round_robin"]
-POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+from cluster.protocol.routing import RoutingPolicy
 
 STREAM_S = 10.0  # rough lifetime of a stream: a full replica frees max_num_seqs sequences in this time
 HIGH_KV_USAGE = 0.9  # above this, a new prompt soon preempts another
@@ -55,7 +53,7 @@ class Decision:
     slot: int
     num_cached_tokens: int
     estimated_wait_s: float
-    policy: PolicyName
+    policy: RoutingPolicy
     num_available: int
 
     @property
@@ -86,7 +84,7 @@ class Row:
     chosen: bool
 
 
-def choose(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn: int) -> Decision | None:
+def choose(policy: RoutingPolicy, snapshot: Snapshot, request: RequestView, *, turn: int) -> Decision | None:
     """The replica for this request; None if none is available. turn: grows by 1 with every decision; it breaks ties."""
     num_available = int(np.count_nonzero(snapshot.available))
     if num_available == 0:
@@ -99,7 +97,7 @@ def choose(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn
     return Decision(slot, int(request.cached_tokens[slot]), float(waits[slot]), policy, num_available)
 
 
-def explain(policy: PolicyName, snapshot: Snapshot, request: RequestView, *, turn: int) -> list[Row]:
+def explain(policy: RoutingPolicy, snapshot: Snapshot, request: RequestView, *, turn: int) -> list[Row]:
     """Every replica as `choose` sees it with the same arguments."""
     decision = choose(policy, snapshot, request, turn=turn)
     if len(snapshot.available) == 0:
@@ -126,7 +124,7 @@ def _estimated_waits(snapshot: Snapshot, request: RequestView) -> NDArray[np.flo
     return (snapshot.pending_tokens + (request.num_tokens - request.cached_tokens)) / _speeds(snapshot)
 
 
-def _scores(policy: PolicyName, snapshot: Snapshot, waits: NDArray[np.float64]) -> NDArray[np.float64]:
+def _scores(policy: RoutingPolicy, snapshot: Snapshot, waits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Lower is better; infinite: not eligible. If a slot is available, at least one score is finite."""
     if policy == "round_robin":
         return np.where(snapshot.available, 0.0, np.inf)

@@ -11,17 +11,17 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 from cluster.protocol.report import BatchDemand, GatewayReport
+from cluster.protocol.routing import RoutingPolicy
 from cluster.router.admission import Admission, AdmissionControl, Recent
 from cluster.router.bounds import MAX_INFLIGHT_REQUESTS, MAX_QUEUED_TOKENS, QUEUE_TIMEOUT_S
 from cluster.router.dispatcher import Dispatcher
 from cluster.router.explanation import Explanation, explain_route
 from cluster.router.hashing import Hashing
 from cluster.router.health import Health, ReplicaStatus, check_health
-from cluster.router.policy import PolicyName
 from cluster.router.replica import Availability, Replica
 from cluster.router.stream import Stream, StreamMovedError, Trace
 from cluster.router.table import Assignment, ReplicaEntry
-from workers.errors import DeadlineExceededError, ReplicaUnavailableError
+from workers.errors import ReplicaUnavailableError
 from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 
 __all__ = ["Availability", "Explanation", "Health", "Replica", "ReplicaStatus", "Router", "Trace"]
@@ -41,7 +41,7 @@ class Router:
         self,
         replicas: Sequence[Replica] = (),
         *,
-        policy: PolicyName = "prefix",
+        policy: RoutingPolicy = "prefix",
         max_inflight_requests: int = MAX_INFLIGHT_REQUESTS,
         max_queued_tokens: int = MAX_QUEUED_TOKENS,
         queue_timeout_s: float = QUEUE_TIMEOUT_S,
@@ -140,7 +140,7 @@ class Router:
             batch_tokens_total=self.batch_tokens_total,
         )
 
-    async def explain(self, prompt_token_ids: list[int], *, policy: PolicyName | None = None) -> Explanation:
+    async def explain(self, prompt_token_ids: list[int], *, policy: RoutingPolicy | None = None) -> Explanation:
         """Where a request with this prompt would go now, and why. Sends nothing."""
         sampling = SamplingParams(max_tokens=1, seed=0)
         request = GenerateRequest(request_id="", prompt_token_ids=prompt_token_ids, sampling=sampling)
@@ -167,11 +167,11 @@ class Router:
         Returns how many.
         """
         running = [stream for entry in self._table for stream in entry.streams]
-        streams = {*running, *(waiter.stream for waiter in self._queue)}
-        for stream in streams:
-            if not stream.is_background:
-                stream.interrupt.set(error)
-        return sum(not stream.is_background for stream in streams)
+        queued = [waiter.stream for waiter in self._queue]
+        online = {stream for stream in (*running, *queued) if not stream.is_background}
+        for stream in online:
+            stream.interrupt.set(error)
+        return len(online)
 
     def check_room(self, tenant: str | None) -> None:
         """Raises OverloadedError if `admit` would refuse a single sequence, whatever its prompt. Reserves nothing."""
@@ -223,7 +223,8 @@ class Router:
                 num_tokens = len(request.prompt_token_ids)
                 admission = stack.enter_context(self.admit(1, num_tokens, priority=request.priority))
             stream = Stream(request, order=admission.order, trace=trace, max_crashes=max_crashes)
-            stack.callback(self._watch_deadline(stream, admission))
+            if (deadline := admission.deadline) is not None:
+                stack.callback(stream.end_after(deadline - self._clock(), given_s=deadline - admission.arrived))
             while True:
                 if self._policy == "prefix":
                     await self._hash_blocks(stream, admission.hashing)
@@ -290,14 +291,3 @@ class Router:
         facts = self._table.facts
         if facts is not None and facts.enable_prefix_caching:
             await hashing.extend(stream, facts.block_size)
-
-    def _watch_deadline(self, stream: Stream, admission: Admission) -> Callable[[], None]:
-        """Interrupts the stream at its deadline; returns what cancels that."""
-        if admission.deadline is None:
-            return lambda: None
-        error = DeadlineExceededError(
-            f"The request was not complete after the {admission.deadline - admission.arrived:.2f} s it was given.",
-            remedy="Give it more time or ask for fewer tokens.",
-        )
-        delay = max(0.0, admission.deadline - self._clock())
-        return asyncio.get_running_loop().call_later(delay, stream.interrupt.set, error).cancel

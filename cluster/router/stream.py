@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from workers.errors import CrashedError, EngineError, ReplicaUnavailableError
+from workers.errors import CrashedError, DeadlineExceededError, EngineError, ReplicaUnavailableError
 from workers.protocol import BATCH_PRIORITY, GenerateRequest, TokenDelta
 
 # In a row, without a token in between. This many crashes may be the request's fault. Other losses are bad luck, but have a limit too.
@@ -181,6 +181,14 @@ class Stream:
             ) from error
         if self._num_losses >= MAX_LOSSES_WITHOUT_PROGRESS:
             raise EngineError(in_a_row) from error
+
+    def end_after(self, left_s: float, *, given_s: float) -> Callable[[], None]:
+        """Interrupts the stream with DeadlineExceededError in `left_s`; returns what cancels that. given_s: all the time it had."""
+        error = DeadlineExceededError(
+            f"The request was not complete after the {given_s:.2f} s it was given.",
+            remedy="Give it more time or ask for fewer tokens.",
+        )
+        return asyncio.get_running_loop().call_later(max(0.0, left_s), self.interrupt.set, error).cancel
 
     def move(self) -> None:
         """It continues elsewhere, and no replica was lost."""

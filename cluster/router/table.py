@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.router.policy import Decision, PolicyName, RequestView, Row, choose, explain
+from cluster.protocol.routing import RoutingPolicy
+from cluster.router.policy import Decision, RequestView, Row, choose, explain
 from cluster.router.prefix_index import PrefixIndex, window_blocks
 from cluster.router.replica import Replica
 from cluster.router.rows import ReplicaRows, with_available
@@ -49,7 +50,7 @@ class ReplicaTable:
     """`on_report(entry)` is called after each frame of a replica."""
 
     def __init__(
-        self, policy: PolicyName, clock: Callable[[], float], on_report: Callable[[ReplicaEntry], None]
+        self, policy: RoutingPolicy, clock: Callable[[], float], on_report: Callable[[ReplicaEntry], None]
     ) -> None:
         self.policy = policy
         self._clock = clock
@@ -154,7 +155,7 @@ class ReplicaTable:
                 self._turn += 1
                 return Assignment(entry, decision)
 
-    def explain(self, stream: Stream, policy: PolicyName) -> list[tuple[ReplicaEntry, Row]]:
+    def explain(self, stream: Stream, policy: RoutingPolicy) -> list[tuple[ReplicaEntry, Row]]:
         """What `choose` would see now, for display."""
         self.refresh()
         snapshot = self._rows.snapshot(background=stream.is_background)

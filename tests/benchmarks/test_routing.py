@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.paths import ROOT
 
-from cluster.router.policy import POLICIES
+from cluster.protocol.routing import ROUTING_POLICIES
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -34,7 +34,7 @@ def ends(sequences):
     return np.array([s.first_token_s - s.submitted_s for s in sequences])
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ROUTING_POLICIES)
 def test_every_request_is_answered_and_every_block_is_freed(policy, monkeypatch):
     from simulation import gateway, replica
 
@@ -95,7 +95,7 @@ def test_the_default_policy_finds_prefixes_and_answers_sooner():
     from simulation.replica import Hardware
 
     p99, hits = {}, {}
-    for policy in POLICIES:
+    for policy in ROUTING_POLICIES:
         # Each of the four replicas can cache little more than two stems: only a policy that keeps stems apart finds them.
         hardware = Hardware(kv_tokens=512 * 60)
         outcome = simulate(make_trace(), policy=policy, num_replicas=4, hardware=hardware, num_gateways=2)

@@ -1,4 +1,4 @@
-"""langchain-openai and litellm, each from the environment of its own, against the same server as everybody."""
+"""langchain-openai and litellm, in their own environment, against the same server as the other clients."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ FOLDER = Path(__file__).parent / "foreign"
 pytestmark = pytest.mark.system
 
 
-@pytest.mark.timeout(300)  # on a busy machine; a quiet one needs 20 s
+@pytest.mark.timeout(300)  # for a busy machine; otherwise 20 s
 @pytest.mark.parametrize("client", ["langchain_client.py", "litellm_client.py"])
 def test_client(server, tmp_path, client):
-    # Nothing of this suite's configuration: its plugins and its support modules are not installed there.
+    # Without this suite's configuration: its plugins and support modules are not installed there.
     own = ["-c", "/dev/null", "--rootdir", FOLDER, "--confcutdir", FOLDER, "-o", "asyncio_mode=auto"]
     output = run(
         ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore", *own, FOLDER / client],

@@ -1,7 +1,7 @@
-"""lm-eval scores the served model as transformers scores the same checkpoint: every log-likelihood, every answer, every metric.
+"""lm-eval gives the served model the same scores as transformers gives the same checkpoint: log-likelihoods, outputs and metrics.
 
-What lm-eval sees went through HTTP, batches of token ids, `echo` and `logprobs`; the reference here is MistralForCausalLM in fp32
-with SentencePiece's own ids, and lm-eval's formulas written out.
+lm-eval uses HTTP, batches of token ids, `echo` and `logprobs`. The reference here is MistralForCausalLM in fp32 with SentencePiece's
+own ids, and lm-eval's formulas written out.
 """
 
 import json
@@ -29,7 +29,7 @@ class Reference:
 
     @torch.inference_mode()
     def score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-        """The continuation's log-likelihood, and whether greedy sampling would say it."""
+        """The continuation's log-likelihood, and whether greedy sampling would choose it."""
         ids = torch.tensor([context + continuation])
         logprobs = self.model(ids).logits[0, len(context) - 1 : -1].log_softmax(-1)
         target = torch.tensor(continuation)
@@ -37,9 +37,7 @@ class Reference:
 
     def score_text(self, context: str, continuation: str) -> tuple[float, bool]:
         ids, whole = self.sp.encode(context), self.sp.encode(context + continuation)
-        return self.score(
-            ids, whole[len(ids) :]
-        )  # lm-eval's way, even where the two would be encoded otherwise together
+        return self.score(ids, whole[len(ids) :])  # as lm-eval does, even where encoding both together gives other ids
 
     def score_file(self, text: str) -> float:
         return self.score([self.sp.bos_id()], self.sp.encode(text))[0]
@@ -50,7 +48,7 @@ class Reference:
 
     @torch.inference_mode()
     def complete_line(self, prompt: str) -> str:
-        """The rest of the prompt's last line, greedily."""
+        """The rest of the prompt's last line, with greedy sampling."""
         ids = self.sp.encode(prompt)
         output = self.model.generate(
             torch.tensor([ids]), max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=0
@@ -96,7 +94,7 @@ def test_multiple_choice(evaluation, reference):
     assert scores["acc_norm,none"] == pytest.approx(
         share(b == d["answer"] for b, d in zip(best_norm, docs, strict=True))
     )
-    assert 0 < scores["acc,none"] < 1, "a task that is all right or all wrong proves little"
+    assert 0 < scores["acc,none"] < 1, "a task with only right or only wrong answers proves little"
     assert {greedy for row in expected for _, greedy in row} == {True, False}
 
 

@@ -1,6 +1,6 @@
-"""The official client, in both its forms, against a real server: every kind of answer, stream, tool call and error it knows.
+"""The official client, synchronous and asynchronous, against a real server: all kinds of responses, streams, tool calls and errors.
 
-Seeds and schemas make the demo model's nonsense predictable; nothing here depends on its wisdom.
+Seeds and schemas make the demo model's nonsense predictable; no test depends on the quality of its output.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ async def async_client(server):
 
 
 def assemble(chunks: list[Any]) -> dict[int, dict[str, Any]]:
-    """By choice: the text and tool calls that a stream's deltas add up to, and its last word."""
+    """By choice: the text and tool calls of all the stream's deltas, and the finish reason."""
     choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
         for part in chunk.choices:
@@ -96,7 +96,7 @@ def test_a_completion_stream_is_the_completion(client, n):
         assert "".join(c.text for c in parts) == choice.text
         assert [c.finish_reason for c in parts if c.finish_reason] == [choice.finish_reason]
     assert [c.index for c in whole.choices] == list(range(n))
-    assert len({c.text for c in whole.choices}) == n, "copies have seeds of their own"
+    assert len({c.text for c in whole.choices}) == n, "each copy has its own seed"
     assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
@@ -113,7 +113,7 @@ def test_prompts_as_texts_and_token_ids(client):
     assert ids.usage.prompt_tokens == 5
 
 
-def test_seeds_decide(client):
+def test_a_seed_determines_the_output(client):
     def say(seed: int | None) -> str:
         answer = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=24, temperature=1, seed=seed)
         return answer.choices[0].text
@@ -122,7 +122,7 @@ def test_seeds_decide(client):
     assert len({say(11), say(12), say(None), say(None)}) == 4
 
 
-def test_stop_ends_an_answer_before_the_string(client):
+def test_stop_ends_the_output_before_the_string(client):
     options = {"model": MODEL, "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
     text = client.completions.create(**options).choices[0].text
     stop = text[10:13]
@@ -140,7 +140,7 @@ def test_completion_logprobs(client):
     assert "".join(logprobs.tokens) == answer.choices[0].text
     assert logprobs.text_offset == [sum(map(len, logprobs.tokens[:i])) for i in range(5)]
     for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
-        assert logprob == top[token] == max(top.values()) <= 0, "greedy says the likeliest"
+        assert logprob == top[token] == max(top.values()) <= 0, "greedy sampling takes the likeliest token"
 
 
 def test_echo_scores_the_prompt(client):
@@ -195,7 +195,7 @@ def test_the_stream_helper_assembles_what_create_returns(client):
         "max_tokens": 200,
         "seed": 5,
         "stop": "\n",
-    }  # the helper wants a whole answer
+    }  # the helper needs complete output
     with client.chat.completions.stream(**options) as stream:
         events = list(stream)
         final = stream.get_final_completion()
@@ -209,7 +209,7 @@ def test_tools_are_called_and_streamed(client, choice):
     options = {"model": MODEL, "messages": CHAT, "tools": tools, "tool_choice": choice, "max_tokens": 200, "seed": 4}
     answer = client.chat.completions.create(**options, parallel_tool_calls=False)
     (call,) = answer.choices[0].message.tool_calls
-    # OpenAI says "stop" where the function was named, "tool_calls" where the model chose.
+    # OpenAI sends "stop" if the request named the function, "tool_calls" if the model chose it.
     assert answer.choices[0].finish_reason in ("tool_calls", "stop")
     assert call.type == "function" and call.id
     assert call.function.name == "get_weather"
@@ -220,10 +220,10 @@ def test_tools_are_called_and_streamed(client, choice):
     streamed = assemble(chunks)[0]
     assert len(streamed["calls"]) == 1
     assert streamed["calls"][0]["name"] == "get_weather"
-    assert json.loads(streamed["calls"][0]["arguments"]) == arguments, "the same seed"
+    assert json.loads(streamed["calls"][0]["arguments"]) == arguments, "the same seed gives the same arguments"
     assert streamed["finish_reason"] == answer.choices[0].finish_reason
 
-    # Back with the result, the way every agent does it.
+    # Send the result back, as agents do.
     messages = [
         *CHAT,
         answer.choices[0].message,
@@ -234,7 +234,7 @@ def test_tools_are_called_and_streamed(client, choice):
     assert follow_up.choices[0].finish_reason
 
 
-def test_auto_and_none_may_answer_in_words(client):
+def test_auto_and_none_may_answer_with_text(client):
     options = {"model": MODEL, "messages": CHAT, "tools": [WEATHER], "max_tokens": 8, "seed": 1}
     none = client.chat.completions.create(**options, tool_choice="none").choices[0]
     assert none.message.tool_calls is None and none.message.content
@@ -301,16 +301,16 @@ def test_response_formats(client, response_format, check):
 
 def test_embeddings_as_floats_and_as_the_clients_default(client):
     texts = ["import os", "def f(x):\n    return x"]
-    packed = client.embeddings.create(model=MODEL, input=texts)  # base64 on the wire, unpacked by the client
+    encoded = client.embeddings.create(model=MODEL, input=texts)  # base64 on the wire, decoded by the client
     floats = client.embeddings.create(model=MODEL, input=texts, encoding_format="float")
-    assert [e.index for e in packed.data] == [0, 1]
-    for a, b in zip(packed.data, floats.data, strict=True):
+    assert [e.index for e in encoded.data] == [0, 1]
+    for a, b in zip(encoded.data, floats.data, strict=True):
         assert len(a.embedding) == len(b.embedding) == 256
         assert a.embedding == pytest.approx(b.embedding, rel=1e-6)
-    assert packed.data[0].embedding != packed.data[1].embedding
-    assert packed.usage.prompt_tokens == packed.usage.total_tokens > 2
+    assert encoded.data[0].embedding != encoded.data[1].embedding
+    assert encoded.usage.prompt_tokens == encoded.usage.total_tokens > 2
     raw = client.embeddings.create(model=MODEL, input=texts[0], encoding_format="base64").data[0].embedding
-    assert struct.unpack("<256f", base64.b64decode(raw)) == pytest.approx(packed.data[0].embedding)
+    assert struct.unpack("<256f", base64.b64decode(raw)) == pytest.approx(encoded.data[0].embedding)
     ids = client.embeddings.create(model=MODEL, input=[[1, 400, 500]])
     assert ids.usage.prompt_tokens == 3
 
@@ -349,7 +349,7 @@ def test_moderations(client):
         (openai.BadRequestError, "reasoning_effort", {"reasoning_effort": "high"}),
     ],
 )
-def test_errors_are_the_clients_own(client, error, param, options):
+def test_errors_become_the_clients_exceptions(client, error, param, options):
     with pytest.raises(error) as caught:
         client.chat.completions.create(**{"model": MODEL, "messages": CHAT, "max_tokens": 4, **options})
     assert caught.value.param == param
@@ -371,7 +371,7 @@ def test_unknown_model_and_unknown_key(server, client):
     assert refused.value.body["message"]
 
 
-def test_a_deadline_that_is_over(client):
+def test_a_deadline_that_has_passed(client):
     with pytest.raises(openai.APIStatusError) as caught:
         client.completions.create(
             model=MODEL,
@@ -394,11 +394,11 @@ async def test_many_async_streams_at_once(async_client):
         return "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
 
     together = await asyncio.gather(*map(say, range(12)))
-    assert together[5] == await say(5), "neighbours change nothing"
+    assert together[5] == await say(5), "other requests must not change the output"
     assert len(set(together)) > 6
 
 
-async def test_async_answers(async_client):
+async def test_async_responses(async_client):
     completion, chat, models, embedding = await asyncio.gather(
         async_client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=4),
         async_client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=4),
@@ -412,7 +412,7 @@ async def test_async_answers(async_client):
         await async_client.completions.create(model=MODEL, prompt=PROMPT, n=0)
 
 
-async def test_a_stream_that_is_left_ends(async_client, server):
+async def test_a_stream_ends_when_its_client_stops_reading(async_client, server):
     stream = await async_client.completions.create(
         model=MODEL, prompt=PROMPT, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
     )
@@ -463,7 +463,7 @@ def test_batches(client, tmp_path, endpoint, body):
         assert client.files.delete(file_id).deleted
 
 
-def test_a_batch_that_is_wrong_or_cancelled(client, tmp_path):
+def test_an_invalid_and_a_cancelled_batch(client, tmp_path):
     with pytest.raises(openai.BadRequestError, match="'fine-tune' is not supported"):
         client.files.create(file=("a.jsonl", b"{}"), purpose="fine-tune")
     with pytest.raises(openai.NotFoundError, match="no file"):

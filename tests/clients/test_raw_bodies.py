@@ -1,8 +1,8 @@
-"""Bodies that no client would send, to the real listener over a real engine: other types and broken text in every field of every
-schema, nesting, megabytes.
+"""Invalid bodies, sent to the real listener over a real engine: wrong types and broken text in every field of every schema, deep nesting,
+megabytes.
 
-Good requests are served in between; every answer is an envelope and none a 5xx; see the fixture `attacker` for what is checked at the
-end. Seeded. The long form (`make test-fuzz`) sends all mutations, the short one a sample.
+Good requests in between must be served, and every error must have the error format and no 5xx status. The fixture `attacker` has the
+checks at the end. Seeded. The long form (`make test-fuzz`) sends all mutations, the short form a sample.
 """
 
 import json
@@ -22,7 +22,7 @@ DEEP = [10, 63, 64, 100, 1000, 100_000]
 
 
 def send_all(attacker: Attacker, bodies: list[tuple[str, bytes]]) -> dict[int, int]:
-    """How many answers had which status. A good request after every fiftieth."""
+    """Counts responses by status. Sends a good request after every 50 bodies."""
     statuses: dict[int, int] = {}
     with ThreadPoolExecutor(4) as threads:
         for start in range(0, len(bodies), 50):
@@ -33,8 +33,8 @@ def send_all(attacker: Attacker, bodies: list[tuple[str, bytes]]) -> dict[int, i
     return statuses
 
 
-def test_every_field_of_every_body_is_attacked(attacker):
-    """A new field or endpoint in the document must come into the bodies above."""
+def test_the_bodies_have_every_field(attacker):
+    """A new field or endpoint in the document must be added to the bodies above."""
     (answer,) = attacker.attack(request("/openapi.json", method="GET", key=KEY, content_type=None))
     document = json.loads(answer.body)
     schemas = document["components"]["schemas"]
@@ -101,7 +101,7 @@ def with_text(before: bytes, text: bytes, after: bytes, *, num_bytes: int) -> by
 
 @pytest.mark.parametrize("unit", [b"a", b"a b ", b"\xf0\x9f\xa4\x96", b"\\ud800", b"\\n", b"</s>"], ids=repr)
 def test_megabytes_of_text(attacker, unit):
-    """Just below and just above what a body may have, wherever a text may stand; no answer repeats it."""
+    """Just below and just above the size limit, in every text field; no response repeats the text."""
     for num_bytes, statuses in ((7 * MIB, (200, 400, 404)), (10 * MIB, (413,))):
         for path, before, after in [
             ("/v1/completions", b'{"model":"demo_model","max_tokens":1,"prompt":', b"}"),
@@ -113,12 +113,12 @@ def test_megabytes_of_text(attacker, unit):
         ]:
             answer = attacker.post(path, with_text(before, unit, after, num_bytes=num_bytes))
             assert answer.status in statuses, (path, before, answer)
-            assert path != "/v1/chat/completions" or unit * 9 not in answer.body, "prompts are never repeated"
+            assert path != "/v1/chat/completions" or unit * 9 not in answer.body, "errors must not repeat prompts"
     attacker.check_alive()
 
 
 def big_bodies() -> dict[str, tuple[str, bytes]]:
-    """Bodies of some megabytes made of as many small values as fit: what costs a parser most."""
+    """Bodies of some megabytes with as many small values as possible: the most expensive ones to parse."""
     completion, chat = (
         b'{"model":"demo_model","max_tokens":1,"prompt":',
         b'{"model":"demo_model","max_tokens":1,"messages":',
@@ -151,8 +151,8 @@ def big_bodies() -> dict[str, tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("name", list(big_bodies()))
-def test_big_bodies_keep_nobody_waiting(attacker, name):
-    """A replica counts as lost when its gateway is silent for three seconds, which the fixture's look at the log would show."""
+def test_big_bodies_do_not_delay_other_requests(attacker, name):
+    """A replica is considered lost if its gateway is silent for three seconds; the fixture would find that in the log."""
     path, body = big_bodies()[name]
     probe = request("/health/live", method="GET", key=None, content_type=None)
     worst_s = 0.0
@@ -165,4 +165,4 @@ def test_big_bodies_keep_nobody_waiting(attacker, name):
             time.sleep(0.02)
         answer = future.result()
     assert answer.status in (200, 400), answer
-    assert worst_s < MAX_WAIT_S, f"others waited {worst_s:.1f} s"
+    assert worst_s < MAX_WAIT_S, f"other requests waited {worst_s:.1f} s"

@@ -1,7 +1,7 @@
-"""Requests that no client would send, below HTTP and beside it: packed and endless bodies, lengths that lie, odd versions, methods,
-targets and headers, garbage, slow senders, pipelines and connections that lead nowhere.
+"""Invalid HTTP: compressed and endless bodies, wrong lengths, odd versions, methods, targets and headers, garbage, slow clients,
+pipelines and abandoned connections.
 
-After each group the server answers a good request; see the fixture `attacker` for what is checked at the end.
+After each group the server must answer a good request. The fixture `attacker` has the checks at the end.
 """
 
 import gzip
@@ -22,7 +22,7 @@ SEED = 7
 
 
 def bomb(num_mib: int, encoding: str) -> bytes:
-    """Zeros (as spaces) that unpack to so many MiB."""
+    """Compressed spaces, with this decompressed size in MiB."""
     packer = zlib.compressobj(9, zlib.DEFLATED, 31 if encoding == "gzip" else 15)
     block = b" " * MIB
     return b"".join(packer.compress(block) for _ in range(num_mib)) + packer.flush()
@@ -34,7 +34,7 @@ def bomb(num_mib: int, encoding: str) -> bytes:
         ("gzip", bomb(512, "gzip")),
         ("deflate", bomb(512, "deflate")),
         ("gzip", gzip.compress(bomb(64, "gzip"))),
-        ("gzip", b"this is no gzip"),
+        ("gzip", b"this is not gzip"),
         ("gzip", gzip.compress(GOOD)[:-6]),
         ("gzip", gzip.compress(GOOD) + b"trailing"),
         ("deflate", os.urandom(200)),
@@ -47,9 +47,9 @@ def bomb(num_mib: int, encoding: str) -> bytes:
     ],
     ids=lambda value: value[:12] if isinstance(value, str) else len(value),
 )
-def test_packed_bodies(attacker, encoding, body):
+def test_compressed_bodies(attacker, encoding, body):
     before = attacker.target.rss_bytes
-    for key in (KEY, "nobody's"):  # strangers must not be able to have anything unpacked either
+    for key in (KEY, "wrong"):  # without a valid key, bodies must not be decompressed either
         answers = attacker.attack(request("/v1/completions", body, key=key, headers=[("Content-Encoding", encoding)]))
         assert len(answers) == 1
     assert attacker.target.rss_bytes - before < 100 * MIB
@@ -203,7 +203,7 @@ def test_chunked_bodies(attacker):
     for rest in CHUNKS:
         attacker.attack(head + rest, patience_s=0.3)
         attacker.check_alive()
-    # Without end: refused when it is too large.
+    # Without an end: refused once it is too large.
     before = attacker.target.rss_bytes
     endless = [head, *([chunked(b" " * 65_536)] * 1000)]
     answers = attacker.attack(endless)
@@ -211,8 +211,8 @@ def test_chunked_bodies(attacker):
     assert attacker.target.rss_bytes - before < 100 * MIB
 
 
-def test_slow_senders_are_ended_and_disturb_nobody(attacker):
-    """The target gives a head and a body two seconds each; most of these never finish."""
+def test_slow_clients_are_disconnected_and_do_not_delay_others(attacker):
+    """The target allows two seconds for a head and for a body; most of these never finish."""
     at = GOOD_REQUEST.index(b"\r\n\r\n") + 4
     drip = [bytes([b]) for b in GOOD_REQUEST]
     slow = [
@@ -235,7 +235,7 @@ def test_slow_senders_are_ended_and_disturb_nobody(attacker):
                 assert answer.status in (401, 408), (pieces[0], answer)
 
 
-def test_pipelines_and_connections_that_lead_nowhere(attacker):
+def test_pipelines_and_abandoned_connections(attacker):
     port = attacker.target.port
     answers = parse(send(port, GOOD_REQUEST * 20, until_closed=True, patience_s=3.0))
     assert [a.status for a in answers] == [200] * 20
@@ -253,7 +253,7 @@ def test_pipelines_and_connections_that_lead_nowhere(attacker):
         {**PLAIN["/v1/completions"], "max_tokens": 60, "n": 64, "stream": True, "ignore_eos": True}
     ).encode()
     stream = request("/v1/completions", endless, key=KEY)
-    for data in [b"", GOOD_REQUEST[:50], GOOD_REQUEST, stream] * 25:  # and gone
+    for data in [b"", GOOD_REQUEST[:50], GOOD_REQUEST, stream] * 25:  # and disconnected
         with socket.create_connection(("127.0.0.1", port)) as sock:
             sock.sendall(data)
     sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]  # and silent

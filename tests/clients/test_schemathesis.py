@@ -1,7 +1,7 @@
-"""schemathesis reads /openapi.json and tries to break what it promises: no 5xx, no status or answer that the document does not
-name, nothing accepted that it forbids, no hang. Seeded; against the real listener and a real engine with a short context.
+"""schemathesis tests the promises of /openapi.json: no 5xx, no undocumented status or response, nothing accepted that it forbids, no hang.
 
-What the document leaves open is the served model's name; it is filled in, or all requests would end with 404.
+Seeded; against the real listener and a real engine with a short context. The document does not have the served model's name: the tests
+fill it in, or all requests would end with 404.
 """
 
 import asyncio
@@ -18,12 +18,12 @@ from support.servers.live_listener import KEY, MODEL, live_listener
 
 SEED = 4
 REQUEST_TIMEOUT_S = 20
-# The document cannot say all that makes a request impossible, such as a prompt beyond the context: such a 400 is no failure.
+# The document cannot describe everything that makes a request impossible, such as a prompt that exceeds the context: a 400 is fine then.
 LEFT_OUT = "positive_data_acceptance"
 
 
 def with_model_name(document: dict[str, Any]) -> dict[str, Any]:
-    """The document as the user of this server reads it: `model` has one value."""
+    """The document with the only valid value of `model`."""
     named = 0
     for schema in document["components"]["schemas"].values():
         model = schema.get("properties", {}).get("model")
@@ -43,7 +43,7 @@ def with_model_name(document: dict[str, Any]) -> dict[str, Any]:
 
 
 async def run_schemathesis(folder: Path, *options: str) -> tuple[int, str]:
-    """(How many requests it made, its report.) Fails on any finding of its own."""
+    """Returns the number of requests and the report. Fails if schemathesis finds an error."""
     async with live_listener() as url, aiohttp.ClientSession() as session:
         headers = {"Authorization": f"Bearer {KEY}"}
         async with session.get(f"{url}/openapi.json", headers=headers) as response:
@@ -77,7 +77,7 @@ async def run_schemathesis(folder: Path, *options: str) -> tuple[int, str]:
         async with session.post(
             f"{url}/v1/completions", headers=headers, json={"model": MODEL, "prompt": "x", "max_tokens": 1}
         ) as response:
-            assert response.status == 200, "the server must go on"
+            assert response.status == 200, "the server must keep running"
     assert process.returncode == 0, output[-20_000:]
     counted = re.search(r"(\d+) generated", output)
     assert counted, output
@@ -85,7 +85,7 @@ async def run_schemathesis(folder: Path, *options: str) -> tuple[int, str]:
 
 
 def assert_quiet(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing that a client sends is a surprise worth a traceback."""
+    """No request may cause a traceback."""
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR or r.exc_info] == []
 
 

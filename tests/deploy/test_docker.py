@@ -67,8 +67,14 @@ def test_every_release_is_pinned() -> None:
 
 
 def test_the_required_driver_is_the_one_torch_was_built_for() -> None:
-    asked = re.search(r'NVIDIA_REQUIRE_CUDA="?cuda>=(\d+)\.', one("ENV"))[1]
-    assert asked == PINS["cuda-bindings"].partition(".")[0] == PINS["nvidia-nvjitlink"].partition(".")[0]
+    required = re.search(r'NVIDIA_REQUIRE_CUDA="?cuda>=(\d+\.\d+)', one("ENV"))[1]
+    torch, built_for = re.search(
+        r"torch (\d+\.\d+) is built for CUDA (\d+\.\d+):?", DOCKERFILE.read_text(encoding="utf-8")
+    ).groups()
+    assert required == built_for
+    assert PINS["torch"].startswith(f"{torch}."), (
+        "look up which CUDA the new torch is built for, and update the Dockerfile"
+    )
 
 
 def test_the_context_has_what_is_copied_and_little_else() -> None:

@@ -23,7 +23,8 @@ from workers.protocol import (
 
 log = logging.getLogger(__name__)
 
-MAX_UNSENT_BYTES = 64 * 1024 * 1024  # a gateway with this much unread will not catch up: it is cut off, the engine goes on
+# A gateway that has left this much unread will not catch up: it is cut off, and the engine goes on.
+MAX_UNSENT_BYTES = 64 * 1024 * 1024
 
 _decoder = msgspec.msgpack.Decoder(ToReplica)
 

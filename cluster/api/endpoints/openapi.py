@@ -41,6 +41,9 @@ def render(endpoints: Sequence[Endpoint]) -> bytes:
     types = [ErrorEnvelope, *(t for e in endpoints for t in (e.body, e.form, e.response, e.chunk) if t is not None)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     schema_of = dict(zip(map(id, types), schemas, strict=True))
+    for component in components.values():
+        if "description" in component:  # a docstring, with its line breaks and indentation
+            component["description"] = " ".join(component["description"].split())
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
         path = re.sub(r"\{(\w+):[^}]*\}", r"{\1}", endpoint.path)

@@ -44,10 +44,10 @@ async def run_inputs(
     arrived: float,
 ) -> list[TokenDelta]:
     """The last delta of each request, in their order. Raises what the router raises, EngineError if the engine gave one up."""
-    turns = asyncio.Semaphore(MAX_AT_ONCE)
+    slots = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def run(request: GenerateRequest) -> TokenDelta:
-        async with turns:
+        async with slots:
             return await _run_one(api, request, context=context, admission=admission, arrived=arrived)
 
     try:

@@ -35,7 +35,7 @@ class Grammars:
         self._time_limit_s = time_limit_s
         self._compiler: GrammarCompiler | None = None
         self._lock = asyncio.Lock()
-        self._turns = asyncio.Semaphore(MAX_AT_ONCE)
+        self._slots = asyncio.Semaphore(MAX_AT_ONCE)
 
     async def compiler(self, facts: EngineFacts) -> GrammarCompiler:
         async with self._lock:
@@ -57,7 +57,7 @@ class Grammars:
         """Returns what `build` returns. Raises what it raises, and RequestError naming `param` if it takes too long."""
         try:
             async with asyncio.timeout(self._time_limit_s):
-                await self._turns.acquire()
+                await self._slots.acquire()
                 return await self._in_thread(build)
         except TimeoutError as e:
             raise RequestError(
@@ -71,7 +71,7 @@ class Grammars:
         result: asyncio.Future[str] = loop.create_future()
 
         def deliver(value: str | None, error: Exception | None) -> None:
-            self._turns.release()
+            self._slots.release()
             if result.done():
                 return
             if error is not None:

@@ -9,6 +9,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from cluster.api.schemas.structured import ResponseFormat, StructuredOutputs
+from cluster.keys.key import MAX_PRIORITY, MIN_PRIORITY
 
 MAX_N = 128
 MAX_STOP_STRINGS = 4
@@ -22,7 +23,7 @@ Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 UserName = Annotated[str, Meta(max_length=1024)]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
-Int32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Priority = Annotated[int, Meta(ge=MIN_PRIORITY, le=MAX_PRIORITY)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 TokenIds = Annotated[list[int], Meta(max_length=MAX_VOCABULARY)]
@@ -74,7 +75,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     prompt_logprobs: NumLogprobs | None = None
     return_token_ids: bool | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: Int32 | None = None
+    priority: Priority | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

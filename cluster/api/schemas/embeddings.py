@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from cluster.api.schemas.base import MAX_VOCABULARY, Int32, UserName
+from cluster.api.schemas.base import MAX_VOCABULARY, Priority, UserName
 
 MAX_INPUTS = 2048
 
@@ -21,7 +21,7 @@ class EmbeddingRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dimensions: Annotated[int, Meta(ge=1)] | None = None
     user: UserName | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
-    priority: Int32 | None = None
+    priority: Priority | None = None
 
 
 class EmbeddingItem(Struct, frozen=True, kw_only=True):

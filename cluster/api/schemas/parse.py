@@ -114,7 +114,10 @@ def _explain(message: str) -> RequestError:
     if unknown := _UNKNOWN_FIELD.search(message):
         name = f"{path}.{unknown[1]}" if path else unknown[1]
         return RequestError(
-            f"Unrecognized request argument supplied: {name}", param=param or unknown[1], code="unknown_parameter"
+            f"Unrecognized request argument supplied: {name}.",
+            remedy="Remove it, or correct its name.",
+            param=param or unknown[1],
+            code="unknown_parameter",
         )
     if missing := _MISSING_FIELD.search(message):
         name = f"{path}.{missing[1]}" if path else missing[1]

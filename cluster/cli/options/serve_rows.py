@@ -22,11 +22,11 @@ from cluster.config.serve import (
     BATCH_STORE_ENV,
     CHAT_TEMPLATES,
     METRICS_PREFIXES,
-    ROUTING_POLICIES,
     ServeConfig,
 )
 from cluster.keys.file import API_KEYS_ENV
 from cluster.protocol.notice import PREEMPTION_NOTICES
+from cluster.protocol.routing import ROUTING_POLICIES
 from cluster.router.bounds import MAX_QUEUED_TOKENS, QUEUE_TIMEOUT_S
 from cluster.system.log import LOG_FORMATS
 from workers.errors import ConfigError

@@ -25,7 +25,7 @@ export function showCluster(panel, snapshots) {
   );
 }
 
-/** What is left without the right to see the cluster. note: why. */
+/** The health only, for keys that cannot see the cluster. note: the reason. */
 export function showHealth(panel, health, note) {
   const replicas = health.replicas ?? [];
   replace(
@@ -49,7 +49,7 @@ export function showHealth(panel, health, note) {
   );
 }
 
-/** A sentence instead of the view, or above what was seen last (keep). */
+/** A message instead of the view; with `keep`, above the last view. */
 export function showMessage(panel, text, { keep = false, label = null, act = null } = {}) {
   const message = make(
     "div",

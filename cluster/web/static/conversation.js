@@ -14,7 +14,7 @@ export class Conversation {
     return this.#messages.length === 0;
   }
 
-  /** Whether the model is to say something: its own words are not the last. */
+  /** Whether the model has to respond: the last message is not its own. */
   get awaitsAnswer() {
     return !this.isEmpty && this.#messages.at(-1).role !== "assistant";
   }
@@ -26,20 +26,20 @@ export class Conversation {
     return this.#messages[last]?.tool_calls?.find((call) => !results.includes(call.id)) ?? null;
   }
 
-  /** As the API wants them, the system prompt first if there is one, with `said` as if it were said now. */
+  /** The messages in the API's format: the system prompt first, if any, and `said` as the newest message. */
   toSend(system, said = null) {
     const first = system.trim() ? [{ role: "system", content: system }] : [];
     const all = said === null ? this.#messages : [...this.#messages, this.#message(said)];
     return [...first, ...all.map(asSent)];
   }
 
-  /** The same up to what the model answered last: what was sent for it. */
+  /** The same without the last response: the messages that were sent for it. */
   sentLast(system) {
     const end = this.#messages.findLastIndex((message) => message.role !== "assistant") + 1;
     return this.toSend(system).slice(0, end + (system.trim() ? 1 : 0));
   }
 
-  /** What the user says: a message, or the result of a call. */
+  /** Adds the user's text: a message, or the result of a tool call. */
   say(content) {
     this.#add(this.#message(content));
   }
@@ -49,7 +49,7 @@ export class Conversation {
     return call ? { role: "tool", tool_call_id: call.id, content } : { role: "user", content };
   }
 
-  /** Takes what the user said last back, and gives its text; null where there is none. */
+  /** Removes the user's last message and returns its text; null if there is none. */
   takeBack() {
     if (!this.awaitsAnswer) return null;
     const { content } = this.#messages.at(-1);
@@ -99,7 +99,7 @@ export class Conversation {
     this.#empty.hidden = false;
   }
 
-  /** message: {role, content, tool_calls, item}, the last being its place in the list. */
+  /** message: {role, content, tool_calls, item}; `item` is its element in the list. */
   #add(message) {
     this.#messages.push(message);
     this.#empty.hidden = true;

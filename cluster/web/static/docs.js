@@ -63,7 +63,7 @@ function openFromAddress() {
   }
 }
 
-/** Filled when it is opened: most are not. */
+/** Filled when it is opened, since most operations never are. */
 function showOperation(entry, spec) {
   const { id, method, path, operation } = entry;
   const body = make("div", { class: "operation-body" });
@@ -122,7 +122,7 @@ function badge(method) {
   return make("span", { class: `method ${method}` }, method.toUpperCase());
 }
 
-/** A path that breaks before its slashes. */
+/** A path with line breaks allowed before its slashes. */
 function breakable(path) {
   return make("code", {}, path.split(/(?=\/)/).flatMap((part) => [make("wbr"), part]));
 }

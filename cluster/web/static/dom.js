@@ -8,7 +8,7 @@ export function $(id) {
   return element;
 }
 
-/** make("p", {class: "x", onclick: f, hidden: true}, "text", child): false, null and undefined are left out. */
+/** make("p", {class: "x", onclick: f, hidden: true}, "text", child): false, null and undefined are skipped. */
 export function make(tag, attributes = {}, ...children) {
   return fill(document.createElement(tag), attributes, children);
 }
@@ -30,7 +30,7 @@ function fill(element, attributes, children) {
 
 let toastTimer = 0;
 
-/** A sentence at the bottom of the page for a moment. */
+/** Shows a message at the bottom of the page for a moment. */
 export function toast(text) {
   const element = document.querySelector(".toast") ?? document.body.appendChild(make("div", { class: "toast", role: "status" }));
   element.textContent = text;
@@ -39,7 +39,7 @@ export function toast(text) {
   toastTimer = setTimeout(() => element.classList.remove("shown"), 2500);
 }
 
-/** Whether it went to the clipboard; without HTTPS browsers leave only the old way. */
+/** Copies to the clipboard; returns whether that worked. Without HTTPS, browsers allow only the old way. */
 export async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);

@@ -14,7 +14,7 @@ export function bar(part, whole, label) {
   return make("div", { class: "gauge", role: "meter", "aria-label": label, ...range }, fill);
 }
 
-/** Points as a line over its area, the newest at the right; room for `count` of them. */
+/** A line with its area, the newest point on the right, with room for `count` points. */
 export function sparkline(points, count, label) {
   const top = Math.max(...points, 1e-9);
   const x = (i) => WIDTH - (points.length - 1 - i) * (WIDTH / (count - 1));

@@ -39,7 +39,7 @@ export function authorization(key = currentKey()) {
   return key === null ? {} : { Authorization: `Bearer ${key}` };
 }
 
-/** Asks for a key, with `problem` said of the present one. Resolves to whether there is one that the server takes. */
+/** Asks for a key; `problem` says what is wrong with the current one. Resolves to whether there is a valid key. */
 export function askForKey(problem = null) {
   asking ??= ask(problem).finally(() => (asking = null));
   return asking;
@@ -94,7 +94,7 @@ function ask(problem) {
         $("key-form").removeEventListener("submit", submit);
         $("key-forget").removeEventListener("click", forget);
         $("key-cancel").removeEventListener("click", cancel);
-        input.value = ""; // the password field keeps nothing
+        input.value = ""; // do not leave the key in the field
         resolve(accepted);
       },
       { once: true },
@@ -102,7 +102,7 @@ function ask(problem) {
   });
 }
 
-/** Why the server does not take this key, or null. */
+/** Why the server does not accept this key, or null. */
 async function tryKey(key) {
   if (!/^[!-~]+$/.test(key)) return "A key has only letters, digits and punctuation, without spaces.";
   try {

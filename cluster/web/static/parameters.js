@@ -32,7 +32,7 @@ const MAX_STOP_STRINGS = 4;
 const FORMATS = { text: "Text", json_object: "Any JSON object", json_schema: "JSON with a schema" };
 const EXAMPLE_SCHEMA = { type: "object", properties: { name: { type: "string" } }, required: ["name"] };
 
-/** Something in the form cannot be sent; `element` is where. */
+/** A value in the form is invalid; `element` is its field. */
 export class ParameterError extends Error {
   constructor(message, element) {
     super(message);
@@ -53,14 +53,14 @@ export function startParameters() {
   form.addEventListener("submit", (event) => event.preventDefault());
 }
 
-/** names: of the models that can be chosen. */
+/** names: the models to choose from. */
 export function showModels(names) {
   const before = $("model").value;
   $("model").replaceChildren(...names.map((name) => make("option", { value: name }, name)));
   if (names.includes(before)) $("model").value = before;
 }
 
-/** Everything of a body that is not its prompt. Throws ParameterError. */
+/** The body without its prompt. Throws ParameterError. */
 export function readParameters() {
   const body = { model: $("model").value };
   for (const field of GROUPS.flatMap((group) => group.fields)) {

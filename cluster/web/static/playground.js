@@ -66,7 +66,7 @@ async function loadModels() {
   }
 }
 
-/** What would be sent now. Throws ParameterError. */
+/** The request that would be sent now. Throws ParameterError. */
 function request(messages = null) {
   const parameters = readParameters();
   const { model, ...others } = parameters;
@@ -74,7 +74,7 @@ function request(messages = null) {
   return { path: "v1/chat/completions", body: { model, messages: messages ?? draft(), ...others } };
 }
 
-/** The conversation with what is being written, or, when nothing is, as it was sent last. */
+/** The conversation with the text in the editor; if that is empty, the conversation that was sent last. */
 function draft() {
   const message = $("message").value;
   if (message.trim() === "" && !conversation.isEmpty) return conversation.sentLast($("system").value);
@@ -100,13 +100,13 @@ async function submit() {
   if (conversation.openCall === null) await answer(sent); // otherwise another tool result is still missing
 }
 
-/** Behind a tool call the editor takes its result. */
+/** After a tool call, the editor asks for its result. */
 function showWhatIsNext() {
   const name = conversation.openCall?.function.name;
   $("message").placeholder = name ? `Result of ${name}` : "Message";
 }
 
-/** `read()`, or null after having said what is wrong with the parameters. */
+/** Returns `read()`, or null after showing what is wrong with the parameters. */
 function whole(read) {
   try {
     return read();
@@ -161,7 +161,7 @@ async function complete() {
   $("append").hidden = node.data === "";
 }
 
-/** Runs a request with everything around it; the outcome, or null after a failure, which it shows. */
+/** Runs a request and updates the page. Returns the outcome, or null after showing a failure. */
 async function perform(path, body, { write, onToolCall, again }) {
   const text = perFrame(write);
   controller = new AbortController();
@@ -185,7 +185,7 @@ async function perform(path, body, { write, onToolCall, again }) {
   }
 }
 
-/** `write` at most once a frame: to lay a long text out anew for each token takes longer than the tokens. */
+/** Calls `write` at most once per frame: a new layout of a long text for each token would take longer than the token. */
 function perFrame(write) {
   let text = "";
   const flush = () => {
@@ -199,7 +199,7 @@ function perFrame(write) {
   return { add, flush };
 }
 
-/** Keeps the end of the stage in sight while it grows, unless the reader has scrolled away from it. */
+/** Keeps the end of the stage visible while it grows, unless the user has scrolled away. */
 function following(write) {
   const below = () => $("stage").getBoundingClientRect().bottom + STAGE_MARGIN_PX - innerHeight;
   const atEnd = below() < 40;

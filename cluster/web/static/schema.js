@@ -19,7 +19,7 @@ export function showSchema(schema, spec) {
   );
 }
 
-/** The least body that has the right form. */
+/** The smallest valid body. */
 export function exampleOf(schema, spec) {
   const whole = resolve(schema, spec);
   if (whole.examples?.length) return whole.examples[0];
@@ -60,7 +60,7 @@ function optionsOf(schema) {
   return schema.anyOf ?? schema.oneOf;
 }
 
-/** Like "string | integer[]"; null is left out, as every optional field takes it. */
+/** Like "string | integer[]"; null is not shown, since every optional field allows it. */
 function typeOf(schema, spec) {
   if (schema.$ref) return schema.$ref.split("/").at(-1);
   if ("const" in schema) return JSON.stringify(schema.const);
@@ -90,7 +90,7 @@ function boundsOf(schema) {
   ];
 }
 
-/** The objects a type is made of, each to be opened; filled when it is, as they may hold themselves. */
+/** The objects inside a type, each one to open. Filled when opened, since they may contain themselves. */
 function shapesOf(schema, spec) {
   return refsOf(schema).map((ref) => {
     const box = make("div", { class: "nested" });

@@ -8,7 +8,7 @@ const CLIENT_PARAMETERS = new Set(
   parallel_tool_calls`.split(/\s+/),
 );
 
-/** For a POSIX shell. url: of the endpoint. */
+/** A curl command for a POSIX shell. url: the endpoint's. */
 export function asCurl(url, body, { withKey }) {
   const lines = [
     `curl -N ${quote(url)}`,
@@ -19,7 +19,7 @@ export function asCurl(url, body, { withKey }) {
   return lines.filter(Boolean).join(" \\\n  ") + "\n";
 }
 
-/** For the openai package. base: of the API, ending in /v1. chat: which of the two endpoints. */
+/** A program for the openai package. base: the API's URL, ending in /v1. chat: which of the two endpoints. */
 export function asPython(base, body, { withKey, chat }) {
   const named = [];
   const extra = {};
@@ -51,7 +51,7 @@ function quote(text) {
   return `'${text.replaceAll("'", `'\\''`)}'`;
 }
 
-/** JSON's strings and numbers are Python's too. */
+/** Strings and numbers are the same in JSON and Python. */
 function literal(value) {
   if (value === null) return "None";
   if (value === true) return "True";

@@ -1,6 +1,6 @@
 // Parses server-sent events from bytes, in pieces of any size. Knows the wire format, not what the events mean.
 
-/** The data of each event of a ReadableStream of bytes, as text. Comments and other fields are passed over. */
+/** The data of each event of a ReadableStream of bytes, as text. Comments and other fields are skipped. */
 export async function* eventsOf(body) {
   const decoder = new TextDecoder();
   const reader = body.getReader();

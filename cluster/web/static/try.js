@@ -14,7 +14,7 @@ const STARTS = {
 };
 const MAX_SHOWN_CHARS = 100_000;
 
-/** entry: {path, method, operation}. body: an example, or nothing for operations without. */
+/** entry: {path, method, operation}. body: an example; undefined for operations without a body. */
 export function makeTry({ path, method, operation }, body) {
   const parameters = (operation.parameters ?? []).map((parameter) => ({ ...parameter, input: make("input", { required: parameter.required }) }));
   const area = body && make("textarea", { class: "code", spellcheck: "false", "aria-label": "Body" });
@@ -66,7 +66,7 @@ async function fillBody(area, body) {
   if (area.value === before) write(); // unless the user has started to edit
 }
 
-/** Relative, as every address of the page. */
+/** Relative, like every address of the page. */
 function address(path, parameters) {
   const query = new URLSearchParams();
   for (const { name, in: place, input } of parameters) {

@@ -1,4 +1,4 @@
-"""What the foreign clients share: the server they are pointed at, and that they reach nothing else."""
+"""What the foreign clients share: the server's address, and the check that they connect to nothing else."""
 
 import os
 import sys

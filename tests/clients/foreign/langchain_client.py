@@ -104,7 +104,7 @@ def test_embeddings_as_text_and_through_a_tokenizer(url, key):
     vectors = text.embed_documents(["import os", "x = 1"])
     assert [len(v) for v in vectors] == [256, 256]
     assert text.embed_query("x = 1") == pytest.approx(vectors[1], abs=1e-5)
-    # The default cuts long texts into chunks and averages them; tiktoken would need a download, so transformers counts.
+    # The default splits long texts and averages the results. tiktoken would need a download, so transformers counts tokens.
     chunked = OpenAIEmbeddings(
         **options,
         tiktoken_enabled=False,

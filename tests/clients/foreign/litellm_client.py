@@ -107,6 +107,6 @@ def test_moderation(url, key):
         (litellm.AuthenticationError, {"api_key": "no"}),
     ],
 )
-def test_errors_are_litellms_own(options, error, changes):
+def test_errors_become_litellms_exceptions(options, error, changes):
     with pytest.raises(error):
         litellm.completion(**{**options, "messages": CHAT, "max_tokens": 4, **changes})

@@ -1,5 +1,5 @@
-"""lm-eval's `local-completions` on the tasks beside this folder, through its Python entry: the command line would first index
-all the tasks it comes with. Prints one JSON object: scores by task, and what the server answered to each document."""
+"""lm-eval's `local-completions` on the tasks next to this folder, through its Python API: the command line would first index
+all built-in tasks. Prints one JSON object: scores by task, and the server's response to each document."""
 
 import json
 import os

@@ -426,7 +426,7 @@ async def test_a_lost_replica(connect: Connect) -> None:
     assert response.headers["Retry-After"] == "1"
     middle = await connect(FakeReplica(lambda r: [TokenDelta(request_id=r.request_id, token_ids=[42])]))
     *_, last = await events(await middle.post("/v1/completions", json=body))
-    assert (last["error"]["type"], last["error"]["message"]) == ("service_unavailable_error", "Replica fake-0 is gone.")
+    assert (last["error"]["type"], last["error"]["message"]) == ("service_unavailable_error", "Replica fake-0 is lost.")
 
 
 async def test_an_unexpected_exception_reveals_nothing_to_the_client(connect: Connect) -> None:

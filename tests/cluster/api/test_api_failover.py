@@ -99,7 +99,7 @@ async def test_a_failure_is_a_status_before_the_first_event_and_an_event_later()
         assert response.status == 200
         last = json.loads((await response.text()).strip().rsplit("data: ", 1)[1])
         assert last["error"]["type"] == "service_unavailable_error"
-        assert last["error"]["message"] == "Replica a is gone."
+        assert last["error"]["message"] == "Replica a is lost."
 
 
 @pytest.mark.parametrize("lost_after", [0, 3])

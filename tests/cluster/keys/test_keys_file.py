@@ -109,7 +109,7 @@ def test_writers_do_not_lose_each_others_keys(path):
 
 def test_a_writer_that_was_killed_in_mid_write_leaves_the_old_file(path):
     make(path, "alice")
-    path.with_name("keys.json.new").write_text("half a fi")
+    path.with_name("keys.json.tmp").write_text("half a fi")
     assert [key.name for key in read_keys(path)] == ["alice"]
     make(path, "bob")
     assert [key.name for key in read_keys(path)] == ["alice", "bob"]

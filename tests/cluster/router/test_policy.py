@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.protocol.routing import ROUTING_POLICIES
 from cluster.router.policy import (
     FREE_IMBALANCE,
     MAX_IMBALANCE,
-    POLICIES,
     STREAM_S,
     RequestView,
     Snapshot,
@@ -99,7 +99,7 @@ def test_round_robin_ignores_the_load():
     assert [choose("round_robin", state, prompt(4), turn=t).slot for t in range(6)] == [0, 1, 3, 0, 1, 3]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ROUTING_POLICIES)
 def test_without_an_available_replica_there_is_no_decision(policy):
     for state in (snapshot(0), snapshot(2, available=False)):
         count = len(state.available)
@@ -122,7 +122,7 @@ def test_the_decision_states_its_expectation():
     assert "0.588 s" in decision.reason
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ROUTING_POLICIES)
 def test_an_explanation_shows_the_same_decision(policy):
     state = snapshot(3, available=[True, True, False], num_requests=[5, 2, 0])
     request = prompt(3, slot_0=512)
@@ -171,7 +171,7 @@ loads = st.lists(
 
 
 @settings(deadline=None)
-@given(loads, st.integers(0, 50), st.sampled_from(POLICIES))
+@given(loads, st.integers(0, 50), st.sampled_from(ROUTING_POLICIES))
 def test_any_load(rows, turn, policy):
     available, num_requests, pending, cached = (list(column) for column in zip(*rows, strict=True))
     state = snapshot(len(rows), available=available, num_requests=num_requests, pending_tokens=pending)
@@ -188,7 +188,7 @@ def test_any_load(rows, turn, policy):
         assert occupancy[decision.slot] <= bound
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ROUTING_POLICIES)
 def test_a_decision_runs_no_python_per_replica(policy):
     """As many Python calls and lines for 1,000 replicas as for 10: the work is numpy's."""
 

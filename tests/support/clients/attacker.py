@@ -1,6 +1,4 @@
-"""Sends what no client would send to a fuzz target, and judges what comes back. Knows raw HTTP and one good request; nothing of what is
-sent between.
-"""
+"""Sends invalid requests to a fuzz target and checks the responses. Knows raw HTTP and one good request, not what the tests send."""
 
 import json
 import time
@@ -16,7 +14,7 @@ GOOD_REQUEST = request("/v1/completions", GOOD, key=KEY)
 
 
 class Attacker:
-    """Sends to a target, checks what comes back, and that a good request is served afterwards."""
+    """Sends to a target, checks the responses, and that a good request is served afterwards."""
 
     def __init__(self, target: FuzzTarget) -> None:
         self.target = target
@@ -29,7 +27,7 @@ class Attacker:
 
     def post(self, path: str, body: bytes, **options: Any) -> Answer:
         answers = self.attack(request(path, body, key=KEY, **options))
-        assert len(answers) == 1, f"no whole answer to {body[:300]!r}"
+        assert len(answers) == 1, f"no complete response to {body[:300]!r}"
         return answers[0]
 
     def check_alive(self) -> None:

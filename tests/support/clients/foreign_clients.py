@@ -1,6 +1,6 @@
-"""Runs the clients that live in an environment of their own (.venv-clients, see the Makefile): where it is, what they are told.
+"""Runs clients in their own environment (.venv-clients, see the Makefile).
 
-They get the server's address, the key, and switches that keep them off the network. Knows no client.
+Passes the server's address, the key, and settings that keep them off the network. Knows no specific client.
 """
 
 import os
@@ -31,7 +31,7 @@ def run(
     env: Mapping[str, str] | None = None,
     timeout_s: float,
 ) -> str:
-    """What a command of that environment's interpreter printed. Fails the test with it when the command fails."""
+    """The output of a command of that environment's interpreter. If the command fails, the test fails with its output."""
     assert PYTHON.exists(), "The clients' environment is missing; `make .venv-clients/.installed` makes it."
     told = {"TRAMONTANE_URL": server.url, "TRAMONTANE_API_KEY": API_KEY, "OPENAI_API_KEY": API_KEY}
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "TMPDIR")}
@@ -50,7 +50,7 @@ def run(
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """The demo model's tokenizer under the name that transformers looks for."""
+    """The demo model's tokenizer under the file name that transformers expects."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(DEMO_MODEL / "tokenizer.model.v3", folder / "tokenizer.model")
     shutil.copy(DEMO_MODEL / "config.json", folder)

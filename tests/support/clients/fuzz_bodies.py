@@ -1,5 +1,5 @@
-"""Bodies for fuzzers: for each endpoint one that is served and one with every field, and what becomes of them when parts are replaced,
-removed, doubled, cut and flipped. Knows the fields; a test compares them with /openapi.json. Sends nothing.
+"""Bodies for fuzzers: for each endpoint a valid one and one with every field, and mutations with parts replaced, removed, doubled, cut
+and flipped. Knows the fields; a test compares them with /openapi.json. Sends nothing.
 """
 
 import json
@@ -46,7 +46,7 @@ GENERATION: dict[str, Any] = {
     "structured_outputs": {"json": {"type": "object"}, "regex": "a+", "choice": ["a"], "grammar": 'start: "a"'},
     "priority": 0,
 }
-# By endpoint: a body that is served, and one with every field, which may contradict each other.
+# By endpoint: a valid body, and one with every field, which may contradict each other.
 PLAIN: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": MODEL, "prompt": "x", "max_tokens": 1},
     "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
@@ -111,7 +111,7 @@ FULL: dict[str, dict[str, Any]] = {
     },
     "/admin/replicas/{replica_id}/drain": {"grace_s": 1.0},
 }
-# Fragments put where a value was: other types, numbers beyond every type, text that is none, and what is no JSON at all.
+# Fragments that replace a value: other types, numbers out of range, invalid text, and invalid JSON.
 FRAGMENTS = [
     *(
         b"null",

@@ -1,6 +1,6 @@
-"""Random JSON schemas of every kind that structured outputs promise, bounded so that a document of a few hundred tokens ends.
+"""Random JSON schemas with everything that structured outputs support, bounded so that a document ends after a few hundred tokens.
 
-Knows only Python's random numbers; the same number gives the same schema.
+Knows only Python's random numbers; the same seed gives the same schema.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Bytes to a socket and whatever comes back, read as HTTP answers without believing that they are. No client library in between."""
+"""Sends bytes to a socket and parses the response strictly as HTTP, without a client library."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 
-# What a server may say that has refused nothing of ours: it is busy, or the deadline that we asked for is over.
+# Statuses that do not mean a refused request: the server is busy, or the requested deadline has passed.
 ALLOWED_5XX = (503, 504)
 
 
@@ -21,22 +21,22 @@ class Answer:
     body: bytes
 
     def check(self) -> None:
-        """An error is an envelope; nothing is a surprise."""
+        """Every error must have the error format, and none may be unexpected."""
         assert self.status < 500 or self.status in ALLOWED_5XX, self
         if self.status < 400:
             return
         assert self.headers.get("content-type", "").startswith("application/json"), self
         if not self.body and self.headers.get("content-length", "0") != "0":
-            return  # the answer to HEAD
+            return  # the response to HEAD
         error = json.loads(self.body)["error"]
         assert set(error) == {"message", "type", "param", "code"}, self
         assert error["message"].strip() and error["type"], self
-        assert len(self.body) < 10_000, "an error is no echo of what was sent"
+        assert len(self.body) < 10_000, "an error must not repeat the request"
         assert "Traceback" not in error["message"] and "/work/" not in error["message"], self
 
 
 class _Stream(io.BytesIO):
-    """What HTTPResponse takes for a socket; several answers are read from it in turn."""
+    """Looks like a socket to HTTPResponse; several responses are read from it in turn."""
 
     def makefile(self, *_: object) -> "_Stream":
         return self
@@ -46,7 +46,7 @@ class _Stream(io.BytesIO):
 
 
 def parse(data: bytes, *, method: str = "POST") -> list[Answer]:
-    """The answers in `data`, the last of which may be cut off. What is no HTTP raises AssertionError."""
+    """The responses in `data`; the last one may be incomplete. Raises AssertionError for invalid HTTP."""
     stream, answers = _Stream(data), []
     while stream.tell() < len(data):
         begin = stream.tell()
@@ -55,7 +55,7 @@ def parse(data: bytes, *, method: str = "POST") -> list[Answer]:
             response.begin()
             body = response.read()
         except HTTPException as e:
-            assert data[begin:].startswith(b"HTTP/1."), f"no HTTP: {data[begin : begin + 200]!r}"
+            assert data[begin:].startswith(b"HTTP/1."), f"invalid HTTP: {data[begin : begin + 200]!r}"
             assert isinstance(e, Exception)
             break
         headers = {name.lower(): value for name, value in response.getheaders()}
@@ -72,10 +72,10 @@ def send(
     timeout_s: float = 20.0,
     until_closed: bool = False,
 ) -> bytes:
-    """Sends `data`, piece by piece with pauses, and reads until one whole answer is there (or the end, until_closed).
+    """Sends `data`, piece by piece with pauses, and reads until one response is complete (until_closed: until the end).
 
-    patience_s: for what may deserve no answer, how long to wait for one. Without it, no answer in timeout_s is an AssertionError; a
-    server that closes while we still send is none.
+    patience_s: how long to wait for a response that need not come. Without it, no response within timeout_s is an AssertionError. The
+    server may close the connection while data is still sent.
     """
     pieces = [data] if isinstance(data, bytes) else data
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as sock:
@@ -84,7 +84,7 @@ def send(
             for piece in pieces:
                 sock.sendall(piece)
                 if pause_s and select.select([sock], [], [], pause_s)[0]:
-                    break  # it answers, or closes, before we are done
+                    break  # it responds or closes before everything is sent
         deadline = time.monotonic() + (timeout_s if patience_s is None else patience_s)
         while until_closed or not is_whole(bytes(received)):
             sock.settimeout(max(deadline - time.monotonic(), 0.01))
@@ -103,7 +103,7 @@ def send(
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether at least one answer has arrived to its end."""
+    """Whether at least one response is complete."""
     head, found, body = data.partition(b"\r\n\r\n")
     if not found:
         return False
@@ -127,7 +127,7 @@ def request(
     length: int | None = None,
     version: str = "HTTP/1.1",
 ) -> bytes:
-    """A request's bytes. length: what it claims, instead of the truth."""
+    """A request's bytes. length: the Content-Length to claim instead of the real one."""
     lines = [f"{method} {path} {version}", "Host: localhost"]
     if key is not None:
         lines.append(f"Authorization: Bearer {key}")

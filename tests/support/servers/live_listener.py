@@ -1,6 +1,6 @@
-"""The real listener and application over a real engine, without Ray: what fuzzers aim at. In this process, or in one of its own.
+"""The real listener and application over a real engine, without Ray, as a target for fuzzers: in this process or in its own.
 
-The engine's short context bounds what a request can cost. Knows no fuzzer.
+The engine's short context bounds the cost of a request. Knows no fuzzer.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ MAX_MODEL_LEN = 704  # a moderation takes 600
 
 @contextlib.asynccontextmanager
 async def live_listener(*, head_timeout_s: float = 10.0, body_timeout_s: float = 10.0) -> AsyncIterator[str]:
-    """Yields its URL. It listens on loopback, on a port of its own, and wants KEY."""
+    """Yields its URL. It listens on loopback, on a free port, and requires KEY."""
     replica = LiveReplica(max_model_len=MAX_MODEL_LEN, num_kv_blocks=2048, max_num_batched_tokens=512)
     try:
         async with ReplicaClient("r0", replica.address, TOKEN) as client:
@@ -56,7 +56,7 @@ async def live_listener(*, head_timeout_s: float = 10.0, body_timeout_s: float =
 
 
 class FuzzTarget:
-    """A process that runs `live_listener` and nothing else, with timeouts of seconds. `log`: what it has said so far."""
+    """A process that runs only `live_listener`, with timeouts of seconds. `log`: its log so far."""
 
     def __init__(self, *, head_timeout_s: float = 2.0, body_timeout_s: float = 2.0) -> None:
         self._process = subprocess.Popen(
@@ -89,14 +89,14 @@ class FuzzTarget:
 
     @property
     def num_connections(self) -> int:
-        """To its port, also those whose client has gone and which it has not closed."""
+        """Connections to its port, including unclosed ones of disconnected clients."""
         return sum(c.laddr.port == self.port and c.status != "LISTEN" for c in self._info.net_connections("tcp"))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()  # it ends by itself
+        self._process.stdin.close()  # the process ends then
         try:
             self._process.wait(20)
         finally:

@@ -9,8 +9,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from llguidance import LLMatcher
 from sentencepiece import SentencePieceProcessor
 from support.clients.random_schemas import random_schema
@@ -294,69 +292,3 @@ def test_a_panic_in_a_mask_ends_its_request_alone(folder: Path, monkeypatch: pyt
     assert ids == undisturbed
     assert list(errors) == ["bad"], "the other request goes on"
     assert "too complex" in (errors["bad"] or "")
-
-
-VOCABULARY = load_grammar_tokenizer(TOKENIZER, vocab_size=4096, eos_token_ids=[EOS])
-
-
-def mask_of(constraint: Constraint) -> bytes:
-    return constraint.matcher.compute_bitmask()
-
-
-def allowed(constraint: Constraint) -> list[int]:
-    mask = mask_of(constraint)
-    return [i for i in range(SP.vocab_size()) if mask[i // 8] >> i % 8 & 1]
-
-
-def accept_allowed(constraint: Constraint, choices: list[int]) -> list[int]:
-    """Accepts tokens of its masks, until the output ends; returns them."""
-    taken = []
-    for choice in choices:
-        if constraint.is_finished:
-            break
-        candidates = allowed(constraint)
-        taken.append(candidates[choice % len(candidates)])
-        constraint.accept(taken[-1])
-    assert constraint.error is None
-    return taken
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    grammar=st.sampled_from([CHOICES, NUMBERS, schema_grammar(SCHEMA), FREE + "start: /[a-z]{2,}/", 'start: "only"']),
-    kept=st.lists(st.integers(0, 5000), max_size=12),
-    dropped=st.lists(st.integers(0, 5000), max_size=12),
-    not_allowed=st.integers(0, 2),
-)
-def test_accept_and_rollback_is_as_if_never_accepted(grammar, kept, dropped, not_allowed):
-    constraint = Constraint(VOCABULARY, grammar)
-    tokens = accept_allowed(constraint, kept)
-    before, was_finished = mask_of(constraint), constraint.is_finished
-    num_dropped = len(accept_allowed(constraint, dropped))
-    for _ in range(not_allowed):  # drafted tokens need not follow the grammar
-        constraint.accept(SP.vocab_size() - 1 if constraint.is_finished else next_not_allowed(constraint))
-    if not_allowed:
-        assert constraint.error is not None
-    constraint.rollback(num_dropped + not_allowed)
-    assert constraint.error is None
-    assert (constraint.num_accepted, constraint.is_finished) == (len(tokens), was_finished)
-    if not was_finished:
-        assert mask_of(constraint) == before == mask_of(Constraint(VOCABULARY, grammar, tokens))
-        accept_allowed(constraint, dropped)
-
-
-def next_not_allowed(constraint: Constraint) -> int:
-    return next(i for i in range(SP.vocab_size()) if i not in set(allowed(constraint)))
-
-
-def test_a_limit_exceeded_is_not_rolled_back():
-    constraint = Constraint(VOCABULARY, FREE + 'start: s\ns: s s s | s s | "a"')
-    (token,) = VOCABULARY.tokenize_str("a")
-    num_accepted = 0
-    while constraint.error is None:
-        mask_of(constraint)
-        constraint.accept(token)
-        num_accepted += 1
-    constraint.rollback(num_accepted)
-    assert constraint.num_accepted == 0
-    assert "too complex" in (constraint.error or "")

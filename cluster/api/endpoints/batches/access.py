@@ -59,7 +59,10 @@ def check_query(request: web.Request, *known: str) -> None:
     for name in request.query:
         if name not in known:
             raise RequestError(
-                f"Unrecognized query parameter supplied: {name[:80]}", param=name[:80], code="unknown_parameter"
+                f"Unrecognized query parameter supplied: {name[:80]}.",
+                remedy="Remove it, or correct its name.",
+                param=name[:80],
+                code="unknown_parameter",
             )
 
 

@@ -110,7 +110,10 @@ class _FormReader:
                 raise _wrong_expiry() from e
         else:
             raise RequestError(
-                f"Unrecognized request argument supplied: {name[:80]}", param=name[:80], code="unknown_parameter"
+                f"Unrecognized request argument supplied: {name[:80]}.",
+                remedy="Remove it, or correct its name.",
+                param=name[:80],
+                code="unknown_parameter",
             )
 
     async def _next(self, reader: MultipartReader) -> BodyPartReader | None:

@@ -5,7 +5,7 @@ from aiohttp import web
 
 from cluster.api.context import CONTEXT
 from cluster.api.generation.prompts import encode_prompt
-from cluster.router.policy import POLICIES
+from cluster.protocol.routing import ROUTING_POLICIES
 from workers.errors import RequestError
 
 
@@ -14,10 +14,10 @@ async def handle(request: web.Request) -> web.Response:
     api = request.app[CONTEXT]
     prompt = _prompt(request)
     policy = request.query.get("policy")
-    chosen_policy = next((p for p in POLICIES if p == policy), None)
+    chosen_policy = next((p for p in ROUTING_POLICIES if p == policy), None)
     if policy is not None and chosen_policy is None:
         raise RequestError(
-            f"There is no policy {policy!r}.", remedy=f"Use one of {', '.join(POLICIES)}.", param="policy"
+            f"There is no policy {policy!r}.", remedy=f"Use one of {', '.join(ROUTING_POLICIES)}.", param="policy"
         )
     token_ids = await encode_prompt(api.tokenizer, prompt, facts=api.router.facts)
     explanation = await api.router.explain(token_ids, policy=chosen_policy)
