@@ -36,7 +36,7 @@ test-batch: $(VENV)/.installed-dev
 # A rank killed at each of 64 tokens, nodes that start and stop, then five minutes of random failures under load: 15 minutes.
 test-chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m chaos tests/system --ignore-glob 'tests/system/test_batch_*'
-	$(BIN)/python benchmarks/chaos.py --output benchmarks/chaos.md $(ARGS)
+	$(BIN)/python benchmarks/chaos.py --output benchmarks/results/chaos.md $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -56,15 +56,15 @@ docs: $(VENV)/.installed
 	$(BIN)/python -m cluster.cli.options.page docs/options.md
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/engine.py --output benchmarks/engine.md
-	$(BIN)/python benchmarks/constrained.py --output benchmarks/constrained.md
-	$(BIN)/python benchmarks/serving.py --output benchmarks/serving.md $(ARGS)
-	$(BIN)/python benchmarks/gateway.py --output benchmarks/gateway.md
-	$(BIN)/python benchmarks/limits.py --output benchmarks/limits.md
-	$(BIN)/python benchmarks/batch.py --output benchmarks/batch.md
-	$(BIN)/python benchmarks/batch_memory.py --output benchmarks/batch_memory.md
-	$(BIN)/python benchmarks/routing.py --output benchmarks/routing.md
-	$(BIN)/python benchmarks/autoscaling.py --output benchmarks/autoscaling.md
+	$(BIN)/python benchmarks/engine.py --output benchmarks/results/engine.md
+	$(BIN)/python benchmarks/constrained.py --output benchmarks/results/constrained.md
+	$(BIN)/python benchmarks/serving.py --output benchmarks/results/serving.md $(ARGS)
+	$(BIN)/python benchmarks/gateway.py --output benchmarks/results/gateway.md
+	$(BIN)/python benchmarks/limits.py --output benchmarks/results/limits.md
+	$(BIN)/python benchmarks/batch.py --output benchmarks/results/batch.md
+	$(BIN)/python benchmarks/batch_memory.py --output benchmarks/results/batch_memory.md
+	$(BIN)/python benchmarks/routing.py --output benchmarks/results/routing.md
+	$(BIN)/python benchmarks/autoscaling.py --output benchmarks/results/autoscaling.md
 
 demo-model: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_model/train.py $(ARGS)

@@ -1,6 +1,6 @@
 """The autoscaler's pure function on a simulated clock, with the request traces of real services, compared with an oracle.
 
-    python benchmarks/autoscaling.py [--traces ../shared/traces] [--output benchmarks/autoscaling.md]
+    python benchmarks/autoscaling.py [--traces ../shared/traces] [--output benchmarks/results/autoscaling.md]
 
 Knows what the autoscaler sees of a cluster and what a replica costs. simulation/fluid.py knows how fast a replica is, and
 simulation/oracle.py the best schedule. Counts and bounds, no tokens.

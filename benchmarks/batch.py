@@ -1,6 +1,6 @@
 """Batch lines next to online requests, and batch lines alone: what the lines cost online requests, and their throughput alone.
 
-    python benchmarks/batch.py [--background-tokens 4,8] [--pairs 4] [--seconds 20] [--output benchmarks/batch.md]
+    python benchmarks/batch.py [--background-tokens 4,8] [--pairs 4] [--seconds 20] [--output benchmarks/results/batch.md]
 
 A real engine with the demo model runs in its own process with its socket. A real router runs in this process, with an open loop of online
 requests and the window of a batch's runner (`Router.batch_room`). The engine computes on one thread, which leaves the second core

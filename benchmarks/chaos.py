@@ -1,6 +1,6 @@
 """Constant load while random ranks are killed or frozen and random replicas drained: every answer is checked byte for byte.
 
-    python benchmarks/chaos.py [--seconds 300] [--clients 32] [--replicas 3] [-tp 2] [--output benchmarks/chaos.md]
+    python benchmarks/chaos.py [--seconds 300] [--clients 32] [--replicas 3] [-tp 2] [--output benchmarks/results/chaos.md]
 
 Starts the server as a user would. An undisturbed run first records every request's answer: text, log-probabilities, finish
 reason and token counts must be the same later, streamed or not. `tests/system/test_chaos.py` runs the same for 30 seconds.

@@ -1,6 +1,6 @@
 """What constrained decoding costs, and whether its outputs conform.
 
-    python benchmarks/constrained.py [MODEL_FOLDER] [--batches 1,8,32] [--schemas 100] [--output benchmarks/constrained.md]
+    python benchmarks/constrained.py [MODEL_FOLDER] [--batches 1,8,32] [--schemas 100] [--output benchmarks/results/constrained.md]
 
 The gateway's own compiler makes the grammars. The engine computes a mask on another thread while the model computes its logits.
 So tokens per second are the cost for a user, and the time of a mask is the cost for the machine.

@@ -1,6 +1,6 @@
 """The engine alone, in one process: decode and prefill rates compared with the machine's limit. Needs only torch.
 
-    python benchmarks/engine.py [MODEL_FOLDER] [--batches 1,16,64] [--dtype float32] [--output benchmarks/engine.md]
+    python benchmarks/engine.py [MODEL_FOLDER] [--batches 1,16,64] [--dtype float32] [--output benchmarks/results/engine.md]
 
 A decode step must at least read every weight and every cached key and value once; its limit is those bytes over the
 read bandwidth, or its FLOPs over the matrix rate, whichever takes longer.

@@ -1,6 +1,6 @@
 """What the gateway adds: latency of a token from engine to client, of a request from client to engine, and events per second.
 
-    python benchmarks/gateway.py [--streams 1,64,512] [--output benchmarks/gateway.md]
+    python benchmarks/gateway.py [--streams 1,64,512] [--output benchmarks/results/gateway.md]
 
 Three processes: a fake engine that steps at a fixed pace, with the real socket server; a real gateway (HTTP, router, detokenizer);
 and a client that reads as fast as it can. The engine writes the time of each step into the token's log-probability, so that the client

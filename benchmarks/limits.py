@@ -1,6 +1,6 @@
 """What a well-behaved client notices of bad neighbours, and what they cost the gateway in memory.
 
-    python benchmarks/limits.py [--seconds 10] [--output benchmarks/limits.md]
+    python benchmarks/limits.py [--seconds 10] [--output benchmarks/results/limits.md]
 
 Four processes: a fake engine that steps at a fixed pace and computes 128 sequences at once; a real gateway with a key file; the bad
 neighbours, with their own key; and the well-behaved client, which requests short streams, a few at once.

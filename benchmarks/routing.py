@@ -1,6 +1,6 @@
 """Routing policies on a simulated clock: prefix hits, time to first token, imbalance and the time a decision takes.
 
-    python benchmarks/routing.py [--traces ../shared/traces] [--replicas 4,64,1000] [--output benchmarks/routing.md]
+    python benchmarks/routing.py [--traces ../shared/traces] [--replicas 4,64,1000] [--output benchmarks/results/routing.md]
 
 Recorded requests of real services run on simulated replicas. The policies and the prefix index are the router's own. Only the
 decisions are measured on this machine.

@@ -1,6 +1,6 @@
 """A real `tramontane serve` process under load: start-up, time to first token, time per output token, throughput.
 
-    python benchmarks/serving.py [--tensor-parallel-sizes 1,2] [--concurrency 1,16,64] [--output benchmarks/serving.md]
+    python benchmarks/serving.py [--tensor-parallel-sizes 1,2] [--concurrency 1,16,64] [--output benchmarks/results/serving.md]
 
 Starts the server as a user would, on loopback, streams completions over HTTP, and stops it with SIGTERM.
 """

@@ -17,7 +17,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-# CPU: of 4 and 8 the one that keeps online requests' p99 within 1.3 times the value without a batch (benchmarks/batch.md). CUDA: an
+# CPU: of 4 and 8 the one that keeps online requests' p99 within 1.3 times the value without a batch (benchmarks/results/batch.md). CUDA: an
 # estimate from a GPU's ratio of FLOP/s to bytes/s, not measured yet.
 BACKGROUND_TOKENS = {"cpu": 4, "cuda": 128}
 
