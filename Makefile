@@ -8,7 +8,7 @@ LINTERS := .venv-linters
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate test test-chaos test-batch test-fuzz test-cloud lint lint-deploy format docs bench demo-model clean
+.PHONY: serve generate test test-chaos test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench demo-model clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tramontane serve $(ARGS)
@@ -23,7 +23,11 @@ test: $(VENV)/.installed-dev $(CLIENTS)/.installed
 
 # The long fuzzers: some thousand requests each, a few minutes.
 test-fuzz: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m fuzz tests/clients $(ARGS)
+	$(BIN)/python -m pytest -m fuzz tests/clients tests/cluster $(ARGS)
+
+# Slow readers, unfinished handshakes, few file descriptors: ten minutes, with the deadlines of a real server.
+test-attack: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -s -m attack tests/clients $(ARGS)
 
 # SkyPilot launches sky/*.yaml on a Slurm cluster in network namespaces, without a cloud: 15 minutes, as root.
 test-cloud: $(VENV)/.installed-dev

@@ -59,7 +59,8 @@ def run_engine(link: Connection, shape: Shape) -> None:
     """The engine's process: sends its address, then follows commands. A list of line numbers: computes them without a
     gateway and sends the seconds. None: ends.
     """
-    from workers.config import EngineConfig, load_model_config
+    from workers.checkpoint.model_config import load_model_config
+    from workers.config import EngineConfig
     from workers.engine.llm_engine import LLMEngine
     from workers.engine.loop import EngineLoop
     from workers.rank.server import StreamServer

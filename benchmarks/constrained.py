@@ -29,7 +29,8 @@ from support.clients.random_schemas import random_schema  # noqa: E402
 from cluster.text.grammar.compiler import GrammarCompiler, StructuredOutput  # noqa: E402
 from cluster.text.output.output_text import OutputText  # noqa: E402
 from cluster.text.tokenizer import Tokenizer, load_tokenizer, open_tokenizer  # noqa: E402
-from workers.config import EngineConfig, load_model_config  # noqa: E402
+from workers.checkpoint.model_config import load_model_config  # noqa: E402
+from workers.config import EngineConfig  # noqa: E402
 from workers.engine.llm_engine import LLMEngine, stream_requests  # noqa: E402
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams  # noqa: E402
 from workers.sampling.vocabulary import load_grammar_tokenizer, new_matcher  # noqa: E402

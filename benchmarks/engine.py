@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))  # also runs where only torch is installed
 import machine  # noqa: E402
 import torch  # noqa: E402
 
-from workers.config import EngineConfig, load_model_config  # noqa: E402
+from workers.checkpoint.model_config import load_model_config  # noqa: E402
+from workers.config import EngineConfig  # noqa: E402
 from workers.engine.llm_engine import LLMEngine  # noqa: E402
 from workers.protocol import GenerateRequest, SamplingParams  # noqa: E402
 

@@ -13,10 +13,15 @@ from support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
+DISTRIBUTIONS = packages_distributions()
 SHIPPED = ("cluster", "workers")
 OTHERS = ("tests", "benchmarks", "examples")
 # Run in environments of their own, see the Makefile.
 LEFT_OUT = ("tests/clients/foreign/", "tests/clients/lm_eval_task/")
+# Several distributions share this package; this one is meant.
+SHARED_PACKAGES = {"backports": "backports.zstd"}
+# Part of later versions of Python's library.
+LATER_MODULES = {"compression"}
 # Declared and not imported, with the reason.
 NOT_IMPORTED = {
     "adlfs": "fsspec loads it for az://",
@@ -57,7 +62,7 @@ def imports_of(folder: str) -> Iterator[tuple[str, str]]:
                 modules = [node.module or ""]
             else:
                 continue
-            for module in {m.split(".")[0] for m in modules} - own - set(sys.stdlib_module_names):
+            for module in {m.split(".")[0] for m in modules} - own - LATER_MODULES - set(sys.stdlib_module_names):
                 if not _is_in_this_repository(module, path, folder):
                     yield module, f"{name}:{node.lineno}"
 
@@ -68,13 +73,18 @@ def _is_in_this_repository(module: str, path: Path, folder: str) -> bool:
     return any((place / f"{module}.py").exists() or any((place / module).glob("*.py")) for place in places)
 
 
+def distributions_of(module: str) -> list[str]:
+    if module in SHARED_PACKAGES:
+        return [SHARED_PACKAGES[module]]
+    return DISTRIBUTIONS.get(module, [module])
+
+
 def undeclared(folders: tuple[str, ...], declared: set[str]) -> list[str]:
-    distributions = packages_distributions()
     return [
         f"{where} imports {module}"
         for folder in folders
         for module, where in imports_of(folder)
-        if not {normal(d) for d in distributions.get(module, [module])} & declared
+        if not {normal(d) for d in distributions_of(module)} & declared
     ]
 
 
@@ -89,9 +99,8 @@ def test_what_tests_benchmarks_and_examples_import_is_declared() -> None:
 
 
 def test_what_is_declared_is_used() -> None:
-    distributions = packages_distributions()
-    used = {normal(d) for f in (*SHIPPED, *OTHERS) for m, _ in imports_of(f) for d in distributions.get(m, [m])}
-    shipped = {normal(d) for f in SHIPPED for m, _ in imports_of(f) for d in distributions.get(m, [m])}
+    used = {normal(d) for f in (*SHIPPED, *OTHERS) for m, _ in imports_of(f) for d in distributions_of(m)}
+    shipped = {normal(d) for f in SHIPPED for m, _ in imports_of(f) for d in distributions_of(m)}
     declared = names_of([r for e in EXTRAS for r in EXTRAS[e]])
     assert names_of(PROJECT["dependencies"]) - shipped == set(), "declared and not imported by cluster or workers"
     assert declared - used - set(NOT_IMPORTED) == set(), "declared in an extra and not imported"

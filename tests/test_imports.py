@@ -21,12 +21,14 @@ ORDER = {
     ),
     "workers": (
         "rank > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, kernels, attention "
-        "> parallel > config > heartbeat, process_identity > protocol > errors"
+        "> parallel > checkpoint > config > heartbeat, process_identity > protocol > errors"
     ),
 }
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.
 SEAM = {
     "workers.protocol",
+    "workers.checkpoint.model_config",
+    "workers.checkpoint.regular_file",
     "workers.config",
     "workers.errors",
     "workers.heartbeat",
@@ -38,8 +40,11 @@ DOORS = {
     "cluster/cli/generate.py": {"workers.engine.llm_engine"},
     "cluster/doctor/all_reduce.py": {"workers.rank.probe"},
     "cluster/doctor/machine.py": {"workers.parallel.interface"},
-    "cluster/doctor/model_files.py": {"workers.weights.files"},
-    "cluster/plan/models.py": {"workers.weights.files"},
+    "cluster/config/checkpoint_check.py": {
+        "workers.weights.completeness",
+        "workers.weights.files",
+        "workers.weights.header",
+    },
     "cluster/text/grammar/compiler.py": {"workers.sampling.vocabulary"},
 }
 # The only units that may use a library, by its top-level module.
@@ -56,6 +61,7 @@ OWNERS = {
 # Parts that decide and do not compute: their tests must stay quick, so they import no torch.
 NO_TORCH = (
     "workers/protocol.py",
+    "workers/checkpoint/",
     "workers/config.py",
     "workers/errors.py",
     "workers/heartbeat.py",
@@ -68,7 +74,10 @@ NO_TORCH = (
     "workers/kv_cache/diff.py",
     "workers/sampling/grammar.py",
     "workers/sampling/vocabulary.py",
+    "workers/weights/completeness.py",
     "workers/weights/files.py",
+    "workers/weights/header.py",
+    "workers/weights/names.py",
     "workers/parallel/interface.py",
     "workers/rank/",
 )

@@ -28,7 +28,7 @@ PINS = {
         "global_worker.node.get_temp_dir_path, autoscaler_pb2.DrainNodeReason, ray.experimental.internal_kv",
     ),
     "aiohttp": Pin(
-        "cluster/api/server/listener.py",
+        "cluster/api/server/http_connection.py",
         "web_protocol._ErrInfo, and of web.RequestHandler: _current_request, _messages, _waiter, _close, _force_close, _loop, "
         "data_received and finish_response",
     ),

@@ -38,6 +38,11 @@ class PeerClock:
             self._last_received = self._stood_still_at = now
         self._last_tick = now
 
+    @property
+    def last_tick(self) -> float:
+        """Until when this process has listened: a pause of it since then does not count."""
+        return self._last_tick
+
     def is_heartbeat_due(self, now: float) -> bool:
         """Whether nothing has been sent since the previous tick. Call it at each tick."""
         return now - self._last_sent >= TICK_S

@@ -35,6 +35,7 @@ def make_app(
     router: Router,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
+    no_chat: str | None = None,
     model_name: str | Sequence[str],
     api_key: str | None = None,
     keyring: Keyring | None = None,
@@ -49,17 +50,20 @@ def make_app(
     admin: Admin | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
     serves_embeddings: bool = True,
+    strict: bool = False,
     batches: Batches | None = None,
     no_batches: str = NO_BATCHES,
 ) -> web.Application:
     """The OpenAI-compatible application.
 
-    tokenizer: `load_tokenizer(folder)`. chat_template: `ChatTemplate(tokenizer)`, or None for a model that cannot chat.
+    tokenizer: `load_tokenizer(folder)`. chat_template: `ChatTemplate(tokenizer)`, or None for a model that cannot chat, and `no_chat`
+    then says why.
     model_name: the served name or names; the first is the default.
     keyring: the API keys; auth.py lists the paths that need none. api_key: short for a keyring with this key only.
     accounts, ledger: the usage of the keys, in memory and on the disk. cors_origins, local_only: see origin_guard.py.
     max_sequences_per_request: the number of prompts times n. admin: without it, /admin is answered with 404.
     keep_alive_s: a stream that is silent for so many seconds gets a comment, so that no proxy closes it.
+    strict: fields of a body that have no effect are refused instead of ignored.
     batches: the store of files and batches; without it, their endpoints respond with the error `no_batches`.
     """
     names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
@@ -68,12 +72,14 @@ def make_app(
         router=router,
         tokenizer=tokenizer,
         chat_template=chat_template,
+        no_chat=no_chat,
         model_names=names,
         max_sequences_per_request=max_sequences_per_request,
         metrics=metrics or Metrics(router, model_name=names[0]),
         keep_alive_s=keep_alive_s,
         grammars=Grammars(tokenizer),
         serves_embeddings=serves_embeddings,
+        strict=strict,
         admin=admin,
         batches=batches,
         no_batches=no_batches,
@@ -95,9 +101,12 @@ def make_app(
     )
     app[CONTEXT] = api
     app.on_response_prepare.append(_close_connection_if_closing)
-    app.on_response_prepare.extend([request_options.add_request_id, origin_guard.add_headers, limits.add_headers])
+    app.on_response_prepare.extend([request_options.add_request_id, request_options.add_ignored])
+    app.on_response_prepare.extend([origin_guard.add_headers, limits.add_headers])
     app[openapi.OPENAPI] = openapi.render(ENDPOINTS)
     routes = {"GET": web.get, "POST": web.post, "DELETE": web.delete}
+    # Some clients put a slash at the end of a path. First, since a model's name may have slashes.
+    app.add_routes([routes[e.method](f"{e.path}/", e.handler) for e in ENDPOINTS])
     app.add_routes([routes[e.method](e.path, e.handler) for e in ENDPOINTS])
     app.add_routes(pages.routes())
     return app
@@ -113,6 +122,5 @@ async def _close_connection_if_closing(request: web.Request, response: web.Strea
 @web.middleware
 async def _count_responses(request: web.Request, handler: errors.Handler) -> web.StreamResponse:
     response = await handler(request)
-    resource = request.match_info.route.resource
-    request.app[CONTEXT].metrics.answered(resource.canonical if resource else "unknown", response.status)
+    request.app[CONTEXT].metrics.answered(auth.path_of(request) or "unknown", response.status)
     return response

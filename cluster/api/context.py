@@ -20,6 +20,7 @@ from cluster.metrics.gateway import Metrics
 from cluster.router.router import Router
 from cluster.text.chat.template import ChatTemplate
 from cluster.text.tokenizer import Tokenizer
+from workers.errors import RequestError
 
 NO_BATCHES = "Batches are disabled on this server (--no-batches)."
 
@@ -50,12 +51,14 @@ class Batches:
 class ApiContext:
     """`keep_alive_s`: longest silence in a stream. `body_timeout_s`: time for a body to arrive, or for each piece of an upload.
 
-    `no_batches`: the error message for files and batches when `batches` is None.
+    `no_chat`: why `chat_template` is None. `no_batches`: the error message for files and batches when `batches` is None. `strict`: fields
+    of a body without effect are refused.
     """
 
     router: Router
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
+    no_chat: str | None = None
     model_names: tuple[str, ...]
     max_sequences_per_request: int
     metrics: Metrics
@@ -63,6 +66,7 @@ class ApiContext:
     body_timeout_s: float
     grammars: Grammars
     serves_embeddings: bool = True
+    strict: bool = False
     admin: Admin | None = None
     batches: Batches | None = None
     no_batches: str = NO_BATCHES
@@ -79,6 +83,23 @@ class ApiContext:
                 code="model_not_found",
             )
         context.check_model(name)
+
+    def ignore(self, context: RequestContext, **fields: object) -> None:
+        """Notes those of a body's fields that were sent, which means not None, but can have no effect in this request.
+
+        Raises RequestError if the server is strict.
+        """
+        for path, value in fields.items():
+            if value is None:
+                continue
+            if self.strict:
+                raise RequestError(
+                    f"{path!r} has no effect in this request, and this server refuses such fields (--strict).",
+                    remedy="Remove it.",
+                    param=path.partition(".")[0].partition("[")[0],
+                    code="unsupported_parameter",
+                )
+            context.ignore(path)
 
 
 CONTEXT = web.AppKey("context", ApiContext)

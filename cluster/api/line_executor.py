@@ -5,6 +5,7 @@ than an answer. A key's limits per minute do not apply here: lines run after all
 """
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,8 @@ from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger
 from cluster.system.log import request_id_var
 from workers.errors import CrashedError, EngineError, OverloadedError, ReplicaUnavailableError, RequestError
+
+log = logging.getLogger(__name__)
 
 # Owns the lines where no key is needed: it may do everything, and nothing is charged.
 NO_KEY = admin_key("")
@@ -117,6 +120,8 @@ class ApiLineExecutor:
                 if len(body) <= LARGE_BYTES
                 else await asyncio.to_thread(self._read, endpoint, body, context)
             )
+            if context.ignored:
+                log.info("Ignored fields of a batch line: %s.", context.ignored_text)
             response = await _ENDPOINTS[endpoint].answer(self._api, request, context)
         except CrashedError as e:
             raise ReplicaUnavailableError(str(e), crashed=True, alone=e.alone) from e
@@ -142,7 +147,9 @@ class ApiLineExecutor:
 
     def _read(self, endpoint: str, data: bytes, context: RequestContext) -> Any:
         """The checked body. Raises RequestError."""
-        body: Any = parse(data, _ENDPOINTS[endpoint].body)
+        body: Any
+        body, ignored = parse(data, _ENDPOINTS[endpoint].body, strict=self._api.strict)
+        context.ignored.extend(ignored)
         _ENDPOINTS[endpoint].check(self._api, body, context)
         if getattr(body, "stream", None):
             raise RequestError(

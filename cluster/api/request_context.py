@@ -5,7 +5,7 @@ argument. Knows priorities, seeds and accounting; knows no endpoint and no HTTP.
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -14,6 +14,9 @@ from cluster.keys.accounts import RequestUsage
 from cluster.keys.key import OWN_ID
 from workers.protocol import BATCH_PRIORITY
 
+# A header line of 8 KB is the limit of many proxies.
+MAX_IGNORED_CHARS = 2048
+
 
 @dataclass(frozen=True, kw_only=True)
 class RequestContext:
@@ -21,12 +24,14 @@ class RequestContext:
 
     `seed`: for a body without one; None: a random one. `is_batch_line`: a line of a batch, which runs after all other requests.
     `max_crashes`: give the request up after it was running on this many crashed replicas; None: the router's default.
+    `ignored`: the paths of the body's fields that had no effect; the response's header names them.
     """
 
     usage: RequestUsage | None = None
     seed: int | None = None
     is_batch_line: bool = False
     max_crashes: int | None = None
+    ignored: list[str] = field(default_factory=list)
 
     @property
     def tenant(self) -> str | None:
@@ -63,6 +68,18 @@ class RequestContext:
         """Counts prompt tokens that the replica had in its prefix cache."""
         if self.usage is not None:
             self.usage.num_cached_tokens += num_tokens
+
+    def ignore(self, *paths: str) -> None:
+        """Notes fields of the body that have no effect."""
+        self.ignored.extend(path for path in paths if path not in self.ignored)
+
+    @property
+    def ignored_text(self) -> str:
+        """The ignored fields with commas between them, for a header and for the log; "..." stands for those that do not fit."""
+        text = ", ".join(self.ignored)
+        if len(text) <= MAX_IGNORED_CHARS:
+            return text
+        return text[: text.rindex(", ", 0, MAX_IGNORED_CHARS - 3)] + ", ..."
 
     def mark_failed(self) -> None:
         """A sequence ended with an error, possibly after the response had begun."""

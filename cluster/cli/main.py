@@ -5,6 +5,7 @@
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,14 @@ from workers.errors import ConfigError, TramontaneError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code."""
+    """Runs the command and returns its exit code. Without `argv` the process's own arguments, for which it may start itself again."""
+    if argv is None:
+        _use_utf8()
+    for argument in sys.argv[1:] if argv is None else argv:
+        if not _is_text(argument):
+            shown = os.fsencode(argument).decode(errors="backslashreplace")
+            print(f"tramontane: The argument {shown} is not valid UTF-8. Rename the file or folder.", file=sys.stderr)
+            return 2
     args = parse(argv)
     setup_logging(
         args.log_level, format=getattr(args, "log_format", "text"), prompts=getattr(args, "log_prompts", False)
@@ -30,6 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
     return 0
+
+
+def _use_utf8() -> None:
+    """Starts this process again in Python's UTF-8 mode where the locale says ASCII or Latin-1: names of files are UTF-8 everywhere else.
+
+    The processes that this one starts inherit the mode.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def function(path: str) -> Callable[[Any], None]:

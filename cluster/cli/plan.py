@@ -20,7 +20,10 @@ from workers.errors import ConfigError
 def plan(args: Namespace) -> None:
     """Prints the plans. Raises ConfigError for invalid options, and if nothing fits."""
     gpus = tuple(GPUS.values()) if args.gpu is None else (find_gpu(args.gpu),)
-    question = _question(args, describe_model(args.model, revision=args.revision))
+    model = describe_model(args.model, revision=args.revision)
+    for text in model.warnings:
+        print(f"warning: {text}", file=sys.stderr)
+    question = _question(args, model)
     offers = known_offers()
     plans = make_plans(question, gpus=gpus, tensor_parallel_size=args.tensor_parallel_size, offers=offers)
     best = plans[0]

@@ -1,6 +1,6 @@
 """`tramontane serve`: starts Ray, the controller and a gateway in this order, and stops them in the opposite one.
 
-Knows the order and what overlaps: Ray starts in the main thread while another thread reads the tokenizer. Knows no endpoint and no
+Knows the order: everything that can be wrong with the options and the checkpoint is found before Ray starts. Knows no endpoint and no
 engine. A Ray cluster that this command started ends with it, however it ends, and leaves no process and no file. In a cluster that it
 joined, the controller and its replicas keep running, and the next `serve` finds them.
 """
@@ -13,7 +13,6 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +20,11 @@ from typing import TYPE_CHECKING
 from cluster.cli.options.settings import detect_device, serve_config
 from cluster.cli.ray import open_ray, spec_of
 from cluster.cli.startup import Startup
+from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.keys.keyring import Keyring
+from cluster.system.malloc import return_large_blocks
 from cluster.system.net import check_port_is_free
 from cluster.system.tasks import cancel_all, catch_signals
 from cluster.system.tls import open_certificate
@@ -33,10 +34,7 @@ from cluster.text.load import load_text
 if TYPE_CHECKING:
     from cluster.gateway.gateway import Gateway
     from cluster.ray_runtime.session import RayCluster
-    from cluster.text.chat.template import ChatTemplate
-    from cluster.text.tokenizer import Tokenizer
-
-    Text = Future[tuple[Tokenizer, ChatTemplate | None]]
+    from cluster.text.load import LoadedText
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +50,7 @@ def serve(args: Namespace) -> None:
 
 
 def _serve(args: Namespace, console: Console) -> None:
+    return_large_blocks()
     folder, model_name = resolve_model(args.model, revision=args.revision)
     if args.ray_address is None:
         device = detect_device(args.device)
@@ -63,20 +62,15 @@ def _serve(args: Namespace, console: Console) -> None:
     Keyring(None if config.api_keys is None else Path(config.api_keys))
     open_certificate(config.tls_cert, config.tls_key)
     check_port_is_free(config.host, config.port, shared=config.num_gateways > 1)
-    with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
-        text = pool.submit(
-            load_text,
-            Path(config.engine.model_path),
-            chat_template=config.chat_template,
-            model_vocab_size=config.engine.model.vocab_size,
-        )
-        with open_ray(console, config) as cluster:
-            if config.ray_address and args.device == "auto" and cluster.num_gpus() >= args.tensor_parallel_size:
-                config = serve_config(args, folder, model_name, device="cuda")
-            asyncio.run(_run(config, console, text, cluster))
+    check_checkpoint(folder, chat_template=config.chat_template)
+    text = load_text(folder, chat_template=config.chat_template, model_vocab_size=config.engine.model.vocab_size)
+    with open_ray(console, config) as cluster:
+        if config.ray_address and args.device == "auto" and cluster.num_gpus() >= args.tensor_parallel_size:
+            config = serve_config(args, folder, model_name, device="cuda")
+        asyncio.run(_run(config, console, text, cluster))
 
 
-async def _run(config: ServeConfig, console: Console, text: "Text", cluster: "RayCluster") -> None:
+async def _run(config: ServeConfig, console: Console, text: "LoadedText", cluster: "RayCluster") -> None:
     stop, stop_now = catch_signals()
     async with contextlib.AsyncExitStack() as stack:
         startup = Startup(console, num_ranks=config.engine.tensor_parallel_size)
@@ -101,7 +95,7 @@ async def _run(config: ServeConfig, console: Console, text: "Text", cluster: "Ra
 
 async def _start(
     config: ServeConfig,
-    text: "Text",
+    text: "LoadedText",
     cluster: "RayCluster",
     startup: Startup,
     stack: contextlib.AsyncExitStack,
@@ -120,8 +114,7 @@ async def _start(
     if cluster.is_ours:
         stack.push_async_callback(controller.stop_replicas)
     await controller.start(spec_of(config, own_cluster=cluster.is_ours))
-    tokenizer, chat_template = await asyncio.wrap_future(text)
-    gateway = Gateway(config, controller, tokenizer=tokenizer, chat_template=chat_template, on_view=startup.handle)
+    gateway = Gateway(config, controller, text=text, on_view=startup.handle)
     stack.push_async_callback(gateway.close)
     await gateway.open()
     gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))

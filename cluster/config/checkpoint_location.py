@@ -6,21 +6,35 @@ Knows where checkpoints are; does not read them. The Hub's own cache and HF_HOME
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
+from cluster.config.checkpoint_kinds import check_names, not_a_folder
 from workers.errors import ConfigError
 
 HUB_TIMEOUT_S = 10.0
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# Without `.pth` weights: unpickling them runs code.
+PATTERN = "model*.safetensors"  # Hugging Face's layout
+# Data only: no `.pth` weights, since unpickling them runs code, and no Python files.
 _HUB_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
     "params.json",
-    "tokenizer*",
     "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.model*",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tekken.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 ]
+# Weights in folders of a repository are of other formats or of earlier steps of the training, and adapters are no models.
+_NOT_OF_HUB = ["*/*.safetensors", "*/*.safetensors.index.json"]
 
 
 def resolve_model(model: str | None, *, revision: str | None = None) -> tuple[Path, str]:
@@ -67,8 +81,17 @@ def download_bytes(model: str, *, revision: str | None = None) -> int:
     with _hub_errors(model, revision):
         info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    ignored = ["consolidated*"] if "config.json" in sizes else None
-    return sum(sizes[name] for name in filter_repo_objects(sizes, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
+    both = "config.json" in sizes and any(fnmatch(name, PATTERN) for name in sizes)
+    return sum(sizes[name] for name in filter_repo_objects(sizes, **hub_patterns(consolidated=not both)))
+
+
+def hub_patterns(*, consolidated: bool) -> dict[str, list[str]]:
+    """Which files of a repository are downloaded, as arguments for the Hub's client.
+
+    consolidated: also weights in Mistral's layout. Its own repositories have them in both layouts, and one is enough.
+    """
+    ignored = _NOT_OF_HUB if consolidated else [*_NOT_OF_HUB, "consolidated*"]
+    return {"allow_patterns": _HUB_FILES, "ignore_patterns": ignored}
 
 
 def _local_folder(model: str | None) -> Path | None:
@@ -78,6 +101,8 @@ def _local_folder(model: str | None) -> Path | None:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder.resolve()
+    if folder.exists():
+        raise not_a_folder(folder)
     if folder.is_absolute() or model.startswith((".", "~")) or not _HUB_ID.fullmatch(model):
         raise ConfigError(
             f"The model folder {model} does not exist.",
@@ -100,15 +125,20 @@ def _demo_model() -> Path:
 
 
 def _from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    def download(**patterns: list[str]) -> Path:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, **patterns))
+    def download(*, consolidated: bool) -> Path:
+        return Path(snapshot_download(model, revision=revision, **hub_patterns(consolidated=consolidated)))
 
     with _hub_errors(model, revision):
-        # Mistral's own repositories have the weights in both layouts; one is enough.
-        folder = download(ignore_patterns=["consolidated*"])
-        return folder if (folder / "config.json").is_file() else download()
+        folder = download(consolidated=False)
+        if (folder / "config.json").is_file() and any(folder.glob(PATTERN)):
+            return folder
+        folder = download(consolidated=True)
+        if not any(folder.glob("*.safetensors")):
+            # Nothing of it may have been downloaded, so the repository itself says what it is instead.
+            check_names(HfApi().list_repo_files(model, revision=revision), where=model)
+        return folder
 
 
 @contextmanager

@@ -52,6 +52,8 @@ class ServeConfig:
     log_format: LogFormat = "text"
     log_prompts: bool = False
     serves_embeddings: bool = True
+    # Whether a field of a request that has no effect is refused instead of ignored.
+    strict: bool = False
     serves_batches: bool = True
     # None: the user's own folder, see cluster/system/data_dir.py.
     data_dir: str | None = None

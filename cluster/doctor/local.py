@@ -9,7 +9,7 @@ from cluster.config.checkpoint_location import download_bytes, find_model
 from cluster.doctor.amounts import format_bytes
 from cluster.doctor.findings import Finding, ok, problem, warning
 from cluster.system.net import check_port_is_free, url_of
-from workers.config import load_model_config
+from workers.checkpoint.model_config import load_model_config
 from workers.errors import ConfigError
 
 ANSWER_TIMEOUT_S = 3.0

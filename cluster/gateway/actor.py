@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.serve import ServeConfig
 from cluster.system.log import setup_logging
+from cluster.system.malloc import return_large_blocks
 from cluster.system.net import is_loopback
 from cluster.text.load import load_text
 from workers.errors import ReplicaUnavailableError, TramontaneError
@@ -34,6 +35,7 @@ class GatewayActor:
 
     def __init__(self, config: ServeConfig) -> None:
         setup_logging(config.log_level, format=config.log_format, prompts=config.log_prompts)
+        return_large_blocks()
         self._config = config
         self._opened = threading.Event()
         self._url = ""
@@ -73,13 +75,13 @@ class GatewayActor:
         from cluster.ray_runtime.metrics import publish_forever
 
         engine = self._config.engine
-        tokenizer, chat_template = load_text(
+        text = load_text(
             Path(engine.model_path),
             chat_template=self._config.chat_template,
             model_vocab_size=engine.model.vocab_size,
         )
         controller = ControllerClient(self._config.deployment)
-        gateway = Gateway(self._config, controller, tokenizer=tokenizer, chat_template=chat_template)
+        gateway = Gateway(self._config, controller, text=text)
         try:
             await gateway.open()
             gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))

@@ -32,8 +32,7 @@ from workers.errors import ConfigError, EngineError, ReplicaUnavailableError
 
 if TYPE_CHECKING:
     from cluster.controller.client import ControllerClient
-    from cluster.text.chat.template import ChatTemplate
-    from cluster.text.tokenizer import Tokenizer
+    from cluster.text.load import LoadedText
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +52,7 @@ class Gateway:
         config: ServeConfig,
         controller: "ControllerClient",
         *,
-        tokenizer: "Tokenizer",
-        chat_template: "ChatTemplate | None",
+        text: "LoadedText",
         on_view: Callable[[ClusterView], None] = lambda _: None,
     ) -> None:
         self.gateway_id = f"g-{secrets.token_hex(3)}"
@@ -82,8 +80,9 @@ class Gateway:
         )
         app = make_app(
             router=self.router,
-            tokenizer=tokenizer,
-            chat_template=chat_template,
+            tokenizer=text.tokenizer,
+            chat_template=text.chat_template,
+            no_chat=text.fault,
             model_name=config.model_name,
             keyring=keyring,
             accounts=accounts,
@@ -91,6 +90,7 @@ class Gateway:
             cors_origins=config.cors_origins,
             local_only=config.is_local,
             serves_embeddings=config.serves_embeddings,
+            strict=config.strict,
             metrics=self.metrics,
             admin=self,
             batches=None if batches is None else batches.api,

@@ -7,8 +7,10 @@ file is downloaded. Knows no GPU.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cluster.config.checkpoint_check import examine_checkpoint
 from cluster.config.checkpoint_location import resolve_config, resolve_model
-from workers.config import ModelConfig, load_model_config
+from workers.checkpoint.model_config import load_model_config
+from workers.config import ModelConfig
 
 V0_1 = ModelConfig(
     vocab_size=32_000,
@@ -42,13 +44,17 @@ FAMILY = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """folder, checkpoint_bytes: the path of a local checkpoint and the size of its weight files; both None for a model on the Hub."""
+    """folder, checkpoint_bytes: the path of a local checkpoint and the size of its weight files; both None for a model on the Hub.
+
+    warnings: what keeps the local checkpoint from being served as it is.
+    """
 
     name: str
     config: ModelConfig
     revision: str | None = None
     folder: Path | None = None
     checkpoint_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def describe_model(model: str, *, revision: str | None = None) -> PlannedModel:
@@ -58,13 +64,14 @@ def describe_model(model: str, *, revision: str | None = None) -> PlannedModel:
             return PlannedModel(name=model, config=FAMILY[model])
         config = load_model_config(resolve_config(model, revision=revision))
         return PlannedModel(name=model, config=config, revision=revision)
-    from workers.weights.files import weight_files
-
     folder, _ = resolve_model(model)
-    config = load_model_config(folder)
+    found = examine_checkpoint(folder)
+    if found.config is None or not found.num_files:
+        raise found.faults[0]
     return PlannedModel(
         name=model,
-        config=config,
+        config=found.config,
         folder=folder,
-        checkpoint_bytes=sum(path.stat().st_size for path in weight_files(folder, config.layout)),
+        checkpoint_bytes=found.num_bytes,
+        warnings=tuple(str(fault) for fault in found.faults),
     )

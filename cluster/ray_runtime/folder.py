@@ -47,9 +47,8 @@ class RayFolder:
         self._lock = None
 
 
-def make_folder() -> RayFolder:
-    """A new folder, which is removed at the latest when this process ends."""
-    parent = _parent()
+def make_folder(parent: Path) -> RayFolder:
+    """A new folder in `parent`, which is removed at the latest when this process ends."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         if (folder := _lock(path)) is not None:  # else a sweep was faster
@@ -58,9 +57,9 @@ def make_folder() -> RayFolder:
             return folder
 
 
-def sweep() -> None:
-    """Ends and removes what killed commands left. Folders of other users stay."""
-    for path in _parent().glob(f"{PREFIX}*"):
+def sweep(parent: Path) -> None:
+    """Ends and removes what killed commands left in `parent`. Folders of other users stay."""
+    for path in parent.glob(f"{PREFIX}*"):
         if (folder := _lock(path)) is not None:
             log.info("Removing %s, left by a command that was killed.", path)
             folder.end()
@@ -75,10 +74,6 @@ def marked_processes(folder: Path) -> list[int]:
             if mark in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
-
-
-def _parent() -> Path:
-    return Path(os.environ.get("RAY_TMPDIR", "/tmp"))
 
 
 def _lock(path: Path) -> RayFolder | None:

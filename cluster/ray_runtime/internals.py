@@ -3,6 +3,7 @@
 When the pin moves, check each function here: none of these parts has a stable interface. tests/test_pins.py holds the pin.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,23 @@ from typing import Any
 _SYSTEM_CONFIG = {"prestart_worker_first_driver": False, "worker_register_timeout_seconds": 30}
 
 
-def start_options(folder: Path) -> dict[str, Any]:
-    """Arguments of `ray.init` for a cluster of our own whose files lie in `folder`. Relies on `_temp_dir` and `_system_config`."""
-    return {"_temp_dir": str(folder), "_system_config": _SYSTEM_CONFIG}
+def start_options(folder: Path, *, object_store: Path) -> dict[str, Any]:
+    """Arguments of `ray.init` for a cluster of our own whose files lie in `folder`, and its shared memory in `object_store`.
+
+    Relies on `_temp_dir`, `_plasma_directory` and `_system_config`.
+    """
+    return {"_temp_dir": str(folder), "_plasma_directory": str(object_store), "_system_config": _SYSTEM_CONFIG}
+
+
+def listen_on_loopback_only() -> None:
+    """For a cluster of our own, before it starts: every port of Ray listens on 127.0.0.1, and no name is resolved to find an address.
+
+    This is how Ray runs on macOS and Windows, where it has no clusters. Relies on a variable's name and on `ray_constants`.
+    """
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def available_resources() -> Mapping[str, Mapping[str, float]]:

@@ -1,7 +1,7 @@
 """Starts a Ray of our own or joins one, and cleans up after it. Knows Ray's settings; knows no replicas.
 
-A Ray we start serves this machine only: token authentication on, dashboard on loopback, no usage reports, its files in a
-temporary folder that is removed with it.
+A Ray we start serves this machine only: token authentication on, all ports on loopback, no usage reports, its files in a temporary
+folder that is removed with it.
 """
 
 import contextlib
@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.ray_runtime.folder import MARK, RayFolder, make_folder, sweep
-from cluster.ray_runtime.internals import start_options
+from cluster.ray_runtime.internals import listen_on_loopback_only, start_options
+from cluster.ray_runtime.start_watch import watched
+from cluster.ray_runtime.surroundings import WANTED_OPEN_FILES, check_open_files, check_surroundings, ray_parent
+from cluster.system.descriptors import raise_limit
 from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -51,21 +54,27 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
     """Joins the cluster at `address`, or starts one on this machine with `num_cpus` CPU slots. Raises ConfigError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    sweep()
-    folder = None
-    if address is not None:
-        _check_reachable(address)
+    sweep(Path(ray_parent(os.environ)[0]))  # first: what a killed command left may be what fills the disk
+    if address is None:
+        folder, dashboard = _start(namespace=namespace, num_cpus=num_cpus, log_to_driver=log_to_driver)
     else:
-        os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster
-        ensure_token()
-        folder = make_folder()
-        os.environ[MARK] = str(folder.path)
+        folder, dashboard = None, _join(address, namespace=namespace, log_to_driver=log_to_driver)
+    return RayCluster(dashboard_url=f"http://{dashboard}" if dashboard else None, folder=folder)
+
+
+def _start(*, namespace: str, num_cpus: int, log_to_driver: bool) -> tuple[RayFolder, str | None]:
+    """The new cluster's folder, and its dashboard's HOST:PORT."""
+    surroundings = check_surroundings(object_store_bytes=OBJECT_STORE_BYTES)
+    sweep(surroundings.parent)
+    os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster
+    ensure_token()
+    folder = make_folder(surroundings.parent)
+    os.environ[MARK] = str(folder.path)
     import ray
 
+    listen_on_loopback_only()
     try:
-        if folder is None:
-            context = ray.init(address, namespace=namespace, log_to_driver=log_to_driver, logging_level=logging.ERROR)
-        else:
+        with watched(folder.path):
             context = ray.init(
                 num_cpus=num_cpus,
                 object_store_memory=OBJECT_STORE_BYTES,
@@ -73,23 +82,36 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
                 dashboard_host="127.0.0.1",
                 namespace=namespace,
                 log_to_driver=log_to_driver,
-                logging_level=logging.ERROR,
-                **start_options(folder.path),
+                logging_level=logging.CRITICAL,  # `watched` says in one sentence what goes wrong
+                **start_options(folder.path, object_store=surroundings.object_store or folder.path),
             )
-    except BaseException as e:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+    except BaseException:
         _end_ray(folder)
+        raise
+    return folder, context.dashboard_url
+
+
+def _join(address: str, *, namespace: str, log_to_driver: bool) -> str | None:
+    """The dashboard's HOST:PORT."""
+    check_open_files(raise_limit(WANTED_OPEN_FILES))
+    _check_reachable(address)
+    import ray
+
+    try:
+        return ray.init(
+            address, namespace=namespace, log_to_driver=log_to_driver, logging_level=logging.ERROR
+        ).dashboard_url
+    except BaseException as e:
+        _end_ray(None)
         if not isinstance(e, Exception):
             raise
         # Ray raises a dozen unrelated types here, all for the same reason.
-        if address is None:
-            raise ConfigError(f"Ray could not be started: {e}") from e
         raise ConfigError(
             f"The Ray cluster at {address} could not be joined: {e}",
             remedy="Check that it runs the same version of Ray and that its token is in RAY_AUTH_TOKEN or ~/.ray/auth_token.",
             param="--ray-address",
         ) from e
-    url = context.dashboard_url
-    return RayCluster(dashboard_url=f"http://{url}" if url else None, folder=folder)
 
 
 def _check_reachable(address: str) -> None:

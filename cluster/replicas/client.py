@@ -15,7 +15,7 @@ from typing import Self
 
 from cluster.replicas.connection import open_connection, read_message
 from cluster.replicas.inbox import StreamInbox
-from cluster.replicas.readiness import not_ready_reason
+from cluster.replicas.readiness import is_overdue, not_ready_reason
 from workers.errors import ReplicaUnavailableError
 from workers.heartbeat import RECENTLY_S, TICK_S, PeerClock
 from workers.protocol import (
@@ -57,10 +57,12 @@ class ReplicaClient:
         self._facts: EngineFacts | None = None
         self._load = LoadReport()
         self._load_received = 0.0
+        self._proved_ready = float("-inf")  # when the last report came that did
         self._streams: dict[str, StreamInbox] = {}
         self._writer: asyncio.StreamWriter | None = None
         self._clock = PeerClock(time.monotonic())
         self._lost: str = "not connected yet"
+        self._lost_by_silence = False  # so it may be back in a moment
         self._condemned: str | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -126,6 +128,19 @@ class ReplicaClient:
         if (silence_s := self._clock.silence_at_last_tick_s()) > RECENTLY_S:
             return f"Replica {self.replica_id} has not been heard from for {silence_s:.1f} s: its rank 0 is silent."
         return not_ready_reason(self.replica_id, self._load, report_age_s=now - self._load_received)
+
+    def unhealthy_reason(self, now: float) -> str | None:
+        """The same, but None for HEALTH_PATIENCE_S while nothing shows that the replica has ended. now: time.monotonic()."""
+        reason = self.not_ready_reason(now)
+        may_be_back = self._condemned is None and (self.connected or self._lost_by_silence)
+        heard_until = self._clock.last_tick
+        if may_be_back and not is_overdue(
+            self._load,
+            report_age_s=max(0.0, heard_until - self._load_received),
+            ready_age_s=heard_until - self._proved_ready,
+        ):
+            return None
+        return reason
 
     def condemn(self, reason: str, *, crashed: bool = False) -> None:
         """Declares the replica dead, on better evidence than the socket's, such as Ray's; every open stream ends.
@@ -231,6 +246,7 @@ class ReplicaClient:
                 async with asyncio.timeout(SILENCE_IS_DEATH_S):
                     reader = await self._open()
             except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError, ReplicaUnavailableError) as e:
+                self._lost_by_silence = self._lost_by_silence and not isinstance(e, ConnectionRefusedError)
                 log.debug("Replica %s is still unreachable: %r", self.replica_id, e)
             except Exception as e:  # as above; most likely the listener's
                 log.exception("A frame of replica %s could not be handled: %s", self.replica_id, e)
@@ -248,7 +264,7 @@ class ReplicaClient:
             if self._writer is None:
                 continue
             if (silence_s := self._clock.silence_s(now)) > SILENCE_IS_DEATH_S:
-                self._disconnect(f"rank 0 has been silent for {silence_s:.1f} s")
+                self._disconnect(f"rank 0 has been silent for {silence_s:.1f} s", silent=True)
             elif self._clock.is_heartbeat_due(now):
                 self._send(Heartbeat())
 
@@ -257,6 +273,8 @@ class ReplicaClient:
         self._clock.received(now)
         self._load_received = now
         self._load = frame.load
+        if not_ready_reason(self.replica_id, frame.load, report_age_s=0.0) is None:
+            self._proved_ready = now
         for delta in frame.deltas:
             if delta.finish_reason is not None:
                 inbox = self._streams.pop(delta.request_id, None)
@@ -276,12 +294,13 @@ class ReplicaClient:
             self._cached_blocks.difference_update(frame.cache.evicted)
             self._cached_blocks.update(frame.cache.stored)
 
-    def _disconnect(self, reason: str, *, crashed: bool = False) -> None:
+    def _disconnect(self, reason: str, *, crashed: bool = False, silent: bool = False) -> None:
         if self._writer is not None:
             log.warning("Replica %s is lost: %s.", self.replica_id, reason.removesuffix("."))
             self._writer.transport.abort()
             self._writer = None
             self._lost = reason
+            self._lost_by_silence = silent
         streams, self._streams = self._streams, {}
         for inbox in streams.values():
             message = self._condemned or f"Replica {self.replica_id} was lost: {reason}."

@@ -1,4 +1,7 @@
-"""The health of the gateway and its replicas, for load balancers and people. Reads the table; decides nothing."""
+"""The health of the gateway and its replicas, for load balancers and people. Reads the table; decides nothing.
+
+A replica that is late with a report counts as ready for a few seconds: a busy machine is no outage, and requests wait for it in the queue.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -33,7 +36,7 @@ def check_health(table: ReplicaTable, availability: Availability, *, closing: st
     statuses = []
     for entry in table:
         replica = entry.replica
-        reason = replica.not_ready_reason(now)
+        reason = replica.unhealthy_reason(now)
         if reason is None and replica.drain_until is not None:
             reason = f"Replica {replica.replica_id} is being drained."
             statuses.append(ReplicaStatus(replica.replica_id, False, reason, replica.load, "draining"))

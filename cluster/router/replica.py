@@ -49,6 +49,9 @@ class Replica(Protocol):
     def not_ready_reason(self, now: float) -> str | None:
         """One sentence that names the replica, and the stuck rank if there is one; None when ready."""
 
+    def unhealthy_reason(self, now: float) -> str | None:
+        """The same for /health, with the patience that a busy machine needs: None as well while it may be ready again in a moment."""
+
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
         """An async generator of deltas, the last one with a finish_reason. Closing it aborts the request.
 

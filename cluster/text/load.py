@@ -1,14 +1,15 @@
 """Loads what a gateway needs to turn text into tokens and back from the model's folder. Knows which chat template is used.
 
 --chat-template     the template
-auto (default)      the checkpoint's own Jinja template if it is not Mistral's (it has no [INST]); otherwise mistral-common's
+auto (default)      the checkpoint's own Jinja template, unless it is one that Mistral publishes (chat/published.py) or there is none:
+                    then mistral-common's
 v1, v2, v3          mistral-common's, in that version
 jinja               the checkpoint's own, in tokenizer_config.json or chat_template.jinja
 PATH.jinja          that file, with the checkpoint's special tokens
 """
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def load_text(folder: Path, *, chat_template: str, model_vocab_size: int) -> "tuple[Tokenizer, ChatTemplate | None]":
-    """The tokenizer and the chat template. With "auto" the template is None if the model cannot chat. Raises ConfigError.
+@dataclass(frozen=True, slots=True)
+class LoadedText:
+    """chat_template: None if the model cannot chat; `fault` is then the reason. choice: which template is used and why, for a reader."""
+
+    tokenizer: "Tokenizer"
+    chat_template: "ChatTemplate | None"
+    choice: str
+    fault: str | None = None
+
+
+def load_text(folder: Path, *, chat_template: str, model_vocab_size: int) -> LoadedText:
+    """The tokenizer and the chat template. Only with "auto", a template that cannot be used turns chat off. Raises ConfigError.
 
     chat_template: a value of the table above, with an absolute path for a file.
     """
@@ -31,38 +42,41 @@ def load_text(folder: Path, *, chat_template: str, model_vocab_size: int) -> "tu
     version = next((v for v in TEMPLATE_VERSIONS if v == chat_template), None)
     tokenizer = load_tokenizer(folder, version=version, model_vocab_size=model_vocab_size)
     try:
-        return tokenizer, _choose(tokenizer, folder, chat_template, model_vocab_size=model_vocab_size)
+        template, choice = _choose(tokenizer, folder, chat_template, model_vocab_size=model_vocab_size)
     except ConfigError as e:
         if chat_template != "auto":
             raise
         log.warning("Chat is off: %s", e)
-        return tokenizer, None
+        return LoadedText(tokenizer, None, f"none, chat is off: {e.message}", fault=e.message)
+    log.info("chat template: %s", choice)
+    return LoadedText(tokenizer, template, choice)
 
 
-def _choose(tokenizer: "Tokenizer", folder: Path, option: str, *, model_vocab_size: int) -> "ChatTemplate":
+def _choose(tokenizer: "Tokenizer", folder: Path, option: str, *, model_vocab_size: int) -> "tuple[ChatTemplate, str]":
     from cluster.text.chat.jinja_template import JinjaTemplate
     from cluster.text.chat.mistral_template import MistralTemplate
-    from cluster.text.chat.template_files import DEFAULT, read_source, read_template_files
+    from cluster.text.chat.published import published_name
+    from cluster.text.chat.template_files import DEFAULT, TemplateFiles, read_source, read_template_files
 
     if option in ("v1", "v2", "v3"):
-        return MistralTemplate(tokenizer)
+        return MistralTemplate(tokenizer), f"mistral-common's {option}, as requested"
+    if option not in ("auto", "jinja"):
+        files = TemplateFiles({DEFAULT: read_source(Path(option))})
+        return JinjaTemplate(tokenizer, files, model_vocab_size=model_vocab_size), f"{option}, as requested"
     files = read_template_files(folder)
     if option == "auto":
-        own = files.templates.get(DEFAULT) or next(iter(files.templates.values()), None)
-        if own is None or "[INST]" in own:
-            why = "the checkpoint has none" if own is None else "the checkpoint's own is for Mistral's family"
-            log.info("chat template: mistral-common's %s, since %s", tokenizer.template_version, why)
-            return MistralTemplate(tokenizer)
-        log.info("chat template: the checkpoint's own, since it is not for Mistral's family (it has no [INST])")
-    elif option == "jinja":
+        own = files.templates.get(DEFAULT)
+        published = published_name(own) if own is not None else None
+        if not files.templates or published is not None:
+            why = f"the checkpoint's own is that of {published}" if published else "the checkpoint has none"
+            return MistralTemplate(tokenizer), f"mistral-common's {tokenizer.template_version}, since {why}"
+        why = "which Mistral does not publish"
+    else:
         if not files.templates:
             raise ConfigError(
                 f"--chat-template jinja: {folder} has no template in tokenizer_config.json or chat_template.jinja.",
                 remedy="Pass the path of a template, or use --chat-template auto.",
                 param="--chat-template",
             )
-        log.info("chat template: the checkpoint's own, as requested")
-    else:
-        files = replace(files, templates={DEFAULT: read_source(Path(option))})
-        log.info("chat template: %s, as requested", option)
-    return JinjaTemplate(tokenizer, files, model_vocab_size=model_vocab_size)
+        why = "as requested"
+    return JinjaTemplate(tokenizer, files, model_vocab_size=model_vocab_size), f"the checkpoint's own, {why}"

@@ -25,6 +25,7 @@ class SentencePieceModel:
             ) from e
         self.bos_token_id: int = self._processor.bos_id()
         self.eos_token_id: int = self._processor.eos_id()
+        self.unk_token_id: int = self._processor.unk_id()
         if self.bos_token_id < 0 or self.eos_token_id < 0:
             raise ConfigError(
                 f"{path} does not define both a beginning-of-sequence and an end-of-sequence token.",

@@ -3,9 +3,11 @@
 SentencePiece is the one kind today (sentencepiece_model.py). Everything that follows from these few methods is in tokenizer.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from cluster.text.tokenizer_settings import AddedToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,27 @@ class PieceTable:
     starts_with_space: tuple[bool, ...]
     is_control: tuple[bool, ...]
 
+    def with_added(self, added: Mapping[str, AddedToken]) -> "PieceTable":
+        """The table with a checkpoint's added tokens. A special one is a control token, any other one shows as what it is called.
+
+        A control token of the vocabulary stays one whatever the checkpoint says. An id between two tokens that nothing names is a control
+        token with the name "".
+        """
+        size = max((token.id + 1 for token in added.values()), default=0)
+        padding = max(size - len(self.names), 0)
+        names, surfaces = [*self.names, *[""] * padding], [*self.surfaces, *[""] * padding]
+        byte_values, control = [*self.bytes, *[None] * padding], [*self.is_control, *[True] * padding]
+        starts = [*self.starts_with_space, *[False] * padding]
+        for content, token in added.items():
+            in_vocabulary = token.id < len(self.names)
+            names[token.id] = content
+            if token.special or (in_vocabulary and self.is_control[token.id]):
+                surfaces[token.id], byte_values[token.id] = "", None
+                starts[token.id], control[token.id] = False, True
+            elif not in_vocabulary:
+                surfaces[token.id], control[token.id] = content, False
+        return PieceTable(tuple(names), tuple(surfaces), tuple(byte_values), tuple(starts), tuple(control))
+
 
 class TokenizerModel(Protocol):
     """One vocabulary. `encode` and `encode_continuation` may run in a thread."""
@@ -27,6 +50,9 @@ class TokenizerModel(Protocol):
 
     @property
     def eos_token_id(self) -> int: ...
+
+    @property
+    def unk_token_id(self) -> int: ...
 
     @property
     def pieces(self) -> PieceTable: ...

@@ -1,4 +1,7 @@
-"""langchain-openai and litellm, in their own environment, against the same server as the other clients."""
+"""Agents and clients that nobody here wrote, in their own environment, against the same server as the other clients.
+
+They run their quick starts, with another base URL, key and model, and with few turns: the demo model is tiny and follows no instruction.
+"""
 
 from pathlib import Path
 
@@ -10,8 +13,20 @@ FOLDER = Path(__file__).parent / "foreign"
 pytestmark = pytest.mark.system
 
 
-@pytest.mark.timeout(300)  # for a busy machine; otherwise 20 s
-@pytest.mark.parametrize("client", ["langchain_client.py", "litellm_client.py"])
+@pytest.mark.timeout(300)  # for a busy machine; otherwise 10 s each
+@pytest.mark.parametrize(
+    "client",
+    [
+        "langchain_client.py",
+        "langchain_agents_client.py",
+        "litellm_client.py",
+        "autogen_client.py",
+        "semantic_kernel_client.py",
+        "agent_framework_client.py",
+        "mistralai_client.py",
+        "azure_client.py",
+    ],
+)
 def test_client(server, tmp_path, client):
     # Without this suite's configuration: its plugins and support modules are not installed there.
     own = ["-c", "/dev/null", "--rootdir", FOLDER, "--confcutdir", FOLDER, "-o", "asyncio_mode=auto"]

@@ -61,17 +61,26 @@ def reference() -> Reference:
     return Reference()
 
 
-@pytest.fixture(scope="module")
-def evaluation(server, tmp_path_factory) -> dict[str, Any]:
-    cwd = tmp_path_factory.mktemp("lm_eval")
+def evaluate(server, cwd: Path, backend: str) -> dict[str, Any]:
     output = run(
-        [FOLDER / "foreign" / "lm_eval_client.py", "4"],
+        [FOLDER / "foreign" / "lm_eval_client.py", "4", backend],
         server=server,
         cwd=cwd,
         env={"TRAMONTANE_TOKENIZER": str(write_tokenizer(cwd / "tokenizer"))},
         timeout_s=280,
     )
     return json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def evaluation(server, tmp_path_factory) -> dict[str, Any]:
+    return evaluate(server, tmp_path_factory.mktemp("lm_eval"), "huggingface")
+
+
+def test_the_servers_own_tokenizer_gives_the_same(server, evaluation, tmp_path):
+    remote = evaluate(server, tmp_path, "remote")
+    for task, samples in evaluation["samples"].items():
+        assert remote["samples"][task] == samples, task
 
 
 def documents(name: str) -> list[dict[str, Any]]:

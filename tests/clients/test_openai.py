@@ -311,16 +311,19 @@ def test_embeddings_as_floats_and_as_the_clients_default(client):
     assert encoded.usage.prompt_tokens == encoded.usage.total_tokens > 2
     raw = client.embeddings.create(model=MODEL, input=texts[0], encoding_format="base64").data[0].embedding
     assert struct.unpack("<256f", base64.b64decode(raw)) == pytest.approx(encoded.data[0].embedding)
+    short = client.embeddings.create(model=MODEL, input=texts[0], dimensions=10).data[0].embedding
+    assert len(short) == 10 and math.hypot(*short) == pytest.approx(1)
     ids = client.embeddings.create(model=MODEL, input=[[1, 400, 500]])
     assert ids.usage.prompt_tokens == 3
 
 
 def test_moderations(client):
-    answer = client.moderations.create(model=MODEL, input=["import os", "x = 1"])
-    assert len(answer.results) == 2
+    answer = client.moderations.create(model="omni-moderation-latest", input=["import os", "x = 1"])
+    assert answer.model == MODEL and len(answer.results) == 2
     for result in answer.results:
         scores = [s for s in result.category_scores.model_dump().values() if s is not None]
         assert len(scores) >= 13 and all(0 <= s <= 1 for s in scores)
+        assert result.categories.self_harm in (True, False) and 0 <= result.category_scores.sexual_minors <= 1
         assert result.flagged == any(v for v in result.categories.model_dump().values())
 
 

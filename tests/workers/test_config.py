@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from workers.config import EngineConfig, ModelConfig, load_model_config
+from workers.checkpoint.model_config import load_model_config
+from workers.config import EngineConfig, ModelConfig
 from workers.errors import ConfigError
 
 HUGGINGFACE_V01 = {
@@ -120,7 +121,9 @@ def test_mistral_fields(tmp_path: Path, changes: dict[str, object], expected: di
     ("base", "changes", "message"),
     [
         (HUGGINGFACE_V01, {"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM'] is not supported"),
-        (HUGGINGFACE_V01, {"architectures": None}, "is not supported"),
+        (HUGGINGFACE_V01, {"architectures": None}, "neither architectures nor model_type"),
+        (HUGGINGFACE_V01, {"architectures": None, "model_type": "mixtral"}, "model_type 'mixtral'"),
+        (HUGGINGFACE_V01, {"model_type": "ministral3"}, "model_type 'ministral3'"),
         (HUGGINGFACE_V01, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         (HUGGINGFACE_V01, {"attention_bias": True}, "attention_bias is true"),
         (HUGGINGFACE_V01, {"mlp_bias": True}, "mlp_bias is true"),
@@ -132,11 +135,11 @@ def test_mistral_fields(tmp_path: Path, changes: dict[str, object], expected: di
         (HUGGINGFACE_V01, {"head_dim": 7}, "head_dim is 7"),
         (HUGGINGFACE_V01, {"sliding_window": 0}, "sliding_window is 0"),
         (HUGGINGFACE_V01, {"vocab_size": 0}, "vocab_size is 0"),
-        (HUGGINGFACE_V01, {"vocab_size": "many"}, "whole number of at least 1"),
+        (HUGGINGFACE_V01, {"vocab_size": "many"}, "vocab_size is 'many', not a whole number"),
         (HUGGINGFACE_V01, {"eos_token_id": 10**6}, "token ids are 0 to"),
         (HUGGINGFACE_V01, {"eos_token_id": "</s>"}, "token ids are 0 to"),
         (HUGGINGFACE_V01, {"num_attention_heads": 0}, "cannot be used"),
-        (HUGGINGFACE_V01, {"rope_theta": "wide"}, "cannot be used"),
+        (HUGGINGFACE_V01, {"rope_theta": "wide"}, "rope_theta is 'wide', not a number above 0"),
         (HUGGINGFACE_V01, {"head_dim": -32}, "head_dim is -32"),
         (HUGGINGFACE_V01, {"hidden_size": 256.5}, "hidden_size is 256.5"),
         (HUGGINGFACE_V01, {"max_position_embeddings": 0}, "max_position_embeddings is 0"),

@@ -6,7 +6,7 @@ Owns the requests between `add_request` and their last delta. Knows no sockets a
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 
 # With nothing to do but compile grammars, the engine thread checks this often whether there is something else.
 COMPILING_POLL_S = 0.01
+
+# While every running request waits for the mask of a slow grammar: as often, and with a forward pass as often, as when it is idle.
+MASKS_POLL_S = 0.01
+HELD_HEARTBEAT_S = 0.5
 
 # From logits [len(rows), vocab_size] to the next tokens of each row, at least one.
 SampleTokens = Callable[[torch.Tensor, Sequence[SamplingRow]], Sequence[Sequence[Sampled]]]
@@ -112,12 +116,15 @@ class EngineCore:
         failed = self._admit_compiled()
         scheduled = self._schedule()
         if not scheduled:
+            if self.scheduler.running:
+                self._wait_for_masks()
+                return failed
             return failed + self._fail_first_waiting()
         self.clock.start()
         batch = self._broadcast(scheduled)
-        logits, masks = self._execute(batch, scheduled)
-        sampled = self._sample(scheduled, logits, masks)
-        deltas = self._update(scheduled, sampled)
+        logits, masks, late = self._execute(batch, scheduled)
+        sampled = self._sample(scheduled, logits, masks, late)
+        deltas = self._update(scheduled, sampled, late)
         self.clock.end()
         self._measure_speed(scheduled)
         return failed + deltas
@@ -181,18 +188,29 @@ class EngineCore:
         self.tp.broadcast(batch.pack())
         return batch
 
-    def _execute(self, batch: ForwardBatch, scheduled: Sequence[ScheduledRequest]) -> tuple[torch.Tensor | None, Masks]:
-        """Logits [num_sampling_seqs, vocab_size], and the masks of grammars, computed on another thread in the meantime."""
+    def _execute(
+        self, batch: ForwardBatch, scheduled: Sequence[ScheduledRequest]
+    ) -> tuple[torch.Tensor | None, Masks, Set[str]]:
+        """Logits [num_sampling_seqs, vocab_size], the masks of grammars, computed on other threads in the meantime, and the ids of the
+        requests whose masks are not there yet.
+        """
         constraints = {s.request.request_id: s.request.constraint for s in scheduled if s.samples}
         masks = self.grammars.begin_masks({name: c for name, c in constraints.items() if c is not None})
         logits = self.runner.execute(batch, PromptReader(scheduled))
-        return logits, {} if masks is None else masks.result()
+        if masks is None:
+            return logits, {}, frozenset()
+        if not masks.are_there:
+            self.runner.synchronize()  # the patience of `take` is as long as the forward pass
+        return logits, *masks.take()
 
     def _sample(
-        self, scheduled: Sequence[ScheduledRequest], logits: torch.Tensor | None, masks: Masks
+        self, scheduled: Sequence[ScheduledRequest], logits: torch.Tensor | None, masks: Masks, late: Set[str]
     ) -> dict[str, Sequence[Sampled]]:
-        """Each sampling request's next tokens, by request id."""
+        """The next tokens of each sampling request that has its mask, by request id."""
         requests = [s.request for s in scheduled if s.samples]
+        if late and logits is not None:
+            logits = logits[[i for i, request in enumerate(requests) if request.request_id not in late]]
+            requests = [request for request in requests if request.request_id not in late]
         if not requests:
             # Sampling waits for the device by itself. Without it, `forward_age_s` must not run ahead of the device.
             self.runner.synchronize()
@@ -204,10 +222,16 @@ class EngineCore:
     def _sample_one_each(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[list[Sampled]]:
         return [[one] for one in sample(logits, rows, eos_token_ids=self.config.model.eos_token_ids)]
 
-    def _update(self, scheduled: Sequence[ScheduledRequest], sampled: dict[str, Sequence[Sampled]]) -> list[TokenDelta]:
+    def _update(
+        self, scheduled: Sequence[ScheduledRequest], sampled: dict[str, Sequence[Sampled]], late: Set[str]
+    ) -> list[TokenDelta]:
         deltas = []
         for s in scheduled:
             request, completes = s.request, s.completes
+            if request.request_id in late:
+                # Its last token is computed again, with the same logits, once the mask for them is there.
+                self.kv_cache.commit(request.sequence, s.num_new_tokens - 1)
+                continue
             self.kv_cache.commit(request.sequence, s.num_new_tokens)
             if not completes:
                 continue
@@ -224,12 +248,21 @@ class EngineCore:
         self._generated_tokens_total += sum(len(delta.token_ids) for delta in deltas)
         if deltas[-1].finish_reason is not None:
             self.abort(request.request_id)
+        elif request.constraint is not None:
+            self.grammars.prepare_mask(request.constraint)
         return deltas
 
     def _fail(self, request: Request, error: str) -> TokenDelta:
         """Ends this request alone; `error` is for the user."""
         self.abort(request.request_id)
         return failure(request.request_id, error)
+
+    def _wait_for_masks(self) -> None:
+        """Every running request is held. Returns once one of them can go on, or something else may have happened."""
+        held = [request.constraint for request in self.scheduler.running if request.constraint is not None]
+        self.grammars.wait_for_any([constraint for constraint in held if constraint.is_held], MASKS_POLL_S)
+        if (self.clock.forward_age_s() or 0.0) > HELD_HEARTBEAT_S:
+            self.heartbeat()
 
     def _fail_first_waiting(self) -> list[TokenDelta]:
         """Nothing can be scheduled: either there is no work, or the first request can never run and would block all others."""

@@ -88,6 +88,11 @@ class Request:
     def is_background(self) -> bool:
         return self.priority >= BATCH_PRIORITY
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it cannot be part of a step, because the mask for its next token takes long."""
+        return self.constraint is not None and self.constraint.is_held
+
     def append(self, token_id: int) -> None:
         self.sequence.token_ids.append(token_id)
         if self.constraint is not None:

@@ -99,11 +99,15 @@ class Scheduler:
         return self._steps_without_foreground < FOREGROUND_IS_NEAR_STEPS
 
     def schedule(self) -> list[ScheduledRequest]:
-        """The next step, blocks allocated. Empty only without work, or when the first waiting request can never run."""
+        """The next step, blocks allocated. Empty only without work, when all running requests are held, or when nothing runs and the
+        first waiting request can never run.
+        """
         step = self._begin_step()
         while (request := self._next(step)) is not None and step.budget_for(request) > 0:
             if request is self._next_waiting(step):
                 self._start(request, step)
+            elif request.is_held:
+                step.num_visited += 1
             else:
                 self._grow(request, step)
         return step.scheduled

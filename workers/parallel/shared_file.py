@@ -25,7 +25,7 @@ ARRIVED, CLOSED, PID, BORN = range(4)  # the words of each rank's own line
 
 def available() -> bool:
     """Whether this machine can run a SharedMemoryGroup."""
-    return FOLDER.is_dir() and platform.machine() in ("x86_64", "AMD64")
+    return os.access(FOLDER, os.W_OK | os.X_OK) and platform.machine() in ("x86_64", "AMD64")
 
 
 def line(rank: int) -> int:

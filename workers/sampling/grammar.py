@@ -1,26 +1,39 @@
 """Grammars in the engine: a matcher for each request that has one, and the masks of a step.
 
 Rank 0 only. Knows llguidance, numpy and request ids; no torch, no scheduling, no text. The engine thread hardly waits here: one thread
-compiles grammars, another computes masks while the model computes the logits that they apply to. A matcher that hits one of
-workers.sampling.vocabulary's limits stays in error, and only its request ends.
+compiles grammars, the shortest first, and others compute masks (masks.py) while the model computes the logits that they apply to. A
+matcher that hits one of workers.sampling.vocabulary's limits stays in error, and only its request ends; so does one that takes more CPU
+time than a request may use.
 """
 
+import itertools
 import logging
+import os
+import queue
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
 from llguidance import LLExecutor, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par, get_bitmask_shape
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par, get_bitmask_shape
 
 from workers.errors import RequestError
+from workers.sampling.masks import MaskLanes, StepMasks, is_held
 from workers.sampling.vocabulary import load_grammar_tokenizer, new_matcher
 
 log = logging.getLogger(__name__)
 
 _UNUSABLE = "The grammar of structured_outputs cannot be used. Check it, or make it simpler."
 _TOO_COMPLEX = "The grammar of structured_outputs became too complex to follow. Make it simpler or less ambiguous."
+_TOO_SLOW = (
+    "Following the grammar of structured_outputs took more than {:g} s of CPU time. Make it simpler or less ambiguous."
+)
+# Of CPU time that one request may use for slow masks, and to follow the tokens that another replica generated. With the limits of the
+# parser, a slow mask takes 5 to 40 ms; the masks of usual grammars are not counted.
+MAX_MASKS_S = 10.0
+MAX_REPLAY_S = 5.0
 
 
 class Constraint:
@@ -36,10 +49,18 @@ class Constraint:
         self.num_accepted = len(token_ids)
         # The last accepted tokens that the matcher did not consume, because the first of them does not follow the grammar.
         self._num_unconsumed = 0
+        # See masks.py. The mask belongs to the tokens accepted so far.
+        self.mask_s = 0.0
+        self.pending_mask: Future[np.ndarray] | None = None
+        self._spent_s = 0.0
         self._check(_UNUSABLE)
         if token_ids:
+            begun = time.thread_time()
             for token_id in token_ids:  # one by one: during a call no other thread runs
                 self.matcher.consume_token(token_id)
+                if time.thread_time() - begun > MAX_REPLAY_S:
+                    self.error = _TOO_SLOW.format(MAX_REPLAY_S)
+                    return
             self._check("The tokens of output_token_ids do not follow the grammar of structured_outputs.")
             if self.is_finished:
                 self.error = "The tokens of output_token_ids end the grammar of structured_outputs already."
@@ -47,6 +68,7 @@ class Constraint:
     def accept(self, token_id: int) -> None:
         """Adds the output's next token."""
         self.num_accepted += 1
+        self.pending_mask = None
         # The mask under which this token was chosen may have exceeded a limit already.
         self._check(_TOO_COMPLEX)
         if self.error is None and not self.matcher.try_consume_tokens([token_id]):
@@ -63,6 +85,7 @@ class Constraint:
             f"rollback of {num_tokens} tokens, {self.num_accepted} were accepted"
         )
         self.num_accepted -= num_tokens
+        self.pending_mask = None
         num_unconsumed = min(num_tokens, self._num_unconsumed)
         self._num_unconsumed -= num_unconsumed
         if self.matcher.is_error():
@@ -75,6 +98,17 @@ class Constraint:
     def fail(self) -> None:
         """Puts the constraint in error: its mask could not be computed."""
         self.error = _TOO_COMPLEX
+
+    def spend(self, cpu_s: float) -> None:
+        """Counts the CPU time of a slow mask. Beyond the budget of a request, the constraint is in error."""
+        self._spent_s += cpu_s
+        if self._spent_s > MAX_MASKS_S and self.error is None:
+            self.error = _TOO_SLOW.format(MAX_MASKS_S)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its mask is being computed: nobody may touch it, and its request cannot be part of a step."""
+        return is_held(self)
 
     @property
     def is_finished(self) -> bool:
@@ -105,8 +139,10 @@ class Grammars:
         self._vocab_size = vocab_size
         self._compiling: dict[str, Future[Constraint]] = {}
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
-        self._masker = ThreadPoolExecutor(1, "grammar-masks")
-        self._executor = LLExecutor()
+        self._to_compile: queue.PriorityQueue[tuple[int, int, _Job]] = queue.PriorityQueue()
+        self._num_jobs = itertools.count()
+        self._compute = _Compute(vocab_size)
+        self._masks: MaskLanes[Constraint] = MaskLanes(self._compute, num_cpus=_num_cpus())
 
     @property
     def num_compiling(self) -> int:
@@ -118,7 +154,11 @@ class Grammars:
             raise RequestError(
                 "This replica has no tokenizer, which structured_outputs needs.", param="structured_outputs"
             )
-        self._compiling[request_id] = self._compiler.submit(Constraint, self._tokenizer, grammar, output_token_ids)
+        job = _Job(self._tokenizer, grammar, output_token_ids, Future())
+        self._compiling[request_id] = job.outcome
+        # The shortest first, so that nobody's plain request waits until many long ones are compiled.
+        self._to_compile.put((len(grammar) + len(output_token_ids), next(self._num_jobs), job))
+        self._compiler.submit(self._compile_next)
 
     def take_compiled(self, *, timeout_s: float = 0.0) -> list[Compiled]:
         """The outcomes since the last call, in the order of the calls of `compile`. Waits up to `timeout_s` for the first."""
@@ -144,33 +184,78 @@ class Grammars:
             future.cancel()
         return future is not None
 
-    def begin_masks(self, constraints: Mapping[str, Constraint]) -> "Future[dict[str, np.ndarray]] | None":
-        """Starts to compute which token may come next: by request id, bit i % 8 of byte i // 8 is token i. None without constraints.
+    def begin_masks(self, constraints: Mapping[str, Constraint]) -> StepMasks | None:
+        """Starts to compute which token may come next: bit i % 8 of byte i // 8 is token i. None without constraints.
 
-        No constraint may be touched until the result is there. The mask of one that is in error means nothing.
+        No constraint may be touched until `StepMasks.take` has returned its mask. The mask of one that is in error means nothing.
         """
-        return self._masker.submit(self._masks, constraints) if constraints else None
+        return self._masks.begin(constraints) if constraints else None
+
+    def prepare_mask(self, constraint: Constraint) -> None:
+        """After a token was accepted: a mask that will take long starts now."""
+        self._masks.prepare(constraint)
+
+    def wait_for_any(self, held: Sequence[Constraint], timeout_s: float) -> None:
+        """Returns when one of these constraints is no longer held, or after `timeout_s`."""
+        self._masks.wait_for_any(held, timeout_s)
 
     def close(self) -> None:
         """Ends the threads once they have finished the work at hand."""
         self._compiler.shutdown(wait=False, cancel_futures=True)
-        self._masker.shutdown(wait=False)
+        self._masks.close()
 
-    def _masks(self, constraints: Mapping[str, Constraint]) -> dict[str, np.ndarray]:
+    def _compile_next(self) -> None:
+        _, _, job = self._to_compile.get_nowait()
+        if not job.outcome.set_running_or_notify_cancel():
+            return
+        try:
+            constraint = Constraint(job.tokenizer, job.grammar, job.output_token_ids)
+            if constraint.error is None:
+                begun = time.thread_time()
+                mask = self._compute.alone(constraint)
+                constraint.mask_s = time.thread_time() - begun
+                constraint.pending_mask = Future()
+                constraint.pending_mask.set_result(mask)
+        except BaseException as e:  # a panic in native code is not an Exception; the request waits for an outcome
+            job.outcome.set_exception(e)
+        else:
+            job.outcome.set_result(constraint)
+
+
+class _Job(NamedTuple):
+    tokenizer: LLTokenizer
+    grammar: str
+    output_token_ids: Sequence[int]
+    outcome: "Future[Constraint]"
+
+
+class _Compute:
+    """A ComputeMasks (masks.py) with llguidance."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._executor = LLExecutor()
+
+    def together(self, constraints: Sequence[Constraint]) -> list[np.ndarray]:
         masks = np.zeros(get_bitmask_shape(len(constraints), self._vocab_size), dtype=np.int32)
-        rows = [(constraint.matcher, i) for i, constraint in enumerate(constraints.values())]
+        rows = [(constraint.matcher, i) for i, constraint in enumerate(constraints)]
         try:
             fill_next_token_bitmask_par(self._executor, rows, masks)
         except BaseException as e:  # a panic in native code is not an Exception; it must not end the engine
             log.error("The masks of a step could not be computed together: %r", e)
-            self._compute_each(constraints, masks)
-        return dict(zip(constraints, masks.view(np.uint8), strict=True))
+            return [self.alone(constraint) for constraint in constraints]
+        return list(masks.view(np.uint8))
 
-    def _compute_each(self, constraints: Mapping[str, Constraint], masks: np.ndarray) -> None:
-        """One by one, so that only the constraint that cannot be computed fails."""
-        for i, constraint in enumerate(constraints.values()):
-            try:
-                fill_next_token_bitmask_par(self._executor, [(constraint.matcher, 0)], masks[i : i + 1])
-            except BaseException as e:
-                log.error("A mask could not be computed: %r", e)
-                constraint.fail()
+    def alone(self, constraint: Constraint) -> np.ndarray:
+        mask = np.zeros(get_bitmask_shape(1, self._vocab_size), dtype=np.int32)
+        try:
+            fill_next_token_bitmask(constraint.matcher, mask)
+        except BaseException as e:  # only the constraint that cannot be computed fails
+            log.error("A mask could not be computed: %r", e)
+            constraint.fail()
+        row: np.ndarray = mask.view(np.uint8)[0]
+        return row
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

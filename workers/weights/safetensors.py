@@ -16,23 +16,7 @@ from workers.config import Layout
 from workers.errors import CheckpointError
 from workers.quant.method import Index
 from workers.weights.files import weight_files
-
-# Old conversions stored these, which are computed from the configuration.
-BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|rope\.freqs)")
-MISTRAL_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+from workers.weights.names import BUFFERS, huggingface_name
 
 
 class CheckpointTensor:
@@ -107,15 +91,7 @@ def open_checkpoint(
                     and len(tensor.shape) == 2
                     and not tensor.shape[0] % head_dim
                 ):
-                    tensors[_huggingface_name(name)] = InterleavedRows(tensor, head_dim)
+                    tensors[huggingface_name(name)] = InterleavedRows(tensor, head_dim)
                 else:
-                    tensors[_huggingface_name(name)] = tensor
+                    tensors[huggingface_name(name)] = tensor
         yield tensors
-
-
-def _huggingface_name(name: str) -> str:
-    """'layers.3.attention.wq.weight' is 'model.layers.3.self_attn.q_proj.weight'. Unknown names stay as they are."""
-    match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
-    if match is None or match[2] not in MISTRAL_NAMES:
-        return name
-    return f"{'model.' + match[1] if match[1] else ''}{MISTRAL_NAMES[match[2]]}.weight"

@@ -19,6 +19,7 @@ from cluster.api.generation.conversation import encode_conversation, to_definiti
 from cluster.api.generation.generation import Choice, make_choice
 from cluster.api.generation.prompts import truncate
 from cluster.api.generation.structured import check_combination, structured_output
+from cluster.api.generation.template_options import note_ignored_by_template, template_options
 from cluster.api.request_context import REQUEST_CONTEXT, RequestContext
 from cluster.api.schemas.chat import (
     ChatCompletion,
@@ -50,9 +51,10 @@ async def handle(request: web.Request) -> web.StreamResponse:
 def check(api: ApiContext, body: ChatRequest, context: RequestContext) -> None:
     """Checks all that needs no replica. Raises RequestError."""
     api.check_model(body.model, context)
-    check_shape(api, body, num_prompts=1, num_copies=body.n or 1)
+    check_shape(api, body, context, num_prompts=1, num_copies=body.n or 1)
     _check_fields(body)
     _check_tools(body)
+    _note_ignored(api, body, context)
 
 
 async def prepare(api: ApiContext, body: ChatRequest, context: RequestContext) -> Prepared:
@@ -62,7 +64,13 @@ async def prepare(api: ApiContext, body: ChatRequest, context: RequestContext) -
     head = ChatCompletion(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
     keep = body.truncate_prompt_tokens
     prompt = await encode_conversation(
-        api, body.messages, tools=tools, safe_prompt=bool(body.safe_prompt), truncates=keep is not None
+        api,
+        body.messages,
+        tools=tools,
+        safe_prompt=bool(body.safe_prompt),
+        continue_final=bool(body.continue_final_message),
+        options=template_options(body),
+        truncates=keep is not None,
     )
     token_ids = truncate(prompt.token_ids, keep, facts=facts, num_output=_max_tokens(body))
     prompt = ChatPrompt(token_ids, prompt.continues)
@@ -73,7 +81,7 @@ async def prepare(api: ApiContext, body: ChatRequest, context: RequestContext) -
 
 def _check_fields(body: ChatRequest) -> None:
     """Raises RequestError for combinations that make no sense."""
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise RequestError("'top_logprobs' needs 'logprobs'.", remedy="Set 'logprobs' to true.", param="top_logprobs")
     if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
         raise RequestError(
@@ -93,23 +101,28 @@ def _check_tools(body: ChatRequest) -> None:
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
         raise RequestError("Two tools have the same name.", remedy="Rename one of them.", param="tools")
-    if not tools:
-        if choice not in (None, "none", "auto"):
-            raise RequestError(
-                "'tool_choice' needs 'tools'.", remedy="Send 'tools', or remove 'tool_choice'.", param="tool_choice"
-            )
-        if body.parallel_tool_calls is not None:
-            raise RequestError(
-                "'parallel_tool_calls' needs 'tools'.",
-                remedy="Send 'tools', or remove 'parallel_tool_calls'.",
-                param="parallel_tool_calls",
-            )
+    if not tools and choice not in (None, "none", "auto"):
+        raise RequestError(
+            "'tool_choice' needs 'tools'.", remedy="Send 'tools', or remove 'tool_choice'.", param="tool_choice"
+        )
     if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
         raise RequestError(
             f"'tool_choice' names {choice.function.name!r}, which is not one of the tools.",
             remedy="Name one of the tools.",
             param="tool_choice",
         )
+
+
+def _note_ignored(api: ApiContext, body: ChatRequest, context: RequestContext) -> None:
+    """Fields that can act, but not in this request or with this model's template. Raises RequestError if the server is strict."""
+    if not body.tools:
+        api.ignore(context, tool_choice=body.tool_choice, parallel_tool_calls=body.parallel_tool_calls)
+    elif _must_call(body):
+        wanted = structured_output(body)
+        api.ignore(context, **({wanted[1]: True} if wanted else {}))
+    if not body.logprobs:
+        api.ignore(context, top_logprobs=body.top_logprobs)
+    note_ignored_by_template(api, body.messages, body, context)
 
 
 def _offered_tools(body: ChatRequest) -> list[Tool]:
@@ -126,29 +139,31 @@ async def _grammar(
 ) -> str | None:
     """The grammar that the output must follow, as llguidance reads it; None for any text. Raises RequestError."""
     wanted = structured_output(body)
-    if tools:
-        if wanted is not None:
-            raise RequestError(
-                f"{wanted[1]!r} cannot be combined with tools.",
-                remedy="Remove one of them, or set 'tool_choice' to 'none'.",
-                param=wanted[1],
-            )
-        check_combination(body, "tools")
-        compiler = await api.grammars.compiler(facts)
-        named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None
-        build = partial(
-            tool_grammar,
-            to_definitions(tools),
-            compiler=compiler,
-            required=body.tool_choice == "required" or named is not None,
-            name=named,
-            parallel=body.parallel_tool_calls is not False,
-        )
-        return await api.grammars.run(build, param="tools")
-    if wanted is None:
-        return None
-    check_combination(body, wanted[1])
-    return await api.grammars.compile(wanted[0], at_start=at_start, param=wanted[1], facts=facts)
+    if not tools:
+        if wanted is None:
+            return None
+        check_combination(body, wanted[1])
+        return await api.grammars.compile(wanted[0], at_start=at_start, param=wanted[1], facts=facts)
+    check_combination(body, "tools")
+    compiler = await api.grammars.compiler(facts)
+    text = None
+    if wanted is not None and not _must_call(body):
+        text = await api.grammars.compile(wanted[0], at_start=at_start, param=wanted[1], facts=facts)
+    build = partial(
+        tool_grammar,
+        to_definitions(tools),
+        compiler=compiler,
+        required=_must_call(body),
+        name=body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None,
+        parallel=body.parallel_tool_calls is not False,
+        text=text,
+    )
+    return await api.grammars.run(build, param="tools")
+
+
+def _must_call(body: ChatRequest) -> bool:
+    """Whether the response is tool calls and no text."""
+    return body.tool_choice in ("required", "any") or isinstance(body.tool_choice, NamedToolChoice)
 
 
 def _choices(
@@ -162,7 +177,7 @@ def _choices(
     facts: EngineFacts,
     answer_id: str,
 ) -> list[Choice]:
-    seed = context.seed_of(body.seed)
+    seed = context.seed_of(body.requested_seed)
     num_tokens = sampling.resolve_max_tokens(
         _max_tokens(body), default=None, num_prompt_tokens=len(prompt.token_ids), facts=facts, prompt_param="messages"
     )

@@ -44,7 +44,9 @@ def check(api: ApiContext, body: CompletionRequest, context: RequestContext) -> 
     api.check_model(body.model, context)
     prompts = split_prompt(body.prompt)
     _check_fields(body, prompts)
-    check_shape(api, body, num_prompts=len(prompts), num_copies=body.num_copies)
+    check_shape(api, body, context, num_prompts=len(prompts), num_copies=body.num_copies)
+    if body.suffix or not any(isinstance(prompt, str) for prompt in prompts):
+        api.ignore(context, add_special_tokens=body.add_special_tokens)
 
 
 async def prepare(api: ApiContext, body: CompletionRequest, context: RequestContext) -> Prepared:
@@ -116,7 +118,7 @@ async def _choices(
             prompt_param="prompt",
         )
         # With the client's seed, a prompt's output does not depend on the other prompts; without one, equal prompts get different outputs.
-        seed = context.seed_of(body.seed)
+        seed = context.seed_of(body.requested_seed)
         for copy in range(num_copies):
             params = sampling.sampling_params(
                 body,
@@ -160,7 +162,8 @@ async def _encode(
         suffix, num_chars = body.suffix, len(prompt) + len(body.suffix)
         check_text_length(num_chars, tokenizer, param="prompt", facts=facts)
         return await in_thread_if_long(num_chars, lambda: encode_infilling(tokenizer, prompt, suffix))
-    token_ids = await encode_prompt(tokenizer, prompt, facts=facts, truncates=keep is not None)
+    adds = body.add_special_tokens is not False
+    token_ids = await encode_prompt(tokenizer, prompt, facts=facts, truncates=keep is not None, add_special_tokens=adds)
     return truncate(token_ids, keep, facts=facts, num_output=body.max_tokens)
 
 

@@ -4,11 +4,11 @@ Knows the endpoint's input forms and its response; the engine does the pooling.
 """
 
 import base64
-import sys
 import time
 import uuid
-from array import array
 
+import numpy as np
+import numpy.typing as npt
 from aiohttp import web
 
 from cluster.api.context import CONTEXT, ApiContext
@@ -62,28 +62,26 @@ async def complete(
 ) -> EmbeddingList:
     """The response. Raises what the router raises, and RequestError for what the model cannot do."""
     facts = api.router.facts
-    if body.dimensions is not None and body.dimensions != facts.hidden_size:
-        raise RequestError(
-            f"This model's embeddings have {facts.hidden_size} dimensions and cannot be shortened.",
-            remedy="Remove 'dimensions'.",
-            param="dimensions",
-        )
-    requests = await _requests(api, body, context, facts=facts)
+    num_dimensions = _num_dimensions(body, facts)
+    answer_id = f"embd-{uuid.uuid4().hex}"
+    requests = await _requests(api, body, context, facts=facts, answer_id=answer_id)
     with admit_inputs(api, requests, context=context, deadline=deadline) as admission:
         deltas = await run_inputs(api, requests, context=context, admission=admission, arrived=arrived)
     num_tokens = sum(len(r.prompt_token_ids) for r in requests)
     as_base64 = body.encoding_format == "base64"
+    vectors = [_vector(delta, num_dimensions) for delta in deltas]
     return EmbeddingList(
+        id=answer_id,
         model=body.model,
-        data=[EmbeddingItem(index=i, embedding=_render(delta, as_base64)) for i, delta in enumerate(deltas)],
+        data=[EmbeddingItem(index=i, embedding=_render(vector, as_base64)) for i, vector in enumerate(vectors)],
         usage=InputUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
     )
 
 
 async def _requests(
-    api: ApiContext, body: EmbeddingRequest, context: RequestContext, *, facts: EngineFacts
+    api: ApiContext, body: EmbeddingRequest, context: RequestContext, *, facts: EngineFacts, answer_id: str
 ) -> list[GenerateRequest]:
-    keep, answer_id = body.truncate_prompt_tokens, f"embd-{uuid.uuid4().hex}"
+    keep = body.truncate_prompt_tokens
     requests = []
     for i, text in enumerate(split_prompt(body.input, param="input")):
         encoded = await encode_prompt(api.tokenizer, text, facts=facts, truncates=keep is not None, param="input")
@@ -102,13 +100,36 @@ async def _requests(
     return requests
 
 
-def _render(delta: TokenDelta, as_base64: bool) -> list[float] | str:
+def _num_dimensions(body: EmbeddingRequest, facts: EngineFacts) -> int:
+    """How many numbers the request asks for. Raises RequestError."""
+    requested = {name: getattr(body, name) for name in ("dimensions", "output_dimension")}
+    sent = {name: number for name, number in requested.items() if number is not None}
+    if len(set(sent.values())) > 1:
+        raise RequestError(
+            "'dimensions' and 'output_dimension' mean the same and differ.",
+            remedy="Send one of them.",
+            param="output_dimension",
+        )
+    for name, number in sent.items():
+        if number > facts.hidden_size:
+            raise RequestError(
+                f"{name!r} is {number}; this model's embeddings have {facts.hidden_size} dimensions.",
+                remedy=f"Send at most {facts.hidden_size}.",
+                param=name,
+            )
+    return next(iter(sent.values()), facts.hidden_size)
+
+
+def _vector(delta: TokenDelta, num_dimensions: int) -> npt.NDArray[np.float32]:
+    """The first numbers of an embedding, scaled to length 1 as OpenAI does; a whole embedding as it is."""
     if delta.embedding is None:
         raise EngineError("The replica sent no embedding. It may run an older version.")
-    if as_base64:
-        return base64.b64encode(delta.embedding).decode()
-    values = array("f")
-    values.frombytes(delta.embedding)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tolist()
+    vector = np.frombuffer(delta.embedding, "<f4")
+    if num_dimensions == len(vector):
+        return vector
+    kept = vector[:num_dimensions].astype(np.float64)
+    return (kept / (np.linalg.norm(kept) or 1.0)).astype("<f4")
+
+
+def _render(vector: npt.NDArray[np.float32], as_base64: bool) -> list[float] | str:
+    return base64.b64encode(vector.tobytes()).decode() if as_base64 else vector.tolist()

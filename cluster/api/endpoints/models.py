@@ -1,6 +1,6 @@
 """GET /v1/models and /v1/models/{model}: the names of the served model.
 
-Knows the names and, once a replica has reported it, the context length.
+Knows the names, what the model can be used for and, once a replica has reported it, the context length.
 """
 
 from aiohttp import web
@@ -8,7 +8,7 @@ from aiohttp import web
 from cluster.api.context import CONTEXT, ApiContext
 from cluster.api.generation.answering import json_response
 from cluster.api.request_context import REQUEST_CONTEXT
-from cluster.api.schemas.models import ModelCard, ModelList
+from cluster.api.schemas.models import Capabilities, ModelCard, ModelList
 from workers.errors import ReplicaUnavailableError
 
 
@@ -31,4 +31,16 @@ def _card(api: ApiContext, name: str) -> ModelCard:
         max_model_len: int | None = api.router.facts.max_model_len
     except ReplicaUnavailableError:
         max_model_len = None
-    return ModelCard(id=name, created=api.created, max_model_len=max_model_len)
+    template = api.chat_template
+    return ModelCard(
+        id=name,
+        created=api.created,
+        max_model_len=max_model_len,
+        max_context_length=max_model_len,
+        aliases=[other for other in api.model_names if other != name],
+        capabilities=Capabilities(
+            completion_chat=template is not None,
+            function_calling=template is not None and template.supports_tools,
+            moderation=template is not None,
+        ),
+    )

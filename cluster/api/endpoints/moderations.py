@@ -8,6 +8,7 @@ Knows the endpoint's body and response, and the scoring; the question's text is 
 
 import asyncio
 import math
+import re
 import time
 import uuid
 
@@ -19,7 +20,7 @@ from cluster.api.generation.inputs import admit_inputs, run_inputs
 from cluster.api.generation.prompts import check_text_length
 from cluster.api.generation.sampling import too_long
 from cluster.api.request_context import REQUEST_CONTEXT
-from cluster.api.schemas.moderations import Moderation, ModerationRequest, ModerationResponse
+from cluster.api.schemas.moderations import OPENAI_CATEGORIES, Moderation, ModerationRequest, ModerationResponse
 from cluster.api.server import request_options
 from cluster.api.server.body import read_body
 from cluster.system.log import log_prompt
@@ -29,6 +30,7 @@ from workers.errors import EngineError, RequestError
 from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 
 ANSWERS = (*CATEGORIES, NOT_MODERATED)
+_MODERATION_MODEL = re.compile(r"(omni|text|mistral)-moderation-[a-z0-9-]{1,40}")
 
 
 async def handle(request: web.Request) -> web.Response:
@@ -37,12 +39,12 @@ async def handle(request: web.Request) -> web.Response:
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, ModerationRequest)
-    model = body.model or api.model_names[0]
+    model = _served_model(api, body.model)
     api.check_model(model, context)
-    log_prompt(body.input)
+    texts = _texts(body)
+    log_prompt(texts)
     facts = api.router.facts
     answer_id = f"modr-{uuid.uuid4().hex}"
-    texts = [body.input] if isinstance(body.input, str) else body.input
     answers = [api.tokenizer.encode(answer, bos=False) for answer in ANSWERS]
     questions = await asyncio.to_thread(_questions, api, texts, facts=facts)
     requests = [
@@ -59,6 +61,24 @@ async def handle(request: web.Request) -> web.Response:
     scores = [_score(delta) for delta in deltas]
     results = [_classify(scores[i : i + len(ANSWERS)]) for i in range(0, len(scores), len(ANSWERS))]
     return json_response(ModerationResponse(id=answer_id, model=model, results=results))
+
+
+def _served_model(api: ApiContext, name: str | None) -> str:
+    """The served model also answers for the moderation models of OpenAI and Mistral, which their clients name."""
+    if name is None or (name not in api.model_names and _MODERATION_MODEL.fullmatch(name)):
+        return api.model_names[0]
+    return name
+
+
+def _texts(body: ModerationRequest) -> list[str]:
+    """The texts to judge. As with OpenAI, parts belong to one text. Raises RequestError for a mixture."""
+    if isinstance(body.input, str):
+        return [body.input]
+    texts = [item for item in body.input if isinstance(item, str)]
+    parts = [item.text for item in body.input if not isinstance(item, str)]
+    if texts and parts:
+        raise RequestError("'input' mixes texts and parts of a text.", remedy="Send only one kind.", param="input")
+    return texts or ["\n\n".join(parts)]
 
 
 def _questions(api: ApiContext, texts: list[str], *, facts: EngineFacts) -> list[list[int]]:
@@ -96,9 +116,11 @@ def _classify(logprobs: list[float]) -> Moderation:
     weights = [math.exp(logprob - highest) for logprob in logprobs]
     scores = [weight / sum(weights) for weight in weights]
     answer = ANSWERS[scores.index(max(scores))]
+    score_of = dict(zip(CATEGORIES, scores, strict=False))
+    members = {category: (category,) for category in CATEGORIES} | OPENAI_CATEGORIES
     return Moderation(
         flagged=answer != NOT_MODERATED,
-        categories={category: category == answer for category in CATEGORIES},
-        category_scores=dict(zip(CATEGORIES, scores, strict=False)),
-        category_applied_input_types={category: ["text"] for category in CATEGORIES},
+        categories={name: answer in included for name, included in members.items()},
+        category_scores={name: math.fsum(score_of[c] for c in included) for name, included in members.items()},
+        category_applied_input_types={name: ["text"] for name in members},
     )

@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 
 from cluster.api.endpoints.endpoint import Endpoint
+from cluster.api.schemas.foreign_fields import FOREIGN, Foreign
 from cluster.api.server.errors import ErrorEnvelope
 
 OPENAPI = web.AppKey("openapi", bytes)
@@ -44,6 +45,10 @@ def render(endpoints: Sequence[Endpoint]) -> bytes:
     for component in components.values():
         if "description" in component:  # a docstring, with its line breaks and indentation
             component["description"] = " ".join(component["description"].split())
+    for kind, table in FOREIGN.items():
+        properties = components[kind.__name__]["properties"]
+        for name, foreign in table.items():
+            properties.setdefault(name, _foreign_schema(foreign))
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
         path = re.sub(r"\{(\w+):[^}]*\}", r"{\1}", endpoint.path)
@@ -54,16 +59,28 @@ def render(endpoints: Sequence[Endpoint]) -> bytes:
             "title": "Tramontane",
             "version": version("tramontane"),
             "description": "An OpenAI-compatible API for Mistral-family models, with vLLM's additions. "
-            "Fields that the server does not support are refused by name.",
+            "A field that would change the answer and is not supported is refused by its name. Other fields without effect are "
+            "accepted and named in the header X-Tramontane-Ignored.",
         },
         "paths": paths,
         "components": {
             "schemas": components,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+                "api-key": {"type": "apiKey", "in": "header", "name": "api-key"},
+            },
         },
-        "security": [{"key": []}],
+        "security": [{"key": []}, {"x-api-key": []}, {"api-key": []}],
     }
     return msgspec.json.encode(document)
+
+
+def _foreign_schema(foreign: Foreign) -> dict[str, Any]:
+    """Of a field that never acts: any value, or one of those that ask for nothing."""
+    if foreign.neutral is None:
+        return {"description": f"Accepted without effect. {foreign.meaning}"}
+    return {"description": f"Not supported. {foreign.meaning}", "enum": list(foreign.neutral)}
 
 
 def _operation(endpoint: Endpoint, path: str, schema_of: dict[int, Any]) -> dict[str, Any]:

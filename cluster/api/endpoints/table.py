@@ -1,7 +1,11 @@
 """The table of endpoints. The HTTP router and /openapi.json both come from these rows, so they always agree.
 
-Knows every endpoint's path, types and statuses. The web page's files are not in it (pages.py).
+Knows every endpoint's path, types and statuses, and under which paths Azure's clients look for them. The web page's files are not in it
+(pages.py).
 """
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 from cluster.api.endpoints import chat, completions, embeddings, models, moderations, openapi, tokens
 from cluster.api.endpoints.batches import batches, files
@@ -21,7 +25,7 @@ RUN_ERRORS = (429, 500, 503, 504)
 STORE_ERRORS = (400, 404, 503)
 
 
-ENDPOINTS = (
+_OWN = (
     Endpoint(
         method="POST",
         path="/v1/completions",
@@ -94,6 +98,14 @@ ENDPOINTS = (
         errors=(*BODY_ERRORS, *MODEL_ERRORS, 429, 503),
     ),
     Endpoint(
+        method="GET",
+        path="/tokenizer_info",
+        handler=tokens.tokenizer_info,
+        summary="Get the tokenizer's special tokens and chat template.",
+        response=token_schemas.TokenizerInfo,
+        errors=(503,),
+    ),
+    Endpoint(
         method="POST",
         path="/v1/files",
         handler=files.create,
@@ -108,7 +120,7 @@ ENDPOINTS = (
         handler=files.list_files,
         summary="List files.",
         response=batch_schemas.FileList,
-        query=("after", "limit", "order", "purpose"),
+        query=("after", "limit", "order", "purpose", "page", "page_size", "include_total"),
         errors=(400, 503),
     ),
     Endpoint(
@@ -238,3 +250,23 @@ ENDPOINTS = (
         errors=(*BODY_ERRORS, 404, 503),
     ),
 )
+
+# The paths of OpenAI's client for Azure, where the deployment takes the place of the body's model. Its name may have slashes, so the
+# first path that fits decides: `/chat/completions` comes before `/completions`.
+_AZURE = {
+    "/v1/chat/completions": "/openai/deployments/{deployment:.+}/chat/completions",
+    "/v1/completions": "/openai/deployments/{deployment:.+}/completions",
+    "/v1/embeddings": "/openai/deployments/{deployment:.+}/embeddings",
+    "/v1/models": "/openai/models",
+    "/v1/models/{model:.+}": "/openai/models/{model:.+}",
+}
+
+
+def _azure() -> Iterator[Endpoint]:
+    own = {endpoint.path: endpoint for endpoint in _OWN}
+    for path, azure_path in _AZURE.items():
+        summary = f"{own[path].summary.removesuffix('.')}, at Azure's path."
+        yield replace(own[path], path=azure_path, summary=summary, query=(*own[path].query, "api-version"))
+
+
+ENDPOINTS = (*_OWN, *_azure())

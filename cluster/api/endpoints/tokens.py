@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, compatible with vLLM: text to token ids and back.
+"""POST /tokenize and /detokenize, and GET /tokenizer_info, compatible with vLLM: text to token ids and back.
 
 Knows the tokenizer and the chat template; runs nothing on a replica.
 """
@@ -13,8 +13,15 @@ from cluster.api.generation.answering import json_response
 from cluster.api.generation.conversation import encode_conversation
 from cluster.api.generation.prompts import in_thread_if_long
 from cluster.api.generation.sampling import check_token_ids
+from cluster.api.generation.template_options import note_ignored_by_template, template_options
 from cluster.api.request_context import REQUEST_CONTEXT
-from cluster.api.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from cluster.api.schemas.tokens import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
 from cluster.api.server.body import read_body
 from workers.errors import RequestError
 
@@ -30,11 +37,20 @@ async def tokenize(request: web.Request) -> web.Response:
             "Exactly one of 'prompt' and 'messages' is required.", remedy="Send either of them.", param="prompt"
         )
     if body.messages is not None:
-        prompt = await encode_conversation(api, body.messages, tools=body.tools or ())
+        note_ignored_by_template(api, body.messages, body, request[REQUEST_CONTEXT])
+        prompt = await encode_conversation(
+            api,
+            body.messages,
+            tools=body.tools or (),
+            continue_final=bool(body.continue_final_message),
+            options=template_options(body),
+        )
         token_ids = prompt.token_ids
     else:
-        text, bos = body.prompt or "", body.add_special_tokens is not False
-        token_ids = await in_thread_if_long(len(text), lambda: api.tokenizer.encode(text, bos=bos))
+        text, adds = body.prompt or "", body.add_special_tokens is not False
+        token_ids = await in_thread_if_long(
+            len(text), lambda: api.tokenizer.encode_prompt(text, add_special_tokens=adds)
+        )
     strings = [api.tokenizer.token_text(i) for i in token_ids] if body.return_token_strs else UNSET
     return json_response(
         TokenizeResponse(
@@ -54,3 +70,22 @@ async def detokenize(request: web.Request) -> web.Response:
         api.check_model(body.model, request[REQUEST_CONTEXT])
     check_token_ids(body.tokens, param="tokens", vocab_size=api.router.facts.vocab_size)
     return json_response(DetokenizeResponse(prompt=await asyncio.to_thread(api.tokenizer.decode, body.tokens)))
+
+
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """The tokenizer's settings under the names of transformers, as lm-eval's remote tokenizer reads them."""
+    api = request.app[CONTEXT]
+    facts, name_of = api.router.facts, api.tokenizer.token_text
+    return json_response(
+        TokenizerInfo(
+            tokenizer_class="LlamaTokenizer",  # of every SentencePiece vocabulary of the family
+            bos_token=name_of(api.tokenizer.bos_token_id),
+            eos_token=name_of(facts.eos_token_ids[0]),
+            pad_token=None,
+            add_bos_token=True,
+            add_eos_token=False,
+            model_max_length=facts.max_model_len,
+            vocab_size=api.tokenizer.vocab_size,
+            chat_template=None if api.chat_template is None else api.chat_template.source,
+        )
+    )

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from cluster.api.context import ApiContext
 from cluster.api.generation.generation import Choice, Event, Whole, admit, collect, run
+from cluster.api.request_context import RequestContext
 from cluster.api.schemas.base import GenerationRequest
 from cluster.api.server import request_options, sse
 from workers.errors import RequestError
@@ -35,11 +36,15 @@ class Formatter(Protocol):
         """The chunks before the end of a stream."""
 
 
-def check_shape(api: ApiContext, body: GenerationRequest, *, num_prompts: int, num_copies: int) -> None:
+def check_shape(
+    api: ApiContext, body: GenerationRequest, context: RequestContext, *, num_prompts: int, num_copies: int
+) -> None:
     """Raises RequestError if fields contradict each other or request too many sequences."""
-    if body.stream_options is not None and not body.stream:
+    if not body.stream:
+        api.ignore(context, stream_options=body.stream_options)
+    if None not in (body.seed, body.random_seed) and body.seed != body.random_seed:
         raise RequestError(
-            "'stream_options' needs 'stream'.", remedy="Set 'stream' to true, or remove it.", param="stream_options"
+            "'seed' and 'random_seed' mean the same and differ.", remedy="Send one of them.", param="random_seed"
         )
     if body.continuous_usage and not body.include_usage:
         raise RequestError(

@@ -4,12 +4,13 @@ Knows the message types of the API and of cluster/text/chat/template.py; knows n
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cluster.api.context import ApiContext
 from cluster.api.generation.prompts import check_text_length, in_thread_if_long
-from cluster.api.schemas.chat import AssistantMessage, ChatMessage, Tool, ToolMessage, UserMessage
+from cluster.api.schemas.chat import AssistantMessage, ChatMessage, Tool, ToolMessage, UserMessage, texts_of
 from cluster.text.chat.safe_prompt import with_safe_prompt
-from cluster.text.chat.template import ChatPrompt, Message
+from cluster.text.chat.template import DEFAULT_OPTIONS, ChatPrompt, Message, TemplateOptions
 from cluster.text.tools.definitions import ToolCall, ToolDefinition
 from workers.errors import RequestError
 
@@ -20,28 +21,36 @@ async def encode_conversation(
     *,
     tools: Sequence[Tool] = (),
     safe_prompt: bool = False,
+    continue_final: bool = False,
+    options: TemplateOptions = DEFAULT_OPTIONS,
     truncates: bool = False,
 ) -> ChatPrompt:
     """Raises RequestError for a conversation that the template does not allow or that can never fit.
 
-    truncates: the ids will be truncated, so any length fits.
+    continue_final: the last message is a prefix of the response. truncates: the ids will be truncated, so any length fits.
     """
     template = api.chat_template
     if template is None:
-        raise RequestError("This model has no chat template.", remedy="Use /v1/completions.", param="messages")
+        raise RequestError(
+            f"This model cannot chat. {api.no_chat or 'It has no chat template.'}",
+            remedy="Use /v1/completions.",
+            param="messages",
+        )
     converted = to_messages(messages)
+    if continue_final:
+        converted[-1] = _as_prefix(converted[-1])
     if safe_prompt:
         converted = with_safe_prompt(converted)
     definitions = to_definitions(tools)
-    num_chars = sum(len(m.content) for m in converted)
+    num_chars = sum(len(text) for m in converted for text in m.texts)
     if not truncates:
         check_text_length(num_chars, api.tokenizer, param="messages", facts=api.router.facts)
     num_chars += 100 * len(converted) + 1000 * len(definitions)
-    return await in_thread_if_long(num_chars, lambda: template.encode(converted, tools=definitions))
+    return await in_thread_if_long(num_chars, lambda: template.encode(converted, tools=definitions, options=options))
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Messages for the template: text parts joined, `developer` as `system`."""
+    """Messages for the template, with their text parts, `developer` as `system`."""
     return [_convert(message) for message in messages]
 
 
@@ -59,14 +68,25 @@ def to_definitions(tools: Sequence[Tool]) -> list[ToolDefinition]:
 
 
 def _convert(message: ChatMessage) -> Message:
-    content = message.content or ""
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    texts = tuple(text for text in texts_of(message.content) if text)
+    content = texts if len(texts) > 1 else "".join(texts)
     match message:
         case UserMessage():
-            return Message("user", text)
+            return Message("user", content, name=message.name)
         case ToolMessage():
-            return Message("tool", text, name=message.name, tool_call_id=message.tool_call_id)
+            return Message("tool", content, name=message.name, tool_call_id=message.tool_call_id)
         case AssistantMessage():
-            calls = tuple(ToolCall(c.id, c.function.name, c.function.arguments) for c in message.tool_calls or ())
-            return Message("assistant", text, prefix=bool(message.prefix), tool_calls=calls)
-    return Message("system", text)
+            calls = tuple(ToolCall(c.id, c.function.name, c.function.arguments_json) for c in message.tool_calls or ())
+            content = content or message.refusal or ""
+            return Message("assistant", content, prefix=bool(message.prefix), name=message.name, tool_calls=calls)
+    return Message("system", content, name=message.name)
+
+
+def _as_prefix(message: Message) -> Message:
+    if message.role != "assistant":
+        raise RequestError(
+            "'continue_final_message' needs a last message of the assistant.",
+            remedy="Add one, or remove 'continue_final_message'.",
+            param="continue_final_message",
+        )
+    return replace(message, prefix=True)

@@ -42,11 +42,12 @@ async def encode_prompt(
     *,
     facts: EngineFacts,
     truncates: bool = False,
+    add_special_tokens: bool = True,
     param: str = "prompt",
 ) -> list[int]:
-    """Token ids of one prompt; text starts with the beginning-of-sequence token. Raises RequestError.
+    """Token ids of one prompt; a text may name special tokens. Raises RequestError.
 
-    truncates: `truncate` follows, so any length fits.
+    truncates: `truncate` follows, so any length fits. add_special_tokens: see Tokenizer.encode_prompt.
     """
     if isinstance(prompt, list):
         sampling.check_token_ids(prompt, param=param, vocab_size=facts.vocab_size)
@@ -59,7 +60,9 @@ async def encode_prompt(
             remedy="Shorten it.",
             param=param,
         )
-    return await in_thread_if_long(len(prompt), lambda: tokenizer.encode(prompt))
+    return await in_thread_if_long(
+        len(prompt), lambda: tokenizer.encode_prompt(prompt, add_special_tokens=add_special_tokens)
+    )
 
 
 async def in_thread_if_long(num_chars: int, encode: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ Knows the model's facts and OpenAI's rules for lengths. Knows no prompt text and
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 
 from cluster.api.schemas.base import GenerationRequest
 from cluster.text.tokenizer import Tokenizer
@@ -92,7 +93,8 @@ def sampling_params(
             remedy="Lower it, or raise 'max_tokens'.",
             param="min_tokens",
         )
-    stop_token_ids, logit_bias, allowed = body.stop_token_ids or [], body.logit_bias or {}, body.allowed_token_ids
+    logit_bias, allowed = body.logit_bias or {}, body.allowed_token_ids
+    stop_token_ids = [*(body.stop_token_ids or []), *_special_stops(body.stop_strings, tokenizer)]
     check_token_ids(stop_token_ids, param="stop_token_ids", vocab_size=facts.vocab_size)
     check_token_ids(list(logit_bias), param="logit_bias", vocab_size=facts.vocab_size)
     check_token_ids(allowed or [], param="allowed_token_ids", vocab_size=facts.vocab_size)
@@ -105,8 +107,8 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
+        temperature=0.0 if body.top_p == 0 else 1.0 if body.temperature is None else body.temperature,
+        top_p=body.top_p or 1.0,
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
@@ -122,6 +124,11 @@ def sampling_params(
         bad_words=tokenizer.bad_words_ids(body.bad_words) if body.bad_words else (),
         grammar=grammar,
     )
+
+
+def _special_stops(stops: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """The tokens that these stop strings name, such as "<|im_end|>": they have no text in which the string could be found."""
+    return [token_id for stop in stops if (token_id := tokenizer.control_token_id(stop)) is not None]
 
 
 def _ends(body: GenerationRequest, facts: EngineFacts) -> tuple[int, ...]:

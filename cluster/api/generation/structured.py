@@ -1,6 +1,6 @@
-"""Turns a body's `response_format` and `structured_outputs` into the grammar that the output follows.
+"""Turns a body's `response_format`, `structured_outputs` or `guided_*` into the grammar that the output follows.
 
-Knows the two fields and what cannot be combined with a grammar. cluster/text/grammar/compiler.py builds the grammars.
+Knows these fields and what cannot be combined with a grammar. cluster/text/grammar/compiler.py builds the grammars.
 """
 
 import asyncio
@@ -12,15 +12,22 @@ from functools import partial
 from typing import Any
 
 from cluster.api.schemas.base import GenerationRequest
-from cluster.api.schemas.parse import check_structure
+from cluster.api.schemas.structure import check_structure
 from cluster.api.schemas.structured import JsonObjectFormat, SchemaFormat, StructuredOutputs
-from cluster.text.grammar.compiler import GrammarCompiler, StructuredOutput
+from cluster.text.grammar.compiler import GrammarCompiler, GrammarKind, StructuredOutput
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.protocol import EngineFacts
 
 TIME_LIMIT_S = 10.0  # the largest grammars within the bounds take 0.8 s
 MAX_AT_ONCE = 2
+# Older names for a field of structured_outputs.
+GUIDED: dict[str, GrammarKind] = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
 
 
 class Grammars:
@@ -95,19 +102,19 @@ class Grammars:
 def structured_output(body: GenerationRequest) -> tuple[StructuredOutput, str] | None:
     """The requested form of the output and the field that requests it; None for any text. Raises RequestError."""
     found: list[tuple[StructuredOutput, str]] = []
-    if isinstance(body.response_format, JsonObjectFormat):
-        found.append((StructuredOutput("json_object", None), "response_format"))
-    elif isinstance(body.response_format, SchemaFormat):
-        schema = body.response_format.json_schema.schema
-        output = StructuredOutput("json_object", None) if schema is None else StructuredOutput("json", schema)
-        found.append((output, "response_format"))
+    if isinstance(body.response_format, JsonObjectFormat | SchemaFormat):
+        found.append((_from_response_format(body.response_format), "response_format"))
     if body.structured_outputs is not None:
         found.append((_from_structured_outputs(body.structured_outputs), "structured_outputs"))
+    for name, kind in GUIDED.items():
+        value = getattr(body, name)
+        if value is not None:
+            found.append((_output(kind, value, name), name))
     if len(found) > 1:
         raise RequestError(
-            "'response_format' and 'structured_outputs' cannot be combined.",
+            f"{found[0][1]!r} and {found[1][1]!r} cannot be combined.",
             remedy="Send only one of them.",
-            param="structured_outputs",
+            param=found[1][1],
         )
     return found[0] if found else None
 
@@ -119,30 +126,39 @@ def check_combination(body: GenerationRequest, param: str) -> None:
             raise RequestError(f"{name!r} cannot be combined with {param!r}.", remedy="Remove one of them.", param=name)
 
 
+def _from_response_format(wanted: JsonObjectFormat | SchemaFormat) -> StructuredOutput:
+    schema = wanted.schema if isinstance(wanted, JsonObjectFormat) else wanted.json_schema.schema
+    return StructuredOutput("json_object") if schema is None else StructuredOutput("json", schema)
+
+
 def _from_structured_outputs(wanted: StructuredOutputs) -> StructuredOutput:
-    given: list[tuple[Any, Any]] = [
-        (kind, value)
-        for kind, value in (
-            ("json", wanted.json),
-            ("regex", wanted.regex),
-            ("choice", wanted.choice),
-            ("grammar", wanted.grammar),
-        )
-        if value is not None
-    ]
+    values: dict[GrammarKind, Any] = {
+        "json": wanted.json,
+        "regex": wanted.regex,
+        "choice": wanted.choice,
+        "grammar": wanted.grammar,
+        "json_object": wanted.json_object or None,
+    }
+    given = [(kind, value) for kind, value in values.items() if value is not None]
     if len(given) != 1:
         raise RequestError(
-            f"'structured_outputs' has {len(given)} of json, regex, choice and grammar.",
+            f"'structured_outputs' has {len(given)} of json, regex, choice, grammar and json_object.",
             remedy="Send exactly one of them.",
             param="structured_outputs",
         )
-    kind, value = given[0]
+    return _output(*given[0], "structured_outputs")
+
+
+def _output(kind: GrammarKind, value: Any, param: str) -> StructuredOutput:
+    """A schema may be sent as text."""
+    if kind == "json_object":
+        return StructuredOutput("json_object")
     if kind == "json" and isinstance(value, str):
         check_structure(value.encode("utf-8", "surrogatepass"))
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as e:
-            raise RequestError("'structured_outputs.json' is not valid JSON.", param="structured_outputs") from e
+            raise RequestError(f"{param!r}: the schema is not valid JSON.", param=param) from e
         if not isinstance(value, dict | bool):
-            raise RequestError("'structured_outputs.json' must be a JSON schema.", param="structured_outputs")
+            raise RequestError(f"{param!r}: the text is not a JSON schema.", param=param)
     return StructuredOutput(kind, value)

@@ -1,18 +1,18 @@
 """What several endpoints share: bounds, the parameters of every generation, usage.
 
 Knows types, bounds and OpenAI's names, and vLLM's names for what OpenAI does not have. Checks that need the model (context length,
-vocabulary) are in generation/sampling.py and generation/prompts.py. Unknown fields are refused (see parse.py).
+vocabulary) are in generation/sampling.py and generation/prompts.py. Unknown fields are accepted and reported (see lenient.py).
 """
 
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from cluster.api.schemas.structured import ResponseFormat, StructuredOutputs
+from cluster.api.schemas.structured import Choices, JsonSchema, Pattern, ResponseFormat, StructuredOutputs
 from cluster.keys.key import MAX_PRIORITY, MIN_PRIORITY
 
 MAX_N = 128
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
 MAX_BAD_WORDS = 128
@@ -29,18 +29,19 @@ NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 TokenIds = Annotated[list[int], Meta(max_length=MAX_VOCABULARY)]
 
 
-class StreamOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StreamOptions(Struct, frozen=True, kw_only=True):
     """`include_usage`: adds a last chunk with the usage. `continuous_usage_stats`: adds the usage so far to every chunk."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GenerationRequest(Struct, frozen=True, kw_only=True):
     """The fields that completions and chat share. As with OpenAI, null means the default. `user` is written to the log.
 
-    `top_k`: -1 and 0 mean no limit. `truncate_prompt_tokens`: keeps the last n tokens; -1 keeps as many as fit. `priority`: requests with
-    smaller numbers run first.
+    `top_p`: 0 takes the likeliest token. `random_seed`: Mistral's name for `seed`. `top_k`: -1 and 0 mean no limit.
+    `truncate_prompt_tokens`: keeps the last n tokens; -1 keeps as many as fit. `priority`: requests with smaller numbers run first.
+    `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`: older names for the fields of `structured_outputs`.
     """
 
     model: str
@@ -54,11 +55,12 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         | None
     ) = None
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
+    top_p: Fraction | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[int, Bias], Meta(max_length=1024)] | None = None
     seed: Int64 | None = None
+    random_seed: Int64 | None = None
     user: UserName | None = None
     response_format: ResponseFormat | None = None
     # Additions to OpenAI's API, with vLLM's names.
@@ -75,11 +77,19 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     prompt_logprobs: NumLogprobs | None = None
     return_token_ids: bool | None = None
     structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | str | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Pattern | None = None
     priority: Priority | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def requested_seed(self) -> int | None:
+        return self.random_seed if self.seed is None else self.seed
 
     @property
     def include_usage(self) -> bool:

@@ -20,7 +20,7 @@ MAX_LIFETIME_S = 2_592_000
 Lifetime = Annotated[int, Meta(ge=MIN_LIFETIME_S, le=MAX_LIFETIME_S)]
 
 
-class ExpiresAfter(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ExpiresAfter(Struct, frozen=True, kw_only=True):
     """The file is deleted `seconds` after it was created."""
 
     anchor: Literal["created_at"]
@@ -36,6 +36,8 @@ class FileUpload(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class FileObject(Struct, frozen=True, kw_only=True):
+    """OpenAI's fields, and from `sample_type` on those that Mistral's client requires."""
+
     id: str
     bytes: int
     created_at: int
@@ -45,6 +47,9 @@ class FileObject(Struct, frozen=True, kw_only=True):
     object: str = "file"
     status: str = "processed"
     status_details: None = None
+    sample_type: Literal["batch_request", "batch_result"]
+    source: Literal["upload"] = "upload"
+    deleted: bool = False
 
 
 class FileList(Struct, frozen=True, kw_only=True):
@@ -61,7 +66,7 @@ class FileDeleted(Struct, frozen=True, kw_only=True):
     object: str = "file"
 
 
-class BatchRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BatchRequest(Struct, frozen=True, kw_only=True):
     """`completion_window`: a number with a unit (s, m, h or d). Lines that are not answered by then expire."""
 
     input_file_id: str
@@ -155,6 +160,7 @@ def file_object(record: FileRecord) -> FileObject:
         filename=record.filename,
         purpose=record.purpose,
         expires_at=record.expires_at,
+        sample_type="batch_request" if record.purpose == "batch" else "batch_result",
     )
 
 

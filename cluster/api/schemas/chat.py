@@ -1,5 +1,6 @@
 """Body of /v1/chat/completions with its messages and tools, and the response, whole and in chunks."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -8,75 +9,104 @@ from cluster.api.schemas.base import GenerationRequest, NumLogprobs, PromptLogpr
 
 MAX_TOOLS = 128
 MAX_MESSAGES = 16_384
+MAX_TEMPLATE_KWARGS = 64
 
+TemplateKwargs = Annotated[dict[str, Any], Meta(max_length=MAX_TEMPLATE_KWARGS)]
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 
 
-class TextPart(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TextPart(Struct, frozen=True, kw_only=True, tag_field="type", tag="text"):
     text: str
-    # A field, not a tag: msgspec requires a tag only in a union.
-    type: Literal["text"]
 
 
-Content = str | list[TextPart]
-NoItems = Annotated[list[Any], Meta(max_length=0)]
+class InputTextPart(TextPart, frozen=True, kw_only=True, tag="input_text"):
+    """A text part under the name of OpenAI's Responses API, in a user's message."""
 
 
-class FunctionCall(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`arguments` is JSON as text, as in OpenAI's API."""
+class OutputTextPart(TextPart, frozen=True, kw_only=True, tag="output_text"):
+    """A text part under the name of OpenAI's Responses API, in an assistant's message."""
+
+
+class RefusalPart(Struct, frozen=True, kw_only=True, tag_field="type", tag="refusal"):
+    """What an assistant answered instead of an answer; text like any other here."""
+
+    refusal: str
+
+
+Content = str | list[str | TextPart | InputTextPart | OutputTextPart | RefusalPart]
+
+
+def texts_of(content: Content | None) -> list[str]:
+    """The texts of a message, one for each part."""
+    if content is None or isinstance(content, str):
+        return [content or ""]
+    return [
+        part if isinstance(part, str) else part.refusal if isinstance(part, RefusalPart) else part.text
+        for part in content
+    ]
+
+
+class FunctionCall(Struct, frozen=True, kw_only=True):
+    """`arguments` is JSON as text, as in OpenAI's API, or the object itself."""
 
     name: FunctionName
-    arguments: str
+    arguments: str | dict[str, Any] | None = None
+
+    @property
+    def arguments_json(self) -> str:
+        """The arguments as JSON text."""
+        if isinstance(self.arguments, str):
+            return self.arguments
+        return json.dumps(self.arguments or {}, ensure_ascii=False)
 
 
-class ToolCall(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ToolCall(Struct, frozen=True, kw_only=True):
     id: Annotated[str, Meta(min_length=1, max_length=128)]
     function: FunctionCall
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
     # Ignored: some clients send it back with a streamed call.
     index: int | None = None
 
 
-class SystemMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="system"):
+class SystemMessage(Struct, frozen=True, kw_only=True, tag_field="role", tag="system"):
+    """`name`, here and in the other messages: of the author. It acts if the chat template reads it; Mistral's do not."""
+
     content: Content
+    name: str | None = None
 
 
-class DeveloperMessage(
-    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="developer"
-):
+class DeveloperMessage(Struct, frozen=True, kw_only=True, tag_field="role", tag="developer"):
     content: Content
+    name: str | None = None
 
 
-class UserMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="user"):
+class UserMessage(Struct, frozen=True, kw_only=True, tag_field="role", tag="user"):
     content: Content
+    name: str | None = None
 
 
-class AssistantMessage(
-    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="assistant"
-):
-    """`prefix` on the last message: the response continues it. The null fields allow clients to send a response back unchanged."""
+class AssistantMessage(Struct, frozen=True, kw_only=True, tag_field="role", tag="assistant"):
+    """`prefix` on the last message: the response continues it. `refusal`: the text if there is no `content`."""
 
     content: Content | None = None
     tool_calls: list[ToolCall] | None = None
     prefix: bool | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: NoItems | None = None
+    refusal: str | None = None
+    name: str | None = None
 
 
-class ToolMessage(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="role", tag="tool"):
-    """The result of a tool call. `name` may repeat the function's name."""
+class ToolMessage(Struct, frozen=True, kw_only=True, tag_field="role", tag="tool"):
+    """The result of a tool call. `name` may repeat the function's name. `content`: null means empty."""
 
-    content: Content
     tool_call_id: Annotated[str, Meta(min_length=1, max_length=128)]
+    content: Content | None = None
     name: str | None = None
 
 
 ChatMessage = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage
 
 
-class FunctionDefinition(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FunctionDefinition(Struct, frozen=True, kw_only=True):
     """`parameters` is a JSON schema. `strict`: refuse a schema that cannot be enforced completely, instead of loosening it."""
 
     name: FunctionName
@@ -85,31 +115,40 @@ class FunctionDefinition(Struct, frozen=True, kw_only=True, forbid_unknown_field
     strict: bool | None = None
 
 
-class Tool(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Tool(Struct, frozen=True, kw_only=True):
     function: FunctionDefinition
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
 
 
-class FunctionChoice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class FunctionChoice(Struct, frozen=True, kw_only=True):
     name: FunctionName
 
 
-class NamedToolChoice(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class NamedToolChoice(Struct, frozen=True, kw_only=True):
     function: FunctionChoice
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
 
 
-class ChatRequest(GenerationRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`max_completion_tokens` is the newer name of `max_tokens`. `safe_prompt` puts Mistral's safety prompt before the conversation."""
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
+    """`max_completion_tokens` is the newer name of `max_tokens`. `safe_prompt` puts Mistral's safety prompt before the conversation.
+
+    `tool_choice`: "any" is Mistral's name for "required". With `tools`, `response_format` binds the text and the tools bind the calls.
+    vLLM's names for how the chat template is applied: `continue_final_message`: the response continues the last message, as `prefix` on
+    that message does. `add_generation_prompt`: whether the prompt ends with the beginning of the assistant's turn; true by default.
+    `chat_template_kwargs`: variables for the template.
+    """
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
     tools: Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["none", "auto", "required", "any"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     safe_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
 
 
 class TopLogprob(Struct, frozen=True, kw_only=True):

@@ -7,14 +7,18 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from cluster.api.schemas.base import MAX_N, GenerationRequest, NumLogprobs, PromptLogprobs, Usage
 
 
-class CompletionRequest(GenerationRequest, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`prompt` is a text, a list of texts, a list of token ids, or a list of such lists. `suffix`: fill in the text before it."""
+class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
+    """`prompt` is a text, a list of texts, a list of token ids, or a list of such lists. `suffix`: fill in the text before it.
+
+    `add_special_tokens`: whether a text starts with the beginning-of-sequence token; true by default.
+    """
 
     prompt: str | list[str | int | list[int]]
     suffix: str | None = None
     echo: bool | None = None
     logprobs: NumLogprobs | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
+    add_special_tokens: bool | None = None
 
     @property
     def num_copies(self) -> int:

@@ -9,16 +9,19 @@ from cluster.api.schemas.base import MAX_VOCABULARY, Priority, UserName
 MAX_INPUTS = 2048
 
 
-class EmbeddingRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EmbeddingRequest(Struct, frozen=True, kw_only=True):
     """`input` has the same forms as a completion's `prompt`. An embedding is the mean of the last hidden states over the tokens.
 
-    `dimensions`: only the model's own number is accepted.
+    `dimensions`: the first so many numbers, scaled to length 1; at most the model's own number, which changes nothing. `output_dimension`
+    is Mistral's name for it, and `output_dtype` Mistral's name for the type of the numbers.
     """
 
     model: str
     input: str | Annotated[list[str | int | list[int]], Meta(max_length=MAX_VOCABULARY)]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Meta(ge=1)] | None = None
+    output_dimension: Annotated[int, Meta(ge=1)] | None = None
+    output_dtype: Literal["float"] | None = None
     user: UserName | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
     priority: Priority | None = None
@@ -38,6 +41,9 @@ class InputUsage(Struct, frozen=True, kw_only=True):
 
 
 class EmbeddingList(Struct, frozen=True, kw_only=True):
+    """`id`: an addition of Mistral's and vLLM's."""
+
+    id: str
     data: list[EmbeddingItem]
     model: str
     usage: InputUsage

@@ -11,9 +11,11 @@ MAX_CHOICES = 4096
 MAX_PATTERN_CHARS = 65_536
 
 JsonSchema = dict[str, Any] | bool
+Pattern = Annotated[str, Meta(min_length=1, max_length=MAX_PATTERN_CHARS)]
+Choices = Annotated[list[str], Meta(min_length=1, max_length=MAX_CHOICES)]
 
 
-class JsonSchemaFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class JsonSchemaFormat(Struct, frozen=True, kw_only=True):
     """The output always follows `schema`, whatever `strict` says. Without a schema, any JSON object is allowed."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
@@ -22,17 +24,17 @@ class JsonSchemaFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     strict: bool | None = None
 
 
-class TextFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
+class TextFormat(Struct, frozen=True, kw_only=True, tag_field="type", tag="text"):
     """Any text."""
 
 
-class JsonObjectFormat(
-    Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_object"
-):
-    """Any JSON object."""
+class JsonObjectFormat(Struct, frozen=True, kw_only=True, tag_field="type", tag="json_object"):
+    """Any JSON object; with `schema`, as llama.cpp and others write it, one that follows it."""
+
+    schema: dict[str, Any] | None = None
 
 
-class SchemaFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type", tag="json_schema"):
+class SchemaFormat(Struct, frozen=True, kw_only=True, tag_field="type", tag="json_schema"):
     """JSON that follows a schema."""
 
     json_schema: JsonSchemaFormat
@@ -41,10 +43,13 @@ class SchemaFormat(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 ResponseFormat = TextFormat | JsonObjectFormat | SchemaFormat
 
 
-class StructuredOutputs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Exactly one of: `json`, a JSON schema, also as text; `regex` for the whole output; `choice`, a list of texts; `grammar` in Lark."""
+class StructuredOutputs(Struct, frozen=True, kw_only=True):
+    """Exactly one of: `json`, a JSON schema, also as text; `regex` for the whole output; `choice`, a list of texts; `grammar` in Lark;
+    `json_object`, true for any JSON object.
+    """
 
     json: JsonSchema | str | None = None
-    regex: Annotated[str, Meta(min_length=1, max_length=MAX_PATTERN_CHARS)] | None = None
-    choice: Annotated[list[str], Meta(min_length=1, max_length=MAX_CHOICES)] | None = None
-    grammar: Annotated[str, Meta(min_length=1, max_length=MAX_PATTERN_CHARS)] | None = None
+    regex: Pattern | None = None
+    choice: Choices | None = None
+    grammar: Pattern | None = None
+    json_object: bool | None = None

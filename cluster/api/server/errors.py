@@ -26,6 +26,29 @@ from workers.errors import (
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+# Endpoints of other servers that clients ask for, and what to use here.
+INSTEAD = {
+    "/v1/responses": "POST /v1/chat/completions",
+    "/v1/messages": "POST /v1/chat/completions",
+    "/v1/messages/count_tokens": "POST /tokenize with 'messages'",
+    "/v1/fim/completions": "POST /v1/completions with 'suffix'",
+    "/v1/chat/moderations": "POST /v1/moderations",
+    "/v1/classifications": "POST /v1/moderations",
+    "/v1/agents/completions": "POST /v1/chat/completions",
+    "/v1/conversations": "POST /v1/chat/completions",
+    "/v1/batch/jobs": "POST /v1/batches",
+    "/api/chat": "POST /v1/chat/completions",
+    "/api/generate": "POST /v1/completions",
+    "/api/embed": "POST /v1/embeddings",
+    "/api/tags": "GET /v1/models",
+    "/chat/completions": "POST /v1/chat/completions: the base URL ends with /v1",
+    "/completions": "POST /v1/completions: the base URL ends with /v1",
+    "/embeddings": "POST /v1/embeddings: the base URL ends with /v1",
+    "/models": "GET /v1/models: the base URL ends with /v1",
+    "/v1/v1/chat/completions": "POST /v1/chat/completions: the base URL ends with one /v1",
+    "/openai/v1/chat/completions": "POST /v1/chat/completions: the base URL ends with /v1",
+    "/v1/v1/completions": "POST /v1/completions: the base URL ends with one /v1",
+}
 MAX_MESSAGE_CHARS = 2000  # a message may quote the request, which may have megabytes
 
 
@@ -150,18 +173,25 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
     """Turns every exception of the handler into an error response."""
     try:
         return await handler(request)
+    except web.HTTPNotFound:
+        return error_response(_unknown_url(request.path))
     except Exception as e:
         return error_response(e)
 
 
+def _unknown_url(path: str) -> HTTPError:
+    instead = INSTEAD.get(path.rstrip("/"))
+    return HTTPError(
+        404,
+        "There is no endpoint at this path." if instead is None else "This server does not have this endpoint.",
+        remedy="See /docs or /openapi.json for a list." if instead is None else f"Use {instead}.",
+        code="unknown_url",
+    )
+
+
 def _from_aiohttp(e: web.HTTPException) -> HTTPError:
     if isinstance(e, web.HTTPNotFound):
-        return HTTPError(
-            404,
-            "There is no endpoint at this path.",
-            remedy="See /docs or /openapi.json for a list.",
-            code="unknown_url",
-        )
+        return _unknown_url("")
     if isinstance(e, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(e.allowed_methods))
         return HTTPError(

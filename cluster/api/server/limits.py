@@ -64,4 +64,4 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 def _needs_room(path: str) -> bool:
     """Whether the request runs on a replica now. Files and batches do not: their lines run later and have limits of their own."""
-    return path.startswith("/v1/") and not path.startswith(("/v1/files", "/v1/batches"))
+    return path.startswith(("/v1/", "/openai/")) and not path.startswith(("/v1/files", "/v1/batches"))

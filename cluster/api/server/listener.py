@@ -1,46 +1,45 @@
 """Runs the HTTP application on a port, and stops it in order: first no new connections, then no connections. Knows no endpoint.
 
-Bounds what connections may cost, below the application: their number, and the time and size of a request's head. Malformed HTTP gets an
-error response where one is possible, and a log entry at debug level only.
+Bounds what connections may cost, below the application: their number, file descriptors, and the time of a TLS handshake, of a request's
+head and of reading an answer. A connection counts from the moment it is accepted.
 """
 
 import asyncio
 import contextlib
 import logging
-import resource
 import socket
 import ssl
-from collections.abc import Callable
 from typing import Any, Self
 
-from aiohttp import HttpVersion10, HttpVersion11, web
-from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
-from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_protocol import _ErrInfo
+from aiohttp import web
 
-from cluster.api.server.errors import HTTPError, error_response
-from cluster.api.server.origin_guard import harden
+from cluster.api.server.acceptor import Acceptor, RareWarning
+from cluster.api.server.http_connection import HTTPConnection
+from cluster.system.descriptors import raise_limit
 
 log = logging.getLogger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 0.5  # draining has waited already; aiohttp waits this long twice, then cancels handlers
 BACKLOG = 1024
-MAX_ACCEPTS = 64
-HEAD_TIMEOUT_S = 30.0
+HEAD_TIMEOUT_S = 30.0  # for a TLS handshake, and again for a request's head
+WRITE_TIMEOUT_S = 60.0
 IDLE_TIMEOUT_S = 75.0  # between requests; longer than proxies usually keep connections open
 MAX_LINE_BYTES = 8190
 MAX_HEADERS = 100
-MAX_HEAD_BYTES = 64 * 1024
 MAX_CONNECTIONS = 16_384
-VERSIONS = (HttpVersion10, HttpVersion11)
 MAX_UNSENT_BYTES = 128 * 1024
 _TCP_NOTSENT_LOWAT = 25  # on Linux; Python's socket module does not define it
-_SPARE_FILES = 256  # for everything else that the process opens
+_SPARE_FILES = 256  # for everything else that the process opens; a quarter of a low limit
+_POLLS_PER_TIMEOUT = 8  # of writes
+_MAX_TURNS_TO_CLOSE = 10
+_POLLED_AT_ONCE = 256  # connections, about half a millisecond
 
 
 class Listener:
-    """`await Listener(app).open(host, port)`, later `stop_accepting` and `close`, both idempotent. tls: serve HTTPS."""
+    """`await Listener(app).open(host, port)`, later `stop_accepting` and `close`, both idempotent. tls: serve HTTPS.
+
+    write_timeout_s: a client that has not read enough for so long loses its connection, see WriteDeadline.
+    """
 
     def __init__(
         self,
@@ -49,194 +48,134 @@ class Listener:
         tls: ssl.SSLContext | None = None,
         head_timeout_s: float = HEAD_TIMEOUT_S,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
-        max_connections: int | None = None,
+        write_timeout_s: float = WRITE_TIMEOUT_S,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         # handler_cancellation: a request ends at once if its client disconnects.
         self._runner = web.AppRunner(
             app, handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S
         )
-        self._tls = tls
+        self._tls_options: dict[str, Any] = (
+            {}
+            if tls is None
+            else {"ssl": tls, "ssl_handshake_timeout": head_timeout_s, "ssl_shutdown_timeout": write_timeout_s}
+        )
         self._head_timeout_s = head_timeout_s
         self._idle_timeout_s = idle_timeout_s
-        self._connections: dict[_Connection, None] = {}  # oldest first
+        self._write_timeout_s = write_timeout_s
+        self._connections: dict[HTTPConnection, None] = {}  # oldest first
         self._max_connections = max_connections
-        self._server: asyncio.Server | None = None
+        self._max_descriptor = 0  # sockets with a higher number are in the reserve
+        self._num_affordable = max_connections  # less while descriptors are scarce
+        self._acceptor: Acceptor | None = None
+        self._poll: asyncio.Task[None] | None = None
+        self._warning = RareWarning()
         self.port = 0
 
     async def open(self, host: str, port: int, *, shared: bool = False) -> Self:
         """Port 0 picks a free port; see `port`. shared: other gateways on this host may listen on the same port. Raises OSError."""
         await self._runner.setup()
-        if self._max_connections is None:
-            self._max_connections = min(MAX_CONNECTIONS, max(_raise_file_limit() - _SPARE_FILES, 64))
+        limit = raise_limit(MAX_CONNECTIONS + _SPARE_FILES)
+        self._max_descriptor = limit - min(_SPARE_FILES, limit // 4)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=shared)
         # Inherited by connections. By default the kernel would buffer megabytes for each client that does not read.
         sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, MAX_UNSENT_BYTES)
         self.port = sock.getsockname()[1]
-        loop = asyncio.get_running_loop()
-        # asyncio accepts up to `backlog` connections at once; a thousand requests in one turn of the event loop would delay every stream.
-        self._server = await loop.create_server(self._make_connection, sock=sock, ssl=self._tls, backlog=MAX_ACCEPTS)
-        sock.listen(BACKLOG)
+        self._acceptor = Acceptor(sock, self._serve)
+        self._acceptor.start()
+        self._poll = asyncio.create_task(self._poll_writes(), name="poll writes")
         return self
 
-    def _make_connection(self) -> "_Connection":
+    def num_connections(self) -> int:
+        """All that were accepted and are not closed, TLS handshakes among them."""
+        return len(self._connections)
+
+    async def stop_accepting(self) -> None:
+        """Refuses new connections; open ones continue."""
+        acceptor, self._acceptor = self._acceptor, None
+        if acceptor is not None:
+            acceptor.close()
+            await asyncio.sleep(0)  # connections accepted just now still get their handler
+
+    async def close(self) -> None:
+        """Gives responses a moment to finish, then closes every connection."""
+        await self.stop_accepting()
+        poll, self._poll = self._poll, None
+        if poll is not None:
+            poll.cancel()
+        for connection in [c for c in self._connections if not c.is_open]:
+            connection.abort()
+        await self._runner.cleanup()
+        for connection in list(self._connections):
+            connection.abort()
+        for _ in range(_MAX_TURNS_TO_CLOSE):  # asyncio closes the sockets of aborted connections a few turns later
+            if self._connections:
+                await asyncio.sleep(0)
+
+    def _serve(self, sock: socket.socket) -> bool:
+        """If there are too many connections, closes the oldest idle one, or the new one if none is idle."""
+        if sock.fileno() > self._max_descriptor:
+            self._num_affordable = min(self._num_affordable, max(len(self._connections), 1))
+        is_full = len(self._connections) >= self._num_affordable
+        if is_full:
+            victim = next((c for c in self._connections if c.is_idle), None)
+            self._warning.log(
+                "There are too many connections (%d). Raise the limit on open files (ulimit -n) if it is low. %s.",
+                len(self._connections),
+                "The new one is closed" if victim is None else "The oldest idle one is closed",
+            )
+            if victim is None:
+                sock.close()
+                return True
+            self._forget(victim)
+            victim.abort()
+        connection = self._make_connection(sock)
+        self._connections[connection] = None
+
+        def opened(_: asyncio.Task[None]) -> None:
+            if not connection.is_open:
+                self._forget(connection)
+                sock.close()
+
+        connection.opening = asyncio.create_task(self._open_connection(connection, sock), name="open connection")
+        connection.opening.add_done_callback(opened)  # called even if the task is cancelled before it runs
+        return not is_full  # the descriptor of a connection that made room is free in the next turn
+
+    async def _open_connection(self, connection: HTTPConnection, sock: socket.socket) -> None:
+        """Until the TLS handshake has ended, or failed for whatever reason."""
+        with contextlib.suppress(OSError):  # among them ssl.SSLError and the timeout
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, sock, **self._tls_options)
+
+    def _make_connection(self, sock: socket.socket) -> HTTPConnection:
         assert self._runner.server is not None
-        return _Connection(
+        return HTTPConnection(
             self._runner.server,
-            opened=self._opened,
-            closed=lambda connection: self._connections.pop(connection, None),
+            sock,
+            closed=self._forget,
             head_timeout_s=self._head_timeout_s,
+            write_timeout_s=self._write_timeout_s,
             loop=asyncio.get_running_loop(),
             access_log=None,
             keepalive_timeout=self._idle_timeout_s,
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_LINE_BYTES,
             max_headers=MAX_HEADERS,
-            auto_decompress=False,  # aiohttp would decompress on the event loop, for any client; see origin_guard.py
+            auto_decompress=False,  # aiohttp would decompress on the event loop, for any client; see content_coding.py
         )
 
-    def _opened(self, connection: "_Connection") -> None:
-        """If there are too many connections, closes the oldest idle one, or the new one if none is idle."""
-        self._connections[connection] = None
-        assert self._max_connections is not None
-        if len(self._connections) > self._max_connections:
-            victim = next((c for c in self._connections if c.is_idle), connection)
-            self._connections.pop(victim)
-            victim.force_close()
+    def _forget(self, connection: HTTPConnection) -> None:
+        self._connections.pop(connection, None)
+        if len(self._connections) < self._num_affordable // 2:
+            self._num_affordable = self._max_connections
+        if self._acceptor is not None:
+            self._acceptor.retry_soon()
 
-    async def stop_accepting(self) -> None:
-        """Refuses new connections; open ones continue."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.close()
-            await asyncio.sleep(0)  # connections accepted just now still get their handler
-
-    async def close(self) -> None:
-        """Gives responses a moment to finish, then closes every connection."""
-        await self.stop_accepting()
-        await self._runner.cleanup()
-
-
-class _Connection(web.RequestHandler):
-    """aiohttp's connection, with limits on the time and size of a request's head, and our error format for what it cannot parse."""
-
-    __slots__ = ("_closed", "_head_bytes", "_head_timeout_s", "_head_timer", "_opened")
-
-    def __init__(
-        self,
-        manager: web.Server,
-        *,
-        opened: "Callable[[_Connection], None]",
-        closed: "Callable[[_Connection], object]",
-        head_timeout_s: float,
-        **options: Any,
-    ) -> None:
-        super().__init__(manager, **options)
-        self._opened = opened
-        self._closed = closed
-        self._head_timeout_s = head_timeout_s
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._head_bytes = 0
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no request has arrived, at most a part of its head."""
-        return self._current_request is None and not self._messages
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        self._opened(self)
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._forget_head()
-        self._closed(self)
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        was_idle = self.is_idle
-        super().data_received(data)
-        self._refuse_versions()
-        if not (was_idle and self.is_idle) or not data:
-            self._forget_head()
-            return
-        self._head_bytes += len(data)
-        if self._head_timer is None:
-            self._head_timer = self._loop.call_later(self._head_timeout_s, self._head_is_late)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(431)
-
-    def _refuse_versions(self) -> None:
-        """aiohttp would serve a request that claims to be HTTP/9.9, and respond as HTTP/9.9, which no client can read."""
-        for i, (message, _) in enumerate(self._messages):
-            if isinstance(message, RawRequestMessage) and message.version not in VERSIONS:
-                error = _ErrInfo(status=400, exc=HttpProcessingError(), message="")
-                self._messages[i] = (error, EMPTY_PAYLOAD)
-
-    def _forget_head(self) -> None:
-        self._head_bytes = 0
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _head_is_late(self) -> None:
-        self._head_timer = None
-        if self.is_idle:
-            self._refuse(408)
-
-    def _refuse(self, status: int) -> None:
-        """Sends an error instead of reading the rest of the request."""
-        self._forget_head()
-        if self._force_close or self._close or self._waiter is None or self._waiter.done():
-            return
-        self._messages.append((_ErrInfo(status=status, exc=HttpProcessingError(), message=""), EMPTY_PAYLOAD))
-        self._waiter.set_result(None)
-
-    def handle_error(
-        self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
-    ) -> web.StreamResponse:
-        """For requests that never reached the application, and for failures outside its middlewares. Always closes the connection."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("The response has begun; an error can no longer be sent.")
-        if isinstance(exc, HttpProcessingError):
-            log.debug("A request was malformed: %s.", type(exc).__name__)
-            response = error_response(_http_error(431 if isinstance(exc, LineTooLong) else status))
-        else:
-            response = error_response(
-                exc if isinstance(exc, Exception) else HTTPError(status, "The server failed.", code="error")
-            )
-        harden(response.headers)
-        response.force_close()
-        return response
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        """Errors that aiohttp raises before the middlewares, such as for an Expect header, get our format as well."""
-        if isinstance(resp, web.HTTPException):
-            resp = error_response(resp)
-            harden(resp.headers)
-        return await super().finish_response(request, resp, start_time)
-
-
-def _http_error(status: int) -> HTTPError:
-    if status == 408:
-        return HTTPError(
-            408, "The request's head did not arrive in time.", remedy="Send it faster.", code="request_timeout"
-        )
-    if status == 431:
-        return HTTPError(
-            431, "The request line or the headers are too large.", remedy="Shorten them.", code="headers_too_large"
-        )
-    return HTTPError(status, "The request is malformed.", remedy="Send valid HTTP/1.1.", code="malformed_request")
-
-
-def _raise_file_limit() -> int:
-    """Raises the limit on open files, since each connection is one, as far as the system allows. Returns the limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + _SPARE_FILES
-    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            return wanted
-    return wanted if soft == resource.RLIM_INFINITY else soft
+    async def _poll_writes(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._write_timeout_s / _POLLS_PER_TIMEOUT)
+            for i, connection in enumerate(list(self._connections)):
+                if i % _POLLED_AT_ONCE == _POLLED_AT_ONCE - 1:
+                    await asyncio.sleep(0)
+                connection.abort_if_late(loop.time())

@@ -5,7 +5,6 @@ by a form, and not by a name that the page's owner points at this machine (DNS r
 expected, and arrive in time. Knows no key and no endpoint.
 """
 
-import asyncio
 import ipaddress
 import re
 from collections.abc import Container, Sequence
@@ -15,13 +14,16 @@ from aiohttp.typedefs import Middleware
 from multidict import CIMultiDict
 
 from cluster.api.server.auth import path_of
+from cluster.api.server.body import receive_body
+from cluster.api.server.content_coding import unsupported
 from cluster.api.server.errors import Handler, HTTPError
 
 BODY_TIMEOUT_S = 60.0
 _METHODS = "GET, POST, DELETE, OPTIONS"
 _HEADERS = "Authorization, Content-Type, X-Request-Id, X-Request-Timeout, X-Tramontane-Debug"
 _EXPOSED = (
-    "Retry-After, X-Request-Id, X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, X-RateLimit-Reset-Requests, "
+    "Retry-After, X-Request-Id, X-Tramontane-Ignored, "
+    "X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, X-RateLimit-Reset-Requests, "
     "X-RateLimit-Limit-Tokens, X-RateLimit-Remaining-Tokens, X-RateLimit-Reset-Tokens"
 )
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,1000}")
@@ -133,17 +135,9 @@ def make_body_middleware(timeout_s: float = BODY_TIMEOUT_S, *, forms: Container[
                     remedy="Send it with the header 'Content-Type: multipart/form-data'.",
                     code="unsupported_media_type",
                 )
+            if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
+                raise unsupported("A form cannot have a Content-Encoding.", ())
             return await handler(request)
-        most = request.client_max_size
-        if request.content_length is not None and request.content_length > most:
-            raise _too_large(most)
-        if request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower() != "identity":
-            raise HTTPError(
-                415,
-                "Compressed bodies are not supported.",
-                remedy="Send the body without Content-Encoding.",
-                code="unsupported_media_type",
-            )
         # A form on another site can send any text, but not with this type; see https://fetch.spec.whatwg.org/#cors-safelisted-request-header
         if request.body_exists and hdrs.CONTENT_TYPE in request.headers and request.content_type != "application/json":
             raise HTTPError(
@@ -152,27 +146,7 @@ def make_body_middleware(timeout_s: float = BODY_TIMEOUT_S, *, forms: Container[
                 remedy="Send it with the header 'Content-Type: application/json'.",
                 code="unsupported_media_type",
             )
-        try:
-            async with asyncio.timeout(timeout_s):
-                await request.read()
-        except web.HTTPRequestEntityTooLarge as e:
-            raise _too_large(most) from e
-        except TimeoutError as e:
-            raise HTTPError(
-                408,
-                f"The body did not arrive within {timeout_s:g} s.",
-                remedy="Send it faster.",
-                code="request_timeout",
-            ) from e
+        await receive_body(request, timeout_s=timeout_s)
         return await handler(request)
 
     return middleware
-
-
-def _too_large(most: int) -> HTTPError:
-    return HTTPError(
-        413,
-        f"The request body is larger than {most} bytes.",
-        remedy="Split it into several requests.",
-        code="request_too_large",
-    )

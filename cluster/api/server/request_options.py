@@ -1,8 +1,10 @@
-"""Options that clients send in headers: a timeout, the request's id, and whether to show the routing.
+"""What clients ask for in headers: a timeout, the request's id, whether to show the routing. And what the response's headers tell them.
 
-Knows the headers' names and allowed values. Bodies are in cluster/api/schemas/.
+Knows the headers' names and allowed values, and that a response names the fields of the body that were ignored. Bodies are in
+cluster/api/schemas/.
 """
 
+import logging
 import math
 import re
 import uuid
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from cluster.api.request_context import REQUEST_CONTEXT
 from cluster.api.server.errors import Handler
 from cluster.system.log import request_id_var
 from workers.errors import RequestError
@@ -18,9 +21,12 @@ from workers.errors import RequestError
 if TYPE_CHECKING:
     from cluster.api.generation.generation import Choice
 
+log = logging.getLogger(__name__)
+
 REQUEST_ID = "X-Request-Id"
 REQUEST_TIMEOUT = "X-Request-Timeout"
 DEBUG = "X-Tramontane-Debug"
+IGNORED = "X-Tramontane-Ignored"
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -44,6 +50,14 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
     request_id = request_id_var.get()
     if request_id is not None:
         response.headers[REQUEST_ID] = request_id
+
+
+async def add_ignored(request: web.Request, response: web.StreamResponse) -> None:
+    """For `on_response_prepare`: names the fields of the body that had no effect, also in the log."""
+    context = request.get(REQUEST_CONTEXT)
+    if context is not None and context.ignored:
+        response.headers[IGNORED] = context.ignored_text
+        log.info("Ignored fields of a request: %s.", context.ignored_text)
 
 
 def deadline(request: web.Request, *, arrived: float) -> float | None:

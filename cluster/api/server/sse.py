@@ -25,8 +25,6 @@ _HEADERS = {
     "X-Accel-Buffering": "no",  # without it, nginx would buffer the stream
 }
 KEEP_ALIVE_S = 15.0  # proxies usually give up after 30 or 60 s
-WRITE_TIMEOUT_S = 60.0
-_SMALL_BYTES = 16 * 1024  # well below the size at which a transport makes its writer wait
 _KEEP_ALIVE = b": keep-alive\n\n"
 _encoder = msgspec.json.Encoder()
 
@@ -85,26 +83,15 @@ class _Writer:
         self._lock = asyncio.Lock()
 
     async def send(self, data: bytes) -> None:
-        """Raises ClientGoneError if the client keeps the connection open but reads nothing."""
+        """Waits for a client that reads slowly; the listener closes the connection of one that is too slow."""
         async with self._lock:
             if not self.started:
                 self.started = True
                 self.response.headers.update(self._headers())
                 await self.response.prepare(self._request)
-            if not data:
-                return
-            self.last_sent = time.monotonic()
-            transport = self._request.transport
-            if transport is not None and len(data) < _SMALL_BYTES and not transport.get_write_buffer_size():
-                await self.response.write(data)  # the buffer is empty, so this never waits: no timeout is needed
-                return
-            try:
-                async with asyncio.timeout(WRITE_TIMEOUT_S):
-                    await self.response.write(data)
-            except TimeoutError as e:
-                if transport is not None:
-                    transport.abort()
-                raise ClientGoneError(f"The client has read nothing for {WRITE_TIMEOUT_S:g} s.") from e
+            if data:
+                self.last_sent = time.monotonic()
+                await self.response.write(data)
 
 
 @contextlib.asynccontextmanager

@@ -9,7 +9,6 @@ import contextlib
 import signal
 from argparse import Namespace
 from collections.abc import Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from cluster.cli.options.serve_rows import chat_template
 from cluster.cli.options.settings import detect_device, engine_config, serve_defaults
 from cluster.cli.ray import open_ray, spec_of
 from cluster.cli.startup import Startup
+from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
 from cluster.config.serve import ServeConfig
 from cluster.gateway.fleet import Fleet
@@ -41,10 +41,7 @@ from workers.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from cluster.ray_runtime.session import RayCluster
-    from cluster.text.chat.template import ChatTemplate
-    from cluster.text.tokenizer import Tokenizer
-
-    Text = Future[tuple[Tokenizer, ChatTemplate | None]]
+    from cluster.text.load import LoadedText
 
 # Shorter than those of `serve`: no client waits for a batch.
 SCALE_DOWN_AFTER_S = 60.0
@@ -69,18 +66,15 @@ def run_here(folder: JobFolder, job: Job, options: Namespace, console: Console) 
             batch = asyncio.run(local_batch.write_files(store, files, batch))
         elif not batch.has_ended:
             config = batch_config(options, job, model_folder, served_name)
-            with ThreadPoolExecutor(1, thread_name_prefix="text") as pool:
-                text = pool.submit(
-                    load_text,
-                    Path(config.engine.model_path),
-                    chat_template=config.chat_template,
-                    model_vocab_size=config.engine.model.vocab_size,
-                )
-                with open_ray(console, config) as cluster:
-                    if config.ray_address and options.device == "auto" and cluster.num_gpus() >= _num_ranks(config):
-                        options.device = "cuda"
-                        config = batch_config(options, job, model_folder, served_name)
-                    batch = asyncio.run(_answer(config, options, console, text, cluster, store, files, batch))
+            check_checkpoint(model_folder, chat_template=config.chat_template)
+            text = load_text(
+                model_folder, chat_template=config.chat_template, model_vocab_size=config.engine.model.vocab_size
+            )
+            with open_ray(console, config) as cluster:
+                if config.ray_address and options.device == "auto" and cluster.num_gpus() >= _num_ranks(config):
+                    options.device = "cuda"
+                    config = batch_config(options, job, model_folder, served_name)
+                batch = asyncio.run(_answer(config, options, console, text, cluster, store, files, batch))
         return local_batch.deliver(folder, job, files, batch)
 
 
@@ -117,7 +111,7 @@ async def _answer(
     config: ServeConfig,
     options: Namespace,
     console: Console,
-    text: "Text",
+    text: "LoadedText",
     cluster: "RayCluster",
     store: Store,
     files: FileContents,
@@ -138,11 +132,16 @@ async def _answer(
 
         stack.push_async_callback(remove_replicas)
         await _unless(stop, controller.start(spec_of(config, own_cluster=cluster.is_ours)))
-        tokenizer, template = await asyncio.wrap_future(text)
         startup = Startup(console, num_ranks=_num_ranks(config))
         stack.callback(startup.end)
         router = Router(policy=config.routing_policy)
-        app = make_app(router=router, tokenizer=tokenizer, chat_template=template, model_name=config.model_name)
+        app = make_app(
+            router=router,
+            tokenizer=text.tokenizer,
+            chat_template=text.chat_template,
+            no_chat=text.fault,
+            model_name=config.model_name,
+        )
 
         def on_view(view: ClusterView) -> None:
             startup.handle(view)

@@ -107,6 +107,11 @@ HTTP = Group(
             help="web origin whose pages may call the API; may be repeated",
         ),
         switch("--no-embeddings", fills=serve_field("serves_embeddings", convert=not_), help="turn off /v1/embeddings"),
+        switch(
+            "--strict",
+            fills=serve_field("strict"),
+            help="refuse request fields that are unknown or have no effect, instead of naming them in X-Tramontane-Ignored",
+        ),
         SERVED_NAME,
         CHAT_TEMPLATE,
         option(

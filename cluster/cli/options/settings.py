@@ -5,6 +5,7 @@ Knows the defaults that depend on the model and the device. Knows no Ray and no 
 
 from argparse import Namespace
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,11 @@ from typing import Any, Literal
 from cluster.cli.options.option import Option
 from cluster.cli.options.serve_rows import SERVE
 from cluster.cli.options.shared_rows import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
+from cluster.config.checkpoint_kinds import check_kind
 from cluster.config.engine import BLOCK_SIZES, MAX_DEFAULT_MODEL_LEN, Device
 from cluster.config.serve import ServeConfig
-from workers.config import Dtype, EngineConfig, ModelConfig, load_model_config
+from workers.checkpoint.model_config import load_model_config
+from workers.config import Dtype, EngineConfig, ModelConfig
 from workers.errors import ConfigError
 
 
@@ -45,7 +48,8 @@ def serve_defaults() -> dict[str, Any]:
 
 def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineConfig:
     """One replica's engine. Raises ConfigError."""
-    model = load_model_config(folder)
+    check_kind(folder)
+    model = _with_end_tokens(load_model_config(folder), folder)
     max_model_len = args.max_model_len
     if max_model_len is None:
         max_model_len = min(model.max_position_embeddings, MAX_DEFAULT_MODEL_LEN)
@@ -66,6 +70,16 @@ def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineCon
         "block_size": args.block_size or BLOCK_SIZES[device],
     }
     return EngineConfig(**settings)
+
+
+def _with_end_tokens(model: ModelConfig, folder: Path) -> ModelConfig:
+    """The tokenizer's end token ends an answer too. Raises ConfigError."""
+    if model.layout == "mistral":
+        return model
+    from cluster.text.end_tokens import tokenizer_end_tokens  # late, like the tokenizer below
+
+    more = [i for i in tokenizer_end_tokens(folder) if i < model.vocab_size]
+    return replace(model, eos_token_ids=tuple(dict.fromkeys([*model.eos_token_ids, *more])))
 
 
 def _tokenizer_path(folder: Path) -> str | None:

@@ -1,63 +1,70 @@
 """Chat templates in Jinja, which checkpoints of other model families include, rendered as transformers renders them.
 
-A template is a program from the checkpoint, so it runs in jinja2's sandbox. Messages and tools come from the client: special tokens in
-them stay text (special_text.py). Knows no HTTP and no files.
+Messages and tools come from the client: special tokens in them stay text (special_tokens.py). A message of several text parts is given to
+the template as a list if it can read one, otherwise as one text with the parts on lines of their own, as in vLLM. Knows no HTTP, no files
+and no Jinja (jinja_environment.py).
 """
 
 import json
-import re
-from collections.abc import Callable, Sequence
-from datetime import datetime
+import logging
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-import jinja2.nodes
-import jinja2.sandbox
-from jinja2.parser import Parser
-
-from cluster.text.chat.special_text import SpecialText, free_marks
-from cluster.text.chat.template import ChatPrompt, Message, check_conversation
+from cluster.text.chat.jinja_environment import compile_template, names_in, undeclared_variables
+from cluster.text.chat.probe import probe
+from cluster.text.chat.template import DEFAULT_OPTIONS, ChatPrompt, Message, TemplateOptions, check_conversation
 from cluster.text.chat.template_files import DEFAULT, TOOL_USE, TemplateFiles
+from cluster.text.special_tokens import free_marks
 from cluster.text.tokenizer import Tokenizer
-from cluster.text.tools.definitions import ToolCall, ToolDefinition
+from cluster.text.tools.definitions import ToolCall, ToolDefinition, mistral_id
 from workers.errors import ConfigError, RequestError
 
-_ANY_MARK = re.compile("[\ufdd0-\ufdef]")
-# After an escaped backslash it is the client's text.
-_ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fd[de][0-9a-f])")
+log = logging.getLogger(__name__)
 
 
 class JinjaTemplate:
-    """The templates of `files` with one tokenizer. Raises ConfigError for invalid Jinja, or for token ids the model does not have."""
+    """The templates of `files` with one tokenizer.
+
+    Raises ConfigError for a template that cannot be compiled, that fails on a plain question, or that writes tokens without an id.
+    """
 
     supports_prefix = True
 
     def __init__(self, tokenizer: Tokenizer, files: TemplateFiles, *, model_vocab_size: int) -> None:
-        beyond = [content for content, token in files.added_tokens.items() if token.id >= model_vocab_size]
-        if beyond:
-            raise ConfigError(
-                f"The id of the added token {beyond[0]!r} is beyond the model's {model_vocab_size} tokens.",
-                remedy="Use the tokenizer files that belong to the model.",
-            )
-        self._text = SpecialText(tokenizer, files.added_tokens, legacy=files.legacy)
-        for name in ("bos_token", "eos_token"):
-            if name in files.special_tokens and files.special_tokens[name] not in self._text:
-                raise ConfigError(
-                    f"The checkpoint names the {name} {files.special_tokens[name]!r} but does not give its id."
-                )
         default = files.templates.get(DEFAULT)
         if default is None:
             raise ConfigError("The checkpoint has several chat templates, but none is named 'default'.")
-        self._special_tokens = files.special_tokens
-        self._render = _compile(default)
-        self._render_with_tools = _compile(files.templates.get(TOOL_USE, default))
-        variables = jinja2.meta.find_undeclared_variables(_environment().parse(files.templates.get(TOOL_USE, default)))
+        with_tools = files.templates.get(TOOL_USE, default)
+        self.source: str | None = default
+        self._tokenizer = tokenizer
+        self._text = tokenizer.special_tokens
+        self._render = compile_template(default)
+        self._render_with_tools = compile_template(with_tools)
+        self._special_tokens = _special_tokens(tokenizer)
+        _check_tokens(tokenizer, self._special_tokens, (default, with_tools), model_vocab_size=model_vocab_size)
+        abilities = probe(
+            partial(self._render, **self._special_tokens), partial(self._render_with_tools, **self._special_tokens)
+        )
+        self._forms = abilities.forms
+        self._short_call_ids = abilities.short_call_ids
         # Only Mistral's format of tool calls, after its control token, can be read.
-        self.supports_tools = "tools" in variables and tokenizer.tool_calls_token_id is not None
+        self.supports_tools = "tools" in undeclared_variables(with_tools) and tokenizer.tool_calls_token_id is not None
+        if self.supports_tools and abilities.tool_fault is not None:
+            log.warning("Tools are off: the chat template fails on a tool call: %s", abilities.tool_fault)
+            self.supports_tools = False
+        self._names = names_in(default) | names_in(with_tools)
 
-    def encode(self, messages: Sequence[Message], *, tools: Sequence[ToolDefinition] = ()) -> ChatPrompt:
+    def reads(self, name: str) -> bool:
+        return name in self._names
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolDefinition] = (),
+        options: TemplateOptions = DEFAULT_OPTIONS,
+    ) -> ChatPrompt:
         check_conversation(messages)
         if not self.supports_tools and (tools or any(m.tool_calls for m in messages)):
             raise RequestError(
@@ -65,41 +72,59 @@ class JinjaTemplate:
                 remedy="Remove 'tools' and tool calls from the request.",
                 param="tools",
             )
-        texts = [text for m in messages for text in (m.content, m.name or "", m.tool_call_id or "")]
+        texts = [text for m in messages for text in (*m.texts, m.name or "", m.tool_call_id or "")]
         calls = [call for m in messages for call in m.tool_calls]
         data = [(call.id, call.name, _parse(call.arguments)) for call in calls] + [_as_openai(tool) for tool in tools]
-        texts.append(json.dumps(data, ensure_ascii=False))
+        texts.append(json.dumps([*data, dict(options.variables)], ensure_ascii=False))
         mark, end = free_marks(texts, 2)
-        conversation = [self._for_template(message, mark) for message in messages]
-        definitions = [self._text.protect_json(_as_openai(tool), mark) for tool in tools]
         continues = messages[-1].prefix
+        conversation = [self._for_template(message, mark) for message in messages]
         if continues:
-            conversation[-1]["content"] += f"{end} "
+            conversation[-1] = self._for_template(messages[-1], mark, end=f"{end} ")
+        definitions = [self._text.protect_json(_as_openai(tool), mark) for tool in tools]
         render = self._render_with_tools if tools else self._render
-        rendered = render(
-            messages=conversation,
-            tools=definitions or None,
-            documents=None,
-            add_generation_prompt=not continues,
+        own = {
+            "messages": conversation,
+            "tools": definitions or None,
+            "documents": None,
+            "add_generation_prompt": options.add_generation_prompt and not continues,
             **self._special_tokens,
-        )
+        }
+        taken = next((name for name in options.variables if name in own), None)
+        if taken is not None:
+            raise RequestError(
+                f"'chat_template_kwargs' cannot set {taken!r}, which the server sets.",
+                remedy="Remove it.",
+                param="chat_template_kwargs",
+            )
+        rendered = render(**self._text.protect_json(dict(options.variables), mark), **own)
         if continues:
             rendered = _cut_at(rendered, end)
         try:
-            token_ids, num_last = self._text.encode(rendered, mark)
+            token_ids, num_last = self._tokenizer.encode_rendered(rendered, mark=mark)
         except RequestError as e:
             raise RequestError(e.message, remedy=e.remedy, param="messages") from e
         return ChatPrompt(token_ids, token_ids[len(token_ids) - num_last :] if continues else [])
 
-    def _for_template(self, message: Message, mark: str) -> dict[str, Any]:
-        converted: dict[str, Any] = {"role": message.role, "content": self._text.protect(message.content, mark)}
+    def _for_template(self, message: Message, mark: str, *, end: str = "") -> dict[str, Any]:
+        """end: added to the content, which then is one text."""
+        protect = partial(self._text.protect, mark=mark)
+        converted: dict[str, Any] = {"role": message.role, "content": self._content(message, mark, end=end)}
         if message.name is not None:
-            converted["name"] = self._text.protect(message.name, mark)
+            converted["name"] = protect(message.name)
         if message.tool_call_id is not None:
-            converted["tool_call_id"] = self._text.protect(message.tool_call_id, mark)
+            converted["tool_call_id"] = protect(self._call_id(message.tool_call_id))
         if message.tool_calls:
             converted["tool_calls"] = [self._call(call, mark) for call in message.tool_calls]
         return converted
+
+    def _content(self, message: Message, mark: str, *, end: str) -> str | list[dict[str, str]]:
+        form = self._forms.get(message.role, "text")
+        if form == "text" or (form != "parts" and (end or len(message.texts) < 2)):
+            return self._text.protect("\n".join(message.texts), mark) + end
+        texts = [self._text.protect(text, mark) for text in message.texts] or [""]
+        texts[-1] += end
+        return [{"type": "text", "text": text} for text in texts]
 
     def _call(self, call: ToolCall, mark: str) -> dict[str, Any]:
         arguments, protect = _parse(call.arguments), self._text.protect_json
@@ -109,7 +134,39 @@ class JinjaTemplate:
             if isinstance(arguments, str)
             else protect(arguments, mark),
         }
-        return {"id": self._text.protect(call.id, mark), "type": "function", "function": function}
+        return {"id": self._text.protect(self._call_id(call.id), mark), "type": "function", "function": function}
+
+    def _call_id(self, call_id: str) -> str:
+        return mistral_id(call_id) if self._short_call_ids else call_id
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The template's variables: the checkpoint's own tokens, otherwise the vocabulary's."""
+    names = tokenizer.pieces.names
+    own = {"bos_token": names[tokenizer.bos_token_id], "eos_token": names[tokenizer.eos_token_id]}
+    return own | tokenizer.settings.special_tokens
+
+
+def _check_tokens(
+    tokenizer: Tokenizer, special_tokens: dict[str, str], sources: Sequence[str], *, model_vocab_size: int
+) -> None:
+    """Raises ConfigError if a template writes a token that the model or the vocabulary lacks."""
+    variables = {name for source in sources for name in undeclared_variables(source)}
+    used = {special_tokens[name] for name in variables if name in special_tokens}
+    for content, token in tokenizer.settings.added_tokens.items():
+        if token.id >= model_vocab_size and (content in used or any(content in source for source in sources)):
+            raise ConfigError(
+                f"The chat template writes the token {content!r}, whose id {token.id} is beyond the model's "
+                f"{model_vocab_size} tokens.",
+                remedy="Use the tokenizer files that belong to the model.",
+            )
+    for name in ("bos_token", "eos_token"):
+        content = special_tokens.get(name, "")
+        if content and content not in tokenizer.special_tokens:
+            raise ConfigError(
+                f"The checkpoint names the {name} {content!r} but does not give its id.",
+                remedy="Add it to added_tokens_decoder in tokenizer_config.json.",
+            )
 
 
 def _cut_at(rendered: str, end: str) -> str:
@@ -135,64 +192,3 @@ def _parse(arguments: str) -> Any:
         return json.loads(arguments)
     except (ValueError, RecursionError):
         return arguments
-
-
-def _compile(source: str) -> Callable[..., str]:
-    """A function that renders the template from its variables and raises RequestError. Raises ConfigError for invalid Jinja."""
-    try:
-        template = _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as e:
-        raise ConfigError(f"The chat template is not valid Jinja: line {e.lineno}: {e.message}.") from e
-
-    def render(**variables: Any) -> str:
-        try:
-            return template.render(**variables)
-        except _RaisedByTemplateError as e:
-            reason = _ANY_MARK.sub("", str(e)).split("\n", 1)[0][:300].rstrip(".")
-            raise RequestError(f"The conversation does not fit the chat template: {reason}.", param="messages") from e
-        except Exception as e:  # a template is a program that may fail in any way; only this request fails
-            raise RequestError(
-                f"The chat template cannot render this conversation ({type(e).__name__}).", param="messages"
-            ) from e
-
-    return render
-
-
-class _RaisedByTemplateError(jinja2.TemplateError):
-    """Raised by the template itself, with its reason to reject a conversation."""
-
-
-class _Generation(jinja2.ext.Extension):
-    """The {% generation %} block of templates made for training; renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012  # jinja2 requires this form
-
-    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """As in transformers: without the HTML escapes of jinja2. Marks are not escaped."""
-    written = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return _ESCAPED_MARK.sub(lambda m: m[1] + chr(int(m[2], 16)), written) if ensure_ascii else written
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise _RaisedByTemplateError(message)
-
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment

@@ -1,7 +1,7 @@
 """The chat templates v1, v2 and v3 of mistral-common, for the Mistral family.
 
-Knows mistral-common, which checks and encodes the conversation. The answer is decoded on its own, except after a prefix, whose ids
-`encode` returns for the detokenizer.
+Knows mistral-common, which checks and encodes the conversation; mistral_turns.py adds turns that it refuses. The parts of a message are
+joined by a blank line. The answer is decoded on its own, except after a prefix, whose ids `encode` returns for the detokenizer.
 """
 
 from collections.abc import Sequence
@@ -9,24 +9,31 @@ from typing import Any
 
 from mistral_common.exceptions import InvalidToolException, InvalidToolSchemaException, MistralCommonException
 from mistral_common.protocol.instruct import tool_calls as mistral
+from mistral_common.protocol.instruct.chunk import TextChunk
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, InstructTokenizerV2, InstructTokenizerV3
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
-from cluster.text.chat.template import ChatPrompt, Message, check_conversation, invalid_unicode
+from cluster.text.chat.mistral_turns import TurnsV1, TurnsV2, TurnsV3
+from cluster.text.chat.template import (
+    DEFAULT_OPTIONS,
+    ChatPrompt,
+    Message,
+    TemplateOptions,
+    check_conversation,
+    invalid_unicode,
+)
 from cluster.text.tokenizer import TemplateVersion, Tokenizer
 from cluster.text.tools.definitions import ToolDefinition, mistral_id
 from workers.errors import ConfigError, RequestError
 
 _TEMPLATES: dict[TemplateVersion, Any] = {
-    "v1": InstructTokenizerV1,
-    "v2": InstructTokenizerV2,
-    "v3": InstructTokenizerV3,
+    "v1": TurnsV1,
+    "v2": TurnsV2,
+    "v3": TurnsV3,
 }
 _TOOL_TOKENS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
 
@@ -35,6 +42,7 @@ class MistralTemplate:
     """One of mistral-common's templates. Raises ConfigError if the tokenizer lacks the template's control tokens."""
 
     supports_prefix = True
+    source = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.version: TemplateVersion = tokenizer.template_version
@@ -48,13 +56,21 @@ class MistralTemplate:
                 param="--chat-template",
             )
         self.supports_tools = self.version != "v1" and all(base.is_special(name) for name in _TOOL_TOKENS)
-        self._mistral: Any = MistralTokenizer(
-            _TEMPLATES[self.version](base),
-            validator=get_validator(version, mode=ValidationMode.test),
-            request_normalizer=get_normalizer(version, None),
-        )
+        # "agnostic": the conversation may end with any message.
+        self._validator: Any = get_validator(version, mode=ValidationMode.agnostic)
+        self._normalizer: Any = get_normalizer(version, None)
+        self._encoder: Any = _TEMPLATES[self.version](base)
 
-    def encode(self, messages: Sequence[Message], *, tools: Sequence[ToolDefinition] = ()) -> ChatPrompt:
+    def reads(self, name: str) -> bool:
+        return False
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolDefinition] = (),
+        options: TemplateOptions = DEFAULT_OPTIONS,
+    ) -> ChatPrompt:
         check_conversation(messages)
         if not self.supports_tools and (tools or any(m.tool_calls for m in messages)):
             raise RequestError(
@@ -62,21 +78,15 @@ class MistralTemplate:
                 remedy="Remove 'tools' and tool calls from the request.",
                 param="tools",
             )
-        for i, message in enumerate(messages):
-            if message.tool_calls and message.content.strip():
-                raise RequestError(
-                    f"messages[{i}]: chat template {self.version} does not allow both content and tool calls in a message.",
-                    remedy="Send one of them.",
-                    param="messages",
-                )
         names = {call.id: call.name for message in messages for call in message.tool_calls}
         try:
-            encoded = self._mistral.encode_chat_completion(
-                ChatCompletionRequest(
-                    messages=[_convert(m, names) for m in messages],
-                    tools=[_convert_tool(tool) for tool in tools] or None,
-                )
-            )
+            written = [turn for message in messages for turn in _convert(message, names)]
+            definitions = [_convert_tool(tool) for tool in tools] or None
+            # mistral-common would refuse an empty turn.
+            checked = [turn for turn in written if not _is_empty_turn(turn)] or [UserMessage(content="")]
+            self._validator.validate_request(ChatCompletionRequest(messages=checked, tools=definitions))
+            request = ChatCompletionRequest(messages=written, tools=definitions)
+            encoded = self._encoder.encode_instruct(self._normalizer.from_chat_completion_request(request))
         except MistralCommonException as e:
             is_tool = isinstance(e, InvalidToolException | InvalidToolSchemaException)
             what = "A tool" if is_tool else "The conversation"
@@ -96,15 +106,22 @@ class MistralTemplate:
         return ChatPrompt(list(encoded.tokens), list(encoded.prefix_ids or []))
 
 
-def _convert(message: Message, names: dict[str, str]) -> UserMessage | AssistantMessage | SystemMessage | ToolMessage:
-    """names: of the functions, by tool call id; template v2 writes them before results."""
+def _convert(message: Message, names: dict[str, str]) -> list[Any]:
+    """Text and tool calls become two messages, which mistral-common joins again: it refuses both in one.
+
+    names: of the functions, by tool call id; template v2 writes them before results.
+    """
+    content: Any = message.content if isinstance(message.content, str) else [TextChunk(text=t) for t in message.texts]
     if message.role == "user":
-        return UserMessage(content=message.content)
+        return [UserMessage(content=content)]
     if message.role == "system":
-        return SystemMessage(content=message.content)
+        return [SystemMessage(content=content)]
     if message.role == "tool":
         call_id = message.tool_call_id or ""
-        return ToolMessage(content=message.content, tool_call_id=mistral_id(call_id), name=names.get(call_id))
+        return [ToolMessage(content=content, tool_call_id=mistral_id(call_id), name=names.get(call_id))]
+    turns: list[Any] = []
+    if message.texts or not message.tool_calls:
+        turns.append(AssistantMessage(content=content, prefix=message.prefix))
     if message.tool_calls:
         calls = [
             mistral.ToolCall(
@@ -112,8 +129,12 @@ def _convert(message: Message, names: dict[str, str]) -> UserMessage | Assistant
             )
             for call in message.tool_calls
         ]
-        return AssistantMessage(content=None, tool_calls=calls)
-    return AssistantMessage(content=message.content, prefix=message.prefix)
+        turns.append(AssistantMessage(content=None, tool_calls=calls))
+    return turns
+
+
+def _is_empty_turn(turn: Any) -> bool:
+    return isinstance(turn, AssistantMessage) and not turn.content and not turn.tool_calls
 
 
 def _convert_tool(tool: ToolDefinition) -> mistral.Tool:

@@ -14,7 +14,7 @@ SAFE_PROMPT = (
 def with_safe_prompt(messages: Sequence[Message]) -> list[Message]:
     """The conversation with the guardrail before its own system prompt, as one message: some templates allow only one."""
     if messages and messages[0].role == "system":
-        own = messages[0].content
-        first = replace(messages[0], content=f"{SAFE_PROMPT}\n\n{own}" if own else SAFE_PROMPT)
-        return [first, *messages[1:]]
+        first, *others = messages[0].texts or ("",)
+        text = f"{SAFE_PROMPT}\n\n{first}" if first else SAFE_PROMPT
+        return [replace(messages[0], content=(text, *others) if others else text), *messages[1:]]
     return [Message("system", SAFE_PROMPT), *messages]

@@ -4,9 +4,9 @@ Knows roles, tools and which conversations are valid for every template. Does no
 jinja_template.py), HTTP, or how the answer's ids become text again.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from cluster.text.tools.definitions import ToolCall, ToolDefinition
 from workers.errors import RequestError
@@ -16,18 +16,24 @@ Role = Literal["system", "user", "assistant", "tool"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message of a conversation.
+    """A message of a conversation. `content` may have several parts.
 
     prefix: the last, assistant message is to be continued by the answer. tool_calls: of assistant messages only. tool_call_id: the call
-    that a tool message answers; it may repeat the tool's `name`.
+    that a tool message answers; it may repeat the tool's `name`. Other messages may have their author's `name`.
     """
 
     role: Role
-    content: str = ""
+    content: str | tuple[str, ...] = ""
     prefix: bool = False
     name: str | None = None
     tool_calls: Sequence[ToolCall] = ()
     tool_call_id: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The parts of the content that are not empty."""
+        parts = (self.content,) if isinstance(self.content, str) else self.content
+        return tuple(part for part in parts if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,20 @@ class ChatPrompt:
 
     token_ids: list[int]
     continues: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """How a template is applied. Mistral's templates have no such choices.
+
+    add_generation_prompt: whether the prompt ends with the beginning of the assistant's turn. variables: the client's, for the template.
+    """
+
+    add_generation_prompt: bool = True
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+
+DEFAULT_OPTIONS = TemplateOptions()
 
 
 class ChatTemplate(Protocol):
@@ -47,18 +67,34 @@ class ChatTemplate(Protocol):
     @property
     def supports_prefix(self) -> bool: ...
 
-    def encode(self, messages: Sequence[Message], *, tools: Sequence[ToolDefinition] = ()) -> ChatPrompt:
+    @property
+    def source(self) -> str | None:
+        """The Jinja source, for clients that write conversations themselves; None for a template that is not in Jinja."""
+        ...
+
+    def reads(self, name: str) -> bool:
+        """Whether the template reads a variable or a field of a message with this name, so that it may change the prompt."""
+        ...
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[ToolDefinition] = (),
+        options: TemplateOptions = DEFAULT_OPTIONS,
+    ) -> ChatPrompt:
         """The conversation's ids, including the beginning-of-sequence token. Raises RequestError if the template does not allow it."""
         ...
 
 
 def check_conversation(messages: Sequence[Message]) -> None:
-    """Checks what every template requires: a user message, and a result for every tool call. Raises RequestError."""
-    if not any(m.role == "user" for m in messages):
-        raise RequestError("The conversation has no user message.", remedy="Add one.", param="messages")
+    """Checks what every template requires: a result for every tool call. Raises RequestError.
+
+    An assistant message may be empty: a generation may end at once. The conversation may end with one: the answer is a new turn.
+    """
     open_calls: dict[str, bool] = {}  # by id, those of the last assistant message with calls: whether each has a result
     for i, message in enumerate(messages):
-        for text in (message.content, *(part for call in message.tool_calls for part in (call.name, call.arguments))):
+        for text in (*message.texts, *(part for call in message.tool_calls for part in (call.name, call.arguments))):
             if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
                 raise invalid_unicode()
         if message.role == "tool":
@@ -83,21 +119,15 @@ def check_conversation(messages: Sequence[Message]) -> None:
                 remedy="Give each call its own id.",
                 param="messages",
             )
-        if message.role == "assistant" and not message.content and not message.tool_calls:
-            raise RequestError(
-                f"messages[{i}]: an assistant message has neither content nor tool calls.",
-                remedy="Give it one of them, or remove it.",
-                param="messages",
-            )
     last = messages[-1]
-    if last.role == "assistant" and not last.prefix:
-        raise RequestError(
-            "The last message is an assistant message.",
-            remedy="End with a user message, or set its 'prefix' to true to continue it.",
-            param="messages",
-        )
     if last.prefix and last.tool_calls:
         raise RequestError("A message with 'prefix' has tool calls.", remedy="Give it content only.", param="messages")
+    if last.tool_calls:
+        raise RequestError(
+            "The conversation ends with a tool call that has no result.",
+            remedy="Add a message of role 'tool' for each call.",
+            param="messages",
+        )
 
 
 def invalid_unicode() -> RequestError:

@@ -1,7 +1,8 @@
 """Compiles structured-output options (JSON schema, regular expression, choice, Lark) into the grammar string the engine enforces.
 
-Rejects what llguidance cannot enforce, in bounded time and memory: sizes are limited here, a first mask and a short random walk are
-computed, and llguidance's own fuel limits do the rest. Knows no HTTP and no sampling.
+Rejects what llguidance cannot enforce, in bounded time and memory: sizes are limited here, schemas are rewritten (json_schema.py), a first
+mask and a short random walk are computed within a budget of CPU time, and llguidance's own limits do the rest. Knows no HTTP and no
+sampling.
 
 White space in JSON: wherever JSON allows it, nothing, one space, or a newline and up to 32 spaces of indentation. That covers compact,
 `json.dumps` and indented documents, and keeps a model from emitting blanks forever.
@@ -10,6 +11,7 @@ White space in JSON: wherever JSON allows it, nothing, one space, or a newline a
 import json
 import random
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +19,9 @@ from typing import Any, Literal
 from llguidance import LLMatcher, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from cluster.text.grammar.json_schema import GrammarError, check_divisors, check_schema, check_unicode, tightened
+from cluster.text.grammar.errors import GrammarError
+from cluster.text.grammar.json_schema import check_divisors, check_unicode, normalized
+from cluster.text.grammar.keys import KeyPatterns
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.sampling.vocabulary import load_grammar_tokenizer, new_matcher
@@ -31,6 +35,8 @@ MAX_CHOICES_CHARS = 100_000
 MAX_LARK_CHARS = 20_000
 MAX_LARK_LINES = 500  # rules are resolved by recursion; a chain of 3,000 crashed the process
 _PROBE_STEPS = 16
+# Of CPU time to check one grammar, between two calls of llguidance. The largest within the bounds take 0.8 s, usual ones milliseconds.
+MAX_CHECK_S = 1.0
 # These would need the sampler: another temperature, or removing tokens again.
 _RULE_ATTRIBUTE = re.compile(r"^[ \t]*[?!]?[\w-]+\s*\[[^\]\n]*?\b(temperature|stop|stop_capture)\b", re.MULTILINE)
 # Otherwise llguidance computes every forced continuation before a token: 2 s per token for (a{1000}){1000}.
@@ -50,9 +56,18 @@ class StructuredOutput:
 class GrammarCompiler:
     """Compiles and checks grammars for one vocabulary. `compile` may run in a thread: it shares no state."""
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        cpu_time: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._cpu_time = cpu_time
         self.tokenizer = tokenizer
         self._vocabulary = load_grammar_tokenizer(tokenizer.path, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+        self._keys = KeyPatterns()
         self._leading_space = sum(1 << i for i, starts in enumerate(tokenizer.pieces.starts_with_space) if starts)
 
     def compile(self, output: StructuredOutput, *, at_start: bool, param: str) -> str:
@@ -62,7 +77,7 @@ class GrammarCompiler:
         allows one more space, and requires it if the text itself may start with one, so that the visible text matches.
         """
         try:
-            body = _BODIES[output.kind](output.value)
+            body = self._body(output)
             plain = wrap(body)
             opens_with_space = self.check(plain)
             if not at_start:
@@ -74,8 +89,30 @@ class GrammarCompiler:
             raise RequestError(f"{param}: {message}", remedy=e.remedy, param=param) from None
         return grammar
 
+    def json_body(self, schema: Any) -> dict[str, Any]:
+        """The body of a grammar for documents of a schema. Raises GrammarError."""
+        return {"json_schema": self.normalized(schema) | {"x-guidance": JSON_OPTIONS}}
+
+    def normalized(self, schema: Any) -> dict[str, Any]:
+        """The schema in a form that llguidance enforces exactly or more strictly. Raises GrammarError."""
+        return normalized(schema, self._keys)
+
+    def _body(self, output: StructuredOutput) -> dict[str, Any]:
+        match output.kind:
+            case "json":
+                return self.json_body(output.value)
+            case "json_object":
+                return self.json_body({"type": "object"})
+            case "regex":
+                return _regex_body(output.value)
+            case "choice":
+                return _choice_body(output.value)
+            case "grammar":
+                return _lark_body(output.value, self.normalized)
+
     def check(self, grammar: str) -> bool:
         """Whether a text of this grammar may start with a space. Raises GrammarError if the grammar cannot be used."""
+        begun = self._cpu_time()
         matcher = new_matcher(self._vocabulary, grammar)
         first = self._mask(matcher)
         # Rejects now what becomes too large only in use, such as an object with a thousand optional properties.
@@ -85,6 +122,11 @@ class GrammarCompiler:
                 break
             if matcher.is_stopped():
                 break
+            if self._cpu_time() - begun > MAX_CHECK_S:
+                raise GrammarError(
+                    f"checking it takes more than {MAX_CHECK_S:g} s of CPU time.",
+                    remedy="Make it smaller, or less ambiguous.",
+                )
             mask = self._mask(matcher)
         if matcher.is_error():
             raise _explain(matcher.get_error())
@@ -104,19 +146,6 @@ class GrammarCompiler:
 def wrap(body: dict[str, Any], *, start: str = "@body") -> str:
     """A grammar in llguidance's JSON format. body: {"json_schema": ...} or {"lark_grammar": ...}; `start` refers to it as @body."""
     return json.dumps({"grammars": [{"lark_grammar": f"{_LARK_OPTIONS}start: {start}"}, {"name": "body", **body}]})
-
-
-def json_body(schema: Any) -> dict[str, Any]:
-    schema = check_schema(schema)
-    if schema is True:
-        schema = {}
-    if schema is False:
-        raise GrammarError("no document matches the schema false.")
-    return {"json_schema": {**tightened(schema), "x-guidance": JSON_OPTIONS}}
-
-
-def _json_object_body(_: None) -> dict[str, Any]:
-    return json_body({"type": "object"})
 
 
 def _regex_body(pattern: Any) -> dict[str, Any]:
@@ -146,7 +175,7 @@ def _choice_body(choices: Any) -> dict[str, Any]:
     return {"lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(map(json.dumps, choices))}
 
 
-def _lark_body(text: Any) -> dict[str, Any]:
+def _lark_body(text: Any, normalize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
     if not isinstance(text, str) or not text.strip():
         raise GrammarError("a grammar must be text in Lark or GBNF notation.")
     if len(text) > MAX_LARK_CHARS or text.count("\n") > MAX_LARK_LINES:
@@ -166,14 +195,19 @@ def _lark_body(text: Any) -> dict[str, Any]:
         lark = any_to_lark(text)
     except Exception as e:  # the converter raises plain errors of many kinds
         raise GrammarError("the GBNF grammar cannot be parsed.", remedy="Check its syntax.") from e
-    schemas = []
+    schemas, parts, end = [], [], 0
     for match in re.finditer(r"%json\s*", lark):
+        if match.start() < end:  # inside a schema
+            continue
+        parts.append(lark[end : match.end()])
         try:
-            schema, _ = json.JSONDecoder().raw_decode(lark, match.end())
+            schema, end = json.JSONDecoder().raw_decode(lark, match.end())
         except (ValueError, RecursionError) as e:
             raise GrammarError("the JSON schema after %json cannot be parsed.") from e
-        schemas.append(check_schema(schema))
+        schemas.append(schema)
+        parts.append(json.dumps(normalize(schema)))
     check_divisors(schemas)
+    lark = "".join([*parts, lark[end:]])
     return {"lark_grammar": lark}
 
 
@@ -183,13 +217,6 @@ _NOUNS: dict[GrammarKind, str] = {
     "regex": "the regular expression",
     "choice": "the list of choices",
     "grammar": "the grammar",
-}
-_BODIES: dict[GrammarKind, Callable[[Any], dict[str, Any]]] = {
-    "json": json_body,
-    "json_object": _json_object_body,
-    "regex": _regex_body,
-    "choice": _choice_body,
-    "grammar": _lark_body,
 }
 
 

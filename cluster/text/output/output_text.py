@@ -58,6 +58,9 @@ class OutputText:
         self._pieces = tokenizer.pieces
         self._detokenizer = Detokenizer(tokenizer.pieces, continues=continues)
         self._checker = StopChecker(stop, include_stop=include_stop)
+        # Special tokens among the stop strings, which show only if asked for. They have no text in which the checker could find them.
+        ids = {tokenizer.control_token_id(name): name for name in stop} if include_stop else {}
+        self._named_stops = {token_id: name for token_id, name in ids.items() if token_id is not None}
         self._min_tokens = min_tokens
         self._shows_end = shows_end
         self._tool_calls_token_id = tool_calls_token_id
@@ -85,12 +88,14 @@ class OutputText:
         calls: list[ToolCallDelta] = []
         reason = delta.finish_reason
         last = len(delta.token_ids) - 1
+        shown_end = ""
         for i, token_id in enumerate(delta.token_ids):
             self.num_tokens += 1
             if i == last and delta.stop_token_id is not None:
                 if self._shows_end and delta.logprobs is not None:
                     end = self._detokenizer.num_chars
                     self._waiting.append((end, PlacedLogprob(delta.logprobs[i], end)))
+                shown_end = self._named_stops.get(token_id, "")
                 break  # counted, but not part of the text
             if self._parser is None and token_id == self._tool_calls_token_id:
                 if self._end_text(parts):
@@ -112,6 +117,8 @@ class OutputText:
                 self._push_calls(parts, calls, self._detokenizer.flush())
             elif self._end_text(parts):
                 reason = FinishReason.STOP
+            else:
+                parts.append(shown_end)
         text = "".join(parts)
         self.num_chars += len(text)
         self.finish_reason = reason

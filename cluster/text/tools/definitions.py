@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.text.grammar.compiler import JSON_OPTIONS, GrammarCompiler, json_body, wrap
-from cluster.text.grammar.json_schema import GrammarError, check_divisors, moved, tightened
+from cluster.text.grammar.compiler import JSON_OPTIONS, GrammarCompiler, wrap
+from cluster.text.grammar.errors import GrammarError
+from cluster.text.grammar.json_schema import check_divisors, moved
 from cluster.text.tools.calls import TOOL_CALL_ID_CHARS
 from workers.errors import RequestError
 
@@ -56,12 +57,13 @@ def tool_grammar(
     required: bool = False,
     name: str | None = None,
     parallel: bool = True,
+    text: str | None = None,
 ) -> str:
     """The grammar of an answer that is text or calls.
 
     required: only calls. name: exactly one call of that tool. parallel: up to 16 calls, otherwise exactly one. Arguments follow each
-    tool's schema. If llguidance cannot enforce a schema, they may be any object, unless the tool is strict. May run in a thread. Raises
-    RequestError for param "tools".
+    tool's schema. text: the compiled grammar that the text follows; None for any text. If llguidance cannot enforce a schema, the
+    arguments may be any object, unless the tool is strict. May run in a thread. Raises RequestError for param "tools".
     """
     token_id = compiler.tokenizer.tool_calls_token_id
     if token_id is None:
@@ -79,11 +81,14 @@ def tool_grammar(
             param="tools",
         )
     calls = _calls_schema(schemas, max_calls=MAX_PARALLEL_CALLS if parallel and name is None else 1)
-    # Text never contains a control token, so TEXT ends where the calls start.
     start = f'<[{token_id}]> " "? @body'
-    if not required and name is None:
-        start = f"TEXT | {start}\nTEXT: /(?s:.*)/"
-    grammar = wrap({"json_schema": calls}, start=start)
+    if required or name is not None:
+        grammar = wrap({"json_schema": calls}, start=start)
+    elif text is None:
+        # Text never contains a control token, so TEXT ends where the calls start.
+        grammar = wrap({"json_schema": calls}, start=f"TEXT | {start}\nTEXT: /(?s:.*)/")
+    else:
+        grammar = _text_or_calls(text, calls, token_id=token_id)
     try:
         check_divisors(calls)
         compiler.check(grammar)
@@ -92,9 +97,17 @@ def tool_grammar(
     return grammar
 
 
+def _text_or_calls(text: str, calls: dict[str, Any], *, token_id: int) -> str:
+    """The grammar of a text that follows the compiled grammar `text`, or of calls. The text's own start refers to its own body."""
+    first, *others = json.loads(text)["grammars"]
+    start = json.loads(wrap({}, start=f'@text | <[{token_id}]> " "? @calls'))["grammars"][0]
+    named = [{"name": "text", **first}, *others, {"name": "calls", "json_schema": calls}]
+    return json.dumps({"grammars": [start, *named]})
+
+
 def _parameters(tool: ToolDefinition, compiler: GrammarCompiler) -> dict[str, Any]:
-    """The schema that the tool's arguments must follow."""
-    schema = {key: value for key, value in tool.parameters.items() if key not in ("$schema", "$id")}
+    """The schema that the tool's arguments must follow, as llguidance is to enforce it."""
+    schema = dict(tool.parameters)
     if schema.setdefault("type", "object") != "object":
         raise RequestError(
             f"tools: the parameters of {tool.name!r} are not a schema of an object.",
@@ -102,8 +115,8 @@ def _parameters(tool: ToolDefinition, compiler: GrammarCompiler) -> dict[str, An
             param="tools",
         )
     try:
-        body = json_body(schema)
-        compiler.check(wrap(body))
+        normalized = compiler.normalized(schema)
+        compiler.check(wrap({"json_schema": normalized | {"x-guidance": JSON_OPTIONS}}))
     except GrammarError as e:
         if tool.strict:
             raise RequestError(
@@ -112,12 +125,12 @@ def _parameters(tool: ToolDefinition, compiler: GrammarCompiler) -> dict[str, An
                 param="tools",
             ) from None
         return ANY_OBJECT
-    return schema
+    return {key: value for key, value in normalized.items() if key != "$schema"}
 
 
 def _calls_schema(schemas: dict[str, dict[str, Any]], *, max_calls: int) -> dict[str, Any]:
     """The JSON schema of a list of calls. Each tool's schema moves under $defs, and its references are adjusted."""
-    definitions = {f"t{i}": tightened(moved(schema, f"#/$defs/t{i}")) for i, schema in enumerate(schemas.values())}
+    definitions = {f"t{i}": moved(schema, f"#/$defs/t{i}") for i, schema in enumerate(schemas.values())}
     items = [
         {
             "type": "object",

@@ -49,7 +49,10 @@ async def test_create_and_stream(make_model):
     model = make_model(temperature=0)
     answer = await model.create([UserMessage(content="What is the capital of France?", source="user")])
     assert answer.content and answer.usage.completion_tokens <= 12
-    pieces = [piece async for piece in model.create_stream([UserMessage(content="What is the capital of France?", source="user")])]
+    pieces = [
+        piece
+        async for piece in model.create_stream([UserMessage(content="What is the capital of France?", source="user")])
+    ]
     assert "".join(pieces[:-1]) == pieces[-1].content == answer.content
 
 

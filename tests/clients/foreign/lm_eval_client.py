@@ -1,5 +1,7 @@
 """lm-eval's `local-completions` on the tasks next to this folder, through its Python API: the command line would first index
-all built-in tasks. Prints one JSON object: scores by task, and the server's response to each document."""
+all built-in tasks. The tokenizer is transformers', or the server's own (`remote`).
+
+Prints one JSON object: scores by task, and the server's response to each document."""
 
 import json
 import os
@@ -12,7 +14,13 @@ from lm_eval.tasks import TaskManager
 TASKS = ("tramontane_choices", "tramontane_endings", "tramontane_files")
 
 
-def main(batch_size: int) -> None:
+def tokenizer_args(backend: str) -> dict[str, str]:
+    if backend == "remote":
+        return {"tokenizer_backend": backend, "auth_token": os.environ["TRAMONTANE_API_KEY"]}
+    return {"tokenizer_backend": backend, "tokenizer": os.environ["TRAMONTANE_TOKENIZER"]}
+
+
+def main(batch_size: int, backend: str) -> None:
     folder = Path(__file__).parents[1] / "lm_eval_task"
     os.chdir(folder)  # the tasks name their files relative to it
     results = simple_evaluate(
@@ -20,7 +28,7 @@ def main(batch_size: int) -> None:
         model_args={
             "base_url": os.environ["TRAMONTANE_URL"] + "/v1/completions",
             "model": "demo_model",
-            "tokenizer": os.environ["TRAMONTANE_TOKENIZER"],
+            **tokenizer_args(backend),
             "max_length": 1024,
             "max_retries": 1,
         },
@@ -41,4 +49,4 @@ def main(batch_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2])

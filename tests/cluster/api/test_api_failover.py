@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,12 +12,10 @@ from aiohttp.test_utils import TestClient, TestServer
 from support.fakes.replica import FakeReplica, tokens
 from support.paths import DEMO_MODEL
 
-import cluster.api.server.sse
 from cluster.api.app import make_app
 from cluster.router.router import Availability, Router
 from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
-from workers.protocol import GenerateRequest, TokenDelta
 
 TOKENIZER = load_tokenizer(DEMO_MODEL)
 TEMPLATE = MistralTemplate(TOKENIZER)
@@ -151,32 +148,3 @@ async def test_a_client_that_disconnects_while_waiting_frees_its_place() -> None
             while router.num_inflight_requests:
                 await asyncio.sleep(0.005)
         assert (router.num_waiting, router.num_queued_tokens) == (0, 0)
-
-
-async def test_a_client_that_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.api.server.sse, "WRITE_TIMEOUT_S", 0.2)
-
-    class Endless(FakeReplica):
-        async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
-            self.num_open += 1
-            try:
-                while True:
-                    await asyncio.sleep(0)
-                    yield TokenDelta(request_id=request.request_id, token_ids=[OUTPUT[0]], num_cached_tokens=0)
-            finally:
-                self.num_open -= 1
-                self.closed.set()
-
-    endless = Endless()
-    async with serving([endless], keep_alive_s=0.05) as (client, router):
-        with socket.socket() as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            deaf.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(deaf, ("127.0.0.1", client.port))
-            data = json.dumps({"model": "demo", "prompt": "x", "stream": True}).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-            await asyncio.get_running_loop().sock_sendall(deaf, head.encode() + data)
-            async with asyncio.timeout(30):
-                await endless.closed.wait()
-                while router.num_inflight_requests:
-                    await asyncio.sleep(0.01)

@@ -31,7 +31,8 @@ from cluster.protocol.view import (
     ReplicaState,
     StartFailure,
 )
-from workers.config import EngineConfig, load_model_config
+from workers.checkpoint.model_config import load_model_config
+from workers.config import EngineConfig
 from workers.errors import ConfigError, ReplicaUnavailableError
 from workers.protocol import LoadReport
 from workers.rank.reports import RankStats

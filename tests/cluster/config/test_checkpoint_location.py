@@ -1,28 +1,119 @@
 """What MODEL means: a folder, a Hub id, or the demo model. The Hub's client is replaced; nothing is downloaded."""
 
+from types import SimpleNamespace
+
 import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 
 from cluster.config.checkpoint_location import download_bytes, find_model, resolve_config, resolve_model
 from workers.errors import ConfigError
 
+# What is published next to weights: what a checkpoint means, and what nobody should run, or need.
+WANTED = [
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tekken.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+]
+UNWANTED = [
+    ".gitattributes",
+    "README.md",
+    "modeling_mistral.py",
+    "tokenization_mistral.py",
+    "tokenizer.py",
+    "additional_chat_templates/setup.py",
+    "consolidated.safetensors",
+    "fp8/model.safetensors",
+    "model.gguf",
+    "pytorch_model.bin",
+    "training_args.bin",
+    "onnx/config.json",
+]
 
-@pytest.mark.parametrize("files", [["config.json"], ["params.json"]])
-def test_a_hub_id_becomes_its_folder(monkeypatch, tmp_path, files):
+
+def fake_hub(monkeypatch, folder, sizes):
+    """A Hub with one repository: the Hub's own filter decides what is downloaded. Returns the calls' names of downloaded files."""
     calls = []
 
-    def download(model, *, ignore_patterns=None, **kwargs):
-        calls.append(ignore_patterns)
-        for name in files:
-            if name != "params.json" or ignore_patterns is None:
-                (tmp_path / name).touch()
-        return str(tmp_path)
+    def snapshot_download(model, *, revision=None, allow_patterns=None, ignore_patterns=None, local_files_only=False):
+        names = filter_repo_objects(sizes, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        calls.append(list(names))
+        for name in calls[-1]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        return str(folder)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *a, **k: SimpleNamespace(siblings=siblings))
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *a, **k: list(sizes))
+    return calls
+
+
+def test_all_that_a_checkpoint_means_is_downloaded_and_nothing_else(monkeypatch, tmp_path):
+    calls = fake_hub(monkeypatch, tmp_path, dict.fromkeys([*WANTED, *UNWANTED], 1))
     assert resolve_model("owner/name") == (tmp_path, "owner/name")
-    assert calls == ([["consolidated*"]] if files == ["config.json"] else [["consolidated*"], None])
+    assert calls == [WANTED]
+    assert download_bytes("owner/name") == len(WANTED)
+
+
+@pytest.mark.parametrize("files", [["params.json"], ["config.json"], ["config.json", "params.json"]])
+def test_weights_in_mistrals_layout_are_downloaded_if_there_are_no_others(monkeypatch, tmp_path, files):
+    calls = fake_hub(monkeypatch, tmp_path, dict.fromkeys((*files, "consolidated.safetensors"), 1))
+    resolve_model("owner/name")
+    assert calls == [files, [*files, "consolidated.safetensors"]]
+    assert download_bytes("owner/name") == len(calls[1])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["model.Q4_K_M.gguf"], "owner/name has GGUF weights (model.Q4_K_M.gguf), which are not supported."),
+        (
+            ["adapter_config.json", "adapter_model.bin"],
+            "owner/name has a LoRA adapter (adapter_config.json), not a model.",
+        ),
+        (["config.json", "pytorch_model.bin"], "owner/name has the weights only as a pickle file (pytorch_model.bin)"),
+        (["README.md"], "owner/name has no model, but README.md"),
+        ([], "owner/name is empty."),
+    ],
+)
+def test_a_repository_without_a_model_is_named(monkeypatch, tmp_path, files, message):
+    fake_hub(monkeypatch, tmp_path, dict.fromkeys(files, 1))
+    with pytest.raises(ConfigError) as e:
+        resolve_model("owner/name")
+    assert e.value.message.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "remedy"),
+    [
+        ("model.gguf", "is a GGUF file, which is not supported.", "Give a folder with config.json"),
+        ("model.safetensors", "is a file, not a model folder.", "Give its folder, "),
+        ("notes.txt", "is a file, not a model folder.", "Give a folder with config.json"),
+    ],
+)
+def test_a_file_instead_of_a_folder(tmp_path, name, message, remedy):
+    (tmp_path / name).touch()
+    for resolve in (resolve_model, find_model, resolve_config):
+        with pytest.raises(ConfigError) as e:
+            resolve(str(tmp_path / name))
+        assert e.value.message == f"{tmp_path / name} {message}" and e.value.remedy.startswith(remedy)
 
 
 def test_without_a_model_the_demo_is_served():

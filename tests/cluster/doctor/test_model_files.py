@@ -144,14 +144,14 @@ def only_pickles(folder):
         (other_format, ["model-00002-of-00002.safetensors does not have a valid safetensors header"]),
         (header_that_is_a_list, ["model-00002-of-00002.safetensors does not have a valid safetensors header"]),
         (remove_file, ["names model-00002-of-00002.safetensors, which does not exist"]),
-        (remove_file_and_index, ["6 of 6 layers are incomplete in these files; the first is layer 0"]),
+        (remove_file_and_index, ["lacks the tensor model.embed_tokens.weight (and 27 more)"]),
         (other_revision, ["in model-00002-of-00002.safetensors, which does not have it"]),
         (break_index, ["is not a safetensors index"]),
-        (remove_config, ["has neither config.json"]),
+        (remove_config, ["has weights (model-00001-of-00002.safetensors, ", "but neither config.json"]),
         (break_config, ["MixtralForCausalLM"]),
         (remove_tokenizer, ["has no tokenizer"]),
         (break_tokenizer, ["is not a SentencePiece model"]),
-        (only_pickles, ["pytorch_model.bin is a pickle file"]),
+        (only_pickles, ["only as a pickle file (pytorch_model.bin)"]),
     ],
 )
 def test_the_fault_is_named(folder, damage, parts):

@@ -11,17 +11,19 @@ from cluster.ray_runtime.folder import MARK, make_folder, marked_processes, swee
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 OWNER = """
+import sys
+from pathlib import Path
 from cluster.ray_runtime.folder import make_folder
-folder = make_folder()
+folder = make_folder(Path(sys.argv[1]))
 print(folder.path, flush=True)
 input()
 """
 
 
-def run(code: str, **env: str) -> tuple[subprocess.Popen, str]:
+def run(code: str, *args: str, **env: str) -> tuple[subprocess.Popen, str]:
     """A process, and what it says first."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *args],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **env},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -34,9 +36,8 @@ def sleeper(folder: object) -> subprocess.Popen:
     return run("print('up', flush=True); input()", **{MARK: str(folder)})[0]
 
 
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+@pytest.fixture
+def place(tmp_path):
     return tmp_path
 
 
@@ -51,15 +52,15 @@ def test_only_processes_with_this_folders_mark_are_found(place):
 
 def test_the_folder_of_a_killed_command_is_swept_and_that_of_a_living_one_is_not(place):
     (place / "tramontane-ray-note").write_text("no folder")
-    owner, path = run(OWNER)
+    owner, path = run(OWNER, str(place))
     child = sleeper(path)
     try:
-        sweep()
+        sweep(place)
         assert Path(path).is_dir(), "its owner lives"
         assert child.poll() is None
         owner.kill()
         owner.wait()
-        sweep()
+        sweep(place)
         assert not Path(path).exists()
         assert child.wait(10) == -9
     finally:
@@ -70,7 +71,7 @@ def test_the_folder_of_a_killed_command_is_swept_and_that_of_a_living_one_is_not
 
 
 def test_its_owner_ends_it(place):
-    folder = make_folder()
+    folder = make_folder(place)
     child = sleeper(folder.path)
     folder.end()
     folder.end()

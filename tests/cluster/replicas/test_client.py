@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 from support.fakes.core import FACTS, expected_tokens, request
@@ -243,9 +244,9 @@ async def test_reconnects_when_rank_0_is_back(monkeypatch):
     await asyncio.to_thread(engine.close)
 
 
-async def test_silence_is_death(engine, monkeypatch):
-    """A relay that stops passing bytes on stands for a cut cable: no FIN, no RST."""
-    monkeypatch.setattr(cluster.replicas.client, "SILENCE_IS_DEATH_S", 0.6)
+@contextlib.asynccontextmanager
+async def relayed(engine: FakeEngine) -> AsyncIterator[tuple[ReplicaClient, asyncio.Event]]:
+    """A client behind a relay. Clear the event, and it stops passing bytes on: a cut cable, without FIN or RST."""
     flowing = asyncio.Event()
     flowing.set()
     tasks = []
@@ -264,18 +265,53 @@ async def test_silence_is_death(engine, monkeypatch):
     server = await asyncio.start_server(relay, "127.0.0.1", 0)
     client = ReplicaClient("r0", server.sockets[0].getsockname(), TOKEN)
     await client.connect()
-    stream = client.generate(request("r", max_tokens=10**9))
-    await anext(stream)
-    flowing.clear()
-    with pytest.raises(ReplicaUnavailableError, match="silent") as error:
-        async for _ in stream:
-            pass
-    assert not error.value.crashed, "frozen or cut off: no request did that"
-    assert not client.is_ready(time.monotonic())
-    await client.close()
-    server.close()
-    for task in tasks:
-        task.cancel()
+    try:
+        yield client, flowing
+    finally:
+        await client.close()
+        server.close()
+        for task in tasks:
+            task.cancel()
+
+
+async def test_silence_is_death(engine, monkeypatch):
+    monkeypatch.setattr(cluster.replicas.client, "SILENCE_IS_DEATH_S", 0.6)
+    async with relayed(engine) as (client, flowing):
+        stream = client.generate(request("r", max_tokens=10**9))
+        await anext(stream)
+        flowing.clear()
+        with pytest.raises(ReplicaUnavailableError, match="silent") as error:
+            async for _ in stream:
+                pass
+        assert not error.value.crashed, "frozen or cut off: no request did that"
+        assert not client.is_ready(time.monotonic())
+
+
+async def test_silence_is_an_outage_only_after_a_while(engine, monkeypatch):
+    """On a busy machine a report may be late. New requests wait for it, and /health waits longer, even if the connection was given up."""
+    monkeypatch.setattr(cluster.replicas.client, "SILENCE_IS_DEATH_S", 1.0)
+    monkeypatch.setattr(cluster.replicas.readiness, "HEALTH_PATIENCE_S", 3.0)
+    async with relayed(engine) as (client, flowing):
+        await until(lambda: client.is_ready(time.monotonic()))
+        flowing.clear()
+        began = time.monotonic()
+        await until(lambda: not client.connected)
+        assert not client.is_ready(time.monotonic())
+        assert client.unhealthy_reason(time.monotonic()) is None, "it may be back in a moment"
+        await until(lambda: client.unhealthy_reason(time.monotonic()) is not None)
+        assert 2.0 < time.monotonic() - began < 5.0
+        assert "silent" in client.unhealthy_reason(time.monotonic())
+        flowing.set()
+        await until(lambda: client.unhealthy_reason(time.monotonic()) is None)
+
+
+async def test_a_replica_that_has_ended_is_an_outage_at_once(engine, client):
+    await until(lambda: client.is_ready(time.monotonic()))
+    await asyncio.to_thread(engine.server.close)
+    await until(lambda: not client.connected)
+    assert "rank 0 closed the connection" in client.unhealthy_reason(time.monotonic())
+    client.condemn("Replica r0 lost rank 1: its process died.")
+    assert client.unhealthy_reason(time.monotonic()) == "Replica r0 lost rank 1: its process died."
 
 
 async def test_condemn_ends_streams_with_the_given_reason(engine, client):

@@ -2,7 +2,14 @@
 
 import pytest
 
-from cluster.replicas.readiness import MAX_FORWARD_AGE_S, MAX_STEP_S, not_ready_reason
+from cluster.replicas.readiness import (
+    HEALTH_PATIENCE_S,
+    MAX_FORWARD_AGE_S,
+    MAX_STEP_S,
+    is_overdue,
+    not_ready_reason,
+)
+from workers.heartbeat import RECENTLY_S
 from workers.protocol import LoadReport
 
 
@@ -21,3 +28,24 @@ from workers.protocol import LoadReport
 def test_a_report_proves_readiness_for_a_while(load, report_age_s, reason):
     found = not_ready_reason("r0", load, report_age_s=report_age_s)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("load", "report_age_s", "ready_age_s", "overdue"),
+    [
+        # No reports: only the last good one counts, whatever it said about a long step.
+        (LoadReport(forward_age_s=0.1), RECENTLY_S + 0.1, RECENTLY_S + 0.1, False),
+        (LoadReport(forward_age_s=0.1), 4.9, 4.9, False),
+        (LoadReport(forward_age_s=0.1), HEALTH_PATIENCE_S, HEALTH_PATIENCE_S, True),
+        (LoadReport(forward_age_s=20.0, step_age_s=20.0), 4.9, 4.9, False),
+        (LoadReport(), 2.0, float("inf"), True),  # never ready
+        # Reports come: the forward pass counts, so that a stuck rank is named after 5 s.
+        (LoadReport(forward_age_s=4.0, stuck_ranks=(1,)), 0.5, 2.0, False),
+        (LoadReport(forward_age_s=4.6, stuck_ranks=(1,)), 0.5, 2.0, True),
+        (LoadReport(forward_age_s=4.0), 0.5, 1.0, False),
+        (LoadReport(forward_age_s=MAX_STEP_S, step_age_s=MAX_STEP_S), 0.0, 0.0, True),
+        (LoadReport(), 0.0, float("inf"), True),
+    ],
+)
+def test_health_has_patience_with_a_busy_machine(load, report_age_s, ready_age_s, overdue):
+    assert is_overdue(load, report_age_s=report_age_s, ready_age_s=ready_age_s) is overdue

@@ -26,6 +26,7 @@ GENERATION: dict[str, Any] = {
     "frequency_penalty": 0.1,
     "logit_bias": {"5": 1.0},
     "seed": 1,
+    "random_seed": 1,
     "user": "u",
     "response_format": {
         "type": "json_schema",
@@ -43,7 +44,17 @@ GENERATION: dict[str, Any] = {
     "truncate_prompt_tokens": 4,
     "prompt_logprobs": 1,
     "return_token_ids": True,
-    "structured_outputs": {"json": {"type": "object"}, "regex": "a+", "choice": ["a"], "grammar": 'start: "a"'},
+    "structured_outputs": {
+        "json": {"type": "object"},
+        "regex": "a+",
+        "choice": ["a"],
+        "grammar": 'start: "a"',
+        "json_object": False,
+    },
+    "guided_json": {"type": "object"},
+    "guided_regex": "a+",
+    "guided_choice": ["a"],
+    "guided_grammar": 'start: "a"',
     "priority": 0,
 }
 # By endpoint: a valid body, and one with every field, which may contradict each other.
@@ -64,13 +75,19 @@ FULL: dict[str, dict[str, Any]] = {
         "echo": True,
         "logprobs": 1,
         "best_of": 1,
+        "add_special_tokens": True,
         "metadata": {},
+        "use_beam_search": False,
     },
     "/v1/chat/completions": {
         **GENERATION,
         "messages": [
             {"role": "system", "content": "s"},
-            {"role": "user", "content": [{"type": "text", "text": "x"}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "x"}, {"type": "input_text", "text": "y"}, "z"],
+                "name": "Ann",
+            },
             {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "annotations": []},
             {"role": "tool", "tool_call_id": "call_123456789", "content": "21", "name": "f"},
             {"role": "assistant", "content": "so", "prefix": True},
@@ -82,6 +99,10 @@ FULL: dict[str, dict[str, Any]] = {
         "tool_choice": {"type": "function", "function": {"name": "f"}},
         "parallel_tool_calls": True,
         "safe_prompt": True,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "modalities": ["text"],
     },
     "/v1/embeddings": {
         "model": MODEL,
@@ -100,6 +121,9 @@ FULL: dict[str, dict[str, Any]] = {
         "tools": [TOOL],
         "add_special_tokens": True,
         "return_token_strs": True,
+        "continue_final_message": True,
+        "add_generation_prompt": False,
+        "chat_template_kwargs": {},
     },
     "/detokenize": {"tokens": [5, 6], "model": MODEL},
     "/v1/batches": {

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from workers.config import EngineConfig, load_model_config
+from workers.checkpoint.model_config import load_model_config
+from workers.config import EngineConfig
 from workers.engine.llm_engine import LLMEngine
 from workers.protocol import GenerateRequest, SamplingParams
 

@@ -115,6 +115,9 @@ class FakeReplica:
     def not_ready_reason(self, now: float) -> str | None:
         return self.condemned or self.reason
 
+    def unhealthy_reason(self, now: float) -> str | None:
+        return self.not_ready_reason(now)
+
     def lose(self, reason: str | None = None) -> None:
         """Ends every open stream with the reason."""
         self.condemned = reason or f"Replica {self.replica_id} is lost."

@@ -21,6 +21,7 @@ from cluster.keys.keyring import Keyring
 from cluster.replicas.client import ReplicaClient
 from cluster.router.router import Router
 from cluster.system.log import setup_logging
+from cluster.system.malloc import return_large_blocks
 from support.paths import ROOT
 from support.servers.live_replica import TEMPLATE, TOKEN, TOKENIZER, LiveReplica
 
@@ -114,6 +115,7 @@ class FuzzTarget:
 async def main(head_timeout_s: float, body_timeout_s: float) -> None:
     """Serves until stdin ends."""
     setup_logging("info")
+    return_large_blocks()  # as `serve` does
     async with live_listener(head_timeout_s=head_timeout_s, body_timeout_s=body_timeout_s) as url:
         print(url, flush=True)
         await asyncio.to_thread(sys.stdin.read)

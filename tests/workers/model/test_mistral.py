@@ -9,7 +9,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm, Mistral
 
 from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
-from workers.config import load_model_config
+from workers.checkpoint.model_config import load_model_config
 from workers.layers.decoder import RMSNorm, RotaryEmbedding, silu
 from workers.model.mistral import MistralForCausalLM
 from workers.quant.dense import CAN_PACK, linear, pack

@@ -6,6 +6,7 @@ import timeit
 import numpy as np
 import torch
 
+import workers.parallel.timed
 from workers.parallel.group import SingleRank
 from workers.parallel.timed import TimedGroup
 
@@ -41,6 +42,19 @@ def test_the_rest_is_the_groups():
     assert timed.gather(torch.ones(2)).tolist() == [1.0, 1.0]
     timed.close()
     assert timed.num_all_reduces_total == 0
+
+
+def test_a_rank_is_waited_for_only_when_one_collective_takes_long(monkeypatch):
+    monkeypatch.setattr(workers.parallel.timed, "SLOW_COLLECTIVE_S", 0.2)
+    group = SlowGroup()
+    group.waiting_for = lambda: (1,)  # at every moment: rank 1 is slower
+    timed = TimedGroup(group)
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:  # longer in all, but each one ends
+        timed.all_reduce(torch.zeros(1))
+        assert timed.waiting_for() == ()
+    time.sleep(0.3)  # as if the last one had not ended
+    assert timed.waiting_for() == (1,)
 
 
 def test_it_costs_less_than_a_microsecond():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 
 import msgspec
 import pytest
@@ -11,6 +12,7 @@ from support.fakes.engine import TOKEN, FakeEngine
 import workers.rank.connection
 import workers.rank.server
 import workers.rank.stuck_ranks
+from workers.heartbeat import RECENTLY_S
 from workers.protocol import (
     PROTOCOL_VERSION,
     Abort,
@@ -390,3 +392,29 @@ async def test_a_replica_that_every_gateway_has_left_is_reported_once(engine, co
 def test_a_taken_port_is_an_error_at_once(engine):
     with pytest.raises(OSError, match="in use"):
         StreamServer(FACTS, TOKEN, submit=print, abort=print, load=engine.core.load).start(*engine.address)
+
+
+@pytest.mark.parametrize("how", ["python", "native"])
+async def test_heartbeats_do_not_depend_on_the_engine_thread(engine, connect, how):
+    """A step of 3 s: in Python, which shares the interpreter's lock, or in native code that has released it."""
+    client = await connect()
+    step_s = 3.0
+
+    def busy() -> list[TokenDelta]:
+        del engine.core.step  # once
+        until = time.monotonic() + step_s
+        while how == "python" and time.monotonic() < until:
+            sum(range(1000))
+        time.sleep(max(0.0, until - time.monotonic()))
+        return []
+
+    engine.core.step = busy
+    client.send(Submit(request=request("a")))
+    await until(lambda: engine.core.requests)
+    began = last = time.monotonic()
+    longest_s = 0.0
+    while time.monotonic() < began + step_s:
+        await client.receive()
+        client.send(Heartbeat())
+        longest_s, last = max(longest_s, time.monotonic() - last), time.monotonic()
+    assert longest_s < RECENTLY_S, f"{longest_s:.2f} s without a report"

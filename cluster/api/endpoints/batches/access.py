@@ -67,8 +67,12 @@ def check_query(request: web.Request, *known: str) -> None:
 
 
 def page_limit(request: web.Request, *, default: int, most: int) -> int:
-    """Raises RequestError."""
-    text = request.query.get("limit", str(default))
+    """The number in `limit`, or in Mistral's `page_size`, of which there is only page 0. Raises RequestError."""
+    if request.query.get("page", "0") != "0":
+        raise RequestError(
+            "'page' is not supported.", remedy="Send the last id of the page before as 'after'.", param="page"
+        )
+    text = request.query.get("limit", request.query.get("page_size", str(default)))
     if not re.fullmatch(r"[0-9]{1,6}", text) or not 1 <= int(text) <= most:
         raise RequestError(
             f"'limit' is {text[:20]!r}.",

@@ -20,6 +20,7 @@ from cluster.api.endpoints.batches.access import (
 )
 from cluster.api.endpoints.batches.upload_form import read_form
 from cluster.api.generation.answering import json_response
+from cluster.api.request_context import REQUEST_CONTEXT
 from cluster.api.schemas.batches import (
     MAX_FILES_PER_PAGE,
     FileDeleted,
@@ -35,10 +36,11 @@ PURPOSES = ("batch", "batch_output")
 
 async def create(request: web.Request) -> web.Response:
     """Stores the uploaded file. It exists completely or not at all."""
-    batches = batches_of(request)
+    api, batches = request.app[CONTEXT], batches_of(request)
     file_id = new_file_id()
     try:
-        form = await read_form(request, batches.files, file_id, timeout_s=request.app[CONTEXT].body_timeout_s)
+        form = await read_form(request, batches.files, file_id, timeout_s=api.body_timeout_s)
+        api.ignore(request[REQUEST_CONTEXT], **dict.fromkeys(form.ignored, ""))
     except BaseException:
         await batches.files.delete(file_id)
         raise
@@ -59,7 +61,7 @@ async def create(request: web.Request) -> web.Response:
 async def list_files(request: web.Request) -> web.Response:
     """One page, newest first by default."""
     batches = batches_of(request)
-    check_query(request, "after", "limit", "order", "purpose")
+    check_query(request, "after", "limit", "order", "purpose", "page", "page_size", "include_total")
     limit = page_limit(request, default=MAX_FILES_PER_PAGE, most=MAX_FILES_PER_PAGE)
     order = request.query.get("order", "desc")
     if order not in ("asc", "desc"):

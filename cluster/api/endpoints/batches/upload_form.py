@@ -15,6 +15,7 @@ from aiohttp import BodyPartReader, MultipartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from cluster.api.schemas.batches import MAX_LIFETIME_S, MIN_LIFETIME_S, ExpiresAfter
+from cluster.api.schemas.lenient import path_of
 from cluster.api.server.errors import HTTPError
 from cluster.batch.files import FileContents
 from workers.errors import RequestError
@@ -28,18 +29,19 @@ _EXPIRES_AFTER = re.compile(r"expires_after\[(anchor|seconds)\]")
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """A form that was read. `expires_after_s`: None if the file does not expire."""
+    """A form that was read. `expires_after_s`: None if the file does not expire. `ignored`: the names of fields that have no effect."""
 
     filename: str
     num_bytes: int
     expires_after_s: int | None
+    ignored: list[str]
 
 
 async def read_form(request: web.Request, files: FileContents, file_id: str, *, timeout_s: float) -> Upload:
     """Stores the form's file under `file_id`. The fields may come in any order.
 
-    timeout_s: for each piece of the body. Raises RequestError for a field that is missing, wrong or unknown, HTTPError for a file that is
-    too large or arrives too slowly.
+    timeout_s: for each piece of the body. Raises RequestError for a field that is missing or wrong, HTTPError for a file that is too large
+    or arrives too slowly.
     """
     return await _FormReader(request, files, file_id, timeout_s).read()
 
@@ -54,6 +56,7 @@ class _FormReader:
         self._num_bytes = 0
         self._expires_after: Any = None
         self._seen: set[str] = set()
+        self._ignored: list[str] = []
 
     async def read(self) -> Upload:
         with _form_errors():
@@ -77,6 +80,7 @@ class _FormReader:
             filename=self._filename,
             num_bytes=self._num_bytes,
             expires_after_s=None if self._expires_after is None else _seconds(self._expires_after),
+            ignored=self._ignored,
         )
 
     async def _read_field(self, name: str, part: BodyPartReader) -> None:
@@ -108,13 +112,16 @@ class _FormReader:
                 self._expires_after = msgspec.json.decode(await self._text(name, part), type=dict[str, Any] | None)
             except msgspec.DecodeError as e:
                 raise _wrong_expiry() from e
-        else:
+        elif name == "expiry":
             raise RequestError(
-                f"Unrecognized request argument supplied: {name[:80]}.",
-                remedy="Remove it, or correct its name.",
-                param=name[:80],
-                code="unknown_parameter",
+                "'expiry' is not supported.",
+                remedy="Send 'expires_after' with a number of seconds.",
+                param=name,
+                code="unsupported_parameter",
             )
+        else:
+            await self._text(name, part)
+            self._ignored.append(path_of("", name))
 
     async def _next(self, reader: MultipartReader) -> BodyPartReader | None:
         async with self._timeout():
@@ -172,6 +179,8 @@ def _form_errors() -> Iterator[None]:
 
 def _seconds(fields: dict[str, Any]) -> int:
     """The lifetime in the fields of `expires_after`. Raises RequestError."""
+    if fields.keys() - set(ExpiresAfter.__struct_fields__):
+        raise _wrong_expiry()
     try:
         return msgspec.convert(fields, ExpiresAfter, strict=False).seconds
     except msgspec.ValidationError as e:

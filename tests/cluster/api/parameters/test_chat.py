@@ -10,6 +10,7 @@ from support.servers.live_replica import TEMPLATE, TOKENIZER
 from cluster.text.chat.template import Message
 
 PATHS = (CHAT,)
+EOS = 2
 TURNS = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")]
 NUMBER = {
     "type": "object",
@@ -37,22 +38,69 @@ async def becomes_the_templates_prompt(api: Api, messages: list[dict[str, Any]])
     assert await api.prompt_ids(messages) == expected
 
 
+async def joins_the_parts_with_blank_lines(api: Api, role: str) -> None:
+    """As mistral-common does. value: the role of the first message."""
+    turns = conversation(lambda text: [{"type": "text", "text": text}, {"type": "input_text", "text": "more"}, "end"])
+    turns[0]["role"] = role
+    expected = TEMPLATE.encode([Message(role, f"{text}\n\nmore\n\nend") for role, text in TURNS]).token_ids
+    assert await api.prompt_ids(turns) == expected
+
+
 async def is_continued(api: Api, prefix: bool) -> None:
     turns = [*QUESTION, {"role": "assistant", "content": "def f(", "prefix": prefix}]
     expected = TEMPLATE.encode([Message("user", QUESTION[0]["content"]), Message("assistant", "def f(", prefix=True)])
     assert await api.prompt_ids(turns) == expected.token_ids
     del turns[1]["prefix"]
-    await api.refused({"messages": turns}, "messages", "prefix")
+    assert await api.prompt_ids(turns) == [*expected.token_ids, EOS], "without it, the message is complete"
 
 
-async def may_be_empty_only(api: Api, fields: dict[str, Any]) -> None:
-    """value: the field with a value that is refused."""
-    ((name, value),) = fields.items()
-    plain = {"role": "assistant", "content": "b"}
-    expected = await api.prompt_ids([*QUESTION, plain, *QUESTION])
-    empty: Any = [] if name == "annotations" else None
-    assert await api.prompt_ids([*QUESTION, plain | {name: empty}, *QUESTION]) == expected
-    await api.refused({"messages": [*QUESTION, plain | {name: value}, *QUESTION]}, "messages", f"{name}'")
+async def is_the_text_if_there_is_no_content(api: Api, refusal: str) -> None:
+    expected = await api.prompt_ids([*QUESTION, {"role": "assistant", "content": refusal}, *QUESTION])
+    for content in (None, "", [{"type": "refusal", "refusal": refusal}]):
+        turn = {"role": "assistant", "content": content, "refusal": None if content else refusal}
+        assert await api.prompt_ids([*QUESTION, turn, *QUESTION]) == expected
+
+
+async def is_accepted(api: Api, name: str) -> None:
+    """The demo model's template does not read names; tests/cluster/text/chat has one that does."""
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    for system in ("system", "developer"):
+        turns[0]["role"] = system
+        assert await api.prompt_ids([turn | {"name": name} for turn in turns]) == await api.prompt_ids(turns)
+
+
+async def continues_the_last_message(api: Api, continue_final_message: bool) -> None:
+    turn = {"role": "assistant", "content": "def f("}
+    fields = {"continue_final_message": continue_final_message, "add_generation_prompt": False}
+    expected = await api.prompt_ids([*QUESTION, turn | {"prefix": True}])
+    assert await api.prompt_ids([*QUESTION, turn], **fields) == expected
+    fields["add_generation_prompt"] = True
+    await api.refused({"messages": [*QUESTION, turn]} | fields, "add_generation_prompt", "cannot be combined")
+    await api.refused({"continue_final_message": True}, "continue_final_message", "of the assistant")
+
+
+async def goes_to_the_template(api: Api, variables: dict[str, Any]) -> None:
+    """The demo model's template has no variables; tests/cluster/text/chat has one that does."""
+    assert await api.prompt_ids(QUESTION, chat_template_kwargs=variables) == await api.prompt_ids(QUESTION)
+
+
+async def binds_the_text_while_tools_bind_the_calls(api: Api, response_format: dict[str, Any]) -> None:
+    fields = {"tools": [ADD], "response_format": response_format, "temperature": 1.5, "max_tokens": 100}
+    bias = {"logit_bias": {str(TOKENIZER.tool_calls_token_id): 100}}
+    for seed in range(3):
+        text = (await api.run(**fields, seed=seed)).choice["message"]["content"]
+        assert json.loads(text)["a"] in range(10)
+        message = (await api.run(**fields, **bias, seed=seed)).choice["message"]
+        assert message["tool_calls"][0]["function"]["name"] == "add"
+        assert message["content"] is None
+        chunks = await api.chunks(**fields, seed=seed)
+        assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == text
+    assert (await calls_of(api, response_format=response_format))[0]["function"]["name"] == "add"
 
 
 async def limits_the_output(api: Api, max_completion_tokens: int) -> None:
@@ -146,6 +194,10 @@ async def reaches_the_prompt(api: Api, fields: dict[str, Any]) -> None:
     assert all(word in text for word in ("add", call["function"]["arguments"], fields["content"], call["id"]))
     turns[2] = turns[2] | {"tool_call_id": "unknown00"}
     await api.refused({"messages": turns}, "messages", "'tool_call_id'")
+    as_object = call["function"] | {"arguments": json.loads(call["function"]["arguments"])}
+    turns[1] = turns[1] | {"tool_calls": [call | {"function": as_object}]}
+    turns[2] = turns[2] | {"tool_call_id": call["id"], "content": None}
+    await api.prompt_ids(turns)
 
 
 async def must_be_a_function(api: Api, kind: str) -> None:
@@ -159,7 +211,7 @@ def part(**fields: Any) -> dict[str, Any]:
 
 
 PLAIN = conversation(lambda text: text)
-PARTS = conversation(lambda text: [{"type": "text", "text": character} for character in text])
+PARTS = conversation(lambda text: [{"type": "text", "text": text}])
 DEVELOPER = [turn | {"role": turn["role"].replace("system", "developer")} for turn in PARTS]
 ROWS = [
     Row("ChatRequest.messages", PLAIN, becomes_the_templates_prompt),
@@ -169,13 +221,15 @@ ROWS = [
         becomes_the_templates_prompt,
     ),
     Row("DeveloperMessage.content", DEVELOPER, becomes_the_templates_prompt),
-    Row("TextPart.type", part(text="x"), refused("type")),
-    Row("TextPart.type", part(type="image_url", text="x"), refused("type")),
+    Row("SystemMessage.content", "system", joins_the_parts_with_blank_lines),
+    Row("DeveloperMessage.content", "developer", joins_the_parts_with_blank_lines),
+    Row("TextPart.text", part(text="x"), refused("type")),
+    Row("TextPart.text", part(type="image_url", text="x"), refused("parts of text")),
     Row("AssistantMessage.prefix", True, is_continued),
-    Row("AssistantMessage.refusal", {"refusal": "no"}, may_be_empty_only),
-    Row("AssistantMessage.audio", {"audio": {}}, may_be_empty_only),
-    Row("AssistantMessage.function_call", {"function_call": {}}, may_be_empty_only),
-    Row("AssistantMessage.annotations", {"annotations": [1]}, may_be_empty_only),
+    Row("AssistantMessage.refusal, RefusalPart.refusal", "no", is_the_text_if_there_is_no_content),
+    Row("SystemMessage.name, DeveloperMessage.name, UserMessage.name, AssistantMessage.name", "Ann", is_accepted),
+    Row("ChatRequest.continue_final_message, ChatRequest.add_generation_prompt", True, continues_the_last_message),
+    Row("ChatRequest.chat_template_kwargs", {"enable_thinking": False}, goes_to_the_template),
     Row("ChatRequest.max_completion_tokens", 3, limits_the_output),
     Row("ChatRequest.logprobs", True, shows_logprobs),
     Row("ChatRequest.top_logprobs", 2, shows_the_likeliest_tokens),
@@ -183,7 +237,11 @@ ROWS = [
     Row("ChatRequest.safe_prompt", True, adds_the_safety_prompt),
     Row("ChatRequest.tools, Tool.function, FunctionDefinition.name", ADD, is_called),
     Row("ChatRequest.tools", {"tools": [ADD, ADD]}, refused("same name")),
-    Row("ChatRequest.tools", {"response_format": {"type": "json_object"}}, refused("tools", **CALLING)),
+    Row(
+        "ChatRequest.tools",
+        {"type": "json_schema", "json_schema": {"name": "n", "schema": NUMBER}},
+        binds_the_text_while_tools_bind_the_calls,
+    ),
     Row("Tool.type", {"tools": [ADD | {"type": "x"}]}, refused("type")),
     Row("FunctionDefinition.description, FunctionDefinition.parameters", ("Adds.", "maximum"), is_in_the_prompt),
     Row("FunctionDefinition.strict", False, is_loosened),
@@ -191,6 +249,7 @@ ROWS = [
     Row("ChatRequest.tool_choice", "none", hides_the_tools),
     Row("ChatRequest.tool_choice", "auto", leaves_the_choice_to_the_model),
     Row("ChatRequest.tool_choice", {"tool_choice": "required"}, refused("'tools'")),
+    Row("ChatRequest.tool_choice", {"tool_choice": "any"}, refused("'tools'")),
     Row("NamedToolChoice.function", "add", is_the_one_called),
     Row("FunctionChoice.name", "sub", is_the_one_called),
     Row(
@@ -205,7 +264,6 @@ ROWS = [
     ),
     Row("ChatRequest.parallel_tool_calls", False, allows_one_call),
     Row("ChatRequest.parallel_tool_calls", True, allows_several_calls),
-    Row("ChatRequest.parallel_tool_calls", {"parallel_tool_calls": True}, refused("'tools'")),
     Row(
         "AssistantMessage.tool_calls, ToolCall.id, ToolCall.index, ToolCall.function, FunctionCall.name, FunctionCall.arguments, "
         "ToolMessage.content, ToolMessage.tool_call_id, ToolMessage.name",

@@ -24,7 +24,8 @@ def load_tables() -> Iterator[ModuleType]:
 
 
 TABLES = list(load_tables())
-WITH_BODY = [e for e in ENDPOINTS if e.body is not None or e.form is not None]
+# Azure's paths lead to handlers that are in the table already.
+WITH_BODY = [e for e in ENDPOINTS if (e.body is not None or e.form is not None) and not e.path.startswith("/openai/")]
 
 
 def test_every_field_of_every_struct_has_a_row() -> None:

@@ -75,6 +75,12 @@ async def shows_the_chosen_token_only(api: Api, logprobs: int) -> None:
     assert all(len(top) == 1 for top in found["top_logprobs"])
 
 
+async def starts_without_the_first_token(api: Api, add_special_tokens: bool) -> None:
+    fields = {"add_special_tokens": add_special_tokens, "return_token_ids": True}
+    assert (await api.run(**fields)).prompt_token_ids == IDS[1:]
+    assert (await api.run(**fields, prompt=IDS)).prompt_token_ids == IDS
+
+
 async def keeps_the_likeliest(api: Api, best_of: int) -> None:
     response = (await api.run(n=best_of, logprobs=0, **SAMPLED)).response
     means = {c["text"]: sum(c["logprobs"]["token_logprobs"]) for c in response["choices"]}
@@ -96,6 +102,7 @@ ROWS = [
     Row("CompletionRequest.echo", True, scores_the_prompt),
     Row("CompletionRequest.logprobs", 3, shows_the_likeliest_tokens),
     Row("CompletionRequest.logprobs", 0, shows_the_chosen_token_only),
+    Row("CompletionRequest.add_special_tokens", False, starts_without_the_first_token),
     Row("CompletionRequest.best_of", 4, keeps_the_likeliest),
     Row("CompletionRequest.best_of", {"best_of": 1}, refused("at least n", n=2)),
     Row("CompletionRequest.best_of", {"best_of": 2}, refused("streamed", stream=True)),

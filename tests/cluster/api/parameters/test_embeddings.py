@@ -1,6 +1,7 @@
 """The fields of /v1/embeddings."""
 
 import base64
+import math
 import struct
 from typing import Any
 
@@ -26,6 +27,7 @@ async def must_be_served(api: Api, model: str) -> None:
 
 async def embeds_each(api: Api, inputs: list[Any]) -> None:
     answer = await embed(api, input=inputs)
+    assert answer["id"].startswith("embd-")
     vectors = [item["embedding"] for item in answer["data"]]
     assert vectors[0] != vectors[1]
     for text, vector in zip(inputs, vectors, strict=True):
@@ -48,11 +50,25 @@ async def lists_floats(api: Api, encoding: str) -> None:
     assert await vector_of(api, encoding_format=encoding) == pytest.approx(await vector_of(api), abs=1e-5)
 
 
-async def must_be_the_models_own(api: Api, difference: int) -> None:
-    size = api.replica.core.config.model.hidden_size
-    assert len(await vector_of(api, dimensions=size)) == size
-    wrong = {"model": "demo", "input": ONE, "dimensions": size + difference}
-    await api.refused(wrong, "dimensions", "cannot be shortened")
+async def keeps_the_first(api: Api, num_dimensions: int) -> None:
+    whole, size = await vector_of(api), api.replica.core.config.model.hidden_size
+    length = math.hypot(*whole[:num_dimensions])
+    expected = [x / length for x in whole[:num_dimensions]]
+    for name in ("dimensions", "output_dimension"):
+        assert await vector_of(api, **{name: num_dimensions}) == pytest.approx(expected, abs=1e-5)
+        assert await vector_of(api, **{name: size}) == pytest.approx(whole, abs=1e-5)
+        await api.refused({"model": "demo", "input": ONE, name: size + 1}, name, f"at most {size}")
+        await api.refused({"model": "demo", "input": ONE, name: 0}, name, ">= 1")
+    both = {"model": "demo", "input": ONE, "dimensions": num_dimensions, "output_dimension": 1}
+    await api.refused(both, "output_dimension", "Send one of them")
+    answer = await embed(api, dimensions=num_dimensions, encoding_format="base64")
+    data = base64.b64decode(answer["data"][0]["embedding"])
+    assert list(struct.unpack(f"<{num_dimensions}f", data)) == pytest.approx(expected, abs=1e-5)
+
+
+async def is_the_only_type(api: Api, dtype: str) -> None:
+    assert await vector_of(api, output_dtype=dtype) == pytest.approx(await vector_of(api), abs=1e-5)
+    await api.refused({"model": "demo", "input": ONE, "output_dtype": "int8"}, "output_dtype", "int8")
 
 
 async def changes_nothing(api: Api, user: str) -> None:
@@ -82,7 +98,8 @@ ROWS = [
     Row("EmbeddingRequest.input", TOKENIZER.encode(ONE), embeds_token_ids),
     Row("EmbeddingRequest.encoding_format", "base64", encodes_the_same_floats),
     Row("EmbeddingRequest.encoding_format", "float", lists_floats),
-    Row("EmbeddingRequest.dimensions", -1, must_be_the_models_own),
+    Row("EmbeddingRequest.dimensions, EmbeddingRequest.output_dimension", 10, keeps_the_first),
+    Row("EmbeddingRequest.output_dtype", "float", is_the_only_type),
     Row("EmbeddingRequest.user", "u", changes_nothing),
     Row("EmbeddingRequest.priority", 1, reaches_the_engine),
     Row("EmbeddingRequest.truncate_prompt_tokens", 3, shortens_the_input),

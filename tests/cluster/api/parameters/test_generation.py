@@ -48,7 +48,7 @@ async def adds_the_usage_at_the_end(api: Api, options: Any) -> None:
     assert last["choices"] == []
     assert last["usage"]["total_tokens"] == (await api.run()).usage["total_tokens"]
     assert all(chunk["usage"] is None for chunk in chunks)
-    await api.refused({"stream_options": options}, "stream_options", "needs 'stream'")
+    assert await api.text(stream_options=options) == await api.text()
 
 
 async def adds_the_usage_to_every_chunk(api: Api, enabled: bool) -> None:
@@ -68,6 +68,22 @@ async def ends_before_the_stop_string(api: Api, part: slice) -> None:
         output = await api.run(stop=stop)
         assert output.text == text[: text.index(end)]
         assert output.choice["finish_reason"] == "stop"
+
+
+async def ends_before_the_last_of_16_stop_strings(api: Api, part: slice) -> None:
+    text = await api.text()
+    end = text[part]
+    assert await api.text(stop=[*(f"never {i}" for i in range(15)), end]) == text[: text.index(end)]
+
+
+async def ends_after_the_special_token_of_that_name(api: Api, name: str) -> None:
+    token_id = TOKENIZER.control_token_id(name)
+    for stop in (name, ["never in it", name]):
+        output = await api.run(stop=stop, logit_bias={str(token_id): 100}, return_token_ids=True)
+        assert (output.text, output.token_ids, output.choice["finish_reason"]) == ("", [token_id], "stop")
+    bias = {"logit_bias": {str(token_id): 100}}
+    assert await api.text(stop=name, include_stop_str_in_output=True, **bias) == name
+    assert (await api.run(**bias)).choice["finish_reason"] == "length"
 
 
 async def keeps_the_stop_string(api: Api, part: slice) -> None:
@@ -121,6 +137,10 @@ async def repeats_the_output(api: Api, seed: int) -> None:
     assert await api.text(temperature=1, seed=seed) == await api.text(temperature=1, seed=seed)
     assert await api.text(temperature=1, seed=seed + 1) != await api.text(temperature=1, seed=seed)
     assert await api.text(temperature=1) != await api.text(temperature=1)
+
+
+async def is_the_seed(api: Api, random_seed: int) -> None:
+    assert await api.text(temperature=1, random_seed=random_seed) == await api.text(temperature=1, seed=random_seed)
 
 
 async def is_logged(api: Api, user: str) -> None:
@@ -235,11 +255,14 @@ ROWS = [
     Row("GenerationRequest.stream_options, StreamOptions.include_usage", USAGE, adds_the_usage_at_the_end),
     Row("StreamOptions.continuous_usage_stats", True, adds_the_usage_to_every_chunk),
     Row("GenerationRequest.stop", slice(6, 9), ends_before_the_stop_string),
-    Row("GenerationRequest.stop", {"stop": list("abcde")}, refused("length <= 4")),
+    Row("GenerationRequest.stop", slice(6, 9), ends_before_the_last_of_16_stop_strings),
+    Row("GenerationRequest.stop", {"stop": list("abcdefghijklmnopq")}, refused("length <= 16")),
+    Row("GenerationRequest.stop", "[INST]", ends_after_the_special_token_of_that_name),
     Row("GenerationRequest.include_stop_str_in_output", slice(6, 9), keeps_the_stop_string),
     Row("GenerationRequest.temperature", 1.5, is_random),
     Row("GenerationRequest.temperature", 0.001, is_greedy),
     Row("GenerationRequest.top_p", {"top_p": 1e-9}, leaves_the_likeliest_token_only),
+    Row("GenerationRequest.top_p", {"top_p": 0}, leaves_the_likeliest_token_only),
     Row("GenerationRequest.top_p", {"top_p": 1}, leaves_all_tokens),
     Row("GenerationRequest.top_k", {"top_k": 1}, leaves_the_likeliest_token_only),
     Row("GenerationRequest.top_k", {"top_k": 0}, leaves_all_tokens),
@@ -253,6 +276,8 @@ ROWS = [
     Row("GenerationRequest.logit_bias", {"77": 100}, forces_the_token),
     Row("GenerationRequest.logit_bias", -100, forbids_the_token),
     Row("GenerationRequest.seed", 5, repeats_the_output),
+    Row("GenerationRequest.random_seed", 5, is_the_seed),
+    Row("GenerationRequest.random_seed", {"random_seed": 5}, refused("differ", seed=6)),
     Row("GenerationRequest.user", "u-1", is_logged),
     Row("GenerationRequest.user", {"user": 5}, refused("str")),
     Row("GenerationRequest.min_tokens", 8, is_never_chosen_before),

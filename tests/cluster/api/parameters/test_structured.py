@@ -60,6 +60,28 @@ def described(**others: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA} | others}}
 
 
+async def gives_one_of_the_colors_by_its_old_name(api: Api, schema: Any) -> None:
+    assert json.loads(await api.text(guided_json=schema, **HOT)) in ("red", "green")
+
+
+async def gives_what_the_new_name_gives(api: Api, fields: dict[str, Any]) -> None:
+    """value: the old name and its value."""
+    ((name, value),) = fields.items()
+    wanted = {name.removeprefix("guided_"): value}
+    assert await api.text(**fields, **HOT) == await api.text(structured_outputs=wanted, **HOT)
+
+
+async def gives_an_empty_object(api: Api, schema: dict[str, Any]) -> None:
+    wanted = {"type": "json_object", "schema": schema}
+    assert json.loads(await api.text(response_format=wanted, **HOT)) == {}
+
+
+async def is_any_object(api: Api, enabled: bool) -> None:
+    text = await api.text(structured_outputs={"json_object": enabled}, temperature=1.5, seed=3, max_tokens=24)
+    assert text.lstrip()[0] == "{"
+    await api.refused({"structured_outputs": {"json_object": False}}, "structured_outputs", "exactly one")
+
+
 FULL = {"name": "x", "description": "d", "schema": SCHEMA, "strict": True}
 COLORS = {"enum": ["red", "green"]}
 ROWS = [
@@ -90,6 +112,16 @@ ROWS = [
     Row("StructuredOutputs.choice", [" yes", " no"], gives_one_of),
     Row("StructuredOutputs.grammar", 'start: "a" ("b" | "c") "d"', gives_a_sentence_of),
     Row("StructuredOutputs.grammar", {"structured_outputs": {"grammar": "start: ???"}}, refused("cannot be used")),
+    Row("StructuredOutputs.json_object", True, is_any_object),
+    Row("JsonObjectFormat.schema", {"type": "object", "additionalProperties": False}, gives_an_empty_object),
+    Row("GenerationRequest.guided_json", COLORS, gives_one_of_the_colors_by_its_old_name),
+    Row("GenerationRequest.guided_json", json.dumps(COLORS), gives_one_of_the_colors_by_its_old_name),
+    Row(
+        "GenerationRequest.guided_json", {"guided_json": COLORS}, refused("combined", structured_outputs={"regex": "a"})
+    ),
+    Row("GenerationRequest.guided_regex", {"guided_regex": "[0-9]{4}"}, gives_what_the_new_name_gives),
+    Row("GenerationRequest.guided_choice", {"guided_choice": ["yes", "no"]}, gives_what_the_new_name_gives),
+    Row("GenerationRequest.guided_grammar", {"guided_grammar": 'start: "a"'}, gives_what_the_new_name_gives),
 ]
 
 

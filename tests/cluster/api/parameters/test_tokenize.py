@@ -48,6 +48,16 @@ ROWS = [
     Row("TokenizeRequest.tools", {"messages": QUESTION, "tools": [TOOL]}, is_encoded_as_chat_does),
     Row("TokenizeRequest.tools", [TOOL], changes_the_prompt),
     Row("TokenizeRequest.add_special_tokens", False, leaves_out_the_first_token),
+    Row(
+        "TokenizeRequest.continue_final_message, TokenizeRequest.add_generation_prompt, TokenizeRequest.chat_template_kwargs",
+        {
+            "messages": [*QUESTION, {"role": "assistant", "content": "def f("}],
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+        is_encoded_as_chat_does,
+    ),
     Row("TokenizeRequest.return_token_strs", True, adds_the_strings),
 ]
 

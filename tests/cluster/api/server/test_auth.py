@@ -91,6 +91,35 @@ async def test_every_path_but_the_open_ones_needs_a_key_and_some_an_admin_key(ke
                     assert error["message"].startswith("This endpoint requires an admin key.")
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": "Bearer own"}, 200),
+        ({"Authorization": "bearer  own "}, 200),
+        ({"X-Api-Key": "own"}, 200),
+        ({"api-key": "own"}, 200),
+        ({"x-api-key": "no"}, 401),
+        ({"api-key": ""}, 401),
+        # A bearer token wins, then x-api-key: exactly one key is tried.
+        ({"Authorization": "Bearer own", "x-api-key": "no", "api-key": "no"}, 200),
+        ({"Authorization": "Bearer no", "x-api-key": "own", "api-key": "own"}, 401),
+        ({"x-api-key": "own", "api-key": "no"}, 200),
+        ({"x-api-key": "no", "api-key": "own"}, 401),
+        # No bearer token at all: some clients send an empty one, some proxies their own scheme.
+        ({"Authorization": "Bearer ", "api-key": "own"}, 200),
+        ({"Authorization": "Basic dTpw", "x-api-key": "own"}, 200),
+        ({"Authorization": "Basic own"}, 401),
+    ],
+)
+async def test_headers_that_carry_a_key(keys: Keys, headers: dict[str, str], status: int) -> None:
+    keys.add("user")
+    async with serving(keys) as (client, _):
+        response = await client.get("/v1/models", headers=headers)
+        assert response.status == status
+        if status == 401:
+            assert "api-key: KEY" in (await error_of(response))["message"]
+
+
 async def test_a_key_may_use_its_models_only(keys: Keys) -> None:
     keys.add("user", models=("other",))
     async with serving(keys, names=("demo", "other")) as (client, _):

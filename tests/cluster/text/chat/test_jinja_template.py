@@ -1,7 +1,6 @@
 """Jinja chat templates: rendered text and ids equal to transformers', special tokens cannot come from a client, sandbox."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,16 @@ from transformers.convert_slow_tokenizer import generate_merges
 from cluster.cli.options.serve_rows import chat_template
 from cluster.config.serve import CHAT_TEMPLATES
 from cluster.text.chat.jinja_template import JinjaTemplate
-from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.chat.template import Message
 from cluster.text.chat.template_files import TemplateFiles, read_template_files
-from cluster.text.load import load_text
-from cluster.text.tokenizer import load_tokenizer, open_tokenizer
+from cluster.text.sentencepiece_model import SentencePieceModel
+from cluster.text.tokenizer import Tokenizer, open_tokenizer
+from cluster.text.tokenizer_settings import read_tokenizer_settings
 from cluster.text.tools.definitions import ToolCall, ToolDefinition
 from workers.errors import ConfigError, RequestError
 
 DEMO = DEMO_MODEL / "tokenizer.model.v3"
+MODEL = SentencePieceModel(DEMO)
 TOKENIZER = open_tokenizer(DEMO, "v3")
 SIZE = TOKENIZER.vocab_size
 IM_END, IM_START = SIZE, SIZE + 1
@@ -43,19 +43,30 @@ TOOLS = (
 
 
 def config(template: str | list, **more) -> dict:
-    added = {str(IM_END): {"content": "<|im_end|>"}, str(IM_START): {"content": "<|im_start|>"}}
+    added = {
+        str(IM_END): {"content": "<|im_end|>", "special": True},
+        str(IM_START): {"content": "<|im_start|>", "special": True},
+    }
     return {
         "chat_template": template,
         "bos_token": "<s>",
         "eos_token": {"content": "</s>"},
         "added_tokens_decoder": added,
+        "legacy": False,
         **more,
     }
 
 
 def make(folder: Path, template: str | list = CHATML, **more) -> JinjaTemplate:
     (folder / "tokenizer_config.json").write_text(json.dumps(config(template, **more)))
-    return JinjaTemplate(TOKENIZER, read_template_files(folder), model_vocab_size=SIZE + 2)
+    return load(folder)
+
+
+def load(folder: Path) -> JinjaTemplate:
+    """What a gateway makes of the folder, with the demo model's vocabulary."""
+    settings = read_tokenizer_settings(folder)
+    tokenizer = Tokenizer(MODEL, path=DEMO, template_version="v3", settings=settings, model_vocab_size=SIZE + 2)
+    return JinjaTemplate(tokenizer, read_template_files(folder), model_vocab_size=SIZE + 2)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +209,11 @@ def test_noncharacters_of_a_client_are_not_taken_for_marks(tmp_path: Path) -> No
         Message("tool", "", tool_call_id="i"),
     ]
     assert "\ufdd0" in TOKENIZER.decode(
-        make(tmp_path, "{{ tools }}{{ messages[1].tool_calls[0].function.arguments.x }}").encode(calls).token_ids
+        make(
+            tmp_path, "{{ tools }}{% if messages[1:] %}{{ messages[1].tool_calls[0].function.arguments.x }}{% endif %}"
+        )
+        .encode(calls)
+        .token_ids
     )
     with pytest.raises(RequestError, match="too many Unicode noncharacters"):
         chat.encode([Message(U, "".join(map(chr, range(0xFDD0, 0xFDF0))))])
@@ -220,8 +235,9 @@ def test_noncharacters_of_a_client_are_not_taken_for_marks(tmp_path: Path) -> No
     ],
 )
 def test_a_failing_template_fails_only_its_request(tmp_path: Path, template: str, says: str) -> None:
+    chat = make(tmp_path, "{% if messages | length > 1 %}" + template + "{% endif %}")
     with pytest.raises(RequestError, match=says) as error:
-        make(tmp_path, template).encode([Message(U, "a</s>")])
+        chat.encode([Message(U, "a</s>"), Message(U, "b")])
     assert error.value.param == "messages"
     assert "\ufdd0" not in str(error.value)
 
@@ -230,7 +246,6 @@ def test_refusals(tmp_path: Path) -> None:
     chat = make(tmp_path)
     assert not chat.supports_tools
     for messages, tools, says in [
-        ([Message(S, "x")], [], "no user message"),
         ([Message(U, "x")], [ToolDefinition("f")], "does not support tools"),
         ([Message(U, "half \ud83d")], [], "not valid Unicode"),
     ]:
@@ -250,8 +265,8 @@ def test_refusals(tmp_path: Path) -> None:
             "eos_token '<|end|>' but does not give its id",
         ),
         (
-            {"tokenizer_config.json": json.dumps(config(CHATML)), "added_tokens.json": '{"<x>": 99999}'},
-            "is beyond the model's",
+            {"tokenizer_config.json": json.dumps(config("<x>" + CHATML)), "added_tokens.json": '{"<x>": 99999}'},
+            "writes the token '<x>', whose id 99999 is beyond the model's",
         ),
         ({"tokenizer_config.json": "{"}, "cannot be read"),
         ({"tokenizer_config.json": "[]"}, "not a JSON object"),
@@ -262,7 +277,7 @@ def test_files_that_cannot_work(tmp_path: Path, files: dict[str, str | bytes], s
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=says.replace("|", r"\|")):
-        JinjaTemplate(TOKENIZER, read_template_files(tmp_path), model_vocab_size=SIZE + 2)
+        load(tmp_path)
 
 
 def test_named_templates_and_files(tmp_path: Path) -> None:
@@ -275,46 +290,6 @@ def test_named_templates_and_files(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     assert read_template_files(tmp_path).templates == {"default": "from a file", "tool_use": "{{ tools }}"}
     assert read_template_files(tmp_path / "nowhere") == TemplateFiles()
-
-
-@pytest.mark.parametrize("asked", ["auto", "jinja", "v1", "v3", "path"])
-@pytest.mark.parametrize("own", [None, CHATML, "{{ '[INST] ' + messages[0].content + ' [/INST]' }}", "{% if %}"])
-def test_which_template_is_chosen(tmp_path: Path, asked: str, own: str | None, caplog) -> None:
-    shutil.copy(DEMO, tmp_path)
-    if own is not None:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config(own)))
-    (tmp_path / "mine.jinja").write_text("mine")
-    option = str(tmp_path / "mine.jinja") if asked == "path" else asked
-
-    def load():
-        with caplog.at_level("INFO", logger="cluster.text.load"):
-            return load_text(tmp_path, chat_template=option, model_vocab_size=SIZE + 2)[1]
-
-    broken = own == "{% if %}"
-    if asked == "jinja" and (own is None or broken):
-        with pytest.raises(ConfigError):
-            load()
-        return
-    template = load()
-    if asked in ("v1", "v3"):
-        assert isinstance(template, MistralTemplate)
-        assert template.version == asked
-    elif asked == "auto" and broken:
-        assert template is None, "another family's template must not become Mistral's in silence"
-    elif asked == "auto" and own != CHATML:
-        assert isinstance(template, MistralTemplate)
-    else:
-        assert isinstance(template, JinjaTemplate)
-    if asked in ("auto", "jinja", "path"):
-        assert "hat" in caplog.text, "the choice is logged"
-
-
-def test_added_tokens_beyond_the_vocabulary_show_as_nothing() -> None:
-    from cluster.text.output.detokenizer import Detokenizer
-
-    hello = TOKENIZER.encode("Hello", bos=False)
-    assert Detokenizer(TOKENIZER.pieces).push([IM_START, *hello, IM_END]) == "Hello"
-    assert load_tokenizer(DEMO.parent).token_text(IM_END) == f"<|{IM_END}|>"
 
 
 def test_the_option(tmp_path: Path, monkeypatch) -> None:

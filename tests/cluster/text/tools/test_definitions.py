@@ -117,6 +117,42 @@ def test_a_schema_that_cannot_be_enforced_loosens_only_without_strict() -> None:
     assert error.value.param == "tools"
 
 
+LOGIN = {
+    "type": "object",
+    "properties": {"user": {"type": "string"}, "password": {"type": "string", "format": "password"}},
+    "required": ["user", "password"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "good", "bad"),
+    [
+        (LOGIN, ['{"user":"u","password":"p"}'], ['{"a":0}', '{"user":"u"}', '{"user":"u","password":1}']),
+        (LOGIN | {"$id": "https://a.example/login", "minProperties": 2}, ['{"user":"u","password":"p"}'], ['{"user":"u"}']),
+        (
+            {"type": "object", "patternProperties": {"^[ab]$": {"$ref": "#n"}}, "minProperties": 2, "additionalProperties": False,
+             "$defs": {"n": {"$anchor": "n", "type": "integer"}}},
+            ['{"a":1,"b":2}'],
+            ['{"a":1}', '{"a":1,"a":2}', '{"a":"x","b":2}'],
+        ),
+        (
+            {"type": "object", "properties": {"child": {"$ref": "#"}, "v": {"const": 1}}, "required": ["v"], "additionalProperties": False},
+            ['{"child":{"v":1},"v":1}', '{"v":1}'],
+            ['{"child":{},"v":1}'],
+        ),
+    ],
+    ids=["an unknown format", "an $id", "key patterns and an anchor", "recursion"],
+)  # fmt: skip
+def test_a_tools_parameters_follow_its_schema(parameters, good: list[str], bad: list[str]) -> None:
+    for strict in (False, True):
+        grammar = tool_grammar([ToolDefinition("f", parameters=parameters, strict=strict), ADD], compiler=COMPILER)
+        for arguments in good:
+            assert accepts(grammar, "", calls=f'[{{"name": "f", "arguments": {arguments}}}]'), arguments
+        for arguments in bad:
+            assert not accepts(grammar, "", calls=f'[{{"name": "f", "arguments": {arguments}}}]'), arguments
+
+
 def test_refusals() -> None:
     with pytest.raises(RequestError, match="are not a schema of an object"):
         tool_grammar([ToolDefinition("f", parameters={"type": "array"})], compiler=COMPILER)

@@ -136,7 +136,7 @@ REFUSED_LINES = [
     (BODY | {"stream": True}, "stream", "cannot be streamed"),
     (BODY | {"priority": -1}, "priority", "0 or more"),
     (BODY | {"temperature": 9}, "temperature", "Invalid value"),
-    (BODY | {"colour": 1}, "colour", "Unrecognized"),
+    (BODY | {"use_beam_search": True}, "use_beam_search", "not supported"),
     (BODY | {"model": "gpt-4"}, "model", "does not exist"),
     (BODY | {"max_tokens": 0}, "max_tokens", "would be empty"),
     (BODY | {"best_of": 1, "n": 2}, "best_of", "at least n"),

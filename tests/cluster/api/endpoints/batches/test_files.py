@@ -105,7 +105,8 @@ REFUSED = [
     ([("purpose", "fine-tune"), ("file", None)], "purpose", "'fine-tune' is not supported"),
     ([("file", None), ("purpose", "assistants")], "purpose", "'assistants' is not supported"),
     ([*PLAIN, ("purpose", "batch")], "purpose", "twice"),
-    ([*PLAIN, ("color", "red")], "color", "Unrecognized"),
+    ([*PLAIN, ("expiry", "24")], "expiry", "Send 'expires_after'"),
+    ([*PLAIN, ("color", "red" * 5000)], "color", "longer than 1024 bytes"),
     ([*PLAIN, ("expires_after[anchor]", "created_at")], "expires_after", "3600"),
     ([*PLAIN, ("expires_after[anchor]", "now"), ("expires_after[seconds]", "3600")], "expires_after", "created_at"),
     ([*PLAIN, ("expires_after[anchor]", "created_at"), ("expires_after[seconds]", "1")], "expires_after", "3600"),
@@ -114,6 +115,17 @@ REFUSED = [
     ([*PLAIN, ("expires_after", '{"anchor": "created_at", "seconds": 3600, "x": 1}')], "expires_after", "3600"),
     ([("purpose", "b" * 5000), ("file", None)], "purpose", "longer than 1024 bytes"),
 ]
+
+
+@pytest.mark.parametrize("name", ["visibility", "color", "a,b"])
+async def test_a_field_without_effect_is_named(client: TestClient, tmp_path: Path, name: str) -> None:
+    response = await client.post("/v1/files", data=form((name, "user"), *PLAIN))
+    assert response.status == 200
+    assert response.headers["X-Tramontane-Ignored"] == name.replace(",", "?")
+    async with batch_app(tmp_path / "strict", [FakeReplica()], runs=False, strict=True) as strict:
+        response = await strict.post("/v1/files", data=form((name, "user"), *PLAIN))
+        assert (response.status, (await response.json())["error"]["param"]) == (400, name.replace(",", "?"))
+        assert contents(tmp_path / "strict") == []
 
 
 @pytest.mark.parametrize(("fields", "param", "words"), REFUSED)

@@ -1,38 +1,54 @@
-"""Encodes text with special tokens in it, such as `<|im_end|>`, and prevents a client's text from producing any.
+"""Finds special tokens, such as `<|im_end|>`, in text, and prevents a client's text from producing any.
 
 A client's strings get a mark, a Unicode noncharacter, inside each special token they contain, and at edges where the template's own
-text next to them could complete one. Marked strings match no special token, and `encode` removes the marks. Knows no templates.
+text next to them could complete one. Marked strings match no special token. Knows no templates and no vocabulary.
 
-Worked example with the mark shown as ¦ and the special token <s>: protect("a <s> b") -> "a <¦s> b", which encodes as the text "a <s> b".
+Worked example with the mark shown as ¦ and the special token <s>: protect("a <s> b") -> "a <¦s> b", and split("a <s> b") -> ["a ", "<s>",
+" b"].
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from cluster.text.chat.template_files import AddedToken
-from cluster.text.tokenizer import Tokenizer
+from cluster.text.tokenizer_settings import AddedToken
 from workers.errors import RequestError
 
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
 
-class SpecialText:
-    """A vocabulary with its special tokens. legacy: see TemplateFiles."""
+class SpecialTokens:
+    """The strings that are one token each."""
 
-    def __init__(self, tokenizer: Tokenizer, added_tokens: Mapping[str, AddedToken], *, legacy: bool) -> None:
-        self._tokenizer = tokenizer
-        self._legacy = legacy
-        control = {tokenizer.pieces.names[i]: AddedToken(i) for i in tokenizer.control_token_ids}
-        self._tokens: dict[str, AddedToken] = control | dict(added_tokens)
+    def __init__(self, tokens: Mapping[str, AddedToken]) -> None:
+        self._tokens = dict(tokens)
         # A regular expression with hundreds of alternatives would try each of them at every bracket: 2 s for 100 kB of brackets.
         self._lengths = sorted({len(content) for content in self._tokens}, reverse=True)
-        self._first_char = re.compile("[" + re.escape("".join({content[0] for content in self._tokens})) + "]")
+        first_chars = "".join({content[0] for content in self._tokens})
+        self._first_char = re.compile(f"[{re.escape(first_chars)}]" if first_chars else r"(?!)")
         self._inner_chars = {char for content in self._tokens for char in content[1:]}
         self._outer_chars = {char for content in self._tokens for char in content[:-1]}
 
     def __contains__(self, content: str) -> bool:
         return content in self._tokens
+
+    def __getitem__(self, content: str) -> AddedToken:
+        return self._tokens[content]
+
+    @property
+    def max_chars(self) -> int:
+        """Of the longest one."""
+        return max(self._lengths, default=0)
+
+    def split(self, text: str) -> list[str]:
+        """text, special token, text, special token, ..., text."""
+        parts: list[str] = []
+        end = 0
+        for at, content in self._find(text):
+            if at >= end:
+                parts += [text[end:at], content]
+                end = at + len(content)
+        return [*parts, text[end:]]
 
     def protect(self, text: str, mark: str) -> str:
         """For text that the template writes unchanged. The marks go inside the outer white space, which templates strip."""
@@ -58,27 +74,6 @@ class SpecialText:
         cuts = [start + 1 for start, _ in self._find(text)]
         return mark.join(text[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True)) if cuts else text
 
-    def encode(self, text: str, mark: str) -> tuple[list[int], int]:
-        """The ids, and how many of them at the end encode the text after the last special token."""
-        ids: list[int] = []
-        num_last = 0
-        parts = self._split(text)
-        for i in range(0, len(parts), 2):
-            before = self._tokens[parts[i - 1]] if i else None
-            following = self._tokens[parts[i + 1]] if i + 1 < len(parts) else None
-            part = parts[i]
-            if before is not None and before.rstrip:
-                part = part.lstrip()
-            if following is not None and following.lstrip:
-                part = part.rstrip()
-            part = part.replace(mark, "")
-            encoded = self._encode_part(part, is_first=i == 0) if part else []
-            ids += encoded
-            num_last = len(encoded)
-            if following is not None:
-                ids.append(following.id)
-        return ids, num_last
-
     def _find(self, text: str) -> Iterator[tuple[int, str]]:
         """Where special tokens start, including inside one another; the longest at each position."""
         for match in self._first_char.finditer(text):
@@ -86,21 +81,6 @@ class SpecialText:
             content = next((text[at : at + n] for n in self._lengths if text[at : at + n] in self._tokens), None)
             if content is not None:
                 yield at, content
-
-    def _split(self, text: str) -> list[str]:
-        """text, special token, text, special token, ..., text."""
-        parts: list[str] = []
-        end = 0
-        for at, content in self._find(text):
-            if at >= end:
-                parts += [text[end:at], content]
-                end = at + len(content)
-        return [*parts, text[end:]]
-
-    def _encode_part(self, text: str, *, is_first: bool) -> list[int]:
-        if is_first or self._legacy:
-            return self._tokenizer.encode(text, bos=False)
-        return self._tokenizer.encode_continuation(text)
 
 
 def free_marks(texts: Iterable[str], num: int) -> list[str]:

@@ -1,0 +1,145 @@
+"""Fields that other servers or OpenAI's API have and that cannot act here: what each means, and when it is refused.
+
+A field that would change the answer is refused, unless its value asks for nothing. The others are accepted and named in the response's
+header, as unknown fields are. /openapi.json describes all of them. Knows no values of requests; lenient.py applies the tables.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from cluster.api.schemas.base import StreamOptions
+from cluster.api.schemas.chat import (
+    AssistantMessage,
+    ChatRequest,
+    DeveloperMessage,
+    InputTextPart,
+    NamedToolChoice,
+    OutputTextPart,
+    RefusalPart,
+    SystemMessage,
+    TextPart,
+    Tool,
+    ToolCall,
+    ToolMessage,
+    UserMessage,
+)
+from cluster.api.schemas.completions import CompletionRequest
+from cluster.api.schemas.embeddings import EmbeddingRequest
+from cluster.api.schemas.structured import StructuredOutputs
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """`meaning`: for the documentation. `neutral`: the values that ask for nothing; any other is refused. None: every value is accepted."""
+
+    meaning: str
+    neutral: tuple[Any, ...] | None = None
+
+    def refuses(self, value: Any) -> bool:
+        """Whether this value asks for something that this server cannot do."""
+        return self.neutral is not None and not any(value == known for known in self.neutral)
+
+
+_Table = dict[str, Foreign]
+
+
+def _no_effect(names: str, meaning: str) -> _Table:
+    """names: with spaces between them."""
+    return {name: Foreign(meaning) for name in names.split()}
+
+
+def _refused(names: str, meaning: str, *, neutral: tuple[Any, ...] = (None,)) -> _Table:
+    return {name: Foreign(meaning, neutral) for name in names.split()}
+
+
+_OFF = (None, False)
+_CACHE_MARK = "Anthropic's mark for its prompt cache. The prefix cache here needs none."
+_NO_BACKEND = "A setting of vLLM's backends, which this server does not have."
+
+_GENERATION: _Table = {
+    **_no_effect("metadata store", "OpenAI stores it with the response. This server stores no responses."),
+    **_no_effect("service_tier", "OpenAI's choice of a price class. This server has one."),
+    **_no_effect(
+        "prompt_cache_key prompt_cache_retention", "A hint for OpenAI's prompt cache. The one here needs none."
+    ),
+    **_no_effect("safety_identifier", "The end user, for OpenAI's abuse detection. `user` is written to the log."),
+    **_no_effect("num_ctx keep_alive options", "Ollama's settings of the loaded model, which a request cannot change."),
+    **_no_effect("typical_p tfs_z mirostat mirostat_tau mirostat_eta", "A sampling method that only llama.cpp has."),
+    **_no_effect("repeat_penalty repeat_last_n", "llama.cpp's penalty. `repetition_penalty` acts."),
+    **_no_effect("cache_prompt id_slot", "A setting of llama.cpp's prompt cache."),
+    **_no_effect("skip_special_tokens spaces_between_special_tokens", "Special tokens are never part of the text."),
+    **_no_effect("guided_decoding_backend kv_transfer_params vllm_xargs cache_salt", _NO_BACKEND),
+    **_no_effect("length_penalty early_stopping", "It acts in beam search only, which is not supported."),
+    **_refused("use_beam_search", "Beam search is not supported.", neutral=_OFF),
+    **_refused("logits_processors", "Functions that run in the engine are not supported.", neutral=(None, [])),
+    **_refused("return_tokens_as_token_ids", "Tokens are shown as text; `return_token_ids` adds ids.", neutral=_OFF),
+    **_refused("guided_whitespace_pattern", "The white space in JSON is fixed."),
+    **_refused("structural_tag", "Send `structured_outputs` or `tools`."),
+    **_refused("grammar json_schema regex ebnf", "Send `structured_outputs`.", neutral=(None, "")),
+}
+_COMPLETION: _Table = {**_GENERATION, **_refused("prompt_embeds", "Prompts are text or token ids.")}
+_CHAT: _Table = {
+    **_GENERATION,
+    **_no_effect(
+        "reasoning_effort reasoning thinking include_reasoning enable_thinking prompt_mode",
+        "A setting of reasoning models.",
+    ),
+    **_no_effect("verbosity", "A setting of OpenAI's models for the length of an answer."),
+    **_no_effect("prediction", "Known parts of an answer, which OpenAI uses to be faster. The answer is the same."),
+    **_no_effect("add_special_tokens", "The chat template writes the special tokens."),
+    **_refused("echo", "The answer never repeats the conversation.", neutral=_OFF),
+    **_refused("best_of", "Chat returns all `n` answers.", neutral=(None, 1)),
+    **_refused("functions", "Send `tools`.", neutral=(None, [])),
+    **_refused("function_call", "Send `tool_choice`.", neutral=(None, "none", "auto")),
+    **_refused("modalities", "The model answers with text only.", neutral=(None, [], ["text"])),
+    **_refused("audio", "The model answers with text only."),
+    **_refused("web_search_options", "The server cannot search the web."),
+    **_refused("chat_template", "The template is the server's; an operator sets it with --chat-template."),
+    **_refused("documents", "Put the documents into a message.", neutral=(None, [])),
+}
+_MESSAGE: _Table = {
+    **_no_effect(
+        "id timestamp provider_specific_fields parsed annotations",
+        "Another server's or a client's own data about the message.",
+    ),
+    **_no_effect(
+        "reasoning_content reasoning thinking_blocks",
+        "The thoughts of a reasoning model, which are not part of the conversation.",
+    ),
+    **_no_effect("cache_control", _CACHE_MARK),
+    **_refused("images", "The model reads text only.", neutral=(None, [])),
+}
+_PART: _Table = _no_effect("cache_control", _CACHE_MARK)
+_FUNCTION_ONLY: _Table = _refused("type", "Only tools of type 'function' are supported.", neutral=(None, "function"))
+
+FOREIGN: dict[type[msgspec.Struct], _Table] = {
+    CompletionRequest: _COMPLETION,
+    ChatRequest: _CHAT,
+    EmbeddingRequest: _no_effect("input_type metadata", "A description of the input, which the model does not read."),
+    StreamOptions: _no_effect("include_obfuscation", "OpenAI's padding of chunks against eavesdroppers."),
+    StructuredOutputs: {
+        **_no_effect("disable_fallback", _NO_BACKEND),
+        **_refused("whitespace_pattern", "The white space in JSON is fixed."),
+        **_refused("disable_any_whitespace", "The white space in JSON is fixed.", neutral=_OFF),
+        **_refused("disable_additional_properties", "Write it into the schema.", neutral=_OFF),
+        **_refused("structural_tag", "Send `tools`."),
+    },
+    SystemMessage: _MESSAGE,
+    DeveloperMessage: _MESSAGE,
+    UserMessage: _MESSAGE,
+    ToolMessage: _MESSAGE,
+    AssistantMessage: {
+        **_MESSAGE,
+        **_refused("audio", "The model reads text only.", neutral=(None, {})),
+        **_refused("function_call", "Send `tool_calls`.", neutral=(None, {})),
+    },
+    TextPart: _PART,
+    InputTextPart: _PART,
+    OutputTextPart: _PART,
+    RefusalPart: _PART,
+    Tool: {**_PART, **_FUNCTION_ONLY},
+    ToolCall: _FUNCTION_ONLY,
+    NamedToolChoice: _FUNCTION_ONLY,
+}

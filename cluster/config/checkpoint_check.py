@@ -1,0 +1,156 @@
+"""Whether a folder is a checkpoint that can be served, before anything starts: its configuration, weights, tokenizer and chat template.
+
+Reads configuration files and the headers of weight files, so a 7B model takes a moment. Opens regular files inside the folder only. Whether
+weights are finite numbers is found when they are loaded (workers/weights/loader.py).
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config.checkpoint_kinds import check_kind
+from workers.checkpoint.model_config import load_model_config
+from workers.checkpoint.regular_file import check_small_file
+from workers.config import ModelConfig
+from workers.errors import CheckpointError, ConfigError
+
+REMEDY = "Use a complete checkpoint that Tramontane supports."
+# What is read of a folder besides its weights and their index.
+SMALL_FILES = (
+    "config.json",
+    "params.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v1",
+    "tokenizer.model.v2",
+    "tokenizer.model.v3",
+)
+_Fault = ConfigError | CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What the folder has. fingerprint: changes with the configuration, the sizes and the headers; None if these cannot be read."""
+
+    config: ModelConfig | None = None
+    num_files: int = 0
+    num_bytes: int = 0
+    fingerprint: str | None = None
+    faults: tuple[_Fault, ...] = ()
+
+
+def check_checkpoint(folder: Path, *, chat_template: str | None = "auto") -> None:
+    """Raises ConfigError or CheckpointError with the first fault.
+
+    chat_template: the option, None where no chat is served; the checkpoint's own template is checked if it is used.
+    """
+    faults = examine_checkpoint(folder, chat_template=chat_template).faults
+    if faults:
+        raise faults[0]
+
+
+def examine_checkpoint(folder: Path, *, chat_template: str | None = "auto") -> Checkpoint:
+    """Everything that is wrong with an existing folder. Never raises for what is in it."""
+    try:
+        check_kind(folder)
+        for name in SMALL_FILES:
+            check_small_file(folder, name)
+        config = load_model_config(folder)
+    except (ConfigError, CheckpointError) as e:
+        return Checkpoint(faults=(e,))
+    except OSError as e:
+        error = ConfigError(f"{folder} cannot be read: {e.strerror}.", remedy="Check its permissions.", param="MODEL")
+        return Checkpoint(faults=(error,))
+    weights = _examine_weights(folder, config)
+    found = [
+        fault
+        for check in (lambda: _check_tokenizer(folder, config), lambda: _check_template(folder, chat_template))
+        if (fault := _fault_of(check)) is not None
+    ]
+    return Checkpoint(
+        config=config,
+        num_files=weights.num_files,
+        num_bytes=weights.num_bytes,
+        fingerprint=weights.fingerprint,
+        faults=(*weights.faults, *found),
+    )
+
+
+def _examine_weights(folder: Path, config: ModelConfig) -> Checkpoint:
+    # Late: importing the command line imports no module of weights.
+    from workers.weights.completeness import check_index, check_tensors
+    from workers.weights.files import weight_files
+    from workers.weights.header import TensorInfo, read_header
+
+    try:
+        files = weight_files(folder, config.layout)
+    except CheckpointError as e:
+        return Checkpoint(faults=(e,))
+    digest = hashlib.sha256()
+    for name in ("config.json", "params.json"):
+        digest.update((folder / name).read_bytes() if (folder / name).is_file() else b"")
+    tensors: dict[str, TensorInfo] = {}
+    faults: list[_Fault] = []
+    for file in files:
+        try:
+            header, found = read_header(file)
+            if repeated := next((name for name in found if name in tensors), None):
+                raise CheckpointError(
+                    f"Tensor {repeated!r} is in both {tensors[repeated].path} and {file.name}.",
+                    remedy="Remove one of the files.",
+                )
+        except CheckpointError as e:
+            faults.append(e)
+            continue
+        digest.update(f"{file.name} {file.stat().st_size}".encode() + header)
+        tensors |= found
+    if not faults:
+        checks = (lambda: check_index(folder, config.layout, tensors), lambda: check_tensors(folder, config, tensors))
+        faults += [fault for check in checks if (fault := _fault_of(check)) is not None][:1]
+    return Checkpoint(
+        num_files=len(files),
+        num_bytes=sum(file.stat().st_size for file in files),
+        fingerprint=digest.hexdigest()[:16],
+        faults=tuple(faults),
+    )
+
+
+def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
+    from cluster.text.tokenizer import load_tokenizer  # late: only this check needs SentencePiece
+
+    load_tokenizer(folder, model_vocab_size=config.vocab_size)
+
+
+def _check_template(folder: Path, option: str | None) -> None:
+    """The checkpoint's files are valid JSON and Jinja. Whether a template can render is found when it is loaded (cluster/text/load.py)."""
+    from cluster.text.chat.jinja_environment import check_syntax
+    from cluster.text.chat.template_files import read_template_files
+
+    extra = folder / "additional_chat_templates"
+    for path in sorted(extra.glob("*.jinja")):
+        check_small_file(folder, f"{extra.name}/{path.name}")
+    if option not in ("auto", "jinja"):
+        return
+    for name, source in read_template_files(folder).templates.items():
+        try:
+            check_syntax(source)
+        except ConfigError as e:
+            raise ConfigError(
+                f"{folder}: {e.message.rstrip('.')} (template {name!r}).",
+                remedy="Correct it, or choose another template with --chat-template.",
+                param="--chat-template",
+            ) from e
+
+
+def _fault_of(check: Callable[[], None]) -> _Fault | None:
+    try:
+        check()
+    except (ConfigError, CheckpointError) as e:
+        return e
+    return None

@@ -1,0 +1,106 @@
+"""`tramontane serve` in hostile surroundings, each in namespaces of its own: one sentence within seconds, or a server that works.
+
+Needs root and `unshare`: a full /tmp or a machine without a network must not be those of the other tests.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+from support.servers.system_server import COMMAND, Server
+
+CAN_UNSHARE = (
+    shutil.which("unshare") is not None and not subprocess.run(["unshare", "-mn", "true"], check=False).returncode
+)
+pytestmark = pytest.mark.skipif(not CAN_UNSHARE, reason="needs root, or a user who may make namespaces")
+FILL = "dd if=/dev/zero of={0}/f bs=1k count=100 2> /dev/null || true"
+ENOUGH_S = 20.0  # a busy machine; it takes 1 to 3 s
+LONG = "a" * 73
+
+
+def prefix(setup: str) -> list[str]:
+    """What a command line begins with, to run it in namespaces of its own in which `setup` has run."""
+    return ["unshare", "-mn", "bash", "-c", f'set -e; {setup}; exec "$@"', "setup"]
+
+
+def refused(command: list[str], **environ: str) -> str:
+    began = time.monotonic()
+    done = subprocess.run(
+        command, env={**os.environ, **environ}, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert time.monotonic() - began < ENOUGH_S, f"it took too long to say: {done.stderr}"
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("tramontane: ")]
+    assert len(said) == 1, done.stderr
+    assert len(done.stderr.splitlines()) <= 4, f"more than headline, phase, one sentence and a note: {done.stderr}"
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("setup", "environ", "cause", "remedy"),
+    [
+        ("mount -t tmpfs -o size=64k t /tmp; " + FILL.format("/tmp"), {}, "/tmp is full: it has 0.0 MiB free", "set RAY_TMPDIR"),
+        ("mount -t tmpfs -o size=1m t /tmp", {}, "/tmp is full: it has 1.0 MiB free", "Free 32 MiB there"),
+        ("mount -t tmpfs -o nr_inodes=50 t /tmp", {}, "/tmp is full", "no room for more files"),
+        ("mount -t tmpfs -o ro t /tmp", {}, "/tmp is read-only", "Make it writable"),
+        ("mount -t tmpfs -o size=64k t /mnt; " + FILL.format("/mnt"), {"TMPDIR": "/mnt"}, "TMPDIR, /mnt, is full", "set RAY_TMPDIR"),
+        ("mount -t tmpfs -o ro t /mnt", {"TMPDIR": "/mnt"}, "TMPDIR, /mnt, is read-only", "Make it writable"),
+        ("mount -t tmpfs -o ro t /mnt", {"RAY_TMPDIR": "/mnt"}, "RAY_TMPDIR, /mnt, is read-only", "Make it writable"),
+        ("true", {"RAY_TMPDIR": "/no/such"}, "RAY_TMPDIR, /no/such, does not exist", "Create it"),
+        ("true", {"RAY_TMPDIR": f"/tmp/{LONG}"}, "RAY_TMPDIR is 78 bytes long", "at most 15 bytes"),
+        ("ip link set lo down", {}, "cannot connect to its own address 127.0.0.1", "ip link set lo up"),
+        ("ulimit -n 64", {}, "only 64 open files", "ulimit -n 65536"),
+    ],
+)  # fmt: skip
+def test_serve_says_what_is_wrong_in_one_sentence(setup: str, environ: dict[str, str], cause: str, remedy: str) -> None:
+    if "lo down" not in setup:
+        setup = f"ip link set lo up; {setup}"
+    said = refused([*prefix(setup), str(COMMAND), "serve", "--port", "0"], **environ)
+    assert cause in said and remedy in said
+
+
+def test_batch_run_says_so_too(tmp_path: Path) -> None:
+    lines = tmp_path / "in.jsonl"
+    body = '{"model": "demo_model", "prompt": "x", "max_tokens": 1}'
+    lines.write_text(f'{{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {body}}}\n')
+    command = [str(COMMAND), "batch", "run", str(lines), "-o", str(tmp_path / "out.jsonl")]
+    said = refused([*prefix("ip link set lo up; mount -t tmpfs -o ro t /mnt"), *command], TMPDIR="/mnt")
+    assert "TMPDIR, /mnt, is read-only" in said
+
+
+def test_what_can_be_worked_with_is(tmp_path: Path) -> None:
+    """No network and no name, few files at first, shared memory that is read-only, a long TMPDIR, and a non-ASCII path under LC_ALL=C."""
+    model = tmp_path / "mod èle-日本"
+    shutil.copytree(ROOT / "examples" / "demo_model", model)
+    (tmp_path / "empty").write_text("")
+    (tmp_path / LONG).mkdir()
+    setup = "; ".join(
+        [
+            "ip link set lo up",
+            f"mount --bind {tmp_path}/empty /etc/hosts",
+            f"mount --bind {tmp_path}/empty /etc/resolv.conf",
+            "mount -t tmpfs -o ro t /dev/shm",
+            "ulimit -Sn 64",
+        ]
+    )
+    environ = os.environ | {
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+        "TMPDIR": f"{tmp_path}/{LONG}",
+    }
+    server = Server("--tensor-parallel-size", "2", str(model), prefix=prefix(setup), env=environ)
+    try:
+        pid = str(server.process.pid)
+        inside = ["nsenter", "-t", pid, "-n", "curl", "-fsS", f"{server.url}/health/live"]
+        done = subprocess.run(inside, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in server.output and model.name in server.output
+    finally:
+        server.kill()
+    assert server.left_over() == []

@@ -1,0 +1,33 @@
+"""Values from a checkpoint's JSON as the types that ModelConfig has. Strangers write these files, so nothing is converted silently."""
+
+import math
+from typing import Any
+
+from workers.checkpoint.regular_file import shown
+from workers.errors import ConfigError
+
+
+def decimal(name: str, value: Any) -> float:
+    """A finite number above 0. Strings and booleans are none. Raises ConfigError."""
+    try:
+        if type(value) in (int, float) and value > 0 and math.isfinite(number := float(value)):
+            return number
+    except OverflowError:
+        pass
+    raise ConfigError(
+        f"The checkpoint's {name} is {shown(value)}, not a number above 0.", remedy="Correct it.", param=name
+    )
+
+
+def flag(name: str, value: Any) -> bool:
+    """true or false; null and a missing field are false. Raises ConfigError."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise ConfigError(
+        f"The checkpoint's {name} is {shown(value)}, neither true nor false.", remedy="Correct it.", param=name
+    )
+
+
+def token_ids(value: Any) -> list[Any]:
+    """One id, a list of ids, or none. Whether they are ids of the model is checked by ModelConfig."""
+    return list(value) if isinstance(value, list) else [] if value is None else [value]
