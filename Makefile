@@ -65,6 +65,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/serving.py --output benchmarks/results/serving.md $(ARGS)
 	$(BIN)/python benchmarks/gateway.py --output benchmarks/results/gateway.md
 	$(BIN)/python benchmarks/limits.py --output benchmarks/results/limits.md
+	$(BIN)/python benchmarks/soak.py --output benchmarks/results/limits.md
 	$(BIN)/python benchmarks/batch.py --output benchmarks/results/batch.md
 	$(BIN)/python benchmarks/batch_memory.py --output benchmarks/results/batch_memory.md
 	$(BIN)/python benchmarks/routing.py --output benchmarks/results/routing.md

@@ -12,7 +12,7 @@ import random
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 from support.clients.fuzz_bodies import mutated_bodies, other_bodies
 from support.clients.random_schemas import random_schema
@@ -106,7 +106,9 @@ class AttackMix:
 
     async def _schema(self) -> str:
         schema = {"name": "x", "schema": random_schema(self._number())}
-        body = self._chat(response_format={"type": "json_schema", "json_schema": schema}, max_tokens=48, temperature=1.0)
+        body = self._chat(
+            response_format={"type": "json_schema", "json_schema": schema}, max_tokens=48, temperature=1.0
+        )
         return await self._ask(request(CHAT, body, key=self._key))
 
     async def _huge_body(self) -> str:
@@ -146,7 +148,9 @@ class AttackMix:
         return await self._ask(request(path, body, key=self._key))
 
     async def _embeddings(self) -> str:
-        texts = [" ".join(self._word() for _ in range(self._rng.randint(1, 200))) for _ in range(self._rng.randint(1, 16))]
+        texts = [
+            " ".join(self._word() for _ in range(self._rng.randint(1, 200))) for _ in range(self._rng.randint(1, 16))
+        ]
         body = json.dumps({"model": self._model, "input": texts}).encode()
         return await self._ask(request("/v1/embeddings", body, key=self._key))
 
@@ -167,7 +171,9 @@ class AttackMix:
         name = self._word()
         number = self._rng.randrange(5)
         if number == 0:
-            return await self._ask(request(f"/v1/{name}/{name}", method=self._rng.choice(["GET", "POST"]), key=self._key))
+            return await self._ask(
+                request(f"/v1/{name}/{name}", method=self._rng.choice(["GET", "POST"]), key=self._key)
+            )
         if number == 1:
             return await self._ask(request(COMPLETIONS, self._body(), key=name))
         if number == 2:
@@ -196,14 +202,11 @@ class AttackMix:
     async def _complete(self, **fields: object) -> str:
         return await self._ask(request(COMPLETIONS, self._body(**fields), key=self._key))
 
-    def _invalid_bodies(self) -> "itertools.chain[tuple[str, bytes]]":
-        every = list(mutated_bodies())
-        forever = (
-            pair
-            for _ in itertools.count()
-            for pair in itertools.chain(self._rng.sample(every, 500), other_bodies(self._rng, 500))
-        )
-        return itertools.chain(forever)
+    def _invalid_bodies(self) -> Iterator[tuple[str, bytes]]:
+        """Without end. A sample of all mutations at a time, since all together are 600 MB."""
+        while True:
+            yield from (pair for pair in mutated_bodies() if self._rng.random() < 0.02)
+            yield from other_bodies(self._rng, 300)
 
     async def _ask(self, data: bytes) -> str:
         """The status of the answer, of which as much is read as arrives at once, up to MAX_ANSWER_BYTES."""
@@ -214,7 +217,9 @@ class AttackMix:
         return status
 
     @contextlib.asynccontextmanager
-    async def _connected(self, *, receive_buffer: int | None = None):  # noqa: ANN202
+    async def _connected(
+        self, *, receive_buffer: int | None = None
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
         sock = socket.socket()
         if receive_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)

@@ -24,19 +24,22 @@ from pathlib import Path
 
 import psutil
 from gateway import MODEL, ROOT, run_engine
+from sections import kept_sections
 
 PACE_S = 0.1  # about what a 7B model needs for a step of that many sequences; little enough work for two cores and four processes
 MAX_NUM_SEQS = 128
 NUM_TOKENS = 16  # of each stream of the well-behaved client
 NUM_AT_ONCE = 4  # streams of it
 NUM_IDLE, NUM_SLOW, NUM_QUEUED = 1000, 100, 2000
+NUM_DEAF = 440  # read nothing: one in eleven asks for a whole answer of megabytes, the others for pages
+DEADLINE_MARGIN_S = 30.0
 SLOW_TOKENS = 4000
 FLOOD_TOKENS = (16, 112)  # evenly spread, so that slots become free one by one
 SETTLE_S = 8.0
 
 
 def run_gateway(link: Connection, address: tuple[str, int], keys: Path) -> None:
-    """Sends its port, then its resident bytes and connections on each request."""
+    """Sends its port, then its resident bytes, running requests and connections on each request."""
     from cluster.api.app import make_app
     from cluster.api.server.listener import Listener
     from cluster.keys.keyring import Keyring
@@ -64,7 +67,7 @@ def run_gateway(link: Connection, address: tuple[str, int], keys: Path) -> None:
             link.send(listener.port)
             process = psutil.Process()
             while await asyncio.to_thread(link.recv):
-                link.send((process.memory_info().rss, router.num_inflight_requests))
+                link.send((process.memory_info().rss, router.num_inflight_requests, listener.num_connections()))
             writing.cancel()
             await listener.close()
             await ledger.close()
@@ -72,17 +75,19 @@ def run_gateway(link: Connection, address: tuple[str, int], keys: Path) -> None:
     asyncio.run(main())
 
 
-def request_of(key: str, **fields: object) -> bytes:
+def request_of(key: str, *, path: str = "/v1/completions", **fields: object) -> bytes:
     data = json.dumps({"model": MODEL, "prompt": [1, 5, 6, 7], "stream": True, **fields}).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 def run_neighbours(link: Connection, port: int, key: str) -> None:
-    """Follows commands: "idle", "slow" or "flood" starts neighbours and answers once they run; None ends them and sends what they saw."""
+    """Follows commands: "idle", "slow", "deaf" or "flood" starts neighbours and answers once they run.
+
+    None ends them and sends what they saw.
+    """
     statuses: Counter[str] = Counter()
+    num_deaf = 0
 
     async def idle() -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -106,6 +111,22 @@ def run_neighbours(link: Connection, port: int, key: str) -> None:
         finally:
             sock.close()
 
+    async def deaf() -> None:
+        """Reads nothing until its connection is closed."""
+        nonlocal num_deaf
+        num_deaf += 1
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)
+        page = b"GET /static/playground.js HTTP/1.1\r\nHost: x\r\n\r\n" * 30
+        whole = request_of(key, path="/tokenize", prompt="a b c " * 200_000, stream=None)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
+            await asyncio.get_running_loop().sock_sendall(sock, page if num_deaf % 11 else whole)
+            await asyncio.sleep(3600)
+        finally:
+            sock.close()
+
     async def flood() -> None:
         """Sends requests as fast as allowed: after Retry-After, or at once."""
         while True:
@@ -123,7 +144,12 @@ def run_neighbours(link: Connection, port: int, key: str) -> None:
             writer.close()
 
     async def main() -> None:
-        kinds = {"idle": (idle, NUM_IDLE), "slow": (slow, NUM_SLOW), "flood": (flood, NUM_QUEUED)}
+        kinds = {
+            "idle": (idle, NUM_IDLE),
+            "slow": (slow, NUM_SLOW),
+            "deaf": (deaf, NUM_DEAF),
+            "flood": (flood, NUM_QUEUED),
+        }
         while True:
             command = await asyncio.to_thread(link.recv)
             if command == "end":
@@ -248,6 +274,30 @@ class Rig:
         mib = (f"{value / 2**20:.0f}" for value in (before, peak, self.rss()))
         return [p50_p99(seen.ttft_s), p50_p99(seen.gaps_s), str(seen.refused), " / ".join(mib), counts]
 
+    def time_deaf(self) -> str:
+        """One sentence: how many connections that read nothing are left when their deadline has passed."""
+        from cluster.api.server.listener import WRITE_TIMEOUT_S
+
+        def num_connections() -> int:
+            self.gateway.send(True)
+            return self.gateway.recv()[2]
+
+        before, began = self.rss(), time.monotonic()
+        self.neighbours.send(("deaf",))
+        self.neighbours.recv()
+        at_first, peak = num_connections(), self.rss()
+        while (left := num_connections()) and time.monotonic() - began < WRITE_TIMEOUT_S + DEADLINE_MARGIN_S:
+            peak = max(peak, self.rss())
+            time.sleep(1)
+        took_s = time.monotonic() - began
+        self.neighbours.send(None)
+        self.neighbours.recv()
+        return (
+            f"{NUM_DEAF} clients that read nothing, {NUM_DEAF // 11} of them with a whole answer of 2.4 MB, the others with 30 pages: "
+            f"{at_first} connections\nat first, {left} after {took_s:.0f} s; the deadline is {WRITE_TIMEOUT_S:g} s. Memory before, peak, "
+            f"after: {before >> 20} / {peak >> 20} / {self.rss() >> 20} MiB."
+        )
+
     def close(self) -> None:
         self.neighbours.send("end")
         self.gateway.send(False)
@@ -279,6 +329,7 @@ def main() -> None:
             for name, kinds in scenes:
                 rows.append([name, *rig.measure(kinds, args.seconds)])
                 print(rows[-1], flush=True)
+            deaf = rig.time_deaf()
         finally:
             rig.close()
     import machine
@@ -298,11 +349,13 @@ def main() -> None:
         "| neighbours | TTFT p50 / p99, ms | gap p50 / p99, ms | client refused | memory, MiB | answers to the neighbours |",
         "|---|---|---|---|---|---|",
         *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+        deaf,
     ]
     text = "\n".join(lines) + "\n"
     print(text)
     if args.output:
-        args.output.write_text(text)
+        args.output.write_text(text + kept_sections(args.output))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
+from attack_mix import AttackMix  # noqa: E402
+from sections import write_section  # noqa: E402
+from support.servers.system_server import API_KEY, Server  # noqa: E402
+
 KV_CACHE = "64M"
 EVERY_S = 5.0
 WARM_S = 15.0
@@ -48,17 +52,16 @@ def sample(processes: dict[str, psutil.Process], at_s: float) -> list[Sample]:
 
 async def soak(
     url: str, key: str, processes: dict[str, psutil.Process], *, seconds: float, idle_s: float, rate: float
-) -> tuple[list[Sample], "AttackMix"]:  # noqa: F821
+) -> tuple[list[Sample], AttackMix]:
     """Samples before, during and after the attacks. Times count from the start of the attacks."""
-    from attack_mix import AttackMix
-
     port = int(url.rpartition(":")[2])
+    samples = sample(processes, -WARM_S)
     warm = AttackMix(port, key, seed=1)
     await warm.run(WARM_S, rate=rate)  # code and vocabularies are loaded at their first use
     await asyncio.sleep(2)
     mix = AttackMix(port, key, seed=2)
     began = time.monotonic()
-    samples = sample(processes, 0.0)
+    samples += sample(processes, 0.0)
     attacks = asyncio.create_task(mix.run(seconds, rate=rate))
     while not attacks.done():
         await asyncio.wait([attacks], timeout=EVERY_S)
@@ -76,54 +79,46 @@ def describe(s: Sample) -> str:
 
 
 def table(samples: Sequence[Sample], names: Sequence[str]) -> list[str]:
-    """Start, every fifth of the time, end, and after the idle time."""
+    """Before the first attack, start, every fifth of the time, end, and after the idle time."""
     times = sorted({s.at_s for s in samples})
     end = times[-2]
-    wanted = [min(times[:-1], key=lambda at: abs(at - end * i / NUM_ROWS)) for i in range(NUM_ROWS + 1)]
-    rows = [f"| {' | '.join(['seconds', *(f'{n}: RSS, MiB | PSS, MiB | threads | files' for n in names)])} |"]
-    rows.append("|---" * (1 + 4 * len(names)) + "|")
+    wanted = [times[0], *(min(times[1:-1], key=lambda at: abs(at - end * i / NUM_ROWS)) for i in range(NUM_ROWS + 1))]
+    columns = [f"{name}: {what}" for name in names for what in ("RSS, MiB", "PSS, MiB", "threads", "files")]
+    rows = [f"| {' | '.join(['seconds', *columns])} |", "|---" * (1 + len(columns)) + "|"]
     for at in [*wanted, times[-1]]:
-        cells = ["after" if at == times[-1] else f"{at:.0f}"]
+        cells = ["fresh" if at < 0 else "after" if at == times[-1] else f"{at:.0f}"]
         for s in (s for name in names for s in samples if s.at_s == at and s.name == name):
             cells += [str(s.rss_bytes >> 20), str(s.pss_bytes >> 20), str(s.num_threads), str(s.num_files)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
-def run(*, seconds: float, idle_s: float, rate: float) -> list[str]:
-    """The section of limits.md."""
-    from support.servers.system_server import API_KEY, Server
-
+def measure(*, seconds: float, idle_s: float, rate: float) -> tuple[list[Sample], AttackMix]:
+    """A server's samples, and what was sent to it."""
     server = Server("--kv-cache-memory", KV_CACHE, "--no-batches")
     try:
         server.wait_ready(1)
         (replica,) = server.replicas("ready")
         processes = {"gateway": psutil.Process(server.process.pid), "rank 0": server.rank(replica, 0)}
-        samples, mix = asyncio.run(
-            soak(server.url, API_KEY, processes, seconds=seconds, idle_s=idle_s, rate=rate)
-        )
+        return asyncio.run(soak(server.url, API_KEY, processes, seconds=seconds, idle_s=idle_s, rate=rate))
     finally:
         server.kill()
+
+
+def run(*, seconds: float, idle_s: float, rate: float) -> list[str]:
+    """The section of limits.md."""
+    samples, mix = measure(seconds=seconds, idle_s=idle_s, rate=rate)
     counts = ", ".join(f"{counter.total():,} {kind}" for kind, counter in mix.statuses.items())
     print({kind: dict(counter) for kind, counter in mix.statuses.items()})
     return [
         HEADING,
         "",
-        f"`python benchmarks/soak.py --seconds {seconds:g} --rate {rate:g}`, {time.strftime('%F')}: `tramontane serve` on the demo model with a KV cache",
-        f"of {KV_CACHE}, after {WARM_S:g} s of the same attacks to load what is loaded at its first use. Sent: {counts}.",
-        f'"after" is {idle_s:g} s after the last attack. PSS counts pages that processes share in parts.',
+        f"`python benchmarks/soak.py --seconds {seconds:g} --rate {rate:g}`, {time.strftime('%F')}: `tramontane serve` on the demo model",
+        f"with a KV cache of {KV_CACHE}, after {WARM_S:g} s of the same attacks to load what is loaded at its first use. Sent: {counts}.",
+        f'"fresh" is before the first attack, "after" is {idle_s:g} s after the last one. PSS counts pages that processes share in parts.',
         "",
-        *table(samples, list(processes)),
+        *table(samples, ["gateway", "rank 0"]),
     ]
-
-
-def write_section(path: Path, section: Sequence[str]) -> None:
-    """Replaces the section with the same heading, or adds it at the end. Other sections stay."""
-    heading = section[0]
-    kept = path.read_text().split("\n## ") if path.exists() else [""]
-    kept = [part for part in kept if not part.startswith(heading.removeprefix("## ") + "\n")]
-    text = "\n## ".join(part.rstrip("\n") + "\n" for part in kept)
-    path.write_text(text + "\n" + "\n".join(section) + "\n")
 
 
 def main() -> None:

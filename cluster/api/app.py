@@ -3,7 +3,7 @@
 Knows every endpoint and what they share (ApiContext in context.py). Opens no port and starts no replica: the caller runs the application,
 with `handler_cancellation=True`, so that a request ends at once if its client disconnects:
 
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False)
 """
 
 from collections.abc import Sequence

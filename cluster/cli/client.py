@@ -5,6 +5,7 @@ Knows addresses, API keys, certificates and proxies; knows no endpoint. It does 
 
 import contextlib
 import ipaddress
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,14 +45,20 @@ class Client:
                     param="--api-key",
                 )
             headers["Authorization"] = f"Bearer {api_key}"
-        self._http = httpx.Client(
-            headers=headers,
-            verify=client_context(ca_cert),
-            timeout=timeout_s,
-            follow_redirects=True,
-            # HTTP_PROXY and NO_PROXY apply, except to this machine: a proxy would look for the server on its own.
-            trust_env=not _is_this_machine(host),
-        )
+        try:
+            self._http = httpx.Client(
+                headers=headers,
+                verify=client_context(ca_cert),
+                timeout=timeout_s,
+                follow_redirects=True,
+                # HTTP_PROXY and NO_PROXY apply, except to this machine: a proxy would look for the server on its own.
+                trust_env=not (_is_this_machine(host) or _is_in_no_proxy_network(host)),
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as e:
+            raise ConfigError(
+                f"The proxy that the environment names cannot be used: {str(e).rstrip('.')}.",
+                remedy="Correct HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (http:// or https://), or add the server's host to NO_PROXY.",
+            ) from e
         self._etags: dict[Path, str] = {}  # of downloads that broke off, by target
 
     def __enter__(self) -> "Client":
@@ -211,9 +218,25 @@ def _cause_of(error: BaseException) -> BaseException:
 def _is_this_machine(host: str) -> bool:
     """Without asking the name service: behind a proxy only the proxy may know the name."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return host.lower() == "localhost"
+        name = host.lower().rstrip(".")
+        return name == "localhost" or name.endswith(".localhost")
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
+
+
+def _is_in_no_proxy_network(host: str) -> bool:
+    """Networks such as 10.0.0.0/8 in NO_PROXY, which the HTTP library does not know; it does know names and addresses."""
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    for entry in (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(","):
+        with contextlib.suppress(ValueError):
+            if "/" in entry and address in ipaddress.ip_network(entry.strip(), strict=False):
+                return True
+    return False
 
 
 def _starts_at(answer: httpx.Response, start: int) -> bool:

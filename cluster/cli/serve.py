@@ -81,7 +81,7 @@ async def _run(config: ServeConfig, console: Console, text: "LoadedText", cluste
         startup.end()
         if starting.done():
             gateway, urls, drain_others = starting.result()
-            console.line(_banner(config, urls, cluster, console.elapsed_s))
+            console.line(_banner(config, urls, cluster, console.elapsed_s, chat=text.choice))
             await _until_stopped(stop, gateway)
             grace_s = config.drain_timeout_s
             console.line(
@@ -144,7 +144,8 @@ def _keeps_running(config: ServeConfig) -> str:
     )
 
 
-def _banner(config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed_s: float) -> str:
+def _banner(config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed_s: float, *, chat: str) -> str:
+    """chat: the chat template and why it is used, or why there is none."""
     from cluster.ray_runtime.session import token_path
 
     url, *others = urls
@@ -161,6 +162,7 @@ def _banner(config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed
         f"Ready in {elapsed_s:.1f} s.",
         f"  Endpoint   {url}/v1",
         *(f"             {other}/v1" for other in others),
+        f"  Template   {chat}",
         f"  Try        curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
         f"  Open       {url}/ in a browser for the playground and a live view of the cluster; {url}/docs for the API",
         f"  Watch      tramontane status --url {url}",

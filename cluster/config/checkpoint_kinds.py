@@ -14,7 +14,7 @@ _MAX_SHOWN = 3
 
 
 def check_kind(folder: Path) -> None:
-    """Raises ConfigError for a folder that is no checkpoint of a kind that is supported."""
+    """Raises ConfigError for a folder that is not a checkpoint of a supported kind."""
     check_names([path.name for path in folder.iterdir()], where=str(folder))
 
 

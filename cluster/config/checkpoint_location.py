@@ -33,7 +33,7 @@ _HUB_FILES = [
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 ]
-# Weights in folders of a repository are of other formats or of earlier steps of the training, and adapters are no models.
+# Weights in a repository's folders are of other formats, or of earlier steps of the training.
 _NOT_OF_HUB = ["*/*.safetensors", "*/*.safetensors.index.json"]
 
 

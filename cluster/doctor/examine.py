@@ -6,7 +6,6 @@ Knows the order of the checks and what each one needs; the checks themselves are
 import asyncio
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from cluster.doctor.judge.resources import RAY_FILES, judge_disks, judge_memory,
 from cluster.doctor.judge.versions import judge_versions
 from cluster.doctor.local import judge_division, judge_port, locate_model
 from cluster.doctor.snapshot import parse_snapshot, take_snapshot
+from cluster.ray_runtime.surroundings import ray_parent
 from cluster.system.data_dir import default_data_dir
 from cluster.terminal.phases import Console
 from workers.errors import ConfigError
@@ -123,7 +123,7 @@ def _joined(options: Options, console: Console, findings: list[Finding]) -> "Ite
 
 def _this_machine(options: Options, folder: Path | None) -> Node:
     disks = {
-        os.environ.get("RAY_TMPDIR", tempfile.gettempdir()): RAY_FILES,
+        ray_parent(os.environ)[0]: RAY_FILES,
         str(default_data_dir(options.deployment)): "files and batches",
     }
     snapshot = parse_snapshot(take_snapshot(disks, None if folder is None else str(folder)))

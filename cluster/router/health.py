@@ -1,6 +1,7 @@
 """The health of the gateway and its replicas, for load balancers and people. Reads the table; decides nothing.
 
-A replica that is late with a report counts as ready for a few seconds: a busy machine is no outage, and requests wait for it in the queue.
+A replica that is late with a report counts as ready for a few seconds: a busy machine does not mean an outage, and requests wait for it
+in the queue.
 """
 
 from dataclasses import dataclass

@@ -327,6 +327,30 @@ def test_moderations(client):
         assert result.flagged == any(v for v in result.categories.model_dump().values())
 
 
+# Fields without effect
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_fields_without_effect_are_named_in_a_header(client, stream):
+    fields = {
+        "reasoning_effort": "high",
+        "verbosity": "low",
+        "store": False,
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "prompt_cache_key": "k",
+        "safety_identifier": "u",
+        "parallel_tool_calls": True,
+        "extra_body": {"extra": 1},
+    }
+    messages = [CHAT[0] | {"name": "Ann"}]
+    options = {"model": MODEL, "messages": messages, "max_tokens": 4, "stream": stream}
+    raw = client.chat.completions.with_raw_response.create(**options, **fields)
+    named = raw.headers["X-Tramontane-Ignored"].split(", ")
+    assert sorted(named) == sorted([*(fields.keys() - {"extra_body"}), "extra", "messages[].name"])
+    assert raw.parse()
+
+
 # Errors
 
 
@@ -336,8 +360,8 @@ def test_moderations(client):
         (openai.NotFoundError, "model", {"model": "gpt-4o"}),
         (openai.BadRequestError, "temperature", {"temperature": 9}),
         (openai.BadRequestError, "max_tokens", {"max_tokens": 10**6}),
-        (openai.BadRequestError, "extra", {"extra_body": {"extra": 1}}),
-        (openai.BadRequestError, "stop", {"stop": ["a", "b", "c", "d", "e"]}),
+        (openai.BadRequestError, "use_beam_search", {"extra_body": {"use_beam_search": True}}),
+        (openai.BadRequestError, "stop", {"stop": list("abcdefghijklmnopq")}),
         (openai.BadRequestError, "messages", {"messages": []}),
         (openai.BadRequestError, "messages", {"messages": [{"role": "user", "content": "x " * 6000}]}),
         (
@@ -349,7 +373,11 @@ def test_moderations(client):
                 ]
             },
         ),
-        (openai.BadRequestError, "reasoning_effort", {"reasoning_effort": "high"}),
+        (
+            openai.BadRequestError,
+            "modalities",
+            {"modalities": ["audio", "text"], "audio": {"voice": "x", "format": "wav"}},
+        ),
     ],
 )
 def test_errors_become_the_clients_exceptions(client, error, param, options):

@@ -40,7 +40,8 @@ def test_the_bodies_have_every_field(attacker):
     schemas = document["components"]["schemas"]
     for path, methods in document["paths"].items():
         content = methods.get("post", {}).get("requestBody", {}).get("content")
-        if content is not None and "application/json" in content:
+        # Azure's paths take the bodies of the others.
+        if content is not None and "application/json" in content and not path.startswith("/openai/"):
             name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
             # The others are known, but never act.
             acting = {

@@ -82,7 +82,9 @@ def test_slow_readers_are_gone_after_the_deadline(form: str, number: int, reques
             limit_s = WRITE_TIMEOUT_S + MARGIN_S
             took_s = read_slowly(socks, server, until_s=limit_s) if reads else server.until_gone(timeout_s=limit_s)
             left = server.num_connections()
-            print(f"\n{number} readers of {form}: {left} connections left after {took_s:.0f} s, of a deadline of {WRITE_TIMEOUT_S:g} s")
+            print(
+                f"\n{number} readers of {form}: {left} connections left after {took_s:.0f} s, of a deadline of {WRITE_TIMEOUT_S:g} s"
+            )
             assert left == 0
             check_alive(server)
         print(f"memory: {before >> 20} MiB before, {server.rss_bytes() >> 20} after")
@@ -92,7 +94,9 @@ def test_tls_connections_without_a_handshake_are_gone_after_the_deadline(tmp_pat
     with ListenerProcess(certificate=make_pair(tmp_path, "server"), **DEADLINES) as server, clients(server.port, 700):
         check_alive(server, tls=True)
         took_s = server.until_gone(timeout_s=HEAD_TIMEOUT_S + MARGIN_S)
-        print(f"\n700 TLS connections: {server.num_connections()} left after {took_s:.0f} s, of a deadline of {HEAD_TIMEOUT_S:g} s")
+        print(
+            f"\n700 TLS connections: {server.num_connections()} left after {took_s:.0f} s, of a deadline of {HEAD_TIMEOUT_S:g} s"
+        )
         assert server.num_connections() == 0
         check_alive(server, tls=True)
 
@@ -106,6 +110,8 @@ def test_a_minute_with_64_descriptors() -> None:
                 num_served += 1
                 time.sleep(0.2)
         log, cpu_s = "".join(server.log), server.cpu_s() - cpu_s
-        print(f"\n64 descriptors, 500 clients, 60 s: {num_served} requests served, {len(server.log)} lines of log, {cpu_s:.1f} CPU s")
+        print(
+            f"\n64 descriptors, 500 clients, 60 s: {num_served} requests served, {len(server.log)} lines of log, {cpu_s:.1f} CPU s"
+        )
         assert len(server.log) <= 62 and "Traceback" not in log
         assert cpu_s < 30

@@ -1,13 +1,11 @@
 """Which ports a running server listens on: none that is not in this table, which is docs/security.md's, and none on another address."""
 
-import ipaddress
-import socket
 import urllib.error
 import urllib.request
 from collections import Counter
 
-import psutil
 import pytest
+from support.servers.ports import is_loopback, listening
 from support.servers.system_server import Server
 
 RAY_RPC = "Ray's RPC"
@@ -24,34 +22,6 @@ EXPECTED = {
     # Rank 0 of two: gateways' socket, lifeline. Rank 1 has Ray's RPC only.
     "ray::RankActor": (RAY_RPC, RAY_RPC, "gateways", "lifeline"),
 }
-
-
-def listening(server: Server) -> list[tuple[str, str, int]]:
-    """Process, address and port of every socket that waits for strangers: TCP that listens, UDP without a peer."""
-    found = []
-    for process in [psutil.Process(server.process.pid), *server.all_descendants()]:
-        try:
-            name = name_of(process)
-            sockets = process.net_connections("inet")
-        except psutil.NoSuchProcess:
-            continue
-        found += [
-            (name, s.laddr.ip, s.laddr.port)
-            for s in sockets
-            if s.status == psutil.CONN_LISTEN or (s.type == socket.SOCK_DGRAM and not s.raddr)
-        ]
-    return found
-
-
-def name_of(process: psutil.Process) -> str:
-    if process.name().startswith("python"):
-        return next((a.rpartition("/")[2] for a in process.cmdline() if a.endswith(".py")), process.name())
-    return process.name().partition(".")[0]
-
-
-def is_loopback(address: str) -> bool:
-    ip = ipaddress.ip_address(address)
-    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
 def status(url: str) -> int:

@@ -14,7 +14,7 @@ import aiohttp
 import openai
 import pytest
 from support.batch.command import BatchCommand, answers, write_lines
-from support.servers.system_server import API_KEY
+from support.servers.system_server import API_KEY, COMMAND
 
 MODEL = "demo_model"
 NUM_STREAMS = 200
@@ -184,6 +184,15 @@ def test_the_batch_command_in_two_parts_and_merged(server, tmp_path):
     ]
     assert sorted(answers(tmp_path / "out.errors.jsonl")) == ["id-0", "id-10"]
     assert not list(tmp_path.glob("*.part-*"))
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_status_of_a_server_on_this_machine_needs_no_proxy(server, name):
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    env |= {name: "http://127.0.0.1:9", "TRAMONTANE_API_KEY": API_KEY}
+    command = [str(COMMAND), "status", "--once", "--url", server.url]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and "r0" in done.stdout, done.stderr
 
 
 def test_sigterm_lets_a_stream_finish_refuses_new_ones_and_leaves_nothing(server, client):

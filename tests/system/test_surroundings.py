@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
+from support.servers.ports import is_loopback, listening
 from support.servers.system_server import COMMAND, Server
 
 CAN_UNSHARE = (
@@ -101,6 +102,8 @@ def test_what_can_be_worked_with_is(tmp_path: Path) -> None:
         done = subprocess.run(inside, capture_output=True, text=True, timeout=30, check=False)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in server.output and model.name in server.output
+        # Without shared memory the ranks use Gloo, whose rendezvous and connections listen too.
+        assert [found for found in listening(server) if not is_loopback(found[1])] == []
     finally:
         server.kill()
     assert server.left_over() == []

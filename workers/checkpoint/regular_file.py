@@ -11,7 +11,7 @@ from typing import Any
 
 from workers.errors import ConfigError
 
-# Of what is no weight. Configuration files have kilobytes; an index of a large model or a tokenizer's settings have a few megabytes.
+# Of files other than weights. Configuration files have kilobytes; an index of a large model or a tokenizer's settings have a few megabytes.
 MAX_SMALL_BYTES = 64 << 20
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -56,7 +56,7 @@ def is_inside(folder: Path, target: Path) -> bool:
 
 
 def check_small_file(folder: Path, name: str) -> Path | None:
-    """As `find_regular_file`, and the file is no larger than any honest one."""
+    """As `find_regular_file`. Also raises ConfigError for a file that is larger than any honest one."""
     path = find_regular_file(folder, name)
     if path is not None and (num_bytes := path.stat().st_size) > MAX_SMALL_BYTES:
         raise ConfigError(

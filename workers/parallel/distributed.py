@@ -9,6 +9,7 @@ Knows no model and no Ray.
 import contextlib
 import logging
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -70,8 +71,15 @@ class DistributedGroup:
     def _meet(self, master_address: str, master_port: int, backend: str, join_timeout: timedelta) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        # Left to itself the store listens on every interface, and it needs no token.
+        listener = _listen(master_address, master_port) if self.rank == 0 else None
         self._store = dist.TCPStore(
-            master_address, master_port, self.size, is_master=self.rank == 0, timeout=join_timeout
+            master_address,
+            master_port,
+            self.size,
+            is_master=self.rank == 0,
+            timeout=join_timeout,
+            master_listen_fd=None if listener is None else listener.detach(),  # the store closes it
         )
         dist.init_process_group(
             backend,
@@ -188,6 +196,14 @@ class DistributedGroup:
 def _destroy() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family)
+    except OSError as e:
+        raise ValueError(f"nothing can listen there: {e.strerror}") from e
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from workers.config import EngineConfig
 from workers.engine.loop import EngineLoop
 from workers.errors import GroupError, TramontaneError
 from workers.rank.lifeline import DIED, Lifeline
+from workers.rank.primitive_caches import bound_primitive_caches
 from workers.rank.reports import LoadProgress, RankDescription, RankEnd, RankStats, Rendezvous, Started
 from workers.rank.server import StreamServer
 
@@ -97,6 +98,7 @@ class RankWorker:
         if self.rank != 0:
             # Before torch is imported: a rank that dies from here on is named.
             self._lifeline.connect((at.host, at.lifeline_port))
+        bound_primitive_caches(os.environ)
         from workers.parallel.group import SingleRank
         from workers.parallel.join import join_group
         from workers.parallel.timed import TimedGroup

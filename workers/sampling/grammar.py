@@ -51,6 +51,7 @@ class Constraint:
         self._num_unconsumed = 0
         # See masks.py. The mask belongs to the tokens accepted so far.
         self.mask_s = 0.0
+        self.mask_s_is_exact = False
         self.pending_mask: Future[np.ndarray] | None = None
         self._spent_s = 0.0
         self._check(_UNUSABLE)
@@ -213,7 +214,7 @@ class Grammars:
             if constraint.error is None:
                 begun = time.thread_time()
                 mask = self._compute.alone(constraint)
-                constraint.mask_s = time.thread_time() - begun
+                constraint.mask_s, constraint.mask_s_is_exact = time.thread_time() - begun, True
                 constraint.pending_mask = Future()
                 constraint.pending_mask.set_result(mask)
         except BaseException as e:  # a panic in native code is not an Exception; the request waits for an outcome

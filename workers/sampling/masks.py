@@ -1,4 +1,4 @@
-"""When the masks of grammars are computed: next to the model's forward pass as long as that is quick, otherwise apart and over several steps.
+"""When the masks of grammars are computed: next to the model's forward pass while that is quick, otherwise apart and over several steps.
 
 A mask usually takes microseconds, and an ambiguous grammar's many milliseconds. A step waits only for as long as the forward pass took.
 A constraint whose mask is not there by then is `held`: its request is not part of a step until the mask is there. Its next token stays
@@ -26,12 +26,13 @@ class Masked(Protocol):
     """What a mask is computed for. `mask_s`: how long the last one took; `spend` counts CPU time against the budget of the request."""
 
     mask_s: float
+    mask_s_is_exact: bool
     pending_mask: "Future[np.ndarray] | None"
 
     def spend(self, cpu_s: float) -> None: ...
 
 
-MaskedT = TypeVar("MaskedT", bound=Masked)
+MaskedT = TypeVar("MaskedT", bound=Masked, contravariant=True)
 
 
 class ComputeMasks(Protocol[MaskedT]):
@@ -75,8 +76,11 @@ class MaskLanes(Generic[MaskedT]):
     ) -> None:
         self._compute = compute
         self._cpu_time = cpu_time
+        self._num_cpus = num_cpus
         self._at_once = 4 * num_cpus
         self._quick = ThreadPoolExecutor(1, "grammar-masks")
+        # Finds out which of some constraints is slow.
+        self._apart = ThreadPoolExecutor(1, "grammar-masks-apart")
         self._slow = ThreadPoolExecutor(max(1, num_cpus // 4), "slow-grammar-masks", initializer=_lower_priority)
 
     def begin(self, constraints: Mapping[str, MaskedT]) -> StepMasks:
@@ -93,7 +97,8 @@ class MaskLanes(Generic[MaskedT]):
         """After a token: a slow constraint's next mask starts now. The request is held until it is there."""
         if constraint.mask_s > SLOW_MASK_S and constraint.pending_mask is None:
             constraint.pending_mask = Future()
-            self._slow.submit(self._compute_apart, constraint)
+            lane = self._slow if constraint.mask_s_is_exact else self._apart
+            lane.submit(self._compute_apart, constraint)
 
     def wait_for_any(self, constraints: Sequence[Masked], timeout_s: float) -> None:
         """Returns when one of them is no longer held."""
@@ -101,6 +106,7 @@ class MaskLanes(Generic[MaskedT]):
 
     def close(self) -> None:
         self._quick.shutdown(wait=False, cancel_futures=True)
+        self._apart.shutdown(wait=False, cancel_futures=True)
         self._slow.shutdown(wait=False, cancel_futures=True)
 
     def _compute_together(self, constraints: Sequence[MaskedT]) -> None:
@@ -108,16 +114,17 @@ class MaskLanes(Generic[MaskedT]):
         masks = self._compute.together(constraints)
         took_s = time.perf_counter() - begun
         # Which of them was slow is not known. All are computed apart once, which finds out.
-        each_s = took_s if took_s > SLOW_MASK_S else took_s / len(constraints)
+        one_was_slow = took_s > SLOW_MASK_S * (1 + len(constraints) / self._num_cpus)
         for constraint, mask in zip(constraints, masks, strict=True):
-            constraint.mask_s = each_s
+            constraint.mask_s = took_s if one_was_slow else took_s / len(constraints)
+            constraint.mask_s_is_exact = False
             _deliver(constraint, mask)
 
     def _compute_apart(self, constraint: MaskedT) -> None:
         # A thread of low priority often waits for a core, so CPU time says what a mask costs.
         begun = self._cpu_time()
         mask = self._compute.alone(constraint)
-        constraint.mask_s = self._cpu_time() - begun
+        constraint.mask_s, constraint.mask_s_is_exact = self._cpu_time() - begun, True
         constraint.spend(constraint.mask_s)
         _deliver(constraint, mask)
 

@@ -74,7 +74,7 @@ async def prepare(api: ApiContext, body: ChatRequest, context: RequestContext) -
     )
     token_ids = truncate(prompt.token_ids, keep, facts=facts, num_output=_max_tokens(body))
     prompt = ChatPrompt(token_ids, prompt.continues)
-    grammar = await _grammar(api, body, tools, at_start=not prompt.continues, facts=facts)
+    grammar = await _grammar(api, body, tools, at_start=not prompt.continues, facts=facts, tenant=context.tenant)
     choices = _choices(api, body, prompt, context, grammar=grammar, tools=tools, facts=facts, answer_id=head.id)
     return Prepared(body=body, choices=choices, formatter=ChatFormatter(api, body, head, choices))
 
@@ -135,7 +135,13 @@ def _max_tokens(body: ChatRequest) -> int | None:
 
 
 async def _grammar(
-    api: ApiContext, body: ChatRequest, tools: Sequence[Tool], *, at_start: bool, facts: EngineFacts
+    api: ApiContext,
+    body: ChatRequest,
+    tools: Sequence[Tool],
+    *,
+    at_start: bool,
+    facts: EngineFacts,
+    tenant: str | None,
 ) -> str | None:
     """The grammar that the output must follow, as llguidance reads it; None for any text. Raises RequestError."""
     wanted = structured_output(body)
@@ -143,12 +149,12 @@ async def _grammar(
         if wanted is None:
             return None
         check_combination(body, wanted[1])
-        return await api.grammars.compile(wanted[0], at_start=at_start, param=wanted[1], facts=facts)
+        return await api.grammars.compile(wanted[0], at_start=at_start, param=wanted[1], facts=facts, tenant=tenant)
     check_combination(body, "tools")
     compiler = await api.grammars.compiler(facts)
     text = None
     if wanted is not None and not _must_call(body):
-        text = await api.grammars.compile(wanted[0], at_start=at_start, param=wanted[1], facts=facts)
+        text = await api.grammars.compile(wanted[0], at_start=at_start, param=wanted[1], facts=facts, tenant=tenant)
     build = partial(
         tool_grammar,
         to_definitions(tools),
@@ -158,7 +164,7 @@ async def _grammar(
         parallel=body.parallel_tool_calls is not False,
         text=text,
     )
-    return await api.grammars.run(build, param="tools")
+    return await api.grammars.run(build, param="tools", tenant=tenant)
 
 
 def _must_call(body: ChatRequest) -> bool:

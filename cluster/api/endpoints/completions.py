@@ -107,7 +107,7 @@ async def _choices(
             at_start = _starts_text(api, token_ids)
             if at_start not in grammars:
                 grammars[at_start] = await api.grammars.compile(
-                    wanted[0], at_start=at_start, param=wanted[1], facts=facts
+                    wanted[0], at_start=at_start, param=wanted[1], facts=facts, tenant=context.tenant
                 )
             grammar = grammars[at_start]
         max_tokens = sampling.resolve_max_tokens(

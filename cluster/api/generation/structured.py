@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from cluster.api.generation.turns import Turns
 from cluster.api.schemas.base import GenerationRequest
 from cluster.api.schemas.structure import check_structure
 from cluster.api.schemas.structured import JsonObjectFormat, SchemaFormat, StructuredOutputs
@@ -34,7 +35,8 @@ class Grammars:
     """The grammar compiler of one gateway, made at its first use, since reading a vocabulary takes a while.
 
     It works in daemon threads: llguidance cannot be interrupted. A grammar that passes every bound and still keeps it busy costs its
-    client a response, but does not keep the server from stopping. Such a thread keeps its slot for as long as it runs.
+    client a response, but does not keep the server from stopping. Such a thread keeps its slot for as long as it runs. A tenant (an API
+    key) has one slot at a time, and tenants take turns, so that one tenant's grammars delay only its own requests.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, time_limit_s: float = TIME_LIMIT_S) -> None:
@@ -42,7 +44,7 @@ class Grammars:
         self._time_limit_s = time_limit_s
         self._compiler: GrammarCompiler | None = None
         self._lock = asyncio.Lock()
-        self._slots = asyncio.Semaphore(MAX_AT_ONCE)
+        self._slots = Turns(MAX_AT_ONCE)
 
     async def compiler(self, facts: EngineFacts) -> GrammarCompiler:
         async with self._lock:
@@ -55,17 +57,20 @@ class Grammars:
                 )
         return self._compiler
 
-    async def compile(self, output: StructuredOutput, *, at_start: bool, param: str, facts: EngineFacts) -> str:
+    async def compile(
+        self, output: StructuredOutput, *, at_start: bool, param: str, facts: EngineFacts, tenant: str | None
+    ) -> str:
         """Raises RequestError if no grammar can be built."""
         compiler = await self.compiler(facts)
-        return await self.run(partial(compiler.compile, output, at_start=at_start, param=param), param=param)
+        build = partial(compiler.compile, output, at_start=at_start, param=param)
+        return await self.run(build, param=param, tenant=tenant)
 
-    async def run(self, build: Callable[[], str], *, param: str) -> str:
+    async def run(self, build: Callable[[], str], *, param: str, tenant: str | None) -> str:
         """Returns what `build` returns. Raises what it raises, and RequestError naming `param` if it takes too long."""
         try:
             async with asyncio.timeout(self._time_limit_s):
-                await self._slots.acquire()
-                return await self._in_thread(build)
+                await self._slots.acquire(tenant)
+                return await self._in_thread(build, tenant)
         except TimeoutError as e:
             raise RequestError(
                 f"{param!r}: building its grammar took more than {self._time_limit_s:g} s.",
@@ -73,12 +78,12 @@ class Grammars:
                 param=param,
             ) from e
 
-    def _in_thread(self, build: Callable[[], str]) -> "asyncio.Future[str]":
+    def _in_thread(self, build: Callable[[], str], tenant: str | None) -> "asyncio.Future[str]":
         loop = asyncio.get_running_loop()
         result: asyncio.Future[str] = loop.create_future()
 
         def deliver(value: str | None, error: Exception | None) -> None:
-            self._slots.release()
+            self._slots.release(tenant)
             if result.done():
                 return
             if error is not None:

@@ -65,11 +65,9 @@ class _Walk:
         for name, foreign in shape.foreign.items():
             if name in fields and foreign.refuses(fields[name]):
                 raise _unsupported(path_of(path, name), foreign)
-        others = fields.keys() - shape.known
-        if others and MORE not in self.paths:
-            for name in fields:
-                if name in others and not self._report(name, fields[name], shape.foreign.get(name), path):
-                    break
+        for name in fields:
+            if name not in shape.known and not self._report(name, fields[name], shape.foreign.get(name), path):
+                break
         for name, node in shape.inner.items():
             if name in fields:
                 self.visit(fields[name], node, path_of(path, name))

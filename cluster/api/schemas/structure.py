@@ -57,7 +57,7 @@ class _Counter:
 
     def add(self, codes: np.ndarray) -> None:
         """The next bytes of the text, at least one."""
-        # Of the last byte up to here that is no backslash; before the window, as many backslashes as the one before ended with.
+        # Of the last byte up to here other than a backslash; before the window, as many backslashes as the one before ended with.
         at = np.arange(len(codes), dtype=np.int32)
         last_other = np.maximum.accumulate(
             np.where(codes == ord("\\"), np.int32(-1 - self._num_backslashes), at), dtype=np.int32

@@ -90,4 +90,4 @@ class RareWarning:
             return
         left_out = f" ({self._num_left_out} like this were not logged.)" if self._num_left_out else ""
         self._last, self._num_left_out = now, 0
-        log.warning(f"{message}%s", *args, left_out)
+        log.warning("%s%s", message % args, left_out)

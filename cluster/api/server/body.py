@@ -1,6 +1,7 @@
 """Reads, decodes and parses a request's body; a large one in a thread, so that it does not delay every stream and heartbeat.
 
-Knows which bodies are large, and that the limit on bodies counts decoded bytes too. cluster/api/schemas/ defines what a body may contain.
+Knows which bodies are large, and that the limit on bodies counts decoded bytes too. A body's bytes are dropped once they are parsed: a
+stream may last for an hour. cluster/api/schemas/ defines what a body may contain.
 """
 
 import asyncio
@@ -16,20 +17,18 @@ from cluster.api.server.errors import HTTPError
 
 LARGE_BYTES = 64 * 1024  # about a millisecond of parsing
 
-DECODED = web.RequestKey("decoded", bytes)
+_BODY = web.RequestKey("body", bytes)
 
 
 async def receive_body(request: web.Request, *, timeout_s: float) -> None:
-    """Reads and decodes the whole body, for `body_of`. Raises HTTPError if it is too large, too slow or not decodable."""
+    """Reads and decodes the whole body, for `take_body`. Raises HTTPError if it is too large, too slow or not decodable."""
     max_bytes = request.client_max_size
     codings = parse_codings(",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())))
     if request.content_length is not None and request.content_length > max_bytes:
         raise _too_large(max_bytes)
     try:
         async with asyncio.timeout(timeout_s):
-            body = await request.read()
-    except web.HTTPRequestEntityTooLarge as e:
-        raise _too_large(max_bytes) from e
+            body = await _read(request, max_bytes)
     except TimeoutError as e:
         raise HTTPError(
             408,
@@ -42,13 +41,23 @@ async def receive_body(request: web.Request, *, timeout_s: float) -> None:
         decoded = await asyncio.to_thread(decode, body, codings, max_bytes=max_bytes)
         if decoded is None:
             raise _too_large(max_bytes)
-        request[DECODED] = decoded
+        body = decoded
+    request[_BODY] = body
 
 
-async def body_of(request: web.Request) -> bytes:
-    """The decoded body."""
-    decoded = request.get(DECODED)
-    return await request.read() if decoded is None else decoded
+def take_body(request: web.Request) -> bytes:
+    """The decoded body. To be called once: the request does not keep it."""
+    return request.pop(_BODY, b"")
+
+
+async def _read(request: web.Request, max_bytes: int) -> bytes:
+    """As `request.read`, which would keep the bytes for as long as the request lives."""
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(body)
 
 
 def _too_large(max_bytes: int) -> HTTPError:
@@ -65,7 +74,7 @@ async def read_body(request: web.Request, kind: type[RequestT]) -> RequestT:
 
     Fields without effect are noted in the request's context, from where they go to the response's header.
     """
-    body, model = await body_of(request), request.match_info.get("deployment")
+    body, model = take_body(request), request.match_info.get("deployment")
     read = partial(parse, body, kind, model=model, strict=request.app[CONTEXT].strict)
     value, ignored = await asyncio.to_thread(read) if len(body) > LARGE_BYTES else read()
     request[REQUEST_CONTEXT].ignore(*ignored)

@@ -80,7 +80,9 @@ def unsupported(message: str, supported: tuple[str, ...]) -> HTTPError:
     return HTTPError(
         415,
         message,
-        remedy=f"Use {', '.join(supported)}, or no Content-Encoding." if supported else "Send it without Content-Encoding.",
+        remedy=f"Use {', '.join(supported)}, or no Content-Encoding."
+        if supported
+        else "Send it without Content-Encoding.",
         code="unsupported_media_type",
         headers={"Accept-Encoding": ", ".join(supported) or "identity"},
     )

@@ -242,7 +242,7 @@ async def test_chat(connect: Connect) -> None:
         }
     ]
     (request,) = replica.requests
-    assert TOKENIZER.decode(request.prompt_token_ids) == "Be brief.\n\nHello"
+    assert TOKENIZER.decode(request.prompt_token_ids) == "Be brief.\n\nHel\n\nlo"
     assert request.sampling.max_tokens == 256 - len(request.prompt_token_ids), "the rest of the context"
 
 

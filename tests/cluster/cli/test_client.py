@@ -234,6 +234,59 @@ def test_other_hosts_are_asked_through_the_proxy_unless_no_proxy_says_not(
         client.get("/", Answer)
 
 
+@pytest.mark.parametrize(
+    ("url", "no_proxy", "direct"),
+    [
+        ("http://127.0.0.1:1", "", True),
+        ("http://127.8.8.8:1", "", True),
+        ("http://[::1]:1", "", True),
+        ("http://[::ffff:127.0.0.1]:1", "", True),
+        ("http://0.0.0.0:1", "", True),
+        ("http://localhost:1", "", True),
+        ("http://LOCALHOST.:1", "", True),
+        ("http://a.localhost:1", "", True),
+        ("http://localhost.example.org:1", "", False),
+        ("http://192.0.2.1:1", "", False),
+        ("http://192.0.2.1:1", "192.0.2.1", True),
+        ("http://192.0.2.1:1", "10.0.0.0/8, 192.0.2.0/24", True),
+        ("http://192.0.2.1:1", "192.0.3.0/24,x/y", False),
+        ("http://[2001:db8::1]:1", "2001:db8::/32", True),
+        ("http://a.invalid:1", "a.invalid", True),
+        ("http://b.a.invalid:1", ".a.invalid", True),
+        ("http://a.invalid:1", "*", True),
+        ("http://ba.invalid:1", "c.invalid", False),
+    ],
+)
+def test_which_hosts_are_asked_directly(
+    monkeypatch: pytest.MonkeyPatch, server: Server, url: str, no_proxy: str, direct: bool
+) -> None:
+    proxy = Running(server)
+    try:
+        for name in ("http_proxy", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        monkeypatch.setenv("no_proxy", no_proxy)
+        monkeypatch.setenv("NO_PROXY", no_proxy)
+        with Client(url, timeout_s=0.2) as client:
+            if direct:  # nothing answers there
+                with pytest.raises(ReplicaUnavailableError):
+                    client.get("/", Answer)
+            else:
+                assert client.get("/", Answer).x == 1, "the test server plays the proxy"
+    finally:
+        proxy.close()
+    assert bool(server.requests) is not direct
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "nonsense://x", "http://[::1"])
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("all_proxy", proxy)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(ConfigError, match="The proxy that the environment names cannot be used") as raised:
+        Client("http://gateway.invalid:1")
+    assert "NO_PROXY" in (raised.value.remedy or "")
+    Client("http://localhost:1").close()
+
+
 def test_https_trusts_the_given_certificate_only(server: Server, tmp_path: Path) -> None:
     cert, key = make_pair(tmp_path, "own")
     running = Running(server, ssl_context=load(cert, key))

@@ -246,7 +246,7 @@ async def test_reconnects_when_rank_0_is_back(monkeypatch):
 
 @contextlib.asynccontextmanager
 async def relayed(engine: FakeEngine) -> AsyncIterator[tuple[ReplicaClient, asyncio.Event]]:
-    """A client behind a relay. Clear the event, and it stops passing bytes on: a cut cable, without FIN or RST."""
+    """A client that connects through a relay. Clear the event, and it stops passing bytes on: a cut cable, without FIN or RST."""
     flowing = asyncio.Event()
     flowing.set()
     tasks = []

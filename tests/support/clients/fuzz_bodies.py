@@ -109,6 +109,8 @@ FULL: dict[str, dict[str, Any]] = {
         "input": ["x", "y"],
         "encoding_format": "base64",
         "dimensions": 256,
+        "output_dimension": 256,
+        "output_dtype": "float",
         "user": "u",
         "truncate_prompt_tokens": 4,
         "priority": 0,

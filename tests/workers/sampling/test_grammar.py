@@ -1,5 +1,6 @@
 """Grammars in the engine: the whole output follows its grammar, whatever else runs and wherever it continues; an error ends one request."""
 
+import itertools
 import json
 import random
 import re
@@ -20,6 +21,7 @@ from workers.engine.llm_engine import run_requests
 from workers.errors import RequestError
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta
 from workers.sampling import grammar as grammar_module
+from workers.sampling import masks as masks_module
 from workers.sampling.grammar import Constraint
 from workers.sampling.vocabulary import load_grammar_tokenizer
 
@@ -168,6 +170,68 @@ def test_other_requests_change_nothing(folder, engine):
     assert tight.core.load().num_preemptions_total > 0, "a preempted request keeps its place in the grammar"
 
 
+def test_slow_masks_change_no_token(folder, engine, monkeypatch):
+    """Every mask is computed apart, and every second one is late: its request leaves the step, and computes its last token again."""
+    requests = mixed_requests()
+    expected = [run_requests(engine.core, [r])[0] for r in requests]
+    take, steps = masks_module.StepMasks.take, itertools.count()
+
+    def often_late(self):
+        found, late = take(self)
+        some = {name for name in found if (next(steps) + int(name)) % 2}
+        return {name: mask for name, mask in found.items() if name not in some}, late | some
+
+    monkeypatch.setattr(masks_module, "SLOW_MASK_S", -1.0)
+    monkeypatch.setattr(masks_module.StepMasks, "take", often_late)
+    assert run_requests(engine.core, requests) == expected
+    tight = new_engine(folder, num_kv_blocks=24, max_num_batched_tokens=32)
+    assert run_requests(tight.core, requests) == expected, "with preemptions"
+
+
+def test_a_request_over_its_budget_for_masks_ends_alone(engine, monkeypatch):
+    core = engine.core
+    expected = run_requests(core, [constrained("good", None, max_tokens=20, ignore_eos=True)])[0]
+    monkeypatch.setattr(masks_module, "SLOW_MASK_S", -1.0)
+    monkeypatch.setattr(grammar_module, "MAX_MASKS_S", 0.0)
+    core.add_request(constrained("bad", NUMBERS))
+    core.add_request(constrained("good", None, max_tokens=20, ignore_eos=True))
+    found = drain(core)
+    assert found["bad"][-1].finish_reason is FinishReason.ERROR
+    assert "CPU time" in found["bad"][-1].error
+    assert [t for delta in found["good"] for t in delta.token_ids] == expected
+
+
+def test_an_engine_with_only_held_requests_waits_for_them(folder, engine, monkeypatch):
+    """Nothing may end because nothing can be scheduled: the waiting request has no room before the held one ends."""
+    monkeypatch.setattr(masks_module, "SLOW_MASK_S", -1.0)
+    core = new_engine(folder, max_num_seqs=1).core
+    for name in ("first", "second"):
+        core.add_request(constrained(name, CHOICES))
+    assert {deltas[-1].finish_reason for deltas in drain(core).values()} == {FinishReason.STOP}
+
+
+def test_the_shortest_grammar_is_compiled_first(monkeypatch):
+    gate, started, order = threading.Event(), threading.Event(), []
+
+    def slow(tokenizer, grammar, token_ids):
+        started.set()
+        assert gate.wait(20)
+        order.append(len(grammar))
+        return Constraint(tokenizer, grammar, token_ids)
+
+    monkeypatch.setattr(grammar_module, "Constraint", slow)
+    grammars = grammar_module.Grammars(str(TOKENIZER), vocab_size=4096, eos_token_ids=(EOS,))
+    texts = [FREE + f"start: /a{{{i}}}/" for i in (3, 3000, 30000, 3, 300)]
+    for i, text in enumerate(texts):
+        grammars.compile(str(i), text)
+        assert started.wait(20), "the first begins at once"
+    gate.set()
+    while grammars.num_compiling:
+        grammars.take_compiled(timeout_s=1.0)
+    assert order == [len(texts[i]) for i in (0, 3, 4, 1, 2)]
+    grammars.close()
+
+
 def test_an_output_continues_anywhere(folder, engine):
     """Another engine gets the prompt and the tokens so far, as after the loss of a replica."""
     other = new_engine(folder)
@@ -267,14 +331,20 @@ def test_a_panic_in_a_mask_ends_its_request_alone(folder: Path, monkeypatch: pyt
 
     engine = new_engine(folder)
     undisturbed = engine.generate([constrained("good", NUMBERS)])[0]
-    fill, guilty = grammar_module.fill_next_token_bitmask_par, []
+    fill, fill_one, guilty = grammar_module.fill_next_token_bitmask_par, grammar_module.fill_next_token_bitmask, []
 
     def panics(executor: Any, rows: list[Any], masks: Any) -> None:
         if any(matcher in guilty for matcher, _ in rows):
             raise Panic("index out of bounds")
         fill(executor, rows, masks)
 
+    def panics_alone(matcher: Any, mask: Any) -> None:
+        if matcher in guilty:
+            raise Panic("index out of bounds")
+        fill_one(matcher, mask)
+
     monkeypatch.setattr(grammar_module, "fill_next_token_bitmask_par", panics)
+    monkeypatch.setattr(grammar_module, "fill_next_token_bitmask", panics_alone)
     core = engine.core
     for name, grammar in (("good", NUMBERS), ("bad", schema_grammar(SCHEMA))):
         core.add_request(constrained(name, grammar))

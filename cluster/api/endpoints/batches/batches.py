@@ -27,7 +27,7 @@ from cluster.api.schemas.batches import (
     BatchRequest,
     batch_object,
 )
-from cluster.api.server.body import body_of, read_body
+from cluster.api.server.body import read_body, take_body
 from cluster.batch.records import BatchRecord, new_batch_id, parse_window
 from workers.errors import RequestError
 
@@ -93,7 +93,7 @@ async def get(request: web.Request) -> web.Response:
 async def cancel(request: web.Request) -> web.Response:
     """Requests the cancellation. The batch is cancelled a moment later; its files have the lines answered by then."""
     batches = batches_of(request)
-    if await body_of(request) not in (b"", b"{}"):
+    if take_body(request) not in (b"", b"{}"):
         raise RequestError("A cancellation has no body.", remedy="Send an empty body.", code="invalid_value")
     found = await find_batch(request)
     if found.has_ended:

@@ -9,7 +9,7 @@ import msgspec
 from aiohttp import web
 
 from cluster.api.context import CONTEXT, Admin
-from cluster.api.server.body import body_of
+from cluster.api.server.body import take_body
 from workers.errors import RequestError
 
 
@@ -26,7 +26,7 @@ class DrainRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 async def drain(request: web.Request) -> web.Response:
     """Starts the drain and responds at once; GET /admin/cluster shows its progress."""
     admin = _admin(request)
-    body = await body_of(request)
+    body = take_body(request)
     try:
         drain_request = msgspec.json.decode(body or b"{}", type=DrainRequest)
     except (msgspec.DecodeError, UnicodeDecodeError) as e:

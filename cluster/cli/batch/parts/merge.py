@@ -6,7 +6,6 @@ a part are numbered.
 
 import contextlib
 import heapq
-import resource
 import shutil
 import sqlite3
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from cluster.cli.batch.job import Job, JobFolder, Outcome, folder_for, new_job
 from cluster.cli.batch.parts.lines import PartLine, lines_of
 from cluster.cli.batch.parts.records import Part, PartRecord, find_parts, read_records
 from cluster.cli.batch.steps import finish
+from cluster.system.descriptors import raise_limit
 from workers.errors import ConfigError, RequestError
 
 SHOWN_PARTS = 10
@@ -132,7 +132,7 @@ def _outcome_of(outcomes: list[Outcome]) -> Outcome:
 
 def _write(records: Mapping[Part, PartRecord], output: str, errors: str, work: Path) -> int:
     """Writes the merged files into the folder `work`. Returns how many lines are errors."""
-    _allow_open_files(2 * len(records) + SPARE_FILES)
+    raise_limit(2 * len(records) + SPARE_FILES)
     num_errors = 0
     with contextlib.ExitStack() as stack:
         streams = []
@@ -189,10 +189,3 @@ class _Seen:
                 f"Lines {found[0]:,} and {line.number:,} have the same custom_id, {line.custom_id[:80]!r}.",
                 remedy="Give them different ones, and run their parts again with --overwrite.",
             ) from e
-
-
-def _allow_open_files(count: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

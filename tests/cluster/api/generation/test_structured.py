@@ -1,5 +1,6 @@
 """Grammars are built in threads, within a time limit; one that never ends delays only its own request."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ import pytest
 from support.servers.live_replica import TOKENIZER
 
 from cluster.api.generation.structured import MAX_AT_ONCE, Grammars
+from cluster.api.generation.turns import Turns
 from workers.errors import RequestError
 
 
@@ -26,23 +28,23 @@ def endless(event: threading.Event) -> str:
 async def test_a_grammar_that_takes_too_long_is_refused(never: threading.Event) -> None:
     grammars = Grammars(TOKENIZER, time_limit_s=0.05)
     with pytest.raises(RequestError, match=r"'x': building its grammar took more than 0\.05 s") as refused:
-        await grammars.run(lambda: endless(never), param="x")
+        await grammars.run(lambda: endless(never), param="x", tenant=None)
     assert refused.value.param == "x"
-    assert await grammars.run(lambda: "quick", param="x") == "quick", "another grammar still has a slot"
+    assert await grammars.run(lambda: "quick", param="x", tenant=None) == "quick", "another grammar still has a slot"
 
 
 async def test_occupied_slots_are_free_again_when_their_threads_end(never: threading.Event) -> None:
     grammars = Grammars(TOKENIZER, time_limit_s=0.05)
     for _ in range(MAX_AT_ONCE):
         with pytest.raises(RequestError):
-            await grammars.run(lambda: endless(never), param="x")
+            await grammars.run(lambda: endless(never), param="x", tenant=None)
     with pytest.raises(RequestError, match="try again later"):
-        await grammars.run(lambda: "quick", param="x")
+        await grammars.run(lambda: "quick", param="x", tenant=None)
     never.set()
     deadline = time.monotonic() + 10
     while True:
         try:
-            assert await grammars.run(lambda: "quick", param="x") == "quick"
+            assert await grammars.run(lambda: "quick", param="x", tenant=None) == "quick"
             return
         except RequestError:
             assert time.monotonic() < deadline, "the slots were not freed"
@@ -53,4 +55,48 @@ async def test_errors_are_passed_on() -> None:
         raise RequestError("No.", param="y")
 
     with pytest.raises(RequestError, match="No"):
-        await Grammars(TOKENIZER).run(fail, param="x")
+        await Grammars(TOKENIZER).run(fail, param="x", tenant=None)
+
+
+async def test_one_tenant_does_not_keep_another_waiting(never: threading.Event) -> None:
+    """Of two slots, a tenant has one; its further grammars wait for it, and the next tenant's does not."""
+    grammars = Grammars(TOKENIZER, time_limit_s=20)
+    floods = [asyncio.create_task(grammars.run(lambda: endless(never), param="x", tenant="flood")) for _ in range(5)]
+    await asyncio.sleep(0)
+    for tenant in ("other", "third", "other"):
+        assert await grammars.run(lambda: "quick", param="x", tenant=tenant) == "quick"
+    assert not any(flood.done() for flood in floods)
+    never.set()
+    assert await asyncio.gather(*floods) == ["too late"] * 5
+
+
+async def test_tenants_take_turns() -> None:
+    turns, order = Turns(1), []
+
+    async def work(tenant: str) -> None:
+        await turns.acquire(tenant)
+        order.append(tenant)
+        turns.release(tenant)
+
+    await turns.acquire("first")
+    waiting = [asyncio.create_task(work(tenant)) for tenant in ("a", "a", "a", "b", "c", "b")]
+    await asyncio.sleep(0)
+    turns.release("first")
+    await asyncio.gather(*waiting)
+    assert order == ["a", "b", "c", "a", "b", "a"]
+
+
+async def test_a_request_that_stops_waiting_gives_its_turn_away() -> None:
+    turns = Turns(1)
+    await turns.acquire("a")
+    gone, next_one = asyncio.create_task(turns.acquire("b")), asyncio.create_task(turns.acquire("c"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    turns.release("a")
+    await next_one
+    late = asyncio.create_task(turns.acquire("b"))
+    await asyncio.sleep(0)
+    turns.release("c")
+    late.cancel()  # its turn has just come
+    await asyncio.gather(late, return_exceptions=True)
+    await asyncio.wait_for(turns.acquire("d"), 5)

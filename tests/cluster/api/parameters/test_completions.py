@@ -81,6 +81,11 @@ async def starts_without_the_first_token(api: Api, add_special_tokens: bool) -> 
     assert (await api.run(**fields, prompt=IDS)).prompt_token_ids == IDS
 
 
+async def reads_special_tokens(api: Api, prompt: str) -> None:
+    hi = TOKENIZER.encode("hi", bos=False)
+    assert (await api.run(prompt=prompt, return_token_ids=True)).prompt_token_ids == [1, 3, *hi, 4], "<s> comes once"
+
+
 async def keeps_the_likeliest(api: Api, best_of: int) -> None:
     response = (await api.run(n=best_of, logprobs=0, **SAMPLED)).response
     means = {c["text"]: sum(c["logprobs"]["token_logprobs"]) for c in response["choices"]}
@@ -96,6 +101,8 @@ ROWS = [
     Row("CompletionRequest.prompt", IDS, continues_the_same_prompt),
     Row("CompletionRequest.prompt", [PROMPT, "import os"], continues_each_prompt),
     Row("CompletionRequest.prompt", [IDS, IDS], continues_each_prompt),
+    Row("CompletionRequest.prompt", "<s>[INST] hi[/INST]", reads_special_tokens),
+    Row("CompletionRequest.prompt", "[INST] hi[/INST]", reads_special_tokens),
     Row("CompletionRequest.suffix", "return a", needs_a_model_that_can_infill),
     Row("CompletionRequest.suffix", "", changes_nothing),
     Row("CompletionRequest.echo", True, starts_with_the_prompt),

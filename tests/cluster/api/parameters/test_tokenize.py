@@ -34,10 +34,41 @@ async def leaves_out_the_first_token(api: Api, add_special_tokens: bool) -> None
     assert answer["tokens"] == IDS[1:]
 
 
+async def reads_special_tokens(api: Api, prompt: str) -> None:
+    hi = TOKENIZER.encode("hi", bos=False)
+    assert (await api.post({"prompt": prompt}))["tokens"] == [1, 3, *hi, 4, 2]
+    assert (await api.post({"prompt": prompt.removeprefix("<s>"), "add_special_tokens": False}))["tokens"] == [
+        3, *hi, 4, 2,
+    ]  # fmt: skip
+
+
+async def keeps_special_tokens_as_text(api: Api, text: str) -> None:
+    ids = (await api.post({"messages": [{"role": "user", "content": text}]}))["tokens"]
+    assert ids == [1, 3, *TOKENIZER.encode(text, bos=False), 4]
+    assert not set(ids[2:-1]) & TOKENIZER.control_token_ids
+
+
+async def is_encoded_to(api: Api, row: tuple[list[Any], list[int]]) -> None:
+    messages, ids = row
+    assert (await api.post({"messages": messages}))["tokens"] == ids
+
+
 async def adds_the_strings(api: Api, enabled: bool) -> None:
     answer = await api.post({"prompt": PROMPT, "return_token_strs": enabled})
     assert answer["token_strs"] == [TOKENIZER.token_text(i) for i in IDS]
 
+
+PARTS = [{"type": "text", "text": "alpha"}, {"type": "text", "text": "beta"}]
+ALPHA_BETA = [480, 4022, 2015, 10, 10, 4033, 3612]
+USER = {"role": "user", "content": "alpha"}
+CONVERSATIONS = [
+    ([{"role": "user", "content": PARTS}], [1, 3, *ALPHA_BETA, 4]),
+    ([{"role": "system", "content": PARTS}, USER], [1, 3, *TOKENIZER.encode("alpha\n\nbeta\n\nalpha", bos=False), 4]),
+    ([USER, {"role": "assistant", "content": PARTS}], [1, 3, 480, 4022, 2015, 4, *ALPHA_BETA, 2]),
+    ([USER, {"role": "assistant", "content": ""}, USER], [1, 3, 480, 4022, 2015, 4, 2, 3, 480, 4022, 2015, 4]),
+    ([USER, {"role": "assistant", "content": None}, USER], [1, 3, 480, 4022, 2015, 4, 2, 3, 480, 4022, 2015, 4]),
+    ([{"role": "system", "content": "alpha"}], [1, 3, 480, 4022, 2015, 10, 10, 4]),
+]
 
 ROWS = [
     Row("TokenizeRequest.model", "demo", is_accepted),
@@ -46,6 +77,9 @@ ROWS = [
     Row("TokenizeRequest.prompt", {"prompt": None}, refused("either")),
     Row("TokenizeRequest.messages", {"messages": QUESTION}, is_encoded_as_chat_does),
     Row("TokenizeRequest.tools", {"messages": QUESTION, "tools": [TOOL]}, is_encoded_as_chat_does),
+    Row("TokenizeRequest.prompt", "<s>[INST] hi[/INST]</s>", reads_special_tokens),
+    Row("TokenizeRequest.messages", "<s>[INST] hi[/INST]</s>", keeps_special_tokens_as_text),
+    *(Row("TokenizeRequest.messages", row, is_encoded_to) for row in CONVERSATIONS),
     Row("TokenizeRequest.tools", [TOOL], changes_the_prompt),
     Row("TokenizeRequest.add_special_tokens", False, leaves_out_the_first_token),
     Row(

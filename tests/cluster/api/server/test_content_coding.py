@@ -35,7 +35,13 @@ def zstd(data: bytes) -> bytes:
     return packed
 
 
-PACKERS = {"gzip": gzip.compress, "x-gzip": gzip.compress, "GZIP": gzip.compress, "deflate": zlib.compress, "zstd": zstd}
+PACKERS = {
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "GZIP": gzip.compress,
+    "deflate": zlib.compress,
+    "zstd": zstd,
+}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,9 @@ async def test_every_endpoint_takes_compressed_bodies(path: str, coding: str) ->
     ],
 )
 async def test_the_answer_says_what_is_wrong(encoding: str, body: bytes, status: int, code: str | None) -> None:
-    found, head, content = await answer("/v1/completions", body, f"Content-Encoding: {encoding}\r\n", max_body_bytes=1000)
+    found, head, content = await answer(
+        "/v1/completions", body, f"Content-Encoding: {encoding}\r\n", max_body_bytes=1000
+    )
     assert found == status, content
     if code is not None:
         assert json.loads(content)["error"]["code"] == code

@@ -65,7 +65,9 @@ async def test_every_answer_has_an_end(form: str, version: str, headers: str, st
     fields = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
     assert int(first.split()[1]) == STATUS.get(form, 200) and first.startswith(version)
     is_stream = form == "stream"
-    assert is_open == (stays and not (is_stream and version == "HTTP/1.0")), "an answer without an end must end the connection"
+    assert is_open == (stays and not (is_stream and version == "HTTP/1.0")), (
+        "an answer without an end must end the connection"
+    )
     if form in NO_BODY:
         assert body == b""
     elif is_stream:
@@ -74,7 +76,9 @@ async def test_every_answer_has_an_end(form: str, version: str, headers: str, st
     else:
         assert int(fields["content-length"]) == len(body)
     if version == "HTTP/1.0":
-        assert (fields.get("connection") == "keep-alive") == is_open, "the client must learn whether it may send another"
+        assert (fields.get("connection") == "keep-alive") == is_open, (
+            "the client must learn whether it may send another"
+        )
     elif not is_open:
         assert fields["connection"] == "close"
 

@@ -108,8 +108,12 @@ async def test_an_idle_connection_whose_answer_was_read_stays() -> None:
         client.close()
 
 
-@pytest.mark.parametrize("sent", [b"", b"\x16", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/1.1\r\n\r\n"])
-async def test_a_tls_handshake_that_does_not_end_counts_and_ends_after_the_deadline(sent: bytes, certificate: Any) -> None:
+@pytest.mark.parametrize(
+    "sent", [b"", b"\x16", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/1.1\r\n\r\n"]
+)
+async def test_a_tls_handshake_that_does_not_end_counts_and_ends_after_the_deadline(
+    sent: bytes, certificate: Any
+) -> None:
     async with open_listener(tls=certificate.context, head_timeout_s=0.5) as listener:
         clients = [await deaf_client(listener.port, sent) for _ in range(20)]
         if not sent.startswith(b"GET"):  # which is refused at once

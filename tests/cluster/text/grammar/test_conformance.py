@@ -221,7 +221,10 @@ def check_random_schema(compiler, vocabulary, preferred, schema: dict[str, Any],
         text = written(vocabulary, grammar, rng, preferred)
         if text is not None:
             document = json.loads(text)
-            errors = [error.message for error in validator(schema).iter_errors(document)]
+            try:
+                errors = [error.message for error in validator(schema).iter_errors(document)]
+            except RecursionError:  # jsonschema follows {"anyOf": [{"$ref": "#"}, ...]} without end
+                continue
             assert not errors, f"{text}: {errors[0]}"
 
 

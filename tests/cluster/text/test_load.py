@@ -1,0 +1,137 @@
+"""Which chat template is chosen and why: Mistral's own ones are recognized byte by byte, any other one is used as it is."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+from support.chatml import CHATML, IM_END, IM_START, MODEL_VOCAB_SIZE, write_chatml
+from support.paths import DEMO_MODEL
+
+from cluster.text.chat import published
+from cluster.text.chat.jinja_template import JinjaTemplate
+from cluster.text.chat.mistral_template import MistralTemplate
+from cluster.text.chat.template import Message
+from cluster.text.load import LoadedText, load_text
+from workers.errors import ConfigError
+
+# As Mistral-7B-Instruct-v0.2's tokenizer_config.json had it first; its license is Apache 2.0.
+MISTRAL_V2_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+# The form of Llama-2-chat's: the system message in <<SYS>>, and BOS before every turn of the user.
+LLAMA_2 = (
+    "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set rules = messages[0].content %}"
+    "{% else %}{% set rest = messages %}{% set rules = false %}{% endif %}{% for m in rest %}"
+    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (('<<SYS>>\n' + rules + '\n<</SYS>>\n\n') if loop.first and rules else '') "
+    "+ m.content | trim + ' [/INST]' }}{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+CUSTOM_MISTRAL = MISTRAL_V2_TEMPLATE.replace("'[INST] '", "'[INST]'")
+BROKEN = {
+    "{% if %}": "not valid Jinja: line 1",
+    "{{ messages[0].content.x.y }}": "fails on a plain question: UndefinedError: 'str object' has no attribute 'x'",
+    "{{ 'a' + messages }}": "fails on a plain question: TypeError: can only concatenate str",
+    "{{ raise_exception('Never.') }}": "fails on a plain question: Never.",
+}
+
+
+def load(folder: Path, own: str | None, option: str = "auto") -> LoadedText:
+    return load_text(write_chatml(folder, template=own), chat_template=option, model_vocab_size=MODEL_VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("own", "kind", "choice"),
+    [
+        (None, MistralTemplate, "mistral-common's v1, since the checkpoint has none"),
+        (MISTRAL_V2_TEMPLATE, MistralTemplate, "mistral-common's v1, since the checkpoint's own is that of Mistral-7B-"),
+        (MISTRAL_V2_TEMPLATE + "\n", MistralTemplate, "mistral-common's v1, since the checkpoint's own is that of Mistral-7B-"),
+        (CUSTOM_MISTRAL, JinjaTemplate, "the checkpoint's own, which Mistral does not publish"),
+        (LLAMA_2, JinjaTemplate, "the checkpoint's own, which Mistral does not publish"),
+        (CHATML, JinjaTemplate, "the checkpoint's own, which Mistral does not publish"),
+    ],
+)  # fmt: skip
+def test_the_default(tmp_path: Path, own: str | None, kind: type, choice: str) -> None:
+    loaded = load(tmp_path, own)
+    assert isinstance(loaded.chat_template, kind)
+    assert loaded.choice.startswith(choice)
+    assert loaded.fault is None
+
+
+def test_digests_are_of_sources_without_line_ends_at_the_end() -> None:
+    digest = hashlib.sha256(MISTRAL_V2_TEMPLATE.encode()).hexdigest()
+    assert published.published_name(MISTRAL_V2_TEMPLATE) == "Mistral-7B-Instruct-v0.2 of 2023", digest
+    assert published.published_name(" " + MISTRAL_V2_TEMPLATE) is None
+    assert published.published_name("\ud800") is None
+
+
+def test_a_llama_2_template_writes_bos_in_each_turn(tmp_path: Path) -> None:
+    loaded = load(tmp_path, LLAMA_2)
+    assert loaded.chat_template is not None
+    messages = [Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    ids = loaded.chat_template.encode(messages).token_ids
+    encode = loaded.tokenizer.encode
+    assert ids == [
+        *encode("[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\na [/INST] b "), IM_END, *encode("[INST] c [/INST]"),
+    ]  # fmt: skip
+
+
+def test_a_chatml_template_is_legacy_without_a_word_about_it(tmp_path: Path) -> None:
+    """`legacy` is missing in many fine-tunes of v0.1, and means true."""
+    loaded = load(tmp_path, CHATML)
+    assert loaded.chat_template is not None
+    ids = loaded.chat_template.encode([Message("system", "You"), Message("user", "hi")]).token_ids
+    assert ids[:3] == [IM_START, 1587, 13]
+    assert ids[ids.index(IM_END) :][:3] == [IM_END, 28705, 13]
+
+
+@pytest.mark.parametrize("own", BROKEN)
+def test_a_broken_template_turns_chat_off(tmp_path: Path, own: str) -> None:
+    loaded = load(tmp_path, own)
+    assert loaded.chat_template is None, "another template must not take its place"
+    assert loaded.fault is not None
+    assert BROKEN[own] in loaded.fault
+    assert loaded.choice == f"none, chat is off: {loaded.fault}"
+
+
+@pytest.mark.parametrize("own", [*BROKEN, None])
+def test_a_broken_template_that_was_asked_for_stops_the_server(tmp_path: Path, own: str | None) -> None:
+    with pytest.raises(ConfigError):
+        load(tmp_path, own, "jinja")
+
+
+@pytest.mark.parametrize("own", [None, CHATML, MISTRAL_V2_TEMPLATE, "{% if %}"])
+@pytest.mark.parametrize("option", ["v1", "path"])
+def test_the_option_decides(tmp_path: Path, own: str | None, option: str) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    loaded = load(tmp_path, own, str(tmp_path / "mine.jinja") if option == "path" else option)
+    assert loaded.choice.endswith("as requested")
+    if option == "path":
+        assert loaded.chat_template is not None
+        assert loaded.chat_template.encode([Message("user", "hi")]).token_ids == [1, 12014]
+    else:
+        assert isinstance(loaded.chat_template, MistralTemplate)
+
+
+def test_jinja_uses_even_a_published_template(tmp_path: Path) -> None:
+    assert isinstance(load(tmp_path, MISTRAL_V2_TEMPLATE, "jinja").chat_template, JinjaTemplate)
+
+
+def test_a_template_in_mistrals_layout_knows_the_vocabularys_bos(tmp_path: Path) -> None:
+    shutil.copy(DEMO_MODEL / "tokenizer.model.v3", tmp_path)
+    (tmp_path / "mine.jinja").write_text("{{ bos_token }}[INST] {{ messages[0].content }}[/INST]")
+    loaded = load_text(tmp_path, chat_template=str(tmp_path / "mine.jinja"), model_vocab_size=4096)
+    assert loaded.chat_template is not None
+    ids = loaded.chat_template.encode([Message("user", "hi")]).token_ids
+    assert ids == [1, 3, *loaded.tokenizer.encode("hi", bos=False), 4]
+
+
+def test_tokens_beyond_the_model_turn_chat_off_only_if_the_template_writes_them(tmp_path: Path) -> None:
+    folder = write_chatml(tmp_path)
+    assert load_text(folder, chat_template="auto", model_vocab_size=32_002).fault is None
+    loaded = load_text(folder, chat_template="auto", model_vocab_size=32_001)
+    assert loaded.fault is not None
+    assert "'<|im_start|>', whose id 32001 is beyond the model's 32001 tokens" in loaded.fault
