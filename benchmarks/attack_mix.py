@@ -22,17 +22,17 @@ VOCABULARY = range(300, 4000)  # ids of the demo model that are plain text
 MAX_ANSWER_BYTES = 64 * 1024  # of an answer, the rest is not read
 PATIENCE_S = 30.0
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-# Attacks a second of each kind, at rate 1.
+# Attacks a second of each kind, at rate 1. Prompts are few, so that the engine has time for grammars too.
 RATES = {
     "grammars": 1.0,
     "schemas": 4.0,
     "huge bodies": 1.0,
-    "slow readers": 1.0,
+    "slow readers": 0.5,
     "floods": 0.2,
     "invalid requests": 30.0,
-    "embeddings": 2.0,
-    "long prompts": 1.0,
-    "aborted streams": 4.0,
+    "embeddings": 1.0,
+    "long prompts": 0.1,
+    "aborted streams": 2.0,
     "made-up names": 10.0,
 }
 
@@ -149,7 +149,7 @@ class AttackMix:
 
     async def _embeddings(self) -> str:
         texts = [
-            " ".join(self._word() for _ in range(self._rng.randint(1, 200))) for _ in range(self._rng.randint(1, 16))
+            " ".join(self._word() for _ in range(self._rng.randint(1, 30))) for _ in range(self._rng.randint(1, 8))
         ]
         body = json.dumps({"model": self._model, "input": texts}).encode()
         return await self._ask(request("/v1/embeddings", body, key=self._key))

@@ -35,7 +35,7 @@ class Client:
         model = load_model_config(DEMO)
         config = EngineConfig(
             model_path=str(DEMO), model=model, tokenizer_path=str(DEMO / "tokenizer.model.v3"), max_model_len=1024,
-            num_kv_blocks=8000, max_num_seqs=128,
+            num_kv_blocks=8000, max_num_seqs=128, num_threads=1,
         )  # fmt: skip
         self.deltas: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
         self.loop = EngineLoop(LLMEngine(config).core, lambda deltas, _: [self.deltas.put(d) for d in deltas])  # type: ignore[func-returns-value]

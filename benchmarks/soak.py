@@ -19,7 +19,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
-from attack_mix import AttackMix  # noqa: E402
+from attack_mix import PATIENCE_S, AttackMix  # noqa: E402
 from sections import write_section  # noqa: E402
 from support.servers.system_server import API_KEY, Server  # noqa: E402
 
@@ -108,13 +108,19 @@ def measure(*, seconds: float, idle_s: float, rate: float) -> tuple[list[Sample]
 def run(*, seconds: float, idle_s: float, rate: float) -> list[str]:
     """The section of limits.md."""
     samples, mix = measure(seconds=seconds, idle_s=idle_s, rate=rate)
-    counts = ", ".join(f"{counter.total():,} {kind}" for kind, counter in mix.statuses.items())
+    counts = ", ".join(
+        f"{counter.total():,} {kind} ({counter['none']:,} without an answer in {PATIENCE_S:g} s)"
+        if counter["none"]
+        else f"{counter.total():,} {kind}"
+        for kind, counter in mix.statuses.items()
+    )
     print({kind: dict(counter) for kind, counter in mix.statuses.items()})
     return [
         HEADING,
         "",
         f"`python benchmarks/soak.py --seconds {seconds:g} --rate {rate:g}`, {time.strftime('%F')}: `tramontane serve` on the demo model",
-        f"with a KV cache of {KV_CACHE}, after {WARM_S:g} s of the same attacks to load what is loaded at its first use. Sent: {counts}.",
+        f"with a KV cache of {KV_CACHE}, after {WARM_S:g} s of the same attacks to load what is loaded at its first use. Sent:",
+        f"{counts}.",
         f'"fresh" is before the first attack, "after" is {idle_s:g} s after the last one. PSS counts pages that processes share in parts.',
         "",
         *table(samples, ["gateway", "rank 0"]),

@@ -200,7 +200,7 @@ class EngineCore:
         if masks is None:
             return logits, {}, frozenset()
         if not masks.are_there:
-            self.runner.synchronize()  # the patience of `take` is as long as the forward pass
+            self.runner.synchronize()  # `take` measures the forward pass
         return logits, *masks.take()
 
     def _sample(

@@ -108,7 +108,7 @@ class Constraint:
 
     @property
     def is_held(self) -> bool:
-        """Whether its mask is being computed: nobody may touch it, and its request cannot be part of a step."""
+        """Whether its mask is being computed. It must not be touched, and its request cannot be part of a step."""
         return is_held(self)
 
     @property
@@ -157,7 +157,7 @@ class Grammars:
             )
         job = _Job(self._tokenizer, grammar, output_token_ids, Future())
         self._compiling[request_id] = job.outcome
-        # The shortest first, so that nobody's plain request waits until many long ones are compiled.
+        # The shortest first, so that a plain request does not wait until many long ones are compiled.
         self._to_compile.put((len(grammar) + len(output_token_ids), next(self._num_jobs), job))
         self._compiler.submit(self._compile_next)
 

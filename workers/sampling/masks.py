@@ -1,9 +1,9 @@
 """When the masks of grammars are computed: next to the model's forward pass while that is quick, otherwise apart and over several steps.
 
-A mask usually takes microseconds, and an ambiguous grammar's many milliseconds. A step waits only for as long as the forward pass took.
-A constraint whose mask is not there by then is `held`: its request is not part of a step until the mask is there. Its next token stays
-the same, because a token depends on logits, parameters, seed and position only. From then on its masks are computed on threads of low
-priority, in turns with other slow ones, until one is quick again. Knows constraints and threads; no requests, no grammars, no logits.
+A mask usually takes microseconds, and an ambiguous grammar's many milliseconds. A step waits for it a quarter of the time of the forward
+pass. A constraint whose mask is not there by then is `held`: its request is not part of a step until the mask is there. Its next token
+stays the same, because a token depends on logits, parameters, seed and position only. From then on its masks are computed on threads of
+low priority, in turns with other slow ones, until one is quick again. Knows constraints and threads; no requests, grammars or logits.
 """
 
 import contextlib
@@ -18,8 +18,9 @@ import numpy as np
 
 # Slower than that, a mask is computed apart from the steps.
 SLOW_MASK_S = 0.005
-# A step waits for masks as long as the forward pass took, but at least this long.
-MIN_WAIT_S = 0.01
+# A step waits for masks a part of the time that the forward pass took, but at least so long.
+WAIT_SHARE = 0.25
+MIN_WAIT_S = 0.005
 
 
 class Masked(Protocol):
@@ -60,7 +61,7 @@ class StepMasks:
 
     def take(self) -> tuple[dict[str, np.ndarray], set[str]]:
         """The masks by request id, and the requests that must wait for theirs. Call it when the logits are there."""
-        patience = max(MIN_WAIT_S, time.monotonic() - self._begun)
+        patience = max(MIN_WAIT_S, WAIT_SHARE * (time.monotonic() - self._begun))
         done, late = wait(self._futures.values(), patience)
         return (
             {name: future.result() for name, future in self._futures.items() if future in done},

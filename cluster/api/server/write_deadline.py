@@ -53,6 +53,12 @@ class CountedTransport:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
+    @property
+    def _sendfile_compatible(self) -> None:
+        # asyncio reads this before it sends a file past the transport, where nothing is counted. aiohttp answers the error by sending the
+        # file in chunks, through `write`.
+        raise NotImplementedError
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True

@@ -6,14 +6,14 @@ Knows patterns in llguidance's notation and their texts; no schemas. All work is
 import json
 
 import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.numpy import fill_next_token_bitmask, get_bitmask_shape
 
 from cluster.text.grammar.errors import GrammarError
-from workers.sampling.vocabulary import new_matcher
 
 _EOS = 256
 _NUM_TOKENS = 257
+_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _MAX_STEPS = 2000  # of one pattern, each some 10 microseconds
 _MAX_BYTES = 64  # of a key in JSON; with a longer one, the pattern is taken for one with too many keys
 
@@ -69,7 +69,9 @@ class KeyPatterns:
 
     def _matcher(self, pattern: str) -> LLMatcher:
         schema = {"type": "string", "pattern": pattern, "x-guidance": {"whitespace_flexible": False}}
-        matcher = new_matcher(self._bytes, json.dumps({"grammars": [{"json_schema": schema}]}))
+        matcher = LLMatcher(
+            self._bytes, json.dumps({"grammars": [{"json_schema": schema}]}), log_level=0, limits=_LIMITS
+        )
         if matcher.is_error() and "Regex is empty" not in matcher.get_error():
             reason = matcher.get_error().split("\n", 1)[0][:200].rstrip(".")
             raise GrammarError(f"a key pattern cannot be used: {reason}.", remedy="Simplify it.")

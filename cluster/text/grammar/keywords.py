@@ -78,11 +78,11 @@ def _tighten_numbers(node: dict[str, Any]) -> None:
     kind = node.get("type")
     if kind is None or kind == "number" or (isinstance(kind, list) and "number" in kind):
         for exclusive, inclusive, sign in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
-            bound = node.get(exclusive)
+            bound: Any = node.get(exclusive)
             if _is_number(bound) and abs(bound) < 1e15:
                 del node[exclusive]
                 limit = bound + sign * max(1e-12, abs(bound) * 1e-15)
-                other = node.get(inclusive)
+                other: Any = node.get(inclusive)
                 if _is_number(other) and sign * other > sign * limit:
                     limit = other
                 node[inclusive] = limit

@@ -1,7 +1,7 @@
 """Objects of JSON schemas as llguidance must read them: patternProperties, minProperties, maxProperties and additional keys.
 
 llguidance does not count how often a key is used, offers a key pattern even when `properties` names all keys that it has, and lets an
-additional key hide a named one behind an escape ("\\u0061" for "a"). So:
+additional key repeat a named one with an escape ("\\u0061" for "a"). So:
 
     in the schema                                     enforced
     patternProperties with few keys: ^[ab]$           properties a and b
@@ -122,12 +122,12 @@ class _Rewriter:
     def _either(self, node: dict[str, Any], variants: list[dict[str, Any]]) -> dict[str, Any]:
         """The schema with one of several forms of its object, or no object. The forms share their properties as definitions."""
         shared = {name: self._shared(schema) for name, schema in node.get("properties", {}).items()}
-        base = {key: node[key] for key in ("patternProperties", "additionalProperties") if key in node}
+        base: dict[str, Any] = {key: node[key] for key in ("patternProperties", "additionalProperties") if key in node}
         options = []
         for variant in variants:
             absent = {name for name, schema in variant["properties"].items() if schema is False}
-            properties = {name: False if name in absent else schema for name, schema in shared.items()}
-            form = {"type": "object", **base, **variant, "properties": properties}
+            properties: dict[str, Any] = {name: False if name in absent else schema for name, schema in shared.items()}
+            form: dict[str, Any] = {"type": "object", **base, **variant, "properties": properties}
             options.append(_with_canonical_keys(form))
         others = [name for name in _OTHER_TYPES if _may_be(node, name)]
         options += [{"type": others}] if others else []

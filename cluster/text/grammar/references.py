@@ -145,7 +145,7 @@ class _Document:
 
 
 def _inlined(option: Any, definitions: dict[str, Any]) -> Any:
-    """What an option of a oneOf refers to: llguidance does not look behind references when it checks that no two options overlap.
+    """What an option of a oneOf refers to: llguidance does not follow references when it checks that no two options overlap.
 
     A oneOf of references is a definition itself, so what is inlined here contains none, and this ends.
     """

@@ -28,6 +28,7 @@ def subschemas(node: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str
     for key, value in node.items():
         if key in DATA_KEYS:
             continue
+        inner: list[tuple[tuple[str, ...], Any]]
         if key in MAP_KEYS and isinstance(value, dict):
             inner = [((key, name), item) for name, item in value.items()]
         elif isinstance(value, list):

@@ -40,6 +40,7 @@ def test_a_stored_owner_of_version_0_1_0_is_read():
         "a/b/c/d/e/f/g/h",
         f"{socket.gethostname()}/boot/pid:[1]/not-a-pid/1/0123abcd",
     ],
+    ids=["empty", "one part", "without /proc", "another host", "too many parts", "no pid"],
 )
 def test_an_owner_that_cannot_be_seen_from_here_is_not_dead(owner):
     assert not is_dead(owner)

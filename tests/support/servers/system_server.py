@@ -1,4 +1,4 @@
-"""A real `tramontane serve` as a subprocess: what it says, its health, its ranks' processes, and what it leaves behind."""
+"""A real `tramontane serve` as a subprocess: what it says, its health, its ranks' processes, and what it leaves."""
 
 import contextlib
 import json

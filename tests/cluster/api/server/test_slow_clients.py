@@ -5,13 +5,16 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from support.fakes.replica import FakeReplica
 from support.servers.certificates import make_pair
 from support.servers.listening import GET, deaf_client, open_listener, post, until
 
+from cluster.api.server.listener import Listener
 from cluster.system.tls import Certificate
 from workers.protocol import GenerateRequest, TokenDelta
 
@@ -150,3 +153,31 @@ async def test_closing_the_listener_ends_every_connection(certificate: Any) -> N
         assert listener.num_connections() == 0
         for client in clients:
             client.close()
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+async def test_a_file_is_sent_through_the_counted_transport(tls: bool, certificate: Any, tmp_path: Path) -> None:
+    """`sendfile` would write past it: the contents of a batch's file must arrive, and a client that does not read them is cut off."""
+    contents = bytes(range(256)) * 40_000
+    (tmp_path / "file").write_bytes(contents)
+
+    async def send(request: web.Request) -> web.FileResponse:
+        return web.FileResponse(tmp_path / "file")
+
+    app = web.Application()
+    app.router.add_get("/file", send)
+    listener = Listener(app, tls=certificate.context if tls else None, write_timeout_s=TIMEOUT_S)
+    await listener.open("127.0.0.1", 0)
+    try:
+        request = b"GET /file HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        client = await deaf_client(listener.port, request, tls=tls, buffer_bytes=1 << 20)
+        received = bytearray()
+        while chunk := await asyncio.to_thread(client.recv, 1 << 20):
+            received += chunk
+        client.close()
+        assert bytes(received).endswith(contents)
+        deaf = await deaf_client(listener.port, request, tls=tls)
+        await until(lambda: listener.num_connections() == 0)
+        deaf.close()
+    finally:
+        await listener.close()
