@@ -17,9 +17,9 @@ generate: $(VENV)/.installed
 	@exec $(BIN)/tramontane generate $(ARGS)
 
 test: $(VENV)/.installed-dev $(CLIENTS)/.installed
-	@# Tests that compute run in parallel. Tests that start and kill clusters run alone, because their timeouts need free cores.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/system $(ARGS) || test $$? = 5
-	$(BIN)/python -m pytest tests/system $(ARGS) || test $$? = 5
+	@# First what computes, then what starts and kills clusters and mostly waits. Files keep their order: long ones of few tests come early.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/system $(ARGS) || test $$? = 5
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/system $(ARGS) || test $$? = 5
 
 # The long fuzzers: some thousand requests each, a few minutes.
 test-fuzz: $(VENV)/.installed-dev
@@ -35,11 +35,11 @@ test-cloud: $(VENV)/.installed-dev
 
 # Batches of 2,000 lines with 50 crashes, full disks, nodes that start and stop: half an hour. TRAMONTANE_CHAOS_SEED picks other moments.
 test-batch: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -s -m chaos tests/system/test_batch_chaos.py tests/system/test_batch_autoscaling.py tests/system/test_batch_postgres.py $(ARGS)
+	$(BIN)/python -m pytest -s -m chaos tests/system/batches/test_batch_chaos.py tests/system/batches/test_batch_autoscaling.py tests/system/batches/test_batch_postgres.py $(ARGS)
 
 # A rank killed at each of 64 tokens, nodes that start and stop, then five minutes of random failures under load: 15 minutes.
 test-chaos: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m chaos tests/system --ignore-glob 'tests/system/test_batch_*'
+	$(BIN)/python -m pytest -m chaos tests/system --ignore tests/system/batches
 	$(BIN)/python benchmarks/chaos.py --output benchmarks/results/chaos.md $(ARGS)
 
 lint: $(VENV)/.installed-dev
