@@ -17,9 +17,9 @@ generate: $(VENV)/.installed
 	@exec $(BIN)/tramontane generate $(ARGS)
 
 test: $(VENV)/.installed-dev $(CLIENTS)/.installed
-	@# First what computes, then what starts and kills clusters; both wait a lot, so three at a time. Files keep their order: long ones of few tests come early.
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/system $(ARGS) || test $$? = 5
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/system $(ARGS) || test $$? = 5
+	@# First what computes, then what starts and kills clusters, which mostly waits.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/system $(ARGS) || test $$? = 5
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/system $(ARGS) || test $$? = 5
 
 # The long fuzzers: some thousand requests each, a few minutes.
 test-fuzz: $(VENV)/.installed-dev
