@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from cluster.doctor.amounts import MIB
 from cluster.doctor.facts import Gpu, GpuProcess, Nvidia
 
 GPU_FIELDS = (
@@ -21,7 +22,6 @@ GPU_FIELDS = (
 )
 PROCESS_FIELDS = ("gpu_uuid", "pid", "process_name")
 TIMEOUT_S = 20.0  # without persistence mode the driver wakes each GPU first
-MIB = 2**20
 
 Run = Callable[[Sequence[str]], str]
 
