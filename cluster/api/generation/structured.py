@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from cluster.api.generation.turns import Turns
+from cluster.api.generation.tenant_slots import TenantSlots
 from cluster.api.schemas.base import GenerationRequest
 from cluster.api.schemas.structure import check_structure
 from cluster.api.schemas.structured import JsonObjectFormat, SchemaFormat, StructuredOutputs
@@ -44,7 +44,7 @@ class Grammars:
         self._time_limit_s = time_limit_s
         self._compiler: GrammarCompiler | None = None
         self._lock = asyncio.Lock()
-        self._slots = Turns(MAX_AT_ONCE)
+        self._slots = TenantSlots(MAX_AT_ONCE)
 
     async def compiler(self, facts: EngineFacts) -> GrammarCompiler:
         async with self._lock:

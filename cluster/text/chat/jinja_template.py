@@ -13,7 +13,14 @@ from typing import Any
 
 from cluster.text.chat.jinja_environment import compile_template, names_in, undeclared_variables
 from cluster.text.chat.probe import probe
-from cluster.text.chat.template import DEFAULT_OPTIONS, ChatPrompt, Message, TemplateOptions, check_conversation
+from cluster.text.chat.template import (
+    DEFAULT_OPTIONS,
+    ChatPrompt,
+    Message,
+    TemplateOptions,
+    check_conversation,
+    check_tools,
+)
 from cluster.text.chat.template_files import DEFAULT, TOOL_USE, TemplateFiles
 from cluster.text.special_tokens import free_marks
 from cluster.text.tokenizer import Tokenizer
@@ -66,12 +73,7 @@ class JinjaTemplate:
         options: TemplateOptions = DEFAULT_OPTIONS,
     ) -> ChatPrompt:
         check_conversation(messages)
-        if not self.supports_tools and (tools or any(m.tool_calls for m in messages)):
-            raise RequestError(
-                "This model's chat template does not support tools.",
-                remedy="Remove 'tools' and tool calls from the request.",
-                param="tools",
-            )
+        check_tools(messages, tools, supported=self.supports_tools)
         texts = [text for m in messages for text in (*m.texts, m.name or "", m.tool_call_id or "")]
         calls = [call for m in messages for call in m.tool_calls]
         data = [(call.id, call.name, _parse(call.arguments)) for call in calls] + [_as_openai(tool) for tool in tools]

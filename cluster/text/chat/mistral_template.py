@@ -24,6 +24,7 @@ from cluster.text.chat.template import (
     Message,
     TemplateOptions,
     check_conversation,
+    check_tools,
     invalid_unicode,
 )
 from cluster.text.tokenizer import TemplateVersion, Tokenizer
@@ -72,12 +73,7 @@ class MistralTemplate:
         options: TemplateOptions = DEFAULT_OPTIONS,
     ) -> ChatPrompt:
         check_conversation(messages)
-        if not self.supports_tools and (tools or any(m.tool_calls for m in messages)):
-            raise RequestError(
-                "This model's chat template does not support tools.",
-                remedy="Remove 'tools' and tool calls from the request.",
-                param="tools",
-            )
+        check_tools(messages, tools, supported=self.supports_tools)
         names = {call.id: call.name for message in messages for call in message.tool_calls}
         try:
             written = [turn for message in messages for turn in _convert(message, names)]

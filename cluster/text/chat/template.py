@@ -87,6 +87,16 @@ class ChatTemplate(Protocol):
         ...
 
 
+def check_tools(messages: Sequence[Message], tools: Sequence[ToolDefinition], *, supported: bool) -> None:
+    """Raises RequestError for tools or tool calls that the template cannot write."""
+    if not supported and (tools or any(m.tool_calls for m in messages)):
+        raise RequestError(
+            "This model's chat template does not support tools.",
+            remedy="Remove 'tools' and tool calls from the request.",
+            param="tools",
+        )
+
+
 def check_conversation(messages: Sequence[Message]) -> None:
     """Checks what every template requires: a result for every tool call. Raises RequestError.
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.doctor.amounts import MIB
 from cluster.doctor.facts import GpuProcess, Nvidia
-from cluster.doctor.nvidia import GPU_FIELDS, MIB, PROCESS_FIELDS, read_nvidia
+from cluster.doctor.nvidia import GPU_FIELDS, PROCESS_FIELDS, read_nvidia
 
 # As drivers of the 550 series answer on a g5.12xlarge; the third GPU is in use.
 A10G = """\

@@ -9,7 +9,7 @@ import pytest
 from support.servers.live_replica import TOKENIZER
 
 from cluster.api.generation.structured import MAX_AT_ONCE, Grammars
-from cluster.api.generation.turns import Turns
+from cluster.api.generation.tenant_slots import TenantSlots
 from workers.errors import RequestError
 
 
@@ -71,7 +71,7 @@ async def test_one_tenant_does_not_keep_another_waiting(never: threading.Event) 
 
 
 async def test_tenants_take_turns() -> None:
-    turns, order = Turns(1), []
+    turns, order = TenantSlots(1), []
 
     async def work(tenant: str) -> None:
         await turns.acquire(tenant)
@@ -87,7 +87,7 @@ async def test_tenants_take_turns() -> None:
 
 
 async def test_a_request_that_stops_waiting_gives_its_turn_away() -> None:
-    turns = Turns(1)
+    turns = TenantSlots(1)
     await turns.acquire("a")
     gone, next_one = asyncio.create_task(turns.acquire("b")), asyncio.create_task(turns.acquire("c"))
     await asyncio.sleep(0)

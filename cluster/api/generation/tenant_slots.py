@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 
 
-class Turns:
+class TenantSlots:
     """Belongs to one event loop. `release` may be called late, by work that outlived its waiter."""
 
     def __init__(self, num_slots: int) -> None:
