@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 LINTERS := .venv-linters
+CUDA_HOST := .venv-cuda-host
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate test test-chaos test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench demo-model clean
+.PHONY: serve generate test test-gpu test-cuda-host test-chaos test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench demo-model clean
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/tramontane serve $(ARGS)
@@ -25,9 +26,14 @@ test: $(VENV)/.installed-dev $(CLIENTS)/.installed
 test-fuzz: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m fuzz tests/clients tests/cluster $(ARGS)
 
-# Slow readers, unfinished handshakes, few file descriptors: ten minutes, with the deadlines of a real server.
+# Slow readers, unfinished handshakes, few file descriptors, with the deadlines of a real server; servers in hostile surroundings: a quarter of
+# an hour. The surroundings need root.
 test-attack: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -s -m attack tests/clients $(ARGS)
+	$(BIN)/python -m pytest -s -m attack tests/clients tests/system/test_surroundings.py $(ARGS)
+
+# The CUDA build of torch (527 MB the first time) on a device that computes nothing, without a GPU: two minutes.
+test-cuda-host: $(VENV)/.installed-dev
+	$(BIN)/python tests/cuda_host/run.py $(CUDA_HOST) $(ARGS)
 
 # SkyPilot launches sky/*.yaml on a Slurm cluster in network namespaces, without a cloud: 15 minutes, as root.
 test-cloud: $(VENV)/.installed-dev
@@ -41,6 +47,10 @@ test-batch: $(VENV)/.installed-dev
 test-chaos: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m chaos tests/system --ignore tests/system/batches
 	$(BIN)/python benchmarks/chaos.py --output benchmarks/results/chaos.md $(ARGS)
+
+# The proof on a machine with a GPU, at most 8 minutes: right results, and speed beside what the GPU reaches.
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m workers.gpu_check --output benchmarks/results/gpu.json $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -66,6 +76,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/gateway.py --output benchmarks/results/gateway.md
 	$(BIN)/python benchmarks/limits.py --output benchmarks/results/limits.md
 	$(BIN)/python benchmarks/soak.py --output benchmarks/results/limits.md
+	$(BIN)/python benchmarks/grammar_attack.py --output benchmarks/results/limits.md
 	$(BIN)/python benchmarks/batch.py --output benchmarks/results/batch.md
 	$(BIN)/python benchmarks/batch_memory.py --output benchmarks/results/batch_memory.md
 	$(BIN)/python benchmarks/routing.py --output benchmarks/results/routing.md
@@ -75,7 +86,7 @@ demo-model: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_model/train.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LINTERS) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(LINTERS) $(CUDA_HOST) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

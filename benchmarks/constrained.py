@@ -85,7 +85,6 @@ def main() -> None:
             model=config,
             device=args.device,
             dtype="float32" if args.device == "cpu" else "bfloat16",
-            block_size=256 if args.device == "cuda" else 16,
             max_num_seqs=max(batches),
             max_model_len=2048,
             enable_prefix_caching=False,

@@ -79,7 +79,6 @@ def main() -> None:
         model=load_model_config(args.model),
         device=args.device,
         dtype=dtype,
-        block_size=256 if device.type == "cuda" else 16,
         max_num_seqs=max(batches),
         max_model_len=2048,
         enable_prefix_caching=False,

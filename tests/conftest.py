@@ -7,6 +7,10 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Tests run side by side: with more threads than free cores, OpenMP's barriers burn most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when Triton is imported, which transformers does: kernels then run on CPU tensors, see support/triton_interpreter.py.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,8 +20,8 @@ ORDER = {
         "> batch, keys, config, autoscaler, router > text, system, protocol > terminal"
     ),
     "workers": (
-        "rank > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, kernels, attention "
-        "> parallel > checkpoint > config > heartbeat, process_identity > protocol > errors"
+        "rank, gpu_check > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention > kernels "
+        "> parallel > checkpoint, device > config > heartbeat, process_identity, thread_priority > protocol > errors"
     ),
 }
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.
@@ -30,10 +30,13 @@ SEAM = {
     "workers.checkpoint.model_config",
     "workers.checkpoint.regular_file",
     "workers.config",
+    "workers.device.probe",
+    "workers.device.sizes",
     "workers.errors",
     "workers.heartbeat",
     "workers.process_identity",
     "workers.rank.reports",
+    "workers.thread_priority",
 }
 DOORS = {
     "cluster/replicas/rank_actor.py": {"workers.rank.worker"},
@@ -63,9 +66,11 @@ NO_TORCH = (
     "workers/protocol.py",
     "workers/checkpoint/",
     "workers/config.py",
+    "workers/device/",
     "workers/errors.py",
     "workers/heartbeat.py",
     "workers/process_identity.py",
+    "workers/thread_priority.py",
     "workers/engine/request.py",
     "workers/engine/scheduler.py",
     "workers/engine/loop.py",

@@ -5,6 +5,7 @@ Refuses numbers that no model has. Does not know the files that they come from (
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,11 +13,11 @@ from workers.errors import ConfigError
 
 Layout = Literal["huggingface", "mistral"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+AttentionChoice = Literal["auto", "triton", "flash", "sdpa"]
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-# CPU: of 4 and 8 the one that keeps online requests' p99 within 1.3 times the value without a batch (benchmarks/batch.md). CUDA: an
-# estimate from a GPU's ratio of FLOP/s to bytes/s, not measured yet.
-BACKGROUND_TOKENS = {"cpu": 4, "cuda": 128}
+# Of 4 and 8 the one that keeps online requests' p99 within 1.3 times the value without a batch (benchmarks/batch.md).
+CPU_BACKGROUND_TOKENS = 4
 # The most that is believed of a checkpoint, each several times the largest of any published model. Beyond it, a number is a mistake that
 # would only be noticed when memory runs out.
 MAX_SIZES = {
@@ -108,6 +109,12 @@ class EngineConfig:
     """How one replica runs. Sizes are tokens unless named otherwise.
 
     `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`.
+    `sized_by_device`: the sizes that no option set; on CUDA each rank sets them for its GPU (device/sizes.py).
+    `overlap`: whether a step is launched before the tokens of the one before it are read. None: on CUDA, where they are computed apart
+    from the host.
+    `cuda_graphs`: whether decode steps on CUDA are captured as graphs, which changes no token.
+    `deterministic`: on CUDA, a token's logits do not depend on what is computed along with it, on the chunking and on the replica, at
+    the price of slower products. On the CPU in float32 this is always so.
     `tokenizer_path`: a SentencePiece model, which rank 0 needs for grammars; None refuses requests with a grammar.
     """
 
@@ -124,7 +131,12 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024  # the most one step computes: long prompts are prefilled in chunks
     max_background_tokens: int | None = None
+    sized_by_device: tuple[str, ...] = ()
     enable_prefix_caching: bool = True
+    deterministic: bool = False
+    overlap: bool | None = None
+    cuda_graphs: bool = True
+    attention_backend: AttentionChoice = "auto"
     tokenizer_path: str | None = None
     num_threads: int | None = None  # torch threads per CPU rank; None divides the cores among the ranks
 
@@ -148,7 +160,12 @@ class EngineConfig:
         """The most tokens that batch lines add to a step along with online requests. By default, as many as delay a step little,
         since it has to read every weight anyway.
         """
-        return self.max_background_tokens or BACKGROUND_TOKENS[self.device]
+        return self.max_background_tokens or CPU_BACKGROUND_TOKENS
+
+    @property
+    def overlaps(self) -> bool:
+        """`overlap` as it is on this device."""
+        return self.device == "cuda" if self.overlap is None else self.overlap
 
     def __post_init__(self) -> None:
         self.model.check_tensor_parallel_size(self.tensor_parallel_size)
@@ -166,9 +183,24 @@ class EngineConfig:
                 remedy="Raise max_num_batched_tokens or lower max_num_seqs.",
                 param="max_num_batched_tokens",
             )
+        if self.deterministic and self.device == "cuda" and self.attention_backend not in ("auto", "triton"):
+            raise ConfigError(
+                f"--attention-backend {self.attention_backend} is not deterministic on CUDA.",
+                remedy="Use --attention-backend triton, or leave out --deterministic.",
+                param="--attention-backend",
+            )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}.",
                 remedy="Use a value above 0 and up to 1.",
                 param="gpu_memory_utilization",
             )
+
+
+def requested_num_threads(environ: Mapping[str, str]) -> int | None:
+    """Threads for each CPU rank as the user's OMP_NUM_THREADS says; None where it says nothing.
+
+    Read it in the process that the user started: Ray sets the variable in its own workers.
+    """
+    first = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() and int(first) > 0 else None

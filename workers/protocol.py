@@ -191,6 +191,9 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
     eos_token_ids: tuple[int, ...]
     attention_backend: str
     hidden_size: int = 0
+    device: str = ""  # for people
+    max_num_batched_tokens: int = 0  # of one step; 0 from an older replica
+    max_background_tokens: int = 0
     version: int = PROTOCOL_VERSION
 
 

@@ -35,7 +35,6 @@ def make_app(
     router: Router,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
-    no_chat: str | None = None,
     model_name: str | Sequence[str],
     api_key: str | None = None,
     keyring: Keyring | None = None,
@@ -56,8 +55,7 @@ def make_app(
 ) -> web.Application:
     """The OpenAI-compatible application.
 
-    tokenizer: `load_tokenizer(folder)`. chat_template: `ChatTemplate(tokenizer)`, or None for a model that cannot chat, and `no_chat`
-    then says why.
+    tokenizer: `load_tokenizer(folder)`. chat_template: `load_text(folder)`'s, or None for a model that cannot chat.
     model_name: the served name or names; the first is the default.
     keyring: the API keys; auth.py lists the paths that need none. api_key: short for a keyring with this key only.
     accounts, ledger: the usage of the keys, in memory and on the disk. cors_origins, local_only: see origin_guard.py.
@@ -72,7 +70,6 @@ def make_app(
         router=router,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        no_chat=no_chat,
         model_names=names,
         max_sequences_per_request=max_sequences_per_request,
         metrics=metrics or Metrics(router, model_name=names[0]),

@@ -51,14 +51,12 @@ class Batches:
 class ApiContext:
     """`keep_alive_s`: longest silence in a stream. `body_timeout_s`: time for a body to arrive, or for each piece of an upload.
 
-    `no_chat`: why `chat_template` is None. `no_batches`: the error message for files and batches when `batches` is None. `strict`: fields
-    of a body without effect are refused.
+    `no_batches`: the error message for files and batches when `batches` is None. `strict`: fields of a body without effect are refused.
     """
 
     router: Router
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
-    no_chat: str | None = None
     model_names: tuple[str, ...]
     max_sequences_per_request: int
     metrics: Metrics

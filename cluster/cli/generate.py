@@ -7,7 +7,8 @@ import secrets
 import sys
 from argparse import Namespace
 
-from cluster.cli.options.settings import detect_device, engine_config
+from cluster.cli.device import on_this_machine
+from cluster.cli.options.settings import engine_config
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
 from cluster.terminal.phases import Console
@@ -20,7 +21,7 @@ from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 def generate(args: Namespace) -> None:
     """Prints the completion as it is generated. Raises TramontaneError with the message for the user."""
     folder, _ = resolve_model(args.model, revision=args.revision)
-    config = engine_config(args, folder, device=detect_device(args.device))
+    config = engine_config(args, folder, device=on_this_machine(args.device).device)
     check_checkpoint(folder, chat_template=None)
     tokenizer = load_tokenizer(folder, model_vocab_size=config.model.vocab_size)
     if args.max_tokens < 1:

@@ -1,15 +1,19 @@
-"""How `serve` and `batch run` connect to Ray, and the spec they give the controller."""
+"""How `serve` and `batch run` connect to Ray, what they say about it first, and the spec they give the controller."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from cluster.cli.device import Choice, RequestedDevice, in_ray_cluster
+from cluster.config.engine import Device
 from cluster.config.serve import ServeConfig
 from cluster.protocol.spec import ClusterSpec
 from cluster.terminal.phases import Console
+from workers.config import requested_num_threads
 
 if TYPE_CHECKING:
     from cluster.ray_runtime.session import RayCluster
@@ -28,26 +32,50 @@ def _headline(config: ServeConfig) -> str:
 
 
 @contextmanager
-def open_ray(console: Console, config: ServeConfig) -> Iterator["RayCluster"]:
-    console.line(_headline(config))
+def open_ray(
+    console: Console,
+    config: ServeConfig,
+    device: Choice,
+    *,
+    requested: RequestedDevice,
+    configure: Callable[[Device], ServeConfig],
+) -> Iterator[tuple["RayCluster", ServeConfig]]:
+    """Connects to Ray, decides where the ranks compute, and says it. Yields the cluster and the configuration for that device.
+
+    device, config: as `before_ray` chose. In a cluster that is joined, its nodes decide, and `configure` makes the configuration again.
+    """
+    if config.ray_address is None:
+        _announce(console, config, device)
     with console.phase(f"Joining Ray at {config.ray_address}" if config.ray_address else "Starting Ray"):
         from cluster.ray_runtime.session import connect
 
         num_ranks = config.engine.tensor_parallel_size * config.max_replicas
         cluster = connect(config.ray_address, namespace=config.deployment, num_cpus=num_ranks)
     try:
-        yield cluster
+        if config.ray_address is not None:
+            device = in_ray_cluster(requested, num_gpus=cluster.num_gpus())
+            config = configure(device.device)
+            _announce(console, config, device)
+        yield cluster, config
     finally:
         cluster.close()
+
+
+def _announce(console: Console, config: ServeConfig, device: Choice) -> None:
+    console.line(_headline(config))
+    if device.note is not None:
+        console.line(f"  {device.note}")
 
 
 def spec_of(config: ServeConfig, *, own_cluster: bool) -> ClusterSpec:
     """The deployment that the controller should run."""
     engine = config.engine
+    patience_s = None if math.isinf(config.placement_timeout_s) else config.placement_timeout_s
     if own_cluster and engine.device == "cpu" and engine.num_threads is None:
         # All replicas share this machine. Without a limit, each would use all of its cores.
         num_ranks = engine.tensor_parallel_size * config.max_replicas
-        engine = replace(engine, num_threads=max(1, (os.cpu_count() or 1) // num_ranks))
+        num_threads = requested_num_threads(os.environ) or max(1, (os.cpu_count() or 1) // num_ranks)
+        engine = replace(engine, num_threads=num_threads)
     return ClusterSpec(
         model_name=config.model_name,
         engine=engine,
@@ -57,7 +85,7 @@ def spec_of(config: ServeConfig, *, own_cluster: bool) -> ClusterSpec:
         drain_timeout_s=config.drain_timeout_s,
         scale_down_after_s=config.scale_down_after_s,
         ttft_objective_s=config.ttft_objective_s,
-        placement_timeout_s=OWN_CLUSTER_PLACEMENT_TIMEOUT_S if own_cluster else None,
+        placement_timeout_s=OWN_CLUSTER_PLACEMENT_TIMEOUT_S if own_cluster else patience_s,
         single_host=own_cluster,
         preemption_notices=config.preemption_notices,
         log_level=config.log_level.upper(),

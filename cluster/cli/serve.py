@@ -17,11 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.cli.options.settings import detect_device, serve_config
+from cluster.cli.device import before_ray
+from cluster.cli.options.settings import serve_config
 from cluster.cli.ray import open_ray, spec_of
 from cluster.cli.startup import Startup
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
+from cluster.config.engine import Device
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.keys.keyring import Keyring
 from cluster.system.malloc import return_large_blocks
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from cluster.gateway.gateway import Gateway
     from cluster.ray_runtime.session import RayCluster
     from cluster.text.load import LoadedText
+    from workers.protocol import EngineFacts
 
 log = logging.getLogger(__name__)
 
@@ -52,21 +55,19 @@ def serve(args: Namespace) -> None:
 def _serve(args: Namespace, console: Console) -> None:
     return_large_blocks()
     folder, model_name = resolve_model(args.model, revision=args.revision)
-    if args.ray_address is None:
-        device = detect_device(args.device)
-    else:
-        # Decided again below, by the nodes of the cluster.
-        device = "cpu" if args.device == "auto" else args.device
-    config = serve_config(args, folder, model_name, device=device)
+    device = before_ray(args.device, ray_address=args.ray_address, num_gpus=args.tensor_parallel_size)
+
+    def configure(device: Device) -> ServeConfig:
+        return serve_config(args, folder, model_name, device=device)
+
+    config = configure(device.device)
     # Before the start-up, which takes minutes.
     Keyring(None if config.api_keys is None else Path(config.api_keys))
     open_certificate(config.tls_cert, config.tls_key)
     check_port_is_free(config.host, config.port, shared=config.num_gateways > 1)
     check_checkpoint(folder, chat_template=config.chat_template)
     text = load_text(folder, chat_template=config.chat_template, model_vocab_size=config.engine.model.vocab_size)
-    with open_ray(console, config) as cluster:
-        if config.ray_address and args.device == "auto" and cluster.num_gpus() >= args.tensor_parallel_size:
-            config = serve_config(args, folder, model_name, device="cuda")
+    with open_ray(console, config, device, requested=args.device, configure=configure) as (cluster, config):
         asyncio.run(_run(config, console, text, cluster))
 
 
@@ -81,7 +82,8 @@ async def _run(config: ServeConfig, console: Console, text: "LoadedText", cluste
         startup.end()
         if starting.done():
             gateway, urls, drain_others = starting.result()
-            console.line(_banner(config, urls, cluster, console.elapsed_s, chat=text.choice))
+            engine = engine_line(None if gateway.view is None else gateway.view.facts)
+            console.line(_banner(config, urls, cluster, console.elapsed_s, engine=engine, chat=text.choice))
             await _until_stopped(stop, gateway)
             grace_s = config.drain_timeout_s
             console.line(
@@ -144,8 +146,21 @@ def _keeps_running(config: ServeConfig) -> str:
     )
 
 
-def _banner(config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed_s: float, *, chat: str) -> str:
-    """chat: the chat template and why it is used, or why there is none."""
+def engine_line(facts: "EngineFacts | None") -> str:
+    """The sizes that the first replica runs with; "unknown" until one has reported."""
+    if facts is None:
+        return "unknown until a replica runs"
+    return (
+        f"{facts.device}: up to {facts.max_num_seqs:,} sequences and {facts.max_num_batched_tokens:,} tokens a step, "
+        f"{facts.max_background_tokens:,} of these for batches; {facts.num_blocks:,} KV blocks of {facts.block_size} tokens; "
+        f"attention {facts.attention_backend}"
+    )
+
+
+def _banner(
+    config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed_s: float, *, engine: str, chat: str
+) -> str:
+    """engine: see `engine_line`. chat: the chat template and why it is used, or why there is none."""
     from cluster.ray_runtime.session import token_path
 
     url, *others = urls
@@ -162,6 +177,7 @@ def _banner(config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed
         f"Ready in {elapsed_s:.1f} s.",
         f"  Endpoint   {url}/v1",
         *(f"             {other}/v1" for other in others),
+        f"  Engine     {engine}",
         f"  Template   {chat}",
         f"  Try        curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
         f"  Open       {url}/ in a browser for the playground and a live view of the cluster; {url}/docs for the API",

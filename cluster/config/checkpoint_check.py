@@ -48,7 +48,7 @@ class Checkpoint:
 def check_checkpoint(folder: Path, *, chat_template: str | None = "auto") -> None:
     """Raises ConfigError or CheckpointError with the first fault.
 
-    chat_template: the option, None where no chat is served; the checkpoint's own template is checked if it is used.
+    chat_template: the option, None where no chat is served. The template that it means must be able to write a plain question.
     """
     faults = examine_checkpoint(folder, chat_template=chat_template).faults
     if faults:
@@ -68,17 +68,13 @@ def examine_checkpoint(folder: Path, *, chat_template: str | None = "auto") -> C
         error = ConfigError(f"{folder} cannot be read: {e.strerror}.", remedy="Check its permissions.", param="MODEL")
         return Checkpoint(faults=(error,))
     weights = _examine_weights(folder, config)
-    found = [
-        fault
-        for check in (lambda: _check_tokenizer(folder, config), lambda: _check_template(folder, chat_template))
-        if (fault := _fault_of(check)) is not None
-    ]
+    found = _fault_of(lambda: _check_text(folder, config, chat_template))
     return Checkpoint(
         config=config,
         num_files=weights.num_files,
         num_bytes=weights.num_bytes,
         fingerprint=weights.fingerprint,
-        faults=(*weights.faults, *found),
+        faults=weights.faults if found is None else (*weights.faults, found),
     )
 
 
@@ -121,31 +117,18 @@ def _examine_weights(folder: Path, config: ModelConfig) -> Checkpoint:
     )
 
 
-def _check_tokenizer(folder: Path, config: ModelConfig) -> None:
-    from cluster.text.tokenizer import load_tokenizer  # late: only this check needs SentencePiece
-
-    load_tokenizer(folder, model_vocab_size=config.vocab_size)
-
-
-def _check_template(folder: Path, option: str | None) -> None:
-    """The checkpoint's files are valid JSON and Jinja. Whether a template can render is found when it is loaded (cluster/text/load.py)."""
-    from cluster.text.chat.jinja_environment import check_syntax
-    from cluster.text.chat.template_files import read_template_files
+def _check_text(folder: Path, config: ModelConfig, chat_template: str | None) -> None:
+    """The tokenizer and the chat template can be used, which is tried."""
+    from cluster.text.load import load_text  # late: only this check needs SentencePiece and Jinja
+    from cluster.text.tokenizer import load_tokenizer
 
     extra = folder / "additional_chat_templates"
     for path in sorted(extra.glob("*.jinja")):
         check_small_file(folder, f"{extra.name}/{path.name}")
-    if option not in ("auto", "jinja"):
-        return
-    for name, source in read_template_files(folder).templates.items():
-        try:
-            check_syntax(source)
-        except ConfigError as e:
-            raise ConfigError(
-                f"{folder}: {e.message.rstrip('.')} (template {name!r}).",
-                remedy="Correct it, or choose another template with --chat-template.",
-                param="--chat-template",
-            ) from e
+    if chat_template is None:
+        load_tokenizer(folder, model_vocab_size=config.vocab_size)
+    else:
+        load_text(folder, chat_template=chat_template, model_vocab_size=config.vocab_size)
 
 
 def _fault_of(check: Callable[[], None]) -> _Fault | None:

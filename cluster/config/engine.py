@@ -2,7 +2,14 @@
 
 from typing import Literal
 
+from workers.config import AttentionChoice, EngineConfig
+
 Device = Literal["cpu", "cuda"]
-# FlashAttention's paged kernel takes blocks in multiples of 256; on the CPU small blocks share more prefixes.
-BLOCK_SIZES: dict[Device, int] = {"cpu": 16, "cuda": 256}
+# Small blocks share more prefixes and waste less memory, so EngineConfig.block_size is the default everywhere else. FlashAttention's paged
+# kernel takes blocks in multiples of 256.
+FLASH_BLOCK_SIZE = 256
 MAX_DEFAULT_MODEL_LEN = 32_768
+
+
+def default_block_size(attention_backend: AttentionChoice) -> int:
+    return FLASH_BLOCK_SIZE if attention_backend == "flash" else EngineConfig.block_size

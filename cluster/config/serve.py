@@ -45,6 +45,8 @@ class ServeConfig:
     ttft_objective_s: float = ClusterSpec.ttft_objective_s
     scale_down_after_s: float = ClusterSpec.scale_down_after_s
     drain_timeout_s: float = ClusterSpec.drain_timeout_s
+    # In a Ray cluster that was joined. A new GPU node takes minutes until it has its image and the weights.
+    placement_timeout_s: float = 1800.0
     # One of CHAT_TEMPLATES, or the absolute path of a .jinja file.
     chat_template: str = "auto"
     metrics_prefix: MetricsPrefix = "tramontane"
@@ -75,6 +77,12 @@ class ServeConfig:
                 f"--drain-timeout {self.drain_timeout_s:g} is negative or infinite.",
                 remedy="Use a number of seconds, or 0 to stop at once.",
                 param="--drain-timeout",
+            )
+        if not self.placement_timeout_s > 0:
+            raise ConfigError(
+                f"--placement-timeout {self.placement_timeout_s:g} is not a valid time.",
+                remedy="Use a number of seconds above 0, or inf.",
+                param="--placement-timeout",
             )
         for option, seconds in (
             ("--queue-timeout", self.queue_timeout_s),

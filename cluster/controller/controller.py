@@ -171,6 +171,12 @@ class Controller:
         adopted = {(r.replica_id, r.incarnation) for r in self._supervisor.records()}
         await asyncio.to_thread(remove_all, self._deployment, keep=adopted)
 
+    @property
+    def placement_timeout_s(self) -> float | None:
+        """How long a replica that starts now may wait for room; None for no limit, once the cluster has held one and may grow."""
+        may_wait = self._facts is not None and not self._spec.single_host
+        return None if may_wait else self._spec.placement_timeout_s
+
     def make_replica(self, replica_id: str, incarnation: str | None = None) -> RayReplica:
         """A replica that is not started yet. Tests without Ray override this."""
         return RayReplica(
@@ -180,7 +186,7 @@ class Controller:
             incarnation=incarnation,
             single_host=self._spec.single_host,
             log_level=self._spec.log_level,
-            placement_timeout_s=self._spec.placement_timeout_s,
+            placement_timeout_s=self.placement_timeout_s,
             on_change=self.note_change,
         )
 

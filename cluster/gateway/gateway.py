@@ -82,7 +82,6 @@ class Gateway:
             router=self.router,
             tokenizer=text.tokenizer,
             chat_template=text.chat_template,
-            no_chat=text.fault,
             model_name=config.model_name,
             keyring=keyring,
             accounts=accounts,

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, str]
 _L4_HOSTS = {1: "g2-standard-4", 2: "g2-standard-24", 4: "g2-standard-48", 8: "g2-standard-96"}
-_GCP_FAMILIES = {"A100": "a2-highgpu", "A100-80GB": "a2-ultragpu", "H100": "a3-highgpu"}
+_GCP_FAMILIES = {"A100": "a2-highgpu", "A100-80GB": "a2-ultragpu", "H100": "a3-highgpu", "H200": "a3-ultragpu"}
 
 
 def known_offers() -> tuple[Offer, ...]:

@@ -5,6 +5,7 @@ The names are SkyPilot's. Only GPUs that can run the CUDA attention kernel (Ampe
 
 from dataclasses import dataclass
 
+from workers.device.sizes import Sizes, sizes_of_gpu
 from workers.errors import ConfigError
 
 GIB = 1 << 30
@@ -39,10 +40,16 @@ class Gpu:
 
     name: str
     memory_bytes: int
+    compute_capability: tuple[int, int]
     bytes_per_s: float
     flops_per_s: float
     link: Link
     source: str
+
+    @property
+    def sizes(self) -> Sizes:
+        """The engine sizes that ranks choose on it."""
+        return sizes_of_gpu(memory_bytes=self.memory_bytes, compute_capability=self.compute_capability)
 
 
 GPUS = {
@@ -51,6 +58,7 @@ GPUS = {
         Gpu(
             name="A10G",
             memory_bytes=int(21.98 * GIB),
+            compute_capability=(8, 6),
             bytes_per_s=600e9,
             flops_per_s=70e12,
             link=PCIE,
@@ -59,6 +67,7 @@ GPUS = {
         Gpu(
             name="A10",
             memory_bytes=int(21.98 * GIB),
+            compute_capability=(8, 6),
             bytes_per_s=600e9,
             flops_per_s=125e12,
             link=PCIE,
@@ -67,6 +76,7 @@ GPUS = {
         Gpu(
             name="L4",
             memory_bytes=int(21.95 * GIB),
+            compute_capability=(8, 9),
             bytes_per_s=300e9,
             flops_per_s=121e12,
             link=PCIE,
@@ -75,6 +85,7 @@ GPUS = {
         Gpu(
             name="L40S",
             memory_bytes=int(44.39 * GIB),
+            compute_capability=(8, 9),
             bytes_per_s=864e9,
             flops_per_s=362e12,
             link=PCIE,
@@ -83,6 +94,7 @@ GPUS = {
         Gpu(
             name="A100",
             memory_bytes=int(39.39 * GIB),
+            compute_capability=(8, 0),
             bytes_per_s=1555e9,
             flops_per_s=312e12,
             link=NVLINK_3,
@@ -91,6 +103,7 @@ GPUS = {
         Gpu(
             name="A100-80GB",
             memory_bytes=int(79.14 * GIB),
+            compute_capability=(8, 0),
             bytes_per_s=1935e9,
             flops_per_s=312e12,
             link=NVLINK_3,
@@ -99,10 +112,20 @@ GPUS = {
         Gpu(
             name="H100",
             memory_bytes=int(79.1 * GIB),
+            compute_capability=(9, 0),
             bytes_per_s=3350e9,
             flops_per_s=989e12,
             link=NVLINK_4,
             source="NVIDIA H100 data sheet, SXM, half of its figure with sparsity",
+        ),
+        Gpu(
+            name="H200",
+            memory_bytes=int(139.8 * GIB),
+            compute_capability=(9, 0),
+            bytes_per_s=4800e9,
+            flops_per_s=989e12,
+            link=NVLINK_4,
+            source="NVIDIA H200 data sheet, SXM, half of its figure with sparsity",
         ),
     )
 }

@@ -111,13 +111,15 @@ def activation_bytes(config: EngineConfig) -> int:
     model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
     tokens = config.max_num_batched_tokens
     stream = tokens * model.hidden_size * itemsize
-    qk = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim // size
-    v = model.num_key_value_heads * model.head_dim // size
+    q = model.num_attention_heads * model.head_dim // size
+    qkv = q + 2 * model.num_key_value_heads * model.head_dim // size
     angles = tokens * 2 * model.head_dim * 4
-    # The residual stream and its normed copy; q, k and v; during rotation, q and k twice in float32 and once more in their own type.
-    attention = angles + 2 * stream + tokens * ((qk + v) * itemsize + qk * (8 + itemsize))
-    # The same two and the stream before attention; gate and up; silu(gate) and its product with up.
-    mlp = angles + 3 * stream + tokens * 4 * model.intermediate_size // size * itemsize
+    # What the layer before gave and its residual stream, the normed copy and the new residual stream, and the result.
+    streams = 5 * stream
+    # Also q, k and v as computed, the rotated queries, and what they attended to.
+    attention = angles + streams + tokens * (qkv + 2 * q) * itemsize
+    # Also gate and up, and silu(gate) * up.
+    mlp = angles + streams + tokens * 3 * model.intermediate_size // size * itemsize
     # An embedding is read in float64.
     embedding = stream + tokens * model.hidden_size * 8
     # In float32, and their log-softmax.

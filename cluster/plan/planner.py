@@ -7,7 +7,6 @@ import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from cluster.config.engine import BLOCK_SIZES
 from cluster.plan.gpus import GPUS, Gpu
 from cluster.plan.memory import RankMemory, rank_memory
 from cluster.plan.models import PlannedModel
@@ -15,6 +14,7 @@ from cluster.plan.offers import Cloud, Offer, Price, find_offers
 from cluster.plan.roofline import Speed, Workload, speed
 from cluster.plan.units import gigabytes
 from workers.config import TENSOR_PARALLEL_SIZES, Dtype, EngineConfig, ModelConfig
+from workers.device.sizes import decide
 from workers.errors import ConfigError
 
 
@@ -29,8 +29,9 @@ class Question:
     cloud: Cloud | None = None
     spot: bool = False
 
-    def engine(self, tensor_parallel_size: int) -> EngineConfig:
-        """The configuration that `tramontane serve` would use on CUDA. Raises ConfigError."""
+    def engine(self, tensor_parallel_size: int, gpu: Gpu) -> EngineConfig:
+        """The configuration of `tramontane serve --max-num-seqs CONCURRENCY` on such GPUs. Raises ConfigError."""
+        concurrency = self.workload.concurrency
         return EngineConfig(
             model_path=self.model.name,
             model=self.model.config,
@@ -38,10 +39,9 @@ class Question:
             dtype=self.dtype,
             tensor_parallel_size=tensor_parallel_size,
             max_model_len=self.workload.context,
-            block_size=BLOCK_SIZES["cuda"],
             gpu_memory_utilization=self.gpu_memory_utilization,
-            max_num_seqs=self.workload.concurrency,
-            max_num_batched_tokens=max(EngineConfig.max_num_batched_tokens, self.workload.concurrency),
+            max_num_seqs=concurrency,
+            max_num_batched_tokens=decide(gpu.sizes, max_num_seqs=concurrency).max_num_batched_tokens,
         )
 
 
@@ -72,7 +72,7 @@ class Plan:
 
 def make_plan(question: Question, gpu: Gpu, tensor_parallel_size: int, *, offers: Iterable[Offer] = ()) -> Plan:
     """Raises ConfigError for a size by which the model cannot be divided."""
-    config = question.engine(tensor_parallel_size)
+    config = question.engine(tensor_parallel_size, gpu)
     found = find_offers(offers, gpu.name, tensor_parallel_size, cloud=question.cloud, spot=question.spot)
     return Plan(
         gpu=gpu,
@@ -146,7 +146,7 @@ def _remedies(question: Question, closest: Plan, offers: Sequence[Offer]) -> lis
     block_size = closest.memory.block_size
 
     def fits(smaller: Workload) -> bool:
-        return rank_memory(replace(question, workload=smaller).engine(size), closest.gpu).fits
+        return rank_memory(replace(question, workload=smaller).engine(size, closest.gpu), closest.gpu).fits
 
     concurrency = _largest(workload.concurrency, lambda n: fits(replace(workload, concurrency=n)))
     if concurrency:

@@ -23,7 +23,7 @@ _ASSUMED = (
 
 def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> RenderableType:
     """one_gpu: also show the sizes that do not fit. With several GPUs they are only named."""
-    parts: list[RenderableType] = [Text(_headline(question)), Text()]
+    parts: list[RenderableType] = [Text(_headline(question, plans[0])), Text()]
     fitting = [p for p in plans if p.fits]
     shown = sorted(plans, key=lambda p: p.tensor_parallel_size) if one_gpu else [p for p in fitting if p.offers]
     if shown:
@@ -32,7 +32,7 @@ def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> Rende
         parts += [Text(f"Too small: {', '.join(_gpus(p) for p in plans if not p.fits)}."), Text()]
     if fitting:
         best = fitting[0]
-        parts += [Text(f"Recommended: {_machine(question, best)}")]
+        parts += [Text(f"Recommended: {_machine(question, best)}"), Text(_defaults(best))]
         if best.offers:
             parts += [_offer_table(best), Text(_sources(best))]
         parts += [Text()]
@@ -40,7 +40,9 @@ def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> Rende
 
 
 def as_json(question: Question, plans: Sequence[Plan]) -> dict[str, Any]:
-    """chosen: index of the recommended plan, or null if none fits. Memory is per rank; `source` is the origin and date of a price."""
+    """chosen: index of the recommended plan, or null if none fits. Memory is per rank; `source` is the origin and date of a price.
+    `defaults`: the sizes of `serve` on that GPU, where no option sets them.
+    """
     return {
         "model": question.model.name,
         "dtype": question.dtype,
@@ -59,6 +61,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "memory": asdict(memory) | {name: getattr(memory, name) for name in derived},
         "speed": asdict(plan.speed),
+        "defaults": asdict(plan.gpu.sizes),
         "offers": [_offer_json(plan, offer) for offer in plan.offers],
     }
 
@@ -71,8 +74,8 @@ def _offer_json(plan: Plan, offer: Offer) -> dict[str, Any]:
     return fields
 
 
-def _headline(question: Question) -> str:
-    engine, workload, model = question.engine(1), question.workload, question.model.config
+def _headline(question: Question, plan: Plan) -> str:
+    engine, workload, model = question.engine(1, plan.gpu), question.workload, question.model.config
     window = "full attention" if model.sliding_window is None else f"sliding window of {model.sliding_window:,}"
     on_disk = question.model.checkpoint_bytes
     disk = "" if on_disk is None else f", {gigabytes(on_disk)} on disk"
@@ -134,6 +137,14 @@ def _machine(question: Question, plan: Plan) -> str:
     gpus = f"{_gpus(plan)}, --tensor-parallel-size {plan.tensor_parallel_size}."
     where = "" if question.cloud is None else f" on {question.cloud}"
     return gpus if plan.offers else f"{gpus} No machine{where} is known to have exactly these GPUs; use your own."
+
+
+def _defaults(plan: Plan) -> str:
+    sizes = plan.gpu.sizes
+    return (
+        f"Without options `serve` runs up to {sizes.max_num_seqs} sequences there and computes up to {sizes.max_num_batched_tokens:,} tokens "
+        f"a step, {sizes.max_background_tokens} of these for batches."
+    )
 
 
 def _sources(plan: Plan) -> str:

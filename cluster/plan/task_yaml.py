@@ -76,7 +76,7 @@ def make_task(question: Question, plan: Plan) -> dict[str, Any]:
     task["resources"]["any_of"] = [{"infra": o.cloud, "accelerators": accelerators, **spot} for o in plan.offers]
     model = question.model
     task["envs"]["MODEL"] = model.name if model.folder is None else _MOUNTED_MODEL
-    task["envs"]["SERVE_OPTIONS"] = " ".join(_serve_options(question))
+    task["envs"]["SERVE_OPTIONS"] = " ".join(_serve_options(question, plan))
     if model.folder is not None and model.checkpoint_bytes is not None:
         task["file_mounts"] = {_MOUNTED_MODEL: str(model.folder)}
         needed_gb = ceil(model.checkpoint_bytes / 1e9) + 64  # plus room for the system, the environment and its caches
@@ -84,12 +84,12 @@ def make_task(question: Question, plan: Plan) -> dict[str, Any]:
     return task
 
 
-def _serve_options(question: Question) -> list[str]:
-    """The options for `tramontane serve` to run as planned. The script itself passes the tensor-parallel size."""
-    engine = question.engine(1)
+def _serve_options(question: Question, plan: Plan) -> list[str]:
+    """The options for `tramontane serve` to run as planned. The script itself passes the tensor-parallel size, and the ranks choose the
+    tokens of a step for their GPU as the plan does.
+    """
+    engine = question.engine(plan.tensor_parallel_size, plan.gpu)
     options = ["--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
-    if engine.max_num_batched_tokens != EngineConfig.max_num_batched_tokens:
-        options += ["--max-num-batched-tokens", str(engine.max_num_batched_tokens)]
     if engine.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
         options += ["--gpu-memory-utilization", f"{engine.gpu_memory_utilization:g}"]
     if engine.dtype != engine.model.dtype:

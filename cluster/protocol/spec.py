@@ -21,7 +21,8 @@ class ClusterSpec:
     drain_timeout_s: float = 30.0
     scale_down_after_s: float = 600.0  # seconds a replica must be idle before it is removed
     ttft_objective_s: float = 2.0
-    placement_timeout_s: float | None = None  # None: wait forever, because more nodes may join
+    # None: wait forever, because more nodes may join. With several hosts it is for the first replica only.
+    placement_timeout_s: float | None = None
     single_host: bool = False  # sockets stay on loopback, and only this machine takes part
     preemption_notices: PreemptionNotices = "auto"
     log_level: str = "WARNING"

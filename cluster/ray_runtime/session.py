@@ -54,6 +54,8 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
     """Joins the cluster at `address`, or starts one on this machine with `num_cpus` CPU slots. Raises ConfigError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray's default of 15 lets anything else on a busy machine hold up the ranks, and with them every stream.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     sweep(Path(ray_parent(os.environ)[0]))  # first: what a killed command left may be what fills the disk
     if address is None:
         folder, dashboard = _start(namespace=namespace, num_cpus=num_cpus, log_to_driver=log_to_driver)

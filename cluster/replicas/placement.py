@@ -69,7 +69,12 @@ async def place(
         waited = time.monotonic() - began
         if timeout_s is not None and waited > timeout_s:
             reason = await asyncio.to_thread(_missing_now, bundle, size)
-            raise ConfigError(f"The cluster had no room for the replica within {timeout_s:g} s. {reason}")
+            remedy = "Start Ray on more nodes, or lower --tensor-parallel-size."
+            if gang.device == "cuda":
+                remedy = "Start Ray on more nodes with GPUs, lower --tensor-parallel-size, or use --device cpu."
+            raise ConfigError(
+                f"The cluster had no room for the replica within {timeout_s:g} s. {reason}", remedy=remedy
+            )
         if time.monotonic() > next_reason:
             next_reason += REASON_INTERVAL_S
             on_waiting(await asyncio.to_thread(_missing_now, bundle, size))

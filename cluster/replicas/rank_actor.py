@@ -19,6 +19,13 @@ class RankActor(RankWorker):
         publish_rank(self.replica_id, self.rank, self.stats)
         return started
 
+    def location(self) -> str:
+        """The node's address and, for a rank that looks for its GPU there, how many Ray was told of."""
+        here = ray.get_runtime_context().get_node_id()
+        node = next(node for node in ray.nodes() if node["NodeID"] == here)
+        num_gpus = node["Resources"].get("GPU", 0)
+        return f"{node['NodeManagerAddress']}, where Ray counts {num_gpus:g} GPU{'s' * (num_gpus != 1)},"
+
     def describe(self) -> RankDescription:
         """As RankWorker.describe, with everything that a controller needs to adopt this rank."""
         return replace(super().describe(), node_id=ray.get_runtime_context().get_node_id())

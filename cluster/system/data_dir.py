@@ -33,11 +33,7 @@ class DataDir:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._fd: int | None = os.open(path / _CLAIM, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as e:
-            raise ConfigError(
-                f"The data directory {path} cannot be written ({e.strerror}).",
-                remedy="Choose another with --data-dir, or add --no-batches.",
-                param="--data-dir",
-            ) from e
+            raise self._unwritable(e) from e
         try:
             self._claim(self._fd, model_name.encode())
         except BaseException:
@@ -69,8 +65,11 @@ class DataDir:
         except OSError as e:
             # Some network file systems have no locks; there the operator keeps servers apart.
             if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise ConfigError(
-                    f"The data directory {self.path} cannot be written ({e.strerror}).",
-                    remedy="Choose another with --data-dir.",
-                    param="--data-dir",
-                ) from e
+                raise self._unwritable(e) from e
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"The data directory {self.path} cannot be written ({error.strerror}).",
+            remedy="Choose another with --data-dir, or add --no-batches.",
+            param="--data-dir",
+        )

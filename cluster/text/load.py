@@ -17,6 +17,7 @@ from workers.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.text.chat.template import ChatTemplate
+    from cluster.text.chat.template_files import TemplateFiles
     from cluster.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -24,16 +25,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedText:
-    """chat_template: None if the model cannot chat; `fault` is then the reason. choice: which template is used and why, for a reader."""
+    """choice: which template is used and why, for a reader."""
 
     tokenizer: "Tokenizer"
-    chat_template: "ChatTemplate | None"
+    chat_template: "ChatTemplate"
     choice: str
-    fault: str | None = None
 
 
 def load_text(folder: Path, *, chat_template: str, model_vocab_size: int) -> LoadedText:
-    """The tokenizer and the chat template. Only with "auto", a template that cannot be used turns chat off. Raises ConfigError.
+    """The tokenizer and the chat template. Raises ConfigError, also for a template that would fail on every conversation.
 
     chat_template: a value of the table above, with an absolute path for a file.
     """
@@ -41,19 +41,12 @@ def load_text(folder: Path, *, chat_template: str, model_vocab_size: int) -> Loa
 
     version = next((v for v in TEMPLATE_VERSIONS if v == chat_template), None)
     tokenizer = load_tokenizer(folder, version=version, model_vocab_size=model_vocab_size)
-    try:
-        template, choice = _choose(tokenizer, folder, chat_template, model_vocab_size=model_vocab_size)
-    except ConfigError as e:
-        if chat_template != "auto":
-            raise
-        log.warning("Chat is off: %s", e)
-        return LoadedText(tokenizer, None, f"none, chat is off: {e.message}", fault=e.message)
+    template, choice = _choose(tokenizer, folder, chat_template, model_vocab_size=model_vocab_size)
     log.info("chat template: %s", choice)
     return LoadedText(tokenizer, template, choice)
 
 
 def _choose(tokenizer: "Tokenizer", folder: Path, option: str, *, model_vocab_size: int) -> "tuple[ChatTemplate, str]":
-    from cluster.text.chat.jinja_template import JinjaTemplate
     from cluster.text.chat.mistral_template import MistralTemplate
     from cluster.text.chat.published import published_name
     from cluster.text.chat.template_files import DEFAULT, TemplateFiles, read_source, read_template_files
@@ -62,7 +55,7 @@ def _choose(tokenizer: "Tokenizer", folder: Path, option: str, *, model_vocab_si
         return MistralTemplate(tokenizer), f"mistral-common's {option}, as requested"
     if option not in ("auto", "jinja"):
         files = TemplateFiles({DEFAULT: read_source(Path(option))})
-        return JinjaTemplate(tokenizer, files, model_vocab_size=model_vocab_size), f"{option}, as requested"
+        return _jinja(tokenizer, files, option, model_vocab_size=model_vocab_size), f"{option}, as requested"
     files = read_template_files(folder)
     if option == "auto":
         own = files.templates.get(DEFAULT)
@@ -79,4 +72,18 @@ def _choose(tokenizer: "Tokenizer", folder: Path, option: str, *, model_vocab_si
                 param="--chat-template",
             )
         why = "as requested"
-    return JinjaTemplate(tokenizer, files, model_vocab_size=model_vocab_size), f"the checkpoint's own, {why}"
+    template = _jinja(tokenizer, files, str(folder), model_vocab_size=model_vocab_size)
+    return template, f"the checkpoint's own, {why}"
+
+
+def _jinja(tokenizer: "Tokenizer", files: "TemplateFiles", origin: str, *, model_vocab_size: int) -> "ChatTemplate":
+    from cluster.text.chat.jinja_template import JinjaTemplate
+
+    try:
+        return JinjaTemplate(tokenizer, files, model_vocab_size=model_vocab_size)
+    except ConfigError as e:
+        raise ConfigError(
+            f"{origin}: {e.message}",
+            remedy="Correct it, or choose another template with --chat-template.",
+            param="--chat-template",
+        ) from e

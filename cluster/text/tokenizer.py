@@ -141,6 +141,14 @@ class Tokenizer:
         detokenizer = Detokenizer(self.pieces)
         return detokenizer.push(token_ids) + detokenizer.flush()
 
+    def shown_pieces(self, *, shows_special: bool) -> PieceTable:
+        """What each token adds to a text in which special tokens are text too, or are not (`pieces`)."""
+        return self._pieces_with_special if shows_special else self.pieces
+
+    @cached_property
+    def _pieces_with_special(self) -> PieceTable:
+        return self.pieces.with_special_shown(self._model.unk_token_id)
+
     @cached_property
     def control_token_ids(self) -> frozenset[int]:
         return frozenset(i for i, control in enumerate(self.pieces.is_control) if control)
@@ -198,12 +206,13 @@ class Tokenizer:
             return chr(byte) if byte < 0x80 else f"<0x{byte:02X}>"
         return self.pieces.surfaces[token_id] or self.pieces.names[token_id]
 
-    def token_bytes(self, token_id: int) -> list[int] | None:
+    def token_bytes(self, token_id: int, *, shows_special: bool = False) -> list[int] | None:
         """The token's UTF-8 bytes, or None if it stands for no text."""
-        if not 0 <= token_id < self.vocab_size or self.pieces.is_control[token_id]:
+        pieces = self.shown_pieces(shows_special=shows_special)
+        if not 0 <= token_id < self.vocab_size or pieces.is_control[token_id]:
             return None
-        byte = self.pieces.bytes[token_id]
-        return list(self.pieces.surfaces[token_id].encode()) if byte is None else [byte]
+        byte = pieces.bytes[token_id]
+        return list(pieces.surfaces[token_id].encode()) if byte is None else [byte]
 
 
 def load_tokenizer(

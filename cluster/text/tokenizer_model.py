@@ -3,8 +3,8 @@
 SentencePiece is the one kind today (sentencepiece_model.py). Everything that follows from these few methods is in tokenizer.py.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from cluster.text.tokenizer_settings import AddedToken
@@ -40,6 +40,18 @@ class PieceTable:
             elif not in_vocabulary:
                 surfaces[token.id], control[token.id] = content, False
         return PieceTable(tuple(names), tuple(surfaces), tuple(byte_values), tuple(starts), tuple(control))
+
+    def with_special_shown(self, unk_token_id: int) -> "PieceTable":
+        """The table in which control tokens and the unknown token show as what they are called. Ids without a name still show nothing."""
+        shown = [bool(name) and (self.is_control[i] or i == unk_token_id) for i, name in enumerate(self.names)]
+        surfaces = [name if shown[i] else self.surfaces[i] for i, name in enumerate(self.names)]
+        control = [self.is_control[i] and not shown[i] for i in range(len(shown))]
+        return replace(self, surfaces=tuple(surfaces), is_control=tuple(control))
+
+    def opens_text(self, token_ids: Iterable[int]) -> bool:
+        """Whether these ids have no text, so that the next token opens it and loses its leading space."""
+        size = len(self.is_control)
+        return all(not 0 <= i < size or self.is_control[i] for i in token_ids)
 
 
 class TokenizerModel(Protocol):

@@ -15,6 +15,8 @@ from typing import Any
 import aiohttp
 import pytest
 from support.servers.live_listener import KEY, MODEL, live_listener
+from support.servers.live_replica import TOKENIZER
+from support.tiny import write_tiny_checkpoint
 
 SEED = 4
 REQUEST_TIMEOUT_S = 20
@@ -42,13 +44,13 @@ def with_model_name(document: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
-async def run_schemathesis(folder: Path, *options: str) -> tuple[int, str]:
-    """Returns the number of requests and the report. Fails if schemathesis finds an error."""
-    async with live_listener() as url, aiohttp.ClientSession() as session:
+async def run_schemathesis(cwd: Path, *options: str, **target: Any) -> tuple[int, str]:
+    """Returns the number of requests and the report. Fails if schemathesis finds an error. target: arguments of live_listener."""
+    async with live_listener(**target) as url, aiohttp.ClientSession() as session:
         headers = {"Authorization": f"Bearer {KEY}"}
         async with session.get(f"{url}/openapi.json", headers=headers) as response:
             document = with_model_name(await response.json())
-        (folder / "openapi.json").write_text(json.dumps(document))
+        (cwd / "openapi.json").write_text(json.dumps(document))
         process = await asyncio.create_subprocess_exec(
             str(Path(sys.executable).parent / "schemathesis"),
             *("run", "openapi.json", "--url", url, "--header", f"Authorization: Bearer {KEY}"),
@@ -64,7 +66,7 @@ async def run_schemathesis(folder: Path, *options: str) -> tuple[int, str]:
                 "false",
                 *options,
             ),
-            cwd=folder,
+            cwd=cwd,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
@@ -96,11 +98,12 @@ async def test_some_hundred_requests(tmp_path, caplog):
 
 
 @pytest.mark.fuzz
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 async def test_some_thousand_requests(tmp_path, caplog):
-    num_requests, output = await run_schemathesis(
-        tmp_path, "--phases", "examples,coverage,fuzzing", "--max-examples", "250"
-    )
+    # Thousands of these requests generate until the context is full, so that must be soon.
+    model = write_tiny_checkpoint(tmp_path / "model", vocab_size=TOKENIZER.vocab_size, num_hidden_layers=1)
+    options = ("--phases", "examples,coverage,fuzzing", "--max-examples", "250")
+    num_requests, output = await run_schemathesis(tmp_path, *options, folder=model, max_model_len=96)
     print(f"{num_requests} requests")
     assert num_requests >= 4000, output
     assert_quiet(caplog)

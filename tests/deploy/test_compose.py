@@ -123,6 +123,8 @@ def test_the_cpu_file_requests_no_gpu() -> None:
     assert SERVER["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     cpu = load(FILES, ENV)["services"]
     assert "deploy" not in cpu["tramontane"]
+    for service, device in ((SERVER, "cuda"), (cpu["tramontane"], "cpu")):
+        assert serve_arguments(script(service), service["environment"]).device == device
     assert {name: service for name, service in cpu.items() if name != "tramontane"} == {
         name: service for name, service in SERVICES.items() if name != "tramontane"
     }

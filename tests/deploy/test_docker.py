@@ -66,6 +66,13 @@ def test_every_release_is_pinned() -> None:
     assert f'org.opencontainers.image.version="{PROJECT["version"]}"' in one("LABEL")
 
 
+def test_triton_finds_a_compiler() -> None:
+    """And Python's headers, which the base image has: it is not Debian's own Python."""
+    installs = [i.value for i in FINAL if i.name == "RUN" and "apt-get install" in i.value]
+    assert {"gcc", "libc6-dev"} <= {word for value in installs for word in value.split()}
+    assert one("ARG", [i for i in ALL if i.stage == -1]).startswith("PYTHON_IMAGE=python:")
+
+
 def test_the_required_driver_is_the_one_torch_was_built_for() -> None:
     required = re.search(r'NVIDIA_REQUIRE_CUDA="?cuda>=(\d+\.\d+)', one("ENV"))[1]
     torch, built_for = re.search(

@@ -23,6 +23,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 SECTIONS = [(name, part) for name, task in TASKS.items() for part in ("setup", "run") if part in task]
 IPS = "10.0.0.1\n10.0.0.2"
+BATCH = {"IN": "s3://bucket/in.jsonl", "OUT": "s3://bucket/out.jsonl", "PARTS": "5", "BATCH_OPTIONS": "--max-tokens 16"}
 # $CALLS gets a line for each call, $PIDS the process of each that stays. What is asked whether something is up says so once it is.
 STAND_IN = """\
 #!/bin/bash
@@ -111,6 +112,21 @@ def test_bash_and_shellcheck_accept_it(name: str, section: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("gpus", "options", "device"), [("1", "", "cuda"), ("0", "", "auto"), ("1", "--device cpu", "cpu")]
+)
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if "run" in task])
+def test_a_gpu_that_is_paid_for_is_asked_for(name: str, gpus: str, options: str, device: str, node: Node) -> None:
+    env = BATCH | {"SKYPILOT_NUM_GPUS_PER_NODE": gpus, "SKYPILOT_JOB_RANK": "0", "SKYPILOT_NUM_JOBS": "2"}
+    if name == "pool-job.yaml":
+        assert node.run(name, env | {"BATCH_OPTIONS": options}) == 0
+        (call,) = node.calls("tramontane", "batch", "run")
+        assert make_parser().parse_args(["batch", "run", *call]).device == device
+        return
+    assert node.run(name, env | {"SERVE_OPTIONS": options}, server="stays" if name == "batch.yaml" else "0") == 0
+    assert node.served().device == device
+
+
 @pytest.mark.parametrize("name", ["serve.yaml", "service.yaml", "private.yaml"])
 @pytest.mark.parametrize(("gpus", "ranks"), [("0", 1), ("1", 1), ("4", 4)])
 def test_one_node(name: str, gpus: str, ranks: int, node: Node) -> None:
@@ -160,6 +176,7 @@ def test_the_head_of_a_cluster(
     assert (served.tensor_parallel_size, served.replicas) == (ranks, replicas)
     (ray,) = node.calls("ray", "start")
     assert {"--head", "--block", "--node-ip-address=10.0.0.1", "--dashboard-host=127.0.0.1"} <= set(ray)
+    assert f"--num-gpus={gpus}" in ray
     assert node.left() == [], "Ray must end with the job: the next one would find its ports taken"
 
 
@@ -175,9 +192,6 @@ def test_another_node_of_a_cluster_joins_the_head(node: Node) -> None:
     (ray,) = node.calls("ray", "start")
     assert {"--block", "--node-ip-address=10.0.0.2", "--address=10.0.0.1:6379"} <= set(ray)
     assert node.calls("tramontane") == []
-
-
-BATCH = {"IN": "s3://bucket/in.jsonl", "OUT": "s3://bucket/out.jsonl", "PARTS": "5", "BATCH_OPTIONS": "--max-tokens 16"}
 
 
 @pytest.mark.parametrize("part", ["0", "1"])  # 1: the part has failed lines, or failed itself; `merge` tells which

@@ -1,11 +1,12 @@
 """On a Ray cluster that an operator started: replicas outlive `serve`, several gateways serve them, and `down` removes everything."""
 
 import json
+import re
 import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,8 @@ import pytest
 from support.doctor_runs import messages, run_doctor
 from support.servers.ray_hosts import BIN, RayHosts
 from support.servers.system_server import API_KEY, Server
+
+from workers.device.probe import NoGpu, probe
 
 PROMPT = {"prompt": "def fibonacci(n):", "max_tokens": 8, "temperature": 0}
 
@@ -137,6 +140,35 @@ def test_several_gateways_serve_the_same_replicas(hosts):
         )
     finally:
         server.kill()
+
+
+@pytest.mark.chaos  # a node that joins takes ten seconds or more
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(not isinstance(probe(), NoGpu), reason="this machine has a GPU")
+def test_a_rank_waits_for_a_gpu_and_never_computes_on_the_cpu_in_its_place(hosts, tmp_path):
+    """The node that joins later only claims to have one."""
+    command = [str(BIN / "tramontane"), "serve", "--port", "0", "--name", "gpus", "--ray-address", hosts.address]
+    log = tmp_path / "log"
+    with log.open("w") as f:
+        server = subprocess.Popen([*command, "--device", "cuda"], env=hosts.env, stdout=f, stderr=f)
+    try:
+        wait_for(lambda: "Needed: one rank with 1 CPU and 1 GPU." in log.read_text(), server)
+        hosts.add_node(1, num_gpus=1)
+        assert server.wait(60) == 2, log.read_text()
+    finally:
+        server.kill()
+        server.wait()
+    last = log.read_text().splitlines()[-1]
+    assert re.match(r"tramontane: Rank 0 on \S+, where Ray counts 1 GPU, cannot use a GPU: this machine has ", last), (
+        last
+    )
+
+
+def wait_for(condition: Callable[[], bool], server: subprocess.Popen, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert server.poll() is None and time.monotonic() < deadline, "what was awaited did not come"
+        time.sleep(0.05)
 
 
 @pytest.mark.timeout(120)

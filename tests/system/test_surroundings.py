@@ -3,9 +3,12 @@
 Needs root and `unshare`: a full /tmp or a machine without a network must not be those of the other tests.
 """
 
+import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -107,3 +110,91 @@ def test_what_can_be_worked_with_is(tmp_path: Path) -> None:
     finally:
         server.kill()
     assert server.left_over() == []
+
+
+# The home of Python itself may be one that only root can enter.
+ANOTHER_UID = (
+    "mkdir /tmp/p; mount --bind {home} /tmp/p; mount -t tmpfs t /root; chmod 755 /root; mkdir -p {home}; mount --move /tmp/p {home}; "
+    "mkdir /tmp/u; chown 65534 /tmp/u"
+).format(
+    home=f"/root/{Path(sys.base_prefix).relative_to('/root').parts[0]}"
+    if sys.base_prefix.startswith("/root/")
+    else "/opt"
+)
+NO_SHARED_MEMORY = (
+    "mount -t tmpfs t /mnt; for f in null zero full random urandom; do touch /mnt/$f; mount --bind /dev/$f /mnt/$f; done; "
+    "ln -s /proc/self/fd /mnt/fd; mount --move /mnt /dev; ! test -e /dev/shm"
+)
+FULL = f"mount -t tmpfs -o size=64k t /mnt; {FILL.format('/mnt')}"
+READ_ONLY = "mount -t tmpfs -o ro t /mnt"
+ODD = "/tmp/a b-é日本"
+AS_NOBODY = "setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs"
+# By name: what runs first in a mount namespace, the environment (None: unset), the last words before the command, options of `serve`.
+HELD: dict[str, tuple[str, dict[str, str | None], str, tuple[str, ...]]] = {
+    "HOME unset": ("true", {"HOME": None}, "", ()),
+    "HOME read-only": (READ_ONLY, {"HOME": "/mnt"}, "", ()),
+    "HOME missing": ("true", {"HOME": "/no/such"}, "", ()),
+    "HOME of another user": (ANOTHER_UID, {"HOME": "/root"}, AS_NOBODY, ()),
+    "another uid": (ANOTHER_UID, {"HOME": "/tmp/u"}, AS_NOBODY, ()),
+    "no /dev/shm": (NO_SHARED_MEMORY, {}, "", ("--tensor-parallel-size", "2")),
+    "256 descriptors": ("ulimit -n 256", {}, "", ()),
+    "4 GB of address space": ("ulimit -v 4194304", {}, "", ()),
+    "python -O": ("true", {"PYTHONOPTIMIZE": "1"}, "", ()),
+    "default data directory full": (FULL, {"HOME": None, "XDG_DATA_HOME": "/mnt"}, "", ()),
+    "blanks and Unicode": (
+        f"mkdir -p '{ODD}/t'; cp -r {ROOT}/examples/demo_model '{ODD}/m è'; cd '{ODD}'",
+        {"HOME": ODD, "TMPDIR": f"{ODD}/t"},
+        "",
+        (f"{ODD}/m è", "--data-dir", f"{ODD}/d à"),
+    ),
+}
+
+
+@pytest.mark.attack
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", HELD)
+def test_a_server_works_and_leaves_nothing(name: str) -> None:
+    setup, changes, before, options = HELD[name]
+    environ = {k: v for k, v in (os.environ | changes).items() if v is not None}
+    # The namespace has a /tmp of its own, so that nothing of it is left and another user may write it.
+    setup = f"mount -t tmpfs -o mode=1777 t /tmp; {setup}"
+    server = Server(
+        *options, prefix=["unshare", "-m", "bash", "-c", f'set -e; {setup}; exec {before} "$@"', "setup"], env=environ
+    )
+    try:
+        model = json.loads(server.get("/v1/models")[1])["data"][0]["id"]
+        status, body = server.post("/v1/completions", {"model": model, "prompt": "x", "max_tokens": 3})
+        assert (status, json.loads(body)["usage"]["completion_tokens"]) == (200, 3)
+        status, body = server.get("/v1/batches")
+        assert status == 200 or json.loads(body)["error"]["message"].endswith("."), (
+            "batches work, or say why they do not"
+        )
+        assert "Traceback" not in server.output
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0, server.output
+        assert server.left_over() == []
+    finally:
+        server.kill()
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("setup", "cause"),
+    [(FULL, "No space left on device"), (READ_ONLY, "Read-only file system")],
+    ids=["full", "read-only"],
+)
+def test_a_data_directory_that_was_asked_for_must_work(setup: str, cause: str) -> None:
+    command = [
+        "unshare",
+        "-m",
+        "bash",
+        "-c",
+        f'set -e; {setup}; exec "$@"',
+        "setup",
+        str(COMMAND),
+        "serve",
+        "--port",
+        "0",
+    ]
+    said = refused([*command, "--data-dir", "/mnt/d"])
+    assert f"/mnt/d cannot be written ({cause})" in said and "--no-batches" in said

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from workers.checkpoint.model_config import load_model_config
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig, ModelConfig, requested_num_threads
 from workers.errors import ConfigError
 
 HUGGINGFACE_V01 = {
@@ -195,9 +195,25 @@ def test_tensor_parallel_sizes() -> None:
         ({"max_num_batched_tokens": 8, "max_num_seqs": 16}, "is less than max_num_seqs (16)"),
         ({"gpu_memory_utilization": 0.0}, "Use a value above 0 and up to 1."),
         ({"gpu_memory_utilization": 1.5}, "Use a value above 0 and up to 1."),
+        (
+            {"device": "cuda", "deterministic": True, "attention_backend": "flash"},
+            "--attention-backend flash is not deterministic on CUDA.",
+        ),
     ],
 )
 def test_engine_settings_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError) as e:
         EngineConfig(model_path="x", model=model_config(), **changes)  # type: ignore[arg-type]
     assert message in str(e.value)
+
+
+def test_deterministic_changes_nothing_on_the_cpu() -> None:
+    config = EngineConfig(model_path="x", model=model_config(), deterministic=True, attention_backend="sdpa")
+    assert config.deterministic
+
+
+@pytest.mark.parametrize(
+    ("value", "num_threads"), [("3", 3), ("4,2", 4), (" 1 ", 1), ("", None), ("0", None), ("many", None), (None, None)]
+)
+def test_the_number_of_threads_is_what_openmp_is_told(value, num_threads):
+    assert requested_num_threads({} if value is None else {"OMP_NUM_THREADS": value}) == num_threads

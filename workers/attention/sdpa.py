@@ -61,16 +61,9 @@ class SdpaBackend:
         self._planned_for: AttentionMetadata | None = None
 
     def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        metadata: AttentionMetadata,
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        # q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]
-        store_kv(k, v, k_cache, v_cache, metadata.slot_mapping)
+        # q: [num_tokens, num_heads, head_dim]
         # Every layer of a step passes the same metadata, so the index arithmetic is done once.
         if self._planned_for is not metadata:
             self._plan, self._planned_for = list(self._make_plan(metadata, k_cache.shape[1])), metadata
@@ -181,11 +174,3 @@ class SdpaBackend:
 def _tiled(num_keys: int) -> int:
     """Rounded up to whole tiles."""
     return -(-num_keys // KEY_TILE) * KEY_TILE
-
-
-def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """Writes k, v [num_tokens, num_kv_heads, head_dim] to their slots (block * block_size + offset) of the caches."""
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)

@@ -1,17 +1,29 @@
-"""Chooses the attention backend for a device and logs why. Knows the backends' limits, not their arithmetic."""
+"""Chooses the attention backend for a device, and says why. Knows the backends' limits, not their arithmetic."""
 
 import logging
+from dataclasses import dataclass
 
 import torch
 
 from workers.attention.backend import AttentionBackend
 from workers.attention.sdpa import SdpaBackend
+from workers.config import AttentionChoice
+from workers.errors import ConfigError
+from workers.kernels.usable import why_triton_cannot_run
 
 log = logging.getLogger(__name__)
 
-FLASH_BLOCK_MULTIPLE = 256  # of FlashAttention 2's paged path
-FLASH_MAX_HEAD_DIM = 256
-FLASH_MIN_CAPABILITY = (8, 0)
+TRITON_MAX_HEAD_DIM = 256
+TRITON_MAX_GROUP = 64  # query heads of one KV head: they share a tile
+CUDA = torch.device("cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """`reason` ends a sentence that begins with the backend's name."""
+
+    backend: AttentionBackend
+    reason: str
 
 
 def select_backend(
@@ -23,24 +35,96 @@ def select_backend(
     num_kv_heads: int,
     head_dim: int,
     sliding_window: int | None,
-) -> AttentionBackend:
-    """FlashAttention where it can run, else the specification; a fallback on CUDA is logged with its reason."""
-    reason = None
+    choice: AttentionChoice = "auto",
+    deterministic: bool = False,
+) -> Selection:
+    """Triton on CUDA, FlashAttention where Triton cannot run, else the specification. Logs the choice with its reason.
+
+    Raises ConfigError if `choice` names a backend that cannot run, or if on CUDA none can that is `deterministic`.
+    """
+
+    def obstacle_to(name: str) -> str | None:
+        if name == "triton":
+            return triton_obstacle(group=num_heads // num_kv_heads, head_dim=head_dim, device=device)
+        return flash_obstacle(dtype, block_size=block_size, head_dim=head_dim, device=device)
+
+    if choice == "sdpa":
+        name, reason = "sdpa", "--attention-backend names it"
+    elif choice != "auto":
+        if obstacle := obstacle_to(choice):
+            raise ConfigError(
+                f"The attention backend {choice} cannot run: {obstacle}.",
+                remedy="Use --attention-backend auto.",
+                param="--attention-backend",
+            )
+        name, reason = choice, "--attention-backend names it"
+    elif device.type != "cuda":
+        name, reason = "sdpa", f"the device is {device.type}"
+    elif (triton := obstacle_to("triton")) is None:
+        name, reason = "triton", "it is the first choice on CUDA"
+    elif deterministic:
+        raise ConfigError(
+            f"--deterministic cannot work: its attention runs on the backend triton, and {triton}.",
+            remedy="Leave it out.",
+            param="--deterministic",
+        )
+    elif (flash := obstacle_to("flash")) is None:
+        name, reason = "flash", f"triton cannot run: {triton}"
+    else:
+        name, reason = "sdpa", f"triton cannot run: {triton}; flash cannot run: {flash}"
+    is_fallback = device.type == "cuda" and choice == "auto" and name != "triton"
+    log.log(
+        logging.WARNING if is_fallback else logging.INFO,
+        "Attention runs on the backend %s%s, because %s.",
+        name,
+        ", the slow reference" if device.type == "cuda" and name == "sdpa" else "",
+        reason,
+    )
+    return Selection(
+        backend=_new(name, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=sliding_window),
+        reason=reason,
+    )
+
+
+def triton_obstacle(*, group: int, head_dim: int, device: torch.device = CUDA) -> str | None:
+    """Why the Triton backend cannot run; None where it can."""
+    if head_dim > TRITON_MAX_HEAD_DIM:
+        return f"it needs a head_dim of at most {TRITON_MAX_HEAD_DIM}, not {head_dim}"
+    if group > TRITON_MAX_GROUP:
+        return f"it needs at most {TRITON_MAX_GROUP} query heads per KV head, not {group}"
+    return why_triton_cannot_run(device)
+
+
+def flash_obstacle(dtype: torch.dtype, *, block_size: int, head_dim: int, device: torch.device = CUDA) -> str | None:
+    """Why FlashAttention cannot run; None where it can."""
+    if device.type != "cuda":
+        return "it needs a CUDA device"
     if dtype not in (torch.float16, torch.bfloat16):
-        reason = f"it needs float16 or bfloat16, not {dtype}"
-    elif block_size % FLASH_BLOCK_MULTIPLE:
-        reason = f"it needs a block size that is a multiple of {FLASH_BLOCK_MULTIPLE}, not {block_size}"
-    elif head_dim > FLASH_MAX_HEAD_DIM or head_dim % 8:
-        reason = f"it needs a head_dim that is a multiple of 8 and at most {FLASH_MAX_HEAD_DIM}, not {head_dim}"
-    elif torch.cuda.is_available() and torch.cuda.get_device_capability() < FLASH_MIN_CAPABILITY:
-        reason = "it needs an Ampere GPU (compute capability 8.0) or newer"
-    if device.type == "cuda" and reason is None:
-        # Imported here because it takes a second, which a start on the CPU does not need to spend.
+        return f"it needs float16 or bfloat16, not {dtype}"
+    # Imported here because it takes a second, which a start on the CPU does not need to spend.
+    from workers.attention import flash
+
+    if block_size % flash.BLOCK_MULTIPLE:
+        return f"it needs a --block-size that is a multiple of {flash.BLOCK_MULTIPLE}, not {block_size}"
+    if head_dim > flash.MAX_HEAD_DIM or head_dim % 8:
+        return f"it needs a head_dim that is a multiple of 8 and at most {flash.MAX_HEAD_DIM}, not {head_dim}"
+    if missing := flash.missing_arguments():
+        return f"varlen_attn of torch {torch.__version__} lacks {', '.join(missing)}"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if torch.cuda.get_device_capability(device) < flash.MIN_CAPABILITY:
+        return "it needs an Ampere GPU (compute capability 8.0) or newer"
+    return None
+
+
+def _new(name: str, *, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> AttentionBackend:
+    """Imports the backend late, because Triton is not everywhere and FlashAttention takes a second."""
+    if name == "triton":
+        from workers.attention.triton_paged import TritonBackend
+
+        return TritonBackend(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=window)
+    if name == "flash":
         from workers.attention.flash import FlashBackend
 
-        return FlashBackend(
-            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=sliding_window
-        )
-    if device.type == "cuda":
-        log.warning("Attention falls back to the slow reference backend because FlashAttention cannot run: %s.", reason)
-    return SdpaBackend(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=sliding_window)
+        return FlashBackend(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=window)
+    return SdpaBackend(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, sliding_window=window)

@@ -24,6 +24,8 @@ class ForwardBatch:
     """All arrays int32; see AttentionMetadata for the layout, with a worked example. The wire form follows from these fields."""
 
     token_ids: np.ndarray = field(metadata=_dims("num_tokens"))
+    # -1 where `token_ids` has the id. Otherwise the row of the tokens of the step before which is the id, and `token_ids` has 0.
+    unread_rows: np.ndarray = field(metadata=_dims("num_tokens"))
     positions: np.ndarray = field(metadata=_dims("num_tokens"))
     slot_mapping: np.ndarray = field(metadata=_dims("num_tokens"))
     query_lens: np.ndarray = field(metadata=_dims("num_seqs"))
@@ -44,7 +46,8 @@ class ForwardBatch:
             shape = getattr(self, name).shape
             assert len(shape) == len(dims), f"{name} has {len(shape)} dimensions, not {dims}"
             for dim, size in zip(dims, shape, strict=True):
-                assert sizes.setdefault(dim, size) == size, f"{name} has {size} {dim}, another array {sizes[dim]}"
+                known = sizes.setdefault(dim, size)
+                assert known == size, f"{name} has {size} {dim}, another array {known}"
         header = np.array([sizes[dim] for dim in _DIMS], dtype=np.int32)
         return np.concatenate([header, *(getattr(self, name).ravel() for name in _DIMS_OF)])
 
@@ -73,36 +76,57 @@ def is_stop(message: np.ndarray) -> bool:
     return len(message) == len(STOP)
 
 
+def capture_message(size: int) -> np.ndarray:
+    """Tells followers to capture decode steps of `size` sequences as a CUDA graph."""
+    return np.append(STOP, np.int32(size))
+
+
+def size_to_capture(message: np.ndarray) -> int | None:
+    """What `capture_message` was made of; None for every other message."""
+    return int(message[-1]) if len(message) == len(STOP) + 1 else None
+
+
 def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> ForwardBatch:
     """Lays the scheduled tokens end to end.
 
-    A request with 5 of 6 tokens computed and blocks [7, 2] of size 4 contributes token_ids[5], position 5, slot 2 * 4 + 1 = 9.
+    A request with 5 of 6 tokens computed and blocks [7, 2] of size 4 contributes token_ids[5], position 5, slot 2 * 4 + 1 = 9. Where
+    the sixth token is in flight, in row 3 of the step before, it contributes 0 instead of token_ids[5], and 3 to `unread_rows`.
     """
     token_ids: list[int] = []
-    positions, slots, query_lens, seq_lens, logits_indices, prompt_logits_indices = [], [], [], [], [], []
+    unread_rows: list[int] = []
+    starts, lens, logits_indices, prompt_logits_indices = [], [], [], []
     max_blocks = max(len(s.request.sequence.block_ids) for s in scheduled)
     block_table = np.full((len(scheduled), max_blocks), NULL_BLOCK, dtype=np.int32)
     for row, s in enumerate(scheduled):
-        request, start = s.request, s.request.num_computed_tokens
-        end = start + s.num_new_tokens
-        block_ids = request.sequence.block_ids
-        block_table[row, : len(block_ids)] = block_ids
+        request, sequence, num_new_tokens = s.request, s.request.sequence, s.num_new_tokens
+        start = sequence.num_computed_tokens
+        block_table[row, : len(sequence.block_ids)] = np.frombuffer(sequence.block_ids, dtype=np.int32)
         if request.prompt_output is not None and request.prompt_output.needs_logits:
             prompt_logits_indices += [len(token_ids) + p - start for p in s.prompt_rows]
-        token_ids += request.token_ids[start:end]
-        position = np.arange(start, end, dtype=np.int32)
-        positions.append(position)
-        slots.append(block_table[row, position // block_size] * block_size + position % block_size)
-        query_lens.append(s.num_new_tokens)
-        seq_lens.append(end)
+        known = sequence.token_ids[start : start + num_new_tokens]
+        token_ids += known
+        unread_rows += [-1] * len(known)
+        if len(known) < num_new_tokens:
+            assert request.unread_row is not None and len(known) == num_new_tokens - 1, "one token may be in flight"
+            token_ids.append(0)
+            unread_rows.append(request.unread_row)
+        starts.append(start)
+        lens.append(num_new_tokens)
         if s.samples:
             logits_indices.append(len(token_ids) - 1)
+    query_lens = np.array(lens, dtype=np.int32)
+    first_positions = np.array(starts, dtype=np.int32)
+    # Of each token: its sequence, and how many tokens of the batch come before that sequence's.
+    rows = np.repeat(np.arange(len(lens)), query_lens)
+    begins = np.cumsum(query_lens, dtype=np.int32) - query_lens
+    positions = (first_positions - begins)[rows] + np.arange(len(rows), dtype=np.int32)
     return ForwardBatch(
         token_ids=np.array(token_ids, dtype=np.int32),
-        positions=np.concatenate(positions),
-        slot_mapping=np.concatenate(slots).astype(np.int32),
-        query_lens=np.array(query_lens, dtype=np.int32),
-        seq_lens=np.array(seq_lens, dtype=np.int32),
+        unread_rows=np.array(unread_rows, dtype=np.int32),
+        positions=positions,
+        slot_mapping=block_table[rows, positions // block_size] * block_size + positions % block_size,
+        query_lens=query_lens,
+        seq_lens=first_positions + query_lens,
         logits_indices=np.array(logits_indices, dtype=np.int32),
         prompt_logits_indices=np.array(prompt_logits_indices, dtype=np.int32),
         block_table=block_table,
@@ -119,6 +143,7 @@ def dummy_batch(
     zeros = np.zeros(num_tokens, dtype=np.int32)
     return ForwardBatch(
         token_ids=zeros,
+        unread_rows=np.full(num_tokens, -1, dtype=np.int32),
         positions=positions,
         slot_mapping=zeros,
         query_lens=query_lens,

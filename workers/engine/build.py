@@ -1,22 +1,35 @@
 """Builds the model on one rank: threads, attention backend, weight format, weights. The only place that knows all these parts."""
 
+import logging
 import os
+from collections.abc import Callable
 
 import torch
 
 from workers.attention.select import select_backend
 from workers.config import EngineConfig
+from workers.engine.cuda_graphs import CudaGraphRecorder, GraphRecorder
 from workers.engine.model_runner import ModelRunner
+from workers.kernels.layer_kernels import select_layer_kernels
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import TensorParallel
-from workers.quant.dense import DENSE
+from workers.quant.dense import select_dense
 from workers.weights.loader import Progress, load_weights
 
+log = logging.getLogger(__name__)
 
-def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | None = None) -> ModelRunner:
-    """The model with this rank's weights. `progress` gets (bytes done, bytes in total).
 
-    Raises CheckpointError for weights that do not fit the configuration.
+def build_runner(
+    config: EngineConfig,
+    tp: TensorParallel,
+    progress: Progress | None = None,
+    *,
+    load: Callable[[MistralForCausalLM], None] | None = None,
+) -> ModelRunner:
+    """The model with this rank's weights. `progress` gets (bytes done, bytes in total). load: fills the parameters; None reads the
+    checkpoint.
+
+    Raises CheckpointError for weights that do not fit the configuration, ConfigError for a GPU that cannot run what it asks for.
     """
     num_threads = None
     if tp.device.type == "cpu":
@@ -33,7 +46,9 @@ def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | 
         num_kv_heads=model_config.num_key_value_heads // tp.size,
         head_dim=model_config.head_dim,
         sliding_window=model_config.sliding_window,
-    )
+        choice=config.attention_backend,
+        deterministic=config.deterministic,
+    ).backend
     model = MistralForCausalLM(
         model_config,
         tp=tp,
@@ -41,10 +56,35 @@ def build_runner(config: EngineConfig, tp: TensorParallel, progress: Progress | 
         dtype=dtype,
         device=tp.device,
         max_positions=config.max_model_len,
-        method=DENSE,
+        method=select_dense(tp.device, deterministic=config.deterministic),
+        kernels=select_layer_kernels(tp.device),
     )
-    load_weights(model, config.model_path, model_config, progress=progress)
-    return ModelRunner(config, model, tp, dtype=dtype, attention_backend=backend.name, num_threads=num_threads)
+    if load is None:
+        load_weights(model, config.model_path, model_config, progress=progress)
+    else:
+        load(model)
+    return ModelRunner(
+        config,
+        model,
+        tp,
+        dtype=dtype,
+        attention_backend=backend.name,
+        num_threads=num_threads,
+        pads_decodes=tp.device.type == "cuda",
+        graph_recorder=_graph_recorder(config, tp.device, attention_backend=backend.name),
+    )
+
+
+def _graph_recorder(config: EngineConfig, device: torch.device, *, attention_backend: str) -> GraphRecorder | None:
+    """None where decode steps launch their kernels one by one."""
+    if device.type != "cuda" or not config.cuda_graphs:
+        return None
+    if attention_backend == "sdpa":
+        log.warning(
+            "Decode steps run without CUDA graphs, because the reference backend of attention plans on the host."
+        )
+        return None
+    return CudaGraphRecorder(device)
 
 
 def available_cpus() -> int:

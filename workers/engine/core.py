@@ -6,15 +6,16 @@ Owns the requests between `add_request` and their last delta. Knows no sockets a
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from workers.config import EngineConfig
 from workers.engine.advance import advance, failure
-from workers.engine.batch import STOP, ForwardBatch, dummy_batch, make_batch
+from workers.engine.batch import STOP, ForwardBatch, capture_message, dummy_batch, make_batch
+from workers.engine.in_flight import LaunchedStep
 from workers.engine.model_runner import ModelRunner
+from workers.engine.next_tokens import DeviceSampling, HostSampling, SampleTokens, no_tokens
 from workers.engine.prompt_outputs import PromptReader, make_prompt_output
 from workers.engine.report import engine_facts, load_report
 from workers.engine.request import Request, ScheduledRequest, make_request
@@ -25,7 +26,7 @@ from workers.kv_cache.manager import KVCacheManager
 from workers.parallel.group import TensorParallel
 from workers.protocol import CacheEvents, EngineFacts, GenerateRequest, LoadReport, TokenDelta
 from workers.sampling.grammar import Grammars
-from workers.sampling.sampler import Sampled, SamplingRow, sample
+from workers.sampling.sampler import Sampled
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +37,12 @@ COMPILING_POLL_S = 0.01
 MASKS_POLL_S = 0.01
 HELD_HEARTBEAT_S = 0.5
 
-# From logits [len(rows), vocab_size] to the next tokens of each row, at least one.
-SampleTokens = Callable[[torch.Tensor, Sequence[SamplingRow]], Sequence[Sequence[Sampled]]]
-# By request id, see Grammars.begin_masks.
-Masks = dict[str, np.ndarray]
-
 
 class EngineCore:
-    """`allocate_kv_cache` must have run on every rank before. `sample_tokens`: None samples one token a row from its logits."""
+    """`allocate_kv_cache` must have run on every rank before.
+
+    sample_tokens: None samples one token a row from its logits. Another function reads the logits at once, so there is no overlap then.
+    """
 
     def __init__(
         self,
@@ -68,12 +67,21 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_background_tokens=config.background_tokens,
         )
-        self.max_model_len = self._max_model_len()
+        self.max_model_len = self.kv_cache.longest_sequence(config.max_model_len, config.max_num_batched_tokens)
+        if self.max_model_len < config.max_model_len:
+            log.warning(
+                "The KV cache of %s blocks holds one sequence of %s tokens, not the %s of max_model_len: longer requests "
+                "are refused.",
+                runner.num_blocks, self.max_model_len, config.max_model_len,
+            )  # fmt: skip
         self.grammars = Grammars(
             config.tokenizer_path, vocab_size=config.model.vocab_size, eos_token_ids=config.model.eos_token_ids
         )
         self.clock = StepClock()
-        self._sample_tokens = sample_tokens or self._sample_one_each
+        self.overlap = config.overlaps and sample_tokens is None
+        on_device = sample_tokens is None and (self.overlap or tp.device.type == "cuda")
+        self._sampling = DeviceSampling(config, tp.device) if on_device else HostSampling(config, sample_tokens)
+        self._in_flight: LaunchedStep | None = None
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
         self._prompt_tokens_total = 0
@@ -105,29 +113,36 @@ class EngineCore:
     def abort(self, request_id: str) -> None:
         """Removes a request at any stage and frees its blocks. Unknown ids are ignored: the request may have ended a moment ago."""
         request = self._requests.pop(request_id, None)
-        if request is not None and not self.grammars.forget(request_id):
+        if request is None:
+            return
+        self._sampling.forget(request_id)
+        if request.constraint is not None:
+            request.constraint.abandon()
+        if not request.has_left and not self.grammars.forget(request_id):
             self.scheduler.finish(request)
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work() or self.grammars.num_compiling > 0
+        return self._is_busy() or self.grammars.num_compiling > 0
 
     def step(self) -> list[TokenDelta]:
-        """One forward pass for as many requests as fit; empty without work. Raises GroupError if a rank is gone."""
-        failed = self._admit_compiled()
+        """Launches a forward pass for as many requests as fit, and returns what a pass brought: this one, or with overlap the one before
+        it, while the device computes this one. Empty without work. Raises GroupError if a rank is gone.
+        """
+        deltas = self._admit_compiled()
         scheduled = self._schedule()
         if not scheduled:
-            if self.scheduler.running:
-                self._wait_for_masks()
-                return failed
-            return failed + self._fail_first_waiting()
+            return deltas + (self._wait() if self._in_flight is None else self._update())
+        self._capture_graph(is_idle=False)
         self.clock.start()
+        step = LaunchedStep(scheduled, shows_speed=self._shows_speed(scheduled))
         batch = self._broadcast(scheduled)
-        logits, masks, late = self._execute(batch, scheduled)
-        sampled = self._sample(scheduled, logits, masks, late)
-        deltas = self._update(scheduled, sampled, late)
-        self.clock.end()
-        self._measure_speed(scheduled)
-        return failed + deltas
+        logits = self._execute(batch, step)
+        if step.needs_known_tokens:
+            deltas += self._update()
+        self._sample(step, logits)
+        deltas += self._update()
+        self._commit(step)
+        return deltas if self.overlap else deltas + self._update()
 
     def take_cache_events(self) -> CacheEvents | None:
         """How the prefix cache changed since the last call; None without changes."""
@@ -141,6 +156,7 @@ class EngineCore:
         self.runner.execute(batch)
         self.runner.synchronize()
         self.clock.end()
+        self._capture_graph(is_idle=True)
 
     def shutdown(self) -> None:
         """Stops the followers. The core is not usable afterwards."""
@@ -148,11 +164,13 @@ class EngineCore:
         self.grammars.close()
 
     def load(self) -> LoadReport:
+        in_flight = self._in_flight  # another thread may replace it
         return load_report(
             self.scheduler,
             self.clock,
             self.tp,
             num_compiling=self.grammars.num_compiling,
+            num_leaving=0 if in_flight is None else in_flight.num_leaving,
             prompt_tokens_total=self._prompt_tokens_total,
             generated_tokens_total=self._generated_tokens_total,
         )
@@ -170,7 +188,7 @@ class EngineCore:
     def _admit_compiled(self) -> list[TokenDelta]:
         """Gives requests whose grammar is compiled to the scheduler; ends those whose grammar cannot be used."""
         failed = []
-        timeout_s = 0.0 if self.scheduler.has_work() else COMPILING_POLL_S
+        timeout_s = 0.0 if self._is_busy() else COMPILING_POLL_S
         for compiled in self.grammars.take_compiled(timeout_s=timeout_s):
             request = self._requests[compiled.request_id]
             request.constraint = compiled.constraint
@@ -181,64 +199,88 @@ class EngineCore:
 
     def _schedule(self) -> list[ScheduledRequest]:
         # Empty twice means that nothing can run: the first call may have preempted every request, the second starts from there.
-        return self.scheduler.schedule() or self.scheduler.schedule()
+        scheduled = self.scheduler.schedule()
+        return scheduled if scheduled or self._in_flight is not None else self.scheduler.schedule()
+
+    def _capture_graph(self, *, is_idle: bool) -> None:
+        """One CUDA graph on every rank, if there is one to capture."""
+        size = self.runner.size_to_capture(is_idle=is_idle)
+        if size is not None:
+            self.tp.broadcast(capture_message(size))
+            self.runner.capture(size)
 
     def _broadcast(self, scheduled: Sequence[ScheduledRequest]) -> ForwardBatch:
         batch = make_batch(scheduled, self.config.block_size)
         self.tp.broadcast(batch.pack())
         return batch
 
-    def _execute(
-        self, batch: ForwardBatch, scheduled: Sequence[ScheduledRequest]
-    ) -> tuple[torch.Tensor | None, Masks, Set[str]]:
-        """Logits [num_sampling_seqs, vocab_size], the masks of grammars, computed on other threads in the meantime, and the ids of the
-        requests whose masks are not there yet.
-        """
-        constraints = {s.request.request_id: s.request.constraint for s in scheduled if s.samples}
-        masks = self.grammars.begin_masks({name: c for name, c in constraints.items() if c is not None})
-        logits = self.runner.execute(batch, PromptReader(scheduled))
-        if masks is None:
-            return logits, {}, frozenset()
-        if not masks.are_there:
-            self.runner.synchronize()  # `take` measures the forward pass
-        return logits, *masks.take()
+    def _execute(self, batch: ForwardBatch, step: LaunchedStep) -> torch.Tensor | None:
+        """Logits [len(step.sampling), vocab_size]."""
+        before = self._in_flight
+        if before is None:
+            # The masks of grammars, which follow from the tokens so far, are computed in the meantime.
+            step.begin_masks(self.grammars, step.sampling)
+        sampled = None if before is None else before.token_ids
+        return self.runner.execute(batch, PromptReader(step.scheduled), sampled=sampled)
 
-    def _sample(
-        self, scheduled: Sequence[ScheduledRequest], logits: torch.Tensor | None, masks: Masks, late: Set[str]
-    ) -> dict[str, Sequence[Sampled]]:
-        """The next tokens of each sampling request that has its mask, by request id."""
-        requests = [s.request for s in scheduled if s.samples]
-        if late and logits is not None:
-            logits = logits[[i for i, request in enumerate(requests) if request.request_id not in late]]
-            requests = [request for request in requests if request.request_id not in late]
-        if not requests:
-            # Sampling waits for the device by itself. Without it, `forward_age_s` must not run ahead of the device.
-            self.runner.synchronize()
-            return {}
+    def _sample(self, step: LaunchedStep, logits: torch.Tensor | None) -> None:
+        """Samples for each request that has its mask."""
+        if step.needs_known_tokens and step.masks is None:
+            step.begin_masks(self.grammars, [r for r in step.sampling if self._is_here(r)])
+        masks = step.take_masks(self.runner.synchronize)
+        rows = [i for i, r in enumerate(step.sampling) if self._is_here(r) and r.request_id not in step.late]
+        if not rows:
+            # `forward_age_s` must not run ahead of the device.
+            step.tokens = no_tokens(self.runner.mark())
+            return
         assert logits is not None, "rank 0 gathers the logits"
-        rows = [SamplingRow(r.sampling, r.token_ids, r.num_prompt_tokens, masks.get(r.request_id)) for r in requests]
-        return dict(zip((r.request_id for r in requests), self._sample_tokens(logits, rows), strict=True))
+        if len(rows) < len(step.sampling):
+            logits = logits[rows]
+        step.tokens = self._sampling.sample(logits, [step.sampling[i] for i in rows], masks)
 
-    def _sample_one_each(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[list[Sampled]]:
-        return [[one] for one in sample(logits, rows, eos_token_ids=self.config.model.eos_token_ids)]
+    def _commit(self, step: LaunchedStep) -> None:
+        """The host knows all tokens that this step computes. From now on the step counts as computed, and its next tokens are in flight."""
+        assert step.tokens is not None
+        for s in step.scheduled:
+            if self._is_here(s.request):
+                is_late = s.request.request_id in step.late
+                self.kv_cache.commit(s.request.sequence, s.num_new_tokens - is_late)
+        for row, request in enumerate(step.tokens.requests):
+            request.unread_row = row
+        for request in step.completing:
+            is_going_on = request.request_id in step.late or not request.is_at_limit(self.max_model_len)
+            if self._is_here(request) and not is_going_on:
+                # Others get its place in the next step already: no later step computes any of it.
+                self.scheduler.finish(request)
+                request.has_left = True
+        self._in_flight = step
 
-    def _update(
-        self, scheduled: Sequence[ScheduledRequest], sampled: dict[str, Sequence[Sampled]], late: Set[str]
-    ) -> list[TokenDelta]:
+    def _update(self) -> list[TokenDelta]:
+        """Reads the tokens of the step in flight, if there is one."""
+        step = self._in_flight
+        if step is None:
+            return []
+        sampled = step.read()
+        self._in_flight = None
+        self.clock.end()
+        if step.shows_speed:
+            self.clock.add_speed(step.num_tokens)
         deltas = []
-        for s in scheduled:
-            request, completes = s.request, s.completes
-            if request.request_id in late:
-                # Its last token is computed again, with the same logits, once the mask for them is there.
-                self.kv_cache.commit(request.sequence, s.num_new_tokens - 1)
-                continue
-            self.kv_cache.commit(request.sequence, s.num_new_tokens)
-            if not completes:
-                continue
-            if request.num_output_tokens == 0:
-                self._prompt_tokens_total += request.num_prompt_tokens
-            deltas += self._advance(request, sampled.get(request.request_id, ()))
+        for request in step.completing:
+            # A request may be gone: aborted, or ended by an earlier token than this one, which was launched for nothing.
+            if self._is_here(request) and request.request_id not in step.late:
+                request.unread_row = None
+                if request.num_output_tokens == 0:
+                    self._prompt_tokens_total += request.num_prompt_tokens
+                deltas += self._advance(request, sampled.get(request.request_id, ()))
         return deltas
+
+    def _is_busy(self) -> bool:
+        return self.scheduler.has_work() or self._in_flight is not None
+
+    def _is_here(self, request: Request) -> bool:
+        """Whether it was added and has not ended. Another request may have its id by now."""
+        return self._requests.get(request.request_id) is request
 
     def _advance(self, request: Request, sampled: Sequence[Sampled]) -> list[TokenDelta]:
         """`sampled` is empty for a request that samples nothing and only reads its prompt."""
@@ -257,6 +299,13 @@ class EngineCore:
         self.abort(request.request_id)
         return failure(request.request_id, error)
 
+    def _wait(self) -> list[TokenDelta]:
+        """Nothing is in flight, and nothing can be scheduled."""
+        if not self.scheduler.running:
+            return self._fail_first_waiting()
+        self._wait_for_masks()
+        return []
+
     def _wait_for_masks(self) -> None:
         """Every running request is held. Returns once one of them can go on, or something else may have happened."""
         held = [request.constraint for request in self.scheduler.running if request.constraint is not None]
@@ -273,23 +322,9 @@ class EngineCore:
         message = f"The request needs more KV cache than this replica has. Use fewer than {request.num_tokens} tokens."
         return [self._fail(request, message)]
 
-    def _max_model_len(self) -> int:
-        """The configured length, or less where the KV cache cannot hold one sequence of it."""
-        config, num_blocks = self.config, self.kv_cache.pool.num_blocks
-        if self.kv_cache.max_blocks_held(config.max_model_len, config.max_num_batched_tokens) <= num_blocks:
-            return config.max_model_len
-        fits = num_blocks * config.block_size
-        log.warning(
-            "The KV cache of %s blocks holds one sequence of %s tokens, not the %s of max_model_len: longer requests "
-            "are refused.",
-            num_blocks, fits, config.max_model_len,
-        )  # fmt: skip
-        return fits
-
-    def _measure_speed(self, scheduled: Sequence[ScheduledRequest]) -> None:
-        """Steps that compute prompts count: they show how fast pending tokens are computed. Background requests that keep to a budget
-        catch up slowly, and show nothing.
+    def _shows_speed(self, scheduled: Sequence[ScheduledRequest]) -> bool:
+        """Steps that compute prompts show how fast pending tokens are computed. Background requests that keep to a budget catch up
+        slowly, and show nothing.
         """
         held_back = self.scheduler.foreground_is_near
-        if any(s.num_new_tokens > 1 and not (held_back and s.request.is_background) for s in scheduled):
-            self.clock.add_speed(sum(s.num_new_tokens for s in scheduled))
+        return any(s.num_new_tokens > 1 and not (held_back and s.request.is_background) for s in scheduled)

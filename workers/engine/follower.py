@@ -1,9 +1,9 @@
-"""The loop of ranks 1 and up: receive a batch, compute it, repeat. No requests, no policy."""
+"""The loop of ranks 1 and up: receive a batch, compute it, repeat; capture a CUDA graph when rank 0 says so. No requests, no policy."""
 
 import time
 from collections.abc import Callable
 
-from workers.engine.batch import ForwardBatch, is_stop
+from workers.engine.batch import ForwardBatch, is_stop, size_to_capture
 from workers.engine.model_runner import ModelRunner
 from workers.parallel.group import TensorParallel
 
@@ -14,6 +14,10 @@ def run_follower(runner: ModelRunner, tp: TensorParallel, on_step: Callable[[flo
     `on_step` gets each step's seconds on the host, without the wait for rank 0.
     """
     while not is_stop(message := tp.broadcast(None)):
+        size = size_to_capture(message)
+        if size is not None:
+            runner.capture(size)
+            continue
         began = time.monotonic()
         runner.execute(ForwardBatch.unpack(message))
         on_step(time.monotonic() - began)

@@ -1,8 +1,12 @@
 """The engine in one process, without Ray and without HTTP: for tests, benchmarks and `tramontane generate`. Needs only torch."""
 
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from workers.config import EngineConfig
+from workers.config import EngineConfig, requested_num_threads
+from workers.device.require import require_gpu
+from workers.device.sizes import sized_for
 from workers.engine.build import Progress, build_runner
 from workers.engine.core import EngineCore
 from workers.errors import ConfigError, RequestError
@@ -20,7 +24,11 @@ class LLMEngine:
                 remedy="Use `tramontane serve` for --tensor-parallel-size above 1.",
                 param="--tensor-parallel-size",
             )
+        gpu = require_gpu("This process") if config.device == "cuda" else None
+        if config.num_threads is None:
+            config = replace(config, num_threads=requested_num_threads(os.environ))
         tp = SingleRank(config.device)
+        config = sized_for(config, gpu, tp.min)
         runner = build_runner(config, tp, progress)
         runner.allocate_kv_cache()
         self.core = EngineCore(config, runner, tp)

@@ -1,9 +1,11 @@
 """Runs one ForwardBatch through the model on one rank. The same on rank 0 and on followers.
 
-Knows the model, the KV cache tensors and the batch; no requests, no sampling. Input tensors live in static buffers that
-are overwritten each step, and nothing reads from the device before the model has finished, so a step can be captured in a CUDA graph.
+Knows the model, the KV cache tensors and the batch; no requests, no sampling. Nothing here reads from the device. Decode steps on CUDA are
+padded to one of a few sizes, and replay a CUDA graph where their size has one.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +14,9 @@ import torch
 from workers.attention.backend import AttentionMetadata, KVCaches
 from workers.config import EngineConfig
 from workers.engine.batch import ForwardBatch, dummy_batch
+from workers.engine.cuda_graphs import DecodeGraphs, GraphRecorder, Step
+from workers.engine.decode_padding import decode_sizes, is_decode, pad_decode, padded_size
+from workers.engine.step_upload import StepUpload, bytes_for
 from workers.kv_cache import tensors as kv_cache
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import TensorParallel
@@ -30,22 +35,15 @@ class PromptRows(Protocol):
         """logits: [n, vocab_size] float32, the next n rows of `prompt_logits_indices`."""
 
 
-class _Buffer:
-    """A device tensor of fixed address and capacity; `fill` returns a view of the filled part."""
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """A batch on the device. The first fields have the same address in all decode steps of one size."""
 
-    def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.device_tensor = torch.zeros(capacity, dtype=dtype, device=device)
-        self.host_tensor = torch.zeros(capacity, dtype=dtype, pin_memory=True) if device.type == "cuda" else None
-
-    def fill(self, values: np.ndarray) -> torch.Tensor:
-        n = values.size
-        source = torch.from_numpy(np.ascontiguousarray(values).reshape(-1))
-        if self.host_tensor is None:
-            self.device_tensor[:n] = source
-        else:
-            self.host_tensor[:n] = source
-            self.device_tensor[:n].copy_(self.host_tensor[:n], non_blocking=True)
-        return self.device_tensor[:n]
+    token_ids: torch.Tensor  # [num_tokens] int64, as are the other indices
+    positions: torch.Tensor
+    metadata: AttentionMetadata
+    logits_indices: torch.Tensor
+    prompt_logits_indices: torch.Tensor
 
 
 class ModelRunner:
@@ -58,92 +56,205 @@ class ModelRunner:
         dtype: torch.dtype,
         attention_backend: str,
         num_threads: int | None,
+        pads_decodes: bool = False,
+        graph_recorder: GraphRecorder | None = None,
     ) -> None:
-        """num_threads: torch threads for computing; None leaves the setting alone."""
+        """num_threads: torch threads for computing; None leaves the setting alone. graph_recorder: None runs without graphs; with one,
+        `pads_decodes` must be True.
+        """
         self.config = config
         self.model = model
         self.tp = tp
         self.dtype = dtype
         self.attention_backend = attention_backend
-        self._num_threads_to_set = num_threads
-        self._inputs_copied = torch.cuda.Event() if tp.device.type == "cuda" else None
         self.num_blocks = 0
         self.kv_cache: KVCaches = []
+        self.graphs = DecodeGraphs(decode_sizes(config.max_num_seqs), graph_recorder)
+        self._pads_decodes = pads_decodes
+        self._num_threads_to_set = num_threads
+        self._graph_bytes = 0
+        self._last_decode_size: int | None = None
         tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
         max_blocks = -(-config.max_model_len // config.block_size)
-
-        def buffer(capacity: int, dtype: torch.dtype = torch.int32) -> _Buffer:
-            return _Buffer(capacity, dtype, tp.device)
-
-        self._token_ids = buffer(tokens, torch.int64)
-        self._positions = buffer(tokens, torch.int64)
-        self._slot_mapping = buffer(tokens, torch.int64)
-        self._seq_lens = buffer(seqs)
-        self._cu_seqlens_q = buffer(seqs + 1)
-        self._logits_indices = buffer(seqs, torch.int64)
-        self._prompt_logits_indices = buffer(tokens, torch.int64)
-        self._block_table = buffer(seqs * max_blocks)
+        self._upload = StepUpload(bytes_for(*[tokens] * 4, *[seqs + 1] * 5, seqs * max_blocks), tp.device)
+        if pads_decodes:
+            # A graph reads rows of this width. Uploading them whole, for contexts of any length, would take longer than widening them.
+            self._block_table = torch.zeros((seqs, max_blocks), dtype=torch.int32, device=tp.device)
+        if graph_recorder is not None:
+            # What graphs write, so that their own memory is free again at their end.
+            hidden_size, vocab_size = config.model.hidden_size, config.model.vocab_size
+            self._hidden_states = torch.zeros((seqs, hidden_size), dtype=dtype, device=tp.device)
+            self._logits = torch.zeros((seqs, vocab_size), device=tp.device) if tp.rank == 0 else None
 
     def allocate_kv_cache(self) -> int:
         """Sizes and allocates the KV cache; every rank gets the smallest size that any of them can hold. Returns the usable blocks."""
         if self.tp.device.type == "cuda" and self.config.num_kv_blocks is None:
             self._profile()
-        fitting = kv_cache.num_blocks_that_fit(self.config, self.tp.device)
+        fitting = kv_cache.num_blocks_that_fit(self.config, self.tp.device, reserved_bytes=self._graph_bytes)
         self.num_blocks = self.tp.min(fitting)
         self.kv_cache = kv_cache.allocate(self.config, self.num_blocks, self.dtype, self.tp.device)
         return self.num_blocks
 
     @torch.inference_mode()
-    def execute(self, batch: ForwardBatch, prompts: PromptRows | None = None) -> torch.Tensor | None:
-        """Logits [num_sampling_seqs, vocab_size] in float32 on rank 0, None elsewhere. `prompts` is for rank 0 only."""
+    def execute(
+        self, batch: ForwardBatch, prompts: PromptRows | None = None, *, sampled: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Logits [num_sampling_seqs, vocab_size] in float32 on rank 0, None elsewhere.
+
+        prompts and sampled are for rank 0 only. sampled: the token ids to which `batch.unread_rows` refers, int64 on the device.
+        """
         if self._num_threads_to_set is not None:
             # Set it here, on the thread that computes: OpenMP keeps a pool per calling thread, and once all pools together have
             # more threads than the machine has cores, its barriers sleep instead of spinning (a step of the demo model: 8.8 ms,
             # not 4.0 ms).
             torch.set_num_threads(self._num_threads_to_set)
             self._num_threads_to_set = None
-        if self._inputs_copied is not None:
-            # The previous step's copies may still be queued after its kernels, and read the host buffers until then.
-            self._inputs_copied.synchronize()
-        metadata = self._metadata(batch)
-        token_ids, positions = self._token_ids.fill(batch.token_ids), self._positions.fill(batch.positions)
-        logits_indices = self._logits_indices.fill(batch.logits_indices)
-        prompt_logits_indices = self._prompt_logits_indices.fill(batch.prompt_logits_indices)
-        if self._inputs_copied is not None:
-            self._inputs_copied.record()
-        hidden_states = self.model(token_ids, positions, self.kv_cache, metadata)
+        if self._pads_decodes and is_decode(batch):
+            return self._execute_decode(batch, prompts, sampled)
+        self._last_decode_size = None
+        inputs = self._to_device(batch, sampled)
+        hidden_states = self.model(inputs.token_ids, inputs.positions, self.kv_cache, inputs.metadata)
         if prompts is not None:
             prompts.read_hidden_states(hidden_states)
-        for indices in prompt_logits_indices.split(PROMPT_LOGITS_AT_ONCE) if len(prompt_logits_indices) else ():
-            prompt_logits = self.model.compute_logits(hidden_states[indices])  # every rank takes part
-            if prompts is not None and prompt_logits is not None:
-                prompts.read_logits(prompt_logits)
+        if len(batch.prompt_logits_indices):
+            for indices in inputs.prompt_logits_indices.split(PROMPT_LOGITS_AT_ONCE):
+                prompt_logits = self.model.compute_logits(hidden_states[indices])  # every rank takes part
+                if prompts is not None and prompt_logits is not None:
+                    prompts.read_logits(prompt_logits)
         if not len(batch.logits_indices):
             return None
-        return self.model.compute_logits(hidden_states[logits_indices])
+        return self.model.compute_logits(hidden_states[inputs.logits_indices])
+
+    def size_to_capture(self, *, is_idle: bool) -> int | None:
+        """The size of decode step whose CUDA graph should be captured now, on all ranks; None if there is none. While the engine has work
+        that is the size of the last step, so that no step waits for a graph that nobody needs yet.
+        """
+        if not is_idle and self._last_decode_size is None:
+            return None
+        return self.graphs.next_size(None if is_idle else self._last_decode_size)
+
+    def capture(self, size: int) -> None:
+        """Captures decode steps of `size` sequences, on every rank between the same two steps."""
+        self.graphs.capture(size, self._decode_step(size), agree=lambda ok: bool(self.tp.min(int(ok))))
+
+    def mark(self) -> Callable[[], None]:
+        """A function that waits until the device has computed what was begun before this call, and for nothing that begins later."""
+        if self.tp.device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
 
     def synchronize(self) -> None:
         """Waits until the device has computed what `execute` began. Returns at once on the CPU."""
         if self.tp.device.type == "cuda":
             torch.cuda.synchronize(self.tp.device)
 
-    def _metadata(self, batch: ForwardBatch) -> AttentionMetadata:
+    def _execute_decode(
+        self, batch: ForwardBatch, prompts: PromptRows | None, sampled: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """`execute` for one token of each sequence. Logits are computed for all of them, and for the rows that pad the batch."""
+        num_seqs = len(batch.query_lens)
+        size = self._last_decode_size = padded_size(num_seqs, self.graphs.sizes)
+        inputs = self._to_device(pad_decode(batch, size), sampled)
+        if self.graphs.replay(size):
+            hidden_states, logits = self._hidden_states, self._logits
+        else:
+            hidden_states, logits = self._compute(inputs)
+        if prompts is not None:
+            prompts.read_hidden_states(hidden_states[:num_seqs])
+        if logits is None or not len(batch.logits_indices):
+            return None
+        all_sample = len(batch.logits_indices) == num_seqs
+        return logits[:num_seqs] if all_sample else logits[inputs.logits_indices]
+
+    def _compute(self, inputs: _Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden_states = self.model(inputs.token_ids, inputs.positions, self.kv_cache, inputs.metadata)
+        return hidden_states, self.model.compute_logits(hidden_states)
+
+    def _decode_step(self, size: int) -> Step:
+        """What the graph of a size repeats, with inputs that touch the null block only."""
+        inputs = self._to_device(pad_decode(dummy_batch(1, 1, self.config.block_size), size), None)
+
+        @torch.inference_mode()
+        def step() -> None:
+            hidden_states, logits = self._compute(inputs)
+            self._hidden_states[:size].copy_(hidden_states)
+            if self._logits is not None and logits is not None:
+                self._logits[:size].copy_(logits)
+
+        return step
+
+    def _to_device(self, batch: ForwardBatch, sampled: torch.Tensor | None) -> _Inputs:
         cu_seqlens_q = np.concatenate([np.zeros(1, dtype=np.int32), np.cumsum(batch.query_lens, dtype=np.int32)])
-        return AttentionMetadata(
-            slot_mapping=self._slot_mapping.fill(batch.slot_mapping),
-            block_table=self._block_table.fill(batch.block_table).view(batch.block_table.shape),
-            seq_lens=self._seq_lens.fill(batch.seq_lens),
-            cu_seqlens_q=self._cu_seqlens_q.fill(cu_seqlens_q),
+        (unread,) = np.nonzero(batch.unread_rows >= 0)
+        tensors = self._upload.upload(
+            [
+                (batch.token_ids, torch.int64),
+                (batch.positions, torch.int64),
+                (batch.slot_mapping, torch.int64),
+                (batch.seq_lens, torch.int32),
+                (cu_seqlens_q, torch.int32),
+                # From here on, decode steps of one size may differ in their shapes.
+                (batch.logits_indices, torch.int64),
+                (batch.prompt_logits_indices, torch.int64),
+                (batch.block_table, torch.int32),
+                (unread, torch.int64),
+                (batch.unread_rows[unread], torch.int64),
+            ]
+        )
+        token_ids, positions, slots, seq_lens, cu_seqlens, logits_indices, prompt_logits_indices, table, *indices = (
+            tensors
+        )
+        if len(unread):
+            self._insert_sampled(token_ids, sampled, unread=(unread, batch.unread_rows[unread]), indices=indices)
+        max_seq_len = int(batch.seq_lens.max())
+        if self._pads_decodes and is_decode(batch):
+            # What a graph takes for given must be the same without it.
+            num_seqs, width = table.shape
+            self._block_table[:num_seqs, :width].copy_(table)
+            table, max_seq_len = self._block_table[:num_seqs], self.config.max_model_len
+        metadata = AttentionMetadata(
+            slot_mapping=slots,
+            block_table=table,
+            seq_lens=seq_lens,
+            cu_seqlens_q=cu_seqlens,
             query_lens=batch.query_lens.tolist(),
             context_lens=batch.seq_lens.tolist(),
             max_query_len=int(batch.query_lens.max()),
-            max_seq_len=int(batch.seq_lens.max()),
+            max_seq_len=max_seq_len,
         )
+        return _Inputs(token_ids, positions, metadata, logits_indices, prompt_logits_indices)
+
+    def _insert_sampled(
+        self,
+        token_ids: torch.Tensor,
+        sampled: torch.Tensor | None,
+        *,
+        unread: tuple[np.ndarray, np.ndarray],
+        indices: Sequence[torch.Tensor],
+    ) -> None:
+        """Writes tokens that the host has not read into `token_ids`, on every rank. unread: the indices of these tokens, and their rows of
+        `sampled`; indices: both on the device.
+        """
+        # Only rank 0 has sampled.
+        if sampled is not None:
+            tokens, rows = unread
+            n = len(tokens)
+            if rows[-1] == tokens[-1] == n - 1 and (rows == tokens).all():
+                # The usual step, in which all go on that went on in the last one.
+                token_ids[:n] = sampled[:n]
+            else:
+                token_ids.index_copy_(0, indices[0], sampled.index_select(0, indices[1]))
+        self.tp.broadcast_tensor(token_ids)
 
     def _profile(self) -> None:
-        """Runs the largest step once with a one-block cache, so that peak memory is known before the real cache is sized."""
+        """Runs the largest step once with a one-block cache, so that peak memory is known before the real cache is sized, and takes the
+        memory of the graphs to come.
+        """
         config = self.config
         self.kv_cache = kv_cache.allocate(config, 1, self.dtype, self.tp.device)
+        self._graph_bytes = self.graphs.reserve(self._decode_step)
         torch.cuda.reset_peak_memory_stats(self.tp.device)
         longest = min(config.max_model_len, config.max_num_batched_tokens)
         # As many sequences as may sample in one step: the logits are the largest activation.
@@ -154,6 +265,8 @@ class ModelRunner:
         self.execute(batch, _LikePromptLogprobs())
         torch.cuda.synchronize(self.tp.device)
         self.kv_cache = []
+        # Pieces that a KV cache does not fit into.
+        torch.cuda.empty_cache()
 
 
 class _LikePromptLogprobs:

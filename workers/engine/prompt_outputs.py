@@ -8,13 +8,16 @@ Worked example, a prompt of 10 tokens in chunks of 4, prompt_logprobs from index
 3, from the second 4 to 7, from the third 8. Row 9 is the sampler's.
 """
 
+from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from workers.engine.request import PromptOutput, ScheduledRequest
 from workers.protocol import GenerateRequest, TokenLogprob
-from workers.sampling.logprobs import token_logprobs
+from workers.sampling.logprobs import LogprobTensors, compute_logprobs, list_logprobs
+from workers.sampling.transfer import Download, upload
 
 
 class PromptLogprobs:
@@ -24,15 +27,30 @@ class PromptLogprobs:
 
     def __init__(self, prompt: Sequence[int], *, start: int, num_top: int) -> None:
         self.rows = range(max(start, 1) - 1, len(prompt) - 1)
-        self.logprobs: list[TokenLogprob | None] = [None] if start == 0 else []
+        self._logprobs: list[TokenLogprob | None] = [None] if start == 0 else []
+        self._downloads: deque[Download] = deque()
         self._prompt = prompt
         self._num_top = num_top
 
+    @property
+    def logprobs(self) -> list[TokenLogprob | None]:
+        """Waits for the device."""
+        while self._downloads:
+            self._take_download()
+        return self._logprobs
+
     def read(self, rows: range, logits: torch.Tensor) -> None:
-        """logits: [len(rows), vocab_size] float32."""
-        token_ids = self._prompt[rows.start + 1 : rows.stop + 1]
-        self.logprobs += token_logprobs(logits, token_ids, [self._num_top] * len(rows))
+        """logits: [len(rows), vocab_size] float32. Does not wait for the device."""
+        while self._downloads and self._downloads[0].is_there:
+            self._take_download()
+        token_ids = np.array(self._prompt[rows.start + 1 : rows.stop + 1], dtype=np.int64)
+        (on_device,) = upload([token_ids], logits.device)
+        self._downloads.append(Download(compute_logprobs(logits, on_device, max_top=self._num_top)))
         self.rows = range(rows.stop, self.rows.stop)
+
+    def _take_download(self) -> None:
+        tensors = LogprobTensors(*self._downloads.popleft().wait())
+        self._logprobs += list_logprobs(tensors, [self._num_top] * len(tensors.token_ids))
 
 
 class MeanEmbedding:
@@ -44,18 +62,21 @@ class MeanEmbedding:
         self.rows = range(num_prompt_tokens)
         self._num_prompt_tokens = num_prompt_tokens
         self._sum: torch.Tensor | None = None
+        self._mean: Download | None = None
 
     def read(self, rows: range, hidden_states: torch.Tensor) -> None:
-        """hidden_states: [len(rows), hidden_size] of any type."""
+        """hidden_states: [len(rows), hidden_size] of any type. Does not wait for the device."""
         part = hidden_states.double().sum(dim=0)
         self._sum = part if self._sum is None else self._sum + part
         self.rows = range(rows.stop, self.rows.stop)
+        if not self.rows:
+            self._mean = Download([self._sum / self._num_prompt_tokens])
 
     def to_bytes(self) -> bytes:
-        """hidden_size little-endian float32 values."""
-        assert self._sum is not None, "every prompt has a token"
-        assert not self.rows, f"rows {self.rows} are not computed yet"
-        return (self._sum / self._num_prompt_tokens).cpu().numpy().astype("<f4").tobytes()
+        """hidden_size little-endian float32 values. Waits for the device."""
+        assert self._mean is not None, f"rows {self.rows} are not computed yet"
+        (mean,) = self._mean.wait()
+        return mean.numpy().astype("<f4").tobytes()
 
 
 def make_prompt_output(message: GenerateRequest) -> PromptOutput | None:

@@ -19,10 +19,11 @@ def load_report(
     tp: TensorParallel,
     *,
     num_compiling: int,
+    num_leaving: int,
     prompt_tokens_total: int,
     generated_tokens_total: int,
 ) -> LoadReport:
-    """`num_compiling`: requests that wait for their grammar, which the scheduler does not know yet."""
+    """What the scheduler does not know: `num_compiling` requests wait for their grammar, `num_leaving` for their last token."""
     pool, prefix_counts = scheduler.kv_cache.pool, scheduler.prefix_counts
     # Copies: the engine thread changes the lists.
     running, waiting = list(scheduler.running), list(scheduler.waiting)
@@ -31,11 +32,11 @@ def load_report(
     num_foreground_blocks = sum(r.sequence.num_held_blocks for r in running if not r.is_background)
     step_age_s = clock.step_age_s()
     return LoadReport(
-        num_running=len(running),
+        num_running=len(running) + num_leaving,
         num_waiting=len(waiting) + num_compiling,
-        num_pending_tokens=sum(r.sequence.num_pending_tokens for r in requests),
+        num_pending_tokens=sum(r.num_pending_tokens for r in requests),
         num_background=len(background),
-        num_background_pending_tokens=sum(r.sequence.num_pending_tokens for r in background),
+        num_background_pending_tokens=sum(r.num_pending_tokens for r in background),
         num_background_blocks=max(0, pool.num_used - num_foreground_blocks),
         tokens_per_s=clock.tokens_per_s,
         num_blocks=pool.num_blocks,
@@ -80,4 +81,6 @@ def engine_facts(
         eos_token_ids=config.model.eos_token_ids,
         attention_backend=attention_backend,
         hidden_size=config.model.hidden_size,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_background_tokens=config.background_tokens,
     )

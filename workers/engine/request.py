@@ -5,7 +5,7 @@ Knows no torch and no scheduling policy.
 
 import math
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from workers.errors import RequestError
@@ -52,6 +52,10 @@ class Request:
     # Prompt tokens found in the prefix cache at first admission, until a delta has reported them.
     num_cached_tokens: int | None = None
     num_preemptions: int = 0
+    # Of its newest token, while that is in flight: its row among the tokens of the step in flight. None: the host knows all tokens.
+    unread_row: int | None = None
+    # It has left the scheduler, because the token in flight is its last.
+    has_left: bool = False
     # Present once the grammar is compiled.
     constraint: Constraint | None = None
     prompt_output: PromptOutput | None = None
@@ -73,6 +77,17 @@ class Request:
         return len(self.sequence.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_in_flight(self) -> int:
+        """Tokens, 0 or 1, that are sampled, but that the host has not read yet. They come after `token_ids`."""
+        return 0 if self.unread_row is None else 1
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens that are still to be computed, the one in flight among them."""
+        sequence = self.sequence
+        return len(sequence.token_ids) - sequence.num_computed_tokens + (self.unread_row is not None)
+
+    @property
     def max_prefix_tokens(self) -> int:
         """How many tokens may come from the prefix cache, which has no logits and no hidden states: those must be computed."""
         if self.prompt_output is not None and self.prompt_output.rows:
@@ -91,7 +106,9 @@ class Request:
     @property
     def is_held(self) -> bool:
         """Whether it cannot be part of a step, because the mask for its next token takes long."""
-        return self.constraint is not None and self.constraint.is_held
+        if self.constraint is None:
+            return False
+        return self.constraint.is_held or (self.unread_row is not None and self.constraint.is_slow)
 
     def append(self, token_id: int) -> None:
         self.sequence.token_ids.append(token_id)
@@ -111,27 +128,31 @@ class Request:
             return FinishReason.STOP
         if self.constraint is not None and self.constraint.is_finished:
             return FinishReason.STOP
-        if self.num_output_tokens >= sampling.max_tokens or self.num_tokens >= max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self.is_at_limit(max_model_len) else None
+
+    def is_at_limit(self, max_model_len: int) -> bool:
+        """Whether it ends with its last token, the one in flight included, whatever that token is."""
+        num_tokens = len(self.sequence.token_ids) + (self.unread_row is not None)
+        return num_tokens - self.num_prompt_tokens >= self.sampling.max_tokens or num_tokens >= max_model_len
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRequest:
-    """A request and how many of its tokens the step computes."""
+    """A request and how many of its tokens the step computes.
+
+    completes: whether this step computes the request's last token, as it is now. samples: whether the logits of that token choose the
+    next one in this step.
+    """
 
     request: Request
     num_new_tokens: int
+    completes: bool = field(init=False)
+    samples: bool = field(init=False)
 
-    @property
-    def completes(self) -> bool:
-        """Whether this step computes the request's last token."""
-        return self.num_new_tokens == self.request.sequence.num_pending_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether the logits of its last token choose the next one in this step."""
-        return self.completes and self.request.sampling.max_tokens > 0
+    def __post_init__(self) -> None:
+        completes = self.num_new_tokens == self.request.num_pending_tokens
+        object.__setattr__(self, "completes", completes)
+        object.__setattr__(self, "samples", completes and self.request.sampling.max_tokens > 0)
 
     @property
     def prompt_rows(self) -> range:

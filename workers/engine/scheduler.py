@@ -148,7 +148,7 @@ class Scheduler:
 
     def _grow(self, request: Request, step: _Step) -> None:
         """A running request continues. Without room for it the last in order is preempted, which may be the request itself."""
-        num_new_tokens = min(request.sequence.num_pending_tokens, step.budget_for(request))
+        num_new_tokens = min(request.num_pending_tokens, step.budget_for(request))
         while not self.kv_cache.grow(request.sequence, num_new_tokens):
             if self._preempt_last(step) is request:
                 return

@@ -10,7 +10,11 @@ SPEED_DECAY = 0.9
 
 
 class StepClock:
-    """Call `start` and `end` around every forward pass, then `add_speed` where its speed is representative."""
+    """Call `start` and `end` around every forward pass, then `add_speed` where its speed is representative.
+
+    A pass may start before the one before it has ended, and they end in the order of their starts. The device computes one at a time, so
+    a pass takes the time from its start, or from the end of the one before it, whichever is later.
+    """
 
     def __init__(self) -> None:
         self.num_steps_total = 0
@@ -19,16 +23,19 @@ class StepClock:
         # Decaying sums, so that a short prompt, whose step is mostly fixed cost, does not count like a long one.
         self._recent_tokens = self._recent_s = 0.0
         self._last_end: float | None = None
-        self._start: float | None = None
+        # Of the steps that have not ended. Replaced, never changed: other threads read it.
+        self._starts: tuple[float, ...] = ()
 
     def start(self) -> None:
-        self._start = time.monotonic()
+        self._starts = (*self._starts, time.monotonic())
 
     def end(self) -> None:
-        assert self._start is not None, "a step ends that has not started"
-        self._last_end = time.monotonic()
-        self.last_step_s = self._last_end - self._start
-        self._start = None
+        """The first of the steps that have started ends now: the device has computed it."""
+        assert self._starts, "a step ends that has not started"
+        now = time.monotonic()
+        began = self._starts[0] if self._last_end is None else max(self._starts[0], self._last_end)
+        self.last_step_s = now - began
+        self._last_end, self._starts = now, self._starts[1:]
         self.num_steps_total += 1
         self.step_s_total += self.last_step_s
 
@@ -43,9 +50,9 @@ class StepClock:
         return self._recent_tokens / self._recent_s if self._recent_s else 0.0
 
     def step_age_s(self) -> float | None:
-        """Seconds since the running step started; None between steps."""
-        start = self._start  # another thread may end the step
-        return None if start is None else time.monotonic() - start
+        """Seconds since the first of the steps that have not ended started; None between steps."""
+        starts = self._starts  # another thread may end the step
+        return time.monotonic() - starts[0] if starts else None
 
     def forward_age_s(self) -> float | None:
         """Seconds since the last forward pass ended; None before the first."""

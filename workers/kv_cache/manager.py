@@ -7,6 +7,8 @@ sight for it and every later query and is released; block 1 (4-7) is still partl
 (i + 1) * block_size <= next_query - W + 1, so a decoding sequence holds at most ceil((W - 1) / block_size) + 1 blocks.
 """
 
+from array import array
+
 from workers.kv_cache.block_pool import NULL_BLOCK, BlockPool
 from workers.kv_cache.sequence import BlockSequence
 from workers.protocol import hash_block
@@ -53,7 +55,7 @@ class KVCacheManager:
         if num_needed + num_revived > self.pool.num_free:
             return False
         self.pool.touch(prefix)
-        sequence.block_ids = prefix + self.pool.allocate(num_needed)
+        sequence.block_ids = array("i", prefix + self.pool.allocate(num_needed))
         sequence.num_released_blocks = self._num_unseen_blocks(num_computed)
         sequence.num_cached_blocks = len(prefix)
         sequence.num_computed_tokens = num_computed
@@ -63,12 +65,13 @@ class KVCacheManager:
         """Makes room for the next tokens of a running sequence; False if too few blocks are free. Releases first what the window
         has passed.
         """
-        self._release_unseen(sequence)
+        if self.sliding_window is not None:
+            self._release_unseen(sequence)
         num_needed = self._blocks_for(sequence.num_computed_tokens + num_new_tokens) - len(sequence.block_ids)
         if num_needed > self.pool.num_free:
             return False
         if num_needed > 0:
-            sequence.block_ids += self.pool.allocate(num_needed)
+            sequence.block_ids.extend(self.pool.allocate(num_needed))
         return True
 
     def commit(self, sequence: BlockSequence, num_new_tokens: int) -> None:
@@ -119,7 +122,7 @@ class KVCacheManager:
     def free(self, sequence: BlockSequence) -> None:
         """Releases all blocks; the tokens stay. The tail is evicted before the head, which more prefixes share."""
         self.pool.release(reversed(sequence.block_ids))
-        sequence.block_ids = []
+        sequence.block_ids = array("i")
         sequence.num_released_blocks = sequence.num_cached_blocks = 0
         sequence.num_computed_tokens = 0
 
@@ -129,6 +132,12 @@ class KVCacheManager:
             return self._blocks_for(num_tokens)
         in_sight = self._blocks_for(self.sliding_window - 1 + max_new_tokens) + 1
         return min(in_sight, self._blocks_for(num_tokens))
+
+    def longest_sequence(self, num_tokens: int, max_new_tokens: int) -> int:
+        """`num_tokens`, or less where the cache cannot hold one sequence of as many; `max_new_tokens` as above."""
+        if self.max_blocks_held(num_tokens, max_new_tokens) <= self.pool.num_blocks:
+            return num_tokens
+        return self.pool.num_blocks * self.block_size
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -143,7 +152,7 @@ class KVCacheManager:
         unseen = sequence.block_ids[sequence.num_released_blocks : num_unseen]
         if unseen:
             self.pool.release(reversed(unseen))
-            sequence.block_ids[sequence.num_released_blocks : num_unseen] = [NULL_BLOCK] * len(unseen)
+            sequence.block_ids[sequence.num_released_blocks : num_unseen] = array("i", [NULL_BLOCK]) * len(unseen)
             sequence.num_released_blocks = num_unseen
 
     def _extend_hashes(self, sequence: BlockSequence, num_tokens: int) -> None:

@@ -3,6 +3,7 @@
 Knows no request, no priority and no torch.
 """
 
+from array import array
 from dataclasses import dataclass, field
 
 
@@ -16,7 +17,8 @@ class BlockSequence:
     token_ids: list[int]
     root_hash: bytes = b""
     num_computed_tokens: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    # 32-bit, as a step's block table has them: a row of it is then one copy, whatever the length of the context.
+    block_ids: "array[int]" = field(default_factory=lambda: array("i"))
     # Leading block_ids that are the null block, because the window has passed them.
     num_released_blocks: int = 0
     # Leading block_ids whose content the pool can find by hash.

@@ -10,8 +10,9 @@ from workers.config import EngineConfig
 from workers.errors import ConfigError
 
 
-def num_blocks_that_fit(config: EngineConfig, device: torch.device) -> int:
-    """Usable blocks on this rank. On CUDA, call it after a profiling pass so that peak activations are known.
+def num_blocks_that_fit(config: EngineConfig, device: torch.device, *, reserved_bytes: int = 0) -> int:
+    """Usable blocks on this rank. On CUDA, call it after a profiling pass so that peak activations are known. `reserved_bytes`: of the
+    device's memory that seems free, what something else is going to take.
 
     Raises ConfigError when not even one block fits.
     """
@@ -23,7 +24,9 @@ def num_blocks_that_fit(config: EngineConfig, device: torch.device) -> int:
         # What the profiling pass used beyond what is held now must stay free for the next pass.
         activations = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
         reserved_unused = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
-        budget = int(free + reserved_unused - activations - (1 - config.gpu_memory_utilization) * total)
+        budget = int(
+            free + reserved_unused - reserved_bytes - activations - (1 - config.gpu_memory_utilization) * total
+        )
         remedy = "Raise --gpu-memory-utilization, lower --max-num-batched-tokens or use more tensor-parallel ranks."
         param = "--gpu-memory-utilization"
     else:

@@ -7,10 +7,10 @@ num_tokens, so a step can be captured as a CUDA graph.
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from workers.attention.backend import AttentionBackend, AttentionMetadata
 from workers.config import ModelConfig
+from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
 from workers.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from workers.parallel.group import TensorParallel
 from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight
@@ -19,14 +19,27 @@ from workers.quant.method import WeightMethod, WeightSource, check_shape, new_we
 class RMSNorm(nn.Module):
     """x / rms(x) * weight; rms(x) is computed in fp32."""
 
-    def __init__(self, hidden_size: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kernels: LayerKernels = TORCH_LAYER_KERNELS,
+    ) -> None:
         super().__init__()
         self.eps = eps
+        self.kernels = kernels
         self.weight = new_weight((hidden_size,), self.load_whole, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.add(x, None)[0]
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of residual + x, and the new residual, which is that sum. Without a residual, it is x. All [num_tokens, hidden_size]."""
+        return self.kernels.add_rms_norm(x, residual, weight=self.weight, eps=self.eps)
 
     def load_whole(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
         """Every rank holds the whole parameter."""
@@ -44,7 +57,6 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, theta: float, *, max_positions: int, device: torch.device | str) -> None:
         super().__init__()
-        self.half_dim = head_dim // 2
         # The formula is transformers' to the last bit: at position 40,000 other rounding changes the angle by 0.002 radians.
         inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)
@@ -54,13 +66,9 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)  # [max_positions, 2, head_dim], fp32
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for `rotate`, each [num_tokens, 1, head_dim]; once per step serves all layers. positions: [num_tokens]."""
+        """cos and sin for `rotary_kv`, each [num_tokens, 1, head_dim]; once per step serves all layers. positions: [num_tokens]."""
         cos, sin = self.cos_sin[positions].split(1, dim=1)
         return cos, sin
-
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        # x: [num_tokens, num_heads, head_dim], any dtype; computed in fp32
-        return torch.addcmul(x * cos, x.roll(self.half_dim, dims=-1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -70,19 +78,17 @@ class Attention(nn.Module):
         self,
         config: ModelConfig,
         *,
-        rotary: RotaryEmbedding,
         backend: AttentionBackend,
         tp: TensorParallel,
         dtype: torch.dtype,
         device: torch.device | str,
         method: WeightMethod,
+        kernels: LayerKernels,
     ) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads // tp.size
-        self.num_kv_heads = config.num_key_value_heads // tp.size
         self.head_dim = config.head_dim
-        self.rotary = rotary
         self.backend = backend
+        self.kernels = kernels
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             num_heads=config.num_attention_heads,
@@ -106,12 +112,10 @@ class Attention(nn.Module):
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
-        # qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
+        # qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]; q: [num_tokens, num_heads, head_dim]
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
-        qk, v = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = self.rotary.rotate(qk, *angles).split((self.num_heads, self.num_kv_heads), dim=1)
-        # q: [num_tokens, num_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim]; views with a longer row stride
-        out = self.backend.forward(q, k, v, *kv_cache, metadata)
+        q = self.kernels.rotary_kv(qkv, angles, kv_cache=kv_cache, slot_mapping=metadata.slot_mapping)
+        out = self.backend.forward(q, *kv_cache, metadata)
         return self.o_proj(out.reshape(x.shape[0], -1))
 
 
@@ -127,8 +131,10 @@ class MLP(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         method: WeightMethod,
+        kernels: LayerKernels,
     ) -> None:
         super().__init__()
+        self.kernels = kernels
         output_sizes = [("gate", intermediate_size), ("up", intermediate_size)]
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden_size, output_sizes, tp=tp, dtype=dtype, device=device, method=method
@@ -139,16 +145,6 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # each [num_tokens, intermediate_size / size]
-        return self.down_proj(silu(gate) * up)
-
-
-def silu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(x).
-
-    On the CPU torch's own silu computes the last elements of each thread's part with another exponential, with other last bits, and
-    where the parts end depends on the number of rows. `exp` computes every element alike.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return functional.silu(x)
-    return x / x.neg().exp_().add_(1.0)
+        # gate_up: [num_tokens, 2 * intermediate_size / size]
+        gate_up = self.gate_up_proj(x)
+        return self.down_proj(self.kernels.silu_mul(gate_up))

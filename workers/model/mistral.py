@@ -11,6 +11,7 @@ from torch import nn
 
 from workers.attention.backend import AttentionBackend, AttentionMetadata, KVCaches
 from workers.config import ModelConfig
+from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
 from workers.layers.decoder import MLP, Attention, RMSNorm, RotaryEmbedding
 from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from workers.parallel.group import TensorParallel
@@ -37,11 +38,19 @@ class MistralForCausalLM(nn.Module):
         device: torch.device | str,
         max_positions: int,
         method: WeightMethod = DENSE,
+        kernels: LayerKernels = TORCH_LAYER_KERNELS,
     ) -> None:
         """`backend` serves this rank's heads, `method` all weight matrices. Positions run from 0 to max_positions - 1."""
         super().__init__()
         self.model = MistralModel(
-            config, tp=tp, backend=backend, dtype=dtype, device=device, max_positions=max_positions, method=method
+            config,
+            tp=tp,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            max_positions=max_positions,
+            method=method,
+            kernels=kernels,
         )
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(
@@ -71,6 +80,7 @@ class MistralModel(nn.Module):
         device: torch.device | str,
         max_positions: int,
         method: WeightMethod,
+        kernels: LayerKernels,
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
@@ -78,19 +88,21 @@ class MistralModel(nn.Module):
         )
         self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, max_positions=max_positions, device=device)
         self.layers = nn.ModuleList(
-            MistralLayer(config, rotary=self.rotary, backend=backend, tp=tp, dtype=dtype, device=device, method=method)
+            MistralLayer(config, backend=backend, tp=tp, dtype=dtype, device=device, method=method, kernels=kernels)
             for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device, kernels=kernels)
 
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, kv_caches: KVCaches, metadata: AttentionMetadata
     ) -> torch.Tensor:
         hidden_states = self.embed_tokens(token_ids)  # [num_tokens, hidden_size]
         angles = self.rotary.angles(positions)
+        residual = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden_states = layer(hidden_states, angles, kv_cache, metadata)
-        return self.norm(hidden_states)
+            hidden_states, residual = layer(hidden_states, residual, angles, kv_cache, metadata)
+        hidden_states, _ = self.norm.add(hidden_states, residual)
+        return hidden_states
 
 
 class MistralLayer(nn.Module):
@@ -98,27 +110,46 @@ class MistralLayer(nn.Module):
         self,
         config: ModelConfig,
         *,
-        rotary: RotaryEmbedding,
         backend: AttentionBackend,
         tp: TensorParallel,
         dtype: torch.dtype,
         device: torch.device | str,
         method: WeightMethod,
+        kernels: LayerKernels,
     ) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device, kernels=kernels)
+
+        self.input_layernorm = norm()
         self.self_attn = Attention(
-            config, rotary=rotary, backend=backend, tp=tp, dtype=dtype, device=device, method=method
+            config, backend=backend, tp=tp, dtype=dtype, device=device, method=method, kernels=kernels
         )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, tp=tp, dtype=dtype, device=device, method=method)
+        self.post_attention_layernorm = norm()
+        self.mlp = MLP(
+            config.hidden_size,
+            config.intermediate_size,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+            method=method,
+            kernels=kernels,
+        )
 
     def forward(
         self,
         hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
         angles: tuple[torch.Tensor, torch.Tensor],
         kv_cache: tuple[torch.Tensor, torch.Tensor],
         metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), angles, kv_cache, metadata)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual lags by one block, so that each block's output is added to it by the norm that follows, in one kernel.
+
+        hidden_states: what the block before computed; its sum with the residual is this layer's input. Returns both in the same form.
+        """
+        hidden_states, residual = self.input_layernorm.add(hidden_states, residual)
+        hidden_states = self.self_attn(hidden_states, angles, kv_cache, metadata)
+        hidden_states, residual = self.post_attention_layernorm.add(hidden_states, residual)
+        return self.mlp(hidden_states), residual

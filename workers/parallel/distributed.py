@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from workers.errors import GroupError
+from workers.parallel.group import sum_in_rank_order
 from workers.parallel.interface import interface_towards
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,17 @@ class DistributedGroup:
         master_port: int,
         timeout_s: float = 30.0,
         join_timeout_s: float = 120.0,
+        deterministic: bool = False,
     ) -> None:
-        """Returns when every rank has joined at rank 0's `master_address:master_port`. Raises GroupError after `join_timeout_s`."""
+        """Returns when every rank has joined at rank 0's `master_address:master_port`. Raises GroupError after `join_timeout_s`.
+
+        deterministic: an all-reduced element's bits do not depend on its place in the tensor. On the CPU always so.
+        """
         self.rank = rank
         self.size = size
         self.device = torch.device(device)
+        # NCCL and Gloo add in an order that depends on the tensor's size and the element's place in it. The sum of two has only one.
+        self._sums_in_rank_order = size > 2 and (deterministic or self.device.type == "cpu")
         self._timeout = timedelta(seconds=timeout_s)
         self._entered = 0  # collectives this rank has begun
         self._busy = False
@@ -97,7 +104,12 @@ class DistributedGroup:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place. x: any shape, contiguous, on `device`."""
         with self._collective():
-            dist.all_reduce(x, group=self._step)
+            if not self._sums_in_rank_order:
+                dist.all_reduce(x, group=self._step)
+                return x
+            parts = [torch.empty_like(x) for _ in range(self.size)]
+            dist.all_gather(parts, x, group=self._step)
+        sum_in_rank_order(parts, out=x)
         return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -132,6 +144,12 @@ class DistributedGroup:
                 dist.broadcast(rest, src=0, group=self._control)
                 message[INLINE_WORDS:] = rest.numpy()
         return message
+
+    def broadcast_tensor(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's x on all ranks, in place. x: any shape, contiguous, on `device`."""
+        with self._collective():
+            dist.broadcast(x, src=0, group=self._step)
+        return x
 
     def min(self, value: int) -> int:
         """The smallest value over ranks."""

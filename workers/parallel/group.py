@@ -5,6 +5,7 @@
 Knows no model and no Ray.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +37,13 @@ class TensorParallel(Protocol):
         """
         ...
 
+    def broadcast_tensor(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `x` on all ranks, in place. x: any shape, contiguous, on `device`; the same shape and type on all ranks.
+
+        Part of a step, unlike `broadcast`: no rank waits longer than for an all-reduce.
+        """
+        ...
+
     def min(self, value: int) -> int:
         """The smallest value over ranks."""
         ...
@@ -47,6 +55,19 @@ class TensorParallel(Protocol):
     def close(self) -> None:
         """Releases shared memory and process groups. Idempotent."""
         ...
+
+
+def sum_in_rank_order(parts: Sequence[torch.Tensor], *, out: torch.Tensor) -> None:
+    """The sum of all ranks' parts into `out`, first to last, so that each element's bits depend on nothing but its parts.
+
+    Half types are summed in fp32 and rounded once. Parts and out: the same shape and dtype; out is none of the parts.
+    """
+    is_half = out.dtype in (torch.bfloat16, torch.float16)
+    total = parts[0].float() if is_half else out.copy_(parts[0])
+    for part in parts[1:]:
+        total.add_(part)
+    if is_half:
+        out.copy_(total)
 
 
 def rank_device(device: torch.device | str) -> torch.device:
@@ -73,6 +94,9 @@ class SingleRank:
     def broadcast(self, message: np.ndarray | None) -> np.ndarray:
         assert message is not None, "rank 0 must bring the message"
         return message
+
+    def broadcast_tensor(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def min(self, value: int) -> int:
         return value

@@ -26,10 +26,12 @@ def join_group(
     timeout_s: float = 30.0,
     join_timeout_s: float = 120.0,
     backend: Literal["auto", "shm", "gloo", "nccl"] = "auto",
+    deterministic: bool = False,
 ) -> TensorParallel:
     """Returns when all `size` ranks have joined. `timeout_s` limits each collective, `join_timeout_s` the joining.
 
     `replica_id` must differ between incarnations of a replica. `master_address:master_port` is on rank 0's host; "shm" does not use it.
+    `deterministic`: the ranks' sums have a fixed order on CUDA too, see `DistributedGroup`.
     "auto" is NCCL on CUDA; on the CPU shared memory where all ranks are on one host and it works there, else Gloo.
     Raises GroupError if a rank stays away, ConfigError if backend and device do not fit.
     """
@@ -62,4 +64,5 @@ def join_group(
         master_port=master_port,
         timeout_s=timeout_s,
         join_timeout_s=join_timeout_s,
+        deterministic=deterministic,
     )

@@ -21,12 +21,13 @@ import torch
 
 from workers.errors import GroupError
 from workers.parallel import shared_file
+from workers.parallel.group import sum_in_rank_order
 from workers.parallel.shared_file import ARRIVED, BORN, CLOSED, LINE, MAGIC, PID, WORD
 from workers.process_identity import born_at
 
 logger = logging.getLogger(__name__)
 
-OPERATIONS = ALL_REDUCE, GATHER, MIN = "all_reduce", "gather", "min"
+OPERATIONS = ALL_REDUCE, GATHER, BROADCAST, MIN = "all_reduce", "gather", "broadcast", "min"
 
 SPINS = 50  # first polls, without a system call: a few us; more would starve the others where ranks outnumber cores
 YIELD_S = 0.001  # then polls that offer the core to others; after that, sleeps of a sixteenth of the time waited so far
@@ -99,14 +100,7 @@ class SharedMemoryGroup:
         """Sum over ranks, in place. Half types are summed in fp32 and rounded once. x: any shape, contiguous."""
 
         def add_up(chunk: torch.Tensor, parts: list[torch.Tensor]) -> None:
-            if x.dtype in (torch.bfloat16, torch.float16):
-                total = parts[0].float()
-            else:
-                total = chunk.copy_(parts[0])
-            for part in parts[1:]:
-                total.add_(part)
-            if total is not chunk:
-                chunk.copy_(total)
+            sum_in_rank_order(parts, out=chunk)
 
         self._exchange(ALL_REDUCE, x, add_up)
         return x
@@ -156,6 +150,15 @@ class SharedMemoryGroup:
             chunk.copy_(self._typed(torch.int32)[0, parity, : len(chunk)])
             start += step
         return received
+
+    def broadcast_tensor(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's x on all ranks, in place; rank 0 returns without waiting. x: any shape, contiguous."""
+
+        def take(chunk: torch.Tensor, parts: list[torch.Tensor]) -> None:
+            chunk.copy_(parts[0])
+
+        self._exchange(BROADCAST, x, None if self.rank == 0 else take)
+        return x
 
     def min(self, value: int) -> int:
         """The smallest value over ranks."""

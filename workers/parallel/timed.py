@@ -50,6 +50,10 @@ class TimedGroup:
         self._began = perf_counter()
         return self._tp.broadcast(message)
 
+    def broadcast_tensor(self, x: torch.Tensor) -> torch.Tensor:
+        self._began = perf_counter()
+        return self._tp.broadcast_tensor(x)
+
     def min(self, value: int) -> int:
         self._began = perf_counter()
         return self._tp.min(value)

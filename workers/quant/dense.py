@@ -1,23 +1,55 @@
 """Weights as they are: one dense matrix in the engine's dtype, laid out for oneDNN where that computes faster.
 
-Knows torch's products; no ranks and no layers.
+Knows torch's products and when to use the deterministic one; no ranks and no layers.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from workers.errors import ConfigError
+from workers.kernels.usable import why_triton_cannot_run
 from workers.quant.method import WeightLoader, new_weight
 
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 CAN_PACK = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")
 )
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias. x: [num_tokens, in_features]; weight: [out_features, in_features], possibly packed by `pack`."""
+    if not weight.is_mkldnn:
+        return functional.linear(x, weight, bias)
+    # One row may take another path through oneDNN, with other rounding. Two rows cost the same, and then every row's result is
+    # bit for bit independent of the other rows.
+    rows = x.expand(2, -1) if x.shape[0] == 1 else x
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")[: x.shape[0]]
+
+
+def pack(weight: nn.Parameter) -> nn.Parameter:
+    """The weight laid out for oneDNN, if it is float32 on a CPU that has it; otherwise the weight itself.
+
+    Measured against F.linear on one thread: 1.1 to 3.3 times as fast at 2 to 16 rows, 6 to 25 % faster at 256 rows; slower at one row
+    on small matrices (256 x 768: 25 us, not 15 us) and at every row count on 256 x 256. The deciding reason: a row's result no longer
+    depends on the batch around it, so a request's tokens and log-probabilities do not either. Without packing (half types, a torch
+    without oneDNN, CUDA without --deterministic) a request continues elsewhere with the same seed, but the last bits of its logits may
+    differ.
+    """
+    if not CAN_PACK or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return weight
+    # The 16 is a typical number of rows, by which oneDNN chooses the layout.
+    return nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), requires_grad=False)
+
+
 class DenseMethod:
-    """See `WeightMethod`. The only parameter is `weight` [out_features, in_features]."""
+    """See `WeightMethod`. The only parameter is `weight` [out_features, in_features]. `product` has the signature of `linear`."""
+
+    def __init__(self, product: Product = linear) -> None:
+        self.product = product
 
     def create(
         self,
@@ -38,37 +70,33 @@ class DenseMethod:
         return target.numel()
 
     def finish(self, layer: nn.Module) -> None:
-        layer.register_parameter("weight", pack(_weight(layer)))
+        if self.product is linear:
+            layer.register_parameter("weight", pack(_weight(layer)))
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return linear(x, _weight(layer), bias)
+        return self.product(x, _weight(layer), bias)
 
 
 DENSE = DenseMethod()
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias. x: [num_tokens, in_features]; weight: [out_features, in_features], possibly packed by `pack`."""
-    if not weight.is_mkldnn:
-        return functional.linear(x, weight, bias)
-    # One row may take another path through oneDNN, with other rounding. Two rows cost the same, and then every row's result is
-    # bit for bit independent of the other rows.
-    rows = x.expand(2, -1) if x.shape[0] == 1 else x
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")[: x.shape[0]]
+def select_dense(device: torch.device, *, deterministic: bool) -> DenseMethod:
+    """The library's product, or on CUDA the deterministic one. The CPU has one product, which is deterministic where `pack` says so.
 
-
-def pack(weight: nn.Parameter) -> nn.Parameter:
-    """The weight laid out for oneDNN, if it is float32 on a CPU that has it; otherwise the weight itself.
-
-    Measured against F.linear on one thread: 1.1 to 3.3 times as fast at 2 to 16 rows, 6 to 25 % faster at 256 rows; slower at one row
-    on small matrices (256 x 768: 25 us, not 15 us) and at every row count on 256 x 256. The deciding reason: a row's result no longer
-    depends on the batch around it, so a request's tokens and log-probabilities do not either. Without packing (half types, a torch
-    without oneDNN, CUDA) a request continues elsewhere with the same seed, but the last bits of its logits may differ.
+    Raises ConfigError where Triton cannot run.
     """
-    if not CAN_PACK or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return weight
-    # The 16 is a typical number of rows, by which oneDNN chooses the layout.
-    return nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), requires_grad=False)
+    if not deterministic or device.type != "cuda":
+        return DENSE
+    if obstacle := why_triton_cannot_run(device):
+        raise ConfigError(
+            f"--deterministic cannot work: its products run in Triton, and {obstacle}.",
+            remedy="Leave it out.",
+            param="--deterministic",
+        )
+    # Imported here because Triton comes with the CUDA builds of torch only.
+    from workers.kernels.matmul import matmul
+
+    return DenseMethod(matmul)
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:

@@ -14,7 +14,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from workers.config import EngineConfig
+from workers.device.probe import CudaDevice
+from workers.device.require import find_gpu, try_gpu
+from workers.device.sizes import sized_for
 from workers.engine.loop import EngineLoop
 from workers.errors import GroupError, TramontaneError
 from workers.rank.lifeline import DIED, Lifeline
@@ -66,6 +71,7 @@ class RankWorker:
         self._progress = LoadProgress()
         self._num_steps_total = 0
         self._step_s_total = 0.0
+        self._gpu: CudaDevice | None = None
         self._tp: TensorParallel | None = None
         self._timed: TimedGroup | None = None  # the same group, where there is more than one rank
         self._runner: ModelRunner | None = None
@@ -94,11 +100,17 @@ class RankWorker:
             return Rendezvous(host=host, port=s.getsockname()[1], lifeline_port=lifeline_port)
 
     def join(self, at: Rendezvous, *, same_host: bool) -> None:
-        """Meets the other ranks at rank 0's rendezvous. Raises GroupError naming the ranks that do not come."""
+        """Meets the other ranks at rank 0's rendezvous. Raises GroupError naming the ranks that do not come, ConfigError without the GPU
+        that the configuration asks for.
+        """
+        if self.config.device == "cuda":
+            self._gpu = find_gpu(f"Rank {self.rank} on {self.location()}")
         if self.rank != 0:
             # Before torch is imported: a rank that dies from here on is named.
             self._lifeline.connect((at.host, at.lifeline_port))
         bound_primitive_caches(os.environ)
+        if self._gpu is not None:
+            try_gpu(f"Rank {self.rank} on {self.location()}", self._gpu)
         from workers.parallel.group import SingleRank
         from workers.parallel.join import join_group
         from workers.parallel.timed import TimedGroup
@@ -114,6 +126,7 @@ class RankWorker:
             master_address=at.host,
             master_port=at.port,
             same_host=same_host,
+            deterministic=self.config.deterministic,
         )
         self._tp = self._timed = TimedGroup(group)
 
@@ -123,7 +136,12 @@ class RankWorker:
 
         assert self._tp is not None, "join comes before load"
         self.phase = "loading"
+        self.config = sized_for(self.config, self._gpu, self._tp.min)
         self._runner = build_runner(self.config, self._tp, self._set_progress)
+
+    def location(self) -> str:
+        """The machine of this rank, as messages name it."""
+        return socket.gethostname()
 
     def progress(self) -> LoadProgress:
         """How much of the weights `load` has read."""
@@ -201,7 +219,9 @@ class RankWorker:
         from workers.engine.core import EngineCore
 
         core = self._core = EngineCore(self.config, runner, tp)
-        facts = core.facts(self.replica_id)
+        facts = msgspec.structs.replace(
+            core.facts(self.replica_id), device="the CPU" if self._gpu is None else self._gpu.describe()
+        )
         loop = self._loop = EngineLoop(
             core, lambda deltas, events: server.publish(deltas, events), on_failure=self._engine_failed
         )

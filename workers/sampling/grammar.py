@@ -16,12 +16,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
-from llguidance import LLExecutor, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par, get_bitmask_shape
+from llguidance import LLTokenizer
 
 from workers.errors import RequestError
-from workers.sampling.masks import MaskLanes, StepMasks, is_held
+from workers.sampling.masks import MaskLanes, StepMasks, is_held, is_slow
+from workers.sampling.matcher_masks import MatcherMasks
 from workers.sampling.vocabulary import load_grammar_tokenizer, new_matcher
+from workers.thread_priority import QUARTER, lower_priority
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Constraint:
         self._num_unconsumed = 0
         # See masks.py. The mask belongs to the tokens accepted so far.
         self.mask_s = 0.0
-        self.mask_s_is_exact = False
+        self.is_suspect = False
         self.pending_mask: Future[np.ndarray] | None = None
         self._spent_s = 0.0
         self._check(_UNUSABLE)
@@ -96,6 +97,11 @@ class Constraint:
         if num_tokens > num_unconsumed:
             self.matcher.rollback(num_tokens - num_unconsumed)
 
+    def abandon(self) -> None:
+        """Its request has ended. A mask that no thread has begun is not computed."""
+        if self.pending_mask is not None:
+            self.pending_mask.cancel()
+
     def fail(self) -> None:
         """Puts the constraint in error: its mask could not be computed."""
         self.error = _TOO_COMPLEX
@@ -110,6 +116,11 @@ class Constraint:
     def is_held(self) -> bool:
         """Whether its mask is being computed. It must not be touched, and its request cannot be part of a step."""
         return is_held(self)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether its next mask will probably take longer than a step should wait."""
+        return is_slow(self)
 
     @property
     def is_finished(self) -> bool:
@@ -137,13 +148,19 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         if tokenizer_path is not None:
             self._tokenizer = load_grammar_tokenizer(tokenizer_path, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
-        self._vocab_size = vocab_size
         self._compiling: dict[str, Future[Constraint]] = {}
-        self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
+        # Not lower: others wait for what it compiles, and it needs the GIL between two calls of llguidance.
+        self._compiler = ThreadPoolExecutor(1, "grammar-compiler", initializer=lower_priority, initargs=(QUARTER,))
         self._to_compile: queue.PriorityQueue[tuple[int, int, _Job]] = queue.PriorityQueue()
         self._num_jobs = itertools.count()
-        self._compute = _Compute(vocab_size)
-        self._masks: MaskLanes[Constraint] = MaskLanes(self._compute, num_cpus=_num_cpus())
+        num_cpus = _num_cpus()
+        num_slow_threads = max(1, num_cpus // 4)
+        self._compute: MatcherMasks[Constraint] = MatcherMasks(
+            self._tokenizer, vocab_size=vocab_size, num_slow_threads=num_slow_threads
+        )
+        self._masks: MaskLanes[Constraint] = MaskLanes(
+            self._compute, num_together=4 * num_cpus, num_slow_threads=num_slow_threads
+        )
 
     @property
     def num_compiling(self) -> int:
@@ -210,11 +227,12 @@ class Grammars:
         if not job.outcome.set_running_or_notify_cancel():
             return
         try:
+            # Sequences with the same grammar do not share one either: copies of a matcher share a lock, and one's slow mask holds it.
             constraint = Constraint(job.tokenizer, job.grammar, job.output_token_ids)
             if constraint.error is None:
                 begun = time.thread_time()
-                mask = self._compute.alone(constraint)
-                constraint.mask_s, constraint.mask_s_is_exact = time.thread_time() - begun, True
+                mask = self._compute.here(constraint)
+                constraint.mask_s = time.thread_time() - begun
                 constraint.pending_mask = Future()
                 constraint.pending_mask.set_result(mask)
         except BaseException as e:  # a panic in native code is not an Exception; the request waits for an outcome
@@ -228,34 +246,6 @@ class _Job(NamedTuple):
     grammar: str
     output_token_ids: Sequence[int]
     outcome: "Future[Constraint]"
-
-
-class _Compute:
-    """A ComputeMasks (masks.py) with llguidance."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._executor = LLExecutor()
-
-    def together(self, constraints: Sequence[Constraint]) -> list[np.ndarray]:
-        masks = np.zeros(get_bitmask_shape(len(constraints), self._vocab_size), dtype=np.int32)
-        rows = [(constraint.matcher, i) for i, constraint in enumerate(constraints)]
-        try:
-            fill_next_token_bitmask_par(self._executor, rows, masks)
-        except BaseException as e:  # a panic in native code is not an Exception; it must not end the engine
-            log.error("The masks of a step could not be computed together: %r", e)
-            return [self.alone(constraint) for constraint in constraints]
-        return list(masks.view(np.uint8))
-
-    def alone(self, constraint: Constraint) -> np.ndarray:
-        mask = np.zeros(get_bitmask_shape(1, self._vocab_size), dtype=np.int32)
-        try:
-            fill_next_token_bitmask(constraint.matcher, mask)
-        except BaseException as e:  # only the constraint that cannot be computed fails
-            log.error("A mask could not be computed: %r", e)
-            constraint.fail()
-        row: np.ndarray = mask.view(np.uint8)[0]
-        return row
 
 
 def _num_cpus() -> int:

@@ -1,25 +1,36 @@
-"""From logits to tokens: a pure function of (logits, parameters, seed, position), row by row.
+"""From logits to tokens: a pure function of (logits, parameters, seed, position), row by row. The specification, and the CPU's sampler.
 
 Position is the index of the output token. A row's token does not depend on other rows, on earlier calls or on the device's random state,
 so a request continues anywhere: same seed, same position, same logits, same token. The one random number a token needs comes from a hash
-of (seed, position); the token is found by inverting the cumulative distribution in the order of token ids. Knows torch and
+of (seed, position); the token is found by inverting the cumulative distribution in the order of token ids. Probabilities are whole numbers,
+see workers.kernels.sample_specification, which also says how precise they are: so a GPU finds the same token. Knows torch and
 SamplingParams; no requests, no scheduler.
 """
 
+import math
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 import torch
 
+from workers.kernels.sample_specification import (
+    FRACTION_BITS,
+    WEIGHT_BITS,
+    draw,
+    fraction_of,
+    token_weights,
+)
 from workers.protocol import SamplingParams, TokenLogprob
-from workers.sampling.logprobs import token_logprobs
+from workers.sampling.logprobs import compute_logprobs, list_logprobs
 
 # Below this, dividing by the temperature only amplifies rounding: such requests are greedy.
 MIN_TEMPERATURE = 1e-4
+# Logits whose weights are computed at a time: what that needs in between stays in the cache of a core.
+LOGITS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +60,23 @@ class Sampled:
 
 @torch.inference_mode()
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequence[int]) -> list[Sampled]:
-    """logits: [len(rows), vocab_size] float32; may be overwritten. Reads the device once, at the end."""
+    """logits: [len(rows), vocab_size] float32; may be overwritten. For the CPU: on a GPU, every row would wait for the device."""
     with_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = logits[with_logprobs].clone() if with_logprobs else None
     for i, row in enumerate(rows):
         _adjust(logits[i], row, eos_token_ids)
     _apply_masks(logits, rows)
     best, token_ids = logits.max(dim=-1)
-    random = [i for i, row in enumerate(rows) if row.params.temperature >= MIN_TEMPERATURE]
-    if random:
-        token_ids[random] = _draw(logits[random], [rows[i] for i in random])
-    chosen, possible = torch.stack([token_ids, best > -torch.inf]).tolist()
+    possible, chosen = (best > -torch.inf).tolist(), token_ids.tolist()
+    random = [i for i, row in enumerate(rows) if possible[i] and row.params.temperature >= MIN_TEMPERATURE]
+    for some in _slices(random, max(1, LOGITS_AT_ONCE // logits.shape[-1])):
+        for i, token_id in zip(some, _draw(logits[some], best[some], [rows[i] for i in some]), strict=True):
+            chosen[i] = token_id
     logprobs: dict[int, TokenLogprob] = {}
     if raw is not None:
         num_tops = [rows[i].params.logprobs or 0 for i in with_logprobs]
-        found = token_logprobs(raw, [chosen[i] for i in with_logprobs], num_tops)
+        tokens = torch.tensor([chosen[i] for i in with_logprobs])
+        found = list_logprobs(compute_logprobs(raw, tokens, max_top=max(num_tops)), num_tops)
         logprobs = dict(zip(with_logprobs, found, strict=True))
     return [
         Sampled(token_id, logprobs.get(i)) if is_possible else Sampled(None, None)
@@ -71,10 +84,20 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: 
     ]
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing else."""
+def random_number(seed: int, position: int) -> int:
+    """A whole number from 0 to 2**62 - 1 that depends on nothing else."""
     digest = blake2b(struct.pack("<QQ", seed % 2**64, position), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    return int.from_bytes(digest, "little") >> (64 - FRACTION_BITS)
+
+
+def top_p_fraction(top_p: float) -> int:
+    """In units of 2**-62."""
+    return int(top_p * 2**FRACTION_BITS)
+
+
+def min_p_weight(min_p: float) -> int:
+    """The smallest weight that is min_p of the largest, which is 2**WEIGHT_BITS."""
+    return math.ceil(min_p * 2**WEIGHT_BITS)
 
 
 def _adjust(logits: torch.Tensor, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
@@ -95,7 +118,7 @@ def _adjust(logits: torch.Tensor, row: SamplingRow, eos_token_ids: Sequence[int]
         biased = torch.tensor(list(p.logit_bias), device=logits.device)
         logits[biased] += torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=logits.device)
     output = row.token_ids[row.num_prompt_tokens :] if p.bad_words else ()
-    banned = {word[-1] for word in p.bad_words if _completes(word, output)}
+    banned = {word[-1] for word in p.bad_words if completes(word, output)}
     if row.position < p.min_tokens:
         banned |= {*p.stop_token_ids, *(() if p.ignore_eos else eos_token_ids)}
     if banned:
@@ -107,8 +130,8 @@ def _adjust(logits: torch.Tensor, row: SamplingRow, eos_token_ids: Sequence[int]
         logits[allowed] = kept
 
 
-def _completes(word: Sequence[int], output: Sequence[int]) -> bool:
-    """Whether the word's last token would complete it: the output ends with its other tokens."""
+def completes(word: Sequence[int], output: Sequence[int]) -> bool:
+    """Whether a bad word's last token would complete it: the output ends with its other tokens."""
     num_before = len(word) - 1
     return num_before == 0 or list(output[-num_before:]) == list(word[:-1])
 
@@ -124,42 +147,41 @@ def _apply_masks(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
     logits[masked] = logits[masked].masked_fill(~allowed, -torch.inf)
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
-    """logits: [n, vocab_size] of rows with a temperature. Returns token ids [n]."""
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    logits = logits / column([row.params.temperature for row in rows]).float()
-    truncated = [i for i, r in enumerate(rows) if r.params.top_k > 0 or r.params.top_p < 1 or r.params.min_p > 0]
-    if truncated:
-        logits[truncated] = _truncate(logits[truncated], [rows[i].params for i in truncated])
-    # In double precision: a sum over 32,768 floats is off by more than the smallest probabilities.
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    total = cumulative[:, -1:].contiguous()
-    u = column([uniform(row.params.seed, row.position) for row in rows])
-    picked = torch.searchsorted(cumulative, u * total, right=True)
-    # Rounding can raise u * total to total itself; take the last token with any probability then.
-    last = torch.searchsorted(cumulative, total)
-    # The clamp is for rows without any finite logit, whose sums are NaN.
-    return torch.minimum(picked, last).squeeze(1).clamp(max=logits.shape[-1] - 1)
+def _slices(indices: list[int], size: int) -> Iterator[list[int]]:
+    return (indices[begin : begin + size] for begin in range(0, len(indices), size))
 
 
-def _truncate(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Sets to -inf what min_p, then top_k, then top_p exclude; the most likely token always stays. logits: [n, vocab_size]."""
+def _draw(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    """logits: [n, vocab_size] of rows with a temperature and a possible token; best: [n], their largest. Returns token ids."""
+    inverse_temperature = torch.tensor([1 / row.params.temperature for row in rows])
+    random = torch.tensor([random_number(row.params.seed, row.position) for row in rows])
+    weights = token_weights(logits, best, inverse_temperature=inverse_temperature)
+    token_ids: list[int] = draw(weights, random).tolist()
+    for i, row in enumerate(rows):
+        p = row.params
+        if p.top_k > 0 or p.top_p < 1 or p.min_p > 0:
+            token_ids[i] = _draw_truncated(logits[i], weights[i], params=p, random=random[i : i + 1])
+    return token_ids
+
+
+def _draw_truncated(
+    logits: torch.Tensor, weights: torch.Tensor, *, params: SamplingParams, random: torch.Tensor
+) -> int:
+    """What `draw` after `truncate` gives, but only logits that may stay are sorted. logits, weights: [vocab_size]; random: [1] int64."""
     vocab_size = logits.shape[-1]
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=logits.device)[:, None]
-
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(dim=-1)
-    excluded = probabilities < column([p.min_p for p in params]) * probabilities[:, :1]
-    ranks = torch.arange(vocab_size, device=logits.device)
-    excluded |= ranks >= column([p.top_k or vocab_size for p in params])
-    probabilities = ordered.masked_fill(excluded, -torch.inf).softmax(dim=-1)
-    # The smallest set whose sum reaches top_p: a token is excluded when those before it already reach it.
-    before = probabilities.cumsum(dim=-1) - probabilities
-    excluded |= before >= column([p.top_p for p in params])
-    excluded[:, 0] = False
-    return ordered.masked_fill(excluded, -torch.inf).gather(1, order.argsort(dim=-1))
+    weights = weights.masked_fill(weights < min_p_weight(params.min_p), 0)
+    total, top_p = weights.sum(), torch.tensor(top_p_fraction(params.top_p))
+    if 0 < params.top_k < vocab_size:
+        smallest = logits.topk(params.top_k, sorted=False).values.min()
+    else:
+        # All tokens of at most this weight have together at most what top_p excludes.
+        negligible = (total - fraction_of(top_p, total).clamp_(min=1)) // vocab_size
+        smallest = logits.masked_fill(weights <= negligible, torch.inf).min()
+    candidates = (logits >= smallest).nonzero().squeeze(1)
+    order = logits[candidates].argsort(descending=True, stable=True)
+    kept = weights[candidates[order]]
+    if 0 < params.top_k < vocab_size:
+        kept[params.top_k :] = 0
+        total = kept.sum()
+    kept.masked_fill_(kept.cumsum(0).sub_(kept) >= fraction_of(top_p, total).clamp_(min=1), 0)
+    return int(candidates[draw(torch.empty_like(kept).scatter_(0, order, kept)[None], random)])

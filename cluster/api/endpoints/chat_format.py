@@ -19,6 +19,7 @@ from cluster.api.schemas.chat import (
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
+    ChatLogprobs,
     ChatRequest,
     ChatResponseMessage,
     FunctionDelta,
@@ -26,7 +27,7 @@ from cluster.api.schemas.chat import (
     ResponseToolCall,
     ToolCallDelta,
 )
-from cluster.text.output.output_text import OutputStep
+from cluster.text.output.output_text import OutputStep, PlacedLogprob
 from cluster.text.tools.calls import ToolCallDelta as CallPiece
 from workers.protocol import FinishReason
 
@@ -52,7 +53,7 @@ class ChatFormatter:
                 ChatChoice(
                     index=whole.choice.index,
                     message=message,
-                    logprobs=render_chat(self.api.tokenizer, whole.logprobs) if self.body.logprobs else None,
+                    logprobs=self._logprobs(whole.logprobs),
                     finish_reason=_finish_reason(whole.choice, whole.choice.output.finish_reason),
                     token_ids=whole.token_ids if self.body.return_token_ids else UNSET,
                 )
@@ -78,9 +79,13 @@ class ChatFormatter:
                 prompt_token_ids=self._prompt_token_ids() if first else UNSET,
             )
         if step.text or step.logprobs or (token_ids and not step.tool_calls):
-            logprobs = render_chat(self.api.tokenizer, step.logprobs) if self.body.logprobs else None
-            delta = ChatDelta(content=step.text)
-            yield self._chunk(ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, token_ids=token_ids))
+            part = ChatChunkChoice(
+                index=index,
+                delta=ChatDelta(content=step.text),
+                logprobs=self._logprobs(step.logprobs),
+                token_ids=token_ids,
+            )
+            yield self._chunk(part)
             token_ids = [] if self.body.return_token_ids else UNSET
         if step.tool_calls:
             delta = ChatDelta(tool_calls=[_call_delta(call) for call in step.tool_calls])
@@ -115,6 +120,11 @@ class ChatFormatter:
             prompt_logprobs=prompt_logprobs,
             prompt_token_ids=prompt_token_ids,
         )
+
+    def _logprobs(self, placed: Sequence[PlacedLogprob]) -> ChatLogprobs | None:
+        if not self.body.logprobs:
+            return None
+        return render_chat(self.api.tokenizer, placed, shows_special=self.body.shows_special_tokens)
 
     def _prompt_logprobs(self) -> PromptLogprobs | UnsetType:
         if self.body.prompt_logprobs is None:

@@ -85,7 +85,11 @@ class CompletionFormatter:
         if not self.body.echo:
             return None
         if choice.index not in self._echoes:
-            self._echoes[choice.index] = echo_prompt(self.api.tokenizer, choice.request.prompt_token_ids)
+            self._echoes[choice.index] = echo_prompt(
+                self.api.tokenizer,
+                choice.request.prompt_token_ids,
+                shows_special=self.body.shows_special_tokens,
+            )
         return self._echoes[choice.index]
 
     def _logprobs(

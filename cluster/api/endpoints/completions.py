@@ -99,12 +99,14 @@ async def _choices(
         check_combination(body, wanted[1])
     counts = [count for count in (body.logprobs if body.echo else None, body.prompt_logprobs) if count is not None]
     needs_ranking = num_copies > (body.n or 1)
+    pieces = api.tokenizer.shown_pieces(shows_special=body.shows_special_tokens)
     grammars: dict[bool, str] = {}  # by whether the output starts the text
     for prompt in split_prompt(body.prompt):
         token_ids = await _encode(api, body, prompt, facts=facts)
         grammar = None
         if wanted is not None:
-            at_start = _starts_text(api, token_ids)
+            # No text comes before the output: its first token loses a leading space.
+            at_start = pieces.opens_text(token_ids)
             if at_start not in grammars:
                 grammars[at_start] = await api.grammars.compile(
                     wanted[0], at_start=at_start, param=wanted[1], facts=facts, tenant=context.tenant
@@ -165,9 +167,3 @@ async def _encode(
     adds = body.add_special_tokens is not False
     token_ids = await encode_prompt(tokenizer, prompt, facts=facts, truncates=keep is not None, add_special_tokens=adds)
     return truncate(token_ids, keep, facts=facts, num_output=body.max_tokens)
-
-
-def _starts_text(api: ApiContext, token_ids: list[int]) -> bool:
-    """Whether no text comes before the output, so that its first token loses a leading space."""
-    control = api.tokenizer.control_token_ids
-    return all(token_id in control for token_id in token_ids)

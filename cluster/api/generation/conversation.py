@@ -32,7 +32,7 @@ async def encode_conversation(
     template = api.chat_template
     if template is None:
         raise RequestError(
-            f"This model cannot chat. {api.no_chat or 'It has no chat template.'}",
+            "This model has no chat template.",
             remedy="Use /v1/completions.",
             param="messages",
         )

@@ -83,6 +83,7 @@ def make_choice(
         min_tokens=sampling.min_tokens,
         tool_calls_token_id=tool_calls_token_id,
         shows_end=shows_end,
+        shows_special=body.shows_special_tokens,
     )
     return Choice(index, copy, request, output, context)
 

@@ -26,9 +26,9 @@ class EchoedPrompt:
     offsets: list[int]
 
 
-def echo_prompt(tokenizer: Tokenizer, token_ids: list[int]) -> EchoedPrompt:
+def echo_prompt(tokenizer: Tokenizer, token_ids: list[int], *, shows_special: bool = False) -> EchoedPrompt:
     """The text before an output that `continues` these ids."""
-    detokenizer = Detokenizer(tokenizer.pieces)
+    detokenizer = Detokenizer(tokenizer.shown_pieces(shows_special=shows_special))
     placed = [detokenizer.push_token(token_id) for token_id in token_ids]
     return EchoedPrompt(token_ids, "".join([text for _, text in placed]), [offset for offset, _ in placed])
 
@@ -61,20 +61,21 @@ def render_completion(
     return CompletionLogprobs(tokens=tokens, token_logprobs=logprobs, top_logprobs=tops, text_offset=offsets)
 
 
-def render_chat(tokenizer: Tokenizer, placed: Sequence[PlacedLogprob]) -> ChatLogprobs:
-    """OpenAI's list of tokens, each with its alternatives."""
+def render_chat(tokenizer: Tokenizer, placed: Sequence[PlacedLogprob], *, shows_special: bool = False) -> ChatLogprobs:
+    """OpenAI's list of tokens, each with its alternatives. shows_special: special tokens are text, and so have bytes."""
+
+    def bytes_of(token_id: int) -> list[int] | None:
+        return tokenizer.token_bytes(token_id, shows_special=shows_special)
 
     def top(token_id: int, logprob: float) -> TopLogprob:
-        return TopLogprob(
-            token=tokenizer.token_text(token_id), logprob=_finite(logprob), bytes=tokenizer.token_bytes(token_id)
-        )
+        return TopLogprob(token=tokenizer.token_text(token_id), logprob=_finite(logprob), bytes=bytes_of(token_id))
 
     return ChatLogprobs(
         content=[
             ChatTokenLogprob(
                 token=tokenizer.token_text(p.logprob.token_id),
                 logprob=_finite(p.logprob.logprob),
-                bytes=tokenizer.token_bytes(p.logprob.token_id),
+                bytes=bytes_of(p.logprob.token_id),
                 top_logprobs=[top(*t) for t in p.logprob.top],
             )
             for p in placed

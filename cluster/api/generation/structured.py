@@ -19,6 +19,7 @@ from cluster.text.grammar.compiler import GrammarCompiler, GrammarKind, Structur
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.protocol import EngineFacts
+from workers.thread_priority import QUARTER, lower_priority
 
 TIME_LIMIT_S = 10.0  # the largest grammars within the bounds take 0.8 s
 MAX_AT_ONCE = 2
@@ -34,9 +35,9 @@ GUIDED: dict[str, GrammarKind] = {
 class Grammars:
     """The grammar compiler of one gateway, made at its first use, since reading a vocabulary takes a while.
 
-    It works in daemon threads: llguidance cannot be interrupted. A grammar that passes every bound and still keeps it busy costs its
-    client a response, but does not keep the server from stopping. Such a thread keeps its slot for as long as it runs. A tenant (an API
-    key) has one slot at a time, and tenants take turns, so that one tenant's grammars delay only its own requests.
+    It works in daemon threads of low priority: llguidance cannot be interrupted. A grammar that passes every bound and still keeps it
+    busy costs its client a response, but does not keep the server from stopping. Such a thread keeps its slot for as long as it runs. A
+    tenant (an API key) has one slot at a time, and tenants take turns, so that one tenant's grammars delay only its own requests.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, time_limit_s: float = TIME_LIMIT_S) -> None:
@@ -92,6 +93,7 @@ class Grammars:
                 result.set_result(value or "")
 
         def work() -> None:
+            lower_priority(QUARTER)
             value, error = None, None
             try:
                 value = build()

@@ -36,6 +36,8 @@ class TenantSlots:
     def release(self, tenant: str | None) -> None:
         self._busy.discard(tenant)
         self._num_free += 1
+        if tenant in self._waiting:
+            self._waiting[tenant] = self._waiting.pop(tenant)
         self._hand_out()
 
     def _hand_out(self) -> None:

@@ -40,6 +40,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     """The fields that completions and chat share. As with OpenAI, null means the default. `user` is written to the log.
 
     `top_p`: 0 takes the likeliest token. `random_seed`: Mistral's name for `seed`. `top_k`: -1 and 0 mean no limit.
+    `include_stop_str_in_output`: also shows what ended the output. `skip_special_tokens`: false shows special tokens, such as `</s>`.
     `truncate_prompt_tokens`: keeps the last n tokens; -1 keeps as many as fit. `priority`: requests with smaller numbers run first.
     `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`: older names for the fields of `structured_outputs`.
     """
@@ -71,6 +72,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     stop_token_ids: Annotated[list[int], Meta(max_length=128)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[list[int], Meta(min_length=1, max_length=MAX_VOCABULARY)] | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
@@ -86,6 +88,10 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     @property
     def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def shows_special_tokens(self) -> bool:
+        return self.skip_special_tokens is False
 
     @property
     def requested_seed(self) -> int | None:

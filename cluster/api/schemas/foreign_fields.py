@@ -39,7 +39,12 @@ class Foreign:
 
     def refuses(self, value: Any) -> bool:
         """Whether this value asks for something that this server cannot do."""
-        return self.neutral is not None and not any(value == known for known in self.neutral)
+        return self.neutral is not None and not is_one_of(value, self.neutral)
+
+
+def is_one_of(value: Any, known: tuple[Any, ...]) -> bool:
+    """As JSON compares: 0 is not false, and 1.0 is 1."""
+    return any(value == one and isinstance(value, bool) is isinstance(one, bool) for one in known)
 
 
 _Table = dict[str, Foreign]
@@ -69,12 +74,15 @@ _GENERATION: _Table = {
     **_no_effect("typical_p tfs_z mirostat mirostat_tau mirostat_eta", "A sampling method that only llama.cpp has."),
     **_no_effect("repeat_penalty repeat_last_n", "llama.cpp's penalty. `repetition_penalty` acts."),
     **_no_effect("cache_prompt id_slot", "A setting of llama.cpp's prompt cache."),
-    **_no_effect("skip_special_tokens spaces_between_special_tokens", "Special tokens are never part of the text."),
+    **_no_effect(
+        "spaces_between_special_tokens", "Special tokens are shown without spaces, as by fast tokenizers in vLLM."
+    ),
     **_no_effect("guided_decoding_backend kv_transfer_params vllm_xargs cache_salt", _NO_BACKEND),
     **_no_effect("length_penalty early_stopping", "It acts in beam search only, which is not supported."),
     **_refused("use_beam_search", "Beam search is not supported.", neutral=_OFF),
     **_refused("logits_processors", "Functions that run in the engine are not supported.", neutral=(None, [])),
     **_refused("return_tokens_as_token_ids", "Tokens are shown as text; `return_token_ids` adds ids.", neutral=_OFF),
+    **_refused("truncation_side", "`truncate_prompt_tokens` keeps the end of the prompt.", neutral=(None, "left")),
     **_refused("guided_whitespace_pattern", "The white space in JSON is fixed."),
     **_refused("structural_tag", "Send `structured_outputs` or `tools`."),
     **_refused("grammar json_schema regex ebnf", "Send `structured_outputs`.", neutral=(None, "")),

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
-from cluster.api.schemas.foreign_fields import FOREIGN, Foreign
+from cluster.api.schemas.foreign_fields import FOREIGN, Foreign, is_one_of
 from workers.errors import RequestError
 
 MAX_PATHS = 32
@@ -77,7 +77,7 @@ class _Walk:
         where = path_of(path, name)
         if self.strict and foreign is None:
             raise _unknown(where)
-        if self.strict and foreign is not None and value not in (foreign.neutral or NOTHING):
+        if self.strict and foreign is not None and not is_one_of(value, foreign.neutral or NOTHING):
             raise _without_effect(where)
         if where not in self.paths:
             if len(self.paths) >= MAX_PATHS:

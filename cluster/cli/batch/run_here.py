@@ -6,6 +6,7 @@ running Ray the batch is a deployment of its own, which is removed at the end. K
 
 import asyncio
 import contextlib
+import math
 import signal
 from argparse import Namespace
 from collections.abc import Coroutine
@@ -24,12 +25,14 @@ from cluster.cli.batch.job import Job, JobFolder
 from cluster.cli.batch.progress import Display
 from cluster.cli.batch.steps import StoppedError
 from cluster.cli.batch.watch import Watch
+from cluster.cli.device import before_ray
 from cluster.cli.options.serve_rows import chat_template
-from cluster.cli.options.settings import detect_device, engine_config, serve_defaults
+from cluster.cli.options.settings import engine_config, serve_defaults
 from cluster.cli.ray import open_ray, spec_of
 from cluster.cli.startup import Startup
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
+from cluster.config.engine import Device
 from cluster.config.serve import ServeConfig
 from cluster.gateway.fleet import Fleet
 from cluster.protocol.view import ClusterView
@@ -65,25 +68,23 @@ def run_here(folder: JobFolder, job: Job, options: Namespace, console: Console) 
         if batch.status in ("finalizing", "cancelling"):
             batch = asyncio.run(local_batch.write_files(store, files, batch))
         elif not batch.has_ended:
-            config = batch_config(options, job, model_folder, served_name)
+            device = before_ray(options.device, ray_address=options.ray_address, num_gpus=options.tensor_parallel_size)
+
+            def configure(device: Device) -> ServeConfig:
+                return batch_config(options, job, model_folder, served_name, device=device)
+
+            config = configure(device.device)
             check_checkpoint(model_folder, chat_template=config.chat_template)
             text = load_text(
                 model_folder, chat_template=config.chat_template, model_vocab_size=config.engine.model.vocab_size
             )
-            with open_ray(console, config) as cluster:
-                if config.ray_address and options.device == "auto" and cluster.num_gpus() >= _num_ranks(config):
-                    options.device = "cuda"
-                    config = batch_config(options, job, model_folder, served_name)
+            with open_ray(console, config, device, requested=options.device, configure=configure) as (cluster, config):
                 batch = asyncio.run(_answer(config, options, console, text, cluster, store, files, batch))
         return local_batch.deliver(folder, job, files, batch)
 
 
-def batch_config(options: Namespace, job: Job, model_folder: Path, model_name: str) -> ServeConfig:
+def batch_config(options: Namespace, job: Job, model_folder: Path, model_name: str, *, device: Device) -> ServeConfig:
     """The configuration of this job's gateway. Raises ConfigError."""
-    if options.ray_address is None:
-        device = detect_device(options.device)
-    else:  # decided by the cluster's nodes after joining it
-        device = "cpu" if options.device == "auto" else options.device
     low, high = options.replicas or (0 if options.ray_address else 1, 1)
     if options.max_replicas is not None:
         low, high = min(low, options.max_replicas), options.max_replicas
@@ -93,6 +94,7 @@ def batch_config(options: Namespace, job: Job, model_folder: Path, model_name: s
         "port": 0,
         "ray_address": options.ray_address,
         "deployment": job.deployment,
+        "placement_timeout_s": math.inf,  # a batch waits for cheap nodes as long as it has to
         "min_replicas": low,
         "max_replicas": high,
         "scale_down_after_s": SCALE_DOWN_AFTER_S,
@@ -139,7 +141,6 @@ async def _answer(
             router=router,
             tokenizer=text.tokenizer,
             chat_template=text.chat_template,
-            no_chat=text.fault,
             model_name=config.model_name,
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
-Kind = Literal["value", "switch", "list", "argument", "optional argument"]
+Kind = Literal["value", "switch", "toggle", "list", "argument", "optional argument"]
 _UNSET: Any = object()
 
 
@@ -57,8 +57,8 @@ class Option:
 
     @property
     def value_name(self) -> str:
-        """What stands for the value in help and page: N, FILE, {a,b}; empty for a switch."""
-        if self.kind == "switch":
+        """What stands for the value in help and page: N, FILE, {a,b}; empty for a switch and a toggle."""
+        if self.kind in ("switch", "toggle"):
             return ""
         if self.metavar is None and self.choices:
             return f"{{{','.join(self.choices)}}}"
@@ -123,6 +123,12 @@ def option(
 def switch(name: str, *, help: str, fills: Fills | None = None, dest: str | None = None) -> Option:  # noqa: A002
     """A row without a value: false where it is not given."""
     return option(name, help=help, dest=dest, kind="switch", default=False, fills=fills)
+
+
+def toggle(name: str, *, help: str, fills: Fills, shown_default: str) -> Option:  # noqa: A002
+    """A row of two flags without a value, such as --x for true and --no-x for false: None where neither is given."""
+    names = (name, f"--no-{name.removeprefix('--')}")
+    return option(*names, help=help, kind="toggle", default=None, shown_default=shown_default, fills=fills)
 
 
 def argument(name: str, *, metavar: str, help: str, is_optional: bool = False, shown_default: str = "") -> Option:  # noqa: A002

@@ -68,9 +68,13 @@ def _fill(parser: argparse.ArgumentParser, command: Command, environ: Mapping[st
 
 def _add(where: Any, option: Option, environ: Mapping[str, str]) -> None:
     given: dict[str, Any] = {"help": _escaped(help_text(option))}
+    names = option.names
     default = argparse.SUPPRESS if option.is_remembered else option.default
     if option.kind == "switch":
         given |= {"action": "store_true", "default": default, "dest": option.dest}
+    elif option.kind == "toggle":
+        names = names[:1]  # argparse adds the other one
+        given |= {"action": argparse.BooleanOptionalAction, "default": default, "dest": option.dest}
     elif option.kind == "list":
         given |= {"action": "append", "metavar": option.metavar, "default": default, "dest": option.dest}
     else:
@@ -80,7 +84,7 @@ def _add(where: Any, option: Option, environ: Mapping[str, str]) -> None:
             given |= {"default": default, "dest": option.dest, "required": is_required}
         elif option.kind == "optional argument":
             given |= {"nargs": "?"}
-    where.add_argument(*option.names, **given)
+    where.add_argument(*names, **given)
 
 
 def _argparse_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:

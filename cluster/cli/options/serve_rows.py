@@ -11,6 +11,7 @@ from cluster.cli.options.shared_rows import (
     LOG_LEVEL,
     MODEL,
     NAME,
+    PLACEMENT_TIMEOUT,
     REVISION,
     SERVED_NAME,
     TENSOR_PARALLEL_SIZE,
@@ -167,6 +168,7 @@ CLUSTER = Group(
         ),
         TENSOR_PARALLEL_SIZE,
         JOIN_RAY,
+        PLACEMENT_TIMEOUT,
         NAME,
         option(
             "--drain-timeout",

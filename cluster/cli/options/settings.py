@@ -6,7 +6,6 @@ Knows the defaults that depend on the model and the device. Knows no Ray and no 
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +13,11 @@ from cluster.cli.options.option import Option
 from cluster.cli.options.serve_rows import SERVE
 from cluster.cli.options.shared_rows import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
 from cluster.config.checkpoint_kinds import check_kind
-from cluster.config.engine import BLOCK_SIZES, MAX_DEFAULT_MODEL_LEN, Device
+from cluster.config.engine import MAX_DEFAULT_MODEL_LEN, Device, default_block_size
 from cluster.config.serve import ServeConfig
 from workers.checkpoint.model_config import load_model_config
 from workers.config import Dtype, EngineConfig, ModelConfig
+from workers.device.sizes import CPU, DEVICE_SIZES, SMALLEST_GPU, decide
 from workers.errors import ConfigError
 
 
@@ -60,6 +60,8 @@ def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineCon
             param="--max-model-len",
         )
     settings = settings_of(EngineConfig, args, (*ENGINE_ROWS, TENSOR_PARALLEL_SIZE))
+    given = {name: getattr(args, name, None) for name in DEVICE_SIZES}
+    sizes = decide(CPU if device == "cpu" else SMALLEST_GPU, **given)
     settings |= {
         "model_path": str(folder),
         "tokenizer_path": _tokenizer_path(folder),
@@ -67,7 +69,11 @@ def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineCon
         "device": device,
         "dtype": choose_dtype(args.dtype, model, device=device),
         "max_model_len": max_model_len,
-        "block_size": args.block_size or BLOCK_SIZES[device],
+        "block_size": args.block_size or default_block_size(args.attention_backend),
+        "max_num_seqs": sizes.max_num_seqs,
+        "max_num_batched_tokens": sizes.max_num_batched_tokens,
+        # The rest is for the ranks, which see their GPU.
+        "sized_by_device": () if device == "cpu" else tuple(name for name, value in given.items() if value is None),
     }
     return EngineConfig(**settings)
 
@@ -96,20 +102,3 @@ def choose_dtype(requested: Literal["auto"] | Dtype, model: ModelConfig, *, devi
     if requested != "auto":
         return requested
     return model.dtype if device == "cuda" else "float32"
-
-
-def detect_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
-    """cuda if this machine has a GPU and torch was built for it; does not import torch. Raises ConfigError."""
-    try:
-        has_cuda_build = "+cpu" not in version("torch")
-    except PackageNotFoundError:
-        has_cuda_build = False
-    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
-    if requested == "cuda" and not (has_gpu and has_cuda_build):
-        what = "this machine has no NVIDIA GPU" if not has_gpu else "the installed torch is a CPU-only build"
-        raise ConfigError(
-            f"--device cuda cannot work: {what}.", remedy="Use --device cpu or leave the option out.", param="--device"
-        )
-    if requested == "auto":
-        return "cuda" if has_gpu and has_cuda_build else "cpu"
-    return requested

@@ -2,14 +2,16 @@
 
 from operator import not_
 from pathlib import Path
+from typing import get_args
 
-from cluster.cli.options.option import Fills, Group, argument, option, switch
+from cluster.cli.options.option import Fills, Group, argument, option, switch, toggle
 from cluster.cli.options.values import parse_bytes, parse_positive, show_bytes
-from cluster.config.engine import BLOCK_SIZES, MAX_DEFAULT_MODEL_LEN
+from cluster.config.engine import FLASH_BLOCK_SIZE, MAX_DEFAULT_MODEL_LEN
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.system.log import LOG_LEVELS
 from cluster.system.net import url_of
-from workers.config import EngineConfig
+from workers.config import AttentionChoice, EngineConfig
+from workers.device.sizes import LARGEST_GPU, MAX_NUM_SEQS, SMALLEST_GPU
 
 RAY_ADDRESS_ENV = "RAY_ADDRESS"  # Ray's own variable
 
@@ -58,6 +60,13 @@ JOIN_RAY = option(
     help="Ray cluster to join",
     shown_default="start one on this machine",
 )
+PLACEMENT_TIMEOUT = option(
+    "--placement-timeout",
+    parse=float,
+    metavar="S",
+    fills=serve_field("placement_timeout_s"),
+    help="with --ray-address: seconds that the first replica may wait for nodes with its CPUs or GPUs; inf for no limit",
+)
 SERVED_NAME = option(
     "--served-model-name",
     metavar="NAME",
@@ -70,7 +79,7 @@ DEVICE = option(
     choices=("auto", "cpu", "cuda"),
     default="auto",
     fills=engine_field("device"),
-    help="where to compute; auto: cuda where there is a GPU",
+    help="where to compute; auto: cuda where there is a GPU; cuda: an error where torch can use none",
 )
 API_KEY = option("--api-key", metavar="KEY", env=API_KEY_ENV, help="the server's API key")
 CA_CERT = option(
@@ -106,15 +115,20 @@ ENGINE_ROWS = (
         "--max-num-seqs",
         parse=parse_positive,
         metavar="N",
+        default=None,
         fills=engine_field("max_num_seqs"),
         help="most sequences computed at once",
+        shown_default=f"{EngineConfig.max_num_seqs} on the CPU, {MAX_NUM_SEQS} on CUDA",
     ),
     option(
         "--max-num-batched-tokens",
         parse=parse_positive,
         metavar="N",
+        default=None,
         fills=engine_field("max_num_batched_tokens"),
         help="most tokens computed in one step",
+        shown_default=f"{EngineConfig.max_num_batched_tokens} on the CPU; on CUDA {SMALLEST_GPU.max_num_batched_tokens} to "
+        f"{LARGEST_GPU.max_num_batched_tokens}, by the GPU's memory and speed",
     ),
     option(
         "--block-size",
@@ -123,7 +137,7 @@ ENGINE_ROWS = (
         default=None,
         fills=engine_field("block_size"),
         help="tokens per KV block",
-        shown_default=f"{BLOCK_SIZES['cpu']} on the CPU, {BLOCK_SIZES['cuda']} on CUDA",
+        shown_default=f"{EngineConfig.block_size}; {FLASH_BLOCK_SIZE} with --attention-backend flash",
     ),
     option(
         "--num-kv-blocks",
@@ -152,6 +166,29 @@ ENGINE_ROWS = (
         "--no-prefix-caching",
         fills=engine_field("enable_prefix_caching", convert=not_),
         help="compute every prompt in full instead of reusing cached prefixes",
+    ),
+    switch(
+        "--deterministic",
+        fills=engine_field("deterministic"),
+        help="on CUDA, compute a token's logits with the same bits whatever else is computed, so that streams continue byte for byte on "
+        "another replica with the same type of GPU; slower; no effect on the CPU, where float32 is always computed so",
+    ),
+    switch(
+        "--no-cuda-graphs",
+        fills=engine_field("cuda_graphs", convert=not_),
+        help="on CUDA, launch each kernel of a decode step by itself instead of replaying a graph of them; changes no token",
+    ),
+    toggle(
+        "--overlap",
+        fills=engine_field("overlap"),
+        help="launch a step before the tokens of the last one are read, so that the device does not wait for the host; changes no token",
+        shown_default="on with CUDA, off on the CPU",
+    ),
+    option(
+        "--attention-backend",
+        choices=get_args(AttentionChoice),
+        fills=engine_field("attention_backend"),
+        help="kernels of attention; auto: triton on CUDA, flash where it cannot run, sdpa (slow) where neither can; sdpa on the CPU",
     ),
 )
 ENGINE = Group("engine", ENGINE_ROWS)

@@ -48,11 +48,6 @@ def compile_template(source: str) -> Callable[..., str]:
     return render
 
 
-def check_syntax(source: str) -> None:
-    """Raises ConfigError for invalid Jinja."""
-    compile_template(source)
-
-
 def reason_of(error: BaseException | None) -> str:
     """The first line of the message of an error inside a template, without marks."""
     return _ANY_MARK.sub("", str(error)).split("\n", 1)[0][:MAX_REASON_CHARS].rstrip(".")

@@ -42,11 +42,7 @@ def probe(render: Callable[..., str], render_with_tools: Callable[..., str]) -> 
         rule = {"role": "system", "content": _content(forms["system"])}
         fault = _fault(render, [question])
         if _fault(render, [rule, question]) is not None:
-            raise ConfigError(
-                f"The chat template fails on a plain question: {fault}.",
-                remedy="Correct it, or choose another with --chat-template.",
-                param="--chat-template",
-            )
+            raise ConfigError(f"The chat template fails on a plain question: {fault}.")
     faults = {
         call_id: _fault(render_with_tools, _tool_conversation(question, call_id), tools=[_TOOL])
         for call_id in (OPENAI_CALL_ID, MISTRAL_CALL_ID)

@@ -31,8 +31,7 @@ class Detokenizer:
         self._start_after(continues)
 
     def _start_after(self, token_ids: Sequence[int]) -> None:
-        is_control, size = self._pieces.is_control, len(self._pieces.is_control)
-        self._at_start = all(not 0 <= i < size or is_control[i] for i in token_ids)
+        self._at_start, size = self._pieces.opens_text(token_ids), len(self._pieces.bytes)
         run: list[int] = []
         for token_id in reversed(token_ids[-3:]):  # an unfinished character has at most three bytes
             byte = self._pieces.bytes[token_id] if 0 <= token_id < size else None

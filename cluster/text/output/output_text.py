@@ -39,8 +39,9 @@ class OutputText:
     """The visible output of one sequence.
 
     continues: see Detokenizer. min_tokens: stop strings apply only after this many tokens. shows_end: also return the log-probability
-    of a stop token, which has no text. tool_calls_token_id: the token that comes before tool calls; None if no tools are offered, and
-    all output is text.
+    of a stop token, which has no text. include_stop: show the stop string or stop token that ended the output. shows_special: special
+    tokens are text too, except within tool calls. tool_calls_token_id: the token that comes before tool calls; None if no tools are
+    offered, and all output is text.
     """
 
     def __init__(
@@ -53,12 +54,15 @@ class OutputText:
         min_tokens: int = 0,
         tool_calls_token_id: int | None = None,
         shows_end: bool = False,
+        shows_special: bool = False,
         new_tool_call_id: Callable[[], str] = new_tool_call_id,
     ) -> None:
-        self._pieces = tokenizer.pieces
-        self._detokenizer = Detokenizer(tokenizer.pieces, continues=continues)
+        self._pieces = tokenizer.pieces  # of tool calls
+        shown = tokenizer.shown_pieces(shows_special=shows_special)
+        self._detokenizer = Detokenizer(shown, continues=continues)
+        self._include_stop = include_stop
         self._checker = StopChecker(stop, include_stop=include_stop)
-        # Special tokens among the stop strings, which show only if asked for. They have no text in which the checker could find them.
+        # Special tokens among the stop strings, which show even if other special tokens do not.
         ids = {tokenizer.control_token_id(name): name for name in stop} if include_stop else {}
         self._named_stops = {token_id: name for token_id, name in ids.items() if token_id is not None}
         self._min_tokens = min_tokens
@@ -92,11 +96,13 @@ class OutputText:
         for i, token_id in enumerate(delta.token_ids):
             self.num_tokens += 1
             if i == last and delta.stop_token_id is not None:
+                end = self._detokenizer.num_chars
+                if self._include_stop and self._parser is None:
+                    end, shown_end = self._detokenizer.push_token(token_id)
+                    shown_end = self._named_stops.get(token_id, shown_end)
                 if self._shows_end and delta.logprobs is not None:
-                    end = self._detokenizer.num_chars
                     self._waiting.append((end, PlacedLogprob(delta.logprobs[i], end)))
-                shown_end = self._named_stops.get(token_id, "")
-                break  # counted, but not part of the text
+                break  # counted, and part of the text only if asked for
             if self._parser is None and token_id == self._tool_calls_token_id:
                 if self._end_text(parts):
                     reason = FinishReason.STOP

@@ -54,7 +54,11 @@ CASES = {
     "completion": (*COMPLETION,),
     "logprobs": (COMPLETION[0], COMPLETION[1] | {"logprobs": 2}),
     "stop": (COMPLETION[0], COMPLETION[1] | {"stop": [STOP_AT], "logprobs": 0}),
-    "stop kept": (COMPLETION[0], COMPLETION[1] | {"stop": [STOP_AT], "include_stop_str_in_output": True}),
+    "stop kept, special tokens": (
+        COMPLETION[0],
+        COMPLETION[1]
+        | {"stop": [STOP_AT], "include_stop_str_in_output": True, "skip_special_tokens": False, "echo": True},
+    ),
     "min_tokens": (COMPLETION[0], COMPLETION[1] | {"stop": [","], "min_tokens": 30}),
     "chat": (CHAT[0], CHAT[1] | {"logprobs": True, "top_logprobs": 1, "stop": STOP_AT}),
 }

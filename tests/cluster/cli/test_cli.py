@@ -63,7 +63,25 @@ def test_defaults_on_the_cpu(folder):
 
 def test_defaults_on_cuda(folder):
     engine = configure(folder, device="cuda").engine
-    assert (engine.dtype, engine.block_size) == ("bfloat16", 256)
+    assert (engine.dtype, engine.block_size) == ("bfloat16", 16)
+    # The one backend that needs other blocks gets them.
+    assert configure(folder, "--attention-backend", "flash", device="cuda").engine.block_size == 256
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes", "left_to_the_gpu"),
+    [
+        ("", (256, 2048), {"max_num_seqs", "max_num_batched_tokens"}),
+        ("--max-num-seqs 3000", (3000, 3000), {"max_num_batched_tokens"}),
+        ("--max-num-batched-tokens 100", (100, 100), {"max_num_seqs"}),
+        ("--max-num-seqs 8 --max-num-batched-tokens 64", (8, 64), set()),
+    ],
+)
+def test_on_cuda_the_ranks_set_the_sizes_that_no_option_sets(folder, options, sizes, left_to_the_gpu):
+    engine = configure(folder, *options.split(), device="cuda").engine
+    assert (engine.max_num_seqs, engine.max_num_batched_tokens) == sizes
+    assert set(engine.sized_by_device) == left_to_the_gpu
+    assert configure(folder, *options.split()).engine.sized_by_device == ()
 
 
 def test_every_engine_option_arrives(folder):
@@ -93,6 +111,8 @@ def test_every_engine_option_arrives(folder):
         ("--port 70000", "Use 1 to 65535"),
         ("--drain-timeout -1", "negative"),
         ("--drain-timeout inf", "infinite"),
+        ("--placement-timeout 0", "--placement-timeout 0 is not a valid time"),
+        ("--placement-timeout nan", "--placement-timeout nan"),
         ("--queue-timeout 0", "--queue-timeout 0 is not a valid time"),
         ("--ttft-objective nan", "--ttft-objective nan"),
         ("--scale-down-after -5", "--scale-down-after -5"),

@@ -11,10 +11,10 @@ from support.doctor_runs import messages
 from support.servers.ray_hosts import free_port
 
 from cluster.cli.main import main
-from cluster.cli.options.settings import detect_device
 from cluster.config.checkpoint_location import find_model
 from cluster.doctor import local
 from cluster.doctor.examine import num_visible_gpus
+from workers.device.probe import NoGpu, probe
 from workers.errors import ConfigError
 
 QUICK = ("doctor", "--no-all-reduce")
@@ -77,7 +77,7 @@ def test_a_tensor_parallel_size_that_does_not_divide_the_model(port, capsys):
 
 
 def test_device_cuda_without_a_gpu(port, capsys):
-    if detect_device("auto") == "cuda":
+    if not isinstance(probe(), NoGpu):
         pytest.skip("this machine has a GPU")
     assert main(["doctor", "--device", "cuda", "--port", str(port), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)

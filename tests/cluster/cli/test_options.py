@@ -135,10 +135,10 @@ def test_help_shows_defaults_and_environment_variables(capsys):
 
 def test_defaults_come_from_their_owners():
     args = parse(["serve"], environ={})
-    assert (args.port, args.drain_timeout, args.max_num_seqs) == (
+    assert (args.port, args.drain_timeout, args.gpu_memory_utilization) == (
         ServeConfig.port,
         ClusterSpec.drain_timeout_s,
-        EngineConfig.max_num_seqs,
+        EngineConfig.gpu_memory_utilization,
     )
     defaults = serve_defaults()
     assert defaults["max_queued_tokens"] == MAX_QUEUED_TOKENS

@@ -193,10 +193,12 @@ def test_broken_json_is_named(folder: Path, name: str, text: str) -> None:
         ("chat_template.jinja", "{{ " + "(" * 50_000),
         ("tokenizer_config.json", json.dumps({"chat_template": "{% if %}"})),
         ("additional_chat_templates/tool_use.jinja", "{{"),
+        ("chat_template.jinja", "{{ messages[0].content.x.y }}"),
+        ("tokenizer_config.json", json.dumps({"chat_template": "{{ raise_exception('Never.') }}"})),
     ],
     ids=lambda v: f"{v:.30}",
 )
-def test_a_chat_template_with_a_syntax_error_is_found_at_start(folder: Path, name: str, text: str) -> None:
+def test_a_chat_template_that_cannot_write_a_question_is_found_at_start(folder: Path, name: str, text: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(text)
     error = fault_of(folder)

@@ -312,3 +312,16 @@ async def test_adoption_that_fails_as_a_whole_still_leads_to_replicas(ray, monke
 
 def _drain_until(world: World) -> float | None:
     return next((r.drain_until for r in world.view().replicas if r.replica_id == "r0"), None)
+
+
+@pytest.mark.parametrize(("single_host", "later"), [(False, None), (True, 60.0)])
+async def test_only_the_first_replica_waits_for_a_limited_time_where_the_cluster_may_grow(ray, single_host, later):
+    world = World(replace(SPEC, placement_timeout_s=60.0, single_host=single_host))
+    assert world.placement_timeout_s == 60.0
+    await world.start()
+    try:
+        await world.ready(1)
+        world.made[0].report_facts(FACTS)
+        assert world.placement_timeout_s == later
+    finally:
+        await world.down()

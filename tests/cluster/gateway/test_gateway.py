@@ -13,8 +13,7 @@ from cluster.cli.options.parser import make_parser
 from cluster.cli.options.settings import serve_config
 from cluster.gateway.gateway import Gateway
 from cluster.router.replica import Availability
-from cluster.text.load import LoadedText
-from cluster.text.tokenizer import load_tokenizer
+from cluster.text.load import load_text
 from workers.errors import ReplicaUnavailableError
 
 MODEL = DEMO_MODEL
@@ -34,7 +33,7 @@ async def gateway(monkeypatch) -> AsyncIterator[Gateway]:
     monkeypatch.delenv("TRAMONTANE_API_KEY", raising=False)
     args = make_parser().parse_args(["serve", "--port", "0", "--no-batches"])
     config = serve_config(args, MODEL, "demo", device="cpu")
-    gateway = Gateway(config, AbsentController(), text=LoadedText(load_tokenizer(MODEL), None, "none"))
+    gateway = Gateway(config, AbsentController(), text=load_text(MODEL, chat_template="auto", model_vocab_size=4096))
     await gateway.open()
     try:
         yield gateway

@@ -58,7 +58,6 @@ def test_the_default(tmp_path: Path, own: str | None, kind: type, choice: str) -
     loaded = load(tmp_path, own)
     assert isinstance(loaded.chat_template, kind)
     assert loaded.choice.startswith(choice)
-    assert loaded.fault is None
 
 
 def test_digests_are_of_sources_without_line_ends_at_the_end() -> None:
@@ -70,7 +69,6 @@ def test_digests_are_of_sources_without_line_ends_at_the_end() -> None:
 
 def test_a_llama_2_template_writes_bos_in_each_turn(tmp_path: Path) -> None:
     loaded = load(tmp_path, LLAMA_2)
-    assert loaded.chat_template is not None
     messages = [Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     ids = loaded.chat_template.encode(messages).token_ids
     encode = loaded.tokenizer.encode
@@ -82,25 +80,26 @@ def test_a_llama_2_template_writes_bos_in_each_turn(tmp_path: Path) -> None:
 def test_a_chatml_template_is_legacy_without_a_word_about_it(tmp_path: Path) -> None:
     """`legacy` is missing in many fine-tunes of v0.1, and means true."""
     loaded = load(tmp_path, CHATML)
-    assert loaded.chat_template is not None
     ids = loaded.chat_template.encode([Message("system", "You"), Message("user", "hi")]).token_ids
     assert ids[:3] == [IM_START, 1587, 13]
     assert ids[ids.index(IM_END) :][:3] == [IM_END, 28705, 13]
 
 
 @pytest.mark.parametrize("own", BROKEN)
-def test_a_broken_template_turns_chat_off(tmp_path: Path, own: str) -> None:
-    loaded = load(tmp_path, own)
-    assert loaded.chat_template is None, "another template must not take its place"
-    assert loaded.fault is not None
-    assert BROKEN[own] in loaded.fault
-    assert loaded.choice == f"none, chat is off: {loaded.fault}"
+@pytest.mark.parametrize("option", ["auto", "jinja", "path"])
+def test_a_broken_template_stops_the_start(tmp_path: Path, own: str, option: str) -> None:
+    (tmp_path / "mine.jinja").write_text(own)
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, own, str(tmp_path / "mine.jinja") if option == "path" else option)
+    assert BROKEN[own] in refused.value.message
+    assert refused.value.message.startswith(f"{tmp_path}")
+    assert refused.value.remedy == "Correct it, or choose another template with --chat-template."
+    assert refused.value.param == "--chat-template"
 
 
-@pytest.mark.parametrize("own", [*BROKEN, None])
-def test_a_broken_template_that_was_asked_for_stops_the_server(tmp_path: Path, own: str | None) -> None:
-    with pytest.raises(ConfigError):
-        load(tmp_path, own, "jinja")
+def test_a_template_that_was_asked_for_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no template in"):
+        load(tmp_path, None, "jinja")
 
 
 @pytest.mark.parametrize("own", [None, CHATML, MISTRAL_V2_TEMPLATE, "{% if %}"])
@@ -110,7 +109,6 @@ def test_the_option_decides(tmp_path: Path, own: str | None, option: str) -> Non
     loaded = load(tmp_path, own, str(tmp_path / "mine.jinja") if option == "path" else option)
     assert loaded.choice.endswith("as requested")
     if option == "path":
-        assert loaded.chat_template is not None
         assert loaded.chat_template.encode([Message("user", "hi")]).token_ids == [1, 12014]
     else:
         assert isinstance(loaded.chat_template, MistralTemplate)
@@ -124,14 +122,12 @@ def test_a_template_in_mistrals_layout_knows_the_vocabularys_bos(tmp_path: Path)
     shutil.copy(DEMO_MODEL / "tokenizer.model.v3", tmp_path)
     (tmp_path / "mine.jinja").write_text("{{ bos_token }}[INST] {{ messages[0].content }}[/INST]")
     loaded = load_text(tmp_path, chat_template=str(tmp_path / "mine.jinja"), model_vocab_size=4096)
-    assert loaded.chat_template is not None
     ids = loaded.chat_template.encode([Message("user", "hi")]).token_ids
     assert ids == [1, 3, *loaded.tokenizer.encode("hi", bos=False), 4]
 
 
-def test_tokens_beyond_the_model_turn_chat_off_only_if_the_template_writes_them(tmp_path: Path) -> None:
+def test_tokens_beyond_the_model_stop_the_start_only_if_the_template_writes_them(tmp_path: Path) -> None:
     folder = write_chatml(tmp_path)
-    assert load_text(folder, chat_template="auto", model_vocab_size=32_002).fault is None
-    loaded = load_text(folder, chat_template="auto", model_vocab_size=32_001)
-    assert loaded.fault is not None
-    assert "'<|im_start|>', whose id 32001 is beyond the model's 32001 tokens" in loaded.fault
+    load_text(folder, chat_template="auto", model_vocab_size=32_002)
+    with pytest.raises(ConfigError, match=r"'<\|im_start\|>', whose id 32001 is beyond the model's 32001 tokens"):
+        load_text(folder, chat_template="auto", model_vocab_size=32_001)

@@ -103,6 +103,21 @@ def test_only_special_tokens_are_left_out_of_the_output(chatml: Tokenizer, ids: 
     assert "".join([detokenizer.push([i]) for i in ids]) + detokenizer.flush() == expected
 
 
+@pytest.mark.parametrize("ids", [*OUTPUTS, [2188, 2], [2, 2188], [IM_END, 28705, 13], [IM_START, 0, TOOL, IM_END]])
+def test_with_special_tokens_the_output_is_that_of_transformers(chatml: Tokenizer, ids: list[int]) -> None:
+    expected = chatml_reference().decode(ids, skip_special_tokens=False)
+    shown = chatml.shown_pieces(shows_special=True)
+    detokenizer = Detokenizer(shown)
+    assert "".join([detokenizer.push([i]) for i in ids]) + detokenizer.flush() == expected
+    for cut in range(1, len(ids)):
+        before = chatml_reference().decode(ids[:cut], skip_special_tokens=False)
+        assert Detokenizer(shown, continues=ids[:cut]).push(ids[cut:]) == expected[len(before) :]
+    assert (
+        b"".join(bytes(chatml.token_bytes(i, shows_special=True) or ()) for i in ids).decode().strip()
+        == expected.strip()
+    )
+
+
 @pytest.mark.parametrize(
     ("token_id", "text", "token_bytes"),
     [

@@ -39,6 +39,7 @@ GENERATION: dict[str, Any] = {
     "stop_token_ids": [5],
     "ignore_eos": False,
     "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
     "bad_words": ["b"],
     "allowed_token_ids": [5, 6],
     "truncate_prompt_tokens": 4,

@@ -48,10 +48,14 @@ class Sky:
 def on_slurm(yaml_file: str, folder: Path, **changes: Mapping[str, object]) -> Path:
     """A copy of sky/YAML_FILE for Slurm, which opens no ports and has no spot nodes: the accelerator that the nodes claim, on two CPUs.
 
+    The nodes' GPU is only a claim, so the ranks are told to compute on the CPU.
     changes: to other sections, such as pool={"max_workers": 2}.
     """
     task = yaml.safe_load((CHECKOUT / "sky" / yaml_file).read_text())
     task["resources"] = {"infra": f"slurm/{CLUSTER}/{PARTITION}", "cpus": "2+", "accelerators": ACCELERATORS}
+    options = "BATCH_OPTIONS" if yaml_file == "pool-job.yaml" else "SERVE_OPTIONS"
+    if options in task["envs"]:
+        task["envs"][options] = "--device cpu"
     for section, change in changes.items():
         task[section].update(change)
     path = folder / yaml_file

@@ -9,16 +9,19 @@ from workers.engine.llm_engine import LLMEngine
 from workers.protocol import GenerateRequest, SamplingParams
 
 
+# Of the engines of tests, where these say nothing else.
+SETTINGS: dict[str, Any] = {
+    "max_model_len": 512,
+    "block_size": 4,
+    "num_kv_blocks": 256,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 64,
+    "num_threads": 1,
+}
+
+
 def make_config(folder: Path, **overrides: Any) -> EngineConfig:
-    settings: dict[str, Any] = {
-        "max_model_len": 512,
-        "block_size": 4,
-        "num_kv_blocks": 256,
-        "max_num_seqs": 32,
-        "max_num_batched_tokens": 64,
-        "num_threads": 1,
-    }
-    return EngineConfig(model_path=str(folder), model=load_model_config(folder), **(settings | overrides))
+    return EngineConfig(model_path=str(folder), model=load_model_config(folder), **(SETTINGS | overrides))
 
 
 def make_engine(folder: Path, **overrides: Any) -> LLMEngine:

@@ -34,6 +34,10 @@ def main(rank: int, size: int, port: int) -> dict[str, object]:
     x = torch.arange(6.0).view(2, 3) + 10 * rank
     assert tp.all_reduce(x) is x
     seen["all_reduce"] = x.tolist()
+    rows = torch.randn(5, 37, generator=torch.Generator().manual_seed(rank))
+    together = tp.all_reduce(rows.clone())
+    alone = [tp.all_reduce(row.clone()) for row in rows]
+    seen["rows depend on others"] = not torch.equal(torch.stack(alone), together)
     gathered = tp.gather(torch.full((2, 2), rank))
     seen["gather"] = None if gathered is None else gathered.tolist()
     seen["min"] = tp.min((1 << 40) - rank)

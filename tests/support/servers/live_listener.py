@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Self
 
 import psutil
@@ -23,7 +24,7 @@ from cluster.router.router import Router
 from cluster.system.log import setup_logging
 from cluster.system.malloc import return_large_blocks
 from support.paths import ROOT
-from support.servers.live_replica import TEMPLATE, TOKEN, TOKENIZER, LiveReplica
+from support.servers.live_replica import DEMO, TEMPLATE, TOKEN, TOKENIZER, LiveReplica
 
 MODEL = "demo_model"
 KEY = "fuzz-key"
@@ -31,9 +32,15 @@ MAX_MODEL_LEN = 704  # a moderation takes 600
 
 
 @contextlib.asynccontextmanager
-async def live_listener(*, head_timeout_s: float = 10.0, body_timeout_s: float = 10.0) -> AsyncIterator[str]:
-    """Yields its URL. It listens on loopback, on a free port, and requires KEY."""
-    replica = LiveReplica(max_model_len=MAX_MODEL_LEN, num_kv_blocks=2048, max_num_batched_tokens=512)
+async def live_listener(
+    *,
+    folder: Path = DEMO,
+    max_model_len: int = MAX_MODEL_LEN,
+    head_timeout_s: float = 10.0,
+    body_timeout_s: float = 10.0,
+) -> AsyncIterator[str]:
+    """Yields its URL. It listens on loopback, on a free port, and requires KEY. folder: a model for the demo model's tokenizer."""
+    replica = LiveReplica(folder, max_model_len=max_model_len, num_kv_blocks=2048, max_num_batched_tokens=512)
     try:
         async with ReplicaClient("r0", replica.address, TOKEN) as client:
             async with asyncio.timeout(10):

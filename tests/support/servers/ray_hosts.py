@@ -124,12 +124,19 @@ class RayHosts:
     def start(self, host: int, num_cpus: int, options: Sequence[str] = ()) -> None:
         """The node on that host, which must not run, or not any more."""
         place = ["--head", f"--port={self.port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={free_port()}"]
+        self._ray_start(host, num_cpus, [*(place if host == 0 else [f"--address={self.address}"]), *options])
+
+    def add_node(self, num_cpus: int, *, num_gpus: int) -> None:
+        """One more node on the first host. The GPUs are only declared."""
+        self._ray_start(0, num_cpus, [f"--address={self.address}", f"--num-gpus={num_gpus}"])
+
+    def _ray_start(self, host: int, num_cpus: int, options: Sequence[str]) -> None:
         command = [
             *self.prefix(host), str(BIN / "ray"), "start", "--block", f"--num-cpus={num_cpus}", "--num-gpus=0",
             f"--node-ip-address={self.ips[host]}", "--object-store-memory=100000000", f"--temp-dir={self.folder}",
-            *(place if host == 0 else [f"--address={self.address}"]), *options,
+            *options,
         ]  # fmt: skip
-        log = self.folder / f"host{host}.log"
+        log = self.folder / f"host{host}-{secrets.token_hex(2)}.log"
         with log.open("w") as f:
             process = subprocess.Popen(command, stdout=f, stderr=f, env=self.env, start_new_session=True)
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -1,11 +1,13 @@
-"""The CUDA kernel against the specification. Runs where a GPU is."""
+"""What FlashAttention is asked for; against the specification where a GPU is."""
 
 import pytest
 import torch
+from support.attention_batches import make_metadata
 
+from workers.attention import flash
 from workers.attention.backend import AttentionMetadata
+from workers.attention.flash import FlashBackend
 from workers.attention.sdpa import SdpaBackend
-from workers.attention.select import select_backend
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
@@ -14,57 +16,39 @@ SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64}
 @cuda
 @pytest.mark.parametrize("window", [None, 1, 100, 256, 700])
 def test_equals_the_specification(window):
-    device, block_size = torch.device("cuda"), 256
-    sequences = [(0, 1), (0, 300), (511, 1), (1000, 1), (256, 256), (700, 77)]
+    block_size = 256
+    metadata = make_metadata([(0, 1), (0, 300), (511, 1), (1000, 1), (256, 256), (700, 77)], block_size)
+    metadata = AttentionMetadata(
+        **{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in vars(metadata).items()}
+    )
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def randn(*shape):
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
-    width = 5
-    table = torch.arange(1, 1 + len(sequences) * width, device=device, dtype=torch.int32).view(-1, width)
-    num_tokens = sum(n for _, n in sequences)
-    positions = [p for before, new in sequences for p in range(before, before + new)]
-    owners = [i for i, (_, new) in enumerate(sequences) for _ in range(new)]
-    slots = [
-        int(table[i, p // block_size]) * block_size + p % block_size for i, p in zip(owners, positions, strict=True)
-    ]
-    query_lens = [new for _, new in sequences]
-    seq_lens = [before + new for before, new in sequences]
-    metadata = AttentionMetadata(
-        slot_mapping=torch.tensor(slots, device=device),
-        block_table=table,
-        seq_lens=torch.tensor(seq_lens, device=device, dtype=torch.int32),
-        cu_seqlens_q=torch.tensor([0, *torch.tensor(query_lens).cumsum(0)], device=device, dtype=torch.int32),
-        query_lens=query_lens,
-        context_lens=seq_lens,
-        max_query_len=max(query_lens),
-        max_seq_len=max(seq_lens),
-    )
-    caches = [randn(1 + len(sequences) * width, block_size, 2, 64) for _ in range(2)]
-    q, k, v = randn(num_tokens, 8, 64), randn(num_tokens, 2, 64), randn(num_tokens, 2, 64)
-    flash = select_backend(device=device, dtype=q.dtype, block_size=block_size, sliding_window=window, **SHAPE)
-    assert flash.name == "flash"
-    out = flash.forward(q, k, v, *(c.clone() for c in caches), metadata)
-    reference = SdpaBackend(sliding_window=window, **SHAPE)
-    expected = reference.forward(*(x.float() for x in (q, k, v, *caches)), metadata)
+    caches = [randn(1 + int(metadata.block_table.max()), block_size, 2, 64) for _ in range(2)]
+    q = randn(sum(metadata.query_lens), 8, 64)
+    out = FlashBackend(sliding_window=window, **SHAPE).forward(q, *caches, metadata)
+    expected = SdpaBackend(sliding_window=window, **SHAPE).forward(*(x.float() for x in (q, *caches)), metadata)
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
 
-def test_the_cpu_uses_the_specification():
-    backend = select_backend(
-        device=torch.device("cpu"), dtype=torch.float32, block_size=16, sliding_window=None, **SHAPE
-    )
-    assert backend.name == "sdpa"
+def test_one_query_without_a_window_is_not_masked():
+    """Only then does the kernel pack the query heads that share a KV head."""
+    backend = FlashBackend(sliding_window=None, **SHAPE)
+    assert backend.window_size(1) == (-1, -1)
+    assert backend.window_size(2) == (-1, 0)
+    assert FlashBackend(sliding_window=100, **SHAPE).window_size(1) == (99, 0)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "block_size", "reason"),
-    [(torch.float32, 256, "float16 or bfloat16"), (torch.bfloat16, 16, "multiple of 256")],
-)
-def test_a_fallback_on_cuda_says_why(dtype, block_size, reason, caplog):
-    backend = select_backend(
-        device=torch.device("cuda"), dtype=dtype, block_size=block_size, sliding_window=None, **SHAPE
-    )
-    assert backend.name == "sdpa"
-    assert reason in caplog.text
+def test_both_cumulative_lengths_are_given(monkeypatch):
+    """torch refuses one without the other, also where a block table makes the second one useless."""
+    calls = []
+    monkeypatch.setattr(flash, "varlen_attn", lambda *args, **kwargs: calls.append((args, kwargs)) or args[0])
+    metadata = make_metadata([(300, 1), (0, 5)], 256)
+    q, cache = torch.zeros(6, 8, 64), torch.zeros(4, 256, 2, 64)
+    FlashBackend(sliding_window=None, **SHAPE).forward(q, cache, cache, metadata)
+    ((*_, cu_seq_q, cu_seq_k, max_q, max_k), options) = calls[0]
+    assert cu_seq_q.tolist() == [0, 1, 6] and cu_seq_k.dtype == torch.int32 and cu_seq_k.shape == (3,)
+    assert (max_q, max_k) == (5, 301)
+    assert options["num_splits"] == 1 and options["enable_gqa"]

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from workers.attention.backend import AttentionMetadata
+from workers.attention.backend import AttentionMetadata, store_kv
 from workers.attention.sdpa import SdpaBackend
 
 HEAD_DIM = 8
@@ -89,8 +89,9 @@ def test_a_query_has_the_same_bits_whatever_else_is_computed(
             slots = table[positions // block_size].long() * block_size + positions % block_size
             for cache, stored in zip(caches, sequences[i][1:], strict=True):
                 cache.view(-1, num_kv_heads, head_dim)[slots] = stored[:before]
-        new = [torch.cat([sequences[i][j][before : before + n] for i, before, n in parts]) for j in range(3)]
-        return backend.forward(*new, *caches, metadata).split([n for *_, n in parts])
+        q, k, v = (torch.cat([sequences[i][j][before : before + n] for i, before, n in parts]) for j in range(3))
+        store_kv(k, v, *caches, metadata.slot_mapping)
+        return backend.forward(q, *caches, metadata).split([n for *_, n in parts])
 
     whole = [attend([(i, 0, length)], 16)[0] for i in range(3)]
     choose = random.Random(0)
@@ -115,7 +116,8 @@ def test_equals_naive_attention(block_size, window, num_heads, num_kv_heads):
     q = torch.randn(sum(n for _, n in sequences), num_heads, HEAD_DIM, generator=generator)
     new = [torch.cat([kv[i][before:] for (before, _), kv in zip(sequences, everything, strict=True)]) for i in range(2)]
     backend = SdpaBackend(num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, sliding_window=window)
-    out = backend.forward(q, new[0], new[1], k_cache, v_cache, metadata)
+    store_kv(*new, k_cache, v_cache, metadata.slot_mapping)
+    out = backend.forward(q, k_cache, v_cache, metadata)
     row = 0
     for (before, num_new), (keys, values) in zip(sequences, everything, strict=True):
         for position in range(before, before + num_new):
@@ -131,13 +133,14 @@ def test_released_blocks_are_never_seen():
     k_cache, v_cache, metadata, everything = make_batch([(20, 1), (18, 3)], block_size, 2, generator)
     q = torch.randn(4, 4, HEAD_DIM, generator=generator)
     k, v = (torch.cat([everything[0][i][20:], everything[1][i][18:]]) for i in range(2))
+    store_kv(k, v, k_cache, v_cache, metadata.slot_mapping)
     expected = SdpaBackend(num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, sliding_window=window).forward(
-        q, k, v, k_cache.clone(), v_cache.clone(), metadata
+        q, k_cache.clone(), v_cache.clone(), metadata
     )
     metadata.block_table[0, : (20 - window + 1) // block_size] = 0
     metadata.block_table[1, : (18 - window + 1) // block_size] = 0
     k_cache[0], v_cache[0] = 1e4, 1e4
     out = SdpaBackend(num_heads=4, num_kv_heads=2, head_dim=HEAD_DIM, sliding_window=window).forward(
-        q, k, v, k_cache, v_cache, metadata
+        q, k_cache, v_cache, metadata
     )
     assert torch.equal(out, expected)

@@ -1,6 +1,7 @@
 """A batch as one message: every field arrives as it was, whatever the sizes."""
 
 import dataclasses
+from array import array
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def test_the_worked_example():
     scheduler = make_scheduler(block_size=4)
     request = add(scheduler, 0, 6)
     (scheduled,) = scheduler.schedule()
-    request.sequence.num_computed_tokens, request.sequence.block_ids = 5, [7, 2]
+    request.sequence.num_computed_tokens, request.sequence.block_ids = 5, array("i", [7, 2])
     batch = make_batch([dataclasses.replace(scheduled, num_new_tokens=1)], 4)
     assert (batch.token_ids.tolist(), batch.positions.tolist(), batch.slot_mapping.tolist()) == ([5], [5], [9])
     assert (batch.query_lens.tolist(), batch.seq_lens.tolist(), batch.logits_indices.tolist()) == ([1], [6], [0])

@@ -13,7 +13,7 @@ from support.paths import DEMO_MODEL
 from support.ranks.rank_threads import run_ranks
 from support.tiny import write_tiny_checkpoint
 
-from workers.engine import core as core_module
+from workers.engine import next_tokens
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
@@ -55,7 +55,7 @@ def logits_of(monkeypatch):
             assert torch.equal(row_logits, expected), f"{off:.1e} off after {len(context)} tokens, {len(rows)} rows"
         return sample(logits, rows, **kwargs)
 
-    monkeypatch.setattr(core_module, "sample", recording)
+    monkeypatch.setattr(next_tokens, "sample", recording)
     return seen
 
 

@@ -16,9 +16,9 @@ TOKENIZER = load_tokenizer(DEMO_MODEL)
 OURS = ("workers.", "llguidance.")
 
 
-@pytest.fixture(scope="module")
-def core() -> EngineCore:
-    return LLMEngine(make_config(DEMO_MODEL, tokenizer_path=str(TOKENIZER.path))).core
+@pytest.fixture(scope="module", params=[False, True], ids=["one by one", "overlap"])
+def core(request: pytest.FixtureRequest) -> EngineCore:
+    return LLMEngine(make_config(DEMO_MODEL, tokenizer_path=str(TOKENIZER.path), overlap=request.param)).core
 
 
 @pytest.fixture(scope="module")

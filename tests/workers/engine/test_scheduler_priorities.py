@@ -151,6 +151,7 @@ def run_step_checked(scheduler, *, budget, background):
     return play(scheduler, scheduled)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("window", [None, 16])
 def test_lines_preempted_again_and_again_get_the_same_tokens(tmp_path, window):
     folder = write_tiny_checkpoint(tmp_path, sliding_window=window)

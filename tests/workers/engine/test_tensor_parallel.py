@@ -22,9 +22,10 @@ def greedy_requests():
     return [*greedy, make_request("sampled", prompts[1], seed=5, top_p=0.9, logprobs=3)]
 
 
-@pytest.mark.parametrize("backend", ["shm", "gloo"])
-@pytest.mark.parametrize("size", [2, 4])
-def test_every_size_gives_the_tokens_of_one(folder, size, backend):
+@pytest.mark.parametrize(
+    ("size", "backend", "overlap"), [(2, "shm", True), (2, "gloo", False), (4, "shm", False), (4, "gloo", True)]
+)
+def test_every_size_gives_the_tokens_of_one(folder, size, backend, overlap):
     expected = make_engine(folder).generate(greedy_requests())
-    config = make_config(folder, tensor_parallel_size=size)
+    config = make_config(folder, tensor_parallel_size=size, overlap=overlap)
     assert generate_on_ranks(config, greedy_requests(), backend=backend) == expected

@@ -10,7 +10,8 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm, Mistral
 from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 from workers.checkpoint.model_config import load_model_config
-from workers.layers.decoder import RMSNorm, RotaryEmbedding, silu
+from workers.kernels.layer_specification import rotate, silu
+from workers.layers.decoder import RMSNorm, RotaryEmbedding
 from workers.model.mistral import MistralForCausalLM
 from workers.quant.dense import CAN_PACK, linear, pack
 from workers.weights.loader import load_weights
@@ -77,7 +78,7 @@ def test_rotary_equals_transformers():
     cos, sin = MistralRotaryEmbedding(config)(q, positions.unsqueeze(0))
     # theirs: [batch, num_heads, num_tokens, head_dim]
     expected, _ = apply_rotary_pos_emb(q.transpose(0, 1).unsqueeze(0), q.transpose(0, 1).unsqueeze(0), cos, sin)
-    rotated = rotary.rotate(q, *rotary.angles(positions))
+    rotated = rotate(q, *rotary.angles(positions))
     torch.testing.assert_close(rotated, expected[0].transpose(0, 1))
     assert torch.equal(rotated[0], q[0]), "position 0 turns nothing"
 
@@ -91,7 +92,7 @@ def test_rotary_worked_example():
     torch.testing.assert_close(sin, torch.stack([-a.sin(), -b.sin(), a.sin(), b.sin()]))
     x = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 4)
     torch.testing.assert_close(
-        rotary.rotate(x, cos.view(1, 1, 4), sin.view(1, 1, 4)).flatten(), torch.stack([a.cos(), 0 * a, a.sin(), 0 * a])
+        rotate(x, cos.view(1, 1, 4), sin.view(1, 1, 4)).flatten(), torch.stack([a.cos(), 0 * a, a.sin(), 0 * a])
     )
 
 
@@ -122,7 +123,7 @@ def test_a_row_has_the_same_bits_whatever_else_is_computed(part, num_threads):
     weight = pack(torch.nn.Parameter(torch.randn(300, size), requires_grad=False))
     compute = {
         "norm": lambda x, _: norm(x),
-        "rotary": lambda x, positions: rotary.rotate(x[:, None], *rotary.angles(positions)),
+        "rotary": lambda x, positions: rotate(x[:, None], *rotary.angles(positions)),
         "silu": lambda x, _: silu(torch.cat((x, x), dim=1).chunk(2, dim=1)[0]),
         "linear": lambda x, _: linear(x, weight),
     }[part]

@@ -22,6 +22,7 @@ from workers.errors import RequestError
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta
 from workers.sampling import grammar as grammar_module
 from workers.sampling import masks as masks_module
+from workers.sampling import matcher_masks
 from workers.sampling.grammar import Constraint
 from workers.sampling.vocabulary import load_grammar_tokenizer
 
@@ -188,19 +189,6 @@ def test_slow_masks_change_no_token(folder, engine, monkeypatch):
     assert run_requests(tight.core, requests) == expected, "with preemptions"
 
 
-def test_a_request_over_its_budget_for_masks_ends_alone(engine, monkeypatch):
-    core = engine.core
-    expected = run_requests(core, [constrained("good", None, max_tokens=20, ignore_eos=True)])[0]
-    monkeypatch.setattr(masks_module, "SLOW_MASK_S", -1.0)
-    monkeypatch.setattr(grammar_module, "MAX_MASKS_S", 0.0)
-    core.add_request(constrained("bad", NUMBERS))
-    core.add_request(constrained("good", None, max_tokens=20, ignore_eos=True))
-    found = drain(core)
-    assert found["bad"][-1].finish_reason is FinishReason.ERROR
-    assert "CPU time" in found["bad"][-1].error
-    assert [t for delta in found["good"] for t in delta.token_ids] == expected
-
-
 def test_an_engine_with_only_held_requests_waits_for_them(folder, engine, monkeypatch):
     """Nothing may end because nothing can be scheduled: the waiting request has no room before the held one ends."""
     monkeypatch.setattr(masks_module, "SLOW_MASK_S", -1.0)
@@ -331,7 +319,7 @@ def test_a_panic_in_a_mask_ends_its_request_alone(folder: Path, monkeypatch: pyt
 
     engine = new_engine(folder)
     undisturbed = engine.generate([constrained("good", NUMBERS)])[0]
-    fill, fill_one, guilty = grammar_module.fill_next_token_bitmask_par, grammar_module.fill_next_token_bitmask, []
+    fill, fill_one, guilty = matcher_masks.fill_next_token_bitmask_par, matcher_masks.fill_next_token_bitmask, []
 
     def panics(executor: Any, rows: list[Any], masks: Any) -> None:
         if any(matcher in guilty for matcher, _ in rows):
@@ -343,8 +331,8 @@ def test_a_panic_in_a_mask_ends_its_request_alone(folder: Path, monkeypatch: pyt
             raise Panic("index out of bounds")
         fill_one(matcher, mask)
 
-    monkeypatch.setattr(grammar_module, "fill_next_token_bitmask_par", panics)
-    monkeypatch.setattr(grammar_module, "fill_next_token_bitmask", panics_alone)
+    monkeypatch.setattr(matcher_masks, "fill_next_token_bitmask_par", panics)
+    monkeypatch.setattr(matcher_masks, "fill_next_token_bitmask", panics_alone)
     core = engine.core
     for name, grammar in (("good", NUMBERS), ("bad", schema_grammar(SCHEMA))):
         core.add_request(constrained(name, grammar))

@@ -6,10 +6,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from support.fakes.core import FACTS
 from support.servers.live_replica import TOKENIZER
 
+from cluster.api.generation import structured as structured_module
 from cluster.api.generation.structured import MAX_AT_ONCE, Grammars
 from cluster.api.generation.tenant_slots import TenantSlots
+from cluster.text.grammar.compiler import GrammarKind, StructuredOutput
 from workers.errors import RequestError
 
 
@@ -70,6 +73,49 @@ async def test_one_tenant_does_not_keep_another_waiting(never: threading.Event) 
     assert await asyncio.gather(*floods) == ["too late"] * 5
 
 
+class FakeCompiler:
+    """A grammar in Lark takes until `may_end` is set. `order`: in which order they ended."""
+
+    def __init__(self) -> None:
+        self.may_end, self.order = threading.Event(), list[str]()
+
+    def compile(self, output: StructuredOutput, *, at_start: bool, param: str) -> str:
+        if output.kind == "grammar":
+            assert self.may_end.wait(20)
+        self.order.append(output.value or output.kind)
+        return ""
+
+
+@pytest.mark.parametrize("num_attackers", [1, 2])
+async def test_a_plain_format_does_not_wait_for_another_keys_second_grammar(
+    num_attackers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One attacker leaves a slot free; two occupy both, and have their next grammars ready before the plain request comes."""
+    compiler = FakeCompiler()
+    monkeypatch.setattr(structured_module, "GrammarCompiler", lambda *_, **__: compiler)
+    grammars = Grammars(TOKENIZER)
+    attackers = [f"attacker {i}" for i in range(num_attackers)]
+
+    def start(kind: GrammarKind, value: str | None, tenant: str) -> asyncio.Task[str]:
+        output = StructuredOutput(kind, value)
+        return asyncio.create_task(
+            grammars.compile(output, at_start=True, param="response_format", facts=FACTS, tenant=tenant)
+        )
+
+    await grammars.compiler(FACTS)
+    attack = [start("grammar", f"slow {turn}", tenant) for turn in (1, 2, 3) for tenant in attackers]
+    await asyncio.sleep(0)
+    plain = start("json_object", None, "other")
+    await asyncio.sleep(0)
+    if num_attackers == 1:
+        await asyncio.wait_for(plain, 20)
+    compiler.may_end.set()
+    await asyncio.wait_for(asyncio.gather(plain, *attack), 20)
+    order = compiler.order
+    assert sorted(order) == sorted(["json_object", *["slow 1", "slow 2", "slow 3"] * num_attackers])
+    assert not {"slow 2", "slow 3"} & set(order[: order.index("json_object")]), order
+
+
 async def test_tenants_take_turns() -> None:
     turns, order = TenantSlots(1), []
 
@@ -84,6 +130,23 @@ async def test_tenants_take_turns() -> None:
     turns.release("first")
     await asyncio.gather(*waiting)
     assert order == ["a", "b", "c", "a", "b", "a"]
+
+
+async def test_a_tenant_that_was_just_served_is_the_last() -> None:
+    """Though its next request came before those of the others."""
+    turns, order = TenantSlots(1), []
+
+    async def work(tenant: str) -> None:
+        await turns.acquire(tenant)
+        order.append(tenant)
+        turns.release(tenant)
+
+    await turns.acquire("a")
+    waiting = [asyncio.create_task(work(tenant)) for tenant in ("a", "a", "b", "c")]
+    await asyncio.sleep(0)
+    turns.release("a")
+    await asyncio.gather(*waiting)
+    assert order == ["b", "c", "a", "a"]
 
 
 async def test_a_request_that_stops_waiting_gives_its_turn_away() -> None:

@@ -39,6 +39,14 @@ async def starts_with_the_prompt(api: Api, echo: bool) -> None:
     await api.refused({"max_tokens": 0}, "max_tokens", "'echo' or 'prompt_logprobs'")
 
 
+async def starts_with_all_of_the_prompt(api: Api, skip: bool) -> None:
+    choice = (await api.run(echo=True, skip_special_tokens=skip, logprobs=0)).choice
+    assert choice["text"] == f"<s> {PROMPT}{await api.text()}"
+    found = choice["logprobs"]
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        assert choice["text"].startswith(token, offset)
+
+
 async def scores_the_prompt(api: Api, echo: bool) -> None:
     choice = (await api.run(echo=echo, logprobs=1)).choice
     found = choice["logprobs"]
@@ -107,6 +115,7 @@ ROWS = [
     Row("CompletionRequest.suffix", "", changes_nothing),
     Row("CompletionRequest.echo", True, starts_with_the_prompt),
     Row("CompletionRequest.echo", True, scores_the_prompt),
+    Row("CompletionRequest.echo, GenerationRequest.skip_special_tokens", False, starts_with_all_of_the_prompt),
     Row("CompletionRequest.logprobs", 3, shows_the_likeliest_tokens),
     Row("CompletionRequest.logprobs", 0, shows_the_chosen_token_only),
     Row("CompletionRequest.add_special_tokens", False, starts_without_the_first_token),

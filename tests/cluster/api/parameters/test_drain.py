@@ -39,6 +39,11 @@ async def reaches_the_admin(api: Api, grace_s: float | None) -> None:
     assert ADMIN.drained == [("r0", grace_s)], "the admin must get the requested time"
 
 
+async def is_refused_next_to_it(api: Api, name: str) -> None:
+    await api.refused({"grace_s": 1, name: 1}, "grace_s", name)
+    assert ADMIN.drained == [], "a misspelled field of an operator acts on no replica"
+
+
 async def is_refused(api: Api, grace_s: Any) -> None:
     await api.refused({"grace_s": grace_s}, "grace_s", "grace_s")
     assert ADMIN.drained == []
@@ -50,6 +55,7 @@ ROWS = [
     Row("DrainRequest.grace_s", None, reaches_the_admin),
     Row("DrainRequest.grace_s", -1, is_refused),
     Row("DrainRequest.grace_s", "x", is_refused),
+    Row("DrainRequest.grace_s", "grace", is_refused_next_to_it),
 ]
 
 

@@ -92,6 +92,22 @@ async def keeps_the_stop_string(api: Api, part: slice) -> None:
     assert await api.text(stop=end, include_stop_str_in_output=True) == text[: text.index(end) + len(end)]
 
 
+async def shows_special_tokens(api: Api, skip: bool) -> None:
+    names = {"[INST]": 3, "</s>": EOS}
+    for name, token_id in names.items():
+        fields = {"logit_bias": {str(token_id): 100}, "max_tokens": 3, "ignore_eos": True}
+        for value, text in ((None, ""), (True, ""), (skip, name * 3)):
+            assert await api.text(**fields, skip_special_tokens=value) == text
+        assert (
+            "".join(text_of(c["choices"][0]) for c in await api.chunks(**fields, skip_special_tokens=skip)) == name * 3
+        )
+        assert await api.text(**fields, skip_special_tokens=skip, stop=name[1:]) == name[0], "a stop string sees them"
+    to_eos = {"logit_bias": {str(EOS): 100}, "skip_special_tokens": skip}
+    assert await api.text(**to_eos) == "", "the end token does not show"
+    assert await api.text(**to_eos, include_stop_str_in_output=True) == "</s>"
+    assert (await api.text(skip_special_tokens=skip)).strip() == (await api.text()).strip()
+
+
 async def is_random(api: Api, temperature: float) -> None:
     assert len({await api.text(temperature=temperature, seed=seed) for seed in range(4)}) == 4
 
@@ -259,6 +275,7 @@ ROWS = [
     Row("GenerationRequest.stop", {"stop": list("abcdefghijklmnopq")}, refused("length <= 16")),
     Row("GenerationRequest.stop", "[INST]", ends_after_the_special_token_of_that_name),
     Row("GenerationRequest.include_stop_str_in_output", slice(6, 9), keeps_the_stop_string),
+    Row("GenerationRequest.skip_special_tokens", False, shows_special_tokens),
     Row("GenerationRequest.temperature", 1.5, is_random),
     Row("GenerationRequest.temperature", 0.001, is_greedy),
     Row("GenerationRequest.top_p", {"top_p": 1e-9}, leaves_the_likeliest_token_only),

@@ -44,7 +44,7 @@ def test_resume_uses_the_options_of_the_job(tmp_path: Path) -> None:
     copy_job(tmp_path)
     _, job = find_job(str(tmp_path / "out.jsonl"), None)
     given = {k: v for k, v in vars(options_of("resume", job.output)).items() if v is not None}
-    config = batch_config(Namespace(**(job.options | given)), job, *resolve_model(None))
+    config = batch_config(Namespace(**(job.options | given)), job, *resolve_model(None), device="cpu")
     assert (config.engine.max_num_seqs, config.engine.max_model_len) == (1, 64)
     assert (config.min_replicas, config.max_replicas, config.deployment) == (1, 1, "batch-0dd713ca5c3b")
 

@@ -1,5 +1,6 @@
 """Grammars for structured outputs: what they accept and reject, and that hostile ones are rejected in bounded time."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -153,6 +154,23 @@ def test_what_is_rejected_is_rejected_quickly(kind, value, says: str) -> None:
     assert error.value.param == "response_format"
     assert "\n" not in str(error.value)
     assert time.process_time() - begun < 2
+
+
+@pytest.mark.parametrize(("step_s", "fits"), [(0.01, True), (0.3, False)])
+def test_a_check_has_a_budget_of_cpu_time(step_s: float, fits: bool) -> None:
+    """Every reading of the fake clock says that `step_s` more of CPU time was used; a check reads it once a token, at most 16 times."""
+    readings = itertools.count()
+    compiler = GrammarCompiler(
+        TOKENIZER, vocab_size=SIZE, eos_token_ids=(EOS,), cpu_time=lambda: step_s * next(readings)
+    )
+    output = StructuredOutput("regex", "[a-z]{100}")
+    if fits:
+        assert compiler.compile(output, at_start=False, param="p")
+        return
+    with pytest.raises(RequestError, match="more than 1 s of CPU time") as refused:
+        compiler.compile(output, at_start=False, param="p")
+    assert (refused.value.param, refused.value.remedy) == ("p", "Make it smaller, or less ambiguous.")
+    assert next(readings) <= 6, "it ends with the first token beyond the budget"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Detokenizer and stop strings together: what a delta shows, and that a replay restores the state."""
 
 from pathlib import Path
+from typing import Any
 
 import mistral_common
 import pytest
@@ -14,6 +15,7 @@ TOKENIZER = open_tokenizer(
 )
 TEXT = "It is 日本 time; the END of 😀 it"
 IDS = TOKENIZER.encode(TEXT, bos=False)
+HELLO = TOKENIZER.pieces.names.index("▁Hello")
 
 
 def delta(
@@ -32,9 +34,57 @@ def test_a_stop_string_ends_the_sequence_in_mid_delta() -> None:
 
 def test_the_stop_token_is_counted_and_is_not_text() -> None:
     output = OutputText(TOKENIZER)
-    hello = TOKENIZER.pieces.names.index("▁Hello")
-    step = output.push(delta([hello, hello], finish=FinishReason.STOP, stop_token_id=hello))
+    step = output.push(delta([HELLO, HELLO], finish=FinishReason.STOP, stop_token_id=HELLO))
     assert (step.text, output.num_tokens) == ("Hello", 2)
+
+
+# Rows: the arguments, the last token and how it ended the output, the text after "the END" and its logprobs' offset.
+SHOWN = {"shows_special": True}
+ENDS = [
+    ({}, 2, 2, "", 7),
+    ({"include_stop": True}, 2, 2, "", 7),
+    (SHOWN, 2, 2, "", 7),
+    (SHOWN | {"include_stop": True}, 2, 2, "</s>", 7),
+    (SHOWN, 2, None, "</s>", 7),
+    ({}, 2, None, "", 7),
+    # A stop token that is text, as with `stop_token_ids`.
+    ({}, HELLO, HELLO, "", 7),
+    ({"include_stop": True}, HELLO, HELLO, " Hello", 7),
+    # A stop string that names a special token.
+    ({"stop": ["</s>"], "include_stop": True}, 2, 2, "</s>", 7),
+    (SHOWN | {"stop": ["</s>"]}, 2, 2, "", 7),
+    (SHOWN | {"stop": ["</s>"], "include_stop": True}, 2, 2, "</s>", 7),
+    (SHOWN | {"stop": ["D</s>"]}, 2, None, None, None),
+    (SHOWN | {"stop": ["</s>!"]}, 2, None, "</s>", 7),
+]
+
+
+@pytest.mark.parametrize(("arguments", "token_id", "stop_token_id", "shown", "offset"), ENDS)
+def test_what_shows_of_the_last_token(
+    arguments: dict[str, Any], token_id: int, stop_token_id: int | None, shown: str | None, offset: int | None
+) -> None:
+    output = OutputText(TOKENIZER, shows_end=True, **arguments)
+    ids = [*TOKENIZER.encode("the END", bos=False), token_id]
+    finish = FinishReason.LENGTH if stop_token_id is None else FinishReason.STOP
+    step = output.push(delta(ids, finish=finish, stop_token_id=stop_token_id, logprobs=True))
+    if shown is None:  # a stop string across text and a special token
+        assert (step.text, step.finish_reason) == ("the EN", FinishReason.STOP)
+    else:
+        assert (step.text, step.finish_reason) == (f"the END{shown}", finish)
+        assert (step.logprobs[-1].logprob.token_id, step.logprobs[-1].text_offset) == (token_id, offset)
+
+
+def test_special_tokens_between_words_are_text_only_if_asked_for() -> None:
+    ids = [1, *TOKENIZER.encode("one", bos=False), 3, *TOKENIZER.encode("two", bos=False), 4]
+    for arguments, text in (({}, "one two"), (SHOWN, "<s> one[INST] two[/INST]")):
+        output = OutputText(TOKENIZER, **arguments)
+        steps = [output.push(delta([i], logprobs=True)) for i in ids]
+        assert "".join([step.text for step in steps]) == text
+        placed = [p for step in steps for p in step.logprobs]
+        if arguments:
+            ends = [*(p.text_offset for p in placed[1:]), len(text)]
+            pieces = [text[p.text_offset : end] for p, end in zip(placed, ends, strict=True)]
+            assert pieces == [TOKENIZER.token_text(i) for i in ids], "each token's text starts at its offset"
 
 
 def test_held_text_comes_at_the_end() -> None:
@@ -63,7 +113,7 @@ def test_before_min_tokens_stop_strings_are_ignored() -> None:
 @pytest.mark.parametrize("cut", range(len(IDS) + 1))
 def test_a_replay_continues_like_the_original(cut: int) -> None:
     prompt = TOKENIZER.encode("After a prompt")
-    arguments = {"continues": prompt, "stop": ["of 😁", "zzz"]}
+    arguments = {"continues": prompt, "stop": ["of 😁", "zzz"], "shows_special": True}
     original, rebuilt = OutputText(TOKENIZER, **arguments), OutputText(TOKENIZER, **arguments)
     original.push(delta(IDS[:cut]))
     rebuilt.replay(IDS[:cut])

@@ -1,0 +1,147 @@
+"""Compiles every Triton kernel for each kind of GPU, at the shapes of a 7B model, and shows what it needs. Runs without a GPU.
+
+    python benchmarks/triton_resources.py [--output benchmarks/results/triton_resources.md]
+
+An entry of LAUNCHES calls a kernel as the engine does, on CPU tensors; see workers/kernels/offline.py.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+
+import torch
+import triton
+
+from workers.attention.backend import AttentionMetadata
+from workers.attention.triton_paged import TritonBackend
+from workers.kernels.add_rms_norm import add_rms_norm
+from workers.kernels.matmul import matmul
+from workers.kernels.offline import MAX_SHARED_BYTES, CompiledKernel, compile_for
+from workers.kernels.rotary_kv import rotary_kv
+from workers.kernels.silu_mul import silu_mul
+
+CAPABILITIES = {80: "A100", 86: "A10G", 89: "L4", 90: "H100, H200"}
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
+HIDDEN_SIZE, INTERMEDIATE_SIZE = 4096, 14_336
+DTYPE = torch.bfloat16
+# What tells the variants of a kernel apart in the table.
+SHOWN_CONSTANTS = {"BLOCK_M": "rows", "ROWS": "rows", "OUTPUTS": "outputs", "IS_SPLIT": "split", "WINDOW": "window"}
+
+
+def decode_attention(*, sliding_window: int | None = None) -> None:
+    attend([1] * 64, seq_len=4096, sliding_window=sliding_window)
+
+
+def attend(query_lens: Sequence[int], *, seq_len: int, sliding_window: int | None = None) -> None:
+    num_seqs = len(query_lens)
+    backend = TritonBackend(
+        num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, sliding_window=sliding_window
+    )
+    metadata = AttentionMetadata(
+        slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
+        block_table=torch.zeros((num_seqs, seq_len // BLOCK_SIZE), dtype=torch.int32),
+        seq_lens=torch.zeros(num_seqs, dtype=torch.int32),
+        cu_seqlens_q=torch.zeros(num_seqs + 1, dtype=torch.int32),
+        query_lens=list(query_lens),
+        context_lens=[seq_len] * num_seqs,
+        max_query_len=max(query_lens),
+        max_seq_len=seq_len,
+    )
+    cache = torch.empty((2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM), dtype=DTYPE)
+    backend.forward(torch.empty((sum(query_lens), NUM_HEADS, HEAD_DIM), dtype=DTYPE), cache, cache, metadata)
+
+
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=DTYPE)
+
+
+def norm_with_residual() -> None:
+    add_rms_norm(empty(64, HIDDEN_SIZE), empty(64, HIDDEN_SIZE), weight=empty(HIDDEN_SIZE), eps=1e-5)
+
+
+def rotary_and_cache() -> None:
+    angles = torch.empty((64, 2, HEAD_DIM)).split(1, dim=1)
+    cache = empty(2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    slot_mapping = torch.zeros(64, dtype=torch.int64)
+    qkv = empty(64, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM)
+    rotary_kv(qkv, (angles[0], angles[1]), kv_cache=(cache, cache), slot_mapping=slot_mapping)
+
+
+# One entry for each way to launch: what it is, and a call that launches it.
+LAUNCHES: dict[str, Callable[[], object]] = {
+    "attention, decode": decode_attention,
+    "attention, decode, window 4,096": lambda: decode_attention(sliding_window=4096),
+    "attention, decode, one segment": lambda: attend([1] * 64, seq_len=512),
+    "attention, prefill": lambda: attend([512], seq_len=512),
+    "attention, prefill, window 4,096": lambda: attend([4096], seq_len=4096, sliding_window=4096),
+    "attention, short chunk": lambda: attend([32], seq_len=4096),
+    "norm": lambda: add_rms_norm(empty(64, HIDDEN_SIZE), None, weight=empty(HIDDEN_SIZE), eps=1e-5),
+    "residual add and norm": norm_with_residual,
+    "rotary embedding and KV write": rotary_and_cache,
+    "SiLU(gate) x up": lambda: silu_mul(empty(64, 2 * INTERMEDIATE_SIZE)),
+    "deterministic product, down": lambda: matmul(empty(64, INTERMEDIATE_SIZE), empty(HIDDEN_SIZE, INTERMEDIATE_SIZE)),
+    "deterministic product, gate_up": lambda: matmul(empty(64, HIDDEN_SIZE), empty(2 * INTERMEDIATE_SIZE, HIDDEN_SIZE)),
+}
+
+
+def compiled(capability: int) -> Iterator[tuple[str, CompiledKernel]]:
+    for name, launch in LAUNCHES.items():
+        for kernel in compile_for(capability, launch):
+            yield name, kernel
+
+
+def page() -> Iterator[str]:
+    yield "# What the Triton kernels need"
+    yield ""
+    yield (
+        f"Compiled without a GPU by `benchmarks/triton_resources.py`, Triton {triton.__version__}, at the shapes of a 7B model: "
+        f"{NUM_HEADS} heads, {NUM_KV_HEADS} KV heads of {HEAD_DIM}, blocks of {BLOCK_SIZE} tokens, {str(DTYPE).removeprefix('torch.')}."
+    )
+    yield (
+        "Registers are per thread, 255 at most; spilled bytes are those that did not fit. Shared memory is per program. Programs: how many one"
+    )
+    yield "multiprocessor can hold at once, by registers and shared memory."
+    for capability, gpus in CAPABILITIES.items():
+        yield ""
+        yield f"## Compute capability {capability / 10} ({gpus})"
+        yield ""
+        yield "| launch | kernel | variant | warps | registers | spilled bytes | shared memory | programs |"
+        yield "|---|---|---|---|---|---|---|---|"
+        for launch, kernel in compiled(capability):
+            yield (
+                f"| {launch} | {kernel.name} | {variant(kernel)} | {kernel.num_warps} | {kernel.num_registers} | {kernel.num_spilled_bytes} "
+                f"| {kernel.num_shared_bytes / 1024:.1f} KiB | {programs_at_once(kernel, capability)} |"
+            )
+
+
+def variant(kernel: CompiledKernel) -> str:
+    shown = ((label, kernel.constants.get(name)) for name, label in SHOWN_CONSTANTS.items())
+    return ", ".join(label if value is True else f"{value} {label}" for label, value in shown if value)
+
+
+def programs_at_once(kernel: CompiledKernel, capability: int) -> int:
+    """A multiprocessor has 65,536 registers, given to warps in units of 256, and 1 KiB more shared memory than the largest program may use,
+    of which each program takes 1 KiB for itself.
+    """
+    per_warp = -(-kernel.num_registers * 32 // 256) * 256
+    by_registers = 65_536 // (per_warp * kernel.num_warps)
+    by_shared = (MAX_SHARED_BYTES[capability] + 1024) // (kernel.num_shared_bytes + 1024)
+    return min(by_registers, by_shared, 2048 // (32 * kernel.num_warps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    text = "\n".join(page()) + "\n"
+    if args.output is None:
+        print(text, end="")
+    else:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""How attention is divided into tiles and splits: what a launch depends on. The arithmetic is tested in tests/workers/kernels."""
+
+import pytest
+import torch
+
+from workers.attention.triton_paged import SEGMENT, TritonBackend, choose_num_splits, choose_tiles
+
+MODEL = {"head_dim": 128, "dtype": torch.bfloat16, "group": 4}
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 64])
+def test_decode_and_prefill_read_keys_in_the_same_tiles(capability, dtype, head_dim, group):
+    short, long = choose_tiles(capability, head_dim=head_dim, dtype=dtype, group=group)
+    assert short.keys == long.keys, "a query's bits would depend on the number of queries"
+    assert SEGMENT % short.keys == 0, "a segment is a whole number of tiles"
+    assert short.rows >= group, "the query heads of a KV head share a tile"
+
+
+def test_from_hopper_on_all_tiles_use_one_kind_of_matrix_instruction():
+    assert choose_tiles(80, **MODEL).short.rows == 16
+    short, long = choose_tiles(90, **MODEL)
+    assert min(short.rows, long.rows) >= 64
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "num_segments", "num_splits"),
+    [
+        (1, 64, 54),  # the examples of the docstring
+        (64, 8, 4),
+        (1, 1, 1),
+        (8, 4, 4),
+        (64, 256, 1),  # the partial sums would take 273 MB
+    ],
+)
+def test_number_of_splits(num_seqs, num_segments, num_splits):
+    assert num_splits == choose_num_splits(
+        num_seqs * 8, num_segments=num_segments, num_rows=num_seqs * 32, head_dim=128, multiprocessors=108
+    )
+
+
+@pytest.mark.parametrize(
+    ("window", "queries", "max_seq_len", "num_segments"),
+    [(None, 4, 512, 1), (None, 4, 513, 2), (4096, 4, 32_768, 10), (4096, 4, 1000, 2), (1, 1, 32_768, 1)],
+)
+def test_the_most_segments_of_a_tile(window, queries, max_seq_len, num_segments):
+    backend = TritonBackend(num_heads=32, num_kv_heads=8, head_dim=128, sliding_window=window)
+    assert backend.max_segments(queries, max_seq_len) == num_segments
+    if window is not None:
+        first = range(max_seq_len - window - queries + 1) if max_seq_len > window + queries else ()
+        worst = max(((p + window + queries - 2) // SEGMENT - p // SEGMENT + 1 for p in first), default=0)
+        assert worst <= num_segments

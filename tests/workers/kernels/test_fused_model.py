@@ -1,0 +1,108 @@
+"""A whole tiny model on the kernels that a GPU runs, in the interpreter: the wiring, and the promise of the deterministic mode."""
+
+from itertools import accumulate, pairwise
+
+import pytest
+import torch
+from support.tiny import write_tiny_checkpoint
+
+from workers.attention.backend import AttentionMetadata
+from workers.attention.sdpa import SdpaBackend
+from workers.attention.triton_paged import TritonBackend
+from workers.checkpoint.model_config import load_model_config
+from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, TritonLayerKernels
+from workers.kernels.matmul import matmul
+from workers.model.mistral import MistralForCausalLM
+from workers.parallel.group import SingleRank
+from workers.quant.dense import DENSE, DenseMethod
+from workers.weights.loader import load_weights
+
+BLOCK = 4
+LENGTHS = (23, 9)
+TOKEN_IDS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+
+
+class Model:
+    """Computes the sequences of TOKEN_IDS in any parts; sequence i has the blocks from 1 + 6 * i on."""
+
+    def __init__(self, folder, *, backend, kernels, method, dtype=torch.float32):
+        self.config = config = load_model_config(folder)
+        attention = backend(
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            sliding_window=config.sliding_window,
+        )
+        self.model = MistralForCausalLM(
+            config,
+            tp=SingleRank(),
+            backend=attention,
+            dtype=dtype,
+            device="cpu",
+            max_positions=64,
+            kernels=kernels,
+            method=method,
+        )
+        load_weights(self.model, folder, config)
+        self.dtype = dtype
+
+    @torch.inference_mode()
+    def logits(self, steps):
+        """[num_tokens, vocab_size] of each sequence. A step is a list of (sequence, first token, end)."""
+        shape = (13, BLOCK, self.config.num_key_value_heads, self.config.head_dim)
+        kv_caches = [tuple(torch.zeros(shape, dtype=self.dtype) for _ in "kv") for _ in self.model.model.layers]
+        logits = [[], []]
+        for step in steps:
+            positions = torch.cat([torch.arange(start, end) for _, start, end in step])
+            query_lens = [end - start for _, start, end in step]
+            context_lens = [end for *_, end in step]
+            first_slots = [torch.full((end - start,), (1 + 6 * i) * BLOCK) for i, start, end in step]
+            metadata = AttentionMetadata(
+                slot_mapping=torch.cat(first_slots) + positions,
+                block_table=torch.stack([torch.arange(1 + 6 * i, 7 + 6 * i, dtype=torch.int32) for i, *_ in step]),
+                seq_lens=torch.tensor(context_lens, dtype=torch.int32),
+                cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32),
+                query_lens=query_lens,
+                context_lens=context_lens,
+                max_query_len=max(query_lens),
+                max_seq_len=max(context_lens),
+            )
+            token_ids = torch.cat([TOKEN_IDS[i][start:end] for i, start, end in step])
+            hidden_states = self.model(token_ids, positions, kv_caches, metadata)
+            parts = self.model.compute_logits(hidden_states).split(query_lens)
+            for (i, *_), part in zip(step, parts, strict=True):
+                logits[i].append(part)
+        return [torch.cat(parts) if parts else None for parts in logits]
+
+
+WHOLE = [[(0, 0, 23)], [(1, 0, 9)]]
+TOGETHER = [[(0, 0, 23), (1, 0, 9)]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_fused_model_computes_what_the_plain_one_computes(folder, dtype):
+    plain = Model(folder, backend=SdpaBackend, kernels=TORCH_LAYER_KERNELS, method=DENSE, dtype=dtype)
+    fused = Model(folder, backend=SdpaBackend, kernels=TritonLayerKernels(), method=DENSE, dtype=dtype)
+    steps = [[(0, 0, 17), (1, 0, 9)], [(0, 17, 22)], [(0, 22, 23)]]
+    for actual, expected in zip(fused.logits(steps), plain.logits(steps), strict=True):
+        assert expected.abs().max() > 1
+        off = (actual - expected).abs().max().item()
+        assert off <= (1e-4 if dtype == torch.float32 else 0.06), f"{off} off"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_in_deterministic_mode_a_token_has_the_same_bits_however_it_is_computed(folder, dtype):
+    model = Model(folder, backend=TritonBackend, kernels=TritonLayerKernels(), method=DenseMethod(matmul), dtype=dtype)
+    expected = model.logits(WHOLE)
+    chunks = [0, 1, 2, 9, 14, 22, 23]
+    chunked = [[(0, start, end)] for start, end in pairwise(chunks)]
+    chunked[3].append((1, 0, 8))
+    chunked[4].append((1, 8, 9))
+    for steps in (TOGETHER, chunked):
+        for actual, alone in zip(model.logits(steps), expected, strict=True):
+            assert torch.equal(actual, alone), f"{(actual - alone).abs().max()} off"

@@ -1,0 +1,101 @@
+"""A launched step: which requests take part, and their next tokens until the host has read them.
+
+Knows requests and sampled tokens; no scheduler, no blocks, no device. With overlap, one step is in flight while the next one is
+scheduled and launched, so a request has at most one token that the host does not know.
+
+What keeps this safe: the device computes steps in the order in which they are launched. So a block may go to another request as soon as
+the last step that uses it is launched, and a row that was launched for nothing, because the token before it ended its request, writes
+into a block that nobody reads before it is written again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from workers.engine.request import Request, ScheduledRequest
+from workers.sampling.grammar import Grammars
+from workers.sampling.masks import StepMasks
+from workers.sampling.pending import reads_history
+from workers.sampling.sampler import Sampled
+
+# By request id, see Grammars.begin_masks.
+Masks = Mapping[str, np.ndarray]
+
+
+@dataclass(slots=True)
+class NextTokens:
+    """The next tokens of some requests, a row each. `read` waits until the device has computed them: at least one a row.
+
+    `token_ids`: [len(requests)] int64 on the device, where the next step may take them without a read; None if the host has them already.
+    """
+
+    requests: Sequence[Request]
+    read: Callable[[], Sequence[Sequence[Sampled]]]
+    token_ids: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """One step from its launch until `read`.
+
+    `shows_speed`: whether its seconds show how fast prompts are computed. `tokens` is there once they are sampled.
+    """
+
+    scheduled: Sequence[ScheduledRequest]
+    shows_speed: bool
+    # In the order of the batch: whose newest token the step computes, and those of them that get a next one.
+    completing: Sequence[Request] = field(init=False)
+    sampling: Sequence[Request] = field(init=False)
+    # Of grammars, on their way.
+    masks: StepMasks | None = None
+    # Requests, by id, whose mask was not there in time: their newest token is computed again in a later step.
+    late: Set[str] = frozenset()
+    tokens: NextTokens | None = None
+
+    def __post_init__(self) -> None:
+        self.completing = [s.request for s in self.scheduled if s.completes]
+        self.sampling = [s.request for s in self.scheduled if s.samples]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it computes."""
+        return sum(s.num_new_tokens for s in self.scheduled)
+
+    @property
+    def num_leaving(self) -> int:
+        """How many requests have left the scheduler and wait for their last token. May be called from any thread."""
+        return sum(r.has_left for r in self.completing)
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """See NextTokens."""
+        return None if self.tokens is None else self.tokens.token_ids
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Whether the host must know all earlier tokens before the next ones are sampled: a grammar's mask follows from them."""
+        return any(
+            r.constraint is not None or (r.unread_row is not None and reads_history(r.sampling)) for r in self.sampling
+        )
+
+    def begin_masks(self, grammars: Grammars, requests: Sequence[Request]) -> None:
+        """Starts to compute the masks for the next tokens of these of the requests, on other threads."""
+        constraints = {r.request_id: r.constraint for r in requests}
+        self.masks = grammars.begin_masks({name: c for name, c in constraints.items() if c is not None})
+
+    def take_masks(self, synchronize: Callable[[], None]) -> Masks:
+        """Call it when the logits are begun. Some of the requests are `late` from now on. synchronize: waits until they are computed."""
+        if self.masks is None:
+            return {}
+        if not self.masks.are_there:
+            synchronize()  # `take` measures the forward pass
+        masks, self.late = self.masks.take()
+        return masks
+
+    def read(self) -> dict[str, Sequence[Sampled]]:
+        """The next tokens by request id. Waits until the device has computed the step."""
+        assert self.tokens is not None, "a step is sampled before it is read"
+        rows = self.tokens.read()
+        return {request.request_id: row for request, row in zip(self.tokens.requests, rows, strict=True)}

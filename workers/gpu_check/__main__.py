@@ -1,0 +1,7 @@
+"""`python -m workers.gpu_check`."""
+
+import sys
+
+from workers.gpu_check.main import main
+
+sys.exit(main())

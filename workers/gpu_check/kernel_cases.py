@@ -1,0 +1,67 @@
+"""The fused layers and the fixed-tile product against their torch specifications, on the GPU."""
+
+import torch
+
+from workers.gpu_check.report import Report
+from workers.kernels import layer_specification as specification
+
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4096, 14336, 32, 8, 128, 16
+ROWS = (1, 3, 64, 257)
+EPS = 1e-5
+# Relative to the largest value: one rounding to bf16 is 2**-9.
+TOLERANCE = 2**-7
+
+
+def check(report: Report, device: torch.device) -> None:
+    from workers.kernels.add_rms_norm import add_rms_norm
+    from workers.kernels.matmul import matmul
+    from workers.kernels.rotary_kv import rotary_kv
+    from workers.kernels.silu_mul import silu_mul
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).bfloat16()
+
+    errors: dict[str, float] = {}
+    for rows in ROWS:
+        x, residual, weight = random(rows, HIDDEN), random(rows, HIDDEN), random(HIDDEN)
+        normed = add_rms_norm(x, residual, weight=weight, eps=EPS)
+        _compare(errors, "add + RMSNorm", normed, specification.add_rms_norm(x, residual, weight=weight, eps=EPS))
+        gate_up = random(rows, 2 * FFN)
+        _compare(errors, "SiLU x up", (silu_mul(gate_up),), (specification.silu_mul(gate_up),))
+        _compare(
+            errors,
+            "rotary + KV write",
+            _rotated(rotary_kv, rows, device),
+            _rotated(specification.rotary_kv, rows, device),
+        )
+        product, wide = random(6144, HIDDEN), random(rows, HIDDEN)
+        _compare(errors, "fixed-tile product", (matmul(wide, product),), (specification.matmul(wide, product),))
+    for name, error in errors.items():
+        report.check(f"{name} against torch", error < TOLERANCE, worst_error=error)
+    x, product = random(64, HIDDEN), random(6144, HIDDEN)
+    together = matmul(x, product)
+    alone = torch.cat([matmul(x[i : i + 1], product) for i in range(len(x))])
+    report.check("fixed-tile product: a row's bits alone and among 64", torch.equal(together, alone))
+
+
+def _rotated(function: object, rows: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Queries and both caches, from the same inputs for every function."""
+    generator = torch.Generator().manual_seed(rows)
+    qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM, generator=generator).bfloat16().to(device)
+    angle = torch.rand(rows, 1, HEAD_DIM, generator=generator).to(device)
+    caches = tuple(
+        torch.zeros(rows // BLOCK_SIZE + 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
+        for _ in range(2)
+    )
+    slots = (torch.randperm(rows, generator=generator) + BLOCK_SIZE).to(device)
+    assert callable(function)
+    return (function(qkv, (angle.cos(), angle.sin()), kv_cache=caches, slot_mapping=slots), *caches)
+
+
+def _compare(
+    errors: dict[str, float], name: str, got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]
+) -> None:
+    for one, right in zip(got, expected, strict=True):
+        scale = right.float().abs().max().clamp(min=1e-6)
+        error = ((one.float() - right.float()).abs().max() / scale).item()
+        errors[name] = max(errors.get(name, 0.0), error) if error == error else float("inf")
