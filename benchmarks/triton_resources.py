@@ -17,15 +17,18 @@ import triton
 
 from workers.attention.backend import AttentionMetadata
 from workers.attention.triton_paged import TritonBackend
+from workers.kernels import sample
 from workers.kernels.add_rms_norm import add_rms_norm
 from workers.kernels.matmul import matmul
 from workers.kernels.offline import MAX_SHARED_BYTES, CompiledKernel, compile_for
 from workers.kernels.rotary_kv import rotary_kv
+from workers.kernels.sample_specification import SamplingTable
 from workers.kernels.silu_mul import silu_mul
 
 CAPABILITIES = {80: "A100", 86: "A10G", 89: "L4", 90: "H100, H200"}
+MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64}  # of one multiprocessor
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
-HIDDEN_SIZE, INTERMEDIATE_SIZE = 4096, 14_336
+HIDDEN_SIZE, INTERMEDIATE_SIZE, VOCAB_SIZE = 4096, 14_336, 32_768
 DTYPE = torch.bfloat16
 # What tells the variants of a kernel apart in the table.
 SHOWN_CONSTANTS = {"BLOCK_M": "rows", "ROWS": "rows", "OUTPUTS": "outputs", "IS_SPLIT": "split", "WINDOW": "window"}
@@ -70,6 +73,20 @@ def rotary_and_cache() -> None:
     rotary_kv(qkv, (angles[0], angles[1]), kv_cache=(cache, cache), slot_mapping=slot_mapping)
 
 
+def sample_tokens() -> None:
+    logits, counts = torch.empty((64, VOCAB_SIZE)), torch.empty((64, VOCAB_SIZE), dtype=torch.int32)
+    table = SamplingTable(
+        floats=torch.empty((4, 64)),
+        integers=torch.empty((6, 64), dtype=torch.int64),
+        masks=torch.empty((1, VOCAB_SIZE // 8), dtype=torch.uint8),
+        penalizes=True,
+        draws=True,
+        truncates=True,
+    )
+    sample.edit(logits, torch.empty(64, dtype=torch.int64), torch.empty(64))
+    sample.choose(sample.adjust(logits, counts, table), counts, table)
+
+
 # One entry for each way to launch: what it is, and a call that launches it.
 LAUNCHES: dict[str, Callable[[], object]] = {
     "attention, decode": decode_attention,
@@ -84,6 +101,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "SiLU(gate) x up": lambda: silu_mul(empty(64, 2 * INTERMEDIATE_SIZE)),
     "deterministic product, down": lambda: matmul(empty(64, INTERMEDIATE_SIZE), empty(HIDDEN_SIZE, INTERMEDIATE_SIZE)),
     "deterministic product, gate_up": lambda: matmul(empty(64, HIDDEN_SIZE), empty(2 * INTERMEDIATE_SIZE, HIDDEN_SIZE)),
+    "sampling": sample_tokens,
 }
 
 
@@ -100,10 +118,8 @@ def page() -> Iterator[str]:
         f"Compiled without a GPU by `benchmarks/triton_resources.py`, Triton {triton.__version__}, at the shapes of a 7B model: "
         f"{NUM_HEADS} heads, {NUM_KV_HEADS} KV heads of {HEAD_DIM}, blocks of {BLOCK_SIZE} tokens, {str(DTYPE).removeprefix('torch.')}."
     )
-    yield (
-        "Registers are per thread, 255 at most; spilled bytes are those that did not fit. Shared memory is per program. Programs: how many one"
-    )
-    yield "multiprocessor can hold at once, by registers and shared memory."
+    yield "Registers are per thread, 255 at most; spilled bytes are those that did not fit. Shared memory is per program. Programs: how"
+    yield "many one multiprocessor can hold at once, by registers, shared memory and warps."
     for capability, gpus in CAPABILITIES.items():
         yield ""
         yield f"## Compute capability {capability / 10} ({gpus})"
@@ -111,10 +127,10 @@ def page() -> Iterator[str]:
         yield "| launch | kernel | variant | warps | registers | spilled bytes | shared memory | programs |"
         yield "|---|---|---|---|---|---|---|---|"
         for launch, kernel in compiled(capability):
-            yield (
-                f"| {launch} | {kernel.name} | {variant(kernel)} | {kernel.num_warps} | {kernel.num_registers} | {kernel.num_spilled_bytes} "
-                f"| {kernel.num_shared_bytes / 1024:.1f} KiB | {programs_at_once(kernel, capability)} |"
-            )
+            counts = (kernel.num_warps, kernel.num_registers, kernel.num_spilled_bytes)
+            shared = f"{kernel.num_shared_bytes / 1024:.1f} KiB"
+            cells = (launch, kernel.name, variant(kernel), *counts, shared, programs_at_once(kernel, capability))
+            yield f"| {' | '.join(map(str, cells))} |"
 
 
 def variant(kernel: CompiledKernel) -> str:
@@ -129,7 +145,7 @@ def programs_at_once(kernel: CompiledKernel, capability: int) -> int:
     per_warp = -(-kernel.num_registers * 32 // 256) * 256
     by_registers = 65_536 // (per_warp * kernel.num_warps)
     by_shared = (MAX_SHARED_BYTES[capability] + 1024) // (kernel.num_shared_bytes + 1024)
-    return min(by_registers, by_shared, 2048 // (32 * kernel.num_warps))
+    return min(by_registers, by_shared, MAX_WARPS[capability] // kernel.num_warps)
 
 
 def main() -> None:

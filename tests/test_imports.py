@@ -41,6 +41,7 @@ SEAM = {
 DOORS = {
     "cluster/replicas/rank_actor.py": {"workers.rank.worker"},
     "cluster/cli/generate.py": {"workers.engine.llm_engine"},
+    "cluster/cli/doctor.py": {"workers.gpu_check.main"},
     "cluster/doctor/all_reduce.py": {"workers.rank.probe"},
     "cluster/doctor/machine.py": {"workers.parallel.interface"},
     "cluster/config/checkpoint_check.py": {

@@ -8,6 +8,7 @@
 import contextlib
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 from cluster.doctor.examine import Options, examine
 from cluster.doctor.findings import Severity, count
@@ -21,6 +22,9 @@ PLAIN_WIDTH = 140  # findings are easier to read in shorter lines
 
 def doctor(args: Namespace) -> None:
     """Prints the findings. Raises ConfigError for an invalid option, TramontaneError if a problem was found."""
+    if args.gpu:
+        _check_gpu(args.gpu_report)
+        return
     size = args.tensor_parallel_size
     if size is not None and size < 1:
         raise ConfigError(
@@ -56,3 +60,10 @@ def doctor(args: Namespace) -> None:
     bad = count(found.findings, Severity.PROBLEM)
     if bad or (args.strict and count(found.findings, Severity.WARNING)):
         raise TramontaneError(f"Not ready to serve: {summary(found.findings)}")
+
+
+def _check_gpu(output: Path | None) -> None:
+    from workers.gpu_check.main import check_gpu
+
+    if check_gpu(lambda line: print(line, flush=True), output=output).is_wrong:
+        raise TramontaneError("The GPU does not compute what the CPU does.", remedy="Report it with the lines above.")

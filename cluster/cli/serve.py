@@ -26,6 +26,7 @@ from cluster.config.checkpoint_location import resolve_model
 from cluster.config.engine import Device
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.keys.keyring import Keyring
+from cluster.system.data_dir import DataDir
 from cluster.system.malloc import return_large_blocks
 from cluster.system.net import check_port_is_free
 from cluster.system.tasks import cancel_all, catch_signals
@@ -65,6 +66,8 @@ def _serve(args: Namespace, console: Console) -> None:
     Keyring(None if config.api_keys is None else Path(config.api_keys))
     open_certificate(config.tls_cert, config.tls_key)
     check_port_is_free(config.host, config.port, shared=config.num_gateways > 1)
+    if config.data_dir is not None:
+        DataDir(Path(config.data_dir), model_name=config.model_name).close()
     check_checkpoint(folder, chat_template=config.chat_template)
     text = load_text(folder, chat_template=config.chat_template, model_vocab_size=config.engine.model.vocab_size)
     with open_ray(console, config, device, requested=args.device, configure=configure) as (cluster, config):

@@ -17,7 +17,7 @@ import msgspec
 from cluster.doctor.amounts import counted
 from cluster.doctor.facts import AllReduceFailure, AllReduceResult, AllReduceSkipped, Link, Node
 from cluster.doctor.findings import Finding, ok, problem
-from cluster.doctor.judge.gpus import busy_gpus, judge_gpus
+from cluster.doctor.judge.gpus import busy_gpus, judge_gpus, judge_unchecked
 from cluster.doctor.judge.models import judge_models
 from cluster.doctor.judge.network import judge_links, judge_network
 from cluster.doctor.judge.ranks import (
@@ -96,7 +96,7 @@ def examine(options: Options, console: Console) -> Examination:
         if options.run_all_reduce and (cluster is not None or options.ray_address is None):
             outcome, about_ranks = _try_ranks(options, console, nodes, device=device, cluster=cluster)
             findings += about_ranks
-    findings.append(judge_port(options.host, options.port))
+    findings += [judge_unchecked(nodes, device=device), judge_port(options.host, options.port)]
     return Examination(findings=findings, nodes=nodes, all_reduce=outcome)
 
 

@@ -76,6 +76,8 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """missing_build_tools: what Triton, which compiles the GPU kernels, needs and does not find."""
+
     num_cpus: int = 1
     memory_bytes: int | None = None  # of the machine, or of the container if that is less
     free_memory_bytes: int | None = None
@@ -84,6 +86,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     shm: Filesystem | None = None
     disks: tuple[Filesystem, ...] = ()
     network: Network = Network()
+    missing_build_tools: tuple[str, ...] = ()
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,13 +9,14 @@ import platform
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+import sysconfig
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distributions, version
-from importlib.util import find_spec
 from pathlib import Path
 
 from cluster.doctor.facts import Filesystem, Machine, Network, Versions
 from cluster.doctor.nvidia import read_nvidia
+from workers.device.probe import torch_build
 
 SHM = Path("/dev/shm")
 ROOT = Path("/")
@@ -33,7 +34,18 @@ def read_machine(disks: Mapping[str, str]) -> Machine:
         shm=read_filesystem(SHM, "the ranks of one host") if SHM.is_dir() else None,
         disks=tuple(read_filesystem(Path(path), purpose) for path, purpose in disks.items()),
         network=read_network(),
+        missing_build_tools=tuple(_missing_build_tools()),
     )
+
+
+def _missing_build_tools() -> Iterator[str]:
+    """As Triton looks for them."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        yield "a C compiler (gcc or clang)"
+    scheme = sysconfig.get_default_scheme()
+    include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not (Path(include) / "Python.h").is_file():
+        yield "Python.h"
 
 
 def read_versions() -> Versions:
@@ -42,7 +54,7 @@ def read_versions() -> Versions:
         python=platform.python_version(),
         torch=_version("torch"),
         ray=_version("ray"),
-        cuda=_torch_cuda(),
+        cuda=torch_build()[1],
         nccl=next((d.version for d in distributions() if (d.name or "").lower().startswith("nvidia-nccl-cu")), None),
     )
 
@@ -102,15 +114,6 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def _torch_cuda() -> str | None:
-    """torch.version.cuda, read from the source: importing torch takes seconds and a gigabyte of memory."""
-    spec = find_spec("torch")
-    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        with contextlib.suppress(OSError, ValueError):
-            return _search(r"^cuda\b.*=\s*'([\d.]+)'", (Path(folder) / "version.py").read_text())
-    return None
 
 
 def _search(pattern: str, text: str) -> str:

@@ -14,6 +14,7 @@ from workers.config import DTYPE_BYTES, EngineConfig
 CUDA_CONTEXT_BYTES = GIB // 2
 NCCL_BYTES = GIB // 2
 PROMPT_LOGITS_AT_ONCE = 128  # as in workers/engine/model_runner.py
+DRIVER_BYTES_PER_GRAPH = 8 << 20  # as in workers/engine/cuda_graphs.py
 _PROFILE_BLOCKS = 2  # the profiling pass runs against a cache of one block and the null block
 
 
@@ -67,7 +68,8 @@ def rank_memory(config: EngineConfig, gpu: Gpu) -> RankMemory:
     usable = int(config.gpu_memory_utilization * gpu.memory_bytes)
     weights = weight_bytes(config) + rotary_bytes(config)
     activations = activation_bytes(config) + _PROFILE_BLOCKS * config.kv_block_bytes
-    reserved = CUDA_CONTEXT_BYTES + (NCCL_BYTES if config.tensor_parallel_size > 1 else 0)
+    nccl = NCCL_BYTES if config.tensor_parallel_size > 1 else 0
+    reserved = CUDA_CONTEXT_BYTES + nccl + graph_bytes(config)
     kv_cache = usable - weights - activations - reserved
     return RankMemory(
         total_bytes=gpu.memory_bytes,
@@ -108,30 +110,54 @@ def rotary_bytes(config: EngineConfig) -> int:
 
 def activation_bytes(config: EngineConfig) -> int:
     """The most bytes that the tensors of one step hold at a time, as the engine's profiling pass measures it."""
-    model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
+    model, itemsize = config.model, DTYPE_BYTES[config.dtype]
     tokens = config.max_num_batched_tokens
     stream = tokens * model.hidden_size * itemsize
-    q = model.num_attention_heads * model.head_dim // size
-    qkv = q + 2 * model.num_key_value_heads * model.head_dim // size
-    angles = tokens * 2 * model.head_dim * 4
-    # What the layer before gave and its residual stream, the normed copy and the new residual stream, and the result.
-    streams = 5 * stream
-    # Also q, k and v as computed, the rotated queries, and what they attended to.
-    attention = angles + streams + tokens * (qkv + 2 * q) * itemsize
-    # Also gate and up, and silu(gate) * up.
-    mlp = angles + streams + tokens * 3 * model.intermediate_size // size * itemsize
     # An embedding is read in float64.
     embedding = stream + tokens * model.hidden_size * 8
     # In float32, and their log-softmax.
     logits = stream + max(config.max_num_seqs, PROMPT_LOGITS_AT_ONCE) * 2 * 4 * model.vocab_size
-    return max(attention, mlp, embedding, logits)
+    return max(_layer_bytes(config, tokens), embedding, logits)
+
+
+def graph_bytes(config: EngineConfig) -> int:
+    """What the graphs of decode steps take: what the driver keeps of each, their tensors, and the buffers that they read and write."""
+    if not config.cuda_graphs:
+        return 0
+    model, itemsize, seqs = config.model, DTYPE_BYTES[config.dtype], config.max_num_seqs
+    num_graphs = num_decode_graphs(seqs)
+    block_table, logits = seqs * _blocks_for(config, config.max_model_len) * 4, seqs * model.vocab_size * 4
+    buffers = block_table + logits + seqs * model.hidden_size * itemsize
+    tensors = max(_layer_bytes(config, seqs), logits + seqs * model.vocab_size * itemsize)
+    return num_graphs * DRIVER_BYTES_PER_GRAPH + buffers + tensors
+
+
+def num_decode_graphs(max_num_seqs: int) -> int:
+    """As many as there are sizes of decode steps in workers/engine/decode_padding.py."""
+    sizes = (1, 2, 4, 8, 16, 32, 48, *range(64, max_num_seqs, 32))
+    return sum(size < max_num_seqs for size in sizes) + 1
+
+
+def _layer_bytes(config: EngineConfig, tokens: int) -> int:
+    """The most bytes that the tensors of a layer hold at a time, with the fused kernels."""
+    model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
+    q = model.num_attention_heads * model.head_dim // size
+    qkv = q + 2 * model.num_key_value_heads * model.head_dim // size
+    angles = tokens * 2 * model.head_dim * 4
+    # What the layer before gave and its residual stream, the normed copy and the new residual stream, and the result.
+    streams = 5 * tokens * model.hidden_size * itemsize
+    # Also q, k and v as computed, the rotated queries, and what they attended to.
+    attention = tokens * (qkv + 2 * q) * itemsize
+    # Or gate and up, and silu(gate) * up.
+    mlp = tokens * 3 * model.intermediate_size // size * itemsize
+    return angles + streams + max(attention, mlp)
 
 
 def blocks_per_sequence(config: EngineConfig) -> int:
     """The most blocks a decoding sequence of `max_model_len` tokens holds.
 
-    With a window of 4,096 and blocks of 256 a query sees 4,096 keys, which lie in at most 17 blocks: 16, and one more where the window
-    starts within a block. At 2,048 tokens of context it holds 8, with or without the window.
+    With a window of 4,096 and blocks of 16 a query sees 4,096 keys, which lie in at most 257 blocks: 256, and one more where the window
+    starts within a block. At 2,048 tokens of context it holds 128, with or without the window.
     """
     whole = _blocks_for(config, config.max_model_len)
     window = config.model.sliding_window

@@ -61,6 +61,10 @@ def prepare(venv: Path) -> Path:
     """Its Python. The environment is complete once its file of paths exists."""
     if not (shutil.which("g++") and shutil.which("gcc") and shutil.which("nm") and shutil.which("readelf")):
         raise CannotRunError("they need a C++ compiler. On Debian and Ubuntu, install it with: apt install g++")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise CannotRunError(
+            "they need Python's headers. On Debian and Ubuntu, install them with: apt install python3-dev"
+        )
     python = venv / "bin" / "python"
     packages = venv / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
     paths = packages / "project.pth"

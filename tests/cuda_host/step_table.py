@@ -1,6 +1,7 @@
 """The table of what steps ask of the device, and the comparison with it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 from cuda_host.fake_device import Record
@@ -13,5 +14,6 @@ def compare(name: str, record: Record) -> None:
     counts, expected = record.summary(), json.loads(TABLE.read_text())[name]
     print(f"\n{name}: {json.dumps(counts)}")
     grown = {kind: (n, expected.get(kind, 0)) for kind, n in counts.items() if n > expected.get(kind, 0)}
-    calls = "\n".join(call[:150] for call in record.calls)
+    kinds = Counter(call.split(" grid=")[0].split(" m=")[0][:120] for call in record.calls)
+    calls = "\n".join(f"{n:5} {kind}" for kind, n in kinds.most_common())
     assert not grown, f"{name}: more than {TABLE.name} has, as (now, there): {grown}. All calls:\n{calls}"

@@ -4,13 +4,13 @@ import subprocess
 import sys
 
 import pytest
-from cuda_host.engines import make_config, make_request
+from cuda_host.engines import make_config, make_core, make_request
 from cuda_host.gpus import A10G
 from cuda_host.processes import environment
 from support.paths import DEMO_MODEL
 
 from workers.checkpoint.model_config import load_model_config
-from workers.engine.llm_engine import LLMEngine
+from workers.engine.llm_engine import LLMEngine, stream_requests
 
 pytestmark = pytest.mark.cuda_host
 
@@ -42,3 +42,20 @@ def test_an_engine_with_the_demo_model_runs_every_kind_of_request(device, caplog
     assert engine.core.kv_cache.pool.num_used == 0
     assert device.unknown_calls == [], "the fake device lacks something that runs on a real one"
     assert [record.getMessage() for record in caplog.records] == []
+
+
+@pytest.mark.parametrize(("backend", "block_size"), [("triton", 16), ("flash", 256), ("sdpa", 16)])
+def test_every_attention_backend_prefills_and_decodes(backend, block_size):
+    core = make_core(
+        make_config(
+            attention_backend=backend,
+            block_size=block_size,
+            num_kv_blocks=8192 // block_size,
+            max_model_len=4096,
+            max_num_seqs=4,
+        )
+    )
+    requests = [make_request(str(i), 100 * i, max_tokens=8) for i in range(1, 5)]
+    assert sum(len(delta.token_ids) for delta in stream_requests(core, requests)) == 32
+    # The specification plans on the host.
+    assert core.runner.graphs.captured_sizes == (() if backend == "sdpa" else (4,))

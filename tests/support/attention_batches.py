@@ -47,3 +47,11 @@ def fill_cache(
         positions = torch.arange(oldest, length)
         cache[table[positions // block_size], positions % block_size] = tokens[oldest:length]
     return cache
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Writes k, v [num_tokens, num_kv_heads, head_dim] to their slots (block * block_size + offset) of the caches."""
+    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
+    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)

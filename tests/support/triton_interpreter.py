@@ -1,6 +1,6 @@
 """Triton's interpreter runs kernels on CPU tensors, one program at a time; tests/conftest.py turns it on. What it does to bfloat16 is
-corrected here: it keeps it as integers, multiplies those in `tl.dot`, and cuts off digits where a GPU rounds to nearest even. Two costs that
-make up half of its time are left out.
+corrected here: it keeps it as integers, multiplies those in `tl.dot`, and cuts off digits where a GPU rounds to nearest even. Two steps
+that take half of its time are left out.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def _dot_in_float32(self: Builder, a: TensorHandle, b: TensorHandle, *rest: obje
 
 
 def _patch_once(function: Callable[..., object]) -> interpreter._LangPatchScope:
-    """Leaves Triton's language patched. By default each kernel, and each function that it calls, patches it again: a quarter of all time."""
+    """Leaves Triton's language patched. Otherwise each kernel, and each function that it calls, patches it again: a quarter of the time."""
     key = id(function.__globals__)
     if key not in _patched:
         _patched.add(key)

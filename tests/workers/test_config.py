@@ -186,6 +186,14 @@ def test_tensor_parallel_sizes() -> None:
         model_config(intermediate_size=98).check_tensor_parallel_size(4)
 
 
+def test_steps_overlap_on_cuda_unless_an_option_says_otherwise():
+    def overlaps(**settings):
+        return EngineConfig(model_path="x", model=model_config(), **settings).overlaps
+
+    assert [overlaps(device=device) for device in ("cpu", "cuda")] == [False, True]
+    assert [overlaps(device="cpu", overlap=True), overlaps(device="cuda", overlap=False)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -45,17 +45,9 @@ class AttentionBackend(Protocol):
     def forward(
         self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Attends to the keys and values in the caches; the step's own are stored before (see `store_kv`).
+        """Attends to the keys and values in the caches; the layer has stored the step's own there.
 
         q: [num_tokens, num_heads, head_dim]; k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
         Returns [num_tokens, num_heads, head_dim].
         """
         ...
-
-
-def store_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
-    """Writes k, v [num_tokens, num_kv_heads, head_dim] to their slots (block * block_size + offset) of the caches."""
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)

@@ -14,14 +14,13 @@ import triton
 from workers.attention.backend import AttentionMetadata
 from workers.kernels.paged_attention import attention_kernel, merge_kernel
 
-MAX_HEAD_DIM = 256
 # Keys per segment. Smaller ones spread one long context over more programs, larger ones are merged less often.
 SEGMENT = 512
 # A GPU is busy with about this many programs per multiprocessor. More than one split for each sequence also balances their lengths.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MIN_SPLITS = 4
 # What the sums of segments may take. With more sequences or longer contexts there is enough work without splitting.
-MAX_PARTIAL_BYTES = 64 << 20
+MAX_PARTIAL_BYTES = 128 << 20
 MERGED_ROWS = 8
 LOG2_E = 1.4426950408889634
 # Where no GPU is (the interpreter, compilation for another machine): an A100.
@@ -182,7 +181,7 @@ class TritonBackend:
                 metadata.cu_seqlens_q,
                 num_seqs,
                 num_segments,
-                ROWS=MERGED_ROWS,
+                MERGED_ROWS=MERGED_ROWS,
                 **shared_constants,
             )
 

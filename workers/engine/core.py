@@ -15,7 +15,7 @@ from workers.engine.advance import advance, failure
 from workers.engine.batch import STOP, ForwardBatch, capture_message, dummy_batch, make_batch
 from workers.engine.in_flight import LaunchedStep
 from workers.engine.model_runner import ModelRunner
-from workers.engine.next_tokens import DeviceSampling, HostSampling, SampleTokens, no_tokens
+from workers.engine.next_tokens import SampleTokens, make_sampling, no_tokens
 from workers.engine.prompt_outputs import PromptReader, make_prompt_output
 from workers.engine.report import engine_facts, load_report
 from workers.engine.request import Request, ScheduledRequest, make_request
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 # With nothing to do but compile grammars, the engine thread checks this often whether there is something else.
 COMPILING_POLL_S = 0.01
-
 # While every running request waits for the mask of a slow grammar: as often, and with a forward pass as often, as when it is idle.
 MASKS_POLL_S = 0.01
 HELD_HEARTBEAT_S = 0.5
@@ -79,8 +78,7 @@ class EngineCore:
         )
         self.clock = StepClock()
         self.overlap = config.overlaps and sample_tokens is None
-        on_device = sample_tokens is None and (self.overlap or tp.device.type == "cuda")
-        self._sampling = DeviceSampling(config, tp.device) if on_device else HostSampling(config, sample_tokens)
+        self._sampling = make_sampling(config, tp.device, sample_tokens=sample_tokens)
         self._in_flight: LaunchedStep | None = None
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
@@ -115,6 +113,7 @@ class EngineCore:
         request = self._requests.pop(request_id, None)
         if request is None:
             return
+        request.has_ended = True
         self._sampling.forget(request_id)
         if request.constraint is not None:
             request.constraint.abandon()
@@ -134,14 +133,14 @@ class EngineCore:
             return deltas + (self._wait() if self._in_flight is None else self._update())
         self._capture_graph(is_idle=False)
         self.clock.start()
-        step = LaunchedStep(scheduled, shows_speed=self._shows_speed(scheduled))
+        step = LaunchedStep(scheduled, shows_speed=self.scheduler.shows_speed(scheduled))
         batch = self._broadcast(scheduled)
         logits = self._execute(batch, step)
         if step.needs_known_tokens:
             deltas += self._update()
         self._sample(step, logits)
         deltas += self._update()
-        self._commit(step)
+        self._launched(step)
         return deltas if self.overlap else deltas + self._update()
 
     def take_cache_events(self) -> CacheEvents | None:
@@ -216,19 +215,17 @@ class EngineCore:
 
     def _execute(self, batch: ForwardBatch, step: LaunchedStep) -> torch.Tensor | None:
         """Logits [len(step.sampling), vocab_size]."""
-        before = self._in_flight
-        if before is None:
+        if (before := self._in_flight) is None:
             # The masks of grammars, which follow from the tokens so far, are computed in the meantime.
-            step.begin_masks(self.grammars, step.sampling)
+            step.begin_masks(self.grammars)
         sampled = None if before is None else before.token_ids
         return self.runner.execute(batch, PromptReader(step.scheduled), sampled=sampled)
 
     def _sample(self, step: LaunchedStep, logits: torch.Tensor | None) -> None:
         """Samples for each request that has its mask."""
         if step.needs_known_tokens and step.masks is None:
-            step.begin_masks(self.grammars, [r for r in step.sampling if self._is_here(r)])
-        masks = step.take_masks(self.runner.synchronize)
-        rows = [i for i, r in enumerate(step.sampling) if self._is_here(r) and r.request_id not in step.late]
+            step.begin_masks(self.grammars)
+        masks, rows = step.take_masks(self.runner.synchronize), step.rows_to_sample()
         if not rows:
             # `forward_age_s` must not run ahead of the device.
             step.tokens = no_tokens(self.runner.mark())
@@ -238,21 +235,11 @@ class EngineCore:
             logits = logits[rows]
         step.tokens = self._sampling.sample(logits, [step.sampling[i] for i in rows], masks)
 
-    def _commit(self, step: LaunchedStep) -> None:
-        """The host knows all tokens that this step computes. From now on the step counts as computed, and its next tokens are in flight."""
-        assert step.tokens is not None
-        for s in step.scheduled:
-            if self._is_here(s.request):
-                is_late = s.request.request_id in step.late
-                self.kv_cache.commit(s.request.sequence, s.num_new_tokens - is_late)
-        for row, request in enumerate(step.tokens.requests):
-            request.unread_row = row
-        for request in step.completing:
-            is_going_on = request.request_id in step.late or not request.is_at_limit(self.max_model_len)
-            if self._is_here(request) and not is_going_on:
-                # Others get its place in the next step already: no later step computes any of it.
-                self.scheduler.finish(request)
-                request.has_left = True
+    def _launched(self, step: LaunchedStep) -> None:
+        for request in step.commit(self.kv_cache, max_model_len=self.max_model_len):
+            # Others get its place in the next step already.
+            self.scheduler.finish(request)
+            request.has_left = True
         self._in_flight = step
 
     def _update(self) -> list[TokenDelta]:
@@ -260,27 +247,20 @@ class EngineCore:
         step = self._in_flight
         if step is None:
             return []
-        sampled = step.read()
+        found = step.read()
         self._in_flight = None
         self.clock.end()
         if step.shows_speed:
             self.clock.add_speed(step.num_tokens)
         deltas = []
-        for request in step.completing:
-            # A request may be gone: aborted, or ended by an earlier token than this one, which was launched for nothing.
-            if self._is_here(request) and request.request_id not in step.late:
-                request.unread_row = None
-                if request.num_output_tokens == 0:
-                    self._prompt_tokens_total += request.num_prompt_tokens
-                deltas += self._advance(request, sampled.get(request.request_id, ()))
+        for request, sampled in found:
+            if request.num_output_tokens == 0:
+                self._prompt_tokens_total += request.num_prompt_tokens
+            deltas += self._advance(request, sampled)
         return deltas
 
     def _is_busy(self) -> bool:
         return self.scheduler.has_work() or self._in_flight is not None
-
-    def _is_here(self, request: Request) -> bool:
-        """Whether it was added and has not ended. Another request may have its id by now."""
-        return self._requests.get(request.request_id) is request
 
     def _advance(self, request: Request, sampled: Sequence[Sampled]) -> list[TokenDelta]:
         """`sampled` is empty for a request that samples nothing and only reads its prompt."""
@@ -300,18 +280,14 @@ class EngineCore:
         return failure(request.request_id, error)
 
     def _wait(self) -> list[TokenDelta]:
-        """Nothing is in flight, and nothing can be scheduled."""
+        """Nothing is in flight or can be scheduled. Returns once a held request can go on, or something else may have happened."""
         if not self.scheduler.running:
             return self._fail_first_waiting()
-        self._wait_for_masks()
-        return []
-
-    def _wait_for_masks(self) -> None:
-        """Every running request is held. Returns once one of them can go on, or something else may have happened."""
         held = [request.constraint for request in self.scheduler.running if request.constraint is not None]
         self.grammars.wait_for_any([constraint for constraint in held if constraint.is_held], MASKS_POLL_S)
         if (self.clock.forward_age_s() or 0.0) > HELD_HEARTBEAT_S:
             self.heartbeat()
+        return []
 
     def _fail_first_waiting(self) -> list[TokenDelta]:
         """Nothing can be scheduled: either there is no work, or the first request can never run and would block all others."""
@@ -321,10 +297,3 @@ class EngineCore:
         log.error("Request %s cannot be scheduled in an otherwise empty engine and ends.", request.request_id)
         message = f"The request needs more KV cache than this replica has. Use fewer than {request.num_tokens} tokens."
         return [self._fail(request, message)]
-
-    def _shows_speed(self, scheduled: Sequence[ScheduledRequest]) -> bool:
-        """Steps that compute prompts show how fast pending tokens are computed. Background requests that keep to a budget catch up
-        slowly, and show nothing.
-        """
-        held_back = self.scheduler.foreground_is_near
-        return any(s.num_new_tokens > 1 and not (held_back and s.request.is_background) for s in scheduled)

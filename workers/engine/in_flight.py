@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from workers.engine.request import Request, ScheduledRequest
+from workers.kv_cache.manager import KVCacheManager
 from workers.sampling.grammar import Grammars
 from workers.sampling.masks import StepMasks
 from workers.sampling.pending import reads_history
@@ -80,9 +81,9 @@ class LaunchedStep:
             r.constraint is not None or (r.unread_row is not None and reads_history(r.sampling)) for r in self.sampling
         )
 
-    def begin_masks(self, grammars: Grammars, requests: Sequence[Request]) -> None:
-        """Starts to compute the masks for the next tokens of these of the requests, on other threads."""
-        constraints = {r.request_id: r.constraint for r in requests}
+    def begin_masks(self, grammars: Grammars) -> None:
+        """Starts to compute the masks for the next tokens, on other threads. All earlier tokens must be known."""
+        constraints = {r.request_id: r.constraint for r in self.sampling if not r.has_ended}
         self.masks = grammars.begin_masks({name: c for name, c in constraints.items() if c is not None})
 
     def take_masks(self, synchronize: Callable[[], None]) -> Masks:
@@ -94,8 +95,34 @@ class LaunchedStep:
         masks, self.late = self.masks.take()
         return masks
 
-    def read(self) -> dict[str, Sequence[Sampled]]:
-        """The next tokens by request id. Waits until the device has computed the step."""
+    def rows_to_sample(self) -> list[int]:
+        """The rows of the logits, one for each of `sampling`, whose request is still there and has its mask."""
+        return [i for i, r in enumerate(self.sampling) if not r.has_ended and r.request_id not in self.late]
+
+    def commit(self, kv_cache: KVCacheManager, *, max_model_len: int) -> list[Request]:
+        """The step counts as computed from now on, and its next tokens are in flight. All tokens that it computes must be known.
+
+        Returns the requests that end with the token in flight, or with their prompt: they compute nothing any more.
+        """
+        assert self.tokens is not None, "a step is sampled before it counts"
+        for s in self.scheduled:
+            if not s.request.has_ended:
+                is_late = s.request.request_id in self.late
+                kv_cache.commit(s.request.sequence, s.num_new_tokens - is_late)
+        for row, request in enumerate(self.tokens.requests):
+            request.unread_row = row
+        here = [r for r in self.completing if not r.has_ended and r.request_id not in self.late]
+        return [r for r in here if r.is_at_limit(max_model_len)]
+
+    def read(self) -> list[tuple[Request, Sequence[Sampled]]]:
+        """The requests whose newest token the step has computed, in its order, with their next tokens: none for one that only reads its
+        prompt. Waits until the device has computed the step.
+        """
         assert self.tokens is not None, "a step is sampled before it is read"
         rows = self.tokens.read()
-        return {request.request_id: row for request, row in zip(self.tokens.requests, rows, strict=True)}
+        sampled = {request.request_id: row for request, row in zip(self.tokens.requests, rows, strict=True)}
+        # Others were aborted in the meantime, or an earlier token ended them and this one was launched for nothing.
+        here = [r for r in self.completing if not r.has_ended and r.request_id not in self.late]
+        for request in here:
+            request.unread_row = None
+        return [(request, sampled.get(request.request_id, ())) for request in here]

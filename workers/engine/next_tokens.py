@@ -73,3 +73,12 @@ class DeviceSampling:
     def forget(self, request_id: str) -> None:
         """Frees what is kept of a request."""
         self._sampler.forget(request_id)
+
+
+def make_sampling(
+    config: EngineConfig, device: torch.device, *, sample_tokens: SampleTokens | None = None
+) -> HostSampling | DeviceSampling:
+    """On the host where the model computes there too, unless steps overlap; and for another function than the sampler's own."""
+    if sample_tokens is None and (config.overlaps or device.type == "cuda"):
+        return DeviceSampling(config, device)
+    return HostSampling(config, sample_tokens)

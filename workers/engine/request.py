@@ -56,6 +56,8 @@ class Request:
     unread_row: int | None = None
     # It has left the scheduler, because the token in flight is its last.
     has_left: bool = False
+    # It is no longer in the engine. What a step in flight brings for it is dropped.
+    has_ended: bool = False
     # Present once the grammar is compiled.
     constraint: Constraint | None = None
     prompt_output: PromptOutput | None = None

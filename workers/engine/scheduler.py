@@ -12,6 +12,7 @@ keeps steps short for requests that decode and for those that arrive next. They 
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from workers.engine.request import Request, ScheduledRequest
@@ -111,6 +112,13 @@ class Scheduler:
             else:
                 self._grow(request, step)
         return step.scheduled
+
+    def shows_speed(self, scheduled: Sequence[ScheduledRequest]) -> bool:
+        """Whether the seconds of the step just scheduled show how fast pending tokens are computed: steps that compute prompts do.
+        Background requests that keep to a budget catch up slowly, and show nothing.
+        """
+        held_back = self.foreground_is_near
+        return any(s.num_new_tokens > 1 and not (held_back and s.request.is_background) for s in scheduled)
 
     def finish(self, request: Request) -> None:
         """Removes a running or waiting request and frees its blocks."""

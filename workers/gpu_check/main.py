@@ -4,12 +4,13 @@ import argparse
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from workers.device.probe import NoGpu, probe
+from workers.device.require import require_gpu
 from workers.errors import ConfigError
 from workers.gpu_check import attention_cases, ceilings, kernel_cases, model_cases, sampler_cases, sanitizer, speed
 from workers.gpu_check.report import Report
@@ -20,22 +21,42 @@ SECTIONS = ("ceilings", "kernels", "attention", "sampler", "models", "speed", "s
 SMALL = "small"
 
 
-def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) -> int:
-    """0: all is right, whatever the speed. 1: something is wrong, or there is no GPU."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: all that was checked is right, whatever the speed. 1: something is wrong, or there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m workers.gpu_check", description=__doc__)
     parser.add_argument("--output", type=Path, help="writes what was found as JSON")
     parser.add_argument("--only", nargs="+", choices=[*SECTIONS, SMALL], default=SECTIONS, metavar="SECTION")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="sections that begin later are left out")
     args = parser.parse_args(argv)
-    found = probe()
-    if isinstance(found, NoGpu):
-        say(f"✗ {found.message} {found.remedy}")
+    try:
+        report = check_gpu(_say, only=args.only, budget_s=args.budget_s, output=args.output)
+    except ConfigError as e:
+        _say(f"✗ {e}")
         return 1
+    return int(report.is_wrong)
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def check_gpu(
+    say: Callable[[str], None],
+    *,
+    only: Sequence[str] = SECTIONS,
+    budget_s: float = BUDGET_S,
+    output: Path | None = None,
+) -> Report:
+    """Checks the first GPU that this process sees, and says each finding. output: a file for what was found, as JSON.
+
+    Raises ConfigError with the reason if torch can use no GPU.
+    """
+    device = require_gpu("This process")
     facts = {
-        "gpu": found[0].name,
-        "memory_bytes": found[0].memory_bytes,
-        "compute_capability": list(found[0].compute_capability),
-        "num_gpus": len(found),
+        "gpu": device.name,
+        "memory_bytes": device.memory_bytes,
+        "compute_capability": list(device.compute_capability),
         "driver": driver_release(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
@@ -43,12 +64,12 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
         "python": platform.python_version(),
     }
     say(", ".join(f"{name} {value}" for name, value in facts.items()))
-    report = Report(budget_s=args.budget_s, say=say)
-    _run(report, args.only, torch.device("cuda"))
-    if args.output is not None:
-        report.write(args.output, facts)
+    report = Report(budget_s=budget_s, say=say)
+    _run(report, only, torch.device("cuda"))
+    if output is not None:
+        report.write(output, facts)
     say("Something is wrong, see ✗ above." if report.is_wrong else "All that was checked is right.")
-    return int(report.is_wrong)
+    return report
 
 
 def _run(report: Report, only: Sequence[str], device: torch.device) -> None:

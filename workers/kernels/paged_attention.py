@@ -75,7 +75,11 @@ def _write(out_ptr, total, total_weight, offsets, mask):
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "table_stride", "num_segments"])
+# What changes from step to step must not lead to another compilation in the middle of serving.
+@triton.jit(
+    do_not_specialize=["num_seqs", "table_stride", "num_segments"],
+    do_not_specialize_on_alignment=["block_table_ptr", "seq_lens_ptr", "cu_seqlens_q_ptr"],
+)
 def attention_kernel(
     q_ptr,
     k_cache_ptr,
@@ -188,7 +192,10 @@ def attention_kernel(
         _write(out_ptr, total, total_weight, out_offsets, is_row[:, None] & is_d[None, :])
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_segments"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "num_segments"],
+    do_not_specialize_on_alignment=["seq_lens_ptr", "cu_seqlens_q_ptr"],
+)
 def merge_kernel(
     partial_ptr,
     partial_max_ptr,
@@ -204,25 +211,25 @@ def merge_kernel(
     GROUP: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
+    MERGED_ROWS: tl.constexpr,
     IS_SHORT: tl.constexpr,
     SHORT_QUERIES: tl.constexpr,
 ):
-    """Merges what `attention_kernel` with IS_SPLIT wrote, ROWS of a tile each. Grid: (tiles of queries, KV heads, BLOCK_M / ROWS)."""
+    """Merges what `attention_kernel` with IS_SPLIT wrote, MERGED_ROWS of a tile each. Grid: (tiles of queries, KV heads, their parts)."""
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     sequence, first, num_queries = _find_tile(cu_seqlens_q_ptr, num_seqs, QUERIES, IS_SHORT, SHORT_QUERIES)
-    if first + tl.program_id(2) * ROWS // GROUP >= num_queries:
+    if first + tl.program_id(2) * MERGED_ROWS // GROUP >= num_queries:
         return
     oldest, end = _seen_keys(first, num_queries, tl.load(seq_lens_ptr + sequence), QUERIES, WINDOW)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(2) * MERGED_ROWS + tl.arange(0, MERGED_ROWS)
     query = first + row // GROUP
     is_row = (query < num_queries) & (row < QUERIES * GROUP)
     token = (tl.load(cu_seqlens_q_ptr + sequence) + query).to(tl.int64)
     row_index = token * NUM_HEADS + tl.program_id(1) * GROUP + row % GROUP
     d = tl.arange(0, BLOCK_D)
-    total = tl.zeros((ROWS, BLOCK_D), dtype=tl.float32)
-    total_weight = tl.zeros((ROWS,), dtype=tl.float32)
-    total_max = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((MERGED_ROWS, BLOCK_D), dtype=tl.float32)
+    total_weight = tl.zeros((MERGED_ROWS,), dtype=tl.float32)
+    total_max = tl.full((MERGED_ROWS,), float("-inf"), dtype=tl.float32)
     for segment in tl.range(0, tl.cdiv(end, SEGMENT) - oldest // SEGMENT, num_stages=4):
         partial = row_index * num_segments + segment
         summed = tl.load(partial_ptr + partial[:, None] * BLOCK_D + d[None, :], mask=is_row[:, None], other=0.0)

@@ -36,7 +36,7 @@ TWO_30, SHIFT = tl.constexpr(float(1 << 30)), tl.constexpr(WEIGHT_BITS - 30)
 ALL = tl.constexpr(1 << FRACTION_BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def adjust_kernel(
     logits_ptr,
     counts_ptr,
@@ -71,7 +71,7 @@ def adjust_kernel(
     tl.store(adjusted_ptr + here, logits, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_edits"])
 def edit_kernel(logits_ptr, index_ptr, value_ptr, num_edits, BLOCK: tl.constexpr):
     edits = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = edits < num_edits
@@ -206,7 +206,7 @@ def search(
     return low, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def choose_kernel(
     logits_ptr,
     counts_ptr,

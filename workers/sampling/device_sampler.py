@@ -14,6 +14,7 @@ import torch
 
 from workers.kernels import sample_specification
 from workers.kernels.sample_specification import MAX_VOCAB_SIZE, SamplingTable
+from workers.protocol import SamplingParams
 from workers.sampling.logprobs import LogprobTensors, compute_logprobs, list_logprobs
 from workers.sampling.parameters import PreparedParams, count_tokens, prepare
 from workers.sampling.pending import DeviceRow, PendingTokens
@@ -36,6 +37,8 @@ class DeviceSampler:
         self._slots = Slots(max_num_seqs)
         self._counts = torch.zeros(max_num_seqs, vocab_size, dtype=torch.int32, device=self._device)
         self._adjust, self._edit, self._choose = _operators(self._device)
+        if self._device.type == "cuda":
+            self._compile_kernels()
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: Sequence[DeviceRow]) -> PendingTokens:
@@ -74,6 +77,12 @@ class DeviceSampler:
     def forget(self, request_id: str) -> None:
         """Frees what is kept of a request. Unknown ids are ignored."""
         self._slots.forget(request_id)
+
+    def _compile_kernels(self) -> None:
+        """Samples one token with everything, so that no request waits for a compiler."""
+        params = SamplingParams(max_tokens=1, seed=0, top_p=0.5, presence_penalty=1.0, logit_bias={0: 1.0}, logprobs=0)
+        self.sample(torch.zeros(1, self._vocab_size, device=self._device), [DeviceRow("", params, [0], 1)])
+        self.forget("")
 
     def _slots_of(self, rows: Sequence[DeviceRow]) -> list[Slot]:
         self._slots.touch(row.request_id for row in rows)

@@ -101,6 +101,8 @@ def count_tokens(token_ids: Sequence[int], num_prompt_tokens: int, *, vocab_size
 def _with_bans(edits: Edits, banned: Iterable[int]) -> Edits:
     """Bans overrule: a banned token has no other edit."""
     bans = np.unique(np.array(list(banned), dtype=np.int64))
+    if not len(bans):
+        return edits
     token_ids, values = edits
     kept = ~np.isin(token_ids, bans)
     infinite = np.full(len(bans), -np.inf, dtype=np.float32)

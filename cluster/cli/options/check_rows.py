@@ -151,6 +151,16 @@ DOCTOR = Command(
                     default=30.0,
                     help="time limit in seconds for the ranks to join, and for each collective",
                 ),
+                switch(
+                    "--gpu",
+                    help="instead check that this machine's GPU computes what the CPU does, and measure how fast; at most 8 minutes",
+                ),
+                option(
+                    "--gpu-report",
+                    parse=Path,
+                    metavar="FILE",
+                    help="with --gpu, write what was found to FILE as JSON",
+                ),
                 switch("--strict", help="also exit with 1 for warnings"),
                 switch("--json", help="print the findings and the facts they come from as JSON"),
                 LOG_LEVEL,

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from cluster.doctor.amounts import GIB, format_bytes
 from cluster.doctor.facts import Gpu, Machine, Node
 from cluster.doctor.findings import Finding, ok, problem, warning
-from cluster.doctor.judge.ranks import Device
+from cluster.doctor.judge.ranks import Device, has_usable_gpus
+from workers.device.probe import MIN_DRIVERS
 
-# The oldest driver for each major release of CUDA; it runs every minor release of it ("minor version compatibility").
-MIN_DRIVERS = {11: 450, 12: 525, 13: 580}
 FLASH_MIN_CAPABILITY = (8, 0)
 BUSY_BYTES = GIB  # an idle GPU has a few hundred MiB in use by the driver
 OUR_PROCESS = "ray::RankActor"
@@ -23,6 +22,14 @@ def judge_gpus(node: Node, *, device: Device, rank_bytes: int | None = None) -> 
         yield _no_gpu(node, machine, device=device)
         return
     yield _driver(machine, at, device=device)
+    if machine.missing_build_tools and device == "cuda":
+        yield warning(
+            "gpu",
+            f"Triton, which compiles the GPU kernels, does not find {' and '.join(machine.missing_build_tools)}. Slower kernels "
+            "take the place of its own.",
+            "On Debian and Ubuntu, run `apt-get install gcc libc6-dev python3-dev`.",
+            node=at,
+        )
     if len(models := {gpu.name for gpu in nvidia.gpus}) > 1:
         remedy = (
             "Give each replica GPUs of one kind: use several Ray clusters, or set CUDA_VISIBLE_DEVICES for `ray start`."
@@ -42,6 +49,13 @@ def judge_gpus(node: Node, *, device: Device, rank_bytes: int | None = None) -> 
         )
     for gpu in nvidia.gpus:
         yield from _judge_gpu(gpu, at, rank_bytes=rank_bytes)
+
+
+def judge_unchecked(nodes: Sequence[Node], *, device: Device) -> Finding:
+    """What an examination leaves open on these nodes, in one line."""
+    if device == "cuda" and any(has_usable_gpus(node) for node in nodes):
+        return ok("gpu kernels", "Not checked: whether the GPU kernels compute the right numbers, and how fast.")
+    return ok("gpu kernels", "Not checked without a GPU: the GPU kernels, their speed, CUDA graphs and NCCL.")
 
 
 def _no_gpu(node: Node, machine: Machine, *, device: Device) -> Finding:

@@ -154,3 +154,12 @@ def test_a_model_that_is_not_downloaded_yet(monkeypatch, capsys, port, answer, s
     if isinstance(answer, ConfigError):
         assert [f["remedy"] for f in report["findings"] if f["sentence"] == message] == ["Accept its terms."]
     assert main([*options, "--strict"]) == 1, "--strict fails for warnings too"
+
+
+def test_the_check_of_a_gpu_says_why_there_is_none(capsys, tmp_path):
+    if not isinstance(probe(), NoGpu):
+        pytest.skip("this machine has a GPU; `make test-gpu` checks it")
+    report = tmp_path / "gpu.json"
+    assert main(["doctor", "--gpu", "--gpu-report", str(report)]) == 2
+    assert "This process cannot use a GPU: " in capsys.readouterr().err
+    assert not report.exists()

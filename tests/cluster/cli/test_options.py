@@ -146,6 +146,11 @@ def test_defaults_come_from_their_owners():
     assert ServeConfig(engine=engine, model_name="m", **defaults).port == ServeConfig.port
 
 
+def test_an_option_of_two_flags_is_none_without_either():
+    found = [parse(["serve", *words], environ={}).overlap for words in ([], ["--overlap"], ["--no-overlap"])]
+    assert found == [None, True, False]
+
+
 def environment(*words: str, **environ: str) -> Namespace:
     return parse(list(words), environ=environ)
 

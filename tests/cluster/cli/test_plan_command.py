@@ -31,9 +31,10 @@ def test_a_plan_for_one_gpu(capsys):
     out = capsys.readouterr().out
     assert "7.25 billion parameters, bfloat16, 128 KiB of KV cache per token, full attention" in out
     assert "Recommended: 4 A10G, --tensor-parallel-size 4." in out
-    assert "28.4 GB short" in out  # one of them is too small, and is shown as well
+    assert "28.5 GB short" in out  # one of them is too small, and is shown as well
     row = next(line for line in out.splitlines() if line.startswith("A10G  4"))
-    assert "1,024" in row
+    assert "16,384" in row
+    assert "Defaults of `serve` there: up to 256 sequences, and 2,048 tokens a step, 64 of these for batches." in out
     assert "5.67" in row
     assert "g5.12xlarge" in out
     assert "SkyPilot's hosted catalog v8" in out
@@ -57,7 +58,8 @@ def test_json_says_what_the_table_says(capsys):
     assert main(["plan", MODEL, "--gpu", "A10G", "-tp", "4", "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     assert (plan["gpu"], plan["tensor_parallel_size"], plan["fits"]) == ("A10G", 4, True)
-    assert plan["memory"]["num_kv_blocks"] == plan["memory"]["needed_blocks"] == 1024
+    assert plan["memory"]["num_kv_blocks"] == plan["memory"]["needed_blocks"] == 16_384
+    assert plan["defaults"] == {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_background_tokens": 64}
     price = plan["offers"][0]["on_demand"]
     assert price["source"]["date"]
     million_s = 1e6 / plan["speed"]["tokens_per_s"]
@@ -68,7 +70,7 @@ def test_json_says_what_the_table_says(capsys):
     ("options", "message"),
     [
         (["--gpu", "T4"], "--gpu T4 is not known. Use one of A10G"),
-        (["--gpu", "A10G", "-tp", "1"], "28.4 GB are missing. Use one of: --concurrency 5; --context 1280"),
+        (["--gpu", "A10G", "-tp", "1"], "28.5 GB are missing. Use one of: --concurrency 5; --context 1392"),
         (["--context", "40000"], "--context 40000 does not work with"),
         (["--context", "100", "--prompt-tokens", "100"], "--prompt-tokens 100 leaves no room"),
         (["--concurrency", "0"], "--concurrency 0 is not a number of requests"),
@@ -152,5 +154,6 @@ def test_the_written_options_are_options_of_serve(tmp_path):
     assert main(["plan", MODEL, *options, "--gpu-memory-utilization", "0.8", "--write", str(path)]) == 0
     words = yaml.safe_load(path.read_text())["envs"]["SERVE_OPTIONS"].split()
     args = make_parser().parse_args(["serve", MODEL, *words])
-    assert (args.max_model_len, args.max_num_seqs, args.max_num_batched_tokens) == (1024, 2000, 2000)
+    # The ranks choose the tokens of a step, as the plan did.
+    assert (args.max_model_len, args.max_num_seqs, args.max_num_batched_tokens) == (1024, 2000, None)
     assert (args.dtype, args.gpu_memory_utilization) == ("float16", 0.8)

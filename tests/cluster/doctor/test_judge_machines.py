@@ -5,7 +5,7 @@ from msgspec.structs import replace
 from support.servers.doctor_nodes import CUDA_VERSIONS, GIB, MACHINE, a10g, cpu_node, gpu_node
 
 from cluster.doctor.facts import Filesystem, GpuProcess, Nvidia
-from cluster.doctor.judge.gpus import busy_gpus, judge_gpus
+from cluster.doctor.judge.gpus import busy_gpus, judge_gpus, judge_unchecked
 from cluster.doctor.judge.resources import RAY_FILES, judge_disks, judge_memory, judge_shared_memory
 
 MIB = 2**20
@@ -54,6 +54,13 @@ def worst(findings):
             cpu_node(nvidia=Nvidia(failure="nvidia-smi exited with code 9: no driver")), "cpu", [], id="an image with nvidia-smi, no GPU"
         ),
         pytest.param(cpu_node(nvidia=Nvidia(num_devices=2)), "cpu", [("warning", "driver", "nvidia-smi is missing")], id="no nvidia-smi"),
+        pytest.param(
+            gpu_node(missing_build_tools=("a C compiler (gcc or clang)", "Python.h")),
+            "cuda",
+            [("warning", "gpu", "Triton, which compiles the GPU kernels, does not find a C compiler (gcc or clang) and Python.h.")],
+            id="no compiler",
+        ),
+        pytest.param(cpu_node(missing_build_tools=("Python.h",)), "cpu", [], id="no compiler, no GPU"),
         pytest.param(replace(gpu_node(), ray_gpus=2.0), "cuda", [("warning", "gpu", "Ray manages only 2")], id="Ray knows fewer"),
         pytest.param(
             gpu_node(nvidia=nvidia(a10g(0), a10g(1, name="Tesla T4", compute_capability=(7, 5))), num_gpus=2),
@@ -89,6 +96,21 @@ def test_gpus(node, device, expected):
     assert [(severity, check) for severity, check, _ in found] == [(severity, check) for severity, check, _ in expected]
     for (_, _, sentence), (_, _, part) in zip(found, expected, strict=True):
         assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("node", "device", "said"),
+    [
+        (cpu_node(), "cpu", "Not checked without a GPU: "),
+        (cpu_node(), "cuda", "Not checked without a GPU: "),
+        (gpu_node(), "cpu", "Not checked without a GPU: "),
+        (gpu_node(), "cuda", "Not checked: whether the GPU kernels compute the right numbers"),
+    ],
+)
+def test_what_is_left_open_is_said_in_one_line(node, device, said):
+    finding = judge_unchecked([node], device=device)
+    assert worst([finding]) == [], "it does not make a machine without a GPU fail --strict"
+    assert finding.message.startswith(said)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from cluster.doctor import machine as machine_module
 from cluster.doctor.facts import Fault
 from cluster.doctor.machine import read_filesystem, read_memory, read_network, read_versions
 from cluster.doctor.snapshot import parse_snapshot, take_snapshot
@@ -49,19 +48,6 @@ def test_versions_are_those_that_would_be_imported():
     assert versions.torch == torch.__version__
     assert versions.cuda == torch.version.cuda
     assert versions.tramontane and versions.ray and versions.python.startswith("3.")
-
-
-@pytest.mark.parametrize(
-    ("line", "cuda"), [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda: Optional[str] = None", None)]
-)
-def test_the_cuda_of_torch_is_read_from_its_source(tmp_path, monkeypatch, line, cuda):
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('this takes seconds')")
-    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\ndebug = False\n{line}\n")
-    spec = machine_module.find_spec("torch")
-    monkeypatch.setattr(spec, "submodule_search_locations", [str(tmp_path / "torch")])
-    monkeypatch.setattr(machine_module, "find_spec", lambda name: spec)
-    assert read_versions().cuda == cuda
 
 
 def test_memory_of_a_machine_and_of_a_smaller_container(tmp_path, write):

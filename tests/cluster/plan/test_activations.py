@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cluster.plan import memory
 from cluster.plan.models import V0_3
 from workers.config import EngineConfig
-from workers.engine import model_runner
+from workers.engine import cuda_graphs, model_runner
+from workers.engine.decode_padding import decode_sizes
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank
 
@@ -113,5 +114,8 @@ def test_activations_are_those_of_the_model(changes, what):
     assert seen.peak * 0.98 < planned < seen.peak * 1.1, f"{what}: {planned:,} planned, {seen.peak:,} seen"
 
 
-def test_the_plan_knows_how_many_rows_of_logits_exist_at_a_time():
+def test_the_plan_knows_the_engines_numbers():
     assert memory.PROMPT_LOGITS_AT_ONCE == model_runner.PROMPT_LOGITS_AT_ONCE
+    assert memory.DRIVER_BYTES_PER_GRAPH == cuda_graphs.DRIVER_BYTES_PER_GRAPH
+    for max_num_seqs in (1, 2, 3, 16, 17, 48, 64, 65, 100, 256, 1000):
+        assert memory.num_decode_graphs(max_num_seqs) == len(decode_sizes(max_num_seqs)), max_num_seqs

@@ -23,49 +23,57 @@ def engine(model: ModelConfig, tensor_parallel_size: int = 1, **overrides: Any) 
         "device": "cuda",
         "dtype": "bfloat16",
         "max_model_len": 8192,
-        "block_size": 256,
         "max_num_seqs": 32,
     }
     return EngineConfig(model=model, tensor_parallel_size=tensor_parallel_size, **(settings | overrides))
 
 
-# By hand, in bytes, for 32 sequences of 8,192 tokens, steps of 1,024 tokens, blocks of 256, bfloat16.
+# By hand, in bytes, for 32 sequences of 8,192 tokens, blocks of 16, bfloat16, and steps of the size that each GPU gets.
 #
 # Weights of v0.3, one rank: embedding and head 2 x 32,768 x 4,096 = 268,435,456 numbers; a layer has q and o 2 x 4,096 x 4,096, k and v
 # 2 x 4,096 x 1,024, feed-forward 3 x 4,096 x 14,336, norms 2 x 4,096: 218,112,000, times 32; the last norm 4,096. 7,248,023,552 numbers,
 # 14,496,047,104 bytes. Of these 266,240 are norms, which 2 or 4 ranks hold whole. v0.1 has 768 tokens less: 6,291,456 numbers less.
 # Cosines and sines: 8,192 x 2 x 128 x 4 = 8,388,608 on every rank.
-# Activations: feed-forward, 1,024 x (3 x 4,096 + 4 x 14,336 / ranks) x 2, and the step's angles, 1,024 x 2 x 128 x 4: 143,654,912,
-# 84,934,656 and 55,574,528.
-# A block: 2 x 32 layers x 256 tokens x 8 heads x 128 x 2 = 33,554,432 on one rank, 16,777,216 and 8,388,608 on 2 and 4; the profiling
-# pass has two. CUDA 536,870,912, with more ranks as much again for NCCL.
-# May be used: 0.9 of 21.98, 39.39 and 79.14 GiB = 21,240,760,761, 38,065,221,402 and 76,478,335,155.
+# Activations: feed-forward, tokens x ((5 x 4,096 + 3 x 14,336 / ranks) x 2 + 2 x 128 x 4 for the angles). With steps of 2,048 tokens
+# 262,144,000, 174,063,616 and 130,023,424; of 4,096 and 8,192, twice and four times as much.
+# A block: 2 x 32 layers x 16 tokens x 8 heads x 128 x 2 = 2,097,152 on one rank, 1,048,576 and 524,288 on 2 and 4; the profiling pass has
+# two. CUDA 536,870,912, with more ranks as much again for NCCL.
+# Graphs of 1, 2, 4, 8, 16 and 32 sequences, with v0.3: 6 x 8,388,608 for the driver; block tables, logits and hidden states
+# 32 x (512 x 4 + 32,768 x 4 + 4,096 x 2) = 4,521,984; logits once in bfloat16 and once in float32, 32 x 32,768 x 6 = 6,291,456.
+# May be used: 0.9 of 21.98, 39.39, 79.14 and 139.8 GiB = 21,240,760,761, 38,065,221,402, 76,478,335,155 and 135,098,196,295.
 HAND = [
     # model, GPU, ranks, weights and rotary, left for the KV cache, blocks, blocks needed
-    (V0_3, "A10G", 1, 14_504_435_712, 5_988_690_361, 177, 1024),
-    (V0_3, "A10G", 2, 7_256_678_400, 12_791_851_449, 761, 1024),
-    (V0_3, "A10G", 4, 3_632_799_744, 16_461_867_449, 1024, 1024),
-    (V0_3, "A100", 1, 14_504_435_712, 22_813_151_002, 678, 1024),
-    (V0_3, "A100", 2, 7_256_678_400, 29_616_312_090, 1024, 1024),
-    (V0_3, "A100", 4, 3_632_799_744, 33_286_328_090, 1024, 1024),
-    (V0_3, "A100-80GB", 1, 14_504_435_712, 61_226_264_755, 1024, 1024),
-    (V0_3, "A100-80GB", 2, 7_256_678_400, 68_029_425_843, 1024, 1024),
-    (V0_3, "A100-80GB", 4, 3_632_799_744, 71_699_441_843, 1024, 1024),
-    (V0_1, "A10G", 1, 14_491_852_800, 6_001_273_273, 177, 548),
-    (V0_1, "A10G", 2, 7_250_386_944, 12_798_142_905, 761, 548),
-    (V0_1, "A10G", 4, 3_629_654_016, 16_465_013_177, 1024, 548),
-    (V0_1, "A100", 1, 14_491_852_800, 22_825_733_914, 679, 548),
-    (V0_1, "A100", 2, 7_250_386_944, 29_622_603_546, 1024, 548),
-    (V0_1, "A100", 4, 3_629_654_016, 33_289_473_818, 1024, 548),
-    (V0_1, "A100-80GB", 1, 14_491_852_800, 61_238_847_667, 1024, 548),
-    (V0_1, "A100-80GB", 2, 7_250_386_944, 68_035_717_299, 1024, 548),
-    (V0_1, "A100-80GB", 4, 3_629_654_016, 71_702_587_571, 1024, 548),
+    (V0_3, "A10G", 1, 14_504_435_712, 5_871_970_745, 2798, 16384),
+    (V0_3, "A10G", 2, 7_256_678_400, 12_673_034_681, 12084, 16384),
+    (V0_3, "A10G", 4, 3_632_799_744, 16_342_002_105, 16384, 16384),
+    (V0_3, "A100", 1, 14_504_435_712, 22_434_287_386, 10696, 16384),
+    (V0_3, "A100", 2, 7_256_678_400, 29_323_431_706, 16384, 16384),
+    (V0_3, "A100", 4, 3_632_799_744, 33_036_439_322, 16384, 16384),
+    (V0_3, "A100-80GB", 1, 14_504_435_712, 60_847_401_139, 16384, 16384),
+    (V0_3, "A100-80GB", 2, 7_256_678_400, 67_736_545_459, 16384, 16384),
+    (V0_3, "A100-80GB", 4, 3_632_799_744, 71_449_553_075, 16384, 16384),
+    (V0_3, "H200", 1, 14_504_435_712, 118_942_974_279, 16384, 16384),
+    (V0_3, "H200", 2, 7_256_678_400, 126_008_279_367, 16384, 16384),
+    (V0_3, "H200", 4, 3_632_799_744, 129_809_367_367, 16384, 16384),
+    (V0_1, "A10G", 1, 14_491_852_800, 5_884_799_417, 2805, 8352),
+    (V0_1, "A10G", 2, 7_250_386_944, 12_679_571_897, 12091, 8352),
+    (V0_1, "A10G", 4, 3_629_654_016, 16_345_393_593, 16384, 8352),
+    (V0_1, "A100", 1, 14_491_852_800, 22_447_116_058, 10702, 8480),
+    (V0_1, "A100", 2, 7_250_386_944, 29_329_968_922, 16384, 8480),
+    (V0_1, "A100", 4, 3_629_654_016, 33_039_830_810, 16384, 8480),
+    (V0_1, "A100-80GB", 1, 14_491_852_800, 60_860_229_811, 16384, 8480),
+    (V0_1, "A100-80GB", 2, 7_250_386_944, 67_743_082_675, 16384, 8480),
+    (V0_1, "A100-80GB", 4, 3_629_654_016, 71_452_944_563, 16384, 8480),
+    (V0_1, "H200", 1, 14_491_852_800, 118_955_802_951, 16384, 8736),
+    (V0_1, "H200", 2, 7_250_386_944, 126_014_816_583, 16384, 8736),
+    (V0_1, "H200", 4, 3_629_654_016, 129_812_758_855, 16384, 8736),
 ]
 
 
 @pytest.mark.parametrize(("model", "gpu", "ranks", "weights", "kv_cache_bytes", "blocks", "needed"), HAND)
 def test_memory_by_hand(model, gpu, ranks, weights, kv_cache_bytes, blocks, needed):
-    found = memory.rank_memory(engine(model, ranks), GPUS[gpu])
+    config = engine(model, ranks, max_num_batched_tokens=GPUS[gpu].sizes.max_num_batched_tokens)
+    found = memory.rank_memory(config, GPUS[gpu])
     assert found.weight_bytes == weights
     assert found.kv_cache_bytes == kv_cache_bytes
     assert (found.num_kv_blocks, found.needed_blocks) == (blocks, needed)
@@ -74,9 +82,9 @@ def test_memory_by_hand(model, gpu, ranks, weights, kv_cache_bytes, blocks, need
 
 
 def test_what_is_missing_is_what_would_be_enough():
-    config, gpu = engine(V0_3), GPUS["A10G"]
+    config, gpu = engine(V0_3, max_num_batched_tokens=2048), GPUS["A10G"]
     missing = memory.rank_memory(config, gpu).missing_bytes
-    assert missing == 1025 * 33_554_432 - 5_988_690_361  # 1,024 blocks and the null block, less what there is
+    assert missing == 16_385 * 2_097_152 - 5_871_970_745  # 16,384 blocks and the null block, less what there is
     larger = replace(gpu, memory_bytes=gpu.memory_bytes + int(missing / 0.9) + 2)
     smaller = replace(gpu, memory_bytes=gpu.memory_bytes + int(missing / 0.9) - 2)
     assert memory.rank_memory(config, larger).fits
@@ -129,9 +137,10 @@ def test_the_engine_finds_as_many_blocks_in_the_same_memory(monkeypatch, gpu, si
 
 @pytest.mark.parametrize("window", [None, 1, 255, 256, 257, 4096])
 @pytest.mark.parametrize("length", [1, 256, 2048, 4096, 4352, 4353, 8192, 32_768])
-def test_a_sequence_holds_what_the_cache_manager_says(window, length):
-    manager = KVCacheManager(num_blocks=1, block_size=256, sliding_window=window, enable_prefix_caching=False)
-    config = engine(replace(V0_1, sliding_window=window), max_model_len=length, max_num_seqs=1)
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_a_sequence_holds_what_the_cache_manager_says(window, length, block_size):
+    config = engine(replace(V0_1, sliding_window=window), max_model_len=length, max_num_seqs=1, block_size=block_size)
+    manager = KVCacheManager(num_blocks=1, block_size=block_size, sliding_window=window, enable_prefix_caching=False)
     planned = memory.rank_memory(config, GPUS["A100"])
     assert planned.blocks_per_sequence == manager.max_blocks_held(length, 1)
     # While a chunk is computed more is held, and the plan has room for it.

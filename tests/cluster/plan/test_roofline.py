@@ -18,7 +18,6 @@ def speed_of(model: ModelConfig, gpu: str, ranks: int, workload: Workload) -> Sp
         dtype="bfloat16",
         tensor_parallel_size=ranks,
         max_model_len=workload.context,
-        block_size=256,
         max_num_seqs=workload.concurrency,
     )
     return speed(config, GPUS[gpu], workload)
@@ -40,6 +39,7 @@ HAND_MS = [
     (V0_3, "A100", 2, 12.861 + 65 * 0.01614),
     (V0_1, "A100", 2, 10.097 + 65 * 0.01614),
     (V0_3, "A100-80GB", 1, (14_227_611_648 + 25_769_803_776) / 1935e6),
+    (V0_3, "H200", 1, (14_227_611_648 + 25_769_803_776) / 4800e6),
 ]
 
 

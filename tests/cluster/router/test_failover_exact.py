@@ -59,14 +59,20 @@ STRUCTURED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[LiveReplica]]:
+def all_replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LiveReplica]]:
     folder = write_tiny_checkpoint(tmp_path_factory.mktemp("model"), vocab_size=TOKENIZER.vocab_size, sliding_window=24)
     settings = {"max_num_batched_tokens": 16, "max_num_seqs": 8}
-    replicas = [LiveReplica(folder, replica_id=name, **settings) for name in ("r0", "r1")]
+    overlap = {"r0": False, "r1": False, "overlapped": True}
+    replicas = {name: LiveReplica(folder, replica_id=name, overlap=on, **settings) for name, on in overlap.items()}
     yield replicas
-    for replica in replicas:
+    for replica in replicas.values():
         replica.close()
     assert not [t.name for t in threading.enumerate() if t.name in ("engine", "stream-server")]
+
+
+@pytest.fixture
+def replicas(all_replicas: dict[str, LiveReplica]) -> list[LiveReplica]:
+    return [all_replicas["r0"], all_replicas["r1"]]
 
 
 @contextlib.asynccontextmanager
@@ -105,22 +111,32 @@ def a_late_stop_string(whole: bytes) -> str:
     return next(text[i : i + 4] for i in range(len(text) * 3 // 4, 0, -1) if text.find(text[i : i + 4]) == i)
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("kind", SAMPLINGS)
+@pytest.mark.parametrize(
+    ("kind", "stream", "names"),
+    [
+        ("greedy", False, ("r0", "r1")),
+        ("greedy", True, ("overlapped", "r1")),
+        ("sampled", False, ("r0", "overlapped")),
+        ("sampled", True, ("overlapped", "overlapped")),
+    ],
+    ids=["greedy-whole", "greedy-streamed", "sampled-whole", "sampled-streamed"],
+)
 async def test_the_bytes_are_the_same_when_the_replica_dies_at_any_token(
-    replicas: list[LiveReplica], kind: str, stream: bool
+    all_replicas: dict[str, LiveReplica], kind: str, stream: bool, names: tuple[str, str]
 ) -> None:
+    """names: the replica that dies and the one that goes on. Whether their steps overlap makes no difference."""
+    plain, replicas = [all_replicas["r1"]] * 2, [all_replicas[name] for name in names]
     prompt = "def fibonacci(n):\n    a, b = 0, 1\n    while n:"
     body = {"model": "tiny", "prompt": prompt, "max_tokens": NUM_TOKENS, "ignore_eos": True, **SAMPLINGS[kind]}
     num_tokens = NUM_TOKENS
     if kind == "sampled":
-        whole = await answer(replicas, body, cut_after=None)
+        whole = await answer(plain, body, cut_after=None)
         body["stop"] = [a_late_stop_string(whole)]
-        num_tokens = json.loads(await answer(replicas, body, cut_after=None))["usage"]["completion_tokens"]
+        num_tokens = json.loads(await answer(plain, body, cut_after=None))["usage"]["completion_tokens"]
         assert NUM_TOKENS // 2 < num_tokens < NUM_TOKENS, "the stop string must end the output, and late"
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    undisturbed = await answer(replicas, body, cut_after=None)
+    undisturbed = await answer(plain, body, cut_after=None)
     wrong = []
     for start in range(0, num_tokens, AT_A_TIME):
         cuts = range(start, min(start + AT_A_TIME, num_tokens))

@@ -1,4 +1,4 @@
-"""One of two ranks of a 7B replica on a fake GPU of its own: `rank.py RANK PORT`. Prints what each step asked of the device, as JSON.
+"""One rank of a 7B replica on a fake GPU of its own: `rank.py RANK SIZE PORT`. Prints what each step asked of the device, as JSON.
 
 NCCL is as fake as the GPU: no rank waits for the other there. All messages of the host are real.
 """
@@ -15,12 +15,12 @@ from workers.parallel.timed import TimedGroup
 
 NUM_SEQS = 8
 
-rank, port = int(sys.argv[1]), int(sys.argv[2])
+rank, size, port = map(int, sys.argv[1:])
 device = FakeDevice()
 tp = TimedGroup(
     join_group(
         rank=rank,
-        size=2,
+        size=size,
         device="cuda",
         replica_id="r",
         master_address="127.0.0.1",
@@ -28,7 +28,7 @@ tp = TimedGroup(
         same_host=True,
     )
 )
-config = make_config(tensor_parallel_size=2, max_num_seqs=NUM_SEQS)
+config = make_config(tensor_parallel_size=size, max_num_seqs=NUM_SEQS)
 steps: list[list[str]] = []
 device.start_recording()
 

@@ -8,7 +8,6 @@ from workers.config import EngineConfig
 from workers.engine.llm_engine import LLMEngine
 from workers.protocol import GenerateRequest, SamplingParams
 
-
 # Of the engines of tests, where these say nothing else.
 SETTINGS: dict[str, Any] = {
     "max_model_len": 512,

@@ -40,6 +40,7 @@ def main(rank: int, size: int, port: int) -> dict[str, object]:
     seen["rows depend on others"] = not torch.equal(torch.stack(alone), together)
     gathered = tp.gather(torch.full((2, 2), rank))
     seen["gather"] = None if gathered is None else gathered.tolist()
+    seen["broadcast_tensor"] = tp.broadcast_tensor(torch.full((2, 2), 7 + rank)).tolist()
     seen["min"] = tp.min((1 << 40) - rank)
     messages = [np.arange(n, dtype=np.int32) for n in MESSAGE_LENGTHS]
     seen["broadcast"] = all(np.array_equal(tp.broadcast(None if rank else m), m) for m in messages)

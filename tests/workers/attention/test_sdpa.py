@@ -5,8 +5,9 @@ import random
 
 import pytest
 import torch
+from support.attention_batches import store_kv
 
-from workers.attention.backend import AttentionMetadata, store_kv
+from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 
 HEAD_DIM = 8

@@ -8,6 +8,7 @@ import torch
 from workers.attention import flash, select
 from workers.attention.select import select_backend
 from workers.errors import ConfigError
+from workers.kernels.usable import why_triton_cannot_run
 
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "sliding_window": None}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -56,6 +57,11 @@ def test_a_fallback_to_the_specification_is_a_warning_with_both_reasons(gpu, cha
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "no C compiler" in record.message and reason in record.message and "slow" in record.message
+
+
+def test_the_interpreter_does_not_run_on_a_gpu():
+    """These tests turn it on; with it, a GPU's tensors would be computed on the host."""
+    assert "TRITON_INTERPRET" in (why_triton_cannot_run(CUDA) or "")
 
 
 def test_a_release_of_torch_without_paged_attention_is_refused(gpu, monkeypatch):

@@ -1,22 +1,25 @@
 """How attention is divided into tiles and splits: what a launch depends on. The arithmetic is tested in tests/workers/kernels."""
 
+from itertools import product
+
 import pytest
 import torch
+from support.attention_batches import make_metadata
 
+from workers.attention import triton_paged
+from workers.attention.backend import AttentionMetadata
 from workers.attention.triton_paged import SEGMENT, TritonBackend, choose_num_splits, choose_tiles
 
 MODEL = {"head_dim": 128, "dtype": torch.bfloat16, "group": 4}
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("group", [1, 3, 4, 8, 64])
-def test_decode_and_prefill_read_keys_in_the_same_tiles(capability, dtype, head_dim, group):
-    short, long = choose_tiles(capability, head_dim=head_dim, dtype=dtype, group=group)
-    assert short.keys == long.keys, "a query's bits would depend on the number of queries"
-    assert SEGMENT % short.keys == 0, "a segment is a whole number of tiles"
-    assert short.rows >= group, "the query heads of a KV head share a tile"
+def test_decode_and_prefill_read_keys_in_the_same_tiles():
+    devices, dtypes = (80, 86, 89, 90, 100, 120), (torch.float32, torch.float16)
+    for capability, dtype, head_dim, group in product(devices, dtypes, (64, 80, 128, 256), (1, 3, 4, 8, 64)):
+        short, long = choose_tiles(capability, head_dim=head_dim, dtype=dtype, group=group)
+        assert short.keys == long.keys, "a query's bits would depend on the number of queries"
+        assert SEGMENT % short.keys == 0, "a segment is a whole number of tiles"
+        assert short.rows >= group, "the query heads of a KV head share a tile"
 
 
 def test_from_hopper_on_all_tiles_use_one_kind_of_matrix_instruction():
@@ -52,3 +55,40 @@ def test_the_most_segments_of_a_tile(window, queries, max_seq_len, num_segments)
         first = range(max_seq_len - window - queries + 1) if max_seq_len > window + queries else ()
         worst = max(((p + window + queries - 2) // SEGMENT - p // SEGMENT + 1 for p in first), default=0)
         assert worst <= num_segments
+
+
+class FakeKernel:
+    """Records what is launched."""
+
+    def __init__(self, name, launches):
+        self.name, self.launches = name, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: self.launches.append((self.name, constants["BLOCK_M"], grid))
+
+
+@pytest.mark.parametrize(
+    ("parts", "max_seq_len", "launches"),
+    [
+        # (kernel, rows of a tile, grid); a bound of 4,096 keys is 8 segments
+        ([(0, 1)] * 64, 4096, [("attention", 16, (64, 8, 4)), ("merge", 16, (64, 8, 2))]),
+        ([(0, 1)] * 2, 512, [("attention", 16, (2, 8, 1))]),
+        ([(0, 512)], 512, [("attention", 64, (33, 8, 1))]),
+        # A chunk among decodes: each launch leaves the other's sequences alone.
+        ([(0, 1), (0, 40), (0, 4)], 512, [("attention", 16, (3, 8, 1)), ("attention", 64, (5, 8, 1))]),
+    ],
+)
+def test_a_launch_depends_on_shapes_and_bounds_only(parts, max_seq_len, launches, monkeypatch):
+    """So it can be captured in a CUDA graph: tensors without data make any read of them an error."""
+    launched = []
+    for name in ("attention", "merge"):
+        monkeypatch.setattr(triton_paged, f"{name}_kernel", FakeKernel(name, launched))
+    metadata = make_metadata(parts, 16, max_seq_len=max_seq_len)
+    metadata = AttentionMetadata(
+        **{k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in vars(metadata).items()}
+    )
+    backend = TritonBackend(num_heads=32, num_kv_heads=8, head_dim=128, sliding_window=None)
+    cache = torch.empty(9, 16, 8, 128, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(sum(n for _, n in parts), 32, 128, dtype=torch.bfloat16, device="meta")
+    assert backend.forward(q, cache, cache, metadata).shape == q.shape
+    assert launched == launches

@@ -3,6 +3,7 @@
 from ctypes import CDLL
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,8 +138,19 @@ def test_what_the_driver_says() -> None:
     assert read_driver(lambda _: CDLL("libno-such-library.so")) is None
 
 
-def test_the_build_of_torch_is_read_without_importing_it() -> None:
+@pytest.mark.parametrize(
+    ("line", "cuda"), [("cuda: Optional[str] = '13.0'", "13.0"), ("cuda: Optional[str] = None", None)]
+)
+def test_the_build_of_torch_is_read_without_importing_it(
+    line: str, cuda: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert torch_build() == (torch.__version__, torch.version.cuda)
+    (tmp_path / "version.py").write_text(f"__version__ = '2.13.0'\ndebug = False\n{line}\n")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("workers.device.probe.find_spec", lambda _: spec)
+    assert torch_build() == ("2.13.0", cuda)
+    monkeypatch.setattr("workers.device.probe.find_spec", lambda _: None)
+    assert torch_build() == (None, None)
 
 
 def test_a_gpu_is_seen_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

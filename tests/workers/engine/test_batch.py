@@ -61,3 +61,10 @@ def test_the_worked_example():
     assert (batch.token_ids.tolist(), batch.positions.tolist(), batch.slot_mapping.tolist()) == ([5], [5], [9])
     assert (batch.query_lens.tolist(), batch.seq_lens.tolist(), batch.logits_indices.tolist()) == ([1], [6], [0])
     assert batch.block_table.tolist() == [[7, 2]]
+    assert batch.unread_rows.tolist() == [-1]
+
+    del request.token_ids[5]
+    request.unread_row = 3
+    batch = make_batch([dataclasses.replace(scheduled, num_new_tokens=1)], 4)
+    assert (batch.token_ids.tolist(), batch.unread_rows.tolist()) == ([0], [3])
+    assert (batch.positions.tolist(), batch.slot_mapping.tolist(), batch.logits_indices.tolist()) == ([5], [9], [0])

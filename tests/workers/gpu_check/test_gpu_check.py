@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from workers.attention.sdpa import SdpaBackend
+from workers.device import require
 from workers.device.probe import NoGpu
 from workers.gpu_check import attention_cases, main, model_cases, sampler_cases
 from workers.gpu_check.attention_cases import Shape
@@ -102,8 +103,7 @@ def test_the_time_limit_and_the_file(tmp_path):
     }
 
 
-def test_without_a_gpu_it_says_why_and_fails(monkeypatch):
-    monkeypatch.setattr(main, "probe", lambda: NoGpu(message="No GPU is here.", remedy="Use one.", has_gpu=False))
-    said: list[str] = []
-    assert main.main([], say=said.append) == 1
-    assert said == ["✗ No GPU is here. Use one."]
+def test_without_a_gpu_it_says_why_and_fails(monkeypatch, capsys):
+    monkeypatch.setattr(require, "probe", lambda: NoGpu(message="No GPU is here.", remedy="Use one.", has_gpu=False))
+    assert main.main([]) == 1
+    assert capsys.readouterr().out == "✗ This process cannot use a GPU: no GPU is here. Use one.\n"

@@ -1,6 +1,8 @@
 """A whole tiny model on the kernels that a GPU runs, in the interpreter: the wiring, and the promise of the deterministic mode."""
 
-from itertools import accumulate, pairwise
+from itertools import accumulate
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,12 +20,12 @@ from workers.quant.dense import DENSE, DenseMethod
 from workers.weights.loader import load_weights
 
 BLOCK = 4
-LENGTHS = (23, 9)
+LENGTHS = (13, 5)
 TOKEN_IDS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
 
 
 class Model:
-    """Computes the sequences of TOKEN_IDS in any parts; sequence i has the blocks from 1 + 6 * i on."""
+    """Computes the sequences of TOKEN_IDS in any parts; sequence i has the blocks from 1 + 4 * i on."""
 
     def __init__(self, folder, *, backend, kernels, method, dtype=torch.float32):
         self.config = config = load_model_config(folder)
@@ -49,17 +51,17 @@ class Model:
     @torch.inference_mode()
     def logits(self, steps):
         """[num_tokens, vocab_size] of each sequence. A step is a list of (sequence, first token, end)."""
-        shape = (13, BLOCK, self.config.num_key_value_heads, self.config.head_dim)
+        shape = (9, BLOCK, self.config.num_key_value_heads, self.config.head_dim)
         kv_caches = [tuple(torch.zeros(shape, dtype=self.dtype) for _ in "kv") for _ in self.model.model.layers]
         logits = [[], []]
         for step in steps:
             positions = torch.cat([torch.arange(start, end) for _, start, end in step])
             query_lens = [end - start for _, start, end in step]
             context_lens = [end for *_, end in step]
-            first_slots = [torch.full((end - start,), (1 + 6 * i) * BLOCK) for i, start, end in step]
+            first_slots = [torch.full((end - start,), (1 + 4 * i) * BLOCK) for i, start, end in step]
             metadata = AttentionMetadata(
                 slot_mapping=torch.cat(first_slots) + positions,
-                block_table=torch.stack([torch.arange(1 + 6 * i, 7 + 6 * i, dtype=torch.int32) for i, *_ in step]),
+                block_table=torch.stack([torch.arange(1 + 4 * i, 5 + 4 * i, dtype=torch.int32) for i, *_ in step]),
                 seq_lens=torch.tensor(context_lens, dtype=torch.int32),
                 cu_seqlens_q=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32),
                 query_lens=query_lens,
@@ -75,34 +77,41 @@ class Model:
         return [torch.cat(parts) if parts else None for parts in logits]
 
 
-WHOLE = [[(0, 0, 23)], [(1, 0, 9)]]
-TOGETHER = [[(0, 0, 23), (1, 0, 9)]]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), sliding_window=6)
+
+
+def counting_kernels():
+    kernels = TritonLayerKernels()
+    return SimpleNamespace(
+        add_rms_norm=Mock(wraps=kernels.add_rms_norm),
+        rotary_kv=Mock(wraps=kernels.rotary_kv),
+        silu_mul=Mock(wraps=kernels.silu_mul),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_fused_model_computes_what_the_plain_one_computes(folder, dtype):
+    kernels = counting_kernels()
     plain = Model(folder, backend=SdpaBackend, kernels=TORCH_LAYER_KERNELS, method=DENSE, dtype=dtype)
-    fused = Model(folder, backend=SdpaBackend, kernels=TritonLayerKernels(), method=DENSE, dtype=dtype)
-    steps = [[(0, 0, 17), (1, 0, 9)], [(0, 17, 22)], [(0, 22, 23)]]
+    fused = Model(folder, backend=SdpaBackend, kernels=kernels, method=DENSE, dtype=dtype)
+    steps = [[(0, 0, 9), (1, 0, 5)], [(0, 9, 12)], [(0, 12, 13)]]
     for actual, expected in zip(fused.logits(steps), plain.logits(steps), strict=True):
         assert expected.abs().max() > 1
         off = (actual - expected).abs().max().item()
         assert off <= (1e-4 if dtype == torch.float32 else 0.06), f"{off} off"
+    # Two layers: two norms in each and one at the end, all others once in each.
+    launches = [kernels.add_rms_norm.call_count, kernels.rotary_kv.call_count, kernels.silu_mul.call_count]
+    assert launches == [5 * len(steps), 2 * len(steps), 2 * len(steps)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_in_deterministic_mode_a_token_has_the_same_bits_however_it_is_computed(folder, dtype):
-    model = Model(folder, backend=TritonBackend, kernels=TritonLayerKernels(), method=DenseMethod(matmul), dtype=dtype)
-    expected = model.logits(WHOLE)
-    chunks = [0, 1, 2, 9, 14, 22, 23]
-    chunked = [[(0, start, end)] for start, end in pairwise(chunks)]
-    chunked[3].append((1, 0, 8))
-    chunked[4].append((1, 8, 9))
-    for steps in (TOGETHER, chunked):
-        for actual, alone in zip(model.logits(steps), expected, strict=True):
-            assert torch.equal(actual, alone), f"{(actual - alone).abs().max()} off"
+def test_in_deterministic_mode_a_token_has_the_same_bits_however_it_is_computed(folder):
+    product = Mock(wraps=matmul)
+    settings = {"backend": TritonBackend, "kernels": TritonLayerKernels(), "dtype": torch.float16}
+    model = Model(folder, method=DenseMethod(product), **settings)
+    alone = model.logits([[(0, 0, 13)], [(1, 0, 5)]])
+    chunked = model.logits([[(0, 0, 5)], [(0, 5, 12), (1, 0, 4)], [(0, 12, 13), (1, 4, 5)]])
+    for actual, expected in zip(chunked, alone, strict=True):
+        assert torch.equal(actual, expected), f"{(actual - expected).abs().max()} off"
+    assert product.call_count == 5 * (2 * 4 + 1), "every product of both layers and the head, in five steps"

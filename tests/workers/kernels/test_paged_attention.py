@@ -28,7 +28,7 @@ def randn(*shape, dtype, seed):
 class Model:
     """Queries, keys and values of a few sequences, and both backends."""
 
-    def __init__(self, num_heads, num_kv_heads, head_dim, *, window, dtype, num_sequences=len(PARTS), length=210):
+    def __init__(self, num_heads, num_kv_heads, head_dim, *, window, dtype, num_sequences=3, length=210):
         shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         self.window = window
         self.kernel = TritonBackend(sliding_window=window, **shape)
@@ -75,7 +75,7 @@ class Model:
     ],
 )
 def test_equals_the_specification(num_heads, num_kv_heads, head_dim, window, block_size, dtype):
-    model = Model(num_heads, num_kv_heads, head_dim, window=window, dtype=dtype)
+    model = Model(num_heads, num_kv_heads, head_dim, window=window, dtype=dtype, num_sequences=len(PARTS))
     parts = [(i, *part) for i, part in enumerate(PARTS)]
     out = model.kernel.forward(*model.batch(parts, block_size))
     # The specification reads unused slots, which the engine fills with zeros, and multiplies them by 0.

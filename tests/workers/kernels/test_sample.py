@@ -22,6 +22,10 @@ from workers.kernels.sample_specification import (
     token_weights,
     truncate,
 )
+from workers.protocol import SamplingParams
+from workers.sampling import device_sampler
+from workers.sampling.device_sampler import DeviceSampler
+from workers.sampling.pending import DeviceRow
 
 ALL = 2**FRACTION_BITS
 SIZES = (1, 7, 64, 150)  # of vocabularies: below, at and above one block of the kernels
@@ -105,6 +109,7 @@ def test_kernels_give_the_bits_of_the_specification(vocab_size):
         assert (expected[1] >= 0).sum() >= n // 2 - 1, "too few rows with a token to show anything"
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in add")  # as above
 def test_edit():
     logits, copy = (some_logits(4, 50, 0) for _ in range(2))
     index = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:41]
@@ -112,6 +117,28 @@ def test_edit():
     kernels.edit(logits, index, value)
     specification.edit(copy, index, value)
     assert same(logits, copy)
+
+
+def test_the_sampler_runs_with_the_kernels(monkeypatch):
+    """As on CUDA: mixed rows, over several steps."""
+    sampler = DeviceSampler(vocab_size=150, max_num_seqs=8, device="cpu", eos_token_ids=(2,))
+    monkeypatch.setattr(device_sampler, "sample_specification", kernels)
+    with_kernels = DeviceSampler(vocab_size=150, max_num_seqs=8, device="cpu", eos_token_ids=(2,))
+    kinds = (
+        {"temperature": 0.0, "logprobs": 2},
+        {"top_p": 0.9, "frequency_penalty": 0.5, "logit_bias": {3: 4.0}},
+        {"top_k": 7, "repetition_penalty": 1.3, "allowed_token_ids": tuple(range(3, 90))},
+        {"min_p": 0.05, "temperature": 0.5, "min_tokens": 5},
+    )
+    params = [SamplingParams(max_tokens=100, seed=i, **kind) for i, kind in enumerate(kinds)]
+    outputs = [[] for _ in params]
+    for step in range(3):
+        logits = torch.randn(4, 150, generator=torch.Generator().manual_seed(step)) * 3
+        rows = [DeviceRow(str(i), p, [5, 6, *outputs[i]], 2) for i, p in enumerate(params[: 4 - step])]
+        expected = sampler.sample(logits[: len(rows)].clone(), rows).read()
+        assert with_kernels.sample(logits[: len(rows)].clone(), rows).read() == expected
+        for output, one in zip(outputs, expected, strict=False):
+            output.append(one.token_id)
 
 
 def test_weights_are_exponentials():

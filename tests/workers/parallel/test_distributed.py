@@ -55,6 +55,7 @@ def test_collectives_and_a_rank_that_hangs():
         assert saw["all_reduce"] == [[3.0 * i + 30 for i in row] for row in ([0, 1, 2], [3, 4, 5])]
         assert not saw["rows depend on others"], "the order of a row's sum depends on where it is in the batch"
         assert saw["gather"] == ([[0, 0, 1, 1, 2, 2]] * 2 if rank == 0 else None)
+        assert saw["broadcast_tensor"] == [[7, 7]] * 2
         assert saw["min"] == (1 << 40) - (SIZE - 1)
         assert saw["broadcast"] is True
         assert saw["after idling"] == [5]

@@ -18,6 +18,7 @@ def test_a_group_of_one_changes_nothing():
     x = torch.arange(3.0)
     assert tp.all_reduce(x) is x
     assert tp.gather(x) is x
+    assert tp.broadcast_tensor(x) is x
     message = np.arange(3, dtype=np.int32)
     assert tp.broadcast(message) is message
     assert tp.min(7) == 7

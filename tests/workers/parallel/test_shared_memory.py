@@ -78,7 +78,7 @@ def test_broadcast_and_min():
 
 def test_mixed_rounds_at_odd_speeds():
     """Ranks run ahead of each other as far as the two buffers allow; no rank may see an earlier or later round."""
-    plan = random.Random(0).choices(("all_reduce", "gather", "broadcast", "min"), k=400)
+    plan = random.Random(0).choices(("all_reduce", "gather", "broadcast", "broadcast_tensor", "min"), k=400)
 
     def program(tp):
         pause = random.Random(tp.rank)
@@ -93,6 +93,10 @@ def test_mixed_rounds_at_odd_speeds():
             elif operation == "broadcast":
                 message = np.full(40, i, np.int32) if tp.rank == 0 else None
                 assert tp.broadcast(message).tolist() == [i] * 40
+            elif operation == "broadcast_tensor":
+                x = torch.full((3, 13), i + tp.rank)  # more than one round
+                assert tp.broadcast_tensor(x) is x
+                assert x.tolist() == [[i] * 13] * 3
             else:
                 assert tp.min(i + tp.rank) == i
 

@@ -40,6 +40,7 @@ def test_the_rest_is_the_groups():
     assert timed.broadcast(np.array([3], np.int32)).tolist() == [3]
     assert timed.min(7) == 7
     assert timed.gather(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert timed.broadcast_tensor(torch.ones(2)).tolist() == [1.0, 1.0]
     timed.close()
     assert timed.num_all_reduces_total == 0
 

@@ -1,0 +1,158 @@
+"""Compiles the GPU kernels ahead of time, without a GPU, into Triton's cache (TRITON_CACHE_DIR):
+
+    python -m workers.engine.kernel_cache [--capabilities 80 86 89 90] [--tensor-parallel-sizes 1 2 4 8]
+
+Launches what the engine launches for a Mistral 7B in bfloat16, on CPU tensors. A server with the same files of Tramontane and Triton finds
+the results in the cache, and does not compile them when it starts. Other models, and what is missing here, are compiled as they are needed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+
+import torch
+import triton
+from triton.backends.nvidia import driver as nvidia_driver
+from triton.runtime.build import compile_module_from_src
+
+from workers.attention.backend import AttentionMetadata
+from workers.attention.triton_paged import SEGMENT, TritonBackend
+from workers.config import TENSOR_PARALLEL_SIZES, EngineConfig
+from workers.kernels import sample
+from workers.kernels.add_rms_norm import add_rms_norm
+from workers.kernels.matmul import matmul
+from workers.kernels.offline import MAX_SHARED_BYTES, compile_for
+from workers.kernels.rotary_kv import rotary_kv
+from workers.kernels.sample_specification import SamplingTable
+from workers.kernels.silu_mul import silu_mul
+
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
+HIDDEN_SIZE, INTERMEDIATE_SIZE = 4096, 14_336
+VOCAB_SIZES = (32_000, 32_768)
+SLIDING_WINDOWS = (None, 4096)
+EPS = 1e-5
+DTYPE = torch.bfloat16
+BLOCK_SIZE = EngineConfig.block_size
+NUM_TOKENS = 64
+
+
+def compile_kernels(capability: int, tensor_parallel_size: int) -> int:
+    """Compiles what one rank launches. capability: 80 for compute capability 8.0. Returns the number of kernels."""
+    return len(compile_for(capability, lambda: launch_all(tensor_parallel_size)))
+
+
+def launch_all(tensor_parallel_size: int) -> None:
+    """Each kernel in every form that a step of the engine needs. Shapes are those of one rank; values are not read."""
+    heads, kv_heads = NUM_HEADS // tensor_parallel_size, NUM_KV_HEADS // tensor_parallel_size
+    intermediate = INTERMEDIATE_SIZE // tensor_parallel_size
+    x, weight = _empty(NUM_TOKENS, HIDDEN_SIZE), _empty(HIDDEN_SIZE)
+    add_rms_norm(x, None, weight=weight, eps=EPS)
+    add_rms_norm(x, _empty(NUM_TOKENS, HIDDEN_SIZE), weight=weight, eps=EPS)
+    cache = _empty(2, BLOCK_SIZE, kv_heads, HEAD_DIM)
+    cos, sin = torch.empty((NUM_TOKENS, 2, HEAD_DIM)).split(1, dim=1)
+    slot_mapping = torch.zeros(NUM_TOKENS, dtype=torch.int64)
+    qkv = _empty(NUM_TOKENS, heads + 2 * kv_heads, HEAD_DIM)
+    rotary_kv(qkv, (cos, sin), kv_cache=(cache, cache), slot_mapping=slot_mapping)
+    silu_mul(_empty(NUM_TOKENS, 2 * intermediate))
+    for window, metadata in product(SLIDING_WINDOWS, _steps()):
+        backend = TritonBackend(num_heads=heads, num_kv_heads=kv_heads, head_dim=HEAD_DIM, sliding_window=window)
+        backend.forward(_empty(sum(metadata.query_lens), heads, HEAD_DIM), cache, cache, metadata)
+    for vocab_size in VOCAB_SIZES:
+        _launch_sampling(vocab_size)
+    # Of --deterministic: qkv, o, gate and up, down, and the head.
+    for out_features, in_features in (
+        ((heads + 2 * kv_heads) * HEAD_DIM, HIDDEN_SIZE),
+        (HIDDEN_SIZE, heads * HEAD_DIM),
+        (2 * intermediate, HIDDEN_SIZE),
+        (HIDDEN_SIZE, intermediate),
+        *((-(-vocab_size // tensor_parallel_size), HIDDEN_SIZE) for vocab_size in VOCAB_SIZES),
+    ):
+        matmul(_empty(NUM_TOKENS, in_features), _empty(out_features, in_features))
+
+
+def _steps() -> Iterator[AttentionMetadata]:
+    """Decode and prefill, each with contexts of one segment, which are not split, and of several."""
+    for query_lens in ([1] * NUM_TOKENS, [4 * NUM_TOKENS]):
+        for seq_len in (SEGMENT, 4 * SEGMENT):
+            num_seqs = len(query_lens)
+            yield AttentionMetadata(
+                slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
+                block_table=torch.zeros((num_seqs, seq_len // BLOCK_SIZE), dtype=torch.int32),
+                seq_lens=torch.zeros(num_seqs, dtype=torch.int32),
+                cu_seqlens_q=torch.zeros(num_seqs + 1, dtype=torch.int32),
+                query_lens=query_lens,
+                context_lens=[seq_len] * num_seqs,
+                max_query_len=max(query_lens),
+                max_seq_len=seq_len,
+            )
+
+
+def _launch_sampling(vocab_size: int) -> None:
+    logits = torch.empty((NUM_TOKENS, vocab_size))
+    counts = torch.empty((NUM_TOKENS, vocab_size), dtype=torch.int32)
+    table = SamplingTable(
+        floats=torch.empty((4, NUM_TOKENS)),
+        integers=torch.empty((6, NUM_TOKENS), dtype=torch.int64),
+        masks=torch.empty((1, -(-vocab_size // 8)), dtype=torch.uint8),
+        penalizes=True,
+        draws=True,
+        truncates=True,
+    )
+    sample.edit(logits, torch.empty(NUM_TOKENS, dtype=torch.int64), torch.empty(NUM_TOKENS))
+    sample.choose(sample.adjust(logits, counts, table), counts, table)
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=DTYPE)
+
+
+def build_launcher() -> bool:
+    """Compiles Triton's launcher, a C module that is linked with the driver's library, here with an empty one of that name. False
+    without a C compiler. Loading it fails without a driver, and it is in the cache by then.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        library = nvidia_driver.libraries[0]
+        command = [compiler, "-shared", "-x", "c", "/dev/null", "-o", str(Path(folder) / library), f"-Wl,-soname,{library}"]
+        subprocess.run(command, check=True)
+        try:
+            compile_module_from_src(
+                src=(Path(nvidia_driver.dirname) / "driver.c").read_text(),
+                name="cuda_utils",
+                library_dirs=[nvidia_driver.libdevice_dir, folder],
+                include_dirs=nvidia_driver.include_dirs,
+                libraries=nvidia_driver.libraries,
+            )
+        except ImportError:
+            pass
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--capabilities", type=int, nargs="+", choices=MAX_SHARED_BYTES, default=list(MAX_SHARED_BYTES))
+    sizes = TENSOR_PARALLEL_SIZES
+    parser.add_argument("--tensor-parallel-sizes", type=int, nargs="+", choices=sizes, default=list(sizes))
+    args = parser.parse_args(arguments)
+    with ProcessPoolExecutor() as pool:
+        jobs = list(product(args.capabilities, args.tensor_parallel_sizes))
+        num_kernels = sum(pool.map(compile_kernels, *zip(*jobs, strict=True)))
+    has_launcher = build_launcher()
+    sys.stderr.write(
+        f"Triton {triton.__version__}: {num_kernels} kernels{' and the launcher' * has_launcher} in {triton.knobs.cache.dir}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
