@@ -17,10 +17,9 @@ serve: $(VENV)/.installed
 generate: $(VENV)/.installed
 	@exec $(BIN)/tramontane generate $(ARGS)
 
+# Three workers on two cores: tests that start servers come first and mostly wait, see tests/conftest.py.
 test: $(VENV)/.installed-dev $(CLIENTS)/.installed
-	@# First what computes, then what starts and kills clusters, which mostly waits.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/system $(ARGS) || test $$? = 5
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/system $(ARGS) || test $$? = 5
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The long fuzzers: some thousand requests each, a few minutes.
 test-fuzz: $(VENV)/.installed-dev

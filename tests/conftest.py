@@ -22,8 +22,8 @@ def _data_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs quick tests first, so that failures show early. Marks everything under tests/system as `system`."""
+    """Starts with what starts servers, which mostly waits: other workers compute next to it. Marks everything under tests/system."""
     for item in items:
         if "tests/system/" in item.nodeid:
             item.add_marker(pytest.mark.system)
-    items.sort(key=lambda item: item.get_closest_marker("system") is not None)
+    items.sort(key=lambda item: item.get_closest_marker("system") is None)

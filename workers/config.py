@@ -110,8 +110,8 @@ class EngineConfig:
 
     `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`.
     `sized_by_device`: the sizes that no option set; on CUDA each rank sets them for its GPU (device/sizes.py).
-    `overlap`: whether a step is launched before the tokens of the one before it are read. None: on CUDA, where they are computed apart
-    from the host.
+    `overlap`: whether a step is launched before the tokens of the last one are read. None: on CUDA, where the GPU would wait for the
+    host otherwise.
     `cuda_graphs`: whether decode steps on CUDA are captured as graphs, which changes no token.
     `deterministic`: on CUDA, a token's logits do not depend on what is computed along with it, on the chunking and on the replica, at
     the price of slower products. On the CPU in float32 this is always so.

@@ -111,3 +111,14 @@ def test_a_decode_step_without_graphs(device):
     compare("decode 64 without graphs", record)
     end_all(core)
     assert core.runner.graphs.captured_sizes == ()
+
+
+def test_a_deterministic_step_computes_every_product_with_one_tile(device):
+    core = make_core(make_config(**SETTINGS, cuda_graphs=False, deterministic=True))
+    begin_decoding(core, 64)
+    with device.recorded() as record:
+        core.step()
+    end_all(core)
+    products = [launch for launch in record.details("launch") if launch.startswith("matmul_kernel ")]
+    assert len(products) == 4 * 32 + 1, "four in each layer and the head"
+    assert not record.details("product"), "a product of the library, whose bits depend on the batch"

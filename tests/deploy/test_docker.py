@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from aiohttp.test_utils import TestServer
@@ -71,6 +72,18 @@ def test_triton_finds_a_compiler() -> None:
     installs = [i.value for i in FINAL if i.name == "RUN" and "apt-get install" in i.value]
     assert {"gcc", "libc6-dev"} <= {word for value in installs for word in value.split()}
     assert one("ARG", [i for i in ALL if i.stage == -1]).startswith("PYTHON_IMAGE=python:")
+
+
+def test_the_kernels_are_compiled_where_the_server_looks_for_them_and_may_add_some() -> None:
+    folder = re.search(r"TRITON_CACHE_DIR=(\S+)", one("ENV"))[1]
+    (made,) = [i.value for i in FINAL if i.name == "RUN" and "install -d" in i.value]
+    assert folder in re.search(r"install -d -o tramontane [^&]*", made)[0].split()
+    user, compiled = (
+        next(n for n, i in enumerate(FINAL) if i.name == name and part in i.value)
+        for name, part in (("USER", "1000"), ("RUN", "python -m "))
+    )
+    assert user < compiled, "the server could not write what root has made"
+    assert find_spec(FINAL[compiled].value.split("python -m ")[1].split()[0]) is not None
 
 
 def test_the_required_driver_is_the_one_torch_was_built_for() -> None:

@@ -2,27 +2,19 @@
 
     python -m workers.engine.kernel_cache [--capabilities 80 86 89 90] [--tensor-parallel-sizes 1 2 4 8]
 
-Launches what the engine launches for a Mistral 7B in bfloat16, on CPU tensors. A server with the same files of Tramontane and Triton finds
-the results in the cache, and does not compile them when it starts. Other models, and what is missing here, are compiled as they are needed.
+Launches what the engine launches for a Mistral 7B in bfloat16, on CPU tensors. A server with the same files of Tramontane and Triton
+finds the results in the cache, and does not compile them when it starts. Other models, what is missing here, and Triton's launcher, which
+is linked with the driver, are compiled when they are needed.
 """
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from pathlib import Path
-
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
 import torch
 import triton
-from triton.backends.nvidia import driver as nvidia_driver
-from triton.runtime.build import compile_module_from_src
 
 from workers.attention.backend import AttentionMetadata
 from workers.attention.triton_paged import SEGMENT, TritonBackend
@@ -115,30 +107,6 @@ def _empty(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=DTYPE)
 
 
-def build_launcher() -> bool:
-    """Compiles Triton's launcher, a C module that is linked with the driver's library, here with an empty one of that name. False
-    without a C compiler. Loading it fails without a driver, and it is in the cache by then.
-    """
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return False
-    with tempfile.TemporaryDirectory() as folder:
-        library = nvidia_driver.libraries[0]
-        command = [compiler, "-shared", "-x", "c", "/dev/null", "-o", str(Path(folder) / library), f"-Wl,-soname,{library}"]
-        subprocess.run(command, check=True)
-        try:
-            compile_module_from_src(
-                src=(Path(nvidia_driver.dirname) / "driver.c").read_text(),
-                name="cuda_utils",
-                library_dirs=[nvidia_driver.libdevice_dir, folder],
-                include_dirs=nvidia_driver.include_dirs,
-                libraries=nvidia_driver.libraries,
-            )
-        except ImportError:
-            pass
-    return True
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--capabilities", type=int, nargs="+", choices=MAX_SHARED_BYTES, default=list(MAX_SHARED_BYTES))
@@ -148,10 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ProcessPoolExecutor() as pool:
         jobs = list(product(args.capabilities, args.tensor_parallel_sizes))
         num_kernels = sum(pool.map(compile_kernels, *zip(*jobs, strict=True)))
-    has_launcher = build_launcher()
-    sys.stderr.write(
-        f"Triton {triton.__version__}: {num_kernels} kernels{' and the launcher' * has_launcher} in {triton.knobs.cache.dir}\n"
-    )
+    sys.stderr.write(f"Triton {triton.__version__}: compiled {num_kernels} kernels into {triton.knobs.cache.dir}.\n")
 
 
 if __name__ == "__main__":

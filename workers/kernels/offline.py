@@ -42,17 +42,26 @@ def compile_for(capability: int, launch: Callable[[], object]) -> list[CompiledK
     """
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing: unset TRITON_INTERPRET"
     driver = _Driver(capability)
-    active = triton.runtime.driver._active
+    active = _active_driver()
     triton.runtime.driver.set_active(driver)
     try:
         launch()
     finally:
-        triton.runtime.driver._active = active
+        if active is not None:
+            triton.runtime.driver.set_active(active)
     return [
         _describe(kernel)
         for function in driver.launched
         for kernel in function.device_caches.pop(driver.device_id)[0].values()
     ]
+
+
+def _active_driver() -> Any:
+    """None on a machine without a GPU."""
+    try:
+        return triton.runtime.driver.active
+    except RuntimeError:
+        return None
 
 
 def _describe(kernel: Any) -> CompiledKernel:

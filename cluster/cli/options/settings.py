@@ -69,7 +69,7 @@ def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineCon
         "device": device,
         "dtype": choose_dtype(args.dtype, model, device=device),
         "max_model_len": max_model_len,
-        "block_size": args.block_size or default_block_size(args.attention_backend),
+        "block_size": args.block_size or default_block_size(settings["attention_backend"]),
         "max_num_seqs": sizes.max_num_seqs,
         "max_num_batched_tokens": sizes.max_num_batched_tokens,
         # The rest is for the ranks, which see their GPU.

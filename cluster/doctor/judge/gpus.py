@@ -54,8 +54,14 @@ def judge_gpus(node: Node, *, device: Device, rank_bytes: int | None = None) -> 
 def judge_unchecked(nodes: Sequence[Node], *, device: Device) -> Finding:
     """What an examination leaves open on these nodes, in one line."""
     if device == "cuda" and any(has_usable_gpus(node) for node in nodes):
-        return ok("gpu kernels", "Not checked: whether the GPU kernels compute the right numbers, and how fast.")
-    return ok("gpu kernels", "Not checked without a GPU: the GPU kernels, their speed, CUDA graphs and NCCL.")
+        return ok(
+            "gpu kernels", "Not checked: what the GPUs compute, and how fast. `tramontane doctor --gpu` does it on one GPU."
+        )
+    return ok(
+        "gpu kernels",
+        "Not checked without a GPU: the GPU kernels, their speed, CUDA graphs and NCCL. On a machine with a GPU, `tramontane doctor --gpu` "
+        "checks them.",
+    )
 
 
 def _no_gpu(node: Node, machine: Machine, *, device: Device) -> Finding:

@@ -104,13 +104,13 @@ def test_gpus(node, device, expected):
         (cpu_node(), "cpu", "Not checked without a GPU: "),
         (cpu_node(), "cuda", "Not checked without a GPU: "),
         (gpu_node(), "cpu", "Not checked without a GPU: "),
-        (gpu_node(), "cuda", "Not checked: whether the GPU kernels compute the right numbers"),
+        (gpu_node(), "cuda", "Not checked: what the GPUs compute"),
     ],
 )
 def test_what_is_left_open_is_said_in_one_line(node, device, said):
     finding = judge_unchecked([node], device=device)
     assert worst([finding]) == [], "it does not make a machine without a GPU fail --strict"
-    assert finding.message.startswith(said)
+    assert finding.message.startswith(said) and "`tramontane doctor --gpu`" in finding.message
 
 
 @pytest.mark.parametrize(
