@@ -4,6 +4,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+# Those that use the session's server.
+CLIENTS = ("tests/clients/test_foreign", "tests/clients/test_lm_eval", "tests/clients/test_openai")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -27,3 +32,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "tests/system/" in item.nodeid:
             item.add_marker(pytest.mark.system)
     items.sort(key=lambda item: item.get_closest_marker("system") is None)
+
+
+class Scheduling(LoadScopeScheduling):
+    """One file after the other to each worker, and all clients to the same one: they share a server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "tests/clients" if file.startswith(CLIENTS) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:
+    return Scheduling(config, log)

@@ -21,7 +21,10 @@ from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 def generate(args: Namespace) -> None:
     """Prints the completion as it is generated. Raises TramontaneError with the message for the user."""
     folder, _ = resolve_model(args.model, revision=args.revision)
-    config = engine_config(args, folder, device=on_this_machine(args.device).device)
+    console, device = Console(), on_this_machine(args.device)
+    if device.note is not None:
+        console.line(device.note)
+    config = engine_config(args, folder, device=device.device)
     check_checkpoint(folder, chat_template=None)
     tokenizer = load_tokenizer(folder, model_vocab_size=config.model.vocab_size)
     if args.max_tokens < 1:
@@ -42,7 +45,7 @@ def generate(args: Namespace) -> None:
     )
     from workers.engine.llm_engine import LLMEngine
 
-    with Console().phase("Loading the weights") as phase:
+    with console.phase("Loading the weights") as phase:
         engine = LLMEngine(config, progress=phase.progress)
     detokenizer = Detokenizer(tokenizer.pieces, continues=request.prompt_token_ids)
     print(args.prompt, end="", flush=True)

@@ -154,7 +154,7 @@ def engine_line(facts: "EngineFacts | None") -> str:
     if facts is None:
         return "unknown until a replica runs"
     return (
-        f"{facts.device}: up to {facts.max_num_seqs:,} sequences and {facts.max_num_batched_tokens:,} tokens a step, "
+        f"{facts.device or 'unknown device'}: up to {facts.max_num_seqs:,} sequences and {facts.max_num_batched_tokens:,} tokens a step, "
         f"{facts.max_background_tokens:,} of these for batches; {facts.num_blocks:,} KV blocks of {facts.block_size} tokens; "
         f"attention {facts.attention_backend}"
     )

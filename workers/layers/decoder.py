@@ -33,11 +33,7 @@ class RMSNorm(nn.Module):
         self.kernels = kernels
         self.weight = new_weight((hidden_size,), self.load_whole, dtype=dtype, device=device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # x: [num_tokens, hidden_size]
-        return self.add(x, None)[0]
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The norm of residual + x, and the new residual, which is that sum. Without a residual, it is x. All [num_tokens, hidden_size]."""
         return self.kernels.add_rms_norm(x, residual, weight=self.weight, eps=self.eps)
 

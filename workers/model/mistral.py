@@ -101,7 +101,7 @@ class MistralModel(nn.Module):
         residual = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             hidden_states, residual = layer(hidden_states, residual, angles, kv_cache, metadata)
-        hidden_states, _ = self.norm.add(hidden_states, residual)
+        hidden_states, _ = self.norm(hidden_states, residual)
         return hidden_states
 
 
@@ -149,7 +149,7 @@ class MistralLayer(nn.Module):
 
         hidden_states: what the block before computed; its sum with the residual is this layer's input. Returns both in the same form.
         """
-        hidden_states, residual = self.input_layernorm.add(hidden_states, residual)
+        hidden_states, residual = self.input_layernorm(hidden_states, residual)
         hidden_states = self.self_attn(hidden_states, angles, kv_cache, metadata)
-        hidden_states, residual = self.post_attention_layernorm.add(hidden_states, residual)
+        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
         return self.mlp(hidden_states), residual

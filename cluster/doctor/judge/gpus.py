@@ -55,7 +55,8 @@ def judge_unchecked(nodes: Sequence[Node], *, device: Device) -> Finding:
     """What an examination leaves open on these nodes, in one line."""
     if device == "cuda" and any(has_usable_gpus(node) for node in nodes):
         return ok(
-            "gpu kernels", "Not checked: what the GPUs compute, and how fast. `tramontane doctor --gpu` does it on one GPU."
+            "gpu kernels",
+            "Not checked: what the GPUs compute, and how fast. `tramontane doctor --gpu` does it on one GPU.",
         )
     return ok(
         "gpu kernels",

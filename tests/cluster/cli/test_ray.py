@@ -1,51 +1,68 @@
-"""The spec that `serve` gives the controller."""
+"""What is said when Ray starts or is joined, and in which order: where the ranks compute is known before it is said."""
 
-import os
+import io
 
 import pytest
 
-from cluster.cli.ray import spec_of
-from cluster.config.serve import ServeConfig
-from workers.config import EngineConfig, ModelConfig
+from cluster.cli.device import Choice
+from cluster.cli.options.parser import make_parser
+from cluster.cli.options.settings import serve_config
+from cluster.cli.ray import OWN_CLUSTER_PLACEMENT_TIMEOUT_S, open_ray, spec_of
+from cluster.config.checkpoint_location import resolve_model
+from cluster.ray_runtime import session
+from cluster.terminal.phases import Console
 
-MODEL = ModelConfig(
-    vocab_size=16,
-    hidden_size=8,
-    intermediate_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=4,
-    rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    sliding_window=None,
-    max_position_embeddings=64,
-    bos_token_id=1,
-    eos_token_ids=(2,),
-    tie_word_embeddings=False,
-    dtype="float32",
-    layout="huggingface",
-)
+PATIENCE_S = 1800.0
+
+
+class Cluster:
+    def __init__(self, num_gpus: int) -> None:
+        self.is_closed = False
+        self.num_gpus = lambda: num_gpus
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def configuring(*options: str):
+    args = make_parser().parse_args(["serve", *options])
+    return lambda device: serve_config(args, *resolve_model(None), device=device)
 
 
 @pytest.mark.parametrize(
-    ("variable", "max_replicas", "own_cluster", "num_threads"),
+    ("options", "num_gpus", "device", "said"),
     [
-        (None, 1, True, 8),
-        (None, 3, True, 2),
-        (None, 16, True, 1),
-        ("3", 2, True, 3),
-        # A joined cluster has other machines: each rank counts its own cores.
-        ("3", 2, False, None),
+        ([], 8, "cpu", ["Tramontane", "Starting Ray"]),  # decided before: see test_device.py
+        (["--ray-address", "h:1", "-tp", "2"], 1, "cuda", ["Joining Ray", "Tramontane"]),
+        (["--ray-address", "h:1"], 0, "cpu", ["Joining Ray", "Tramontane", "No node of the Ray cluster has a GPU"]),
     ],
 )
-def test_the_ranks_of_one_machine_share_its_cores(monkeypatch, variable, max_replicas, own_cluster, num_threads):
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if variable is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    engine = EngineConfig(model_path="model", model=MODEL)
-    config = ServeConfig(
-        engine=engine, model_name="m", max_queued_tokens=1, queue_timeout_s=1.0, max_replicas=max_replicas
+def test_the_headline_names_the_device_that_was_decided(monkeypatch, options, num_gpus, device, said):
+    cluster, stream, configure = Cluster(num_gpus), io.StringIO(), configuring(*options)
+    monkeypatch.setattr(session, "connect", lambda *_, **__: cluster)
+    config = configure("cpu")
+    with open_ray(Console(stream), config, Choice(device="cpu"), requested="auto", configure=configure) as (
+        opened,
+        decided,
+    ):
+        assert opened is cluster and decided.engine.device == device
+    assert cluster.is_closed
+    lines = stream.getvalue().splitlines()
+    assert [line.strip().startswith(words) for line, words in zip(lines, said, strict=True)] == [True] * len(said), (
+        lines
     )
-    assert spec_of(config, own_cluster=own_cluster).engine.num_threads == num_threads
+    assert lines[said.index("Tramontane")].endswith(f" on {device}")
+
+
+@pytest.mark.parametrize(
+    ("options", "own_cluster", "expected"),
+    [
+        ([], True, OWN_CLUSTER_PLACEMENT_TIMEOUT_S),
+        (["--ray-address", "h:1"], False, PATIENCE_S),
+        (["--ray-address", "h:1", "--placement-timeout", "7"], False, 7.0),
+        (["--ray-address", "h:1", "--placement-timeout", "inf"], False, None),
+    ],
+)
+def test_how_long_a_replica_waits_for_nodes(options, own_cluster, expected):
+    config = configuring(*options)("cpu")
+    assert spec_of(config, own_cluster=own_cluster).placement_timeout_s == expected

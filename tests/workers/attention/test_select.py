@@ -87,3 +87,11 @@ def test_a_named_kernel_that_cannot_run_is_an_error(name):
     with pytest.raises(ConfigError, match=f"{name} cannot run: it needs a CUDA device"):
         choose(CPU, choice=name)
     assert choose(CPU, choice="sdpa")[0] == "sdpa"
+
+
+def test_deterministic_attention_is_tritons_or_none(gpu, monkeypatch):
+    assert choose(CUDA, deterministic=True)[0] == "triton"
+    assert choose(CPU, deterministic=True)[0] == "sdpa"
+    monkeypatch.setattr(select, "why_triton_cannot_run", lambda device: "it is not installed")
+    with pytest.raises(ConfigError, match=r"--deterministic cannot work: .* and it is not installed"):
+        choose(CUDA, block_size=256, deterministic=True)

@@ -27,6 +27,7 @@ from workers.engine.loop import EngineLoop
 from workers.engine.model_runner import ModelRunner
 from workers.parallel.group import SingleRank, TensorParallel
 from workers.protocol import BATCH_PRIORITY, FinishReason, GenerateRequest, SamplingParams, TokenDelta
+from workers.sampling import masks
 from workers.sampling.device_sampler import DeviceSampler
 from workers.sampling.grammar import Grammars
 from workers.sampling.masks import StepMasks
@@ -241,7 +242,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
     ids=["plain", "penalties", "bad words", "grammar"],
 )
-def test_a_step_is_launched_before_the_tokens_of_the_last_one_are_read(new_core, calls, params, order):
+def test_a_step_is_launched_before_the_tokens_of_the_last_one_are_read(new_core, calls, params, order, monkeypatch):
+    # On a busy machine no mask is late here.
+    monkeypatch.setattr(masks, "MIN_WAIT_S", 20.0)
+    monkeypatch.setattr(masks, "SLOW_MASK_S", 20.0)
     core = new_core(overlap=True)
     run(core, Plan([(0, plain_request("r", [3, 4], max_tokens=3, temperature=0.0, **params))]))
     assert " ".join(calls) == order
@@ -288,8 +292,12 @@ def test_a_request_preempted_with_a_token_in_flight_keeps_the_token(new_core):
     assert core.kv_cache.pool.num_used == 0
 
 
-def test_late_masks_change_no_token(new_core, monkeypatch):
-    """Half of the masks are late: the request computes its last token again. None is known to be slow, so all are part of every step."""
+@pytest.mark.parametrize("slow_mask_s", [20.0, -1.0], ids=["not known to be slow", "known to be slow"])
+def test_late_masks_change_no_token(new_core, monkeypatch, slow_mask_s):
+    """Half of the masks are late: the request computes its last token again. One that is known to be slow is in no step while its token
+    is in flight.
+    """
+    monkeypatch.setattr(masks, "SLOW_MASK_S", slow_mask_s)
     requests = [
         plain_request(str(i), [3, i], max_tokens=20, grammar=grammar, seed=i)
         for i, grammar in enumerate([*GRAMMARS, *GRAMMARS, None])
