@@ -80,6 +80,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/batch_memory.py --output benchmarks/results/batch_memory.md
 	$(BIN)/python benchmarks/routing.py --output benchmarks/results/routing.md
 	$(BIN)/python benchmarks/autoscaling.py --output benchmarks/results/autoscaling.md
+	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/triton_resources.py --output benchmarks/results/triton_resources.md
 
 demo-model: $(VENV)/.installed-dev

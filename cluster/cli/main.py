@@ -6,6 +6,7 @@
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         function(args.run.run)(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output has enough, as `head` has. Without this, Python writes the rest at exit and complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except TramontaneError as e:
         if args.log_level == "debug":
             logging.getLogger(__name__).exception("failed")

@@ -266,8 +266,7 @@ def choose_kernel(
             if (weight >= min_weight) & (weight > 0):
                 num_tied = (enough - total + weight - 1) // weight
                 total += num_tied * weight
-                tied = last_tied_id(row_ptr, vocab_size, key, num_tied, BLOCK)
-                last_id = tl.where(key > smallest, tied, tl.minimum(tied, last_id))
+                last_id = last_tied_id(row_ptr, vocab_size, key, num_tied, BLOCK)
             smallest = key
         target = fraction_of(random, total)
         before = tl.zeros((), tl.int64)

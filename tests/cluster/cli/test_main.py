@@ -1,6 +1,7 @@
 """The command line's bytes: names of files are UTF-8 whatever the locale says."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,12 @@ def test_bytes_that_are_no_text_are_refused_by_their_value(environ: dict[str, st
     done = generate(b"/tmp/mod\xe8le", **environ)
     assert done.returncode == 2
     assert done.stderr == b"tramontane: The argument /tmp/mod\\xe8le is not valid UTF-8. Rename the file or folder.\n"
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly() -> None:
+    command = [sys.executable, "-m", "cluster.cli.main", "plan", "mistralai/Mistral-7B-v0.3", "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

@@ -73,6 +73,7 @@ def some_logits(n, vocab_size, seed):
         torch.randn(n, vocab_size, generator=generator) * torch.tensor([0.0, 0.5, 3.0, 20.0])[torch.arange(n) % 4, None]
     )
     logits[::3] = (logits[::3] * 2).round() / 2
+    logits[5:7] = logits[5:7].clamp(-1, 1).round()
     logits[1::4, ::7] *= -0.0
     logits[torch.rand(n, vocab_size, generator=generator) < 0.05] = -torch.inf
     logits[n - 1] = -torch.inf
@@ -107,6 +108,20 @@ def test_kernels_give_the_bits_of_the_specification(vocab_size):
         assert torch.equal(kernels.choose(adjusted, counts, table), expected)
         assert torch.equal(counts, expected_counts), "the counts"
         assert (expected[1] >= 0).sum() >= n // 2 - 1, "too few rows with a token to show anything"
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4, 6, 7, 20])
+def test_equal_logits_around_top_k(top_k):
+    """One token, five equal ones, and the rest so much less likely that they have no weight. The last one that stays is drawn."""
+    logits = torch.full((1, 20), -40.0)
+    logits[0, 7], logits[0, [3, 9, 11, 12, 19]] = 1.0, 0.0
+    floats = column([[1.0], [1.0], [0.0], [0.0]], torch.float32)
+    integers = column([[ALL - 1], [ALL], [0], [top_k], [-1], [-1]])
+    masks, counts = torch.zeros(0, 3, dtype=torch.uint8), torch.zeros(1, 20, dtype=torch.int32)
+    table = SamplingTable(floats, integers, masks, penalizes=False, draws=True, truncates=True)
+    expected = {1: 7, 2: 7, 4: 11, 6: 19, 7: 19, 20: 19}[top_k]
+    for choose in (specification.choose, kernels.choose):
+        assert choose(logits, counts, table)[0].tolist() == [expected]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in add")  # as above

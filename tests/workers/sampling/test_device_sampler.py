@@ -97,21 +97,20 @@ def test_same_tokens_as_on_the_host(wanted, seed, parts):
 
 
 def test_more_requests_than_slots():
-    """A request whose slot went to another one uploads its history again."""
+    """A request whose slot went to another one uploads its history again; one of the same step never loses its slot."""
     sampler = new_sampler(max_num_seqs=2)
-    params = SamplingParams(max_tokens=100, seed=1, frequency_penalty=1.0, repetition_penalty=1.2)
-    outputs = {name: [] for name in "abcde"}
+    # Each next token is the smallest id that the output lacks.
+    params = SamplingParams(max_tokens=100, seed=1, temperature=0.0, presence_penalty=100.0)
+    outputs = {name: [] for name in "abcd"}
     rng = random.Random(0)
-    for step in range(40):
-        names = rng.sample("abcde", rng.choice([1, 2]))
-        logits = logits_of(len(names), 1 + 5 * step)
-        host = [SamplingRow(params, [3, 4, *outputs[n]], 2) for n in names]
-        expected = sample(logits.clone(), host, eos_token_ids=EOS)
+    for _ in range(60):
+        names = rng.sample("abcd", rng.choice([1, 2, 2]))
         rows = [DeviceRow(n, params, [3, 4, *outputs[n]], 2) for n in names]
-        assert sampler.sample(logits, rows).read() == expected
-        for name, one in zip(names, expected, strict=True):
+        sampled = sampler.sample(torch.zeros(len(names), VOCAB), rows).read()
+        for name, one in zip(names, sampled, strict=True):
+            assert one.token_id == len(outputs[name])
             outputs[name].append(one.token_id)
-        if rng.random() < 0.3:
+        if len(outputs[name]) > 20 or rng.random() < 0.1:
             outputs[name] = []
             sampler.forget(name)
 
