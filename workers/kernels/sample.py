@@ -38,16 +38,7 @@ ALL = tl.constexpr(1 << FRACTION_BITS)
 
 @triton.jit(do_not_specialize=["num_rows"])
 def adjust_kernel(
-    logits_ptr,
-    counts_ptr,
-    floats_ptr,
-    integers_ptr,
-    masks_ptr,
-    adjusted_ptr,
-    num_rows,
-    vocab_size,
-    num_mask_bytes,
-    BLOCK: tl.constexpr,
+    logits_ptr, counts_ptr, floats_ptr, integers_ptr, masks_ptr, adjusted_ptr, num_rows, vocab_size, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -66,7 +57,9 @@ def adjust_kernel(
     lowered = logits - (presence + frequency * times.to(tl.float32))
     logits = tl.where(times > 0, lowered, logits)
     is_masked = inside & (mask_index >= 0)
-    bits = tl.load(masks_ptr + mask_index * num_mask_bytes + columns // 8, mask=is_masked, other=255).to(tl.int32)
+    bits = tl.load(masks_ptr + mask_index * ((vocab_size + 7) // 8) + columns // 8, mask=is_masked, other=255).to(
+        tl.int32
+    )
     logits = tl.where((bits >> (columns % 8)) & 1 != 0, logits, float("-inf"))
     tl.store(adjusted_ptr + here, logits, mask=inside)
 
@@ -208,14 +201,7 @@ def search(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def choose_kernel(
-    logits_ptr,
-    counts_ptr,
-    floats_ptr,
-    integers_ptr,
-    chosen_ptr,
-    num_rows,
-    vocab_size,
-    BLOCK: tl.constexpr,
+    logits_ptr, counts_ptr, floats_ptr, integers_ptr, chosen_ptr, num_rows, vocab_size, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * vocab_size
@@ -291,8 +277,7 @@ def adjust(logits: torch.Tensor, counts: torch.Tensor, table: SamplingTable) -> 
     num_rows, vocab_size = logits.shape
     adjusted = torch.empty_like(logits)
     adjust_kernel[(num_rows, triton.cdiv(vocab_size, BLOCK))](
-        *(logits, counts, table.floats, table.integers, table.masks, adjusted),
-        *(num_rows, vocab_size, table.masks.shape[1]),
+        *(logits, counts, table.floats, table.integers, table.masks, adjusted, num_rows, vocab_size),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,

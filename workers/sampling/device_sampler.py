@@ -144,8 +144,8 @@ class _Step:
         ).T
         indices, values = [_NO_INDEX], [np.zeros(0, dtype=np.float32)]
         for i, (p, row) in enumerate(zip(prepared, rows, strict=True)):
-            token_ids, added = p.edits_of(row)
-            if len(token_ids):
+            if p.edits_logits:
+                token_ids, added = p.edits_of(row)
                 indices.append(i * vocab_size + token_ids)
                 values.append(added)
         self.edit_index, self.edit_values = np.concatenate(indices), np.concatenate(values)

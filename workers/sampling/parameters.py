@@ -32,19 +32,11 @@ class PreparedParams:
     edits: Edits
     early_edits: Edits
     long_bad_words: Sequence[Sequence[int]]
-
-    @property
-    def draws(self) -> bool:
-        return self.floats[0] > 0
-
-    @property
-    def truncates(self) -> bool:
-        return self.draws and (self.params.top_k > 0 or self.params.top_p < 1 or self.params.min_p > 0)
-
-    @property
-    def penalizes(self) -> bool:
-        p = self.params
-        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+    # Whether the request needs these at all.
+    draws: bool
+    truncates: bool
+    penalizes: bool
+    edits_logits: bool
 
     def random_at(self, position: int) -> int:
         """See SamplingTable.random."""
@@ -75,10 +67,10 @@ def prepare(params: SamplingParams, *, vocab_size: int, eos_token_ids: Sequence[
         allowed = np.zeros(vocab_size, dtype=bool)
         allowed[list(p.allowed_token_ids)] = True
         mask = np.packbits(allowed, bitorder="little")
-    inverse_temperature = 1 / p.temperature if p.temperature >= MIN_TEMPERATURE else 0.0
+    draws = p.temperature >= MIN_TEMPERATURE
     return PreparedParams(
         params=p,
-        floats=(inverse_temperature, p.repetition_penalty, p.presence_penalty, p.frequency_penalty),
+        floats=(1 / p.temperature if draws else 0.0, p.repetition_penalty, p.presence_penalty, p.frequency_penalty),
         top_p=top_p_fraction(p.top_p),
         min_weight=min_p_weight(p.min_p),
         top_k=p.top_k or vocab_size,
@@ -86,6 +78,10 @@ def prepare(params: SamplingParams, *, vocab_size: int, eos_token_ids: Sequence[
         edits=edits,
         early_edits=_with_bans(edits, stops),
         long_bad_words=[word for word in p.bad_words if len(word) > 1],
+        draws=draws,
+        truncates=draws and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0),
+        penalizes=p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0,
+        edits_logits=bool(p.logit_bias or p.bad_words or p.min_tokens),
     )
 
 
