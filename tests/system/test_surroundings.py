@@ -133,7 +133,8 @@ AS_NOBODY = "setpriv --reuid 65534 --regid 65534 --clear-groups --no-new-privs"
 HELD: dict[str, tuple[str, dict[str, str | None], str, tuple[str, ...]]] = {
     "HOME unset": ("true", {"HOME": None}, "", ()),
     "HOME read-only": (READ_ONLY, {"HOME": "/mnt"}, "", ()),
-    "HOME missing": ("true", {"HOME": "/no/such"}, "", ()),
+    # In a mount of its own: what is made there is gone with it.
+    "HOME missing": ("mount -t tmpfs t /mnt", {"HOME": "/mnt/no/such"}, "", ()),
     "HOME of another user": (ANOTHER_UID, {"HOME": "/root"}, AS_NOBODY, ()),
     "another uid": (ANOTHER_UID, {"HOME": "/tmp/u"}, AS_NOBODY, ()),
     "no /dev/shm": (NO_SHARED_MEMORY, {}, "", ("--tensor-parallel-size", "2")),
