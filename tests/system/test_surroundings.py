@@ -62,6 +62,8 @@ def refused(command: list[str], **environ: str) -> str:
     ],
 )  # fmt: skip
 def test_serve_says_what_is_wrong_in_one_sentence(setup: str, environ: dict[str, str], cause: str, remedy: str) -> None:
+    if setup.startswith("mount") and " t /tmp" in setup and ROOT.is_relative_to("/tmp"):
+        pytest.skip("this checkout is in /tmp, which the command would not find")
     if "lo down" not in setup:
         setup = f"ip link set lo up; {setup}"
     said = refused([*prefix(setup), str(COMMAND), "serve", "--port", "0"], **environ)

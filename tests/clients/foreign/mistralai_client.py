@@ -55,9 +55,8 @@ def test_a_prefix(client):
 
 
 def test_function_calling(client):
-    answer = client.chat.complete(
-        model=MODEL, messages=QUESTION, tools=[TOOL], tool_choice="any", parallel_tool_calls=False, max_tokens=200
-    )
+    options = {"tool_choice": "any", "parallel_tool_calls": False, "max_tokens": 200, "random_seed": 6}
+    answer = client.chat.complete(model=MODEL, messages=QUESTION, tools=[TOOL], **options)
     message = answer.choices[0].message
     (call,) = message.tool_calls
     assert call.function.name == "retrieve_payment_status"

@@ -45,7 +45,8 @@ def test_the_faults_of_a_model_from_version_0_1_0_are_read():
 
 def test_versions_are_those_that_would_be_imported():
     versions = read_versions()
-    assert versions.torch == torch.__version__
+    # The index's CUDA build says which CUDA it has in torch.__version__ only.
+    assert versions.torch is not None and versions.torch.split("+")[0] == torch.__version__.split("+")[0]
     assert versions.cuda == torch.version.cuda
     assert versions.tramontane and versions.ray and versions.python.startswith("3.")
 
