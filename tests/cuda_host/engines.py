@@ -1,30 +1,12 @@
 """Engines on the fake device: the real start-up of a rank, with weights that nobody fills, since nobody multiplies them."""
 
-from workers.config import EngineConfig, ModelConfig
+from workers.config import EngineConfig
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.model_runner import ModelRunner
+from workers.gpu_check.models import MISTRAL_7B
 from workers.parallel.group import SingleRank, TensorParallel
 from workers.protocol import GenerateRequest, SamplingParams
-
-MISTRAL_7B = ModelConfig(
-    vocab_size=32768,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-    sliding_window=None,
-    max_position_embeddings=32768,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_ids=(2,),
-    dtype="bfloat16",
-    layout="huggingface",
-)
 
 
 def make_config(**settings) -> EngineConfig:
