@@ -7,101 +7,56 @@ An entry of LAUNCHES calls a kernel as the engine does, on CPU tensors; see work
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
-import torch
 import triton
 
-from workers.attention.backend import AttentionMetadata
-from workers.attention.triton_paged import TritonBackend
-from workers.kernels import sample
+from workers.engine.kernel_cache import (
+    BLOCK_SIZE,
+    DTYPE,
+    EPS,
+    HEAD_DIM,
+    HIDDEN_SIZE,
+    INTERMEDIATE_SIZE,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    empty,
+    launch_attention,
+    launch_rotary_kv,
+    launch_sampling,
+)
 from workers.kernels.add_rms_norm import add_rms_norm
 from workers.kernels.matmul import matmul
 from workers.kernels.offline import MAX_SHARED_BYTES, CompiledKernel, compile_for
-from workers.kernels.rotary_kv import rotary_kv
-from workers.kernels.sample_specification import SamplingTable
 from workers.kernels.silu_mul import silu_mul
 
 CAPABILITIES = {80: "A100", 86: "A10G", 89: "L4", 90: "H100, H200"}
 MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64}  # of one multiprocessor
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
-HIDDEN_SIZE, INTERMEDIATE_SIZE, VOCAB_SIZE = 4096, 14_336, 32_768
-DTYPE = torch.bfloat16
+VOCAB_SIZE = 32_768
 # What tells the variants of a kernel apart in the table.
 SHOWN_CONSTANTS = {"BLOCK_M": "rows", "ROWS": "rows", "OUTPUTS": "outputs", "IS_SPLIT": "split", "WINDOW": "window"}
 
 
-def decode_attention(*, sliding_window: int | None = None) -> None:
-    attend([1] * 64, seq_len=4096, sliding_window=sliding_window)
-
-
-def attend(query_lens: Sequence[int], *, seq_len: int, sliding_window: int | None = None) -> None:
-    num_seqs = len(query_lens)
-    backend = TritonBackend(
-        num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, sliding_window=sliding_window
-    )
-    metadata = AttentionMetadata(
-        slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
-        block_table=torch.zeros((num_seqs, seq_len // BLOCK_SIZE), dtype=torch.int32),
-        seq_lens=torch.zeros(num_seqs, dtype=torch.int32),
-        cu_seqlens_q=torch.zeros(num_seqs + 1, dtype=torch.int32),
-        query_lens=list(query_lens),
-        context_lens=[seq_len] * num_seqs,
-        max_query_len=max(query_lens),
-        max_seq_len=seq_len,
-    )
-    cache = torch.empty((2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM), dtype=DTYPE)
-    backend.forward(torch.empty((sum(query_lens), NUM_HEADS, HEAD_DIM), dtype=DTYPE), cache, cache, metadata)
-
-
-def empty(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=DTYPE)
-
-
-def norm_with_residual() -> None:
-    add_rms_norm(empty(64, HIDDEN_SIZE), empty(64, HIDDEN_SIZE), weight=empty(HIDDEN_SIZE), eps=1e-5)
-
-
-def rotary_and_cache() -> None:
-    angles = torch.empty((64, 2, HEAD_DIM)).split(1, dim=1)
-    cache = empty(2, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    slot_mapping = torch.zeros(64, dtype=torch.int64)
-    qkv = empty(64, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM)
-    rotary_kv(qkv, (angles[0], angles[1]), kv_cache=(cache, cache), slot_mapping=slot_mapping)
-
-
-def sample_tokens() -> None:
-    logits, counts = torch.empty((64, VOCAB_SIZE)), torch.empty((64, VOCAB_SIZE), dtype=torch.int32)
-    table = SamplingTable(
-        floats=torch.empty((4, 64)),
-        integers=torch.empty((6, 64), dtype=torch.int64),
-        masks=torch.empty((1, VOCAB_SIZE // 8), dtype=torch.uint8),
-        penalizes=True,
-        draws=True,
-        truncates=True,
-    )
-    sample.edit(logits, torch.empty(64, dtype=torch.int64), torch.empty(64))
-    sample.choose(sample.adjust(logits, counts, table), counts, table)
-
-
 # One entry for each way to launch: what it is, and a call that launches it.
 LAUNCHES: dict[str, Callable[[], object]] = {
-    "attention, decode": decode_attention,
-    "attention, decode, window 4,096": lambda: decode_attention(sliding_window=4096),
-    "attention, decode, one segment": lambda: attend([1] * 64, seq_len=512),
-    "attention, prefill": lambda: attend([512], seq_len=512),
-    "attention, prefill, window 4,096": lambda: attend([4096], seq_len=4096, sliding_window=4096),
-    "attention, short chunk": lambda: attend([32], seq_len=4096),
-    "norm": lambda: add_rms_norm(empty(64, HIDDEN_SIZE), None, weight=empty(HIDDEN_SIZE), eps=1e-5),
-    "residual add and norm": norm_with_residual,
-    "rotary embedding and KV write": rotary_and_cache,
+    "attention, decode": lambda: launch_attention([1] * 64, seq_len=4096),
+    "attention, decode, window 4,096": lambda: launch_attention([1] * 64, seq_len=4096, sliding_window=4096),
+    "attention, decode, one segment": lambda: launch_attention([1] * 64, seq_len=512),
+    "attention, prefill": lambda: launch_attention([512], seq_len=512),
+    "attention, prefill, window 4,096": lambda: launch_attention([4096], seq_len=4096, sliding_window=4096),
+    "attention, short chunk": lambda: launch_attention([32], seq_len=4096),
+    "norm": lambda: add_rms_norm(empty(64, HIDDEN_SIZE), None, weight=empty(HIDDEN_SIZE), eps=EPS),
+    "residual add and norm": lambda: add_rms_norm(
+        empty(64, HIDDEN_SIZE), empty(64, HIDDEN_SIZE), weight=empty(HIDDEN_SIZE), eps=EPS
+    ),
+    "rotary embedding and KV write": launch_rotary_kv,
     "SiLU(gate) x up": lambda: silu_mul(empty(64, 2 * INTERMEDIATE_SIZE)),
     "deterministic product, down": lambda: matmul(empty(64, INTERMEDIATE_SIZE), empty(HIDDEN_SIZE, INTERMEDIATE_SIZE)),
     "deterministic product, gate_up": lambda: matmul(empty(64, HIDDEN_SIZE), empty(2 * INTERMEDIATE_SIZE, HIDDEN_SIZE)),
-    "sampling": sample_tokens,
+    "sampling": lambda: launch_sampling(VOCAB_SIZE),
 }
 
 

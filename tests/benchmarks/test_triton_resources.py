@@ -15,8 +15,8 @@ import triton_resources as resources
 from workers.kernels.offline import compile_for
 
 def launch():
-    resources.decode_attention()
-    resources.attend([512], seq_len=512)
+    resources.launch_attention([1] * 64, seq_len=4096)
+    resources.launch_attention([512], seq_len=512)
 
 found = []
 for kernel in compile_for(80, launch):

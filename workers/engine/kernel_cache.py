@@ -9,7 +9,7 @@ is linked with the driver, are compiled when they are needed.
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
@@ -46,20 +46,17 @@ def launch_all(tensor_parallel_size: int) -> None:
     """Each kernel in every form that a step of the engine needs. Shapes are those of one rank; values are not read."""
     heads, kv_heads = NUM_HEADS // tensor_parallel_size, NUM_KV_HEADS // tensor_parallel_size
     intermediate = INTERMEDIATE_SIZE // tensor_parallel_size
-    x, weight = _empty(NUM_TOKENS, HIDDEN_SIZE), _empty(HIDDEN_SIZE)
+    x, weight = empty(NUM_TOKENS, HIDDEN_SIZE), empty(HIDDEN_SIZE)
     add_rms_norm(x, None, weight=weight, eps=EPS)
-    add_rms_norm(x, _empty(NUM_TOKENS, HIDDEN_SIZE), weight=weight, eps=EPS)
-    cache = _empty(2, BLOCK_SIZE, kv_heads, HEAD_DIM)
-    cos, sin = torch.empty((NUM_TOKENS, 2, HEAD_DIM)).split(1, dim=1)
-    slot_mapping = torch.zeros(NUM_TOKENS, dtype=torch.int64)
-    qkv = _empty(NUM_TOKENS, heads + 2 * kv_heads, HEAD_DIM)
-    rotary_kv(qkv, (cos, sin), kv_cache=(cache, cache), slot_mapping=slot_mapping)
-    silu_mul(_empty(NUM_TOKENS, 2 * intermediate))
-    for window, metadata in product(SLIDING_WINDOWS, _steps()):
-        backend = TritonBackend(num_heads=heads, num_kv_heads=kv_heads, head_dim=HEAD_DIM, sliding_window=window)
-        backend.forward(_empty(sum(metadata.query_lens), heads, HEAD_DIM), cache, cache, metadata)
+    add_rms_norm(x, empty(NUM_TOKENS, HIDDEN_SIZE), weight=weight, eps=EPS)
+    launch_rotary_kv(heads, kv_heads)
+    silu_mul(empty(NUM_TOKENS, 2 * intermediate))
+    # Decode and prefill, each with contexts of one segment, which are not split, and of several.
+    query_lens = ([1] * NUM_TOKENS, [4 * NUM_TOKENS])
+    for window, lens, seq_len in product(SLIDING_WINDOWS, query_lens, (SEGMENT, 4 * SEGMENT)):
+        launch_attention(lens, seq_len=seq_len, sliding_window=window, num_heads=heads, num_kv_heads=kv_heads)
     for vocab_size in VOCAB_SIZES:
-        _launch_sampling(vocab_size)
+        launch_sampling(vocab_size)
     # Of --deterministic: qkv, o, gate and up, down, and the head.
     for out_features, in_features in (
         ((heads + 2 * kv_heads) * HEAD_DIM, HIDDEN_SIZE),
@@ -68,27 +65,45 @@ def launch_all(tensor_parallel_size: int) -> None:
         (HIDDEN_SIZE, intermediate),
         *((-(-vocab_size // tensor_parallel_size), HIDDEN_SIZE) for vocab_size in VOCAB_SIZES),
     ):
-        matmul(_empty(NUM_TOKENS, in_features), _empty(out_features, in_features))
+        matmul(empty(NUM_TOKENS, in_features), empty(out_features, in_features))
 
 
-def _steps() -> Iterator[AttentionMetadata]:
-    """Decode and prefill, each with contexts of one segment, which are not split, and of several."""
-    for query_lens in ([1] * NUM_TOKENS, [4 * NUM_TOKENS]):
-        for seq_len in (SEGMENT, 4 * SEGMENT):
-            num_seqs = len(query_lens)
-            yield AttentionMetadata(
-                slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
-                block_table=torch.zeros((num_seqs, seq_len // BLOCK_SIZE), dtype=torch.int32),
-                seq_lens=torch.zeros(num_seqs, dtype=torch.int32),
-                cu_seqlens_q=torch.zeros(num_seqs + 1, dtype=torch.int32),
-                query_lens=query_lens,
-                context_lens=[seq_len] * num_seqs,
-                max_query_len=max(query_lens),
-                max_seq_len=seq_len,
-            )
+def launch_rotary_kv(num_heads: int = NUM_HEADS, num_kv_heads: int = NUM_KV_HEADS) -> None:
+    cache = empty(2, BLOCK_SIZE, num_kv_heads, HEAD_DIM)
+    cos, sin = torch.empty((NUM_TOKENS, 2, HEAD_DIM)).split(1, dim=1)
+    slot_mapping = torch.zeros(NUM_TOKENS, dtype=torch.int64)
+    qkv = empty(NUM_TOKENS, num_heads + 2 * num_kv_heads, HEAD_DIM)
+    rotary_kv(qkv, (cos, sin), kv_cache=(cache, cache), slot_mapping=slot_mapping)
 
 
-def _launch_sampling(vocab_size: int) -> None:
+def launch_attention(
+    query_lens: Sequence[int],
+    *,
+    seq_len: int,
+    sliding_window: int | None = None,
+    num_heads: int = NUM_HEADS,
+    num_kv_heads: int = NUM_KV_HEADS,
+) -> None:
+    """query_lens: new tokens of each sequence; seq_len: tokens of each, the new ones included."""
+    num_seqs = len(query_lens)
+    backend = TritonBackend(
+        num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=HEAD_DIM, sliding_window=sliding_window
+    )
+    metadata = AttentionMetadata(
+        slot_mapping=torch.zeros(sum(query_lens), dtype=torch.int64),
+        block_table=torch.zeros((num_seqs, seq_len // BLOCK_SIZE), dtype=torch.int32),
+        seq_lens=torch.zeros(num_seqs, dtype=torch.int32),
+        cu_seqlens_q=torch.zeros(num_seqs + 1, dtype=torch.int32),
+        query_lens=list(query_lens),
+        context_lens=[seq_len] * num_seqs,
+        max_query_len=max(query_lens),
+        max_seq_len=seq_len,
+    )
+    cache = empty(2, BLOCK_SIZE, num_kv_heads, HEAD_DIM)
+    backend.forward(empty(sum(query_lens), num_heads, HEAD_DIM), cache, cache, metadata)
+
+
+def launch_sampling(vocab_size: int) -> None:
     logits = torch.empty((NUM_TOKENS, vocab_size))
     counts = torch.empty((NUM_TOKENS, vocab_size), dtype=torch.int32)
     table = SamplingTable(
@@ -103,7 +118,7 @@ def _launch_sampling(vocab_size: int) -> None:
     sample.choose(sample.adjust(logits, counts, table), counts, table)
 
 
-def _empty(*shape: int) -> torch.Tensor:
+def empty(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=DTYPE)
 
 

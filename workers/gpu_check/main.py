@@ -13,6 +13,7 @@ import torch
 from workers.device.require import require_gpu
 from workers.errors import ConfigError
 from workers.gpu_check import attention_cases, ceilings, kernel_cases, model_cases, sampler_cases, sanitizer, speed
+from workers.gpu_check.models import demo_model
 from workers.gpu_check.report import Report
 
 BUDGET_S = 480.0
@@ -93,15 +94,20 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
         with report.section("Sampling"):
             sampler_cases.check(report, device)
     if "models" in only:
-        for name, check in (
-            ("A model", lambda: model_cases.against_transformers(report, device)),
-            ("Streams", lambda: model_cases.streams(report, device)),
-            ("CUDA graphs", lambda: model_cases.graphs(report)),
-            ("Tensor parallel", lambda: model_cases.two_ranks(report, device)),
-        ):
+        checks = {
+            "A model": lambda: model_cases.against_transformers(report, device),
+            "CUDA graphs": lambda: model_cases.graphs(report),
+        }
+        if (path := demo_model()) is not None:
+            checks["Streams"] = lambda: model_cases.streams(report, path, device)
+            checks["Tensor parallel"] = lambda: model_cases.two_ranks(report, path, device)
+        for name, check in checks.items():
             with report.section(name):
                 check()
             torch.cuda.empty_cache()
+        if path is None:
+            with report.section("The demo model"):
+                report.add("streams, and two tensor-parallel ranks", "left out", "its files are not here")
     if "speed" in only and limits is not None:
         with report.section("Speed, random 7B weights in bf16"):
             speed.check(report, limits)

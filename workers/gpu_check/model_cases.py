@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import LLMEngine, run_requests
-from workers.gpu_check.models import demo_model, engine_config, random_7b
+from workers.gpu_check.models import engine_config, random_7b
 from workers.gpu_check.report import Report
 from workers.gpu_check.thread_group import Shared, ThreadGroup
 from workers.parallel.group import SingleRank
@@ -68,12 +69,8 @@ def against_transformers(report: Report, device: torch.device, *, num_layers: in
     report.check(name, error < TRANSFORMERS_TOLERANCE, worst_error=error)
 
 
-def streams(report: Report, device: torch.device, *, num_streams: int = NUM_STREAMS) -> None:
+def streams(report: Report, path: Path, device: torch.device, *, num_streams: int = NUM_STREAMS) -> None:
     """Greedy streams of the demo model on the device: deterministic, in float32, next to the CPU's; each cut at every token and resumed."""
-    path = demo_model()
-    if path is None:
-        report.add("streams of the demo model", "left out", "its files are not here")
-        return
     settings: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": 512,
@@ -124,12 +121,8 @@ def graphs(report: Report) -> None:
     report.check("CUDA graphs: replay equals eager, bit for bit", not wrong, f"wrong at sizes {wrong}" if wrong else "")
 
 
-def two_ranks(report: Report, device: torch.device) -> None:
+def two_ranks(report: Report, path: Path, device: torch.device) -> None:
     """The demo model as two tensor-parallel ranks, two threads on one GPU."""
-    path = demo_model()
-    if path is None:
-        report.add("two tensor-parallel ranks", "left out", "the demo model's files are not here")
-        return
     settings: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": 512,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from workers.parallel.group import sum_in_rank_order
+
 PATIENCE_S = 60.0
 
 
@@ -37,9 +39,8 @@ class ThreadGroup:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         parts = self._exchange(x)
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total += part
+        total = torch.empty_like(x)
+        sum_in_rank_order(parts, out=total)
         self._shared.barrier.wait()  # nobody overwrites its part before all have added it
         return total
 

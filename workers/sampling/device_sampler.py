@@ -5,7 +5,6 @@ matrix on the device, a row for each request, kept up by the sampler itself. On 
 workers.kernels.sample, elsewhere by their specification. Knows rows and parameters; no scheduler, no model.
 """
 
-import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 
@@ -14,6 +13,7 @@ import torch
 
 from workers.kernels import sample_specification
 from workers.kernels.sample_specification import MAX_VOCAB_SIZE, SamplingTable
+from workers.kernels.usable import why_triton_cannot_run
 from workers.protocol import SamplingParams
 from workers.sampling.logprobs import LogprobTensors, compute_logprobs, list_logprobs
 from workers.sampling.parameters import PreparedParams, count_tokens, prepare
@@ -193,10 +193,13 @@ _Edit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 def _operators(device: torch.device) -> tuple[_Adjust, _Edit, _Adjust]:
     """adjust, edit and choose for tensors of this device."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        from workers.kernels import sample as kernels
-
-        return kernels.adjust, kernels.edit, kernels.choose
     if device.type == "cuda":
-        log.warning("Triton is not installed: tokens are sampled with torch operators, which takes longer.")
+        obstacle = why_triton_cannot_run(device)
+        if obstacle is None:
+            from workers.kernels import sample as kernels
+
+            return kernels.adjust, kernels.edit, kernels.choose
+        log.warning(
+            "Tokens are sampled with torch operators, which takes longer, because Triton cannot run: %s.", obstacle
+        )
     return sample_specification.adjust, sample_specification.edit, sample_specification.choose

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support.paths import DEMO_MODEL
 
 from workers.attention.sdpa import SdpaBackend
 from workers.device import require
@@ -65,13 +66,13 @@ def test_sampled_tokens_are_compared(report):
 
 
 def test_streams_are_cut_and_resumed(report):
-    model_cases.streams(report, CPU, num_streams=3)
+    model_cases.streams(report, DEMO_MODEL, CPU, num_streams=3)
     assert [line.status for line in report.lines] == ["ok", "ok"], report.lines
     assert "3 equal" in report.lines[0].detail and "93 of 93" in report.lines[1].detail
 
 
 def test_two_ranks_on_one_device(report):
-    model_cases.two_ranks(report, CPU)
+    model_cases.two_ranks(report, DEMO_MODEL, CPU)
     assert [line.status for line in report.lines] == ["ok"], report.lines
 
 
