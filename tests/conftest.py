@@ -1,19 +1,37 @@
 """Settings for all tests: the order of tests, no network access by accident, and nothing of the user's own data."""
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
+from support.servers.system_server import Server
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-# Those that use the session's server.
-CLIENTS = ("tests/clients/test_foreign", "tests/clients/test_lm_eval", "tests/clients/test_openai")
+# Files that use the same session's server: they run on one worker, in this order.
+SHARING = (
+    ("tests/clients/test_foreign.py", "tests/clients/test_lm_eval.py", "tests/clients/test_openai.py", "tests/docs/test_examples.py"),
+    ("tests/system/test_ports.py", "tests/system/test_serve.py"),
+    ("tests/clients/test_raw_bodies.py", "tests/clients/test_raw_http.py"),
+)  # fmt: skip
+# What takes longest, from half a minute to two. It comes first, or one worker would run it alone at the end.
+LONGEST = (
+    "tests/clients/test_foreign.py",
+    "tests/system/test_failover.py",
+    "tests/system/test_restart.py",
+    "tests/system/batches/test_batch_command.py",
+    "tests/system/batches/test_batches.py",
+    "tests/system/test_ports.py",
+    "tests/clients/test_raw_bodies.py",
+)
+SCOPES = {file: files[0] for files in SHARING for file in files}
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-# Tests run side by side: with more threads than free cores, OpenMP's barriers burn most of the time.
+# Tests run side by side: with more threads than free cores, OpenMP's barriers burn most of the time, above all if they spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Read when Triton is imported, which transformers does: kernels then run on CPU tensors, see support/triton_interpreter.py.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -26,20 +44,49 @@ def _data_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A real `tramontane serve` with the demo model and a key, for tests that do no more than send requests."""
+    server = Server()
+    yield server
+    server.kill()
+
+
+def scope_of(nodeid: str) -> str:
+    """The file of a test; the first of them for files that share a server."""
+    file = nodeid.split("::")[0]
+    return SCOPES.get(file, file)
+
+
+def pytest_configure() -> None:
+    """Imports make a million objects and no garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What is there stays there: no later collection of garbage looks at it."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Starts with what starts servers, which mostly waits: other workers compute next to it. Marks everything under tests/system."""
+    """Longest first, then what starts servers, which mostly waits while other workers compute. Marks everything in tests/system."""
+
+    def rank(item: pytest.Item) -> tuple[int, bool]:
+        scope = scope_of(item.nodeid)
+        return LONGEST.index(scope) if scope in LONGEST else len(LONGEST), item.get_closest_marker("system") is None
+
     for item in items:
-        if "tests/system/" in item.nodeid:
+        if item.nodeid.startswith("tests/system/"):
             item.add_marker(pytest.mark.system)
-    items.sort(key=lambda item: item.get_closest_marker("system") is None)
+    items.sort(key=rank)
 
 
 class Scheduling(LoadScopeScheduling):
-    """One file after the other to each worker, and all clients to the same one: they share a server."""
+    """One file after the other to each worker, and all files that share a server to the same one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        return "tests/clients" if file.startswith(CLIENTS) else file
+        return scope_of(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduling:

@@ -17,13 +17,14 @@ DISTRIBUTIONS = packages_distributions()
 SHIPPED = ("cluster", "workers")
 OTHERS = ("tests", "benchmarks", "examples")
 # Run in environments of their own, see the Makefile.
-LEFT_OUT = ("tests/clients/foreign/", "tests/clients/lm_eval_task/")
+LEFT_OUT = ("tests/clients/foreign/", "tests/clients/lm_eval_task/", "benchmarks/comparison/runners/")
 # Several distributions share this package; this one is meant.
 SHARED_PACKAGES = {"backports": "backports.zstd"}
 # Part of later versions of Python's library.
 LATER_MODULES = {"compression"}
 # Imported and not declared, with the reason.
 NOT_DECLARED = {
+    "hatchling": "the build backend, which runs its hook in an environment of its own",
     "triton": "torch's CUDA builds for Linux bring the release that fits them; only CUDA needs it",
     "transformers": "a reference for the check of a GPU, which says so where it is not installed",
 }

@@ -21,7 +21,7 @@ ORDER = {
     ),
     "workers": (
         "rank, gpu_check > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention > kernels "
-        "> parallel > checkpoint, device > config > heartbeat, process_identity, thread_priority > protocol > errors"
+        "> native > parallel > checkpoint, device > config > heartbeat, process_identity, thread_priority > protocol > errors"
     ),
 }
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.
@@ -30,6 +30,10 @@ SEAM = {
     "workers.checkpoint.model_config",
     "workers.checkpoint.regular_file",
     "workers.config",
+    "workers.device.cpu",
+    "workers.device.fit",
+    "workers.device.memory",
+    "workers.device.model_bytes",
     "workers.device.probe",
     "workers.device.sizes",
     "workers.errors",
@@ -43,12 +47,13 @@ DOORS = {
     "cluster/cli/generate.py": {"workers.engine.llm_engine"},
     "cluster/cli/doctor.py": {"workers.gpu_check.main"},
     "cluster/doctor/all_reduce.py": {"workers.rank.probe"},
-    "cluster/doctor/machine.py": {"workers.parallel.interface"},
+    "cluster/doctor/machine.py": {"workers.native.library", "workers.parallel.interface"},
     "cluster/config/checkpoint_check.py": {
         "workers.weights.completeness",
         "workers.weights.files",
         "workers.weights.header",
     },
+    "cluster/config/dtype.py": {"workers.weights.files", "workers.weights.header"},
     "cluster/text/grammar/compiler.py": {"workers.sampling.vocabulary"},
 }
 # The only units that may use a library, by its top-level module.
@@ -84,6 +89,10 @@ NO_TORCH = (
     "workers/weights/files.py",
     "workers/weights/header.py",
     "workers/weights/names.py",
+    "workers/native/build.py",
+    "workers/native/library.py",
+    "workers/native/openmp.py",
+    "workers/native/variants.py",
     "workers/parallel/interface.py",
     "workers/rank/",
 )

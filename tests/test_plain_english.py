@@ -67,10 +67,11 @@ def hits(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", files())
-def test_no_such_phrase(name: str) -> None:
-    found = hits((ROOT / name).read_text(encoding="utf-8"))
-    assert not found, f"{name}:\n" + "\n".join(found)
+def test_no_such_phrase() -> None:
+    found = {name: hits((ROOT / name).read_text(encoding="utf-8")) for name in files()}
+    assert len(found) > 500, "the list of files is not that of this repository"
+    wrong = [f"{name}:{hit}" for name, hits_of_file in found.items() for hit in hits_of_file]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,13 @@ from workers.errors import ConfigError
 
 Layout = Literal["huggingface", "mistral"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-AttentionChoice = Literal["auto", "triton", "flash", "sdpa"]
+Quantization = Literal["int8", "int4"]
+AttentionChoice = Literal["auto", "native", "triton", "flash", "sdpa"]
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+# A quantized matrix keeps each row in groups of so many numbers of 8 or 4 bits, and a scale of two bytes for each group.
+QUANTIZATION_GROUP_SIZE = 32
+QUANTIZATION_GROUP_BYTES: dict[Quantization, int] = {"int8": 32 + 2, "int4": 16 + 2}
 # Of 4 and 8 the one that keeps online requests' p99 within 1.3 times the value without a batch (benchmarks/batch.md).
 CPU_BACKGROUND_TOKENS = 4
 # The most that is believed of a checkpoint, each several times the largest of any published model. Beyond it, a number is a mistake that
@@ -108,6 +112,8 @@ class ModelConfig:
 class EngineConfig:
     """How one replica runs. Sizes are tokens unless named otherwise.
 
+    `dtype`: of the weights and of everything computed from them. `quantization`: weight matrices are kept in fewer bits, on the CPU; the
+    embedding, norms, a tied head and the KV cache stay in `dtype`.
     `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`.
     `sized_by_device`: the sizes that no option set; on CUDA each rank sets them for its GPU (device/sizes.py).
     `overlap`: whether a step is launched before the tokens of the last one are read. None: on CUDA, where the GPU would wait for the
@@ -122,6 +128,7 @@ class EngineConfig:
     model: ModelConfig
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Dtype = "float32"
+    quantization: Quantization | None = None
     tensor_parallel_size: int = 1
     max_model_len: int = 4096
     block_size: int = 16
@@ -169,6 +176,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self.model.check_tensor_parallel_size(self.tensor_parallel_size)
+        if self.quantization is not None:
+            _check_quantization(self, self.quantization)
         for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", remedy="Use at least 1.", param=name)
@@ -194,6 +203,37 @@ class EngineConfig:
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}.",
                 remedy="Use a value above 0 and up to 1.",
                 param="gpu_memory_utilization",
+            )
+
+
+def describe_dtype(dtype: str, quantization: str | None) -> str:
+    """ "bfloat16", "int4 weights and bfloat16"."""
+    return dtype if quantization is None else f"{quantization} weights and {dtype}"
+
+
+def _check_quantization(config: EngineConfig, method: Quantization) -> None:
+    """Raises ConfigError for a device without such kernels, and for a row that does not divide into groups on every rank."""
+    if config.device != "cpu":
+        raise ConfigError(
+            f"--quantization {method} works on the CPU only.",
+            remedy="Leave it out, or use --device cpu.",
+            param="--quantization",
+        )
+    model, size = config.model, config.tensor_parallel_size
+    # A rank has all inputs of some matrices, and its part of those of the others.
+    inputs = {
+        "hidden size": model.hidden_size,
+        "attention heads' width": model.num_attention_heads * model.head_dim // size,
+        "intermediate size": model.intermediate_size // size,
+    }
+    for name, in_features in inputs.items():
+        if in_features % QUANTIZATION_GROUP_SIZE:
+            share = "" if size == 1 or name == "hidden size" else f" on each of {size} ranks"
+            raise ConfigError(
+                f"--quantization {method} does not work with this model: its {name} is {in_features}{share}, which is not a multiple "
+                f"of {QUANTIZATION_GROUP_SIZE}.",
+                remedy="Leave it out." if not share else "Leave it out, or use a smaller --tensor-parallel-size.",
+                param="--quantization",
             )
 
 

@@ -194,6 +194,10 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
     device: str = ""  # for people
     max_num_batched_tokens: int = 0  # of one step; 0 from an older replica
     max_background_tokens: int = 0
+    dtype: str = ""  # see EngineConfig; empty from an older replica
+    quantization: str | None = None
+    # Of what the kernels compute: replicas with the same one give the same logits to the last bit. Empty where it is not known.
+    numerics: str = ""
     version: int = PROTOCOL_VERSION
 
 

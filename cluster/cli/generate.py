@@ -8,12 +8,14 @@ import sys
 from argparse import Namespace
 
 from cluster.cli.device import on_this_machine
+from cluster.cli.memory import check_memory
 from cluster.cli.options.settings import engine_config
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
 from cluster.terminal.phases import Console
 from cluster.text.output.detokenizer import Detokenizer
 from cluster.text.tokenizer import load_tokenizer
+from workers.device.memory import read_memory
 from workers.errors import ConfigError
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
@@ -24,8 +26,11 @@ def generate(args: Namespace) -> None:
     console, device = Console(), on_this_machine(args.device)
     if device.note is not None:
         console.line(device.note)
-    config = engine_config(args, folder, device=device.device)
+    config, dtype_reason = engine_config(args, folder, device=device.device)
     check_checkpoint(folder, chat_template=None)
+    for line in (dtype_reason, check_memory(config, num_started=1, num_replicas=1, memory=read_memory())):
+        if line is not None:
+            console.line(line)
     tokenizer = load_tokenizer(folder, model_vocab_size=config.model.vocab_size)
     if args.max_tokens < 1:
         raise ConfigError(

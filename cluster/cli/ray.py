@@ -9,16 +9,21 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from cluster.cli.device import Choice, RequestedDevice, in_ray_cluster
+from cluster.cli.memory import check_memory
+from cluster.config.dtype import Cpus, NodeCpu
 from cluster.config.engine import Device
 from cluster.config.serve import ServeConfig
 from cluster.protocol.spec import ClusterSpec
 from cluster.terminal.phases import Console
-from workers.config import requested_num_threads
+from workers.config import describe_dtype, requested_num_threads
+from workers.device.cpu import read_cpu
+from workers.device.memory import read_memory
 
 if TYPE_CHECKING:
     from cluster.ray_runtime.session import RayCluster
 
 OWN_CLUSTER_PLACEMENT_TIMEOUT_S = 10.0  # no nodes join it: what does not fit now never will
+NODE_TIMEOUT_S = 30.0  # a node has to start a process to say what its CPU has
 
 
 def _headline(config: ServeConfig) -> str:
@@ -27,7 +32,8 @@ def _headline(config: ServeConfig) -> str:
     low, high = config.min_replicas, config.max_replicas
     replicas = "" if (low, high) == (1, 1) else f"{high if low == high else f'{low} to {high}'} replicas of "
     return (
-        f"Tramontane {version('tramontane')}: {config.model_name}, {engine.dtype}, {replicas}{ranks} on {engine.device}"
+        f"Tramontane {version('tramontane')}: {config.model_name}, {describe_dtype(engine.dtype, engine.quantization)}, "
+        f"{replicas}{ranks} on {engine.device}"
     )
 
 
@@ -38,7 +44,7 @@ def open_ray(
     device: Choice,
     *,
     requested: RequestedDevice,
-    configure: Callable[[Device], ServeConfig],
+    configure: Callable[[Device, Cpus], ServeConfig],
 ) -> Iterator[tuple["RayCluster", ServeConfig]]:
     """Connects to Ray, decides where the ranks compute, and says it. Yields the cluster and the configuration for that device.
 
@@ -46,6 +52,7 @@ def open_ray(
     """
     if config.ray_address is None:
         _announce(console, config, device)
+        _check_memory(console, config)
     with console.phase(f"Joining Ray at {config.ray_address}" if config.ray_address else "Starting Ray"):
         from cluster.ray_runtime.session import connect
 
@@ -54,17 +61,34 @@ def open_ray(
     try:
         if config.ray_address is not None:
             device = in_ray_cluster(requested, num_gpus=cluster.num_gpus())
-            config = configure(device.device)
+            config = configure(device.device, lambda: _node_cpus(cluster))
             _announce(console, config, device)
         yield cluster, config
     finally:
         cluster.close()
 
 
+def _node_cpus(cluster: "RayCluster") -> list[NodeCpu]:
+    """The CPUs of the nodes that have joined and may run ranks."""
+    found = cluster.run_on_cpu_nodes(read_cpu, timeout_s=NODE_TIMEOUT_S)
+    return [NodeCpu(where=f"node {address}", facts=facts) for address, facts in found]
+
+
 def _announce(console: Console, config: ServeConfig, device: Choice) -> None:
     console.line(_headline(config))
-    if device.note is not None:
-        console.line(f"  {device.note}")
+    for note in (device.note, config.dtype_reason):
+        if note is not None:
+            console.line(f"  {note}")
+
+
+def _check_memory(console: Console, config: ServeConfig) -> None:
+    """All replicas are on this machine. Raises ConfigError."""
+    num_started = max(1, config.min_replicas)
+    warning = check_memory(
+        config.engine, num_started=num_started, num_replicas=config.max_replicas, memory=read_memory()
+    )
+    if warning is not None:
+        console.line(f"  {warning}")
 
 
 def spec_of(config: ServeConfig, *, own_cluster: bool) -> ClusterSpec:

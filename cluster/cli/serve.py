@@ -23,6 +23,7 @@ from cluster.cli.ray import open_ray, spec_of
 from cluster.cli.startup import Startup
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
+from cluster.config.dtype import Cpus, this_machine
 from cluster.config.engine import Device
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.keys.keyring import Keyring
@@ -33,6 +34,7 @@ from cluster.system.tasks import cancel_all, catch_signals
 from cluster.system.tls import open_certificate
 from cluster.terminal.phases import Console
 from cluster.text.load import load_text
+from workers.config import describe_dtype
 
 if TYPE_CHECKING:
     from cluster.gateway.gateway import Gateway
@@ -58,8 +60,8 @@ def _serve(args: Namespace, console: Console) -> None:
     folder, model_name = resolve_model(args.model, revision=args.revision)
     device = before_ray(args.device, ray_address=args.ray_address, num_gpus=args.tensor_parallel_size)
 
-    def configure(device: Device) -> ServeConfig:
-        return serve_config(args, folder, model_name, device=device)
+    def configure(device: Device, cpus: Cpus = this_machine) -> ServeConfig:
+        return serve_config(args, folder, model_name, device=device, cpus=cpus)
 
     config = configure(device.device)
     # Before the start-up, which takes minutes.
@@ -153,10 +155,11 @@ def engine_line(facts: "EngineFacts | None") -> str:
     """The sizes that the first replica runs with; "unknown" until one has reported."""
     if facts is None:
         return "unknown until a replica runs"
+    numbers = f"{describe_dtype(facts.dtype, facts.quantization)}; " if facts.dtype else ""
     return (
         f"{facts.device or 'unknown device'}: up to {facts.max_num_seqs:,} sequences and {facts.max_num_batched_tokens:,} tokens a step, "
         f"{facts.max_background_tokens:,} of these for batches; {facts.num_blocks:,} KV blocks of {facts.block_size} tokens; "
-        f"attention {facts.attention_backend}"
+        f"{numbers}attention {facts.attention_backend}"
     )
 
 

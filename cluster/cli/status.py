@@ -21,6 +21,7 @@ from rich.text import Text
 from cluster.cli.client import Client
 from cluster.protocol.view import ClusterView, NodeNotice, RankRecord, ReplicaRecord, ReplicaState
 from cluster.terminal.tables import answer_console, plain_table
+from workers.config import describe_dtype
 from workers.errors import ReplicaUnavailableError
 
 ADMIN_PATH = "/admin/cluster"
@@ -147,7 +148,7 @@ def render(samples: Sequence[Sample], *, now: float) -> RenderableType:
     for name in ("Step ms", "Reduce", "Run", "Wait", "KV", "Tok/s", "Hits", "Up"):
         table.add_column(name, justify="right", no_wrap=True)
     nodes = _node_names(view)
-    notes = [r.reason for r in view.replicas if r.reason]
+    notes = [r.reason for r in view.replicas if r.reason] + _kinds(view)
     for replica, rate in zip(view.replicas, rates(samples), strict=True):
         _add_rows(table, replica, rate, nodes, now)
     if view.failure is not None:
@@ -156,6 +157,15 @@ def render(samples: Sequence[Sample], *, now: float) -> RenderableType:
     gateways = ", ".join(f"{g.url} ({g.num_running} running, {g.num_queued} queued)" for g in view.gateways)
     notes.append(f"Gateways: {gateways or 'none'}")
     return Group(Text(_headline(view), style="bold"), table, *(Text(note) for note in notes))
+
+
+def _kinds(view: ClusterView) -> list[str]:
+    """Which replicas compute the same bits, if not all do."""
+    kinds: dict[str, list[str]] = {}
+    for replica in view.replicas:
+        if replica.facts is not None:
+            kinds.setdefault(replica.facts.numerics, []).append(replica.replica_id)
+    return [f"Replicas with the numerics {kind}: {', '.join(ids)}" for kind, ids in kinds.items() if len(kinds) > 1]
 
 
 def _departure(notice: NodeNotice, now: float) -> str:
@@ -183,6 +193,8 @@ def _node_names(view: ClusterView) -> dict[str, str]:
 def _headline(view: ClusterView) -> str:
     num_ready = sum(r.state is ReplicaState.READY for r in view.replicas)
     name = view.spec.model_name if view.spec is not None else "no model yet"
+    if view.facts is not None and view.facts.dtype:
+        name += f" in {describe_dtype(view.facts.dtype, view.facts.quantization)}"
     why = f". {view.scaling_reason}" if view.scaling_reason else ""
     return f"{name}: {num_ready} of {view.num_desired} replica{'s' * (view.num_desired != 1)} ready{why}"
 

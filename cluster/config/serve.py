@@ -66,6 +66,8 @@ class ServeConfig:
     tls_key: str | None = None
     cors_origins: tuple[str, ...] = ()
     preemption_notices: PreemptionNotices = ClusterSpec.preemption_notices
+    # Why --dtype auto has chosen the engine's dtype; a sentence for the person who starts it.
+    dtype_reason: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:

@@ -17,6 +17,7 @@ import msgspec
 from cluster.doctor.amounts import counted
 from cluster.doctor.facts import AllReduceFailure, AllReduceResult, AllReduceSkipped, Link, Node
 from cluster.doctor.findings import Finding, ok, problem
+from cluster.doctor.judge.cpu_kernels import judge_cpu_kernels
 from cluster.doctor.judge.gpus import busy_gpus, judge_gpus, judge_unchecked
 from cluster.doctor.judge.models import judge_models
 from cluster.doctor.judge.network import judge_links, judge_network
@@ -183,12 +184,15 @@ def _judge_nodes(nodes: Sequence[Node], *, options: Options, device: Device) -> 
     yield from judge_versions(nodes, device=device)
     # A head node without ranks does not need the weights. A single machine is checked for them whatever else is wrong.
     yield from judge_models([node for node in nodes if node.address == LOCAL or can_run_ranks(node, device)])
+    yield from judge_cpu_kernels([node for node in nodes if can_run_ranks(node, device)], device=device)
     yield from judge_network(nodes, device=device)
     size = options.tensor_parallel_size or 1  # the default of `serve`
+    # As --dtype auto decides, for all ranks together: see cluster/config/dtype.py.
+    has_bfloat16 = all(node.machine is not None and node.machine.has_bfloat16 for node in nodes)
     for node in nodes:
         if node.machine is None:
             continue
-        rank_bytes = _rank_bytes(node, size=size, device=device)
+        rank_bytes = _rank_bytes(node, size=size, device=device, has_bfloat16=has_bfloat16)
         num_ranks = _max_ranks(node, size=size, device=device)
         num_sharing = _max_ranks(node, size=options.tensor_parallel_size or MIN_LOCAL_CPU_RANKS, device=device)
         yield from judge_gpus(node, device=device, rank_bytes=rank_bytes if device == "cuda" else None)
@@ -205,15 +209,16 @@ def _max_ranks(node: Node, *, size: int, device: Device) -> int:
     return size if room is None else min(size, int(room))
 
 
-def _rank_bytes(node: Node, *, size: int, device: Device) -> int | None:
-    """Bytes of one rank's weights: as stored on a GPU, in float32 on the CPU.
+def _rank_bytes(node: Node, *, size: int, device: Device, has_bfloat16: bool) -> int | None:
+    """Bytes of one rank's weights: as stored on a GPU and for bfloat16 on CPUs that have it, otherwise in float32.
 
     None if no rank can run on the node or the model there cannot be read.
     """
     model = node.model
     if model is None or model.bytes_per_weight is None or not can_run_ranks(node, device):
         return None
-    factor = 4 / model.bytes_per_weight if device == "cpu" else 1
+    as_stored = device == "cuda" or (has_bfloat16 and model.dtype == "bfloat16")
+    factor = 1 if as_stored else 4 / model.bytes_per_weight
     return int(model.num_bytes * factor / size)
 
 

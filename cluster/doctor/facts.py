@@ -75,10 +75,27 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
     ephemeral_ports: tuple[int, int] | None = None
 
 
+class Fault(msgspec.Struct, frozen=True, kw_only=True):
+    """Something wrong with a checkpoint or a setting: what, and what to do."""
+
+    message: str = msgspec.field(name="sentence")  # nodes of version 0.1.0 and scripts know it by this name
+    remedy: str
+
+
+class CpuKernels(msgspec.Struct, frozen=True, kw_only=True):
+    """The compiled kernels that a rank would use: their instruction set and the id of their sources, or why there are none."""
+
+    variant: str | None = None
+    build_id: str | None = None
+    reason: str | None = None
+    fault: Fault | None = None
+
+
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """missing_build_tools: what Triton, which compiles the GPU kernels, needs and does not find."""
 
     num_cpus: int = 1
+    has_bfloat16: bool = False  # whether the CPU has instructions for it
     memory_bytes: int | None = None  # of the machine, or of the container if that is less
     free_memory_bytes: int | None = None
     versions: Versions = Versions()
@@ -87,19 +104,13 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     disks: tuple[Filesystem, ...] = ()
     network: Network = Network()
     missing_build_tools: tuple[str, ...] = ()
-
-
-class Fault(msgspec.Struct, frozen=True, kw_only=True):
-    """Something wrong with a checkpoint: what, and what to do."""
-
-    message: str = msgspec.field(name="sentence")  # nodes of version 0.1.0 and scripts know it by this name
-    remedy: str
+    cpu_kernels: CpuKernels | None = None
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint folder as one node sees it.
 
-    bytes_per_weight: as stored; None if the configuration cannot be read. fingerprint: of file names, sizes and headers; equal
+    bytes_per_weight, dtype: as the configuration says; None if it cannot be read. fingerprint: of file names, sizes and headers; equal
     on two nodes if the files are the same.
     """
 
@@ -107,6 +118,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     num_files: int = 0
     num_bytes: int = 0
     bytes_per_weight: int | None = None
+    dtype: str | None = None
     fingerprint: str | None = None
     faults: tuple[Fault, ...] = ()
 

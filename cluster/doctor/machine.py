@@ -6,7 +6,6 @@ Imports no torch and starts no process except nvidia-smi. What cannot be read is
 import contextlib
 import os
 import platform
-import re
 import shutil
 import socket
 import sysconfig
@@ -14,9 +13,13 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from cluster.doctor.facts import Filesystem, Machine, Network, Versions
+from cluster.doctor.facts import CpuKernels, Fault, Filesystem, Machine, Network, Versions
 from cluster.doctor.nvidia import read_nvidia
+from workers.device.cpu import read_cpu
+from workers.device.memory import read_memory
 from workers.device.probe import torch_build
+from workers.errors import ConfigError
+from workers.native.library import NoNativeLibrary, load_library
 
 SHM = Path("/dev/shm")
 ROOT = Path("/")
@@ -24,18 +27,30 @@ ROOT = Path("/")
 
 def read_machine(disks: Mapping[str, str]) -> Machine:
     """disks: what each path is used for. A path does not have to exist yet."""
-    memory, free = read_memory()
+    memory, cpu = read_memory(), read_cpu()
     return Machine(
-        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_bytes=memory,
-        free_memory_bytes=free,
+        num_cpus=cpu.num_cores,
+        has_bfloat16=cpu.has_bfloat16,
+        memory_bytes=None if memory is None else memory.total_bytes,
+        free_memory_bytes=None if memory is None else memory.available_bytes,
         versions=read_versions(),
         nvidia=read_nvidia(),
         shm=read_filesystem(SHM, "the ranks of one host") if SHM.is_dir() else None,
         disks=tuple(read_filesystem(Path(path), purpose) for path, purpose in disks.items()),
         network=read_network(),
         missing_build_tools=tuple(_missing_build_tools()),
+        cpu_kernels=read_cpu_kernels(),
     )
+
+
+def read_cpu_kernels() -> CpuKernels:
+    try:
+        library = load_library()
+    except ConfigError as e:
+        return CpuKernels(fault=Fault(message=e.message, remedy=e.remedy or ""))
+    if isinstance(library, NoNativeLibrary):
+        return CpuKernels(reason=library.reason)
+    return CpuKernels(variant=library.variant, build_id=library.build_id)
 
 
 def _missing_build_tools() -> Iterator[str]:
@@ -57,23 +72,6 @@ def read_versions() -> Versions:
         cuda=torch_build()[1],
         nccl=next((d.version for d in distributions() if (d.name or "").lower().startswith("nvidia-nccl-cu")), None),
     )
-
-
-def read_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
-    """Total and available bytes, of the machine or of the container (cgroup v2) if that has less. (None, None) if unknown."""
-    try:
-        meminfo = (root / "proc/meminfo").read_text()
-        total, free = (int(_search(rf"^{name}:\s+(\d+) kB", meminfo)) * 1024 for name in ("MemTotal", "MemAvailable"))
-    except (OSError, ValueError):
-        return None, None
-    cgroup = root / "sys/fs/cgroup"
-    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit: "max" is not a number
-        limit = int((cgroup / "memory.max").read_text())
-        # The kernel gives the page cache back when a process needs the memory.
-        cached = int(_search(r"^inactive_file (\d+)$", (cgroup / "memory.stat").read_text()))
-        used = int((cgroup / "memory.current").read_text()) - cached
-        return min(total, limit), min(free, limit - used)
-    return total, free
 
 
 def read_filesystem(path: Path, purpose: str) -> Filesystem:
@@ -114,10 +112,3 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
-
-
-def _search(pattern: str, text: str) -> str:
-    match = re.search(pattern, text, re.MULTILINE)
-    if match is None:
-        raise ValueError(f"nothing matches {pattern}")
-    return match[1]

@@ -25,6 +25,7 @@ def read_model(folder: str) -> Model:
         num_files=found.num_files,
         num_bytes=found.num_bytes,
         bytes_per_weight=DTYPE_BYTES[found.config.dtype],
+        dtype=found.config.dtype,
         fingerprint=found.fingerprint,
         faults=faults,
     )

@@ -86,6 +86,11 @@ class StateCollector(Collector):
         yield self._counter(
             "num_failovers", "Sequences that continued on another replica.", [((), router.num_failovers_total)]
         )
+        yield self._counter(
+            "num_failovers_other_numerics",
+            "Of them, those that continued in their middle on a replica that computes other last bits.",
+            [((), router.num_numerics_changes_total)],
+        )
 
     def _backlog(self, batches: Sequence[BatchRecord]) -> Iterator[Metric]:
         lines, tokens = sum(b.num_lines - b.num_answered for b in batches), sum(b.remaining_tokens for b in batches)
@@ -105,6 +110,10 @@ class StateCollector(Collector):
         for make, rows in ((self._gauge, _GAUGES), (self._counter, _COUNTERS)):
             for name, text, value in rows:
                 yield make(name, text, [((s.replica_id,), value(s.load)) for s in replicas], "engine")
+        numerics = [((s.replica_id, s.numerics), 1.0) for s in replicas if s.numerics]
+        yield self._gauge(
+            "numerics_info", "Replicas with the same label compute the same bits.", numerics, "engine", "numerics"
+        )
         try:
             block_size = self._router.facts.block_size
         except ReplicaUnavailableError:

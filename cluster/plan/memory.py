@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cluster.plan.gpus import GIB, Gpu
 from workers.config import DTYPE_BYTES, EngineConfig
+from workers.device.model_bytes import rotary_bytes, weight_bytes
 
 # Assumed, because only a start on the GPU can measure it: the CUDA context with the cuBLAS workspace and the allocator's rounding, and
 # NCCL's buffers if there is more than one rank.
@@ -85,27 +86,6 @@ def rank_memory(config: EngineConfig, gpu: Gpu) -> RankMemory:
         blocks_per_sequence=blocks_per_sequence(config),
         chunk_blocks=_chunk_blocks(config),
     )
-
-
-def weight_bytes(config: EngineConfig) -> int:
-    """Bytes of one rank's parameters. Every rank has all norms; everything else is divided, the vocabulary rounded up."""
-    return num_parameters(config) * DTYPE_BYTES[config.dtype]
-
-
-def num_parameters(config: EngineConfig) -> int:
-    """The number of parameters of one rank."""
-    model, size = config.model, config.tensor_parallel_size
-    hidden = model.hidden_size
-    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim  # q, o; k, v
-    layer = hidden * (heads + 3 * model.intermediate_size) // size + 2 * hidden
-    vocabulary = -(-model.vocab_size // size) * hidden
-    num_vocabularies = 1 if model.tie_word_embeddings else 2
-    return model.num_hidden_layers * layer + num_vocabularies * vocabulary + hidden
-
-
-def rotary_bytes(config: EngineConfig) -> int:
-    """Bytes of the table of cosines and sines: float32, one row per position, on every rank."""
-    return config.max_model_len * 2 * config.model.head_dim * 4
 
 
 def activation_bytes(config: EngineConfig) -> int:

@@ -8,11 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster.plan.memory import num_parameters
 from cluster.plan.offers import Offer, Price
 from cluster.plan.planner import Plan, Question
 from cluster.plan.units import gigabytes
 from cluster.terminal.tables import plain_table
+from workers.device.model_bytes import num_parameters
 
 _NONE = "–"
 _ASSUMED = (

@@ -7,8 +7,8 @@ limits and no price.
 from dataclasses import dataclass
 
 from cluster.plan.gpus import Gpu
-from cluster.plan.memory import weight_bytes
 from workers.config import DTYPE_BYTES, EngineConfig
+from workers.device.model_bytes import num_parameters, vocabulary_weights, weight_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +65,15 @@ def _step_s(config: EngineConfig, gpu: Gpu, *, num_tokens: int, num_sequences: i
     model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
     seen = context if model.sliding_window is None else min(context, model.sliding_window)
     # Only the step's rows of the embedding table are read. A tied table is also the head, which is read entirely.
-    table = 0 if model.tie_word_embeddings else -(-model.vocab_size // size) * model.hidden_size * itemsize
-    matrices = weight_bytes(config) - table
+    head = vocabulary_weights(config)
+    table = 0 if model.tie_word_embeddings else head
+    matrices = weight_bytes(config) - table * itemsize
     kv = num_sequences * seen * config.kv_block_bytes // config.block_size
     # Two FLOPs per weight and token, and two per query-key and per probability-value product.
     heads = model.num_attention_heads // size
     attention = 4 * heads * model.head_dim * seen * model.num_hidden_layers
-    head = -(-model.vocab_size // size) * model.hidden_size  # logits are computed for one row per sequence
-    flops = num_tokens * (2 * (matrices // itemsize - head) + attention) + num_sequences * 2 * head
+    # Logits are computed for one row per sequence.
+    flops = num_tokens * (2 * (num_parameters(config) - table - head) + attention) + num_sequences * 2 * head
     compute_s = max((matrices + kv) / gpu.bytes_per_s, flops / gpu.flops_per_s)
     return compute_s + _all_reduces_s(config, gpu, num_tokens)
 

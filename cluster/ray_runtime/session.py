@@ -11,9 +11,10 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cluster.ray_runtime.folder import MARK, RayFolder, make_folder, sweep
 from cluster.ray_runtime.internals import listen_on_loopback_only, start_options
@@ -24,6 +25,7 @@ from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 SHUTDOWN_TIMEOUT_S = 5.0
 REACH_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not travel through Ray; this is near the smallest it accepts
@@ -44,6 +46,12 @@ class RayCluster:
         import ray
 
         return int(ray.cluster_resources().get("GPU", 0))
+
+    def run_on_cpu_nodes(self, function: Callable[[], T], *, timeout_s: float) -> list[tuple[str, T | None]]:
+        """See nodes.run_on_cpu_nodes."""
+        from cluster.ray_runtime.nodes import run_on_cpu_nodes  # late: it imports Ray
+
+        return run_on_cpu_nodes(function, timeout_s=timeout_s)
 
     def close(self) -> None:
         """Disconnects; ends every process of a cluster of our own. Idempotent."""

@@ -6,14 +6,13 @@ the router can continue it elsewhere. A lost connection is retried until `close`
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Self
 
-from cluster.replicas.connection import open_connection, read_message
+from cluster.replicas.connection import ReplicaConnection
 from cluster.replicas.inbox import StreamInbox
 from cluster.replicas.readiness import is_overdue, not_ready_reason
 from workers.errors import ReplicaUnavailableError
@@ -24,6 +23,7 @@ from workers.protocol import (
     CacheEvents,
     Ending,
     EngineFacts,
+    FromReplica,
     GenerateRequest,
     Heartbeat,
     LoadReport,
@@ -31,7 +31,6 @@ from workers.protocol import (
     Submit,
     TokenDelta,
     ToReplica,
-    encode_frame,
 )
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class ReplicaClient:
         self._load_received = 0.0
         self._proved_ready = float("-inf")  # when the last report came that did
         self._streams: dict[str, StreamInbox] = {}
-        self._writer: asyncio.StreamWriter | None = None
+        self._connection: ReplicaConnection | None = None
         self._clock = PeerClock(time.monotonic())
         self._lost: str = "not connected yet"
         self._lost_by_silence = False  # so it may be back in a moment
@@ -102,7 +101,7 @@ class ReplicaClient:
     @property
     def connected(self) -> bool:
         """Whether the socket is open; a silent peer counts as connected until SILENCE_IS_DEATH_S have passed."""
-        return self._writer is not None
+        return self._connection is not None
 
     @property
     def condemned(self) -> str | None:
@@ -122,7 +121,7 @@ class ReplicaClient:
         """One sentence naming the replica and the rank, or None when ready. now: time.monotonic()."""
         if self._condemned is not None:
             return self._condemned
-        if self._writer is None:
+        if self._connection is None:
             return f"Replica {self.replica_id} has no connection to its rank 0: {self._lost}."
         # Up to when this process last ran: its own pauses do not count.
         if (silence_s := self._clock.silence_at_last_tick_s()) > RECENTLY_S:
@@ -154,12 +153,12 @@ class ReplicaClient:
         """Opens the connection and keeps it. Raises ReplicaUnavailableError when rank 0 cannot be reached or refuses."""
         try:
             async with asyncio.timeout(timeout_s):
-                reader = await self._open()
-        except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError) as e:
+                connection = await self._open()
+        except (OSError, TimeoutError, ValueError) as e:
             raise ReplicaUnavailableError(
                 f"Replica {self.replica_id} could not be reached at {self._address[0]}:{self._address[1]}: {e!r}."
             ) from e
-        self._task = asyncio.create_task(self._keep(reader), name=f"replica-client-{self.replica_id}")
+        self._task = asyncio.create_task(self._keep(connection), name=f"replica-client-{self.replica_id}")
         return self.facts
 
     async def close(self) -> None:
@@ -168,14 +167,13 @@ class ReplicaClient:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        writer, self._writer = self._writer, None
-        if writer is not None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
             self._lost = "the gateway closed the connection"
         self._disconnect(self._lost)
-        if writer is not None:
-            writer.transport.abort()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+        if connection is not None:
+            connection.abort()
+            await connection.lost()
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
         """Yields the request's deltas until one has a finish_reason. Closing it early aborts the request.
@@ -183,7 +181,7 @@ class ReplicaClient:
         Raises ReplicaUnavailableError when the replica is lost; the deltas yielded so far stand. Raises RequestError when the caller
         reads too slowly (see StreamInbox).
         """
-        if self._writer is None or self._condemned is not None:
+        if self._connection is None or self._condemned is not None:
             raise ReplicaUnavailableError(self.not_ready_reason(time.monotonic()) or "The replica is lost.")
         assert request.request_id not in self._streams, f"request id {request.request_id} is already in use"
         inbox = self._streams[request.request_id] = StreamInbox()
@@ -200,52 +198,55 @@ class ReplicaClient:
                 self._send(Abort(request_id=request.request_id))
 
     def _send(self, message: ToReplica) -> None:
-        if self._writer is not None and not self._writer.transport.is_closing():
-            self._writer.write(encode_frame(message))
+        if self._connection is not None:
+            self._connection.send(message)
             self._clock.sent(time.monotonic())
 
-    async def _open(self) -> asyncio.StreamReader:
-        opened = await open_connection(self.replica_id, self._address, token=self._token)
-        self._facts = opened.facts
-        self._writer = opened.writer  # before the frame: its listener may find the replica ready
+    async def _open(self) -> ReplicaConnection:
+        connection = await ReplicaConnection.open(self.replica_id, self._address, token=self._token)
+        self._facts = connection.facts
+        self._connection = connection  # before the frame: its listener may find the replica ready
         self._clock.restart(time.monotonic())
-        self._handle(opened.first_frame)
-        return opened.reader
+        self._handle(connection.first_frame)
+        connection.listen(self._receive)
+        return connection
 
-    async def _keep(self, reader: asyncio.StreamReader) -> None:
-        """Reads until the connection is lost, then opens a new one, until cancelled or condemned."""
+    async def _keep(self, connection: ReplicaConnection) -> None:
+        """Waits until the connection is lost, then opens a new one, until cancelled or condemned."""
         ticker = asyncio.create_task(self._tick())
         try:
             while True:
-                try:
-                    while True:
-                        message = await read_message(reader)
-                        if isinstance(message, StepFrame):
-                            self._handle(message)
-                        elif isinstance(message, Ending):
-                            self.condemn(message.reason, crashed=message.crashed)
-                except asyncio.IncompleteReadError:
-                    reason = self._lost if self._writer is None else "rank 0 closed the connection"
-                    self._disconnect(reason, crashed=self._clock.was_well(time.monotonic()))
-                except (OSError, ValueError) as e:
-                    crashed = isinstance(e, ConnectionError) and self._clock.was_well(time.monotonic())
-                    self._disconnect(str(e) or type(e).__name__, crashed=crashed)
-                except Exception as e:  # without a reader every stream would wait forever
-                    log.exception("A frame of replica %s could not be handled: %s", self.replica_id, e)
-                    self._disconnect(f"a frame could not be handled ({e!r})")
-                reader = await self._reopen()
+                error = await connection.lost()
+                was_well = self._clock.was_well(time.monotonic())
+                if error is None:
+                    reason = self._lost if self._connection is None else "rank 0 closed the connection"
+                    self._disconnect(reason, crashed=was_well)
+                else:
+                    crashed = isinstance(error, ConnectionError) and was_well
+                    self._disconnect(str(error) or type(error).__name__, crashed=crashed)
+                connection = await self._reopen()
         finally:
             ticker.cancel()
 
-    async def _reopen(self) -> asyncio.StreamReader:
+    def _receive(self, message: FromReplica) -> None:
+        try:
+            if isinstance(message, StepFrame):
+                self._handle(message)
+            elif isinstance(message, Ending):
+                self.condemn(message.reason, crashed=message.crashed)
+        except Exception as e:  # without a reader every stream would wait forever
+            log.exception("A frame of replica %s could not be handled: %s", self.replica_id, e)
+            self._disconnect(f"a frame could not be handled ({e!r})")
+
+    async def _reopen(self) -> ReplicaConnection:
         while True:
             await asyncio.sleep(RECONNECT_AFTER_S)
             if self._condemned is not None:
                 continue
             try:
                 async with asyncio.timeout(SILENCE_IS_DEATH_S):
-                    reader = await self._open()
-            except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError, ReplicaUnavailableError) as e:
+                    connection = await self._open()
+            except (OSError, TimeoutError, ValueError, ReplicaUnavailableError) as e:
                 self._lost_by_silence = self._lost_by_silence and not isinstance(e, ConnectionRefusedError)
                 log.debug("Replica %s is still unreachable: %r", self.replica_id, e)
             except Exception as e:  # as above; most likely the listener's
@@ -253,7 +254,7 @@ class ReplicaClient:
                 self._disconnect(f"a frame could not be handled ({e!r})")
             else:
                 log.info("Replica %s is connected again.", self.replica_id)
-                return reader
+                return connection
 
     async def _tick(self) -> None:
         """Sends heartbeats; gives up a silent replica."""
@@ -261,7 +262,7 @@ class ReplicaClient:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
             self._clock.tick(now)
-            if self._writer is None:
+            if self._connection is None:
                 continue
             if (silence_s := self._clock.silence_s(now)) > SILENCE_IS_DEATH_S:
                 self._disconnect(f"rank 0 has been silent for {silence_s:.1f} s", silent=True)
@@ -295,10 +296,10 @@ class ReplicaClient:
             self._cached_blocks.update(frame.cache.stored)
 
     def _disconnect(self, reason: str, *, crashed: bool = False, silent: bool = False) -> None:
-        if self._writer is not None:
+        if self._connection is not None:
             log.warning("Replica %s is lost: %s.", self.replica_id, reason.removesuffix("."))
-            self._writer.transport.abort()
-            self._writer = None
+            self._connection.abort()
+            self._connection = None
             self._lost = reason
             self._lost_by_silence = silent
         streams, self._streams = self._streams, {}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 from cluster.protocol.routing import RoutingPolicy
 from cluster.router.bounds import retry_after_s
+from cluster.router.numerics import MAX_WAIT_S, required_numerics
 from cluster.router.replica import Availability, Replica
 from cluster.router.request_queue import RequestQueue, Waiter
 from cluster.router.stream import Stream, StreamMovedError
@@ -21,15 +22,22 @@ STARTED_TIMEOUT_FACTOR = 10
 
 
 class Dispatcher:
-    """`describe` says why no replica is ready. Every `assign` is followed by a `leave`."""
+    """`describe` says why no replica is ready. Every `assign` is followed by a `leave`. numerics_wait_s: see `required_numerics`."""
 
     def __init__(
-        self, policy: RoutingPolicy, *, queue_timeout_s: float, clock: Callable[[], float], describe: Callable[[], str]
+        self,
+        policy: RoutingPolicy,
+        *,
+        queue_timeout_s: float,
+        clock: Callable[[], float],
+        describe: Callable[[], str],
+        numerics_wait_s: float = MAX_WAIT_S,
     ) -> None:
         self.table = ReplicaTable(policy, clock, self._on_report)
         self.queue: RequestQueue[Assignment] = RequestQueue()
         self.availability = Availability()
         self._queue_timeout_s = queue_timeout_s
+        self._numerics_wait_s = numerics_wait_s
         self._clock = clock
         self._describe = describe
         self._timer: asyncio.TimerHandle | None = None
@@ -91,12 +99,21 @@ class Dispatcher:
             self.queue.leave(waiter)
 
     def _dispatch(self) -> None:
+        set_aside: list[Waiter[Assignment]] = []
+        full: set[str] = set()
         while (waiter := self.queue.first()) is not None:
-            assignment = self.table.choose(waiter.stream)
-            if assignment is None:
+            numerics = self._required_numerics(waiter)
+            assignment = None if numerics in full else self.table.choose(waiter.stream, numerics=numerics)
+            if assignment is not None:
+                self.table.enter(assignment.entry, waiter.stream, assignment.decision.num_cached_tokens)
+                self.queue.serve(waiter, assignment)
+            elif numerics is None:
                 break
-            self.table.enter(assignment.entry, waiter.stream, assignment.decision.num_cached_tokens)
-            self.queue.serve(waiter, assignment)
+            else:
+                # It waits for certain replicas; those after it may have room on others.
+                full.add(numerics)
+                set_aside.append(self.queue.set_aside())
+        self.queue.put_back(set_aside)
         if not self.queue:
             return
         if not self.may_recover:
@@ -104,6 +121,19 @@ class Dispatcher:
                 self.queue.fail(waiter, ReplicaUnavailableError(self._describe()))
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def _required_numerics(self, waiter: Waiter[Assignment]) -> str | None:
+        produced_by = waiter.stream.numerics
+        if produced_by is None:
+            return None
+        may_serve = (e for e in self.table if e.replica.condemned is None and e.replica.drain_until is None)
+        return required_numerics(
+            produced_by,
+            {entry.numerics for entry in may_serve},
+            expected=self.availability.expected,
+            waited_s=self._clock() - waiter.since,
+            max_wait_s=self._numerics_wait_s,
+        )
 
     def _tick(self) -> None:
         self._timer = None
@@ -135,7 +165,7 @@ class Dispatcher:
         if until is None or not entry.streams:
             return
         if entry.replica.is_leaving:
-            self._move(entry, self.table.online_room() - len(self.queue))
+            self._move_to_room(entry)
         if entry.move_timer is not None:
             return
         delay = max(0.0, until - self._clock())
@@ -150,8 +180,23 @@ class Dispatcher:
             self._watch_drain(entry)
         # Without another replica to go to, the streams stay, and the next frame tries again.
         elif self.availability.expected or self.table.any_ready:
-            self._move(entry, len(entry.streams))
+            for stream in sorted(entry.streams, key=lambda stream: stream.order):
+                self._move(entry, stream)
 
-    def _move(self, entry: ReplicaEntry, most: int) -> None:
-        for stream in sorted(entry.streams, key=lambda stream: stream.order)[: max(most, 0)]:
-            stream.interrupt.set(StreamMovedError(f"Replica {entry.replica.replica_id} is being drained."))
+    def _move_to_room(self, entry: ReplicaEntry) -> None:
+        """Moves as many streams as have room elsewhere, those with tokens only where the numerics are the same."""
+        num_waiting = len(self.queue)
+        room = self.table.online_room() - num_waiting
+        same = self.table.online_room(numerics=entry.numerics) - num_waiting
+        for stream in sorted(entry.streams, key=lambda stream: stream.order):
+            if room <= 0:
+                break
+            if stream.numerics is not None:
+                if same <= 0:
+                    continue
+                same -= 1
+            room -= 1
+            self._move(entry, stream)
+
+    def _move(self, entry: ReplicaEntry, stream: Stream) -> None:
+        stream.interrupt.set(StreamMovedError(f"Replica {entry.replica.replica_id} is being drained."))

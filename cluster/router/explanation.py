@@ -19,6 +19,7 @@ class RouteRow:
     estimated_wait_s: float
     score: float | None
     chosen: bool
+    numerics: str | None = None  # see EngineFacts: a stream with tokens continues where they are the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def explain_route(table: ReplicaTable, stream: Stream, policy: RoutingPolicy, *,
             estimated_wait_s=row.estimated_wait_s,
             score=row.score,
             chosen=row.chosen,
+            numerics=entry.numerics,
         )
         for entry, row in table.explain(stream, policy)
     ]

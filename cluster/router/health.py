@@ -21,6 +21,7 @@ class ReplicaStatus:
     reason: str | None
     load: LoadReport
     state: Literal["ready", "not_ready", "draining"] = "ready"
+    numerics: str | None = None  # see EngineFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,12 @@ def check_health(table: ReplicaTable, availability: Availability, *, closing: st
         reason = replica.unhealthy_reason(now)
         if reason is None and replica.drain_until is not None:
             reason = f"Replica {replica.replica_id} is being drained."
-            statuses.append(ReplicaStatus(replica.replica_id, False, reason, replica.load, "draining"))
+            statuses.append(ReplicaStatus(replica.replica_id, False, reason, replica.load, "draining", entry.numerics))
         else:
             state: Literal["ready", "not_ready"] = "ready" if reason is None else "not_ready"
-            statuses.append(ReplicaStatus(replica.replica_id, reason is None, reason, replica.load, state))
+            statuses.append(
+                ReplicaStatus(replica.replica_id, reason is None, reason, replica.load, state, entry.numerics)
+            )
     if closing is not None:
         return Health(False, closing, statuses)
     if any(s.ready for s in statuses) or table.accepts_requests():

@@ -5,7 +5,7 @@ Knows order and counts. Knows no replica and no clock: the dispatcher decides wh
 
 import asyncio
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 from cluster.router.stream import Stream
@@ -74,6 +74,17 @@ class RequestQueue(Generic[T]):
         while self._heap and not self._heap[0].is_waiting:
             heapq.heappop(self._heap)
         return self._heap[0] if self._heap else None
+
+    def set_aside(self) -> Waiter[T]:
+        """Takes the sequence whose turn it is out of the order until `put_back`. It still waits."""
+        waiter = self.first()
+        assert waiter is not None, "the queue is empty"
+        return heapq.heappop(self._heap)
+
+    def put_back(self, waiters: Iterable[Waiter[T]]) -> None:
+        """Gives sequences that were set aside their places again."""
+        for waiter in waiters:
+            heapq.heappush(self._heap, waiter)
 
     def leave(self, waiter: Waiter[T]) -> None:
         """Takes the sequence out of the queue: served, failed, or no longer awaited. Idempotent."""

@@ -18,6 +18,7 @@ from cluster.router.dispatcher import Dispatcher
 from cluster.router.explanation import Explanation, explain_route
 from cluster.router.hashing import Hashing
 from cluster.router.health import Health, ReplicaStatus, check_health
+from cluster.router.numerics import MAX_WAIT_S
 from cluster.router.replica import Availability, Replica
 from cluster.router.stream import Stream, StreamMovedError, Trace
 from cluster.router.table import Assignment, ReplicaEntry
@@ -33,8 +34,8 @@ class Router:
     """Use on one event loop.
 
     max_inflight_requests: sequences held at once, running or waiting. max_queued_tokens: prompt tokens not yet on a replica. Both without
-    batch lines (BATCH_PRIORITY and above), for which there is `batch_room`.
-    queue_timeout_s: the longest wait for a replica or for room on one; it starts over with each resumption.
+    batch lines (BATCH_PRIORITY and above), for which there is `batch_room`. queue_timeout_s: the longest wait for a replica or for room on
+    one; it starts over with each resumption. numerics_wait_s: of it, the longest wait for a replica that computes the same bits.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Router:
         max_inflight_requests: int = MAX_INFLIGHT_REQUESTS,
         max_queued_tokens: int = MAX_QUEUED_TOKENS,
         queue_timeout_s: float = QUEUE_TIMEOUT_S,
+        numerics_wait_s: float = MAX_WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy = policy
@@ -52,6 +54,7 @@ class Router:
         self._dispatcher = Dispatcher(
             policy,
             queue_timeout_s=queue_timeout_s,
+            numerics_wait_s=numerics_wait_s,
             clock=clock,
             describe=lambda: self.health().reason or "No replica is ready.",
         )
@@ -67,6 +70,7 @@ class Router:
         self._admits = True
         self._first_tokens = Recent()
         self.num_failovers_total = 0  # sequences that continued elsewhere because their replica was lost or drained
+        self.num_numerics_changes_total = 0  # of them, those that continued with other numerics in their middle
         # Set by the runner of batches, for the report.
         self.batches: tuple[BatchDemand, ...] = ()
         self.batch_tokens_total = 0
@@ -246,7 +250,7 @@ class Router:
         """The deltas of one replica; ends without a finish_reason if another replica must continue."""
         entry, num_tokens = assignment.entry, len(stream.request.prompt_token_ids)
         replica = entry.replica
-        trace = stream.trace
+        numerics, trace = replica.facts.numerics, stream.trace
         trace.replica_id = replica.replica_id
         if trace.queue_s is None:
             trace.queue_s = self._clock() - admission.arrived
@@ -263,6 +267,8 @@ class Router:
                     self._table.report_includes(entry, stream)
                     if not stream.output_token_ids and not stream.is_background:
                         self._first_tokens.add(self._clock(), self._clock() - admission.arrived)
+                if stream.numerics != numerics and (delta.token_ids or delta.prompt_logprobs):
+                    self.num_numerics_changes_total += stream.change_numerics(numerics, replica.replica_id)
                 yield stream.record(delta)
         except StopAsyncIteration:
             self._lost(stream, entry, ReplicaUnavailableError(f"Replica {replica.replica_id} ended the stream early."))

@@ -89,10 +89,12 @@ class ReplicaRows:
         for rows in (self._online, self._everything):
             rows.available[slot] = accepts and rows.num_requests[slot] < self._limit[slot]
 
-    def num_free(self, *, background: bool) -> int:
-        """How many more sequences the ready replicas could take. background: next to everything that is there."""
+    def num_free(self, *, background: bool, among: NDArray[np.bool_] | None = None) -> int:
+        """How many more sequences the ready replicas could take. background: next to everything that is there. among: the slots that
+        count; None for all.
+        """
         room = np.maximum(self._limit - self.snapshot(background=background).num_requests, 0)
-        return int(room[self._ready].sum())
+        return int(room[self._ready if among is None else self._ready & among].sum())
 
     def estimated_wait_s(self, num_tokens: int, *, background: bool) -> float | None:
         """Until the ready replicas have computed what waits there and these tokens; None while no speed is known."""

@@ -5,6 +5,7 @@ that one undisturbed replica would have sent, however many replicas took part.
 """
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import msgspec
 
 from workers.errors import CrashedError, DeadlineExceededError, EngineError, ReplicaUnavailableError
 from workers.protocol import BATCH_PRIORITY, GenerateRequest, TokenDelta
+
+log = logging.getLogger(__name__)
 
 # In a row, without a token in between. This many crashes may be the request's fault. Other losses are bad luck, but have a limit too.
 MAX_CRASHES_WITHOUT_PROGRESS = 5
@@ -36,6 +39,9 @@ class Trace:
     queue_s: float | None = None  # from admission to the first replica
     num_cached_tokens_predicted: int | None = None
     num_failovers: int = 0
+    num_numerics_changes: int = (
+        0  # of them, to a replica with other numerics than the one that produced the token before
+    )
 
 
 class Interrupt:
@@ -108,6 +114,7 @@ class Stream:
         self.trace = trace or Trace()
         self.interrupt = Interrupt()
         self.output_token_ids = list(request.output_token_ids)
+        self.numerics: str | None = None  # of the replica that produced the newest token; None before the first
         self.block_hashes: list[bytes] = []
         self.lost_on: set[object] = set()  # replicas to avoid on the next attempt
         self._started = False
@@ -189,6 +196,19 @@ class Stream:
             remedy="Give it more time or ask for fewer tokens.",
         )
         return asyncio.get_running_loop().call_later(max(0.0, left_s), self.interrupt.set, error).cancel
+
+    def change_numerics(self, numerics: str, replica_id: str) -> bool:
+        """A replica with these numerics has begun to produce. True if one with others produced the tokens before."""
+        before, self.numerics = self.numerics, numerics
+        if before is None:
+            return False
+        self.trace.num_numerics_changes += 1
+        log.warning(
+            "Request %s continues after %d tokens on replica %s, which computes other last bits (%s, before %s): its output may differ "
+            "from that of an undisturbed run.",
+            self.request.request_id, len(self.output_token_ids), replica_id, numerics, before,
+        )  # fmt: skip
+        return True
 
     def move(self) -> None:
         """It continues elsewhere, and no replica was lost."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.protocol.routing import RoutingPolicy
 from cluster.router.policy import Decision, RequestView, Row, choose, explain
@@ -36,6 +37,13 @@ class ReplicaEntry:
         self.unreported: dict[Stream, tuple[float, int]] = {}  # (when it was sent, tokens to compute)
         self.move_timer: asyncio.TimerHandle | None = None  # while draining
         self.was_alone: bool | None = None  # whether it worked on one request when it was lost; None before
+
+    @property
+    def numerics(self) -> str | None:
+        """See EngineFacts; None before the first connection."""
+        with contextlib.suppress(ReplicaUnavailableError):
+            return self.replica.facts.numerics
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +146,15 @@ class ReplicaTable:
         """Whether a decision made a moment ago still holds."""
         return entry.slot is not None and self._may_accept(entry, self._clock())
 
-    def choose(self, stream: Stream) -> Assignment | None:
-        """A ready replica with room, chosen by the policy. None if there is none."""
+    def choose(self, stream: Stream, *, numerics: str | None = None) -> Assignment | None:
+        """A ready replica with room, chosen by the policy. None if there is none. numerics: what it must have; None for any."""
         now = self._clock()
         self._refresh_if_due(now)
         # Called often while requests queue: this check avoids matching a long prompt for nothing.
         if not self._rows.snapshot(background=stream.is_background).available.any():
             return None
         while True:
-            decision = self._decide(stream)
+            decision = self._decide(stream, numerics)
             if decision is None:
                 return None
             entry = self._entries[decision.slot]
@@ -183,9 +191,9 @@ class ReplicaTable:
         self._refresh_if_due(self._clock())
         return self._rows.num_free(background=True)
 
-    def online_room(self) -> int:
-        """How many more online sequences the replicas that are not draining could take."""
-        return self._rows.num_free(background=False)
+    def online_room(self, *, numerics: str | None = None) -> int:
+        """How many more online sequences the replicas that are not draining could take. numerics: of these replicas; None for all."""
+        return self._rows.num_free(background=False, among=None if numerics is None else self._slots_with(numerics))
 
     def _refresh_if_due(self, now: float) -> None:
         if len(self._entries) <= MANY_REPLICAS or now - self._refreshed_at >= REFRESH_INTERVAL_S:
@@ -265,8 +273,15 @@ class ReplicaTable:
             return replica.is_ready(now)
         return replica.is_leaving and now < replica.drain_until and not self.any_ready and replica.is_ready(now)
 
-    def _decide(self, stream: Stream) -> Decision | None:
+    def _slots_with(self, numerics: str) -> NDArray[np.bool_]:
+        slots = np.zeros(len(self._no_match), np.bool_)
+        slots[[slot for slot, entry in self._entries.items() if entry.numerics == numerics]] = True
+        return slots
+
+    def _decide(self, stream: Stream, numerics: str | None) -> Decision | None:
         view, rows = self._view(stream), self._rows.snapshot(background=stream.is_background)
+        if numerics is not None:
+            rows = with_available(rows, rows.available & self._slots_with(numerics))
         if stream.lost_on:
             others = rows.available.copy()
             for slot, entry in self._entries.items():

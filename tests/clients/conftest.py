@@ -1,7 +1,4 @@
-"""A real server with the demo model and a key, for all clients: its texts are nonsense, the tests check the protocol.
-
-And a target for invalid requests: the same server without Ray, in a process whose log and memory are checked.
-"""
+"""A target for invalid requests: the server without Ray, in a process whose log and memory are checked."""
 
 import json
 import time
@@ -11,17 +8,9 @@ import pytest
 from support.clients.attacker import MIB, Attacker
 from support.clients.fuzz_bodies import PLAIN
 from support.servers.live_listener import FuzzTarget
-from support.servers.system_server import Server
 
 # Memory that the allocator keeps after the largest bodies, in several threads. It is far below the gigabytes sent and does not grow.
 MAX_GROWTH_BYTES = 400 * MIB
-
-
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.kill()
 
 
 @pytest.fixture(scope="session")

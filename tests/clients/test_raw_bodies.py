@@ -2,12 +2,14 @@
 megabytes.
 
 Good requests in between must be served, and every error must have the error format and no 5xx status. The fixture `attacker` has the
-checks at the end. Seeded. The long form (`make test-fuzz`) sends all mutations, the short form a sample.
+checks at the end. Seeded. `make test` sends a sample of the mutations and of the largest bodies, `make test-fuzz` all mutations, `make
+test-attack` all large bodies.
 """
 
 import json
 import random
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -106,7 +108,13 @@ def with_text(before: bytes, text: bytes, after: bytes, *, num_bytes: int) -> by
     return before + b'"' + text * (num_bytes // len(text)) + b'"' + after
 
 
-@pytest.mark.parametrize("unit", [b"a", b"a b ", b"\xf0\x9f\xa4\x96", b"\\ud800", b"\\n", b"</s>"], ids=repr)
+UNITS = (b"a b ", b"\xf0\x9f\xa4\x96")
+UNITS_TOO = (b"a", b"\\ud800", b"\\n", b"</s>")
+
+
+@pytest.mark.parametrize(
+    "unit", [*UNITS, *(pytest.param(unit, marks=pytest.mark.attack) for unit in UNITS_TOO)], ids=repr
+)
 def test_megabytes_of_text(attacker, unit):
     """Just below and just above the size limit, in every text field; no response repeats the text."""
     for num_bytes, statuses in ((7 * MIB, (200, 400, 404)), (10 * MIB, (413,))):
@@ -124,43 +132,45 @@ def test_megabytes_of_text(attacker, unit):
     attacker.check_alive()
 
 
-def big_bodies() -> dict[str, tuple[str, bytes]]:
-    """Bodies of some megabytes with as many small values as possible: the most expensive ones to parse."""
-    completion, chat = (
-        b'{"model":"demo_model","max_tokens":1,"prompt":',
-        b'{"model":"demo_model","max_tokens":1,"messages":',
-    )
-    message = b'{"role":"user","content":"a"}'
-    return {
-        "lists in a list": ("/v1/completions", completion + b"[" + b"[]," * 2_500_000 + b"[1]]}"),
-        "token ids": ("/v1/completions", completion + b"[" + b"1," * 3_900_000 + b"1]}"),
-        "prompts": ("/v1/completions", completion + b"[" + b'"a",' * 1_900_000 + b'"a"]}'),
-        "unknown fields": (
-            "/v1/completions",
-            completion + b'"x"' + b"".join(b',"k%d":1' % i for i in range(600_000)) + b"}",
-        ),
-        "biases": (
-            "/v1/completions",
-            completion + b'"x","logit_bias":{' + b",".join(b'"%d":1' % i for i in range(600_000)) + b"}}",
-        ),
-        "messages": ("/v1/chat/completions", chat + b"[" + (message + b",") * 200_000 + message + b"]}"),
-        "inputs": ("/v1/embeddings", b'{"model":"demo_model","input":[' + b'"a",' * 1_900_000 + b'"a"]}'),
-        "moderations": ("/v1/moderations", b'{"input":[' + b'"a",' * 2000 + b'"a"]}'),
-        "tokens": ("/detokenize", b'{"tokens":[' + b"5," * 900_000 + b"5]}"),
-        "properties": (
-            "/v1/completions",
-            completion
+COMPLETION = b'{"model":"demo_model","max_tokens":1,"prompt":'
+CHAT = b'{"model":"demo_model","max_tokens":1,"messages":'
+MESSAGE = b'{"role":"user","content":"a"}'
+# Bodies of some megabytes with as many small values as possible: the most expensive ones to parse.
+BIG: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "lists in a list": ("/v1/completions", lambda: COMPLETION + b"[" + b"[]," * 2_500_000 + b"[1]]}"),
+    "unknown fields": (
+        "/v1/completions",
+        lambda: COMPLETION + b'"x"' + b"".join(b',"k%d":1' % i for i in range(600_000)) + b"}",
+    ),
+    "messages": ("/v1/chat/completions", lambda: CHAT + b"[" + (MESSAGE + b",") * 200_000 + MESSAGE + b"]}"),
+    "tokens": ("/detokenize", lambda: b'{"tokens":[' + b"5," * 900_000 + b"5]}"),
+}
+BIG_TOO: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "token ids": ("/v1/completions", lambda: COMPLETION + b"[" + b"1," * 3_900_000 + b"1]}"),
+    "prompts": ("/v1/completions", lambda: COMPLETION + b"[" + b'"a",' * 1_900_000 + b'"a"]}'),
+    "biases": (
+        "/v1/completions",
+        lambda: COMPLETION + b'"x","logit_bias":{' + b",".join(b'"%d":1' % i for i in range(600_000)) + b"}}",
+    ),
+    "inputs": ("/v1/embeddings", lambda: b'{"model":"demo_model","input":[' + b'"a",' * 1_900_000 + b'"a"]}'),
+    "moderations": ("/v1/moderations", lambda: b'{"input":[' + b'"a",' * 2000 + b'"a"]}'),
+    "properties": (
+        "/v1/completions",
+        lambda: (
+            COMPLETION
             + b'"x","structured_outputs":{"json":{"properties":{'
             + b",".join(b'"k%d":{}' % i for i in range(300_000))
-            + b"}}}}",
+            + b"}}}}"
         ),
-    }
+    ),
+}
 
 
-@pytest.mark.parametrize("name", list(big_bodies()))
+@pytest.mark.parametrize("name", [*BIG, *(pytest.param(name, marks=pytest.mark.attack) for name in BIG_TOO)])
 def test_big_bodies_do_not_delay_other_requests(attacker, name):
     """A replica is considered lost if its gateway is silent for three seconds; the fixture would find that in the log."""
-    path, body = big_bodies()[name]
+    path, make_body = (BIG | BIG_TOO)[name]
+    body = make_body()
     probe = request("/health/live", method="GET", key=None, content_type=None)
     worst_s = 0.0
     with ThreadPoolExecutor(1) as threads:

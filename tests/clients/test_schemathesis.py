@@ -91,9 +91,9 @@ def assert_quiet(caplog: pytest.LogCaptureFixture) -> None:
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR or r.exc_info] == []
 
 
-async def test_some_hundred_requests(tmp_path, caplog):
-    num_requests, output = await run_schemathesis(tmp_path, "--phases", "fuzzing", "--max-examples", "8")
-    assert num_requests >= 200, output
+async def test_a_few_requests_to_each_operation(tmp_path, caplog):
+    num_requests, output = await run_schemathesis(tmp_path, "--phases", "fuzzing", "--max-examples", "3")
+    assert num_requests >= 75, output
     assert_quiet(caplog)
 
 

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from cuda_host.engines import make_config, make_runner
 from cuda_host.gpus import GPUS
 from cuda_host.processes import finish, start_program
+
+from workers.attention import triton_paged
 
 pytestmark = pytest.mark.cuda_host
 
@@ -40,3 +43,15 @@ def test_a_7b_model_on_each_gpu(sized, name):
     assert found["captured_sizes"][-1] == seqs
     # --gpu-memory-utilization is 0.9. What the sampler allocates comes later, and from the rest.
     assert 0.88 <= used / total <= 0.92
+
+
+def test_the_sums_of_segments_of_long_contexts_have_room(device, monkeypatch):
+    """With steps of few tokens, they are what a step needs the most memory for."""
+
+    def num_blocks():
+        return make_runner(make_config(max_num_seqs=8, max_num_batched_tokens=512, cuda_graphs=False)).num_blocks
+
+    with_splits, most = num_blocks(), triton_paged.MAX_PARTIAL_BYTES
+    monkeypatch.setattr(triton_paged, "choose_num_splits", lambda *args, **sizes: 1)
+    block_bytes = make_config().kv_block_bytes
+    assert 0.5 * most < (num_blocks() - with_splits) * block_bytes <= most

@@ -41,13 +41,6 @@ def examples(path: Path) -> Iterator[Any]:
             yield pytest.param(example, answer, id=f"{path.name}:{example.line}")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.kill()
-
-
 @pytest.mark.parametrize(("example", "answer"), [e for path in PAGES for e in examples(path)])
 def test_the_example_gives_what_the_page_prints(example: Fence, answer: Fence, server: Server, tmp_path: Path) -> None:
     code = example.text.replace(ADDRESS, server.url).replace('api_key="none"', f'api_key="{API_KEY}"')

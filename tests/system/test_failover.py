@@ -1,6 +1,6 @@
 """Real ranks are killed and frozen under running streams: clients get the same answers as without, and the gang is replaced.
 
-The first test uses a few cut points; `make test-chaos` uses all 64 (marker chaos).
+The first test uses two cut points, one for each rank; `make test-chaos` uses all 64 (marker chaos).
 """
 
 import signal
@@ -105,7 +105,7 @@ def cut(server: Server, undisturbed: dict, index: int) -> None:
 @pytest.mark.timeout(300)
 def test_a_rank_killed_under_streams_changes_no_byte(server, undisturbed):
     before = server.metric("num_failovers_total")
-    for index in (0, 1, 17, 40):
+    for index in (0, 17):
         cut(server, undisturbed, index)
     assert server.metric("num_failovers_total") > before, "no stream was interrupted, so this run shows nothing"
 

@@ -29,6 +29,14 @@ def hosts() -> Iterator[RayHosts]:
         hosts.close()
 
 
+@pytest.fixture(scope="module")
+def two_gateways(hosts) -> Iterator[Server]:
+    """A command with two gateways."""
+    server = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2", "--gateways", "2")
+    yield server
+    server.kill()
+
+
 def serve(hosts: RayHosts, *options: str) -> Server:
     return Server("--ray-address", hosts.address, *options, env=hosts.env)
 
@@ -95,51 +103,43 @@ def test_another_model_under_the_same_name_is_refused(hosts):
 
 
 @pytest.mark.timeout(240)
-def test_a_killed_controller_is_restarted_and_adopts_the_running_replicas(hosts):
-    server = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2")
-    try:
-        pids = rank_pids(server)
-        view = json.loads(server.get("/admin/cluster")[1])
-        controllers = [
-            p for p in map(psutil.Process, hosts.processes()) if "ControllerActor" in " ".join(p.cmdline()[:1])
-        ]
-        assert len(controllers) == 1
-        controllers[0].kill()
-        server.wait_for(
-            lambda: json.loads(server.get("/admin/cluster")[1])["controller_id"] != view["controller_id"],
-            timeout_s=60,
-            what="connect to the new controller",
+def test_several_gateways_serve_the_same_replicas(two_gateways):
+    server = two_gateways
+    urls = [line.split()[-1].removesuffix("/v1") for line in server.output.splitlines() if line.endswith("/v1")]
+    assert len(urls) == len(set(urls)) == 2, server.output
+    texts = set()
+    for url in urls:
+        request = urllib.request.Request(
+            f"{url}/v1/completions",
+            data=json.dumps({"model": "demo_model", **PROMPT}).encode(),
+            headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
         )
-        server.wait_ready(2)
-        assert rank_pids(server) == pids, "the new controller replaced replicas instead of adopting them"
-        assert server.complete(**PROMPT)["choices"][0]["text"]
-    finally:
-        server.kill()
+        with urllib.request.urlopen(request, timeout=30) as response:
+            texts.add(json.load(response)["choices"][0]["text"])
+    assert len(texts) == 1
+    server.wait_for(
+        lambda: len(json.loads(server.get("/admin/cluster")[1])["gateways"]) == 2,
+        timeout_s=10,
+        what="see both gateways",
+    )
 
 
 @pytest.mark.timeout(240)
-def test_several_gateways_serve_the_same_replicas(hosts):
-    server = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2", "--gateways", "2")
-    try:
-        urls = [line.split()[-1].removesuffix("/v1") for line in server.output.splitlines() if line.endswith("/v1")]
-        assert len(urls) == len(set(urls)) == 2, server.output
-        texts = set()
-        for url in urls:
-            request = urllib.request.Request(
-                f"{url}/v1/completions",
-                data=json.dumps({"model": "demo_model", **PROMPT}).encode(),
-                headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=30) as response:
-                texts.add(json.load(response)["choices"][0]["text"])
-        assert len(texts) == 1
-        server.wait_for(
-            lambda: len(json.loads(server.get("/admin/cluster")[1])["gateways"]) == 2,
-            timeout_s=10,
-            what="see both gateways",
-        )
-    finally:
-        server.kill()
+def test_a_killed_controller_is_restarted_and_adopts_the_running_replicas(hosts, two_gateways):
+    server = two_gateways
+    pids = rank_pids(server)
+    view = json.loads(server.get("/admin/cluster")[1])
+    controllers = [p for p in map(psutil.Process, hosts.processes()) if "ControllerActor" in " ".join(p.cmdline()[:1])]
+    assert len(controllers) == 1
+    controllers[0].kill()
+    server.wait_for(
+        lambda: json.loads(server.get("/admin/cluster")[1])["controller_id"] != view["controller_id"],
+        timeout_s=60,
+        what="connect to the new controller",
+    )
+    server.wait_ready(2)
+    assert rank_pids(server) == pids, "the new controller replaced replicas instead of adopting them"
+    assert server.complete(**PROMPT)["choices"][0]["text"]
 
 
 @pytest.mark.chaos  # a node that joins takes ten seconds or more
@@ -172,8 +172,9 @@ def wait_for(condition: Callable[[], bool], server: subprocess.Popen, timeout_s:
 
 
 @pytest.mark.timeout(120)
-def test_down_removes_everything(hosts):
+def test_down_removes_everything(hosts, two_gateways):
     """Last in this file."""
+    two_gateways.kill()
     command = [str(BIN / "tramontane"), "down", "--ray-address", hosts.address]
     done = subprocess.run(command, env=hosts.env, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """`tramontane serve` in hostile surroundings, each in namespaces of its own: one sentence within seconds, or a server that works.
 
-Needs root and `unshare`: a full /tmp or a machine without a network must not be those of the other tests.
+Needs root and `unshare`: a full /tmp or a machine without a network must not be those of the other tests. `make test` runs one surrounding
+of each kind, `make test-attack` all.
 """
 
 import json
@@ -45,22 +46,27 @@ def refused(command: list[str], **environ: str) -> str:
     return said[0]
 
 
+REFUSED = [
+    ("mount -t tmpfs -o size=64k t /tmp; " + FILL.format("/tmp"), {}, "/tmp is full: it has 0.0 MiB free", "set RAY_TMPDIR"),
+    ("mount -t tmpfs -o ro t /mnt", {"TMPDIR": "/mnt"}, "TMPDIR, /mnt, is read-only", "Make it writable"),
+    ("ip link set lo down", {}, "cannot connect to its own address 127.0.0.1", "ip link set lo up"),
+]  # fmt: skip
+REFUSED_TOO = [
+    ("mount -t tmpfs -o size=1m t /tmp", {}, "/tmp is full: it has 1.0 MiB free", "Free 32 MiB there"),
+    ("mount -t tmpfs -o nr_inodes=50 t /tmp", {}, "/tmp is full", "no room for more files"),
+    ("mount -t tmpfs -o ro t /tmp", {}, "/tmp is read-only", "Make it writable"),
+    ("mount -t tmpfs -o size=64k t /mnt; " + FILL.format("/mnt"), {"TMPDIR": "/mnt"}, "TMPDIR, /mnt, is full", "set RAY_TMPDIR"),
+    ("mount -t tmpfs -o ro t /mnt", {"RAY_TMPDIR": "/mnt"}, "RAY_TMPDIR, /mnt, is read-only", "Make it writable"),
+    ("true", {"RAY_TMPDIR": "/no/such"}, "RAY_TMPDIR, /no/such, does not exist", "Create it"),
+    ("true", {"RAY_TMPDIR": f"/tmp/{LONG}"}, "RAY_TMPDIR is 78 bytes long", "at most 15 bytes"),
+    ("ulimit -n 64", {}, "only 64 open files", "ulimit -n 65536"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("setup", "environ", "cause", "remedy"),
-    [
-        ("mount -t tmpfs -o size=64k t /tmp; " + FILL.format("/tmp"), {}, "/tmp is full: it has 0.0 MiB free", "set RAY_TMPDIR"),
-        ("mount -t tmpfs -o size=1m t /tmp", {}, "/tmp is full: it has 1.0 MiB free", "Free 32 MiB there"),
-        ("mount -t tmpfs -o nr_inodes=50 t /tmp", {}, "/tmp is full", "no room for more files"),
-        ("mount -t tmpfs -o ro t /tmp", {}, "/tmp is read-only", "Make it writable"),
-        ("mount -t tmpfs -o size=64k t /mnt; " + FILL.format("/mnt"), {"TMPDIR": "/mnt"}, "TMPDIR, /mnt, is full", "set RAY_TMPDIR"),
-        ("mount -t tmpfs -o ro t /mnt", {"TMPDIR": "/mnt"}, "TMPDIR, /mnt, is read-only", "Make it writable"),
-        ("mount -t tmpfs -o ro t /mnt", {"RAY_TMPDIR": "/mnt"}, "RAY_TMPDIR, /mnt, is read-only", "Make it writable"),
-        ("true", {"RAY_TMPDIR": "/no/such"}, "RAY_TMPDIR, /no/such, does not exist", "Create it"),
-        ("true", {"RAY_TMPDIR": f"/tmp/{LONG}"}, "RAY_TMPDIR is 78 bytes long", "at most 15 bytes"),
-        ("ip link set lo down", {}, "cannot connect to its own address 127.0.0.1", "ip link set lo up"),
-        ("ulimit -n 64", {}, "only 64 open files", "ulimit -n 65536"),
-    ],
-)  # fmt: skip
+    [*REFUSED, *(pytest.param(*case, marks=pytest.mark.attack) for case in REFUSED_TOO)],
+)
 def test_serve_says_what_is_wrong_in_one_sentence(setup: str, environ: dict[str, str], cause: str, remedy: str) -> None:
     if setup.startswith("mount") and " t /tmp" in setup and ROOT.is_relative_to("/tmp"):
         pytest.skip("this checkout is in /tmp, which the command would not find")
@@ -70,6 +76,7 @@ def test_serve_says_what_is_wrong_in_one_sentence(setup: str, environ: dict[str,
     assert cause in said and remedy in said
 
 
+@pytest.mark.attack
 def test_batch_run_says_so_too(tmp_path: Path) -> None:
     lines = tmp_path / "in.jsonl"
     body = '{"model": "demo_model", "prompt": "x", "max_tokens": 1}'
@@ -79,6 +86,7 @@ def test_batch_run_says_so_too(tmp_path: Path) -> None:
     assert "TMPDIR, /mnt, is read-only" in said
 
 
+@pytest.mark.attack
 def test_what_can_be_worked_with_is(tmp_path: Path) -> None:
     """No network and no name, few files at first, shared memory that is read-only, a long TMPDIR, and a non-ASCII path under LC_ALL=C."""
     model = tmp_path / "mod èle-日本"

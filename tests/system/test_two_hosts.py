@@ -1,4 +1,8 @@
-"""Two hosts, as network namespaces with a veth pair and Ray with its token between them; then the cable is pulled."""
+"""Two hosts, as network namespaces with a veth pair and Ray with its token between them; then the cable is pulled.
+
+Part of `make test-chaos`. `make test` shows the parts on one host: test_failover.py freezes ranks, tests/cluster/replicas/test_client.py lets
+a connection fall silent, and tests/workers/parallel/test_distributed.py runs ranks over Gloo.
+"""
 
 import contextlib
 import time
@@ -8,7 +12,10 @@ import pytest
 from support.servers.ray_hosts import RayHosts, can_make_namespaces
 from support.servers.remote_server import Reader, RemoteServer, nodes_of, text_of
 
-pytestmark = pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces")
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.skipif(not can_make_namespaces(), reason="needs root, iproute2 and network namespaces"),
+]
 BODY = {"model": "demo_model", "prompt": "class Reader:\n", "max_tokens": 500, "seed": 5, "ignore_eos": True}
 
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from workers.attention.backend import AttentionBackend
+from workers.attention.native import NativeBackend
 from workers.attention.sdpa import SdpaBackend
 from workers.config import AttentionChoice
 from workers.errors import ConfigError
 from workers.kernels.usable import why_triton_cannot_run
+from workers.native.library import NativeLibrary, NoNativeLibrary, load_library
+from workers.native.matrices import DTYPE_NAMES
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +41,15 @@ def select_backend(
     choice: AttentionChoice = "auto",
     deterministic: bool = False,
 ) -> Selection:
-    """Triton on CUDA, FlashAttention where Triton cannot run, else the specification. Logs the choice with its reason.
+    """Triton on CUDA, FlashAttention where Triton cannot run; on the CPU the compiled kernel; else the specification. Logs the choice with
+    its reason.
 
     Raises ConfigError if `choice` names a backend that cannot run, or if on CUDA none can that is `deterministic`.
     """
 
     def obstacle_to(name: str) -> str | None:
+        if name == "native":
+            return native_obstacle(dtype, device=device)
         if name == "triton":
             return triton_obstacle(group=num_heads // num_kv_heads, head_dim=head_dim, device=device)
         return flash_obstacle(dtype, block_size=block_size, head_dim=head_dim, device=device)
@@ -59,7 +65,12 @@ def select_backend(
             )
         name, reason = choice, "--attention-backend names it"
     elif device.type != "cuda":
-        name, reason = "sdpa", f"the device is {device.type}"
+        native = obstacle_to("native")
+        name, reason = (
+            ("native", "it is the first choice on the CPU")
+            if native is None
+            else ("sdpa", f"native cannot run: {native}")
+        )
     elif (triton := obstacle_to("triton")) is None:
         name, reason = "triton", "it is the first choice on CUDA"
     elif deterministic:
@@ -80,10 +91,22 @@ def select_backend(
         ", the slow reference" if device.type == "cuda" and name == "sdpa" else "",
         reason,
     )
-    return Selection(
-        backend=_new(name, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=sliding_window),
-        reason=reason,
+    backend = _new(
+        name, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=sliding_window
     )
+    return Selection(backend=backend, reason=reason)
+
+
+def native_obstacle(dtype: torch.dtype, *, device: torch.device) -> str | None:
+    """Why the compiled kernel for the CPU cannot run; None where it can."""
+    if device.type != "cpu":
+        return f"it needs a CPU, and the device is {device.type}"
+    if dtype not in DTYPE_NAMES:
+        return f"it needs float32 or bfloat16, not {dtype}"
+    library = load_library()
+    if isinstance(library, NoNativeLibrary):
+        return f"there are no compiled kernels ({library.reason.rstrip('.')})"
+    return None
 
 
 def triton_obstacle(*, group: int, head_dim: int, device: torch.device = CUDA) -> str | None:
@@ -117,8 +140,21 @@ def flash_obstacle(dtype: torch.dtype, *, block_size: int, head_dim: int, device
     return None
 
 
-def _new(name: str, *, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None) -> AttentionBackend:
+def _new(
+    name: str, *, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+) -> AttentionBackend:
     """Imports the backend late, because Triton is not everywhere and FlashAttention takes a second."""
+    if name == "native":
+        library = load_library()
+        assert isinstance(library, NativeLibrary)
+        return NativeBackend(
+            library,
+            dtype=dtype,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            sliding_window=window,
+        )
     if name == "triton":
         from workers.attention.triton_paged import TritonBackend
 

@@ -75,6 +75,17 @@ def choose_num_splits(
     return min(num_segments, max(wanted, MIN_SPLITS))
 
 
+def widest_split(num_tokens: int, *, num_heads: int, head_dim: int) -> tuple[int, int]:
+    """(num_tokens, seq_len) of the step, of at most so many tokens, whose segments' sums take the most memory. num_heads: of this rank.
+
+    With 32 heads of 128 there is room for 8,065 sums of a token: 512 tokens with 15 segments of 512 keys, or 4,032 with 2.
+    """
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    most = MAX_PARTIAL_BYTES // (4 * (block_d + 2) * num_heads)
+    num_tokens = max(1, min(num_tokens, most // 2))
+    return num_tokens, most // num_tokens * SEGMENT
+
+
 class TritonBackend:
     """See `AttentionBackend`."""
 

@@ -5,6 +5,7 @@ tables. Knows numpy; no torch, no scheduling policy.
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -86,6 +87,16 @@ def size_to_capture(message: np.ndarray) -> int | None:
     return int(message[-1]) if len(message) == len(STOP) + 1 else None
 
 
+def profile_message(*, begins: bool) -> np.ndarray:
+    """Tells followers to begin or to end a recording of their steps. Longer than the message above, shorter than any batch."""
+    return np.concatenate([STOP, np.array([0, begins], dtype=np.int32)])
+
+
+def profile_begins(message: np.ndarray) -> bool | None:
+    """What `profile_message` was made of; None for every other message."""
+    return bool(message[-1]) if len(message) == len(STOP) + 2 else None
+
+
 def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> ForwardBatch:
     """Lays the scheduled tokens end to end.
 
@@ -95,12 +106,9 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
     token_ids: list[int] = []
     unread_rows: list[int] = []
     starts, lens, logits_indices, prompt_logits_indices = [], [], [], []
-    max_blocks = max(len(s.request.sequence.block_ids) for s in scheduled)
-    block_table = np.full((len(scheduled), max_blocks), NULL_BLOCK, dtype=np.int32)
-    for row, s in enumerate(scheduled):
+    for s in scheduled:
         request, sequence, num_new_tokens = s.request, s.request.sequence, s.num_new_tokens
         start = sequence.num_computed_tokens
-        block_table[row, : len(sequence.block_ids)] = np.frombuffer(sequence.block_ids, dtype=np.int32)
         if request.prompt_output is not None and request.prompt_output.needs_logits:
             prompt_logits_indices += [len(token_ids) + p - start for p in s.prompt_rows]
         known = sequence.token_ids[start : start + num_new_tokens]
@@ -114,6 +122,7 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
         lens.append(num_new_tokens)
         if s.samples:
             logits_indices.append(len(token_ids) - 1)
+    block_table = _block_table([s.request.sequence.block_ids for s in scheduled])
     query_lens = np.array(lens, dtype=np.int32)
     first_positions = np.array(starts, dtype=np.int32)
     # Of each token: its sequence, and how many tokens of the batch come before that sequence's.
@@ -133,22 +142,38 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
     )
 
 
+def _block_table(rows: "Sequence[array[int]]") -> np.ndarray:
+    """[len(rows), max_blocks] int32: the rows, each with null blocks after it. Joined as bytes, which costs least for many rows."""
+    num_bytes = max(map(len, rows)) * np.dtype(np.int32).itemsize
+    # All bytes of the null block's number, 0, are equal.
+    joined = b"".join([row.tobytes().ljust(num_bytes, bytes([NULL_BLOCK])) for row in rows])
+    return np.frombuffer(joined, dtype=np.int32).reshape(len(rows), -1)
+
+
 def dummy_batch(
-    num_tokens: int, max_tokens_per_seq: int, block_size: int, *, num_prompt_logits: int = 0
+    num_tokens: int,
+    max_tokens_per_seq: int,
+    block_size: int,
+    *,
+    num_computed_tokens: int = 0,
+    num_prompt_logits: int = 0,
 ) -> ForwardBatch:
-    """A batch that computes `num_tokens` tokens into the null block: for warm-up, memory profiling and heartbeats."""
+    """A batch that computes `num_tokens` tokens into the null block: for warm-up, memory profiling and heartbeats. num_computed_tokens:
+    of each sequence, before these.
+    """
     full, rest = divmod(num_tokens, max_tokens_per_seq)
     query_lens = np.array([max_tokens_per_seq] * full + [rest] * (rest > 0), dtype=np.int32)
     positions = np.concatenate([np.arange(n, dtype=np.int32) for n in query_lens])
     zeros = np.zeros(num_tokens, dtype=np.int32)
+    max_blocks = -(-(num_computed_tokens + max_tokens_per_seq) // block_size)
     return ForwardBatch(
         token_ids=zeros,
         unread_rows=np.full(num_tokens, -1, dtype=np.int32),
-        positions=positions,
+        positions=num_computed_tokens + positions,
         slot_mapping=zeros,
         query_lens=query_lens,
-        seq_lens=query_lens,
+        seq_lens=num_computed_tokens + query_lens,
         logits_indices=np.cumsum(query_lens, dtype=np.int32) - 1,
         prompt_logits_indices=np.arange(num_prompt_logits, dtype=np.int32),
-        block_table=np.full((len(query_lens), -(-max_tokens_per_seq // block_size)), NULL_BLOCK, dtype=np.int32),
+        block_table=np.full((len(query_lens), max_blocks), NULL_BLOCK, dtype=np.int32),
     )

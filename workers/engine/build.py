@@ -12,8 +12,9 @@ from workers.engine.cuda_graphs import CudaGraphRecorder, GraphRecorder
 from workers.engine.model_runner import ModelRunner
 from workers.kernels.layer_kernels import select_layer_kernels
 from workers.model.mistral import MistralForCausalLM
+from workers.native.library import NativeLibrary, load_library
 from workers.parallel.group import TensorParallel
-from workers.quant.dense import select_dense
+from workers.quant.select import select_method
 from workers.weights.loader import Progress, load_weights
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ def build_runner(
         torch.set_num_threads(1)
         num_threads = config.num_threads or max(1, available_cpus() // tp.size)
     dtype: torch.dtype = getattr(torch, config.dtype)
+    library = _library(tp.device)
     model_config = config.model
     backend = select_backend(
         device=tp.device,
@@ -56,8 +58,10 @@ def build_runner(
         dtype=dtype,
         device=tp.device,
         max_positions=config.max_model_len,
-        method=select_dense(tp.device, deterministic=config.deterministic),
-        kernels=select_layer_kernels(tp.device),
+        method=select_method(
+            tp.device, quantization=config.quantization, library=library, deterministic=config.deterministic
+        ),
+        kernels=select_layer_kernels(tp.device, dtype=dtype, library=library),
     )
     if load is None:
         load_weights(model, config.model_path, model_config, progress=progress)
@@ -73,6 +77,18 @@ def build_runner(
         pads_decodes=tp.device.type == "cuda",
         graph_recorder=_graph_recorder(config, tp.device, attention_backend=backend.name),
     )
+
+
+def _library(device: torch.device) -> NativeLibrary | None:
+    """The kernels compiled for this CPU, if there are any; logs which, or why there are none."""
+    if device.type != "cpu":
+        return None
+    library = load_library()
+    if isinstance(library, NativeLibrary):
+        log.info("The CPU computes with the compiled kernels %s.", library.variant)
+        return library
+    log.warning("The CPU computes without compiled kernels, more slowly. %s", library.reason)
+    return None
 
 
 def _graph_recorder(config: EngineConfig, device: torch.device, *, attention_backend: str) -> GraphRecorder | None:

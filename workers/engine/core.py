@@ -15,7 +15,7 @@ from workers.engine.advance import advance, failure
 from workers.engine.batch import STOP, ForwardBatch, capture_message, dummy_batch, make_batch
 from workers.engine.in_flight import LaunchedStep
 from workers.engine.model_runner import ModelRunner
-from workers.engine.next_tokens import SampleTokens, make_sampling, no_tokens
+from workers.engine.next_tokens import SampleTokens, make_sampling, no_tokens, rows_of
 from workers.engine.prompt_outputs import PromptReader, make_prompt_output
 from workers.engine.report import engine_facts, load_report
 from workers.engine.request import Request, ScheduledRequest, make_request
@@ -210,7 +210,8 @@ class EngineCore:
 
     def _broadcast(self, scheduled: Sequence[ScheduledRequest]) -> ForwardBatch:
         batch = make_batch(scheduled, self.config.block_size)
-        self.tp.broadcast(batch.pack())
+        if self.tp.size > 1:
+            self.tp.broadcast(batch.pack())
         return batch
 
     def _execute(self, batch: ForwardBatch, step: LaunchedStep) -> torch.Tensor | None:
@@ -231,9 +232,7 @@ class EngineCore:
             step.tokens = no_tokens(self.runner.mark())
             return
         assert logits is not None, "rank 0 gathers the logits"
-        if len(rows) < len(step.sampling):
-            logits = logits[rows]
-        step.tokens = self._sampling.sample(logits, [step.sampling[i] for i in rows], masks)
+        step.tokens = self._sampling.sample(rows_of(logits, rows), [step.sampling[i] for i in rows], masks)
 
     def _launched(self, step: LaunchedStep) -> None:
         for request in step.commit(self.kv_cache, max_model_len=self.max_model_len):
@@ -257,6 +256,7 @@ class EngineCore:
             if request.num_output_tokens == 0:
                 self._prompt_tokens_total += request.num_prompt_tokens
             deltas += self._advance(request, sampled)
+        self._generated_tokens_total += sum([len(delta.token_ids) for delta in deltas])
         return deltas
 
     def _is_busy(self) -> bool:
@@ -267,7 +267,6 @@ class EngineCore:
         deltas = advance(
             request, sampled, eos_token_ids=self.config.model.eos_token_ids, max_model_len=self.max_model_len
         )
-        self._generated_tokens_total += sum(len(delta.token_ids) for delta in deltas)
         if deltas[-1].finish_reason is not None:
             self.abort(request.request_id)
         elif request.constraint is not None:

@@ -21,6 +21,7 @@ from workers.attention.triton_paged import SEGMENT, TritonBackend
 from workers.config import TENSOR_PARALLEL_SIZES, EngineConfig
 from workers.kernels import sample
 from workers.kernels.add_rms_norm import add_rms_norm
+from workers.kernels.logprobs import find_logprobs
 from workers.kernels.matmul import matmul
 from workers.kernels.offline import MAX_SHARED_BYTES, compile_for
 from workers.kernels.rotary_kv import rotary_kv
@@ -115,7 +116,10 @@ def launch_sampling(vocab_size: int) -> None:
         truncates=True,
     )
     sample.edit(logits, torch.empty(NUM_TOKENS, dtype=torch.int64), torch.empty(NUM_TOKENS))
-    sample.choose(sample.adjust(logits, counts, table), counts, table)
+    token_ids = sample.choose(sample.adjust(logits, counts, table), counts, table)[0]
+    # Of the tokens of some rows, and of prompts.
+    for rows in (torch.empty(NUM_TOKENS, dtype=torch.int64), None):
+        find_logprobs(logits, token_ids, rows=rows, max_top=5)
 
 
 def empty(*shape: int) -> torch.Tensor:

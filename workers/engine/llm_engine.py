@@ -9,6 +9,7 @@ from workers.device.require import require_gpu
 from workers.device.sizes import sized_for
 from workers.engine.build import Progress, build_runner
 from workers.engine.core import EngineCore
+from workers.engine.loop import Core
 from workers.errors import ConfigError, RequestError
 from workers.parallel.group import SingleRank
 from workers.protocol import FinishReason, GenerateRequest, TokenDelta
@@ -52,7 +53,7 @@ def run_requests(core: EngineCore, requests: Sequence[GenerateRequest]) -> list[
     return list(outputs.values())
 
 
-def stream_requests(core: EngineCore, requests: Sequence[GenerateRequest]) -> Iterator[TokenDelta]:
+def stream_requests(core: Core, requests: Sequence[GenerateRequest]) -> Iterator[TokenDelta]:
     """Deltas of all the requests as steps produce them. Closing the iterator early aborts unfinished requests."""
     added = []
     try:

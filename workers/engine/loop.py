@@ -35,7 +35,7 @@ class Core(Protocol):
 
 
 class EngineLoop:
-    """Owns the thread that owns the core. `submit`, `abort` and `stop` may be called from any thread.
+    """Owns the thread that owns the core. `submit`, `abort`, `use` and `stop` may be called from any thread.
 
     `on_failure` runs on the engine thread after an exception, kept in `failure`, has ended the loop. Requests that are in the engine
     then get no delta: the replica has ended, and the gateway continues them on another one.
@@ -49,11 +49,11 @@ class EngineLoop:
         on_failure: Callable[[Exception], None] | None = None,
         idle_heartbeat_s: float = IDLE_HEARTBEAT_S,
     ) -> None:
-        self._core = core
+        self.core = core
         self._publish = publish
         self._on_failure = on_failure
         self._idle_heartbeat_s = idle_heartbeat_s
-        self._inbox: queue.SimpleQueue[GenerateRequest | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[GenerateRequest | str | Callable[[], Core] | None] = queue.SimpleQueue()
         self._stopping = False
         self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -67,6 +67,10 @@ class EngineLoop:
     def abort(self, request_id: str) -> None:
         self._inbox.put(request_id)
 
+    def use(self, make: Callable[[], Core]) -> None:
+        """Calls `make` on the engine thread, between two steps; what it returns is the core from then on: one with the same requests."""
+        self._inbox.put(make)
+
     def stop(self, timeout_s: float = 10.0) -> bool:
         """Lets the current step end and shuts the core down. False if the thread is still busy after `timeout_s`."""
         self._inbox.put(None)
@@ -76,17 +80,17 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            self._core.heartbeat()
+            self.core.heartbeat()
             last_forward = time.monotonic()
             while not self._stopping:
-                self._drain(wait=not self._core.has_work(), until=last_forward + self._idle_heartbeat_s)
-                if self._core.has_work():
+                self._drain(wait=not self.core.has_work(), until=last_forward + self._idle_heartbeat_s)
+                if self.core.has_work():
                     self._step()
                     last_forward = time.monotonic()
                 elif not self._stopping and time.monotonic() >= last_forward + self._idle_heartbeat_s:
-                    self._core.heartbeat()
+                    self.core.heartbeat()
                     last_forward = time.monotonic()
-            self._core.shutdown()
+            self.core.shutdown()
         except Exception as e:  # the one boundary: whatever failed, this replica has ended
             log.exception("The engine stopped: %s", e)
             self._fail(e)
@@ -101,7 +105,9 @@ class EngineLoop:
                 if item is None:
                     self._stopping = True
                 elif isinstance(item, str):
-                    self._core.abort(item)
+                    self.core.abort(item)
+                elif callable(item):
+                    self.core = item()
                 else:
                     self._add(item)
         except queue.Empty:
@@ -109,7 +115,7 @@ class EngineLoop:
 
     def _add(self, request: GenerateRequest) -> None:
         try:
-            self._core.add_request(request)
+            self.core.add_request(request)
         except RequestError as e:
             self._publish([_error(request.request_id, str(e), refused=True)], None)
         except Exception as e:  # one request must not end the engine
@@ -118,8 +124,8 @@ class EngineLoop:
             self._publish([_error(request.request_id, message)], None)
 
     def _step(self) -> None:
-        deltas = self._core.step()
-        events = self._core.take_cache_events()
+        deltas = self.core.step()
+        events = self.core.take_cache_events()
         if deltas or events is not None:
             self._publish(deltas, events)
 

@@ -249,8 +249,8 @@ class ModelRunner:
         self.tp.broadcast_tensor(token_ids)
 
     def _profile(self) -> None:
-        """Runs the largest step once with a one-block cache, so that peak memory is known before the real cache is sized, and takes the
-        memory of the graphs to come.
+        """Runs the steps that need the most memory with a one-block cache, so that peak memory is known before the real cache is sized, and
+        takes the memory of the graphs to come.
         """
         config = self.config
         self.kv_cache = kv_cache.allocate(config, 1, self.dtype, self.tp.device)
@@ -263,6 +263,14 @@ class ModelRunner:
         num_prompt_logits = min(num_tokens, PROMPT_LOGITS_AT_ONCE)
         batch = dummy_batch(num_tokens, longest, config.block_size, num_prompt_logits=num_prompt_logits)
         self.execute(batch, _LikePromptLogprobs())
+        if self.attention_backend == "triton":
+            # Imported here because Triton comes with the CUDA builds of torch only.
+            from workers.attention.triton_paged import widest_split
+
+            num_heads = config.model.num_attention_heads // self.tp.size
+            num_tokens, seq_len = widest_split(num_tokens, num_heads=num_heads, head_dim=config.model.head_dim)
+            num_computed_tokens = max(0, min(seq_len, config.max_model_len) - longest)
+            self.execute(dummy_batch(num_tokens, longest, config.block_size, num_computed_tokens=num_computed_tokens))
         torch.cuda.synchronize(self.tp.device)
         self.kv_cache = []
         # Pieces that a KV cache does not fit into.

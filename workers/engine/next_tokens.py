@@ -5,6 +5,7 @@ Knows requests and the two samplers, whose tokens are the same. Knows no schedul
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from workers.config import EngineConfig
@@ -13,6 +14,7 @@ from workers.engine.request import Request
 from workers.sampling.device_sampler import DeviceSampler
 from workers.sampling.pending import DeviceRow
 from workers.sampling.sampler import Sampled, SamplingRow, sample
+from workers.sampling.transfer import upload
 
 # From logits [len(rows), vocab_size] to the next tokens of each row, at least one.
 SampleTokens = Callable[[torch.Tensor, Sequence[SamplingRow]], Sequence[Sequence[Sampled]]]
@@ -26,6 +28,14 @@ def no_tokens(wait: Callable[[], None]) -> NextTokens:
         return ()
 
     return NextTokens((), read)
+
+
+def rows_of(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """These rows, in this order, without a wait for the device. logits: [n, vocab_size]; rows: at most n, each once."""
+    if len(rows) == len(logits):
+        return logits
+    (index,) = upload([np.array(rows)], logits.device)
+    return logits.index_select(0, index)
 
 
 class HostSampling:

@@ -50,7 +50,7 @@ class PromptLogprobs:
 
     def _take_download(self) -> None:
         tensors = LogprobTensors(*self._downloads.popleft().wait())
-        self._logprobs += list_logprobs(tensors, [self._num_top] * len(tensors.token_ids))
+        self._logprobs += list_logprobs(tensors, [self._num_top] * len(tensors.ids))
 
 
 class MeanEmbedding:

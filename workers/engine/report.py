@@ -83,4 +83,6 @@ def engine_facts(
         hidden_size=config.model.hidden_size,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_background_tokens=config.background_tokens,
+        dtype=config.dtype,
+        quantization=config.quantization,
     )

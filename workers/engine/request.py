@@ -138,9 +138,10 @@ class Request:
         return num_tokens - self.num_prompt_tokens >= self.sampling.max_tokens or num_tokens >= max_model_len
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledRequest:
-    """A request and how many of its tokens the step computes.
+    """A request and how many of its tokens the step computes. Never changes: it is not frozen, because that takes three times as long to
+    make, and each step makes one for each of its requests.
 
     completes: whether this step computes the request's last token, as it is now. samples: whether the logits of that token choose the
     next one in this step.
@@ -152,9 +153,8 @@ class ScheduledRequest:
     samples: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        completes = self.num_new_tokens == self.request.num_pending_tokens
-        object.__setattr__(self, "completes", completes)
-        object.__setattr__(self, "samples", completes and self.request.sampling.max_tokens > 0)
+        self.completes = self.num_new_tokens == self.request.num_pending_tokens
+        self.samples = self.completes and self.request.sampling.max_tokens > 0
 
     @property
     def prompt_rows(self) -> range:

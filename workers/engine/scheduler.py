@@ -104,13 +104,13 @@ class Scheduler:
         first waiting request can never run.
         """
         step = self._begin_step()
-        while (request := self._next(step)) is not None and step.budget_for(request) > 0:
+        while (request := self._next(step)) is not None and (budget := step.budget_for(request)) > 0:
             if request is self._next_waiting(step):
-                self._start(request, step)
+                self._start(request, step, budget)
             elif request.is_held:
                 step.num_visited += 1
             else:
-                self._grow(request, step)
+                self._grow(request, step, budget)
         return step.scheduled
 
     def shows_speed(self, scheduled: Sequence[ScheduledRequest]) -> bool:
@@ -154,20 +154,20 @@ class Scheduler:
     def _next_waiting(self, step: _Step) -> Request | None:
         return self.waiting[0] if self.waiting and self.waiting[0].priority < step.admits_below else None
 
-    def _grow(self, request: Request, step: _Step) -> None:
+    def _grow(self, request: Request, step: _Step, budget: int) -> None:
         """A running request continues. Without room for it the last in order is preempted, which may be the request itself."""
-        num_new_tokens = min(request.num_pending_tokens, step.budget_for(request))
+        num_new_tokens = min(request.num_pending_tokens, budget)
         while not self.kv_cache.grow(request.sequence, num_new_tokens):
             if self._preempt_last(step) is request:
                 return
         step.add(request, num_new_tokens)
 
-    def _start(self, request: Request, step: _Step) -> None:
+    def _start(self, request: Request, step: _Step, budget: int) -> None:
         """A waiting request starts. Requests of worse priority are preempted for it, one by one from the last; equal ones are not."""
         sequence = request.sequence
         prefix = self.kv_cache.find_prefix(sequence, request.max_prefix_tokens)
         num_missing = request.num_tokens - len(prefix) * self.kv_cache.block_size
-        num_new_tokens = min(num_missing, step.budget_for(request))
+        num_new_tokens = min(num_missing, budget)
         while len(self.running) >= self.max_num_seqs or not self.kv_cache.start(sequence, prefix, num_new_tokens):
             if not self.running or self.running[-1].priority <= request.priority:
                 # No other may overtake it, or a large request would wait forever.

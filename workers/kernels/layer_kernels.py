@@ -1,4 +1,4 @@
-"""The kernels of a decoder layer as one set, chosen once when the model is built: plain torch, or Triton on CUDA."""
+"""The kernels of a decoder layer as one set, chosen once when the model is built: compiled for the CPU, Triton on CUDA, or plain torch."""
 
 import logging
 from typing import Protocol
@@ -6,7 +6,10 @@ from typing import Protocol
 import torch
 
 from workers.kernels import layer_specification as specification
+from workers.kernels.native_layers import NativeLayerKernels
 from workers.kernels.usable import why_triton_cannot_run
+from workers.native.library import NativeLibrary
+from workers.native.matrices import DTYPE_NAMES
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +58,14 @@ class TritonLayerKernels:
 TORCH_LAYER_KERNELS = TorchLayerKernels()
 
 
-def select_layer_kernels(device: torch.device) -> LayerKernels:
-    """Triton on CUDA, else the specifications; a fallback on CUDA is logged with its reason."""
+def select_layer_kernels(
+    device: torch.device, *, dtype: torch.dtype, library: NativeLibrary | None = None
+) -> LayerKernels:
+    """Triton on CUDA; on the CPU those of `library`, if there is one; else the specifications. A fallback on CUDA is logged with its
+    reason.
+    """
+    if device.type == "cpu" and library is not None and dtype in DTYPE_NAMES:
+        return NativeLayerKernels(library, dtype)
     if device.type != "cuda":
         return TORCH_LAYER_KERNELS
     if obstacle := why_triton_cannot_run(device):

@@ -1,4 +1,5 @@
-"""What the kernels in sample.py compute, in plain torch: adjusted logits, and one token of each row. Every device gives the same tokens.
+"""What the kernels in sample.py and logprobs.py compute, in plain torch: adjusted logits, one token of each row, and log-probabilities.
+Every device gives the same tokens.
 
 A logit becomes a whole number, its weight: exp((logit - best) / temperature) * 2**44, rounded down. Sums of whole numbers are exact in any
 order, so min_p, top_k, top_p and the draw are exact comparisons, on a CPU and on a GPU alike. What comes before them uses float32
@@ -153,6 +154,26 @@ def choose(logits: torch.Tensor, counts: torch.Tensor, table: SamplingTable) -> 
         index = table.slot.clamp(min=0) * logits.shape[-1] + chosen[0]
         counts.view(-1).scatter_add_(0, index, counted.to(counts.dtype))
     return chosen
+
+
+def find_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, *, rows: torch.Tensor | None = None, max_top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of a token of each row, and of its k = min(max_top, vocab_size) most likely ones. A row's values depend on that row
+    alone.
+
+    logits: [n, vocab_size] float32; token_ids: [n] int64; rows: [m] int64, the rows that are wanted, None for all. Returns values
+    [m, 1 + k] float32, the token's and the most likely ones', the largest first, and ids [m, 2 + k] int32: the token, its rank, 1 for the
+    most likely one, and the most likely ones.
+    """
+    if rows is not None:
+        logits, token_ids = logits.index_select(0, rows), token_ids.index_select(0, rows)
+    token_ids = token_ids[:, None]
+    ranks = (logits > logits.gather(1, token_ids)).sum(dim=-1, keepdim=True) + 1
+    logprobs = logits.log_softmax(dim=-1)
+    top_logprobs, top_ids = logprobs.topk(min(max_top, logits.shape[-1]), dim=-1)
+    values = torch.cat((logprobs.gather(1, token_ids), top_logprobs), dim=1)
+    return values, torch.cat((token_ids, ranks, top_ids), dim=1).to(torch.int32)
 
 
 def token_weights(logits: torch.Tensor, best: torch.Tensor, *, inverse_temperature: torch.Tensor) -> torch.Tensor:

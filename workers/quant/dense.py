@@ -1,6 +1,6 @@
-"""Weights as they are: one dense matrix in the engine's dtype, laid out for oneDNN where that computes faster.
+"""Weights as they are: one dense matrix in the engine's dtype, laid out for the compiled kernels or for oneDNN on a CPU.
 
-Knows torch's products and when to use the deterministic one; no ranks and no layers.
+Knows the products and when to use the deterministic one; no ranks and no layers.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from workers.errors import ConfigError
-from workers.kernels.usable import why_triton_cannot_run
+from workers.native.library import NativeLibrary
+from workers.native.matrices import PackedMatrix, pack_dense, packs
 from workers.quant.method import WeightLoader, new_weight
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -35,9 +35,9 @@ def pack(weight: nn.Parameter) -> nn.Parameter:
 
     Measured against F.linear on one thread: 1.1 to 3.3 times as fast at 2 to 16 rows, 6 to 25 % faster at 256 rows; slower at one row
     on small matrices (256 x 768: 25 us, not 15 us) and at every row count on 256 x 256. The deciding reason: a row's result no longer
-    depends on the batch around it, so a request's tokens and log-probabilities do not either. Without packing (half types, a torch
-    without oneDNN, CUDA without --deterministic) a request continues elsewhere with the same seed, but the last bits of its logits may
-    differ.
+    depends on the batch around it, so a request's tokens and log-probabilities do not either. Without packing (half types without the
+    compiled kernels, a torch without oneDNN, CUDA without --deterministic) a request continues elsewhere with the same seed, but the last
+    bits of its logits may differ.
     """
     if not CAN_PACK or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return weight
@@ -46,10 +46,14 @@ def pack(weight: nn.Parameter) -> nn.Parameter:
 
 
 class DenseMethod:
-    """See `WeightMethod`. The only parameter is `weight` [out_features, in_features]. `product` has the signature of `linear`."""
+    """See `WeightMethod`. The only parameter is `weight` [out_features, in_features], until `finish` packs it.
 
-    def __init__(self, product: Product = linear) -> None:
+    product: has the signature of `linear`. library: its kernels compute where they know the dtype.
+    """
+
+    def __init__(self, product: Product = linear, *, library: NativeLibrary | None = None) -> None:
         self.product = product
+        self.library = library
 
     def create(
         self,
@@ -70,33 +74,22 @@ class DenseMethod:
         return target.numel()
 
     def finish(self, layer: nn.Module) -> None:
-        if self.product is linear:
-            layer.register_parameter("weight", pack(_weight(layer)))
+        weight = _weight(layer)
+        if self.library is not None and packs(weight.dtype, in_features=weight.shape[1]):
+            layer.matrix = pack_dense(self.library, weight)
+            layer.register_parameter("weight", nn.Parameter(layer.matrix.packed, requires_grad=False))
+        elif self.product is linear:
+            layer.register_parameter("weight", pack(weight))
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.product(x, _weight(layer), bias)
+        matrix = cast(PackedMatrix | None, getattr(layer, "matrix", None))
+        if matrix is None:
+            return self.product(x, _weight(layer), bias)
+        product = matrix.multiply(x)
+        return product if bias is None else product + bias
 
 
 DENSE = DenseMethod()
-
-
-def select_dense(device: torch.device, *, deterministic: bool) -> DenseMethod:
-    """The library's product, or on CUDA the deterministic one. The CPU has one product, which is deterministic where `pack` says so.
-
-    Raises ConfigError where Triton cannot run.
-    """
-    if not deterministic or device.type != "cuda":
-        return DENSE
-    if obstacle := why_triton_cannot_run(device):
-        raise ConfigError(
-            f"--deterministic cannot work: its products run in Triton, and {obstacle}.",
-            remedy="Leave it out.",
-            param="--deterministic",
-        )
-    # Imported here because Triton comes with the CUDA builds of torch only.
-    from workers.kernels.matmul import matmul
-
-    return DenseMethod(matmul)
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:

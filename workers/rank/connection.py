@@ -1,10 +1,10 @@
 """One gateway's connection as rank 0 keeps it: what the gateway submitted, the cache events it has not received, and sends that never wait.
 
-Knows frames; which of them to send is the stream server's decision. Belongs to the server's thread.
+Knows frames; which of them to send is the stream server's decision, and so is which thread may do what: it holds a lock around all that
+both of its threads use.
 """
 
 import asyncio
-import contextlib
 import logging
 
 import msgspec
@@ -20,6 +20,7 @@ from workers.protocol import (
     encode_frame,
     frame_length,
 )
+from workers.rank.frame_sender import FrameSender
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +39,15 @@ class Connection:
         self.requests: set[str] = set()  # ids as the client knows them
         self.clock = PeerClock(now)
         self.unsent_events = CacheDiff()
-        self._finished = False
         self._writer = writer
+        self._loop = asyncio.get_running_loop()
+        self._sender = FrameSender(writer.get_extra_info("socket"), self._loop, max_unsent_bytes=MAX_UNSENT_BYTES)
 
     def send(self, frame: bytes, now: float) -> None:
-        """Queues the frame and never waits; a client that does not read is cut off when its buffer is full."""
-        transport = self._writer.transport
-        if self._finished or transport.is_closing():
-            return
-        if transport.get_write_buffer_size() + len(frame) > MAX_UNSENT_BYTES:
+        """Sends or queues the frame and never waits; a client that does not read is cut off when its queue is full. From any thread."""
+        if not self._sender.send(frame):
             log.warning("Closing %s: it has left %d MiB unread.", self.peer, MAX_UNSENT_BYTES >> 20)
-            transport.abort()
-            return
-        self._writer.write(frame)
+            self._loop.call_soon_threadsafe(self.drop)
         self.clock.sent(now)
 
     def send_deltas(self, deltas: list[TokenDelta], load: LoadReport, now: float) -> None:
@@ -65,14 +62,16 @@ class Connection:
 
     def finish(self) -> None:
         """Lets the client read to the end. Nothing more is sent, but the connection is still read until the client closes it."""
-        self._finished = True
-        with contextlib.suppress(OSError):  # the client has disconnected
-            self._writer.write_eof()
+        self._sender.finish()
 
-    async def close(self) -> None:
+    async def finished(self) -> None:
+        """Returns once the client was sent the end, or is gone; call `finish` before."""
+        await self._sender.sent()
+
+    def close(self) -> None:
+        """Idempotent."""
         self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        self._sender.close()
 
 
 async def read_message(reader: asyncio.StreamReader, max_bytes: int) -> ToReplica:

@@ -1,6 +1,7 @@
 """Rank 0's socket: requests and aborts in, one frame per engine step and connection out.
 
-An asyncio server on a thread of its own, so that heartbeats go out, and say so, while the engine thread waits in a collective.
+An asyncio server on a thread of its own, so that heartbeats go out, and say so, while the engine thread waits in a collective. The engine
+thread sends its steps itself: see FrameSender.
 Knows connections, which connection submitted what, and which blocks are cached; knows no torch and no engine: it is given callables.
 A connection opens with Hello and the replica's secret. A client that breaks the protocol loses its connection and nothing else happens;
 what it had submitted is aborted.
@@ -41,7 +42,6 @@ from workers.rank.stuck_ranks import StuckRanks
 log = logging.getLogger(__name__)
 
 MAX_HELLO_BYTES = 4096
-MAX_STEPS_BEHIND = 8
 ORPHAN_AFTER_S = 600.0  # without any gateway for this long, no gateway will connect again
 LINGER_S = 0.25  # for clients to read the end and close
 FLUSH_S = 1.0  # for the last frames of a connection that is slow to read them
@@ -77,12 +77,13 @@ class StreamServer:
         self._load = load
         self._on_orphaned = on_orphaned
         self._alone_since: float | None = None  # None also before the first gateway connects
+        # Guards what both threads use: from here to `_connections`, and what each of these holds.
+        self._lock = threading.Lock()
         self._cached: dict[bytes, None] = {}  # every block the prefix cache can find, in the order of storing
         self._stuck_ranks = StuckRanks()
         self._connections: dict[str, Connection] = {}  # by prefix
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_accepted = 0
-        self._room = threading.Semaphore(MAX_STEPS_BEHIND)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -109,15 +110,25 @@ class StreamServer:
 
     def publish(self, deltas: list[TokenDelta], events: CacheEvents | None = None) -> None:
         """Sends each delta to the connection that submitted its request; drops those without one. Events go to every connection,
-        with its next frame.
-
-        Never waits for a client, only for this server's own thread when it lags MAX_STEPS_BEHIND steps: an engine that
-        outran it would fill the memory and delay every abort.
+        with its next frame. Never waits for a client.
         """
-        while not self._room.acquire(timeout=TICK_S):
-            if self._thread is None or not self._thread.is_alive():
-                return
-        self._call_soon(self._distribute, deltas, events)
+        with self._lock:
+            if events is not None:
+                self._remember(events)
+            batches: dict[str, list[TokenDelta]] = {}
+            for delta in deltas:
+                number, _, request_id = delta.request_id.partition("/")
+                connection = self._connections.get(number + "/")
+                if connection is None or request_id not in connection.requests:
+                    continue  # aborted or disconnected a moment ago
+                if delta.finish_reason is not None:
+                    connection.requests.discard(request_id)
+                batches.setdefault(connection.prefix, []).append(msgspec.structs.replace(delta, request_id=request_id))
+            if batches:
+                now = time.monotonic()
+                load = self._report(now)
+                for prefix, batch in batches.items():
+                    self._connections[prefix].send_deltas(batch, load, now)
 
     def close(self, timeout_s: float = 5.0, *, reason: str | None = None, crashed: bool = True) -> None:
         """Sends what is queued and then Ending, if there is a reason, closes every connection and ends the thread. Idempotent."""
@@ -132,12 +143,13 @@ class StreamServer:
 
     def _end(self, ending: Ending | None) -> None:
         assert self._stop is not None, "the loop runs, so it has been set"
-        if ending is not None and not self._stop.is_set():
-            frame, now = encode_frame(ending), time.monotonic()
+        with self._lock:
+            if ending is not None and not self._stop.is_set():
+                frame, now = encode_frame(ending), time.monotonic()
+                for connection in self._connections.values():
+                    connection.send(frame, now)
             for connection in self._connections.values():
-                connection.send(frame, now)
-        for connection in self._connections.values():
-            connection.finish()
+                connection.finish()
         self._stop.set()
 
     async def _serve(
@@ -161,7 +173,7 @@ class StreamServer:
             connections = list(self._connections.values())
             # A connection that is closed with unread data is reset, and the client loses the last frames.
             await asyncio.wait([*self._tasks] or [ticker], timeout=LINGER_S)
-            await asyncio.wait([asyncio.create_task(c.close()) for c in connections] or [ticker], timeout=FLUSH_S)
+            await asyncio.wait([asyncio.create_task(c.finished()) for c in connections] or [ticker], timeout=FLUSH_S)
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(ticker, *self._tasks, return_exceptions=True)
@@ -174,18 +186,18 @@ class StreamServer:
         connection = Connection(self._num_accepted, writer, time.monotonic())
         try:
             if await self._handshake(connection, reader):
-                self._connections[connection.prefix] = connection
                 await self._read(connection, reader)
         except (ProtocolViolation, msgspec.DecodeError, ValueError) as e:
             log.warning("Closing %s: %s", connection.peer, e)
         except (asyncio.IncompleteReadError, OSError, TimeoutError):
             log.info("Connection from %s ended.", connection.peer)
         finally:
-            if self._connections.pop(connection.prefix, None) is not None and not self._connections:
-                self._alone_since = time.monotonic()
+            with self._lock:
+                if self._connections.pop(connection.prefix, None) is not None and not self._connections:
+                    self._alone_since = time.monotonic()
             for request_id in connection.requests:
                 self._abort(connection.prefix + request_id)
-            writer.close()
+            connection.close()
             self._tasks.discard(task)
 
     async def _handshake(self, connection: Connection, reader: asyncio.StreamReader) -> bool:
@@ -205,8 +217,11 @@ class StreamServer:
             connection.send(encode_frame(Refused(reason=reason)), now)
             return False
         connection.send(encode_frame(self._facts), now)
-        known = CacheEvents(stored=list(self._cached), reset=True) if self._facts.enable_prefix_caching else None
-        connection.send(encode_frame(StepFrame(deltas=[], load=self._report(now), cache=known)), now)
+        with self._lock:
+            # What the engine thread publishes from here on comes after what is known now.
+            known = CacheEvents(stored=list(self._cached), reset=True) if self._facts.enable_prefix_caching else None
+            connection.send(encode_frame(StepFrame(deltas=[], load=self._report(now), cache=known)), now)
+            self._connections[connection.prefix] = connection
         self._alone_since = None
         return True
 
@@ -216,38 +231,22 @@ class StreamServer:
             connection.clock.received(time.monotonic())
             match message:
                 case Submit(request=request):
-                    if request.request_id in connection.requests:
-                        raise ProtocolViolation(f"it submitted the request id {request.request_id!r} twice")
-                    connection.requests.add(request.request_id)
+                    with self._lock:
+                        if request.request_id in connection.requests:
+                            raise ProtocolViolation(f"it submitted the request id {request.request_id!r} twice")
+                        connection.requests.add(request.request_id)
                     own_id = connection.prefix + request.request_id
                     self._submit(msgspec.structs.replace(request, request_id=own_id))
                 case Abort(request_id=request_id):
-                    if request_id in connection.requests:
+                    with self._lock:
+                        is_known = request_id in connection.requests
                         connection.requests.discard(request_id)
+                    if is_known:
                         self._abort(connection.prefix + request_id)
                 case Heartbeat():
                     pass
                 case Hello():
                     raise ProtocolViolation("it said Hello twice")
-
-    def _distribute(self, deltas: list[TokenDelta], events: CacheEvents | None) -> None:
-        self._room.release()
-        if events is not None:
-            self._remember(events)
-        batches: dict[str, list[TokenDelta]] = {}
-        for delta in deltas:
-            number, _, request_id = delta.request_id.partition("/")
-            connection = self._connections.get(number + "/")
-            if connection is None or request_id not in connection.requests:
-                continue  # aborted or disconnected a moment ago
-            if delta.finish_reason is not None:
-                connection.requests.discard(request_id)
-            batches.setdefault(connection.prefix, []).append(msgspec.structs.replace(delta, request_id=request_id))
-        now = time.monotonic()
-        if batches:
-            load = self._report(now)
-            for prefix, batch in batches.items():
-                self._connections[prefix].send_deltas(batch, load, now)
 
     def _remember(self, events: CacheEvents) -> None:
         for block_hash in events.evicted:
@@ -261,18 +260,22 @@ class StreamServer:
         while True:
             await asyncio.sleep(TICK_S)
             now = time.monotonic()
-            load = self._report(now)
-            for connection in list(self._connections.values()):
-                connection.clock.tick(now)
-                events = connection.unsent_events.take()
-                if (silence_s := connection.clock.silence_s(now)) > SILENCE_IS_DEATH_S:
-                    log.warning("Closing %s: silent for %.1f s.", connection.peer, silence_s)
-                    connection.drop()
-                elif events is not None or connection.clock.is_heartbeat_due(now):
-                    connection.send(encode_frame(StepFrame(deltas=[], load=load, cache=events)), now)
+            with self._lock:
+                load = self._report(now)
+                for connection in self._connections.values():
+                    self._keep_alive(connection, load, now)
             if self._alone_since is not None and now - self._alone_since > ORPHAN_AFTER_S:
                 self._alone_since = None
                 self._on_orphaned(f"no gateway has been connected for {ORPHAN_AFTER_S:g} s")
+
+    def _keep_alive(self, connection: Connection, load: LoadReport, now: float) -> None:
+        connection.clock.tick(now)
+        events = connection.unsent_events.take()
+        if (silence_s := connection.clock.silence_s(now)) > SILENCE_IS_DEATH_S:
+            log.warning("Closing %s: silent for %.1f s.", connection.peer, silence_s)
+            connection.drop()
+        elif events is not None or connection.clock.is_heartbeat_due(now):
+            connection.send(encode_frame(StepFrame(deltas=[], load=load, cache=events)), now)
 
     def _report(self, now: float) -> LoadReport:
         load = self._load()

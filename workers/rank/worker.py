@@ -22,8 +22,10 @@ from workers.device.require import find_gpu, try_gpu
 from workers.device.sizes import sized_for
 from workers.engine.loop import EngineLoop
 from workers.errors import GroupError, TramontaneError
+from workers.profile.recording import Recording
 from workers.rank.lifeline import DIED, Lifeline
 from workers.rank.primitive_caches import bound_primitive_caches
+from workers.rank.profile import RankProfile
 from workers.rank.reports import LoadProgress, RankDescription, RankEnd, RankStats, Rendezvous, Started
 from workers.rank.server import StreamServer
 
@@ -80,6 +82,7 @@ class RankWorker:
         self._server: StreamServer | None = None
         self._started: Started | None = None
         self._follower: threading.Thread | None = None
+        self._profile = RankProfile()
         self._closing = False
         self._breaking = threading.Event()
         self._break_lock = threading.Lock()
@@ -152,8 +155,11 @@ class RankWorker:
         assert self._tp is not None and self._runner is not None, "load comes before start"
         self.phase = "starting"
         self._runner.allocate_kv_cache()
+        from workers.engine.numerics import fingerprint
+
+        numerics = fingerprint(self._runner)
         if self.rank == 0:
-            self._started = self._lead(host, self._runner, self._tp)
+            self._started = self._lead(host, self._runner, self._tp, numerics=numerics or "")
         else:
             self._follower = threading.Thread(
                 target=self._follow, args=(self._runner, self._tp), name="follower", daemon=True
@@ -188,6 +194,29 @@ class RankWorker:
             facts=None if started is None else started.facts,
         )
 
+    def prepare_profile(self) -> None:
+        """Gets ready to record steps; a recording made before is forgotten. On a serving rank only, like the four methods below."""
+        assert self._tp is not None and self._runner is not None, "start comes before prepare_profile"
+        self._profile.prepare(self._runner, self._tp, self._core)
+
+    def record_steps(self, num_steps: int) -> None:
+        """Records the next steps with requests, on every rank; returns at once. Called on rank 0 only."""
+        assert self._core is not None and self._loop is not None, "rank 0 leads"
+        self._profile.lead(self._core, self._loop, num_steps=num_steps)
+
+    def end_profile(self) -> None:
+        """Ends the recording now, on every rank. Called on rank 0 only."""
+        assert self._core is not None and self._loop is not None, "rank 0 leads"
+        self._profile.end(self._core, self._loop)
+
+    def profile(self, timeout_s: float, max_events: int) -> Recording | None:
+        """What this rank recorded; None while that has not ended after `timeout_s`. Raises EngineError if it failed."""
+        return self._profile.recording(timeout_s, max_events)
+
+    def clock_ns(self) -> int:
+        """This machine's Unix time in nanoseconds."""
+        return time.time_ns()
+
     def has_ended(self, timeout_s: float) -> RankEnd:
         """Waits up to `timeout_s` for the end of this rank. May be called in any phase."""
         return RankEnd(has_ended=self._ended.wait(timeout_s), reason=self.failure)
@@ -215,12 +244,14 @@ class RankWorker:
     def _set_progress(self, done: int, total: int) -> None:
         self._progress = LoadProgress(num_bytes_read=done, num_bytes_total=total)
 
-    def _lead(self, host: str, runner: "ModelRunner", tp: "TensorParallel") -> Started:
+    def _lead(self, host: str, runner: "ModelRunner", tp: "TensorParallel", *, numerics: str) -> Started:
         from workers.engine.core import EngineCore
 
         core = self._core = EngineCore(self.config, runner, tp)
         facts = msgspec.structs.replace(
-            core.facts(self.replica_id), device="the CPU" if self._gpu is None else self._gpu.describe()
+            core.facts(self.replica_id),
+            device="the CPU" if self._gpu is None else self._gpu.describe(),
+            numerics=numerics,
         )
         loop = self._loop = EngineLoop(
             core, lambda deltas, events: server.publish(deltas, events), on_failure=self._engine_failed
@@ -236,7 +267,7 @@ class RankWorker:
         from workers.engine.follower import run_follower
 
         try:
-            run_follower(runner, tp, self._count_step)
+            run_follower(runner, tp, self._count_step, on_profile=self._profile.follow)
         except Exception as e:  # whatever it is, this rank can no longer take part
             if not isinstance(e, GroupError):
                 log.exception("Rank %s stopped: %s", self.rank, e)

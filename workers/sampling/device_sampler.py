@@ -5,38 +5,43 @@ matrix on the device, a row for each request, kept up by the sampler itself. On 
 workers.kernels.sample, elsewhere by their specification. Knows rows and parameters; no scheduler, no model.
 """
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from workers.kernels import sample_specification
 from workers.kernels.sample_specification import MAX_VOCAB_SIZE, SamplingTable
-from workers.kernels.usable import why_triton_cannot_run
+from workers.kernels.sampling_kernels import SamplingKernels, select_sampling_kernels
 from workers.protocol import SamplingParams
 from workers.sampling.logprobs import LogprobTensors, compute_logprobs, list_logprobs
-from workers.sampling.parameters import PreparedParams, count_tokens, prepare
+from workers.sampling.parameters import Edits, count_tokens, prepare
 from workers.sampling.pending import DeviceRow, PendingTokens
 from workers.sampling.sampler import Sampled
-from workers.sampling.slots import Slot, Slots
+from workers.sampling.slots import Columns, Slot, Slots
 from workers.sampling.transfer import Download, upload
-
-log = logging.getLogger(__name__)
 
 
 class DeviceSampler:
     def __init__(
-        self, *, vocab_size: int, max_num_seqs: int, device: torch.device | str, eos_token_ids: Sequence[int]
+        self,
+        *,
+        vocab_size: int,
+        max_num_seqs: int,
+        device: torch.device | str,
+        eos_token_ids: Sequence[int],
+        kernels: SamplingKernels | None = None,
     ) -> None:
-        """max_num_seqs: the most rows of a step. Allocates 4 * vocab_size * max_num_seqs bytes on the device."""
+        """max_num_seqs: the most rows of a step. kernels: None takes those of the device. Allocates 4 * vocab_size * max_num_seqs bytes on
+        the device.
+        """
         assert vocab_size <= MAX_VOCAB_SIZE, f"a vocabulary of {vocab_size} tokens is larger than {MAX_VOCAB_SIZE}"
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._eos_token_ids = tuple(eos_token_ids)
         self._slots = Slots(max_num_seqs)
+        self._no_masks = torch.zeros(0, -(-vocab_size // 8), dtype=torch.uint8, device=self._device)
         self._counts = torch.zeros(max_num_seqs, vocab_size, dtype=torch.int32, device=self._device)
-        self._adjust, self._edit, self._choose = _operators(self._device)
+        self._kernels = kernels or select_sampling_kernels(self._device)
         if self._device.type == "cuda":
             self._compile_kernels()
 
@@ -44,34 +49,44 @@ class DeviceSampler:
     def sample(self, logits: torch.Tensor, rows: Sequence[DeviceRow]) -> PendingTokens:
         """One token a row. logits: [len(rows), vocab_size] float32; may be overwritten. Does not wait for the device."""
         slots = self._slots_of(rows)
+        columns = self._slots.columns(slots)
         with_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        step = _Step(slots, rows, self._vocab_size)
-        new_slots, history_index, history = self._histories(slots, rows)
-        floats, integers, masks, edit_index, edit_values, logprob_rows, new, index, counts = upload(
-            [
-                *(step.floats, step.integers, step.masks, step.edit_index, step.edit_values),
-                *(np.array(with_logprobs, dtype=np.int64), new_slots, history_index, history),
-            ],
-            self._device,
-        )
-        if len(new_slots):
-            self._counts.index_fill_(0, new, 0)
-            self._counts.view(-1).index_copy_(0, index, counts)
+        if columns.draws:
+            columns.integers[0] = [slot.prepared.random_at(row.position) for slot, row in zip(slots, rows, strict=True)]
+        arrays = {"floats": columns.floats, "integers": columns.integers}
+        if masks := self._masks(slots, rows, columns):
+            arrays["masks"] = np.stack(masks)
+        if columns.edits_logits:
+            arrays["edit_index"], arrays["edit_values"] = self._edits(slots, rows)
+        if columns.penalizes:
+            arrays |= self._histories(slots, rows)
+        if with_logprobs:
+            arrays["logprob_rows"] = np.array(with_logprobs)
+        on_device = dict(zip(arrays, upload([*arrays.values()], self._device), strict=True))
+        if "new_slots" in arrays:
+            self._counts.index_fill_(0, on_device["new_slots"], 0)
+            self._counts.view(-1).index_copy_(0, on_device["count_index"], on_device["counts"])
         table = SamplingTable(
-            floats, integers, masks, penalizes=step.penalizes, draws=step.draws, truncates=step.truncates
+            on_device["floats"],
+            on_device["integers"],
+            on_device.get("masks", self._no_masks),
+            penalizes=columns.penalizes,
+            draws=columns.draws,
+            truncates=columns.truncates,
         )
         raw = logits = logits.contiguous()
-        if step.penalizes or len(step.masks):
-            logits = self._adjust(logits, self._counts, table)
-        if len(step.edit_index):
+        if columns.penalizes or masks:
+            logits = self._kernels.adjust(logits, self._counts, table)
+        if columns.edits_logits and len(arrays["edit_index"]):
             logits = logits.clone() if logits is raw and with_logprobs else logits
-            self._edit(logits, edit_index, edit_values)
-        chosen = self._choose(logits, self._counts, table)
+            self._kernels.edit(logits, on_device["edit_index"], on_device["edit_values"])
+        chosen = self._kernels.choose(logits, self._counts, table)
         logprobs = None
         num_tops = [rows[i].params.logprobs or 0 for i in with_logprobs]
         if with_logprobs:
-            raw, token_ids = raw.index_select(0, logprob_rows), chosen[0].index_select(0, logprob_rows)
-            logprobs = compute_logprobs(raw, token_ids, max_top=max(num_tops))
+            logprobs = compute_logprobs(
+                raw, chosen[0], rows=on_device["logprob_rows"], max_top=max(num_tops), kernels=self._kernels
+            )
         return _Pending(chosen, logprobs, with_logprobs=with_logprobs, num_tops=num_tops)
 
     def forget(self, request_id: str) -> None:
@@ -85,23 +100,39 @@ class DeviceSampler:
         self.forget("")
 
     def _slots_of(self, rows: Sequence[DeviceRow]) -> list[Slot]:
-        self._slots.touch(row.request_id for row in rows)
-        slots = []
-        for row in rows:
-            slot = self._slots.get(row.request_id)
-            if slot is None or slot.prepared.params is not row.params:
-                self._slots.forget(row.request_id)
-                prepared = prepare(row.params, vocab_size=self._vocab_size, eos_token_ids=self._eos_token_ids)
-                slot = self._slots.add(row.request_id, prepared)
-            slots.append(slot)
-        return slots
+        known = self._slots.touch([row.request_id for row in rows])
+        return [
+            slot if slot is not None and slot.prepared.params is row.params else self._new_slot(row)
+            for slot, row in zip(known, rows, strict=True)
+        ]
 
-    def _histories(self, slots: Sequence[Slot], rows: Sequence[DeviceRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The slots to fill, [n] int64, and what to put into them: indices of the flat matrix, int64, and their values, int32.
+    def _new_slot(self, row: DeviceRow) -> Slot:
+        self._slots.forget(row.request_id)
+        prepared = prepare(row.params, vocab_size=self._vocab_size, eos_token_ids=self._eos_token_ids)
+        return self._slots.add(row.request_id, prepared)
 
-        A slot counts all tokens of its request already, unless it is new or steps were taken without this sampler.
+    def _masks(self, slots: Sequence[Slot], rows: Sequence[DeviceRow], columns: Columns) -> list[np.ndarray]:
+        """Those of SamplingTable.masks. Writes their numbers into `columns`."""
+        masks: list[np.ndarray] = []
+        if columns.has_mask or any(row.mask is not None for row in rows):
+            for i, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+                mask = slot.prepared.mask_of(row)
+                if mask is not None:
+                    columns.integers[5, i] = len(masks)
+                    masks.append(mask[: self._no_masks.shape[1]])
+        return masks
+
+    def _edits(self, slots: Sequence[Slot], rows: Sequence[DeviceRow]) -> Edits:
+        """Of all rows: indices of the flat logits, and what to add."""
+        found = [slot.prepared.edits_of(row) for slot, row in zip(slots, rows, strict=True)]
+        indices = [i * self._vocab_size + token_ids for i, (token_ids, _) in enumerate(found)]
+        return np.concatenate(indices), np.concatenate([values for _, values in found])
+
+    def _histories(self, slots: Sequence[Slot], rows: Sequence[DeviceRow]) -> dict[str, np.ndarray]:
+        """The slots to fill, [n] int64, and what to put into them: indices of the flat matrix, int64, and their counts, int32. Empty if
+        there are none: a slot counts all tokens of its request already, unless it is new or steps were taken without this sampler.
         """
-        new_slots, indices, values = [], [_NO_INDEX], [np.zeros(0, dtype=np.int32)]
+        new_slots, indices, values = [], [], []
         for slot, row in zip(slots, rows, strict=True):
             if not slot.prepared.penalizes:
                 continue
@@ -113,42 +144,13 @@ class DeviceSampler:
                 indices.append(slot.index * self._vocab_size + seen)
                 values.append(counts)
             slot.num_counted = num_tokens + 1
-        return np.array(new_slots, dtype=np.int64), np.concatenate(indices), np.concatenate(values)
-
-
-class _Step:
-    """The arrays of a SamplingTable and of its edits, in the units of workers.kernels.sample_specification."""
-
-    def __init__(self, slots: Sequence[Slot], rows: Sequence[DeviceRow], vocab_size: int) -> None:
-        prepared: list[PreparedParams] = [slot.prepared for slot in slots]
-        self.penalizes = any(p.penalizes for p in prepared)
-        self.draws = any(p.draws for p in prepared)
-        self.truncates = any(p.truncates for p in prepared)
-        masks = [p.mask_of(row) for p, row in zip(prepared, rows, strict=True)]
-        num_mask_bytes = -(-vocab_size // 8)
-        given = [mask[:num_mask_bytes] for mask in masks if mask is not None]
-        self.masks = np.stack(given) if given else np.zeros((0, num_mask_bytes), dtype=np.uint8)
-        mask_numbers = iter(range(len(given)))
-        self.floats = np.array([p.floats for p in prepared], dtype=np.float32).T
-        self.integers = np.array(
-            [
-                (
-                    p.random_at(row.position),
-                    *(p.top_p, p.min_weight, p.top_k),
-                    slot.index if p.penalizes else -1,
-                    -1 if mask is None else next(mask_numbers),
-                )
-                for slot, p, row, mask in zip(slots, prepared, rows, masks, strict=True)
-            ],
-            dtype=np.int64,
-        ).T
-        indices, values = [_NO_INDEX], [np.zeros(0, dtype=np.float32)]
-        for i, (p, row) in enumerate(zip(prepared, rows, strict=True)):
-            if p.edits_logits:
-                token_ids, added = p.edits_of(row)
-                indices.append(i * vocab_size + token_ids)
-                values.append(added)
-        self.edit_index, self.edit_values = np.concatenate(indices), np.concatenate(values)
+        if not new_slots:
+            return {}
+        return {
+            "new_slots": np.array(new_slots),
+            "count_index": np.concatenate(indices),
+            "counts": np.concatenate(values),
+        }
 
 
 class _Pending:
@@ -183,23 +185,3 @@ class _Pending:
                 for i, token_id in enumerate(chosen[1].tolist())
             ]
         return self._sampled
-
-
-_NO_INDEX = np.zeros(0, dtype=np.int64)
-
-_Adjust = Callable[[torch.Tensor, torch.Tensor, SamplingTable], torch.Tensor]
-_Edit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-def _operators(device: torch.device) -> tuple[_Adjust, _Edit, _Adjust]:
-    """adjust, edit and choose for tensors of this device."""
-    if device.type == "cuda":
-        obstacle = why_triton_cannot_run(device)
-        if obstacle is None:
-            from workers.kernels import sample as kernels
-
-            return kernels.adjust, kernels.edit, kernels.choose
-        log.warning(
-            "Tokens are sampled with torch operators, which takes longer, because Triton cannot run: %s.", obstacle
-        )
-    return sample_specification.adjust, sample_specification.edit, sample_specification.choose

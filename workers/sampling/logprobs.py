@@ -8,36 +8,40 @@ from typing import NamedTuple
 
 import torch
 
+from workers.kernels.sampling_kernels import SamplingKernels, select_sampling_kernels
 from workers.protocol import TokenLogprob
 
 
 class LogprobTensors(NamedTuple):
-    """Of n rows, on one device. `ranks`: 1 is the most likely token. The `top_` ones are [n, k], the most likely first."""
+    """Of n rows, on one device; see `sample_specification.find_logprobs`."""
 
-    token_ids: torch.Tensor
-    logprobs: torch.Tensor
-    ranks: torch.Tensor
-    top_ids: torch.Tensor
-    top_logprobs: torch.Tensor
+    values: torch.Tensor
+    ids: torch.Tensor
 
 
-def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, *, max_top: int) -> LogprobTensors:
-    """Without a wait for the device. logits: [n, vocab_size] float32; token_ids: [n] int64; max_top: how many of the most likely
-    tokens to find, at most vocab_size.
+def compute_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    max_top: int,
+    rows: torch.Tensor | None = None,
+    kernels: SamplingKernels | None = None,
+) -> LogprobTensors:
+    """Without a wait for the device. logits: [n, vocab_size] float32, contiguous; token_ids: [n] int64; max_top: how many of the most
+    likely tokens to find; rows: the rows that are wanted, [m] int64; None for all. kernels: None takes those of the device.
     """
-    logprobs = logits.log_softmax(dim=-1)
-    chosen = logprobs.gather(1, token_ids[:, None])
-    ranks = (logprobs > chosen).sum(dim=-1) + 1
-    top_logprobs, top_ids = logprobs.topk(min(max_top, logits.shape[-1]), dim=-1)
-    return LogprobTensors(token_ids, chosen.squeeze(1), ranks, top_ids, top_logprobs)
+    kernels = kernels or select_sampling_kernels(logits.device)
+    return LogprobTensors(*kernels.find_logprobs(logits, token_ids, rows=rows, max_top=max_top))
 
 
 def list_logprobs(tensors: LogprobTensors, num_tops: Sequence[int]) -> list[TokenLogprob]:
     """One per row. tensors: on the CPU; num_tops: [n], how many of the most likely tokens to add."""
-    columns = (t.tolist() for t in tensors)
     return [
         TokenLogprob(
-            token_id=token_id, logprob=logprob, rank=rank, top=list(zip(row_ids[:n], row_logprobs[:n], strict=True))
+            token_id=ids[0],
+            logprob=values[0],
+            rank=ids[1],
+            top=list(zip(ids[2 : 2 + n], values[1 : 1 + n], strict=True)),
         )
-        for n, token_id, logprob, rank, row_ids, row_logprobs in zip(num_tops, *columns, strict=True)
+        for n, values, ids in zip(num_tops, tensors.values.tolist(), tensors.ids.tolist(), strict=True)
     ]

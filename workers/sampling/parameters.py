@@ -19,7 +19,7 @@ Edits = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class PreparedParams:
-    """`floats` are a row's column of SamplingTable.floats; `random` and `slot` are missing from its column of integers."""
+    """`floats` are a row's column of SamplingTable.floats; of its column of integers, what it has of its own is missing."""
 
     params: SamplingParams
     floats: tuple[float, float, float, float]

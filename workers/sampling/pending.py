@@ -4,8 +4,7 @@ Knows parameters and tokens; not how a token is chosen (sampler.py, device_sampl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +13,7 @@ from workers.protocol import SamplingParams
 from workers.sampling.sampler import Sampled
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceRow:
+class DeviceRow(NamedTuple):
     """One request to sample the next token for.
 
     `token_ids`: what the host knows, prompt and output in a row. `num_in_flight`: tokens of this request, 0 or 1, that earlier calls

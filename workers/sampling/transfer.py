@@ -14,30 +14,35 @@ ALIGNMENT_BYTES = 16
 
 def upload(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """The arrays as tensors on the device, parts of one buffer. Does not wait for the copy; later work of the current stream does."""
-    begins, size = [], 0
-    for array in arrays:
-        begins.append(size)
-        size += -(-array.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    host = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    view = host.numpy()
-    for begin, array in zip(begins, arrays, strict=True):
-        view[begin : begin + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    on_device = host.to(device, non_blocking=True)
+    sizes = [-(-array.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for array in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    view, begin = host.numpy(), 0
+    for array, size in zip(arrays, sizes, strict=True):
+        view[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+        begin += size
+    parts = host.to(device, non_blocking=True).split(sizes)
     return [
-        on_device[begin : begin + array.nbytes].view(_DTYPES[array.dtype.str]).view(array.shape)
-        for begin, array in zip(begins, arrays, strict=True)
+        part[: array.nbytes].view(_DTYPES[array.dtype.str]).view(array.shape)
+        for part, array in zip(parts, arrays, strict=True)
     ]
 
 
 class Download:
-    """Tensors on their way to the host. `wait` returns them, on the CPU; the copies begin at once."""
+    """Tensors on their way to the host, in one copy. `wait` returns them, on the CPU; the copy begins at once.
+
+    tensors: contiguous, those with the larger elements first, so that each begins at a multiple of its elements' size.
+    """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._copied: torch.cuda.Event | None = None
         self._tensors = list(tensors)
         if self._tensors and self._tensors[0].device.type == "cuda":
+            parts = [t.view(-1).view(torch.uint8) for t in self._tensors]
+            packed = parts[0] if len(parts) == 1 else torch.cat(parts)
+            host = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True).copy_(packed, non_blocking=True)
+            sizes = [len(part) for part in parts]
             self._tensors = [
-                torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors
+                part.view(t.dtype).view(t.shape) for t, part in zip(tensors, host.split(sizes), strict=True)
             ]
             self._copied = torch.cuda.Event()
             self._copied.record()

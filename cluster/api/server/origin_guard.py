@@ -22,7 +22,7 @@ BODY_TIMEOUT_S = 60.0
 _METHODS = "GET, POST, DELETE, OPTIONS"
 _HEADERS = "Authorization, Content-Type, X-Request-Id, X-Request-Timeout, X-Tramontane-Debug"
 _EXPOSED = (
-    "Retry-After, X-Request-Id, X-Tramontane-Ignored, "
+    "Retry-After, X-Request-Id, X-Tramontane-Ignored, X-Tramontane-Moved, "
     "X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, X-RateLimit-Reset-Requests, "
     "X-RateLimit-Limit-Tokens, X-RateLimit-Remaining-Tokens, X-RateLimit-Reset-Tokens"
 )

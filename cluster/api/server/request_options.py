@@ -27,6 +27,8 @@ REQUEST_ID = "X-Request-Id"
 REQUEST_TIMEOUT = "X-Request-Timeout"
 DEBUG = "X-Tramontane-Debug"
 IGNORED = "X-Tramontane-Ignored"
+MOVED = "X-Tramontane-Moved"
+OTHER_NUMERICS = "other-numerics"
 _SANE_ID = re.compile(r"[!-~]{1,128}")
 
 
@@ -77,6 +79,16 @@ def deadline(request: web.Request, *, arrived: float) -> float | None:
             code="invalid_header",
         )
     return arrived + seconds
+
+
+def num_numerics_changes(choices: Sequence["Choice"]) -> int:
+    """How often, so far, a sequence continued in its middle on a replica that computes other last bits."""
+    return sum([choice.trace.num_numerics_changes for choice in choices])
+
+
+def moved_headers(choices: Sequence["Choice"]) -> dict[str, str]:
+    """Says that the output may differ from that of an undisturbed run; empty otherwise."""
+    return {MOVED: OTHER_NUMERICS} if num_numerics_changes(choices) else {}
 
 
 def debug_headers(request: web.Request, choices: Sequence["Choice"]) -> dict[str, str]:

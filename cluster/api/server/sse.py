@@ -25,13 +25,17 @@ _HEADERS = {
     "X-Accel-Buffering": "no",  # without it, nginx would buffer the stream
 }
 KEEP_ALIVE_S = 15.0  # proxies usually give up after 30 or 60 s
-_KEEP_ALIVE = b": keep-alive\n\n"
 _encoder = msgspec.json.Encoder()
 
 
 def encode_event(value: msgspec.Struct) -> bytes:
     """One event's bytes."""
     return b"data: " + _encoder.encode(value) + b"\n\n"
+
+
+def encode_comment(text: str) -> bytes:
+    """The bytes of a comment, which clients skip."""
+    return f": {text}\n\n".encode()
 
 
 async def stream(
@@ -41,9 +45,11 @@ async def stream(
     chunks: Callable[[Event], Iterable[msgspec.Struct]],
     last_chunks: Callable[[], Iterable[msgspec.Struct]],
     headers: Callable[[], Mapping[str, str]] = dict,
+    note: Callable[[], str] = str,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> web.StreamResponse:
-    """Writes the chunks of every event, then the last chunks, then [DONE]. headers: called when the headers are sent.
+    """Writes the chunks of every event, then the last chunks, then [DONE]. headers: called when the headers are sent. note: called for
+    every event; what it returns becomes a comment before the event, unless it is empty.
 
     A failure before the headers is raised. A later one is sent as an error event, and the stream ends without [DONE].
     """
@@ -51,7 +57,8 @@ async def stream(
     try:
         async with _kept_alive(writer, keep_alive_s):
             async for event in events:
-                await writer.send(b"".join([encode_event(chunk) for chunk in chunks(event)]))
+                data = b"".join([encode_event(chunk) for chunk in chunks(event)])
+                await writer.send(encode_comment(text) + data if (text := note()) else data)
             last = b"".join([encode_event(chunk) for chunk in last_chunks()])
             await writer.send(last + b"data: [DONE]\n\n")
         await writer.response.write_eof()
@@ -101,7 +108,7 @@ async def _kept_alive(writer: _Writer, keep_alive_s: float) -> AsyncIterator[Non
             while True:
                 silent_s = time.monotonic() - writer.last_sent
                 if silent_s >= keep_alive_s:
-                    await writer.send(_KEEP_ALIVE)
+                    await writer.send(encode_comment("keep-alive"))
                 else:
                     await asyncio.sleep(keep_alive_s - silent_s)
 

@@ -32,6 +32,7 @@ from cluster.cli.ray import open_ray, spec_of
 from cluster.cli.startup import Startup
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
+from cluster.config.dtype import Cpus, this_machine
 from cluster.config.engine import Device
 from cluster.config.serve import ServeConfig
 from cluster.gateway.fleet import Fleet
@@ -70,8 +71,8 @@ def run_here(folder: JobFolder, job: Job, options: Namespace, console: Console) 
         elif not batch.has_ended:
             device = before_ray(options.device, ray_address=options.ray_address, num_gpus=options.tensor_parallel_size)
 
-            def configure(device: Device) -> ServeConfig:
-                return batch_config(options, job, model_folder, served_name, device=device)
+            def configure(device: Device, cpus: Cpus = this_machine) -> ServeConfig:
+                return batch_config(options, job, model_folder, served_name, device=device, cpus=cpus)
 
             config = configure(device.device)
             check_checkpoint(model_folder, chat_template=config.chat_template)
@@ -83,13 +84,17 @@ def run_here(folder: JobFolder, job: Job, options: Namespace, console: Console) 
         return local_batch.deliver(folder, job, files, batch)
 
 
-def batch_config(options: Namespace, job: Job, model_folder: Path, model_name: str, *, device: Device) -> ServeConfig:
-    """The configuration of this job's gateway. Raises ConfigError."""
+def batch_config(
+    options: Namespace, job: Job, model_folder: Path, model_name: str, *, device: Device, cpus: Cpus = this_machine
+) -> ServeConfig:
+    """The configuration of this job's gateway. cpus: see `engine_config`. Raises ConfigError."""
     low, high = options.replicas or (0 if options.ray_address else 1, 1)
     if options.max_replicas is not None:
         low, high = min(low, options.max_replicas), options.max_replicas
+    engine, dtype_reason = engine_config(options, model_folder, device=device, cpus=cpus)
     settings = serve_defaults() | {
-        "engine": engine_config(options, model_folder, device=device),
+        "engine": engine,
+        "dtype_reason": dtype_reason,
         "model_name": model_name,
         "port": 0,
         "ray_address": options.ray_address,

@@ -7,16 +7,17 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cluster.cli.options.option import Option
 from cluster.cli.options.serve_rows import SERVE
 from cluster.cli.options.shared_rows import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
 from cluster.config.checkpoint_kinds import check_kind
+from cluster.config.dtype import Cpus, DtypeChoice, choose_dtype, stored_dtype, this_machine
 from cluster.config.engine import MAX_DEFAULT_MODEL_LEN, Device, default_block_size
 from cluster.config.serve import ServeConfig
 from workers.checkpoint.model_config import load_model_config
-from workers.config import Dtype, EngineConfig, ModelConfig
+from workers.config import EngineConfig, ModelConfig
 from workers.device.sizes import CPU, DEVICE_SIZES, SMALLEST_GPU, decide
 from workers.errors import ConfigError
 
@@ -31,10 +32,12 @@ def settings_of(config: type, args: Namespace, options: Iterable[Option]) -> dic
     return settings
 
 
-def serve_config(args: Namespace, folder: Path, model_name: str, *, device: Device) -> ServeConfig:
-    """Raises ConfigError with the message for the user."""
+def serve_config(
+    args: Namespace, folder: Path, model_name: str, *, device: Device, cpus: Cpus = this_machine
+) -> ServeConfig:
+    """cpus: as in `engine_config`. Raises ConfigError with the message for the user."""
     settings = settings_of(ServeConfig, args, SERVE.options)
-    settings["engine"] = engine_config(args, folder, device=device)
+    settings["engine"], settings["dtype_reason"] = engine_config(args, folder, device=device, cpus=cpus)
     settings["model_name"] = args.served_model_name or model_name
     return ServeConfig(**settings)
 
@@ -46,8 +49,13 @@ def serve_defaults() -> dict[str, Any]:
     return defaults
 
 
-def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineConfig:
-    """One replica's engine. Raises ConfigError."""
+def engine_config(
+    args: Namespace, folder: Path, *, device: Device, cpus: Cpus = this_machine
+) -> tuple[EngineConfig, str | None]:
+    """One replica's engine, and why --dtype auto has chosen its dtype, if there is a reason to name.
+
+    cpus: those of the machines on which ranks may run. Raises ConfigError.
+    """
     check_kind(folder)
     model = _with_end_tokens(load_model_config(folder), folder)
     max_model_len = args.max_model_len
@@ -61,13 +69,14 @@ def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineCon
         )
     settings = settings_of(EngineConfig, args, (*ENGINE_ROWS, TENSOR_PARALLEL_SIZE))
     given = {name: getattr(args, name, None) for name in DEVICE_SIZES}
+    dtype = _choose_dtype(args, folder, model, device=device, cpus=cpus)
     sizes = decide(CPU if device == "cpu" else SMALLEST_GPU, **given)
     settings |= {
         "model_path": str(folder),
         "tokenizer_path": _tokenizer_path(folder),
         "model": model,
         "device": device,
-        "dtype": choose_dtype(args.dtype, model, device=device),
+        "dtype": dtype.dtype,
         "max_model_len": max_model_len,
         "block_size": args.block_size or default_block_size(settings["attention_backend"]),
         "max_num_seqs": sizes.max_num_seqs,
@@ -75,7 +84,7 @@ def engine_config(args: Namespace, folder: Path, *, device: Device) -> EngineCon
         # The rest is for the ranks, which see their GPU.
         "sized_by_device": () if device == "cpu" else tuple(name for name, value in given.items() if value is None),
     }
-    return EngineConfig(**settings)
+    return EngineConfig(**settings), dtype.reason
 
 
 def _with_end_tokens(model: ModelConfig, folder: Path) -> ModelConfig:
@@ -97,8 +106,6 @@ def _tokenizer_path(folder: Path) -> str | None:
         return None
 
 
-def choose_dtype(requested: Literal["auto"] | Dtype, model: ModelConfig, *, device: Device) -> Dtype:
-    """auto: the checkpoint's own type on CUDA; float32 on the CPU, which computes it fastest."""
-    if requested != "auto":
-        return requested
-    return model.dtype if device == "cuda" else "float32"
+def _choose_dtype(args: Namespace, folder: Path, model: ModelConfig, *, device: Device, cpus: Cpus) -> DtypeChoice:
+    stored = model.dtype if device == "cuda" else stored_dtype(folder, model)
+    return choose_dtype(args.dtype, device=device, stored=stored, cpus=cpus)

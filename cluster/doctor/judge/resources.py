@@ -29,7 +29,10 @@ def judge_memory(node: Node, *, device: Device, num_ranks: int, rank_bytes: int 
         return ok("memory", f"{has}.", node=node.address)
     need = rank_bytes + KV_CACHE_BYTES
     if free < need:
-        remedy = "Use a larger --tensor-parallel-size on more nodes, a smaller --kv-cache-memory, or a machine with more memory."
+        remedy = (
+            "Use --quantization int8 or int4, --dtype bfloat16, a smaller --kv-cache-memory, a larger --tensor-parallel-size on more nodes, "
+            "or a machine with more memory."
+        )
         message = f"{has}; one rank needs {format_bytes(need)} for weights and KV cache."
         return problem("memory", message, remedy, node=node.address)
     if num_ranks > 1 and free < need * num_ranks:

@@ -1,12 +1,13 @@
 """lm-eval's `local-completions` on the tasks next to this folder, through its Python API: the command line would first index
-all built-in tasks. The tokenizer is transformers', or the server's own (`remote`).
+all built-in tasks. The tokenizer is transformers' (`huggingface`), or the server's own (`remote`).
 
-Prints one JSON object: scores by task, and the server's response to each document."""
+Prints a JSON object for each backend that is asked for: scores by task, and the server's response to each document."""
 
 import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
@@ -20,9 +21,15 @@ def tokenizer_args(backend: str) -> dict[str, str]:
     return {"tokenizer_backend": backend, "tokenizer": os.environ["TRAMONTANE_TOKENIZER"]}
 
 
-def main(batch_size: int, backend: str) -> None:
+def main(batch_size: int, *backends: str) -> None:
     folder = Path(__file__).parents[1] / "lm_eval_task"
     os.chdir(folder)  # the tasks name their files relative to it
+    print("")
+    for backend in backends:
+        print(json.dumps(evaluate(folder, batch_size, backend), default=str))
+
+
+def evaluate(folder: Path, batch_size: int, backend: str) -> dict[str, Any]:
     results = simple_evaluate(
         model="local-completions",
         model_args={
@@ -45,8 +52,8 @@ def main(batch_size: int, backend: str) -> None:
         ]
         for task in TASKS
     }
-    print("\n" + json.dumps({"scores": results["results"], "samples": samples}, default=str))
+    return {"scores": results["results"], "samples": samples}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -11,10 +11,12 @@ from cluster.cli.main import main
 from cluster.cli.options.parser import make_parser
 from cluster.cli.options.settings import serve_config
 from cluster.cli.options.values import parse_bytes
+from cluster.config import dtype
 from cluster.config.checkpoint_location import resolve_model
 from cluster.config.serve import API_KEY_ENV
 from cluster.keys.file import API_KEYS_ENV, read_keys
 from cluster.system.net import is_loopback
+from workers.device.cpu import CpuFacts
 from workers.errors import CheckpointError, ConfigError
 
 CONFIG = {
@@ -48,7 +50,13 @@ def configure(folder, *options, device="cpu"):
     return serve_config(args, *resolve_model(args.model), device=device)
 
 
-def test_defaults_on_the_cpu(folder):
+@pytest.fixture
+def old_cpu(monkeypatch):
+    """This machine, as one without instructions for bfloat16."""
+    monkeypatch.setattr(dtype, "read_cpu", lambda: CpuFacts(num_cores=2))
+
+
+def test_defaults_on_the_cpu(folder, old_cpu):
     config = configure(folder)
     assert (config.host, config.port, config.api_key, config.model_name) == ("127.0.0.1", 8000, None, folder.name)
     engine = config.engine
@@ -59,6 +67,20 @@ def test_defaults_on_the_cpu(folder):
         1,
     )
     assert engine.enable_prefix_caching
+
+
+def test_the_dtype_on_the_cpu_is_the_checkpoints_where_the_cpu_has_it(folder, monkeypatch, old_cpu):
+    config = configure(folder)
+    assert (config.engine.dtype, config.dtype_reason) == (
+        "float32",
+        "float32, because this machine has no instructions for bfloat16.",
+    )
+    monkeypatch.setattr(dtype, "read_cpu", lambda: CpuFacts(num_cores=2, bfloat16_flag="amx_bf16"))
+    config = configure(folder)
+    assert config.engine.dtype == "bfloat16"
+    assert config.dtype_reason is not None and "AMX_BF16" in config.dtype_reason
+    config = configure(folder, "--dtype", "float32")
+    assert (config.engine.dtype, config.dtype_reason) == ("float32", None)
 
 
 def test_defaults_on_cuda(folder):
@@ -94,6 +116,13 @@ def test_every_engine_option_arrives(folder):
     assert (engine.block_size, engine.num_kv_blocks, engine.kv_cache_bytes) == (32, 99, 2 * 2**20)
     assert engine.gpu_memory_utilization == 0.5
     assert not engine.enable_prefix_caching
+    assert engine.quantization is None
+    assert configure(folder, "--quantization", "int4").engine.quantization == "int4"
+
+
+def test_quantization_is_for_the_cpu(folder):
+    with pytest.raises(ConfigError, match=r"--quantization int8 works on the CPU only\. Leave it out, or use --device cpu\."):
+        configure(folder, "--quantization", "int8", device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +150,7 @@ def test_every_engine_option_arrives(folder):
         ("--batch-store redis://h", "not the address of a PostgreSQL database"),
         ("--gpu-memory-utilization 1.5", "gpu_memory_utilization"),
         ("--max-num-seqs 64 --max-num-batched-tokens 8", "max_num_batched_tokens"),
+        ("--quantization int4 -tp 2", "attention heads' width is 16 on each of 2 ranks"),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_one_line(folder, capsys, options, says):

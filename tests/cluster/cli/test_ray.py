@@ -20,21 +20,27 @@ class Cluster:
         self.is_closed = False
         self.num_gpus = lambda: num_gpus
 
+    def run_on_cpu_nodes(self, function, *, timeout_s):
+        assert timeout_s < 60.0
+        return [("10.0.0.1", function()), ("10.0.0.2", None)]
+
     def close(self) -> None:
         self.is_closed = True
 
 
 def configuring(*options: str):
     args = make_parser().parse_args(["serve", *options])
-    return lambda device: serve_config(args, *resolve_model(None), device=device)
+    return lambda device, cpus=lambda: (): serve_config(args, *resolve_model(None), device=device, cpus=cpus)
 
 
 @pytest.mark.parametrize(
     ("options", "num_gpus", "device", "said"),
     [
-        ([], 8, "cpu", ["Tramontane", "Starting Ray"]),  # decided before: see test_device.py
+        # Decided before: see test_device.py.
+        ([], 8, "cpu", ["Tramontane", "float32, because no node", "Starting Ray"]),
+        (["--dtype", "bfloat16"], 8, "cpu", ["Tramontane", "Starting Ray"]),
         (["--ray-address", "h:1", "-tp", "2"], 1, "cuda", ["Joining Ray", "Tramontane"]),
-        (["--ray-address", "h:1"], 0, "cpu", ["Joining Ray", "Tramontane", "No node of the Ray cluster has a GPU"]),
+        (["--ray-address", "h:1"], 0, "cpu", ["Joining Ray", "Tramontane", "No node of the Ray cluster has a GPU", "float32, because node 10.0.0"]),
     ],
 )
 def test_the_headline_names_the_device_that_was_decided(monkeypatch, options, num_gpus, device, said):

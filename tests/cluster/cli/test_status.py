@@ -17,6 +17,7 @@ from dataclasses import replace
 import msgspec
 import pytest
 from rich.console import Console
+from support.fakes.core import FACTS
 from support.paths import DEMO_MODEL
 
 from cluster.cli.client import Client
@@ -106,6 +107,19 @@ def test_a_preempted_node_is_named_with_its_reason() -> None:
     ):
         shown = " ".join(" ".join(show(Sample(replace(VIEW, notices=(said,)), 0.0))).split())
         assert text in shown
+
+
+def test_replicas_that_compute_other_bits_are_named() -> None:
+    def kind(replica_id: str, numerics: str) -> ReplicaRecord:
+        return replace(READY, replica_id=replica_id, facts=msgspec.structs.replace(FACTS, numerics=numerics))
+
+    same = show(Sample(replace(VIEW, replicas=(kind("r0", "a"), kind("r1", "a"))), 0.0))
+    assert not any("numerics" in line for line in same)
+    kinds = show(Sample(replace(VIEW, replicas=(kind("r0", "a"), kind("r1", "b"), kind("r2", "a"))), 0.0))
+    assert [line for line in kinds if "numerics" in line] == [
+        "Replicas with the numerics a: r0, r2",
+        "Replicas with the numerics b: r1",
+    ]
 
 
 def test_nodes_that_share_an_address_are_distinguished() -> None:

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from cluster.doctor.facts import Fault
-from cluster.doctor.machine import read_filesystem, read_memory, read_network, read_versions
+from cluster.doctor.machine import read_filesystem, read_network, read_versions
 from cluster.doctor.snapshot import parse_snapshot, take_snapshot
-
-MEMINFO = "MemTotal:       32000000 kB\nMemFree:         1000000 kB\nMemAvailable:   20000000 kB\n"
 
 
 @pytest.fixture
@@ -49,18 +47,6 @@ def test_versions_are_those_that_would_be_imported():
     assert versions.torch is not None and versions.torch.split("+")[0] == torch.__version__.split("+")[0]
     assert versions.cuda == torch.version.cuda
     assert versions.tramontane and versions.ray and versions.python.startswith("3.")
-
-
-def test_memory_of_a_machine_and_of_a_smaller_container(tmp_path, write):
-    assert read_memory(tmp_path) == (None, None)
-    write("proc/meminfo", MEMINFO)
-    assert read_memory(tmp_path) == (32_000_000 * 1024, 20_000_000 * 1024)
-    write("sys/fs/cgroup/memory.max", "max\n")
-    assert read_memory(tmp_path) == (32_000_000 * 1024, 20_000_000 * 1024)
-    write("sys/fs/cgroup/memory.max", "8000000000\n")
-    write("sys/fs/cgroup/memory.current", "5000000000\n")
-    write("sys/fs/cgroup/memory.stat", "anon 2000000000\ninactive_file 3000000000\n")
-    assert read_memory(tmp_path) == (8_000_000_000, 6_000_000_000)
 
 
 def test_a_folder_that_does_not_exist_yet(tmp_path):

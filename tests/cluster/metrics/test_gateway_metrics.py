@@ -109,6 +109,8 @@ def test_replicas_and_ranks_are_sampled_at_the_scrape(router: FakeRouter, metric
     assert value(metrics, "num_requests_queued") == 1
     assert value(metrics, "num_queued_tokens") == 128
     assert value(metrics, "num_failovers_total") == 2
+    assert value(metrics, "num_failovers_other_numerics_total") == 1
+    assert value(metrics, "numerics_info", engine="r1", numerics="float32-sdpa-tp2-0123456789abcdef") == 1
     router.ready = frozenset({"r0", "r1"})
     assert value(metrics, "num_replicas_ready") == 2
 

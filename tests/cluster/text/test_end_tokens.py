@@ -60,7 +60,7 @@ def test_the_tokenizers_own(tmp_path: Path, files: dict[str, dict[str, Any]], ex
 
 def settings(folder: Path) -> tuple[int, ...]:
     args = make_parser().parse_args(["serve", str(folder)])
-    return engine_config(args, folder, device="cpu").model.eos_token_ids
+    return engine_config(args, folder, device="cpu")[0].model.eos_token_ids
 
 
 def test_all_files_count(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_an_answer_ends_after_the_token(tmp_path: Path, token_id: int) -> None:
         shutil.copy(DEMO_MODEL / name, tmp_path)
     write(tmp_path, {"generation_config.json": {"eos_token_id": [2, 7]}} | CHATML)
     args = make_parser().parse_args(["generate", str(tmp_path), "--prompt", "x", "--max-model-len", "64"])
-    engine = LLMEngine(engine_config(args, tmp_path, device="cpu"))
+    engine = LLMEngine(engine_config(args, tmp_path, device="cpu")[0])
     request = make_request("r", [1, 5, 6], logit_bias={token_id: 100.0}, ignore_eos=False)
     deltas = list(engine.stream(request))
     assert [i for delta in deltas for i in delta.token_ids] == [token_id]

@@ -30,8 +30,12 @@ def run(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     timeout_s: float,
+    may_fail: bool = False,
 ) -> str:
-    """The output of a command of that environment's interpreter. If the command fails, the test fails with its output."""
+    """The output of a command of that environment's interpreter. If the command fails, the test fails with its output.
+
+    may_fail: tests that failed are not a failure of pytest, which tells about them elsewhere.
+    """
     assert PYTHON.exists(), "The clients' environment is missing; `make .venv-clients/.installed` makes it."
     told = {"TRAMONTANE_URL": server.url, "TRAMONTANE_API_KEY": API_KEY, "OPENAI_API_KEY": API_KEY}
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "TMPDIR")}
@@ -45,7 +49,7 @@ def run(
         timeout=timeout_s,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-20_000:]
+    assert done.returncode in ((0, 1) if may_fail else (0,)), done.stdout[-20_000:]
     return done.stdout
 
 

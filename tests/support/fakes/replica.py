@@ -76,6 +76,7 @@ class FakeReplica:
         hold_after: int | None = None,
         lose_after: int | None = None,
         reason: str | None = None,
+        numerics: str = "",
     ) -> None:
         self.replica_id = replica_id
         self.script = script or tokens([42, 43])
@@ -103,6 +104,7 @@ class FakeReplica:
             bos_token_id=1,
             eos_token_ids=(2,),
             attention_backend="fake",
+            numerics=numerics,
         )
         self.requests: list[GenerateRequest] = []
         self.num_open = 0

@@ -32,10 +32,16 @@ class FakeRouter:
     num_waiting: int = 1
     num_queued_tokens: int = 128
     num_failovers_total: int = 2
+    num_numerics_changes_total: int = 1
     facts: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(block_size=16))
 
     def health(self) -> SimpleNamespace:
-        statuses = [SimpleNamespace(replica_id=i, ready=i in self.ready, load=load) for i, load in self.loads.items()]
+        statuses = [
+            SimpleNamespace(
+                replica_id=i, ready=i in self.ready, load=load, numerics="float32-sdpa-tp2-0123456789abcdef"
+            )
+            for i, load in self.loads.items()
+        ]
         return SimpleNamespace(replicas=statuses)
 
 

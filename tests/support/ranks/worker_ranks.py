@@ -1,8 +1,12 @@
 """A replica's RankWorkers, each in a process of its own as under Ray, but without Ray: what a signal to one does to the others."""
 
 import multiprocessing
+import os
 import secrets
+import sys
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import Any, Self
 
 from workers.config import EngineConfig
@@ -14,9 +18,13 @@ TIMEOUT_S = 100.0
 
 
 class RankProcesses:
-    """`with RankProcesses(config) as ranks`: joined, loaded and started, unless `until` names an earlier phase."""
+    """`with RankProcesses(config) as ranks`: joined, loaded and started, unless `until` names an earlier phase. environ: the ranks' own,
+    in addition; they set it before torch is imported.
+    """
 
-    def __init__(self, config: EngineConfig, *, until: str = "start") -> None:
+    def __init__(
+        self, config: EngineConfig, *, until: str = "start", environ: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         size = config.tensor_parallel_size
         incarnation = secrets.token_hex(4)
@@ -25,7 +33,7 @@ class RankProcesses:
         self._until = until
         self._pipes = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(target=_run, args=(theirs, config, rank, incarnation))
+            context.Process(target=_run, args=(theirs, config, rank, incarnation, dict(environ)))
             for rank, (_, theirs) in enumerate(pipes)
         ]
 
@@ -74,7 +82,9 @@ class RankProcesses:
         return outcome
 
 
-def _run(pipe: Connection, config: EngineConfig, rank: int, incarnation: str) -> None:
+def _run(pipe: Connection, config: EngineConfig, rank: int, incarnation: str, environ: Mapping[str, str]) -> None:
+    assert "torch" not in sys.modules, "torch has read the environment already"
+    os.environ.update(environ)
     worker = RankWorker(config, rank, replica_id="r0", incarnation=incarnation, token=TOKEN)
     while True:
         method, args, kwargs = pipe.recv()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from aiohttp.test_utils import TestClient, TestServer
 
 from cluster.api.app import make_app
@@ -18,6 +19,7 @@ from support.fakes.engines import make_config
 from support.paths import DEMO_MODEL
 from workers.engine.llm_engine import LLMEngine
 from workers.engine.loop import EngineLoop
+from workers.engine.numerics import fingerprint
 from workers.rank.server import StreamServer
 
 DEMO = DEMO_MODEL
@@ -32,9 +34,12 @@ class LiveReplica:
     def __init__(self, folder: Path = DEMO, *, replica_id: str = "r0", **settings: Any) -> None:
         config = make_config(folder, **({"tokenizer_path": str(TOKENIZER.path)} | settings))
         self.core = LLMEngine(config).core
+        numerics = fingerprint(self.core.runner)
+        assert numerics is not None, "rank 0 has one"
+        self.facts = msgspec.structs.replace(self.core.facts(replica_id), numerics=numerics)
         self._loop = EngineLoop(self.core, lambda deltas, events: self.server.publish(deltas, events))
         self.server = StreamServer(
-            self.core.facts(replica_id), TOKEN, submit=self._loop.submit, abort=self._loop.abort, load=self.core.load
+            self.facts, TOKEN, submit=self._loop.submit, abort=self._loop.abort, load=self.core.load
         )
         self.address = self.server.start()
         self._loop.start()

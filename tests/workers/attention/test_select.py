@@ -4,11 +4,13 @@ import logging
 
 import pytest
 import torch
+from support.native import native_library
 
 from workers.attention import flash, select
 from workers.attention.select import select_backend
 from workers.errors import ConfigError
 from workers.kernels.usable import why_triton_cannot_run
+from workers.native.library import NoNativeLibrary
 
 SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "sliding_window": None}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -27,8 +29,17 @@ def choose(device, *, dtype=torch.bfloat16, block_size=16, **changes):
     return selection.backend.name, selection.reason
 
 
-def test_the_cpu_uses_the_specification():
-    assert choose(CPU) == ("sdpa", "the device is cpu")
+def test_the_cpu_uses_the_compiled_kernel(monkeypatch):
+    monkeypatch.setattr(select, "load_library", lambda: native_library("avx2"))
+    assert choose(CPU) == ("native", "it is the first choice on the CPU")
+
+
+def test_without_compiled_kernels_the_cpu_uses_the_specification(monkeypatch):
+    monkeypatch.setattr(select, "load_library", lambda: NoNativeLibrary(reason="They are not built."))
+    reason = "native cannot run: there are no compiled kernels (They are not built)"
+    assert choose(CPU) == ("sdpa", reason)
+    with pytest.raises(ConfigError, match=r"The attention backend native cannot run: there are no compiled kernels"):
+        choose(CPU, choice="native")
 
 
 def test_triton_is_first_on_cuda(gpu):
@@ -91,7 +102,7 @@ def test_a_named_kernel_that_cannot_run_is_an_error(name):
 
 def test_deterministic_attention_is_tritons_or_none(gpu, monkeypatch):
     assert choose(CUDA, deterministic=True)[0] == "triton"
-    assert choose(CPU, deterministic=True)[0] == "sdpa"
+    assert choose(CPU, deterministic=True)[0] in ("native", "sdpa"), "both are"
     monkeypatch.setattr(select, "why_triton_cannot_run", lambda device: "it is not installed")
     with pytest.raises(ConfigError, match=r"--deterministic cannot work: .* and it is not installed"):
         choose(CUDA, block_size=256, deterministic=True)

@@ -8,7 +8,7 @@ from support.attention_batches import make_metadata
 
 from workers.attention import triton_paged
 from workers.attention.backend import AttentionMetadata
-from workers.attention.triton_paged import SEGMENT, TritonBackend, choose_num_splits, choose_tiles
+from workers.attention.triton_paged import SEGMENT, TritonBackend, choose_num_splits, choose_tiles, widest_split
 
 MODEL = {"head_dim": 128, "dtype": torch.bfloat16, "group": 4}
 
@@ -42,6 +42,24 @@ def test_number_of_splits(num_seqs, num_segments, num_splits):
     assert num_splits == choose_num_splits(
         num_seqs * 8, num_segments=num_segments, num_rows=num_seqs * 32, head_dim=128, multiprocessors=108
     )
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "step"),
+    [(512, (512, 15 * 512)), (8192, (4032, 2 * 512)), (1, (1, 8065 * 512))],
+)
+def test_the_step_whose_sums_take_the_most_memory(num_tokens, step):
+    """The first two are the docstring's. It is split; with one more segment, and from 4,033 tokens on, no step is."""
+    assert widest_split(num_tokens, num_heads=32, head_dim=128) == step
+    num_tokens, num_segments = step[0], step[1] // SEGMENT
+
+    def is_split(num_tokens, num_segments):
+        sizes = {"num_rows": num_tokens * 32, "head_dim": 128, "multiprocessors": 108}
+        return choose_num_splits(8, num_segments=num_segments, **sizes) > 1
+
+    assert is_split(num_tokens, num_segments)
+    assert not is_split(num_tokens, num_segments + 1)
+    assert not is_split(4033, 2)
 
 
 @pytest.mark.parametrize(

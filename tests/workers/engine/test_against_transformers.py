@@ -65,6 +65,7 @@ def test_the_window_matters_in_this_comparison(checkpoint):
     assert difference > 100 * TOLERANCE
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_greedy_generation_equals_transformers(checkpoint):
     folder, reference = checkpoint
     prompts = [torch.randint(3, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 20, 40)]

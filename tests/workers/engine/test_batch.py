@@ -68,3 +68,10 @@ def test_the_worked_example():
     batch = make_batch([dataclasses.replace(scheduled, num_new_tokens=1)], 4)
     assert (batch.token_ids.tolist(), batch.unread_rows.tolist()) == ([0], [3])
     assert (batch.positions.tolist(), batch.slot_mapping.tolist(), batch.logits_indices.tolist()) == ([5], [9], [0])
+
+
+def test_a_dummy_batch_may_have_a_context():
+    batch = dummy_batch(5, 3, 4, num_computed_tokens=6)
+    assert (batch.positions.tolist(), batch.seq_lens.tolist()) == ([6, 7, 8, 6, 7], [9, 8])
+    assert batch.block_table.tolist() == [[0, 0, 0]] * 2
+    assert batch.pack().dtype == np.int32

@@ -5,10 +5,14 @@ two ranks take part; the ranks are threads.
 """
 
 import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.fakes.engines import make_config, make_engine, make_request
+from support.native import native_library
 from support.paths import DEMO_MODEL
 from support.ranks.rank_threads import run_ranks
 from support.tiny import write_tiny_checkpoint
@@ -19,6 +23,7 @@ from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
 from workers.protocol import GenerateRequest, SamplingParams
+from workers.sampling.device_sampler import DeviceSampler
 from workers.sampling.sampler import SamplingRow, sample
 
 DEMO = DEMO_MODEL
@@ -38,24 +43,69 @@ MODELS = {
 }
 
 
+# Float32 keeps the promise with torch's kernels too, the others with the compiled ones.
+NUMERICS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8"},
+    "int4": {"quantization": "int4"},
+}
+
+
 def checkpoint(model, tmp_path):
     return DEMO if model == "demo" else write_tiny_checkpoint(tmp_path, **MODELS[model])
 
 
+class SeenLogits:
+    """The logits that follow each context, which is the tokens so far. Another run that meets the same context must find the same bits."""
+
+    def __init__(self) -> None:
+        self.by_context: dict[tuple[int, ...], torch.Tensor] = {}
+        # (tokens, how many of them are the context, logits): with overlap, the last token of a context becomes known later.
+        self._unread: list[tuple[list[int], int, torch.Tensor]] = []
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        sample_on_device = DeviceSampler.sample
+
+        def on_host(logits, rows, **kwargs):
+            self._unread += [
+                (row.token_ids, len(row.token_ids), x.clone()) for row, x in zip(rows, logits, strict=True)
+            ]
+            self.compare()
+            return sample(logits, rows, **kwargs)
+
+        def on_device(sampler, logits, rows):
+            self._unread += [
+                (row.token_ids, len(row.token_ids) + row.num_in_flight, x.clone())
+                for row, x in zip(rows, logits, strict=True)
+            ]
+            self.compare()
+            return sample_on_device(sampler, logits, rows)
+
+        patch.setattr(next_tokens, "sample", on_host)
+        patch.setattr(DeviceSampler, "sample", on_device)
+
+    def compare(self) -> None:
+        """All whose tokens are known by now."""
+        unread, self._unread = self._unread, []
+        for token_ids, num_tokens, logits in unread:
+            if len(token_ids) < num_tokens:
+                self._unread.append((token_ids, num_tokens, logits))
+                continue
+            expected = self.by_context.setdefault(tuple(token_ids[:num_tokens]), logits)
+            off = (logits - expected).abs().max().item()
+            assert torch.equal(logits, expected), f"{off:.1e} off after {num_tokens} tokens"
+
+    def __len__(self) -> int:
+        self.compare()
+        assert not self._unread, "a token was never read"
+        return len(self.by_context)
+
+
 @pytest.fixture
 def logits_of(monkeypatch):
-    """{tokens so far: the logits that follow them}. A second run that meets the same context must find the same bits."""
-    seen: dict[tuple[int, ...], torch.Tensor] = {}
-
-    def recording(logits, rows, **kwargs):
-        for row_logits, row in zip(logits, rows, strict=True):
-            context = tuple(row.token_ids)
-            expected = seen.setdefault(context, row_logits.clone())
-            off = (row_logits - expected).abs().max().item()
-            assert torch.equal(row_logits, expected), f"{off:.1e} off after {len(context)} tokens, {len(rows)} rows"
-        return sample(logits, rows, **kwargs)
-
-    monkeypatch.setattr(next_tokens, "sample", recording)
+    seen = SeenLogits()
+    seen.install(monkeypatch)
     return seen
 
 
@@ -96,24 +146,58 @@ def tokens_of(output):
     return [token for token, _ in output]
 
 
-@pytest.mark.parametrize(("model", "num_threads"), [("demo", 1), ("demo", 2), *((model, 1) for model in MODELS)])
-def test_every_way_to_compute_a_context_gives_the_same_bits(model, num_threads, tmp_path, logits_of):
-    """`logits_of` compares the logits of every run with the first one's; here the log-probabilities are compared."""
-    # Two threads on cores that others use as well wait for each other at every operation: only the long prompts then.
-    folder, requests = checkpoint(model, tmp_path), make_requests()[0 if num_threads == 1 else 3 :]
-    alone = engine(folder, num_threads=num_threads)
-    expected: dict[str, list] = {}
-    for request in requests:  # prefilled at once, then decoded one by one
-        expected |= run(alone, [request])
-    assert len(logits_of) == NUM_OUTPUT * len(requests), "every position was recorded"
+@dataclass(frozen=True)
+class Reference:
+    """What each request computes when it is prefilled at once, alone, and decoded without overlap."""
 
-    assert run(alone, requests) == expected, "decoded along with others"
+    folder: Path
+    settings: dict[str, Any]
+    requests: list[GenerateRequest]
+    expected: dict[str, list]
+    seen: SeenLogits
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("demo", 1, "float32"),
+        ("demo", 2, "float32"),
+        *((model, 1, "float32") for model in MODELS),
+        *(("demo", 1, numerics) for numerics in NUMERICS if numerics != "float32"),
+        ("wide window", 1, "bfloat16"),
+    ],
+    ids=lambda param: f"{param[0]}, {param[1]} threads, {param[2]}",
+)
+def reference(request, tmp_path_factory):
+    model, num_threads, numerics = request.param
+    if numerics != "float32":
+        native_library("avx2")  # skips where there can be none
+    settings = {"num_threads": num_threads, **NUMERICS[numerics]}
+    folder = checkpoint(model, tmp_path_factory.mktemp("model"))
+    # Two threads on cores that others use as well wait for each other at every operation: only the long prompts then.
+    requests = make_requests()[0 if num_threads == 1 else 3 :]
+    alone, expected, seen = engine(folder, overlap=False, **settings), {}, SeenLogits()
+    with pytest.MonkeyPatch.context() as patch:
+        seen.install(patch)
+        for one in requests:
+            expected |= run(alone, [one])
+    assert len(seen) == NUM_OUTPUT * len(requests), "every position was recorded"
+    return Reference(folder, settings, requests, expected, seen)
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_every_way_to_compute_a_context_gives_the_same_bits(reference, monkeypatch):
+    """`seen` compares the logits with the reference's; here the log-probabilities are compared."""
+    folder, settings = reference.folder, reference.settings
+    requests, expected = reference.requests, reference.expected
+    reference.seen.install(monkeypatch)
+    assert run(engine(folder, **settings), requests) == expected, "decoded along with others"
 
     rng = random.Random(1)
     for budget, block_size in ((512, 16), (67, 1)):
         core = engine(
             folder,
-            num_threads=num_threads,
+            **settings,
             max_num_batched_tokens=budget,
             max_num_seqs=8,
             block_size=block_size,
@@ -124,7 +208,7 @@ def test_every_way_to_compute_a_context_gives_the_same_bits(model, num_threads, 
         for name, output in continued.items():
             assert output == expected[name][cuts[name] :], f"prefilled in chunks of at most {budget} tokens"
 
-    cached = engine(folder, num_threads=num_threads, enable_prefix_caching=True, num_kv_blocks=2000)
+    cached = engine(folder, **settings, enable_prefix_caching=True, num_kv_blocks=2000)
     assert run(cached, requests) == expected, "with prefix caching, cold"
     for cut in (1, NUM_OUTPUT - 1):
         continued = run(cached, [resumed(r, tokens_of(expected[r.request_id])[:cut]) for r in requests])
@@ -133,19 +217,24 @@ def test_every_way_to_compute_a_context_gives_the_same_bits(model, num_threads, 
 
     # Room for the longest request and little more.
     blocks = cached.kv_cache.max_blocks_held(PROMPT_LENS[-1] + NUM_OUTPUT, 64) + 12
-    tight = engine(folder, num_threads=num_threads, num_kv_blocks=blocks, max_num_batched_tokens=64)
+    tight = engine(folder, **settings, num_kv_blocks=blocks, max_num_batched_tokens=64)
     assert run(tight, requests) == expected, "with blocks that come and go"
+    assert len(reference.seen) == NUM_OUTPUT * len(requests), "no context but the reference's"
 
 
 @pytest.mark.group
-@pytest.mark.parametrize("model", ["demo", "window"])
-def test_two_ranks_keep_the_promise_too(model, tmp_path, logits_of):
+@pytest.mark.parametrize(
+    ("model", "overlap", "numerics"),
+    [("demo", (False, True), "float32"), ("window", (True, False), "float32"), ("demo", (False, False), "int4")],
+)
+def test_two_ranks_keep_the_promise_too(model, overlap, numerics, tmp_path, logits_of):
+    """overlap: of the replica that begins, and of the one that goes on."""
     folder, requests = checkpoint(model, tmp_path), make_requests()
 
     def program(tp):
         def make_core(**overrides):
             settings = {"enable_prefix_caching": False, "max_num_seqs": 8, "num_kv_blocks": 500}
-            config = make_config(folder, tensor_parallel_size=2, **(settings | overrides))
+            config = make_config(folder, tensor_parallel_size=2, **(settings | NUMERICS[numerics] | overrides))
             runner = build_runner(config, tp)
             runner.allocate_kv_cache()
             return EngineCore(config, runner, tp) if tp.rank == 0 else runner
@@ -157,9 +246,9 @@ def test_two_ranks_keep_the_promise_too(model, tmp_path, logits_of):
             core.shutdown()
             return outputs
 
-        expected = on_both(make_core(max_num_batched_tokens=512), requests)
+        expected = on_both(make_core(max_num_batched_tokens=512, overlap=overlap[0]), requests)
         parts = [resumed(r, tokens_of(expected[r.request_id])[:7]) for r in requests] if expected else []
-        return expected, on_both(make_core(max_num_batched_tokens=29), parts)
+        return expected, on_both(make_core(max_num_batched_tokens=29, overlap=overlap[1]), parts)
 
     (expected, continued), _ = run_ranks(2, program)
     assert len(logits_of) >= NUM_OUTPUT * len(requests)

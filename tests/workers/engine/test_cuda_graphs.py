@@ -165,23 +165,24 @@ def outputs(core):
     return found
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_padding_changes_no_bit(folder, overlap):
-    assert outputs(make_core(folder, overlap=overlap)) == outputs(make_core(folder, pads=False))
+@pytest.mark.usefixtures("both_ways")
+def test_padding_changes_no_bit(folder):
+    assert outputs(make_core(folder)) == outputs(make_core(folder, pads=False))
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_graphs_change_no_bit(folder, overlap):
+@pytest.mark.usefixtures("both_ways")
+def test_graphs_change_no_bit(folder):
     recorder = RepeatingRecorder()
-    core = make_core(folder, recorder=recorder, tensor_attention=True, overlap=overlap)
-    assert outputs(core) == outputs(make_core(folder, tensor_attention=True, overlap=overlap))
+    core = make_core(folder, recorder=recorder, tensor_attention=True)
+    assert outputs(core) == outputs(make_core(folder, tensor_attention=True))
     assert core.runner.graphs.captured_sizes == (1, 2, 4, 6), "each was needed while requests ended"
     first = recorder.num_replayed
-    assert outputs(core) == outputs(make_core(folder, tensor_attention=True, overlap=overlap))
+    assert outputs(core) == outputs(make_core(folder, tensor_attention=True))
     assert recorder.num_replayed > first > 0
     assert recorder.num_recorded == 4
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_an_idle_engine_captures_one_size_at_each_heartbeat(folder):
     core = make_core(folder, recorder=RepeatingRecorder())
     for expected in ((1,), (1, 2), (1, 2, 4), (1, 2, 4, 6), (1, 2, 4, 6)):
@@ -189,6 +190,7 @@ def test_an_idle_engine_captures_one_size_at_each_heartbeat(folder):
         assert core.runner.graphs.captured_sizes == expected
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_after_a_failed_capture_the_engine_goes_on_without(folder, caplog):
     recorder = RepeatingRecorder(broken_from=1)
     core = make_core(folder, recorder=recorder, tensor_attention=True)
@@ -201,6 +203,7 @@ def test_after_a_failed_capture_the_engine_goes_on_without(folder, caplog):
 
 
 @pytest.mark.group
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("broken_rank", [None, 1])
 def test_two_ranks_capture_the_same_sizes_or_none(folder, broken_rank):
     def program(tp):

@@ -16,6 +16,8 @@ from workers.engine.llm_engine import stream_requests
 from workers.engine.model_runner import PROMPT_LOGITS_AT_ONCE
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 TOLERANCE = 1e-4
 WINDOW = 16
 
@@ -90,7 +92,6 @@ def test_log_probabilities_equal_transformers(checkpoint, chunk):
             assert_like_reference(found, reference, prompt, start=start, num_top=num_top)
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_the_bits_do_not_depend_on_chunks_other_requests_caches_or_preemption(checkpoint):
     folder, _ = checkpoint
     prompts = {str(n): prompt_of(n, n) for n in (1, 2, 17, 60, 150)}
@@ -123,7 +124,6 @@ def test_the_bits_do_not_depend_on_chunks_other_requests_caches_or_preemption(ch
     assert tight.core.load().num_preemptions_total > 0
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_a_preempted_prompt_continues_where_its_log_probabilities_end(checkpoint):
     folder, reference = checkpoint
     engine = make_engine(folder, max_num_batched_tokens=32)
@@ -185,7 +185,6 @@ def test_embeddings_equal_transformers(checkpoint, chunk):
     assert engine.core.kv_cache.pool.num_used == 0
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_a_request_without_output_tokens(checkpoint):
     folder, _ = checkpoint
     engine = make_engine(folder, max_model_len=64)
@@ -198,7 +197,6 @@ def test_a_request_without_output_tokens(checkpoint):
     assert engine.core.kv_cache.pool.num_used == 0
 
 
-@pytest.mark.usefixtures("both_ways")
 def test_a_continued_request_does_not_compute_them_again(checkpoint):
     folder, _ = checkpoint
     request = make_request("r", prompt_of(9), prompt_logprobs=2, max_tokens=4)

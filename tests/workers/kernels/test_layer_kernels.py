@@ -2,16 +2,31 @@
 
 import pytest
 import torch
+from support.native import native_library
 
 from workers.kernels import layer_specification as specification
-from workers.kernels.add_rms_norm import add_rms_norm
-from workers.kernels.rotary_kv import rotary_kv
-from workers.kernels.silu_mul import silu_mul
+from workers.kernels.layer_kernels import TritonLayerKernels
+from workers.kernels.native_layers import NativeLayerKernels
 
 # The kernels round where the specifications do; what differs is the order of a sum in fp32, and an exponential's last bit.
 # So a result in half precision is the same number, or rarely its neighbor (of a product of rounded numbers, the next one).
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+
+
+@pytest.fixture(params=["triton", "avx512", "avx2"])
+def kernels(request):
+    """A function: dtype -> the kernels under test."""
+    if request.param == "triton":
+        return lambda dtype: TritonLayerKernels()
+    library = native_library(request.param)
+
+    def native(dtype):
+        if dtype == torch.float16:
+            pytest.skip("the compiled kernels know float32 and bfloat16")
+        return NativeLayerKernels(library, dtype)
+
+    return native
 
 
 def randn(*shape, seed=0, scale=1.0):
@@ -36,7 +51,8 @@ def assert_equal_but_for_rounding(actual, expected, *, most_unequal=0.02):
 @DTYPES
 @pytest.mark.parametrize("hidden_size", [64, 130, 514])
 @pytest.mark.parametrize("has_residual", [False, True])
-def test_add_rms_norm(dtype, hidden_size, has_residual):
+def test_add_rms_norm(kernels, dtype, hidden_size, has_residual):
+    add_rms_norm = kernels(dtype).add_rms_norm
     # Values whose squares overflow or vanish in half precision.
     scales = torch.tensor([1.0, 300.0, 1e-3, 40.0, 0.0]).unsqueeze(1)
     x = strided((randn(5, hidden_size) * scales).to(dtype))
@@ -54,7 +70,8 @@ def test_add_rms_norm(dtype, hidden_size, has_residual):
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the interpreter; the sigmoid is then 0
 @DTYPES
 @pytest.mark.parametrize("size", [48, 1027, 1792])
-def test_silu_mul(dtype, size):
+def test_silu_mul(kernels, dtype, size):
+    silu_mul = kernels(dtype).silu_mul
     gate_up = strided(randn(3, 2 * size, scale=4.0).to(dtype))
     gate_up[0, :3] = torch.tensor([100.0, -100.0, 0.0])
     out = silu_mul(gate_up)
@@ -67,7 +84,8 @@ def test_silu_mul(dtype, size):
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim"), [(8, 4, 8), (8, 1, 64), (3, 3, 10), (14, 2, 96)], ids=str
 )
-def test_rotary_kv(dtype, num_heads, num_kv_heads, head_dim):
+def test_rotary_kv(kernels, dtype, num_heads, num_kv_heads, head_dim):
+    rotary_kv = kernels(dtype).rotary_kv
     num_tokens, block_size, num_blocks = 5, 4, 6
     num_rows = num_heads + 2 * num_kv_heads
     qkv = strided(randn(num_tokens, num_rows * head_dim).to(dtype)).unflatten(1, (num_rows, head_dim))
@@ -92,14 +110,14 @@ def test_rotary_kv(dtype, num_heads, num_kv_heads, head_dim):
     assert torch.equal(expected_caches[0][2, 0], caches[0][2, 0]), "a token depends on the others"
 
 
-def test_rotary_kv_worked_example():
+def test_rotary_kv_worked_example(kernels):
     """Head_dim 4 turns the pairs (0, 2) and (1, 3): [1, 0, 0, 0] becomes [cos a, 0, sin a, 0]."""
     angle = torch.tensor([0.5, 0.25])
     cos, sin = angle.cos(), angle.sin()
     angles = (torch.cat((cos, cos)).view(1, 1, 4), torch.cat((-sin, sin)).view(1, 1, 4))
     kv_cache = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)
     x = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 3, 4)
-    for operation in (rotary_kv, specification.rotary_kv):
+    for operation in (kernels(torch.float32).rotary_kv, specification.rotary_kv):
         q = operation(x, angles, kv_cache=kv_cache, slot_mapping=torch.tensor([1]))
         torch.testing.assert_close(q.flatten(), torch.stack([cos[0], 0 * cos[0], sin[0], 0 * cos[0]]))
         assert torch.equal(kv_cache[0][0, 1], q[0]) and torch.equal(kv_cache[1][0, 1, 0], x[0, 2])

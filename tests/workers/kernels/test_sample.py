@@ -22,8 +22,8 @@ from workers.kernels.sample_specification import (
     token_weights,
     truncate,
 )
+from workers.kernels.sampling_kernels import TritonSamplingKernels
 from workers.protocol import SamplingParams
-from workers.sampling import device_sampler
 from workers.sampling.device_sampler import DeviceSampler
 from workers.sampling.pending import DeviceRow
 
@@ -134,11 +134,10 @@ def test_edit():
     assert same(logits, copy)
 
 
-def test_the_sampler_runs_with_the_kernels(monkeypatch):
+def test_the_sampler_runs_with_the_kernels():
     """As on CUDA: mixed rows, over several steps."""
-    sampler = DeviceSampler(vocab_size=150, max_num_seqs=8, device="cpu", eos_token_ids=(2,))
-    monkeypatch.setattr(device_sampler, "sample_specification", kernels)
-    with_kernels = DeviceSampler(vocab_size=150, max_num_seqs=8, device="cpu", eos_token_ids=(2,))
+    settings = {"vocab_size": 150, "max_num_seqs": 8, "device": "cpu", "eos_token_ids": (2,)}
+    sampler, with_kernels = DeviceSampler(**settings), DeviceSampler(**settings, kernels=TritonSamplingKernels())
     kinds = (
         {"temperature": 0.0, "logprobs": 2},
         {"top_p": 0.9, "frequency_penalty": 0.5, "logit_bias": {3: 4.0}},
@@ -151,7 +150,11 @@ def test_the_sampler_runs_with_the_kernels(monkeypatch):
         logits = torch.randn(4, 150, generator=torch.Generator().manual_seed(step)) * 3
         rows = [DeviceRow(str(i), p, [5, 6, *outputs[i]], 2) for i, p in enumerate(params[: 4 - step])]
         expected = sampler.sample(logits[: len(rows)].clone(), rows).read()
-        assert with_kernels.sample(logits[: len(rows)].clone(), rows).read() == expected
+        found = with_kernels.sample(logits[: len(rows)].clone(), rows).read()
+        assert [one.token_id for one in found] == [one.token_id for one in expected]
+        assert [one.logprob and one.logprob.rank for one in found] == [
+            one.logprob and one.logprob.rank for one in expected
+        ]
         for output, one in zip(outputs, expected, strict=False):
             output.append(one.token_id)
 

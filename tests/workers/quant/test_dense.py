@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear as plain_linear
 
-from workers.errors import ConfigError
-from workers.quant.dense import CAN_PACK, DENSE, DenseMethod, linear, pack, select_dense
+from workers.quant.dense import CAN_PACK, DENSE, DenseMethod, linear, pack
 
 
 def weight(*shape, seed=0):
@@ -49,15 +48,6 @@ def test_the_product_can_be_another_one():
     layer, x = new_layer(weight(6, 4)), weight(2, 4, seed=1)
     seen = DenseMethod(lambda *operands: operands).apply(layer, x)
     assert seen[0] is x and seen[1] is layer.weight and seen[2] is None
-
-
-def test_the_deterministic_product_needs_a_gpu_that_runs_triton():
-    assert select_dense(torch.device("cpu"), deterministic=True) is DENSE, "it is deterministic already"
-    assert select_dense(torch.device("cuda"), deterministic=False) is DENSE
-    with pytest.raises(
-        ConfigError, match=r"--deterministic cannot work: its products run in Triton, and .*\. Leave it out\."
-    ):
-        select_dense(torch.device("cuda"), deterministic=True)
 
 
 @pytest.mark.skipif(not CAN_PACK, reason="this build of torch has no oneDNN")

@@ -13,6 +13,7 @@ import pytest
 from llguidance import LLMatcher
 from sentencepiece import SentencePieceProcessor
 from support.clients.random_schemas import random_schema
+from support.fakes import engines
 from support.fakes.engines import make_engine
 from support.paths import DEMO_MODEL
 from support.tiny import write_tiny_checkpoint
@@ -54,8 +55,16 @@ def constrained(name: str, grammar: str | None, **params: Any) -> GenerateReques
     return GenerateRequest(request_id=name, prompt_token_ids=[1, *SP.encode("x = ")], sampling=sampling)
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["one by one", "overlap"])
+def both_ways(request):
+    """Runs a test without overlap and with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(engines.SETTINGS, "overlap", request.param)
+        yield request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(both_ways, tmp_path_factory):
     return write_tiny_checkpoint(tmp_path_factory.mktemp("model"), vocab_size=SP.vocab_size(), sliding_window=24)
 
 
@@ -89,9 +98,10 @@ def add_all(core, requests):
     return drain(core)
 
 
-def test_twenty_random_schemas_are_followed_at_temperature_1():
+def test_twenty_random_schemas_are_followed_at_temperature_1(both_ways):
+    """Ten each way."""
     core = new_engine(DEMO, block_size=16, max_num_batched_tokens=512).core
-    schemas = {str(seed): random_schema(seed) for seed in range(20)}
+    schemas = {str(seed): random_schema(seed) for seed in range(int(both_ways), 20, 2)}
     requests = [constrained(n, schema_grammar(s), seed=int(n), max_tokens=900) for n, s in schemas.items()]
     found = add_all(core, requests)
     for name, schema in schemas.items():
@@ -304,7 +314,7 @@ def test_a_request_waits_for_its_grammar_and_may_be_aborted_there(engine, monkey
     with pytest.raises(RequestError, match="already in use"):
         core.add_request(constrained("waits", CHOICES))
     core.add_request(constrained("free", None, max_tokens=2, ignore_eos=True))
-    deltas = [d.request_id for _ in range(4) for d in core.step()]
+    deltas = [d.request_id for _ in range(4 + core.overlap) for d in core.step()]
     assert deltas == ["free", "free"]
     assert core.has_work()
     assert core.load().num_waiting == 2

@@ -12,7 +12,7 @@ from cluster.api.context import CONTEXT
 
 
 class ReplicaHealth(msgspec.Struct, frozen=True, kw_only=True):
-    """`state`: ready, not_ready or draining."""
+    """`state`: ready, not_ready or draining. `numerics`: replicas with the same one compute the same bits."""
 
     id: str
     ready: bool
@@ -20,6 +20,7 @@ class ReplicaHealth(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int
     num_waiting: int
     reason: str | None = None
+    numerics: str | None = None
 
 
 class HealthResponse(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +54,7 @@ async def handle(request: web.Request) -> web.Response:
                 num_running=s.load.num_running,
                 num_waiting=s.load.num_waiting,
                 reason=s.reason,
+                numerics=s.numerics,
             )
             for s in health.replicas
         ],

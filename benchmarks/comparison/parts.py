@@ -1,0 +1,200 @@
+"""The parts of the comparison: what is measured of a subject in one round. Each starts its own processes and returns named numbers.
+
+Knows workloads; no targets and no tables.
+"""
+
+import asyncio
+import importlib.util
+import math
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comparison import http_load, models, processes
+from comparison.subjects import RUNNERS, Subject
+
+Metrics = dict[str, float]
+NUM_PROMPT = 64
+LONG_PROMPT = 2000
+NUM_SEQUENCES = 16
+SEQUENCE_TOKENS = 192  # less than the demo model's sliding window, which llama.cpp does not know
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where the models are, and how often a measurement is repeated within one process."""
+
+    cache: Path
+    repeats: int
+    round_number: int
+
+    def folder(self, name: str, subject: Subject) -> Path:
+        folder = models.checkpoint(name, self.cache)
+        if subject.engine == "llama.cpp":
+            job = {"model": str(folder), "types": ["F32", "BF16", "Q8_0", "Q4_0"]}
+            command = [str(subject.python), str(RUNNERS / "gguf_files.py")]
+            processes.run_job(command, job, environment=subject.environment(serves=False))
+        return folder
+
+    def run(self, subject: Subject, name: str, **job: Any) -> dict[str, Any]:
+        """A runner's result for the model of this name."""
+        folder = self.folder(name, subject)
+        job |= {"model": subject.model_path(folder), "dtype": subject.dtype, "quantization": subject.quantization}
+        job |= {"repeats": self.repeats, "vocab_size": models.vocab_size(folder)}
+        return processes.run_job(subject.runner(), job, environment=subject.environment(serves=False))
+
+
+@dataclass(frozen=True)
+class Part:
+    """engines, formats: the subjects it measures. title: the heading of its table."""
+
+    name: str
+    title: str
+    measure: Callable[[Subject, Context], Metrics]
+    engines: tuple[str, ...]
+    formats: tuple[str, ...]
+
+    def includes(self, subject: Subject) -> bool:
+        return subject.engine in self.engines and subject.number_format in self.formats
+
+
+def decode(subject: Subject, context: Context) -> Metrics:
+    shape = {"prompt_tokens": NUM_PROMPT, "output_tokens": 32}
+    result = context.run(subject, models.LARGE.name, measure="rates", batches=[1, 8, 32], **shape)
+    return _numbers(result)
+
+
+def prefill(subject: Subject, context: Context) -> Metrics:
+    measure = "prefill" if subject.engine == "ours" else "rates"
+    shape = {"prompt_tokens": 512, "output_tokens": 1, "batches": [1]}
+    return _numbers(context.run(subject, models.LARGE.name, measure=measure, **shape))
+
+
+def http(subject: Subject, context: Context) -> Metrics:
+    return asyncio.run(_serve(subject, context, models.LARGE.name, levels=(1, 8, 32), num_output=32))
+
+
+def small(subject: Subject, context: Context) -> Metrics:
+    return asyncio.run(_serve(subject, context, models.SMALL.name, levels=(1, 16, 64), num_output=64))
+
+
+def long_prompt(subject: Subject, context: Context) -> Metrics:
+    return asyncio.run(_serve(subject, context, models.LARGE.name, levels=(), num_output=32, long=True))
+
+
+def start(subject: Subject, context: Context) -> Metrics:
+    return asyncio.run(_serve(subject, context, models.DEMO, levels=(), num_output=32))
+
+
+def tensor_parallel(subject: Subject, context: Context) -> Metrics:
+    found = {}
+    for size in (1, 2):
+        metrics = asyncio.run(_serve(subject, context, models.LARGE.name, levels=(1, 8), num_output=32, size=size))
+        found |= {f"tp{size} {name}": value for name, value in metrics.items()}
+    return found
+
+
+def quality(subject: Subject, context: Context) -> Metrics:
+    """Perplexity of the demo model on Python code that it was not trained on, and log-probabilities of random tokens by a random model."""
+    found = {}
+    for name in (models.DEMO, models.LARGE.name):
+        sequences = _texts(context) if name == models.DEMO else _random_sequences()
+        values = context.run(subject, name, measure="logprobs", sequences=sequences)["logprobs"]
+        flat = [value for row in values for value in row]
+        found[f"{name} nll"] = -statistics.fmean(flat)
+        found[f"{name} perplexity"] = math.exp(-statistics.fmean(flat))
+    return found
+
+
+async def _serve(
+    subject: Subject,
+    context: Context,
+    name: str,
+    *,
+    levels: tuple[int, ...],
+    num_output: int,
+    size: int = 1,
+    long: bool = False,
+) -> Metrics:
+    """Starts a server, warms it up, and measures each number of streams `repeats` times; medians."""
+    folder = context.folder(name, subject)
+    vocab_size, port = models.vocab_size(folder), processes.free_port()
+    command = subject.server(folder, port=port, tensor_parallel_size=size)
+    environment = subject.environment(serves=True)
+    seed = 1_000_000 * (context.round_number + 1)
+    log = Path(tempfile.gettempdir()) / f"peers-{os.getpid()}-{subject.engine}.log"
+    samples: dict[str, list[float]] = {}
+    async with processes.serving(command, port=port, environment=environment, log=log) as server:
+        shape: dict[str, int] = {"num_prompt": NUM_PROMPT, "num_output": num_output, "vocab_size": vocab_size}
+        for streams in (1, max(levels, default=8)):
+            await http_load.load(port, num_streams=streams, **(shape | {"num_output": 8}), seed=seed)
+        for _ in range(context.repeats):
+            for streams in levels:
+                seed += 1000
+                for key, value in (await http_load.load(port, num_streams=streams, **shape, seed=seed)).items():
+                    samples.setdefault(key, []).append(value)
+        found = {key: statistics.median(values) for key, values in samples.items()}
+        if long:
+            lengths = {"num_long": LONG_PROMPT, "num_prompt": NUM_PROMPT}
+            found |= await http_load.long_prompt(
+                port, num_streams=8, **lengths, vocab_size=vocab_size, seed=seed + 5000
+            )
+        return found | {"ready_s": server.ready_s}
+
+
+def _numbers(result: dict[str, Any]) -> Metrics:
+    return {key: value for key, value in result.items() if isinstance(value, float)}
+
+
+def _random_sequences() -> list[list[int]]:
+    size = models.LARGE.vocab_size
+    return [http_load.prompt(SEQUENCE_TOKENS, vocab_size=size, seed=i) for i in range(NUM_SEQUENCES)]
+
+
+def _texts(context: Context) -> list[list[int]]:
+    """Windows of a long file of torch as tokens of the demo model, each with the token that begins a text."""
+    import sentencepiece
+
+    folder = models.checkpoint(models.DEMO, context.cache)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model.v3"))
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None, "torch is a dependency"
+    ids = tokenizer.encode((Path(torch.origin).parent / "nn" / "functional.py").read_text())
+    step = len(ids) // NUM_SEQUENCES
+    return [[1, *ids[i * step : i * step + SEQUENCE_TOKENS - 1]] for i in range(NUM_SEQUENCES)]
+
+
+def machine_limits(context: Context) -> dict[str, Any]:
+    """Read bandwidth in bytes/s, matrix products in FLOP/s, and the machine in words."""
+    subject = Subject("ours", "float32", Path(sys.executable))
+    return processes.run_job(subject.runner(), {"measure": "machine"}, environment=subject.environment(serves=False))
+
+
+ALL_FORMATS = ("float32", "bfloat16", "int8", "int4")
+PLAIN = ("float32", "bfloat16")
+PARTS = {
+    part.name: part
+    for part in (
+        Part(
+            "decode", "In one process: prompts of 64 tokens, 32 new", decode, ("ours", "vllm", "llama.cpp"), ALL_FORMATS
+        ),
+        Part("http", "Over HTTP: prompts of 64 tokens, 32 new", http, ("ours", "vllm"), ALL_FORMATS),
+        Part("small", "Over HTTP, 20 M parameters: prompts of 64 tokens, 64 new", small, ("ours", "vllm"), PLAIN),
+        Part("long_prompt", "A prompt of 2,000 tokens next to 8 streams", long_prompt, ("ours", "vllm"), ("bfloat16",)),
+        Part("prefill", "Prefill of 512 tokens, in one process", prefill, ("ours", "vllm", "llama.cpp"), ALL_FORMATS),
+        Part("start", "Start to ready, demo model", start, ("ours", "vllm"), ("bfloat16",)),
+        Part(
+            "tensor_parallel",
+            "Two ranks with a thread each, one rank with two threads",
+            tensor_parallel,
+            ("ours",),
+            PLAIN,
+        ),
+        Part("quality", "What number formats cost in quality", quality, ("ours", "llama.cpp"), ALL_FORMATS),
+    )
+}

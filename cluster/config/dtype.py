@@ -1,0 +1,85 @@
+"""The type that --dtype auto means: a pure decision from the checkpoint and the CPUs on which ranks may run, and its reason in words.
+
+All replicas of a deployment have one type, because a stream must continue with the same bits on any of them. So `serve` decides before
+it starts ranks, by all CPUs that it can know: one without bfloat16 instructions makes it float32. Knows no Ray and no torch.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster.config.engine import Device
+from workers.config import Dtype, ModelConfig
+from workers.device.cpu import CpuFacts, read_cpu
+from workers.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeCpu:
+    """`where`: how a sentence names the machine. `facts`: None if it did not answer."""
+
+    where: str
+    facts: CpuFacts | None
+
+
+Cpus = Callable[[], Sequence[NodeCpu]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeChoice:
+    """`reason`: a sentence for the person who started the command; None where an option or the checkpoint alone decides."""
+
+    dtype: Dtype
+    reason: str | None = None
+
+
+def this_machine() -> Sequence[NodeCpu]:
+    """The one CPU of a command that computes on its own machine."""
+    return [NodeCpu(where="this machine", facts=read_cpu())]
+
+
+def choose_dtype(requested: Literal["auto"] | Dtype, *, device: Device, stored: Dtype, cpus: Cpus) -> DtypeChoice:
+    """auto: on CUDA the checkpoint's own type. On the CPU bfloat16 if the checkpoint has it and every CPU has instructions for it, else
+    float32: without them bfloat16 takes half of the memory, but computes more slowly.
+
+    stored: the type of the checkpoint's weights. cpus: called only if they decide; empty where no node is known yet.
+    """
+    if requested != "auto":
+        return DtypeChoice(dtype=requested)
+    if device == "cuda":
+        return DtypeChoice(dtype=stored)
+    if stored != "bfloat16":
+        return DtypeChoice(dtype="float32", reason=f"float32, because the checkpoint is in {stored}.")
+    found = cpus()
+    if not found:
+        return DtypeChoice(dtype="float32", reason="float32, because no node with CPUs has joined the Ray cluster yet.")
+    lacking = next((cpu for cpu in found if cpu.facts is None or not cpu.facts.has_bfloat16), None)
+    if lacking is not None:
+        why = "did not say what its CPU has" if lacking.facts is None else "has no instructions for bfloat16"
+        return DtypeChoice(dtype="float32", reason=f"float32, because {lacking.where} {why}.")
+    flags = dict.fromkeys(str(cpu.facts.bfloat16_flag).upper() for cpu in found if cpu.facts is not None)
+    return DtypeChoice(
+        dtype="bfloat16", reason=f"bfloat16, as the checkpoint; the CPU computes it natively ({', '.join(flags)})."
+    )
+
+
+def stored_dtype(folder: Path, model: ModelConfig) -> Dtype:
+    """The type of most of the checkpoint's weights, from the headers of its files; the configuration's if these cannot be read.
+
+    params.json of Mistral's layout names no type, and a hand-made config.json may name a wrong one.
+    """
+    # Late: importing the command line imports no module of weights.
+    from workers.weights.files import weight_files
+    from workers.weights.header import read_header
+
+    names: dict[str, Dtype] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    sizes = dict.fromkeys(names.values(), 0)
+    try:
+        for file in weight_files(folder, model.layout):
+            for tensor in read_header(file)[1].values():
+                if tensor.dtype in names:
+                    sizes[names[tensor.dtype]] += tensor.end - tensor.start
+    except CheckpointError:  # which the check of the checkpoint reports
+        return model.dtype
+    return max(sizes, key=lambda dtype: sizes[dtype]) if any(sizes.values()) else model.dtype

@@ -1,0 +1,117 @@
+"""The compiled attention: equal to the specification but for rounding, and exact whatever else is computed."""
+
+import random
+
+import pytest
+import torch
+from support.attention_batches import fill_cache, make_metadata
+from support.native import native_library
+
+from workers.attention.native import NativeBackend
+from workers.attention.sdpa import SdpaBackend
+from workers.attention.select import native_obstacle
+
+SHAPES = [(2, 2, 8), (4, 2, 32), (3, 1, 128), (8, 2, 80)]
+PARTS = [(0, 1), (0, 13), (9, 1), (199, 1), (67, 60), (64, 64), (130, 33)]
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def library(request):
+    return native_library(request.param)
+
+
+def make_sequences(shape, *, num_tokens, dtype, num=3):
+    """Queries, keys and values [num_tokens, heads, head_dim] of each sequence."""
+    num_heads, num_kv_heads, head_dim = shape
+    generator = torch.Generator().manual_seed(0)
+    return [
+        tuple(
+            torch.randn(num_tokens, n, head_dim, generator=generator).to(dtype)
+            for n in (num_heads, num_kv_heads, num_kv_heads)
+        )
+        for _ in range(num)
+    ]
+
+
+def attend(backend, sequences, parts, *, block_size, window, generator=None):
+    """parts: (tokens computed before, new tokens) of each sequence. Nothing but what a query sees is a number."""
+    metadata = make_metadata(parts, block_size, generator=generator)
+    caches = [
+        fill_cache([sequence[i] for sequence in sequences], metadata, block_size, sliding_window=window) for i in (1, 2)
+    ]
+    q = torch.cat(
+        [sequence[0][before : before + new] for sequence, (before, new) in zip(sequences, parts, strict=True)]
+    )
+    return backend.forward(q, *caches, metadata).split([new for _, new in parts])
+
+
+def make_backends(library, shape, *, dtype, window):
+    sizes = {"num_heads": shape[0], "num_kv_heads": shape[1], "head_dim": shape[2], "sliding_window": window}
+    return NativeBackend(library, dtype=dtype, **sizes), SdpaBackend(**sizes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_specification(library, shape, window, dtype):
+    native, specification = make_backends(library, shape, dtype=dtype, window=window)
+    sequences = make_sequences(shape, num_tokens=200, dtype=dtype, num=len(PARTS))
+    for block_size in (1, 16):
+        found = attend(native, sequences, PARTS, block_size=block_size, window=window)
+        # The specification multiplies what it masks, so it needs numbers everywhere.
+        metadata = make_metadata(PARTS, block_size)
+        caches = [fill_cache([s[i] for s in sequences], metadata, block_size).nan_to_num(50.0) for i in (1, 2)]
+        q = torch.cat([s[0][before : before + new] for s, (before, new) in zip(sequences, PARTS, strict=True)])
+        expected = specification.forward(q, *caches, metadata)
+        tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(torch.cat(found), expected, rtol=tolerance, atol=tolerance / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5, 100])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_query_has_the_same_bits_whatever_else_is_computed(library, shape, window, dtype):
+    """Decoded or prefilled, in any chunk, along with any other sequence, at any block size and placement."""
+    length = 260  # five tiles of keys
+    backend, _ = make_backends(library, shape, dtype=dtype, window=window)
+    sequences = make_sequences(shape, num_tokens=length, dtype=dtype)
+    whole = [attend(backend, [s], [(0, length)], block_size=16, window=window)[0] for s in sequences]
+    choose, generator = random.Random(0), torch.Generator().manual_seed(0)
+    for _ in range(12):
+        chosen, parts = choose.sample(range(3), choose.randrange(1, 4)), []
+        for _ in chosen:
+            num_new = choose.choice([1, 1, 2, 3, 5, 33, 64, 65, 129])
+            parts.append((choose.randrange(length - num_new), num_new))
+        block_size = choose.choice([1, 4, 16, 64])
+        found = attend(
+            backend, [sequences[i] for i in chosen], parts, block_size=block_size, window=window, generator=generator
+        )
+        for i, (before, new), out in zip(chosen, parts, found, strict=True):
+            assert torch.equal(out, whole[i][before : before + new]), (
+                f"{new} queries after {before}, {len(parts)} sequences"
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set_gives_the_same_bits(dtype):
+    shape = (8, 2, 64)
+    sequences = make_sequences(shape, num_tokens=200, dtype=dtype, num=len(PARTS))
+    results = [
+        torch.cat(
+            attend(
+                make_backends(native_library(name), shape, dtype=dtype, window=70)[0],
+                sequences,
+                PARTS,
+                block_size=16,
+                window=70,
+            )
+        )
+        for name in ("avx512", "avx2")
+    ]
+    assert torch.equal(*results)
+
+
+def test_what_it_cannot_run():
+    cpu = torch.device("cpu")
+    assert "not torch.float16" in native_obstacle(torch.float16, device=cpu)
+    assert "the device is cuda" in native_obstacle(torch.float32, device=torch.device("cuda"))

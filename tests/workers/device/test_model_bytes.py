@@ -1,0 +1,156 @@
+"""Bytes of weights, by hand and against a model's own tensors; and whether they fit in a machine's memory."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from workers.attention.sdpa import SdpaBackend
+from workers.config import EngineConfig, ModelConfig
+from workers.device.fit import PROCESS_BYTES, check_fits, need_of
+from workers.device.memory import Memory
+from workers.device.model_bytes import cpu_kv_cache_bytes, num_parameters, rotary_bytes, weight_bytes
+from workers.errors import ConfigError
+from workers.kv_cache.tensors import num_blocks_that_fit
+from workers.model.mistral import MistralForCausalLM
+
+GB = 10**9
+# Mistral 7B v0.3.
+MODEL = ModelConfig(
+    vocab_size=32_768,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=1_000_000.0,
+    sliding_window=None,
+    max_position_embeddings=32_768,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+    dtype="bfloat16",
+    layout="huggingface",
+)
+TIED = replace(MODEL, tie_word_embeddings=True, vocab_size=1003)
+
+
+def engine(model: ModelConfig = MODEL, **settings: Any) -> EngineConfig:
+    return EngineConfig(model_path="", model=model, **settings)
+
+
+# By hand. Matrices: 32 layers of 218,103,808 and a head of 134,217,728 make 7,113,539,584 weights, 222,298,112 groups of 32. The rest, in
+# the dtype: the embedding's 134,217,728 and norms of 65 x 4,096 = 266,240.
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "expected"),
+    [
+        ("float32", None, 7_248_023_552 * 4),
+        ("bfloat16", None, 7_248_023_552 * 2),
+        ("bfloat16", "int8", 222_298_112 * 34 + 134_483_968 * 2),
+        ("bfloat16", "int4", 222_298_112 * 18 + 134_483_968 * 2),
+        ("float32", "int4", 222_298_112 * 18 + 134_483_968 * 4),
+    ],
+)
+def test_weights_of_7b_by_hand(dtype, quantization, expected):
+    config = engine(dtype=dtype, quantization=quantization)
+    assert num_parameters(config) == 7_248_023_552
+    assert weight_bytes(config) == expected
+
+
+def test_ranks_share_everything_but_the_norms():
+    """The attention's and the feed-forward's inputs are divided, 1,024 and 7,168 of each, and so are the head's rows."""
+    whole, half = (weight_bytes(engine(tensor_parallel_size=n, quantization="int4")) for n in (1, 2))
+    assert half * 2 - whole == 266_240 * 4
+
+
+def test_a_tied_head_stays_in_the_dtype():
+    quantized = engine(TIED, quantization="int4", dtype="bfloat16")
+    assert weight_bytes(quantized) == 32 * 218_103_808 // 32 * 18 + (1003 * 4096 + 266_240) * 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("model", [MODEL, TIED], ids=["7b", "tied"])
+def test_weights_are_those_of_the_model(size, model):
+    config = engine(model, tensor_parallel_size=size, dtype="bfloat16")
+    tp: Any = SimpleNamespace(rank=0, size=size)
+    heads = {"num_heads": 32 // size, "num_kv_heads": 8 // size, "head_dim": 128, "sliding_window": None}
+    built = MistralForCausalLM(
+        model,
+        tp=tp,
+        backend=SdpaBackend(**heads),
+        dtype=torch.bfloat16,
+        device="meta",
+        max_positions=config.max_model_len,
+    )
+    assert weight_bytes(config) == sum(p.nbytes for p in built.parameters())
+    assert rotary_bytes(config) == sum(b.nbytes for b in built.buffers())
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_kv_blocks": 100}, {"kv_cache_bytes": 3 << 30}, {"max_num_seqs": 1}])
+def test_the_kv_cache_is_as_large_as_the_engine_makes_it(settings):
+    config = engine(**settings)
+    num_blocks = num_blocks_that_fit(config, torch.device("cpu"))
+    assert cpu_kv_cache_bytes(config) == (num_blocks + 1) * config.kv_block_bytes
+
+
+def check(available: int, *, num_ranks: int = 1, **settings: Any) -> str | None:
+    memory = Memory(total_bytes=32 * GB, available_bytes=available)
+    return check_fits(engine(**settings), num_ranks=num_ranks, memory=memory, where="this machine")
+
+
+def test_a_model_that_fits_to_the_byte():
+    full = need_of(engine()).full_bytes
+    assert check(full) is None
+    assert check(2 * full, num_ranks=2) is None
+    warning = check(full - 1)
+    assert warning is not None and warning.startswith("The KV cache may not fit: this machine has 30.5 GB of 32.0 GB")
+    loaded = need_of(engine()).loaded_bytes
+    assert check(loaded) is not None
+    with pytest.raises(ConfigError, match="The model does not fit: this machine has 29.4 GB"):
+        check(loaded - 1)
+
+
+@pytest.mark.parametrize(
+    ("available", "settings", "remedy"),
+    [
+        (
+            24 * GB,
+            {},
+            "--dtype bfloat16 (14.5 GB); --quantization int8 (8.1 GB); --quantization int4 (4.5 GB); a machine with more memory.",
+        ),
+        (8 * GB, {"dtype": "bfloat16"}, "--quantization int4 (4.3 GB); a machine with more memory."),
+        (6 * GB, {"dtype": "bfloat16", "quantization": "int8"}, "--quantization int4 (4.3 GB); a machine with more memory."),
+        (4 * GB, {"dtype": "bfloat16", "quantization": "int4"}, "Use a machine with more memory."),
+    ],
+)
+def test_the_remedies_are_what_would_fit(available, settings, remedy):
+    with pytest.raises(ConfigError) as e:
+        check(available, **settings)
+    assert e.value.remedy is not None and e.value.remedy.endswith(remedy)
+
+
+def test_all_ranks_of_the_machine_count():
+    """Two ranks hold half of the weights each; four are two replicas."""
+    assert check(20 * GB, num_ranks=2, dtype="bfloat16", tensor_parallel_size=2) is None
+    with pytest.raises(ConfigError, match=r"4 ranks: weights in bfloat16 29\.0 GB.* fewer replicas"):
+        check(20 * GB, num_ranks=4, dtype="bfloat16", tensor_parallel_size=2)
+
+
+def test_a_warning_says_how_large_a_cache_would_fit():
+    """14.5 GB of weights and 0.4 GB of the process leave 0.6 GB, which is 571 MiB, of 15.5 GB."""
+    need = need_of(engine(dtype="bfloat16"))
+    room = 600_000_000
+    warning = check(need.weight_bytes + PROCESS_BYTES + room, dtype="bfloat16")
+    assert warning is not None and warning.endswith("Use --kv-cache-memory 572MiB or less.")
+    assert check(need.weight_bytes + PROCESS_BYTES + room, dtype="bfloat16", kv_cache_bytes=572 << 20) is None
+
+
+def test_a_model_that_cannot_be_quantized_is_not_told_to():
+    odd = replace(MODEL, intermediate_size=14_344)
+    with pytest.raises(ConfigError) as e:
+        check_fits(engine(odd), num_ranks=1, memory=Memory(total_bytes=9 * GB, available_bytes=8 * GB), where="here")
+    assert e.value.remedy == "Use a machine with more memory."

@@ -1,0 +1,79 @@
+"""The fingerprint of what a replica computes: the same for the same bits, and another one as soon as something gives others.
+
+What limits of instruction sets do to it is in tests/cluster/router/test_failover_numerics.py.
+"""
+
+import pytest
+import torch
+from support.fakes.engines import make_config
+from support.ranks.rank_threads import run_ranks
+from support.tiny import write_tiny_checkpoint
+
+from workers.engine.build import build_runner
+from workers.engine.model_runner import ModelRunner
+from workers.engine.numerics import fingerprint
+from workers.parallel.group import SingleRank, TensorParallel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("model"), sliding_window=None)
+
+
+def built(folder, tp: TensorParallel | None = None, **overrides) -> ModelRunner:
+    tp = tp or SingleRank()
+    runner = build_runner(make_config(folder, tensor_parallel_size=tp.size, **overrides), tp)
+    runner.allocate_kv_cache()
+    return runner
+
+
+def nudge(weight: torch.Tensor) -> None:
+    """Doubles one number."""
+    flat = weight.data.view(-1)
+    flat[0] = 2 * flat[0] if flat[0] else 1
+
+
+def test_equal_replicas_have_one_fingerprint_which_says_what_they_are(folder) -> None:
+    found = {fingerprint(built(folder)) for _ in range(2)}
+    (name,) = found
+    assert name is not None and name.startswith("float32-") and "-tp1-" in name
+    runner = built(folder, num_threads=2)
+    num_threads = torch.get_num_threads()
+    assert [fingerprint(runner) for _ in range(2)] == [name] * 2, "it depends neither on threads nor on what ran before"
+    assert torch.get_num_threads() == num_threads, "the caller's setting is left as it was"
+
+
+def test_what_computes_other_bits_has_another(folder, tmp_path) -> None:
+    other_weights = write_tiny_checkpoint(tmp_path, sliding_window=None, seed=1)
+    slightly_other = built(folder)
+    nudge(slightly_other.model.model.norm.weight)
+    runners = [built(folder), built(folder, dtype="bfloat16"), built(other_weights), slightly_other]
+    assert len({fingerprint(runner) for runner in runners}) == len(runners)
+
+
+@pytest.mark.parametrize("max_model_len", [1, 8, 100])
+def test_models_of_any_length_have_one(folder, max_model_len: int) -> None:
+    runner = built(folder, max_model_len=max_model_len, num_kv_blocks=40)
+    assert fingerprint(runner) == fingerprint(runner)
+
+
+def test_it_leaves_the_cache_alone(folder) -> None:
+    runner = built(folder)
+    fingerprint(runner)
+    assert not any(cache.any() for layer in runner.kv_cache for cache in layer)
+
+
+@pytest.mark.group
+def test_every_rank_counts(folder) -> None:
+    def program(tp: TensorParallel) -> list[str | None]:
+        runner = built(folder, tp)
+        found = [fingerprint(runner), fingerprint(runner)]
+        if tp.rank == 1:
+            nudge(runner.model.model.layers[0].input_layernorm.weight)
+        return [*found, fingerprint(runner)]
+
+    (first, again, changed), others = run_ranks(2, program)
+    assert others == [None] * 3, "only rank 0 knows all ranks' parts"
+    assert first is not None and "-tp2-" in first
+    assert first == again
+    assert changed != first

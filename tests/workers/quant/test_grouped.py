@@ -1,0 +1,121 @@
+"""Weights in groups of 8 or 4 bits: how near they are, and that the compiled product has the bits of the specification."""
+
+import pytest
+import torch
+from support.native import native_library
+
+from workers.quant.dense import DENSE
+from workers.quant.grouped import GroupedMethod, multiply, quantize_inputs, quantize_weight
+
+LIBRARIES = [None, "avx512", "avx2"]
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def new_layer(method, w):
+    layer = torch.nn.Module()
+    method.create(layer, *w.shape, weight_loader=lambda *_: 0, dtype=torch.float32, device="cpu")
+    return layer
+
+
+def test_a_worked_example():
+    """8 bits: scale 2 / 127, so 2.0 is 127 and -1.0 is -64. 4 bits: the extreme 2.0 is -8, so the scale is -0.25 and -1.0 is 4."""
+    w = torch.zeros(1, 32)
+    w[0, :2] = torch.tensor([2.0, -1.0])
+    values, scales = quantize_weight(w, num_bits=8)
+    assert values[0, :3].tolist() == [127, -64, 0] and scales.item() == pytest.approx(2 / 127, rel=1e-3)
+    values, scales = quantize_weight(w, num_bits=4)
+    assert values[0, :3].tolist() == [-8, 4, 0] and scales.item() == -0.25
+
+
+@pytest.mark.parametrize(("num_bits", "largest_error"), [(8, 0.51 / 127), (4, 1.01 / 8)])
+def test_each_weight_is_near_its_value(num_bits, largest_error):
+    w = random(50, 96)
+    values, scales = quantize_weight(w, num_bits=num_bits)
+    near = (values.unflatten(1, (-1, 32)) * scales[..., None].float()).flatten(1)
+    extremes = w.unflatten(1, (-1, 32)).abs().amax(dim=2).repeat_interleave(32, dim=1)
+    assert ((near - w).abs() <= extremes * largest_error).all()
+
+
+def test_zeros_and_large_weights_stay_finite():
+    w = torch.zeros(2, 64)
+    w[1, :32] = 1e9
+    for num_bits in (8, 4):
+        values, scales = quantize_weight(w, num_bits=num_bits)
+        assert (values[0] == 0).all() and scales.isfinite().all()
+
+
+def test_inputs_are_rounded_in_groups_of_their_own():
+    x = random(3, 64) * torch.tensor([1.0, 100.0]).repeat_interleave(32)
+    whole, scales = quantize_inputs(x)
+    assert whole.abs().amax(dim=2).eq(127).all()
+    torch.testing.assert_close((whole * scales[..., None]).flatten(1), x, rtol=0, atol=0.51 * scales.max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_bits", [8, 4])
+@pytest.mark.parametrize("name", ["avx512", "avx2"])
+def test_the_compiled_product_has_the_bits_of_the_specification(name, num_bits, dtype):
+    library = native_library(name)
+    for out_features, in_features in ((5, 32), (70, 96), (64, 1024)):
+        w, x = random(out_features, in_features), random(23, in_features, dtype=dtype, seed=1)
+        x[3] = 0
+        method = GroupedMethod(num_bits, library=library, tied=DENSE)
+        layer = new_layer(method, w)
+        method.load(layer, w, slice(None))
+        method.finish(layer)
+        expected = multiply(x, *quantize_weight(w, num_bits=num_bits))
+        for rows in (slice(0, 23), slice(0, 1), slice(4, 9), slice(6, 23), slice(0, 0)):
+            assert torch.equal(method.apply(layer, x[rows]), expected[rows]), f"{out_features} x {in_features}, {rows}"
+
+
+@pytest.mark.parametrize("num_bits", [8, 4])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_shards_fill_the_matrix_and_the_product_is_near_the_exact_one(name, num_bits):
+    method = GroupedMethod(num_bits, library=name and native_library(name), tied=DENSE)
+    w, x, bias = random(48, 128), random(4, 128, seed=1), random(48, seed=2)
+    layer = new_layer(method, w)
+    assert (
+        method.load(layer, w[:16], slice(0, 16)) + method.load(layer, w[16:], slice(16, None)) == layer.weight.numel()
+    )
+    before = method.apply(layer, x, bias)
+    method.finish(layer)
+    assert torch.equal(method.apply(layer, x, bias), before), "packing changes no bit"
+    exact = x @ w.T + bias
+    assert (before - exact).norm() / exact.norm() < (0.02 if num_bits == 8 else 0.15)
+
+
+def test_the_weights_take_34_or_18_bytes_for_32():
+    w = random(64, 256)
+    for num_bits, num_bytes in ((8, 34), (4, 18)):
+        method = GroupedMethod(num_bits, library=native_library("avx2"), tied=DENSE)
+        layer = new_layer(method, w)
+        method.load(layer, w, slice(None))
+        assert layer.weight.nbytes + layer.scales.nbytes == w.numel() // 32 * num_bytes
+        method.finish(layer)
+        assert sum(tensor.nbytes for tensor in layer.state_dict().values()) == w.numel() // 32 * num_bytes
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_an_input_that_is_not_finite_spoils_its_row_alone(name):
+    method = GroupedMethod(8, library=name and native_library(name), tied=DENSE)
+    w, x = random(40, 64), random(4, 64, seed=1)
+    layer = new_layer(method, w)
+    method.load(layer, w, slice(None))
+    method.finish(layer)
+    expected = method.apply(layer, x)
+    x[1, 3], x[2, 5] = torch.inf, torch.nan
+    product = method.apply(layer, x)
+    assert not product[1:3].isfinite().any()
+    assert torch.equal(product[[0, 3]], expected[[0, 3]])
+
+
+def test_a_tied_head_keeps_the_form_of_the_embedding():
+    method = GroupedMethod(4, library=None, tied=DENSE)
+    head, x = torch.nn.Module(), random(3, 48, seed=1)
+    head.weight = torch.nn.Parameter(random(20, 48), requires_grad=False)
+    expected = x @ head.weight.T
+    method.finish(head)
+    torch.testing.assert_close(method.apply(head, x), expected)

@@ -1,0 +1,126 @@
+"""A fingerprint of the last bits that a replica computes: replicas with the same one give a token the same logits.
+
+It is made of results, not guessed from the names of CPUs: the loaded model's first layer, last norm and head compute a few fixed rows with
+the kernels and the packed weights that serve. What differs anywhere (instruction set, library, data type, number of ranks, weights) shows
+in the digest. Knows the model's parts; no requests and no replicas.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from workers.attention.backend import AttentionMetadata
+from workers.config import EngineConfig
+from workers.engine.model_runner import ModelRunner
+from workers.sampling.logprobs import compute_logprobs
+
+DIGEST_BYTES = 8
+# Of each step, the new tokens and the whole contexts of its sequences: 1, 3 and 17 rows, and contexts across the attention's tiles of keys.
+STEPS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
+    ((1,), (150,)),
+    ((1, 1, 1), (5, 64, 131)),
+    ((17,), (83,)),
+)
+MAX_CONTEXT = 150
+
+
+def fingerprint(runner: ModelRunner) -> str | None:
+    """For example "bfloat16-int8-sdpa-tp2-5be0c1ad39f6d274" on rank 0, None on the others. Every rank calls it, after
+    `allocate_kv_cache` and before its first step. Raises GroupError if a rank is gone.
+    """
+    config, tp = runner.config, runner.tp
+    digest = _digest(runner) if tp.device.type != "cpu" else _on_one_thread(lambda: _digest(runner))
+    # Each rank's own bits count, in the order of the ranks, even where the sum over ranks would round a difference away.
+    gathered = tp.gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(tp.device))
+    if gathered is None:
+        return None
+    total = hashlib.blake2b(gathered.cpu().numpy().tobytes(), digest_size=DIGEST_BYTES).hexdigest()
+    names = (config.dtype, config.quantization, runner.attention_backend, f"tp{tp.size}", total)
+    return "-".join(name for name in names if name is not None)
+
+
+def _on_one_thread(compute: Callable[[], bytes]) -> bytes:
+    """The number of threads changes no bit, and with several, OpenMP would keep some for the caller's thread: see ModelRunner.execute."""
+    num_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return compute()
+    finally:
+        torch.set_num_threads(num_before)
+
+
+@torch.inference_mode()
+def _digest(runner: ModelRunner) -> bytes:
+    config, model, device = runner.config, runner.model, runner.tp.device
+    decoder, found = model.model, hashlib.blake2b(digest_size=DIGEST_BYTES)
+    keys, values = (_cache_like(cache, config, name) for cache, name in zip(runner.kv_cache[0], "kv", strict=True))
+
+    def add(tensor: torch.Tensor) -> None:
+        found.update(tensor.contiguous().view(torch.uint8).cpu().numpy())
+
+    for query_lens, context_lens in _steps(config.max_model_len):
+        positions, metadata = _inputs(query_lens, context_lens, block_size=config.block_size, device=device)
+        rows = _fixed((len(positions), config.model.hidden_size), f"rows {query_lens}").to(device, runner.dtype)
+        hidden_states, residual = decoder.layers[0](
+            rows, None, decoder.rotary.angles(positions), (keys, values), metadata
+        )
+        hidden_states, residual = decoder.norm(hidden_states, residual)
+        add(hidden_states)
+        add(residual)
+        last = metadata.cu_seqlens_q[1:].long() - 1
+        logits = model.compute_logits(hidden_states[last])  # every rank takes part
+        if logits is not None:
+            add(logits)
+            for tensor in compute_logprobs(logits, torch.zeros_like(last), max_top=1):
+                add(tensor)
+    # What the layer wrote: this rank's own keys and values.
+    add(keys)
+    add(values)
+    return found.digest()
+
+
+def _steps(max_model_len: int) -> list[tuple[list[int], list[int]]]:
+    """STEPS, cut to what a model of this length can hold."""
+    steps = []
+    for query_lens, context_lens in STEPS:
+        contexts = [min(length, max_model_len) for length in context_lens]
+        steps.append(([min(pair) for pair in zip(query_lens, contexts, strict=True)], contexts))
+    return steps
+
+
+def _inputs(
+    query_lens: Sequence[int], context_lens: Sequence[int], *, block_size: int, device: torch.device
+) -> tuple[torch.Tensor, AttentionMetadata]:
+    """The positions of a step, and its metadata. All sequences share blocks 1, 2, 3 and so on: what is in them need not make sense."""
+    pairs = list(zip(query_lens, context_lens, strict=True))
+    positions = torch.tensor([p for query, context in pairs for p in range(context - query, context)], device=device)
+    num_blocks = math.ceil(max(context_lens) / block_size)
+    table = torch.arange(1, num_blocks + 1, dtype=torch.int32, device=device)
+    metadata = AttentionMetadata(
+        slot_mapping=positions + block_size,
+        block_table=table.repeat(len(pairs), 1),
+        seq_lens=torch.tensor(context_lens, dtype=torch.int32, device=device),
+        cu_seqlens_q=torch.tensor(
+            [sum(query_lens[:i]) for i in range(len(pairs) + 1)], dtype=torch.int32, device=device
+        ),
+        query_lens=list(query_lens),
+        context_lens=list(context_lens),
+        max_query_len=max(query_lens),
+        max_seq_len=max(context_lens),
+    )
+    return positions, metadata
+
+
+def _cache_like(cache: torch.Tensor, config: EngineConfig, name: str) -> torch.Tensor:
+    """Fixed keys or values of one layer, in blocks of the form of `cache`, with the null block and those that `_inputs` names."""
+    num_blocks = 1 + math.ceil(min(MAX_CONTEXT, config.max_model_len) / config.block_size)
+    shape = (num_blocks, *cache.shape[1:])
+    return _fixed(shape, name).to(cache.device, cache.dtype)
+
+
+def _fixed(shape: Sequence[int], name: str) -> torch.Tensor:
+    """Numbers from -1 to 1 in fp32 that follow from the name. From a hash: torch's normal distribution differs between instruction sets."""
+    data = bytearray(hashlib.shake_128(name.encode()).digest(2 * math.prod(shape)))
+    return torch.frombuffer(data, dtype=torch.int16).view(*shape).float() / 2**15

@@ -1,0 +1,1 @@
+"""Kernels for CPUs in C++: how they are compiled, packaged and loaded. Which kernels there are is known to their callers."""

@@ -1,0 +1,214 @@
+// Attention over a paged KV cache. One query's result depends on its own keys only, in tiles of 64 positions counted from position 0, so its
+// bits are the same however its context was cut into chunks and whatever else the step computes.
+//
+// Within a tile scores are chains of multiply-adds along the head, and values are added key by key; tiles are joined by the online softmax of
+// FlashAttention (Dao et al., 2022). Everything is float32 but the cache. A tile in which a query sees no key changes nothing for it.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int TILE = 64, TILE_VECTORS = TILE / 16;
+// Queries of one prefill that share each tile of keys, which is transposed once for all of them.
+constexpr int64_t QUERY_TILE = 32;
+#ifdef __AVX512F__
+constexpr int MAX_ROWS = 6;
+#else
+constexpr int MAX_ROWS = 1;
+#endif
+
+struct Shape {
+    int64_t num_heads, num_kv_heads, head_dim, block_size, window;  // window 0: none
+    float scale;
+};
+
+// Queries first .. first + num - 1 of one sequence; query 0 is at `token` in the batch and at `position` in the sequence.
+struct Work {
+    int64_t token, position, num;
+    const int32_t* blocks;
+};
+
+template <int ROWS>
+void scores(const float* q, int64_t head_dim, const float* keys, float* out) {
+    f32x16 acc[ROWS][TILE_VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < TILE_VECTORS; v++) acc[r][v] = zero();
+    for (int64_t d = 0; d < head_dim; d++) {
+#pragma GCC unroll 4
+        for (int v = 0; v < TILE_VECTORS; v++) {
+            const f32x16 key = load(keys + d * TILE + v * 16);
+#pragma GCC unroll 6
+            for (int r = 0; r < ROWS; r++) acc[r][v] = fma(set1(q[r * head_dim + d]), key, acc[r][v]);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < TILE_VECTORS; v++) store(out + r * TILE + v * 16, acc[r][v]);
+}
+
+template <int ROWS = MAX_ROWS>
+void scores_of(int rows, const float* q, int64_t head_dim, const float* keys, float* out) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return scores_of<ROWS - 1>(rows, q, head_dim, keys, out);
+    }
+    scores<ROWS>(q, head_dim, keys, out);
+}
+
+// out[r] = out[r] * factor[r] + weights[r] @ values, 16 columns of a head for ROWS rows. values: [TILE][head_dim].
+template <int ROWS>
+void add_values(float* out, const float* factors, const float* weights, const float* values, int64_t head_dim, int begin, int end) {
+    f32x16 acc[ROWS];
+    for (int r = 0; r < ROWS; r++) acc[r] = load(out + r * head_dim) * set1(factors[r]);
+    for (int key = begin; key < end; key++) {
+        const f32x16 value = load(values + key * head_dim);
+#pragma GCC unroll 6
+        for (int r = 0; r < ROWS; r++) acc[r] = fma(set1(weights[r * TILE + key]), value, acc[r]);
+    }
+    for (int r = 0; r < ROWS; r++) store(out + r * head_dim, acc[r]);
+}
+
+template <int ROWS = 6>
+void add_values_of(int rows, float* out, const float* factors, const float* weights, const float* values, int64_t head_dim, int begin, int end) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return add_values_of<ROWS - 1>(rows, out, factors, weights, values, head_dim, begin, end);
+    }
+    for (int64_t d = 0; d < head_dim; d += 16) add_values<ROWS>(out + d, factors, weights, values + d, head_dim, begin, end);
+}
+
+// One thread's memory.
+struct Scratch {
+    std::vector<float> queries, keys, values, out, weights, largest, sums, factors;
+
+    void reserve(int64_t rows, int64_t head_dim) {
+        if ((int64_t)largest.size() >= rows && (int64_t)keys.size() >= TILE * head_dim && (int64_t)out.size() >= rows * head_dim) return;
+        queries.resize(rows * head_dim);
+        out.resize(rows * head_dim);
+        keys.resize(TILE * head_dim);
+        values.resize(TILE * head_dim);
+        weights.resize(rows * TILE);
+        for (auto* per_row : {&largest, &sums, &factors}) per_row->resize(rows);
+    }
+};
+
+// Softmax weights of a tile for one query that sees keys [begin, end) of it, from scores in place. Returns the factor of what came before.
+INLINE float softmax_tile(float* row, int begin, int end, float* largest, float* total) {
+    for (int i = 0; i < begin; i++) row[i] = -INFINITY;
+    for (int i = end; i < TILE; i++) row[i] = -INFINITY;
+    f32x16 v[TILE_VECTORS];
+    for (int i = 0; i < TILE_VECTORS; i++) v[i] = load(row + i * 16);
+    const float now = std::max(*largest, max_of(max(max(v[0], v[1]), max(v[2], v[3]))));
+    for (int i = 0; i < TILE_VECTORS; i++) {
+        v[i] = exp(v[i] - set1(now));
+        store(row + i * 16, v[i]);
+    }
+    // exp of the vector, so that it is the same function.
+    float before[16];
+    store(before, exp(set1(*largest - now)));
+    *largest = now;
+    *total = *total * before[0] + sum((v[0] + v[1]) + (v[2] + v[3]));
+    return before[0];
+}
+
+// Query heads of one KV head for the queries of `work`. Rows are (query, head within the group).
+template <class T>
+void attend(T* out, const T* q, const T* k_cache, const T* v_cache, const Work& work, int64_t kv_head, const Shape& s, int64_t q_stride, int64_t out_stride,
+            Scratch& scratch) {
+    // Heads are filled up with zeros to whole vectors.
+    const int64_t group = s.num_heads / s.num_kv_heads, rows = work.num * group, head_dim = s.head_dim, dim = (head_dim + 15) / 16 * 16;
+    scratch.reserve(rows, dim);
+    float *const queries = scratch.queries.data(), *const acc = scratch.out.data();
+    for (int64_t r = 0; r < rows; r++) {
+        const T* row = q + (work.token + r / group) * q_stride + (kv_head * group + r % group) * head_dim;
+        for (int64_t d = 0; d < dim; d += 16) store(queries + r * dim + d, load_some(row + d, head_dim - d) * set1(s.scale));
+    }
+    std::fill(acc, acc + rows * dim, 0.0f);
+    std::fill(scratch.largest.begin(), scratch.largest.begin() + rows, -INFINITY);
+    std::fill(scratch.sums.begin(), scratch.sums.begin() + rows, 0.0f);
+    const int64_t oldest = s.window ? std::max<int64_t>(0, work.position - s.window + 1) : 0;
+    const int64_t num_keys = work.position + work.num;
+    for (int64_t start = oldest / TILE * TILE; start < num_keys; start += TILE) {
+        const int64_t first_key = std::max(start, oldest), last_key = std::min<int64_t>(start + TILE, num_keys);
+        for (int64_t sixteen = start; sixteen < last_key; sixteen += 16) {
+            const T* keys[16] = {};
+            for (int64_t key = std::max(sixteen, first_key); key < std::min(sixteen + 16, last_key); key++) {
+                const int64_t slot = work.blocks[key / s.block_size] * s.block_size + key % s.block_size;
+                const int64_t place = (slot * s.num_kv_heads + kv_head) * head_dim;
+                keys[key - sixteen] = k_cache + place;
+                float* const value = scratch.values.data() + (key - start) * dim;
+                for (int64_t d = 0; d < dim; d += 16) store(value + d, load_some(v_cache + place + d, head_dim - d));
+            }
+            for (int64_t d = 0; d < dim; d += 16) {
+                f32x16 square[16];
+                for (int i = 0; i < 16; i++) square[i] = keys[i] ? load_some(keys[i] + d, head_dim - d) : zero();
+                transpose(square);
+                for (int i = 0; i < 16; i++) store(scratch.keys.data() + (d + i) * TILE + (sixteen - start), square[i]);
+            }
+        }
+        for (int64_t r = 0; r < rows; r += MAX_ROWS)
+            scores_of((int)std::min<int64_t>(MAX_ROWS, rows - r), queries + r * dim, dim, scratch.keys.data(), scratch.weights.data() + r * TILE);
+        int64_t first_row = rows, end_row = 0;
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t position = work.position + r / group;
+            const int64_t begin = std::max(start, s.window ? position - s.window + 1 : 0) - start, end = std::min<int64_t>(start + TILE, position + 1) - start;
+            if (begin >= end) {
+                scratch.factors[r] = 1.0f;
+                continue;
+            }
+            scratch.factors[r] = softmax_tile(scratch.weights.data() + r * TILE, (int)begin, (int)end, &scratch.largest[r], &scratch.sums[r]);
+            first_row = std::min(first_row, r);
+            end_row = r + 1;
+        }
+        // Rows that see something lie together. Keys that only other rows see have a weight of 0, which adds nothing.
+        for (int64_t r = first_row; r < end_row; r += 6)
+            add_values_of((int)std::min<int64_t>(6, end_row - r), acc + r * dim, scratch.factors.data() + r, scratch.weights.data() + r * TILE,
+                          scratch.values.data(), dim, (int)(first_key - start), (int)(last_key - start));
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        T* target = out + (work.token + r / group) * out_stride + (kv_head * group + r % group) * head_dim;
+        for (int64_t d = 0; d < dim; d += 16) store_some(target + d, load(acc + r * dim + d) / set1(scratch.sums[r]), head_dim - d);
+    }
+}
+
+template <class T>
+void attention(T* out, const T* q, const T* k_cache, const T* v_cache, const int32_t* block_table, const int64_t* query_lens, const int64_t* context_lens,
+               int64_t num_seqs, int64_t max_blocks, const Shape& s, int64_t q_stride, int64_t out_stride) {
+    std::vector<Work> works;
+    int64_t token = 0, num_pairs = 0;
+    for (int64_t i = 0; i < num_seqs; i++) {
+        for (int64_t first = 0; first < query_lens[i]; first += QUERY_TILE) {
+            const int64_t position = context_lens[i] - query_lens[i] + first, num = std::min(QUERY_TILE, query_lens[i] - first);
+            works.push_back({token + first, position, num, block_table + i * max_blocks});
+            num_pairs += num * (position + num);
+        }
+        token += query_lens[i];
+    }
+    const int64_t num_works = (int64_t)works.size() * s.num_kv_heads;
+    // Below this much, waking other threads takes longer.
+    const bool alone = num_works == 1 || num_pairs * s.num_heads * s.head_dim < (1 << 17);
+#pragma omp parallel if (!alone)
+    {
+        static thread_local Scratch scratch;
+        // The last queries see the most keys, so they come first.
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = num_works - 1; i >= 0; i--)
+            attend(out, q, k_cache, v_cache, works[i / s.num_kv_heads], i % s.num_kv_heads, s, q_stride, out_stride, scratch);
+    }
+}
+
+}  // namespace
+
+// out, q: [num_tokens, num_heads, head_dim] with strides of rows in values; caches: [num_blocks, block_size, num_kv_heads, head_dim];
+// block_table: [num_seqs, max_blocks]. window counts the query itself; 0 is none.
+#define EXPORT(type, T)                                                                                                                               \
+    TRAMONTANE_KERNEL(attention_##type)(void* out, const void* q, const void* k_cache, const void* v_cache, const int32_t* block_table,              \
+                                        const int64_t* query_lens, const int64_t* context_lens, int64_t num_seqs, int64_t max_blocks,                \
+                                        int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t window,               \
+                                        int64_t q_stride, int64_t out_stride) {                                                                       \
+        const Shape shape{num_heads, num_kv_heads, head_dim, block_size, window, 1.0f / std::sqrt((float)head_dim)};                                  \
+        attention<T>((T*)out, (const T*)q, (const T*)k_cache, (const T*)v_cache, block_table, query_lens, context_lens, num_seqs, max_blocks, shape, \
+                     q_stride, out_stride);                                                                                                           \
+    }
+EXPORT(float32, float)
+EXPORT(bfloat16, bf16)

@@ -1,0 +1,175 @@
+// x @ weight.T for weights of float32 or bfloat16: every output is one chain of multiply-adds along the inputs, in order, whatever the number
+// of rows. So a row's bits do not depend on the rows beside it.
+//
+// The packed weight has panels of 32 output columns: [ceil(n / 32)][k / KSTEP][32][KSTEP]. A step of a panel is 128 bytes in either type: one
+// float or a pair of bfloat16 for each column. Rows of x are repacked in blocks of up to MAX_ROWS, [k / KSTEP][rows], so that a block's
+// values of one step lie together. The blocked product is Goto and van de Geijn's, "Anatomy of High-Performance Matrix Multiplication".
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int PANEL = 32;
+constexpr int64_t PREFETCH_BYTES = 4096;
+// Products smaller than this many weights run on the calling thread: waking the others takes longer.
+constexpr int64_t PARALLEL_WEIGHTS = 1 << 15;
+#ifdef __AVX512F__
+constexpr int MAX_ROWS = 12;
+#else
+constexpr int MAX_ROWS = 6;
+#endif
+
+struct Float32 {
+    using Value = float;
+    static constexpr int KSTEP = 1;
+
+    INLINE f32x16 mac(f32x16 sum, const char* w, const uint32_t* x) {
+        float value;
+        memcpy(&value, x, 4);
+        return fma(load((const float*)w), set1(value), sum);
+    }
+};
+
+// What is read as 4 bytes may begin at any even address.
+INLINE uint32_t pair(const uint32_t* x) {
+    uint32_t value;
+    memcpy(&value, x, 4);
+    return value;
+}
+
+// On AVX-512 the processor's own dot product of pairs, elsewhere two multiply-adds of widened values: other bits.
+struct BFloat16 {
+    using Value = bf16;
+    static constexpr int KSTEP = 2;
+
+#ifdef __AVX512BF16__
+    INLINE f32x16 mac(f32x16 sum, const char* w, const uint32_t* x) {
+        return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair(x)))};
+    }
+#else
+    INLINE __m256 mac(__m256 sum, __m256i w, uint32_t x) {
+        __m256 x0 = _mm256_castsi256_ps(_mm256_set1_epi32((int)(x << 16)));
+        __m256 x1 = _mm256_castsi256_ps(_mm256_set1_epi32((int)(x & 0xffff0000u)));
+        sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), x0, sum);
+        return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000u))), x1, sum);
+    }
+    INLINE f32x16 mac(f32x16 sum, const char* w, const uint32_t* x) {
+        return {mac(sum.lo, _mm256_loadu_si256((const __m256i*)w), pair(x)), mac(sum.hi, _mm256_loadu_si256((const __m256i*)(w + 32)), pair(x))};
+    }
+#endif
+};
+
+// Columns [first, first + 16 * COLUMNS) of a panel for ROWS rows; sums: [ROWS][PANEL].
+template <class Type, int ROWS, int COLUMNS>
+void tile(const char* w, const uint32_t* x, int64_t steps, float* sums, int first) {
+    f32x16 acc[ROWS][COLUMNS];
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < COLUMNS; c++) acc[r][c] = zero();
+    w += first * 4;
+    for (int64_t step = 0; step < steps; step++, w += PANEL * 4, x += ROWS) {
+        _mm_prefetch(w + PREFETCH_BYTES, _MM_HINT_T0);
+        if (COLUMNS == 2) _mm_prefetch(w + PREFETCH_BYTES + 64, _MM_HINT_T0);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+            for (int c = 0; c < COLUMNS; c++) acc[r][c] = Type::mac(acc[r][c], w + c * 64, x + r);
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < COLUMNS; c++) store(sums + r * PANEL + first + c * 16, acc[r][c]);
+}
+
+template <class Type, int ROWS>
+void panel_of_rows(const char* w, const uint32_t* x, int64_t steps, float* sums) {
+#ifdef __AVX512F__
+    tile<Type, ROWS, 2>(w, x, steps, sums, 0);
+#else
+    if constexpr (ROWS <= 2) {
+        tile<Type, ROWS, 2>(w, x, steps, sums, 0);
+    } else {
+        tile<Type, ROWS, 1>(w, x, steps, sums, 0);
+        tile<Type, ROWS, 1>(w, x, steps, sums, 16);
+    }
+#endif
+}
+
+template <class Type, int ROWS = MAX_ROWS>
+void panel(int rows, const char* w, const uint32_t* x, int64_t steps, float* sums) {
+    if constexpr (ROWS > 1) {
+        if (rows < ROWS) return panel<Type, ROWS - 1>(rows, w, x, steps, sums);
+    }
+    panel_of_rows<Type, ROWS>(w, x, steps, sums);
+}
+
+// The first row of block i, of `blocks` blocks of nearly the same size.
+INLINE int64_t first_row(int64_t i, int64_t m, int64_t blocks) { return i * m / blocks; }
+
+template <class Type>
+void gemm(typename Type::Value* out, const typename Type::Value* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride,
+          int64_t out_stride) {
+    using Value = typename Type::Value;
+    const int64_t steps = k / Type::KSTEP, panels = (n + PANEL - 1) / PANEL, blocks = (m + MAX_ROWS - 1) / MAX_ROWS;
+    static thread_local std::vector<uint32_t> buffer;
+    if (m > 1 && (int64_t)buffer.size() < m * steps) buffer.resize(m * steps);
+    uint32_t* const rows = m > 1 ? buffer.data() : (uint32_t*)x;
+    const bool alone = n * k * m < PARALLEL_WEIGHTS;
+#pragma omp parallel if (!alone)
+    {
+        if (m > 1) {
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
+                uint32_t* target = rows + first * steps;
+                for (int64_t r = 0; r < num; r++) {
+                    const char* row = (const char*)(x + (first + r) * x_stride);
+                    for (int64_t s = 0; s < steps; s++) memcpy(target + s * num + r, row + s * 4, 4);
+                }
+            }
+        }
+#pragma omp for schedule(dynamic, std::max<int64_t>(1, panels / 32))
+        for (int64_t p = 0; p < panels; p++) {
+            const char* w = packed + p * steps * PANEL * 4;
+            const int64_t columns = std::min<int64_t>(PANEL, n - p * PANEL);
+            for (int64_t b = 0; b < blocks; b++) {
+                const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
+                float sums[MAX_ROWS * PANEL];
+                panel<Type>((int)num, w, rows + first * steps, steps, sums);
+                for (int64_t r = 0; r < num; r++) {
+                    Value* target = out + (first + r) * out_stride + p * PANEL;
+                    store_some(target, load(sums + r * PANEL), columns);
+                    if (columns > 16) store_some(target + 16, load(sums + r * PANEL + 16), columns - 16);
+                }
+            }
+        }
+    }
+}
+
+template <class Type>
+void pack(char* packed, const typename Type::Value* weight, int64_t n, int64_t k) {
+    const int64_t steps = k / Type::KSTEP, panels = (n + PANEL - 1) / PANEL;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t c = 0; c < PANEL; c++) {
+            const char* row = (const char*)(weight + (p * PANEL + c) * k);
+            char* target = packed + (p * steps * PANEL + c) * 4;
+            for (int64_t s = 0; s < steps; s++)
+                if (p * PANEL + c < n)
+                    memcpy(target + s * PANEL * 4, row + s * 4, 4);
+                else
+                    memset(target + s * PANEL * 4, 0, 4);
+        }
+}
+
+}  // namespace
+
+TRAMONTANE_KERNEL(pack_float32)(void* packed, const void* weight, int64_t n, int64_t k) { pack<Float32>((char*)packed, (const float*)weight, n, k); }
+TRAMONTANE_KERNEL(pack_bfloat16)(void* packed, const void* weight, int64_t n, int64_t k) { pack<BFloat16>((char*)packed, (const bf16*)weight, n, k); }
+
+// out: [m, n]; x: [m, k]; packed: as `pack` left [n, k]. Strides of rows in values; k is even for bfloat16.
+TRAMONTANE_KERNEL(gemm_float32)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
+    gemm<Float32>((float*)out, (const float*)x, (const char*)packed, m, n, k, x_stride, out_stride);
+}
+TRAMONTANE_KERNEL(gemm_bfloat16)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
+    gemm<BFloat16>((bf16*)out, (const bf16*)x, (const char*)packed, m, n, k, x_stride, out_stride);
+}

@@ -1,0 +1,94 @@
+// What a decoder layer computes between its products, row by row: norm, rotary embedding with the write to the KV cache, SwiGLU.
+// Shapes and rounding are those of workers/kernels/layer_specification.py; sums are added in vectors of 16, then by halves.
+#include <cmath>
+
+#include "simd.h"
+
+namespace {
+
+// Fewer values run on the calling thread: waking the others takes longer.
+constexpr int64_t PARALLEL_VALUES = 1 << 15;
+
+template <class T>
+void add_rms_norm(T* normed, T* total, const T* x, const T* residual, const T* weight, int64_t m, int64_t n, float eps) {
+#pragma omp parallel for schedule(static) if (m * n >= PARALLEL_VALUES)
+    for (int64_t row = 0; row < m; row++) {
+        const T* sums = x + row * n;
+        if (residual) {
+            for (int64_t i = 0; i < n; i += 16) store_some(total + row * n + i, load_some(x + row * n + i, n - i) + load_some(residual + row * n + i, n - i), n - i);
+            sums = total + row * n;
+        }
+        f32x16 squares[4] = {zero(), zero(), zero(), zero()};
+        for (int64_t i = 0, part = 0; i < n; i += 16, part = (part + 1) % 4) {
+            const f32x16 value = load_some(sums + i, n - i);
+            squares[part] = fma(value, value, squares[part]);
+        }
+        const float mean = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)n;
+        const f32x16 inverse = set1(1.0f / std::sqrt(mean + eps));
+        for (int64_t i = 0; i < n; i += 16) store_some(normed + row * n + i, load_some(sums + i, n - i) * inverse * load_some(weight + i, n - i), n - i);
+    }
+}
+
+// Rotates the first num_heads + num_kv_heads heads of a row of qkv; queries go to q, keys and values to their slots.
+template <class T>
+void rotary_kv(T* q, T* k_cache, T* v_cache, const T* qkv, const float* cos, const float* sin, const int64_t* slots, int64_t m, int64_t num_heads,
+               int64_t num_kv_heads, int64_t dim, int64_t angle_stride) {
+    const int64_t half = dim / 2, width = (num_heads + 2 * num_kv_heads) * dim;
+#pragma omp parallel for schedule(static) if (m * width >= PARALLEL_VALUES)
+    for (int64_t row = 0; row < m; row++) {
+        const float *c = cos + row * angle_stride, *s = sin + row * angle_stride;
+        T* const keys = k_cache + slots[row] * num_kv_heads * dim;
+        for (int64_t head = 0; head < num_heads + num_kv_heads; head++) {
+            const T* x = qkv + row * width + head * dim;
+            T* const target = head < num_heads ? q + (row * num_heads + head) * dim : keys + (head - num_heads) * dim;
+            for (int64_t i = 0; i < half; i += 16) {
+                const int64_t some = half - i;
+                const f32x16 a = load_some(x + i, some), b = load_some(x + half + i, some);
+                store_some(target + i, fma(b, load_some(s + i, some), a * load_some(c + i, some)), some);
+                store_some(target + half + i, fma(a, load_some(s + half + i, some), b * load_some(c + half + i, some)), some);
+            }
+        }
+        memcpy(v_cache + slots[row] * num_kv_heads * dim, qkv + row * width + (num_heads + num_kv_heads) * dim, num_kv_heads * dim * sizeof(T));
+    }
+}
+
+INLINE void rounded(float*, f32x16*) {}
+INLINE void rounded(bf16*, f32x16* x) {
+    bf16 values[16];
+    store(values, *x);
+    *x = load(values);
+}
+
+template <class T>
+void silu_mul(T* out, const T* gate_up, int64_t m, int64_t n) {
+#pragma omp parallel for schedule(static) if (m * n >= PARALLEL_VALUES)
+    for (int64_t row = 0; row < m; row++) {
+        const T *gate = gate_up + row * 2 * n, *up = gate + n;
+        for (int64_t i = 0; i < n; i += 16) {
+            const f32x16 g = load_some(gate + i, n - i);
+            // `exp` takes at most 88; beyond it silu(g) is as good as 0. `max` gives its second operand where one is not a number.
+            f32x16 silu = g / (set1(1.0f) + exp(zero() - max(set1(-88.0f), g)));
+            rounded((T*)nullptr, &silu);
+            store_some(out + row * n + i, silu * load_some(up + i, n - i), n - i);
+        }
+    }
+}
+
+}  // namespace
+
+// residual may be null, and then total is not written. All [m, n]; weight: [n].
+// qkv: [m, num_heads + 2 * num_kv_heads, head_dim]; cos, sin: rows of head_dim, angle_stride apart; slots: [m].
+// gate_up: [m, 2 * n], gate first; out: [m, n].
+#define EXPORT(type, T)                                                                                                                                \
+    TRAMONTANE_KERNEL(add_rms_norm_##type)(void* normed, void* total, const void* x, const void* residual, const void* weight, int64_t m, int64_t n,  \
+                                           float eps) {                                                                                                \
+        add_rms_norm<T>((T*)normed, (T*)total, (const T*)x, (const T*)residual, (const T*)weight, m, n, eps);                                          \
+    }                                                                                                                                                  \
+    TRAMONTANE_KERNEL(rotary_kv_##type)(void* q, void* k_cache, void* v_cache, const void* qkv, const float* cos, const float* sin,                   \
+                                        const int64_t* slots, int64_t m, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,                   \
+                                        int64_t angle_stride) {                                                                                        \
+        rotary_kv<T>((T*)q, (T*)k_cache, (T*)v_cache, (const T*)qkv, cos, sin, slots, m, num_heads, num_kv_heads, head_dim, angle_stride);             \
+    }                                                                                                                                                  \
+    TRAMONTANE_KERNEL(silu_mul_##type)(void* out, const void* gate_up, int64_t m, int64_t n) { silu_mul<T>((T*)out, (const T*)gate_up, m, n); }
+EXPORT(float32, float)
+EXPORT(bfloat16, bf16)

@@ -1,0 +1,83 @@
+"""Packed weight matrices and their product with the compiled kernels: gemm.cpp and gemm_int.cpp. Knows no layers and no checkpoints.
+
+A row's result is bit for bit independent of the other rows. In float32 and with quantised weights it is the same on every instruction
+set, in bfloat16 it is not: AVX-512 has an instruction for pairs.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from workers.native.library import NativeLibrary
+
+GROUP_SIZE = 32
+PANEL = 32  # output columns that are packed together; the last panel is filled up with zeros
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_POINTERS = [ctypes.c_void_p] * 3
+_PACK = [*_POINTERS[:2], ctypes.c_int64, ctypes.c_int64]
+_PACK_GROUPED = [*_POINTERS, ctypes.c_int64, ctypes.c_int64]
+_GEMM = [*_POINTERS, *[ctypes.c_int64] * 5]
+
+
+class PackedMatrix:
+    """A weight [out_features, in_features] in the form that a kernel reads, as bytes in `packed`."""
+
+    def __init__(
+        self, packed: torch.Tensor, *, out_features: int, in_features: int, gemms: dict[torch.dtype, Callable[..., Any]]
+    ) -> None:
+        """gemms: {dtype of x and of the product: its kernel}."""
+        self.packed = packed
+        self.out_features = out_features
+        self.in_features = in_features
+        self._gemms = gemms
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ weight.T. x: [num_tokens, in_features], rows of any stride -> [num_tokens, out_features] in the dtype of x."""
+        num_tokens, in_features = x.shape
+        assert in_features == self.in_features and x.stride(1) == 1
+        out = x.new_empty((num_tokens, self.out_features))
+        self._gemms[x.dtype](
+            out.data_ptr(),
+            x.data_ptr(),
+            self.packed.data_ptr(),
+            num_tokens,
+            self.out_features,
+            in_features,
+            x.stride(0),
+            self.out_features,
+        )
+        return out
+
+
+def packs(dtype: torch.dtype, *, in_features: int) -> bool:
+    """Whether `pack_dense` takes this weight."""
+    return dtype is torch.float32 or (dtype is torch.bfloat16 and in_features % 2 == 0)
+
+
+def pack_dense(library: NativeLibrary, weight: torch.Tensor) -> PackedMatrix:
+    """weight: [out_features, in_features], contiguous, which `packs`."""
+    out_features, in_features = weight.shape
+    name = DTYPE_NAMES[weight.dtype]
+    packed = torch.empty(_num_panels(out_features) * PANEL * in_features, dtype=weight.dtype)
+    library.function(f"pack_{name}", _PACK)(packed.data_ptr(), weight.data_ptr(), out_features, in_features)
+    gemms = {weight.dtype: library.function(f"gemm_{name}", _GEMM)}
+    return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
+
+
+def pack_grouped(
+    library: NativeLibrary, values: torch.Tensor, scales: torch.Tensor, *, num_bits: Literal[4, 8]
+) -> PackedMatrix:
+    """values: [out_features, in_features] int8, -8 to 7 for 4 bits; scales: [out_features, in_features / 32] float16; both contiguous."""
+    out_features, in_features = values.shape
+    num_bytes = _num_panels(out_features) * PANEL * (in_features * num_bits // 8 + in_features // GROUP_SIZE * 2)
+    packed = torch.empty(num_bytes, dtype=torch.uint8)
+    pack = library.function(f"pack_int{num_bits}", _PACK_GROUPED)
+    pack(packed.data_ptr(), values.data_ptr(), scales.data_ptr(), out_features, in_features)
+    gemms = {dtype: library.function(f"gemm_int{num_bits}_{name}", _GEMM) for dtype, name in DTYPE_NAMES.items()}
+    return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
+
+
+def _num_panels(out_features: int) -> int:
+    return -(-out_features // PANEL)

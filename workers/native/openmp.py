@@ -1,0 +1,62 @@
+"""The OpenMP runtime that the kernels share with torch: one pool of threads, one number of threads, for both.
+
+torch's wheels bring a libgomp of their own. A second one in the process would have its own threads, which `torch.set_num_threads`
+does not reach and which would compete with torch's for the cores.
+"""
+
+import ctypes
+import importlib.util
+import os
+from pathlib import Path
+
+TORCH_LIBRARY = "libtorch_cpu.so"
+ENTRY_POINT = "GOMP_parallel"  # what GCC's code calls; libiomp5 and libomp have it too
+
+
+class _SymbolInfo(ctypes.Structure):
+    """Dl_info of dladdr(3)."""
+
+    _fields_ = (
+        ("file_name", ctypes.c_char_p),
+        ("file_address", ctypes.c_void_p),
+        ("symbol_name", ctypes.c_char_p),
+        ("symbol_address", ctypes.c_void_p),
+    )
+
+
+def load_openmp() -> str:
+    """Makes the runtime's symbols visible to libraries that are loaded later, and returns its file name. Raises OSError."""
+    path = _used_by_torch() or _next_to_torch() or "libgomp.so.1"
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    return path
+
+
+def _used_by_torch() -> str | None:
+    """The file in which torch, if this process has loaded it, found its OpenMP runtime."""
+    torch = next((path for path in _mapped_files() if path.name == TORCH_LIBRARY), None)
+    if torch is None:
+        return None
+    library = ctypes.CDLL(str(torch), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    if not hasattr(library, ENTRY_POINT):
+        return None
+    info = _SymbolInfo()
+    address = ctypes.cast(getattr(library, ENTRY_POINT), ctypes.c_void_p)
+    dladdr = ctypes.CDLL(None).dladdr
+    dladdr.argtypes = (ctypes.c_void_p, ctypes.POINTER(_SymbolInfo))
+    found = dladdr(address, ctypes.byref(info))
+    return os.fsdecode(info.file_name) if found and info.file_name else None
+
+
+def _mapped_files() -> set[Path]:
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6}
+
+
+def _next_to_torch() -> str | None:
+    """The runtime in torch's wheel, before torch is imported: torch then uses the same file."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    package = Path(spec.origin).parent
+    places = (package / "lib", package.parent / "torch.libs")
+    return next((str(path) for place in places for path in sorted(place.glob("libgomp*.so*"))), None)

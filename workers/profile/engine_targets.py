@@ -1,0 +1,50 @@
+"""What a profile names in an engine: the five verbs of a step, the parts of the model, and the collectives.
+
+The only place that knows the private names of the verbs; tests/workers/profile compares them with what the core has.
+"""
+
+from collections.abc import Iterator
+
+from workers.engine.core import EngineCore
+from workers.engine.model_runner import ModelRunner
+from workers.parallel.group import TensorParallel
+from workers.profile.targets import Target
+
+VERBS = ("schedule", "broadcast", "execute", "sample", "update")
+COLLECTIVES = ("all_reduce", "gather", "broadcast_tensor")
+
+
+def lead_targets(core: EngineCore) -> list[Target]:
+    """Of rank 0."""
+    verbs = [Target(core, f"_{verb}", verb) for verb in VERBS]
+    return [*verbs, *_shared_targets(core.runner, core.tp)]
+
+
+def follower_targets(runner: ModelRunner, tp: TensorParallel) -> list[Target]:
+    """Of every other rank, which waits for a batch and computes it."""
+    verbs = [Target(tp, "broadcast", "wait for rank 0"), Target(runner, "execute", "execute")]
+    return [*verbs, *_shared_targets(runner, tp)]
+
+
+def _shared_targets(runner: ModelRunner, tp: TensorParallel) -> Iterator[Target]:
+    """Nested in `execute`. Compiled kernels of the CPU are no operators of torch, so only these names show them."""
+    yield Target(runner, "_to_device", "inputs")
+    yield Target(runner.model, "compute_logits", "logits")
+    parts: dict[int, object] = {}
+    for name, module in runner.model.named_modules():
+        is_layer = name.startswith("layers.") and name.count(".") == 1
+        label = name if is_layer else name.rpartition(".")[2]
+        if label and not label.isdigit() and label != "layers":
+            yield Target(module, "forward", label)
+        for part in ("backend", "kernels"):
+            if hasattr(module, part):
+                parts[id(getattr(module, part))] = getattr(module, part)
+    for part in parts.values():
+        if hasattr(part, "forward"):
+            yield Target(part, "forward", "attention")
+        if hasattr(part, "rotary_kv"):
+            yield Target(part, "rotary_kv", "rotary_kv")
+            yield Target(part, "silu_mul", "silu_mul")
+    if tp.size > 1:
+        for name in COLLECTIVES:
+            yield Target(tp, name, name)
