@@ -37,7 +37,14 @@ CAPABILITIES = {80: "A100", 86: "A10G", 89: "L4", 90: "H100, H200"}
 MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64}  # of one multiprocessor
 VOCAB_SIZE = 32_768
 # What tells the variants of a kernel apart in the table.
-SHOWN_CONSTANTS = {"BLOCK_M": "rows", "ROWS": "rows", "OUTPUTS": "outputs", "IS_SPLIT": "split", "WINDOW": "window"}
+SHOWN_CONSTANTS = {
+    "BLOCK_M": "rows",
+    "ROWS": "rows",
+    "OUTPUTS": "outputs",
+    "IS_SPLIT": "split",
+    "WINDOW": "window",
+    "HAS_ROWS": "of some rows",
+}
 
 
 # One entry for each way to launch: what it is, and a call that launches it.

@@ -58,13 +58,14 @@ def scope_of(nodeid: str) -> str:
     return SCOPES.get(file, file)
 
 
-def pytest_configure() -> None:
-    """Imports make a million objects and no garbage."""
-    gc.disable()
+def pytest_configure(config: pytest.Config) -> None:
+    """Imports make a million objects and no garbage. A process that leaves the tests to workers imports none."""
+    if config.getoption("dist") == "no":
+        gc.disable()
 
 
 def pytest_collection_finish() -> None:
-    """What is there stays there: no later collection of garbage looks at it."""
+    """What is there now stays: no later collection of garbage looks at it."""
     gc.freeze()
     gc.enable()
 

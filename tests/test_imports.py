@@ -16,11 +16,11 @@ from support.paths import ROOT
 
 ORDER = {
     "cluster": (
-        "cli > gateway > doctor, controller > replicas > ray_runtime, api > metrics, plan "
+        "cli > gateway > doctor, controller > replicas > ray_runtime, api > metrics, plan, profile "
         "> batch, keys, config, autoscaler, router > text, system, protocol > terminal"
     ),
     "workers": (
-        "rank, gpu_check > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention > kernels "
+        "rank, gpu_check > profile > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention > kernels "
         "> native > parallel > checkpoint, device > config > heartbeat, process_identity, thread_priority > protocol > errors"
     ),
 }
@@ -38,13 +38,17 @@ SEAM = {
     "workers.device.sizes",
     "workers.errors",
     "workers.heartbeat",
+    "workers.native.bfloat16",
     "workers.process_identity",
+    "workers.profile.recording",
+    "workers.profile.spans",
+    "workers.profile.targets",
     "workers.rank.reports",
     "workers.thread_priority",
 }
 DOORS = {
     "cluster/replicas/rank_actor.py": {"workers.rank.worker"},
-    "cluster/cli/generate.py": {"workers.engine.llm_engine"},
+    "cluster/cli/generate.py": {"workers.engine.llm_engine", "workers.profile.steps"},
     "cluster/cli/doctor.py": {"workers.gpu_check.main"},
     "cluster/doctor/all_reduce.py": {"workers.rank.probe"},
     "cluster/doctor/machine.py": {"workers.native.library", "workers.parallel.interface"},
@@ -94,6 +98,9 @@ NO_TORCH = (
     "workers/native/openmp.py",
     "workers/native/variants.py",
     "workers/parallel/interface.py",
+    "workers/profile/recording.py",
+    "workers/profile/spans.py",
+    "workers/profile/targets.py",
     "workers/rank/",
 )
 

@@ -34,6 +34,6 @@ def test_every_file_with_a_marker_runs_in_a_target(marker: str) -> None:
 
 
 def test_what_a_command_runs() -> None:
-    words = "tests/system tests/cluster --ignore tests/system/batches".split()
+    words = ["tests/system", "tests/cluster", "--ignore", "tests/system/batches"]
     assert runs(words, "tests/cluster/router/test_x.py") and runs(words, "tests/system/test_x.py")
     assert not runs(words, "tests/system/batches/test_x.py") and not runs(words, "tests/workers/test_x.py")

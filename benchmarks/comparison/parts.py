@@ -64,27 +64,17 @@ class Part:
 
 
 def decode(subject: Subject, context: Context) -> Metrics:
-    shape = {"prompt_tokens": NUM_PROMPT, "output_tokens": 32}
-    result = context.run(subject, models.LARGE.name, measure="rates", batches=[1, 8, 32], **shape)
-    return _numbers(result)
-
-
-def prefill(subject: Subject, context: Context) -> Metrics:
-    measure = "prefill" if subject.engine == "ours" else "rates"
-    shape = {"prompt_tokens": 512, "output_tokens": 1, "batches": [1]}
-    return _numbers(context.run(subject, models.LARGE.name, measure=measure, **shape))
+    shape = {"prompt_tokens": NUM_PROMPT, "output_tokens": 32, "batches": [1, 8, 32]}
+    result = context.run(subject, models.LARGE.name, measure="rates", **shape)
+    return {key: value for key, value in result.items() if isinstance(value, float)}
 
 
 def http(subject: Subject, context: Context) -> Metrics:
-    return asyncio.run(_serve(subject, context, models.LARGE.name, levels=(1, 8, 32), num_output=32))
+    return asyncio.run(_serve(subject, context, models.LARGE.name, levels=(1, 8, 32), num_output=32, long=True))
 
 
 def small(subject: Subject, context: Context) -> Metrics:
     return asyncio.run(_serve(subject, context, models.SMALL.name, levels=(1, 16, 64), num_output=64))
-
-
-def long_prompt(subject: Subject, context: Context) -> Metrics:
-    return asyncio.run(_serve(subject, context, models.LARGE.name, levels=(), num_output=32, long=True))
 
 
 def start(subject: Subject, context: Context) -> Metrics:
@@ -147,10 +137,6 @@ async def _serve(
         return found | {"ready_s": server.ready_s}
 
 
-def _numbers(result: dict[str, Any]) -> Metrics:
-    return {key: value for key, value in result.items() if isinstance(value, float)}
-
-
 def _random_sequences() -> list[list[int]]:
     size = models.LARGE.vocab_size
     return [http_load.prompt(SEQUENCE_TOKENS, vocab_size=size, seed=i) for i in range(NUM_SEQUENCES)]
@@ -181,12 +167,20 @@ PARTS = {
     part.name: part
     for part in (
         Part(
-            "decode", "In one process: prompts of 64 tokens, 32 new", decode, ("ours", "vllm", "llama.cpp"), ALL_FORMATS
+            "decode",
+            "In one process: prompts of 64 tokens, 32 new; prefill of 512 tokens",
+            decode,
+            ("ours", "vllm", "llama.cpp"),
+            ALL_FORMATS,
         ),
-        Part("http", "Over HTTP: prompts of 64 tokens, 32 new", http, ("ours", "vllm"), ALL_FORMATS),
+        Part(
+            "http",
+            "Over HTTP: prompts of 64 tokens, 32 new; then a prompt of 2,000 tokens next to 8 streams",
+            http,
+            ("ours", "vllm"),
+            ALL_FORMATS,
+        ),
         Part("small", "Over HTTP, 20 M parameters: prompts of 64 tokens, 64 new", small, ("ours", "vllm"), PLAIN),
-        Part("long_prompt", "A prompt of 2,000 tokens next to 8 streams", long_prompt, ("ours", "vllm"), ("bfloat16",)),
-        Part("prefill", "Prefill of 512 tokens, in one process", prefill, ("ours", "vllm", "llama.cpp"), ALL_FORMATS),
         Part("start", "Start to ready, demo model", start, ("ours", "vllm"), ("bfloat16",)),
         Part(
             "tensor_parallel",

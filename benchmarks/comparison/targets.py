@@ -77,13 +77,11 @@ def _over_http(value: Value) -> float:
 
 
 def _within(metric: str, reference: str) -> Callable[[Value], float]:
-    return lambda value: (
-        value("long_prompt", "ours bfloat16", metric) / value("long_prompt", "ours bfloat16", reference)
-    )
+    return lambda value: value("http", "ours bfloat16", metric) / value("http", "ours bfloat16", reference)
 
 
 def _prefill(subject: str) -> Callable[[Value], float]:
-    return lambda value: value("prefill", subject, "prefill@1") / value("prefill", subject, "packed")
+    return lambda value: value("decode", subject, "prefill_512") / value("decode", subject, "packed_products_512")
 
 
 def _tensor_parallel(subject: str, metric: str) -> Callable[[Value], float]:

@@ -9,14 +9,17 @@ from argparse import Namespace
 
 from cluster.cli.device import on_this_machine
 from cluster.cli.memory import check_memory
+from cluster.cli.options.profile_rows import profile_file
 from cluster.cli.options.settings import engine_config
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
+from cluster.profile.merge import Part
 from cluster.terminal.phases import Console
 from cluster.text.output.detokenizer import Detokenizer
 from cluster.text.tokenizer import load_tokenizer
 from workers.device.memory import read_memory
 from workers.errors import ConfigError
+from workers.profile.targets import Target
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
 
@@ -31,6 +34,7 @@ def generate(args: Namespace) -> None:
     for line in (dtype_reason, check_memory(config, num_started=1, num_replicas=1, memory=read_memory())):
         if line is not None:
             console.line(line)
+    profile = profile_file(args)
     tokenizer = load_tokenizer(folder, model_vocab_size=config.model.vocab_size)
     if args.max_tokens < 1:
         raise ConfigError(
@@ -48,14 +52,21 @@ def generate(args: Namespace) -> None:
             seed=secrets.randbits(63) if args.seed is None else args.seed,
         ),
     )
-    from workers.engine.llm_engine import LLMEngine
+    from workers.engine.llm_engine import LLMEngine, stream_requests
+    from workers.profile.steps import profile_core
 
     with console.phase("Loading the weights") as phase:
         engine = LLMEngine(config, progress=phase.progress)
     detokenizer = Detokenizer(tokenizer.pieces, continues=request.prompt_token_ids)
+    recorded = None
+    if profile is not None:
+        text = Target(Detokenizer, "push", "detokenize")
+        recorded = profile_core(engine.core, num_steps=profile.num_steps, also=[text])
     print(args.prompt, end="", flush=True)
-    for delta in engine.stream(request):
+    for delta in stream_requests(recorded or engine.core, [request]):
         token_ids = delta.token_ids[:-1] if delta.finish_reason is FinishReason.STOP else delta.token_ids
         print(detokenizer.push(token_ids), end="", flush=True)
     print(detokenizer.flush())
     sys.stdout.flush()
+    if profile is not None and recorded is not None:
+        console.line(profile.write([Part(process="generate", recording=recorded.finish())]))

@@ -16,8 +16,8 @@ from cluster.config.serve import ServeConfig
 from cluster.protocol.spec import ClusterSpec
 from cluster.terminal.phases import Console
 from workers.config import describe_dtype, requested_num_threads
-from workers.device.cpu import read_cpu
 from workers.device.memory import read_memory
+from workers.native.bfloat16 import bfloat16_support
 
 if TYPE_CHECKING:
     from cluster.ray_runtime.session import RayCluster
@@ -70,8 +70,8 @@ def open_ray(
 
 def _node_cpus(cluster: "RayCluster") -> list[NodeCpu]:
     """The CPUs of the nodes that have joined and may run ranks."""
-    found = cluster.run_on_cpu_nodes(read_cpu, timeout_s=NODE_TIMEOUT_S)
-    return [NodeCpu(where=f"node {address}", facts=facts) for address, facts in found]
+    found = cluster.run_on_cpu_nodes(bfloat16_support, timeout_s=NODE_TIMEOUT_S)
+    return [NodeCpu(where=f"node {address}", bfloat16=support) for address, support in found]
 
 
 def _announce(console: Console, config: ServeConfig, device: Choice) -> None:

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.cli.device import before_ray
+from cluster.cli.options.profile_rows import profile_file
 from cluster.cli.options.settings import serve_config
+from cluster.cli.profile import start_profile
 from cluster.cli.ray import open_ray, spec_of
 from cluster.cli.startup import Startup
 from cluster.config.checkpoint_check import check_checkpoint
@@ -27,6 +29,7 @@ from cluster.config.dtype import Cpus, this_machine
 from cluster.config.engine import Device
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.keys.keyring import Keyring
+from cluster.profile.file import ProfileFile
 from cluster.system.data_dir import DataDir
 from cluster.system.malloc import return_large_blocks
 from cluster.system.net import check_port_is_free
@@ -65,6 +68,7 @@ def _serve(args: Namespace, console: Console) -> None:
 
     config = configure(device.device)
     # Before the start-up, which takes minutes.
+    profile = profile_file(args)
     Keyring(None if config.api_keys is None else Path(config.api_keys))
     open_certificate(config.tls_cert, config.tls_key)
     check_port_is_free(config.host, config.port, shared=config.num_gateways > 1)
@@ -73,10 +77,17 @@ def _serve(args: Namespace, console: Console) -> None:
     check_checkpoint(folder, chat_template=config.chat_template)
     text = load_text(folder, chat_template=config.chat_template, model_vocab_size=config.engine.model.vocab_size)
     with open_ray(console, config, device, requested=args.device, configure=configure) as (cluster, config):
-        asyncio.run(_run(config, console, text, cluster))
+        asyncio.run(_run(config, console, text, cluster, profile=profile))
 
 
-async def _run(config: ServeConfig, console: Console, text: "LoadedText", cluster: "RayCluster") -> None:
+async def _run(
+    config: ServeConfig,
+    console: Console,
+    text: "LoadedText",
+    cluster: "RayCluster",
+    *,
+    profile: ProfileFile | None,
+) -> None:
     stop, stop_now = catch_signals()
     async with contextlib.AsyncExitStack() as stack:
         startup = Startup(console, num_ranks=config.engine.tensor_parallel_size)
@@ -87,14 +98,16 @@ async def _run(config: ServeConfig, console: Console, text: "LoadedText", cluste
         startup.end()
         if starting.done():
             gateway, urls, drain_others = starting.result()
+            finish_profile = await start_profile(profile, gateway, console, stack)
             engine = engine_line(None if gateway.view is None else gateway.view.facts)
-            console.line(_banner(config, urls, cluster, console.elapsed_s, engine=engine, chat=text.choice))
+            banner = _banner(config, urls, cluster, console.elapsed_s, engine=engine, chat=text.choice, profile=profile)
+            console.line(banner)
             await _until_stopped(stop, gateway)
             grace_s = config.drain_timeout_s
             console.line(
                 f"Stopping. Running requests have {grace_s:g} s to finish; press Ctrl-C again to stop at once."
             )
-            await asyncio.gather(gateway.drain(grace_s, stop_now), drain_others())
+            await asyncio.gather(gateway.drain(grace_s, stop_now), drain_others(), finish_profile())
         else:
             console.line("Stopping.")
     console.line("Stopped." if cluster.is_ours else _keeps_running(config))
@@ -164,7 +177,14 @@ def engine_line(facts: "EngineFacts | None") -> str:
 
 
 def _banner(
-    config: ServeConfig, urls: list[str], cluster: "RayCluster", elapsed_s: float, *, engine: str, chat: str
+    config: ServeConfig,
+    urls: list[str],
+    cluster: "RayCluster",
+    elapsed_s: float,
+    *,
+    engine: str,
+    chat: str,
+    profile: ProfileFile | None,
 ) -> str:
     """engine: see `engine_line`. chat: the chat template and why it is used, or why there is none."""
     from cluster.ray_runtime.session import token_path
@@ -189,6 +209,10 @@ def _banner(
         f"  Open       {url}/ in a browser for the playground and a live view of the cluster; {url}/docs for the API",
         f"  Watch      tramontane status --url {url}",
     ]
+    if profile is not None:
+        lines.append(
+            f"  Profile    the next {profile.num_steps} steps with requests are recorded and written to {profile.path}"
+        )
     if cluster.dashboard_url:
         path = token_path()
         lines.append(f"  Dashboard  {cluster.dashboard_url}" + (f" (its token is in {path})" if path else ""))

@@ -1,7 +1,7 @@
 """The type that --dtype auto means: a pure decision from the checkpoint and the CPUs on which ranks may run, and its reason in words.
 
 All replicas of a deployment have one type, because a stream must continue with the same bits on any of them. So `serve` decides before
-it starts ranks, by all CPUs that it can know: one without bfloat16 instructions makes it float32. Knows no Ray and no torch.
+it starts ranks, by all CPUs that it can know: one without bfloat16 makes it float32. Knows no Ray and no torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ from typing import Literal
 
 from cluster.config.engine import Device
 from workers.config import Dtype, ModelConfig
-from workers.device.cpu import CpuFacts, read_cpu
 from workers.errors import CheckpointError
+from workers.native.bfloat16 import Bfloat16Support, bfloat16_support
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeCpu:
-    """`where`: how a sentence names the machine. `facts`: None if it did not answer."""
+    """`where`: how a sentence names the machine. `bfloat16`: None if it did not answer."""
 
     where: str
-    facts: CpuFacts | None
+    bfloat16: Bfloat16Support | None
 
 
 Cpus = Callable[[], Sequence[NodeCpu]]
@@ -36,12 +36,12 @@ class DtypeChoice:
 
 def this_machine() -> Sequence[NodeCpu]:
     """The one CPU of a command that computes on its own machine."""
-    return [NodeCpu(where="this machine", facts=read_cpu())]
+    return [NodeCpu(where="this machine", bfloat16=bfloat16_support())]
 
 
 def choose_dtype(requested: Literal["auto"] | Dtype, *, device: Device, stored: Dtype, cpus: Cpus) -> DtypeChoice:
-    """auto: on CUDA the checkpoint's own type. On the CPU bfloat16 if the checkpoint has it and every CPU has instructions for it, else
-    float32: without them bfloat16 takes half of the memory, but computes more slowly.
+    """auto: on CUDA the checkpoint's own type. On the CPU bfloat16 if the checkpoint has it and every CPU supports it, else float32:
+    without instructions bfloat16 takes half of the memory, but computes more slowly.
 
     stored: the type of the checkpoint's weights. cpus: called only if they decide; empty where no node is known yet.
     """
@@ -54,13 +54,14 @@ def choose_dtype(requested: Literal["auto"] | Dtype, *, device: Device, stored: 
     found = cpus()
     if not found:
         return DtypeChoice(dtype="float32", reason="float32, because no node with CPUs has joined the Ray cluster yet.")
-    lacking = next((cpu for cpu in found if cpu.facts is None or not cpu.facts.has_bfloat16), None)
-    if lacking is not None:
-        why = "did not say what its CPU has" if lacking.facts is None else "has no instructions for bfloat16"
-        return DtypeChoice(dtype="float32", reason=f"float32, because {lacking.where} {why}.")
-    flags = dict.fromkeys(str(cpu.facts.bfloat16_flag).upper() for cpu in found if cpu.facts is not None)
+    for cpu in found:
+        if cpu.bfloat16 is None:
+            return DtypeChoice(dtype="float32", reason=f"float32, because {cpu.where} does not say what its CPU has.")
+        if cpu.bfloat16.obstacle is not None:
+            return DtypeChoice(dtype="float32", reason=f"float32, because {cpu.where} {cpu.bfloat16.obstacle}")
+    flags = dict.fromkeys(str(cpu.bfloat16.instructions).upper() for cpu in found if cpu.bfloat16 is not None)
     return DtypeChoice(
-        dtype="bfloat16", reason=f"bfloat16, as the checkpoint; the CPU computes it natively ({', '.join(flags)})."
+        dtype="bfloat16", reason=f"bfloat16, as the checkpoint; the CPU has instructions for it ({', '.join(flags)})."
     )
 
 

@@ -95,7 +95,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """missing_build_tools: what Triton, which compiles the GPU kernels, needs and does not find."""
 
     num_cpus: int = 1
-    has_bfloat16: bool = False  # whether the CPU has instructions for it
+    has_bfloat16: bool = False  # whether ranks on the CPU compute it: see workers/native/bfloat16.py
     memory_bytes: int | None = None  # of the machine, or of the container if that is less
     free_memory_bytes: int | None = None
     versions: Versions = Versions()

@@ -19,6 +19,7 @@ from workers.device.cpu import read_cpu
 from workers.device.memory import read_memory
 from workers.device.probe import torch_build
 from workers.errors import ConfigError
+from workers.native.bfloat16 import bfloat16_support
 from workers.native.library import NoNativeLibrary, load_library
 
 SHM = Path("/dev/shm")
@@ -30,7 +31,7 @@ def read_machine(disks: Mapping[str, str]) -> Machine:
     memory, cpu = read_memory(), read_cpu()
     return Machine(
         num_cpus=cpu.num_cores,
-        has_bfloat16=cpu.has_bfloat16,
+        has_bfloat16=_has_bfloat16(),
         memory_bytes=None if memory is None else memory.total_bytes,
         free_memory_bytes=None if memory is None else memory.available_bytes,
         versions=read_versions(),
@@ -41,6 +42,13 @@ def read_machine(disks: Mapping[str, str]) -> Machine:
         missing_build_tools=tuple(_missing_build_tools()),
         cpu_kernels=read_cpu_kernels(),
     )
+
+
+def _has_bfloat16() -> bool:
+    try:
+        return bfloat16_support().obstacle is None
+    except ConfigError:  # which `read_cpu_kernels` reports
+        return False
 
 
 def read_cpu_kernels() -> CpuKernels:

@@ -24,7 +24,7 @@ class RankMemory:
     """Bytes on one rank.
 
     kv_cache_bytes: negative if the weights alone do not fit; the missing amount. num_kv_blocks: what the engine will report.
-    chunk_blocks: see `_chunk_blocks`.
+    chunk_blocks: see `chunk_blocks`.
     """
 
     total_bytes: int
@@ -84,7 +84,7 @@ def rank_memory(config: EngineConfig, gpu: Gpu) -> RankMemory:
         num_kv_blocks=max(0, config.num_kv_blocks_within(kv_cache)),
         num_sequences=config.max_num_seqs,
         blocks_per_sequence=blocks_per_sequence(config),
-        chunk_blocks=_chunk_blocks(config),
+        chunk_blocks=chunk_blocks(config),
     )
 
 
@@ -144,7 +144,7 @@ def blocks_per_sequence(config: EngineConfig) -> int:
     return whole if window is None else min(whole, _blocks_for(config, window) + 1)
 
 
-def _chunk_blocks(config: EngineConfig) -> int:
+def chunk_blocks(config: EngineConfig) -> int:
     """The blocks a step may hold beyond that: while a chunk of a prompt is computed, the keys its first token sees are still held."""
     bound = blocks_per_sequence(config)
     whole = _blocks_for(config, config.max_model_len)

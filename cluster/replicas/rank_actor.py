@@ -3,11 +3,13 @@
 Knows Ray and nothing else of the control plane; the work is all in `workers.rank.worker`.
 """
 
+import time
 from dataclasses import replace
 
 import ray
 
 from cluster.ray_runtime.metrics import publish_rank
+from workers.profile.recording import Recording
 from workers.rank.reports import RankDescription, Started
 from workers.rank.worker import RankWorker
 
@@ -29,3 +31,21 @@ class RankActor(RankWorker):
     def describe(self) -> RankDescription:
         """As RankWorker.describe, with everything that a controller needs to adopt this rank."""
         return replace(super().describe(), node_id=ray.get_runtime_context().get_node_id())
+
+    # See `RankProfile`. Ray calls an actor's own methods only.
+
+    def prepare_profile(self) -> None:
+        self.profile.prepare()
+
+    def record_steps(self, num_steps: int) -> None:
+        self.profile.record(num_steps)
+
+    def end_profile(self) -> None:
+        self.profile.end()
+
+    def recording(self, timeout_s: float, max_events: int) -> Recording | None:
+        return self.profile.recording(timeout_s, max_events)
+
+    def clock_ns(self) -> int:
+        """This machine's Unix time in nanoseconds."""
+        return time.time_ns()

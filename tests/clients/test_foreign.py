@@ -32,9 +32,11 @@ def outcomes(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     cwd = tmp_path_factory.mktemp("foreign")
     # Without this suite's configuration: its plugins and support modules are not installed there.
     own = ["-c", "/dev/null", "--rootdir", FOLDER, "--confcutdir", FOLDER, "-o", "asyncio_mode=auto"]
+    # Some clients keep their connections for the whole process.
+    own += ["-o", "asyncio_default_test_loop_scope=session", "-o", "asyncio_default_fixture_loop_scope=session"]
+    told = ["-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore", "--continue-on-collection-errors"]
     run(
-        ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-W", "ignore", "--continue-on-collection-errors"]
-        + ["--junitxml=report.xml", *own, *(FOLDER / f"{client}.py" for client in CLIENTS)],
+        ["-m", "pytest", *told, "--junitxml=report.xml", *own, *(FOLDER / f"{client}.py" for client in CLIENTS)],
         server=server,
         cwd=cwd,
         env={"TRAMONTANE_TOKENIZER": str(write_tokenizer(cwd / "tokenizer")), "PYTHONDONTWRITEBYTECODE": "1"},

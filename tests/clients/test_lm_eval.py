@@ -72,7 +72,8 @@ def evaluations(server, tmp_path_factory) -> list[dict[str, Any]]:
         env={"TRAMONTANE_TOKENIZER": str(write_tokenizer(cwd / "tokenizer"))},
         timeout_s=280,
     )
-    return [json.loads(line) for line in output.splitlines()[-2:]]
+    # Between progress bars.
+    return [json.loads(line) for line in output.splitlines() if line.startswith('{"scores": ')]
 
 
 @pytest.fixture(scope="module")

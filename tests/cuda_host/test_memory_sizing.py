@@ -49,7 +49,7 @@ def test_the_sums_of_segments_of_long_contexts_have_room(device, monkeypatch):
     """With steps of few tokens, they are what a step needs the most memory for."""
 
     def num_blocks():
-        return make_runner(make_config(max_num_seqs=8, max_num_batched_tokens=512, cuda_graphs=False)).num_blocks
+        return make_runner(make_config(max_num_seqs=64, max_num_batched_tokens=512, cuda_graphs=False)).num_blocks
 
     with_splits, most = num_blocks(), triton_paged.MAX_PARTIAL_BYTES
     monkeypatch.setattr(triton_paged, "choose_num_splits", lambda *args, **sizes: 1)

@@ -1,13 +1,21 @@
 """One real server with two ranks for the files that leave it as it was. test_serve.py stops it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.servers.system_server import Server
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    server = Server("--tensor-parallel-size", "2", "--drain-timeout", "20")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that the server below writes once it has computed some steps."""
+    return tmp_path_factory.mktemp("profile") / "trace.json"
+
+
+@pytest.fixture(scope="session")
+def server(profile: Path) -> Iterator[Server]:
+    options = ("--tensor-parallel-size", "2", "--drain-timeout", "20")
+    server = Server(*options, "--profile", str(profile), "--profile-steps", "20")
     yield server
     server.kill()

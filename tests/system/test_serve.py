@@ -96,6 +96,21 @@ def test_errors_have_openais_form(server, client):
         stranger.models.list()
 
 
+def test_the_profile_has_the_gateway_and_every_rank_on_one_clock(server, client, profile):
+    client.completions.create(model=MODEL, prompt="import os\n", max_tokens=32, extra_body={"ignore_eos": True})
+    server.wait_for(lambda: "The profile of 20 steps is in" in server.output, timeout_s=60, what="write the profile")
+    events = json.loads(profile.read_bytes())["traceEvents"]
+    processes = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    found = {name: {e["name"] for e in events if processes[e["pid"]] == name} for name in processes.values()}
+    assert set(found) == {"gateway", "replica r0 rank 0", "replica r0 rank 1"}
+    assert {"schedule", "broadcast", "execute", "sample", "update", "all_reduce"} <= found["replica r0 rank 0"]
+    assert {"wait for rank 0", "execute", "all_reduce"} <= found["replica r0 rank 1"]
+    assert {"frame", "detokenize"} <= found["gateway"]
+    times = [e["ts"] for e in events if e["name"] == "execute"]
+    frames = [e["ts"] for e in events if e["name"] == "frame"]
+    assert min(times) < max(frames) < max(times) + 1e6, "the gateway got its frames while the ranks computed"
+
+
 async def stream_text(session: aiohttp.ClientSession, url: str, index: int, *, cut_after: int | None) -> str | None:
     """The streamed text, checked to be complete. None if the client disconnects after `cut_after` chunks."""
     body = {

@@ -1,7 +1,7 @@
 """Two hosts, as network namespaces with a veth pair and Ray with its token between them; then the cable is pulled.
 
-Part of `make test-chaos`. `make test` shows the parts on one host: test_failover.py freezes ranks, tests/cluster/replicas/test_client.py lets
-a connection fall silent, and tests/workers/parallel/test_distributed.py runs ranks over Gloo.
+Part of `make test-chaos`. `make test` shows the parts on one host: test_failover.py freezes ranks,
+tests/cluster/replicas/test_client.py lets a connection fall silent, and tests/workers/parallel/test_distributed.py runs ranks over Gloo.
 """
 
 import contextlib

@@ -17,6 +17,7 @@ from workers.engine.in_flight import LaunchedStep
 from workers.engine.model_runner import ModelRunner
 from workers.engine.next_tokens import SampleTokens, make_sampling, no_tokens, rows_of
 from workers.engine.prompt_outputs import PromptReader, make_prompt_output
+from workers.engine.prompt_pace import PromptPace
 from workers.engine.report import engine_facts, load_report
 from workers.engine.request import Request, ScheduledRequest, make_request
 from workers.engine.scheduler import Scheduler
@@ -65,6 +66,8 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_background_tokens=config.background_tokens,
+            # Elsewhere a step with prompts is short, and smaller ones might change bits.
+            pace=PromptPace() if tp.device.type == "cpu" else None,
         )
         self.max_model_len = self.kv_cache.longest_sequence(config.max_model_len, config.max_num_batched_tokens)
         if self.max_model_len < config.max_model_len:
@@ -249,6 +252,7 @@ class EngineCore:
         found = step.read()
         self._in_flight = None
         self.clock.end()
+        self.scheduler.took(step.scheduled, self.clock.last_step_s)
         if step.shows_speed:
             self.clock.add_speed(step.num_tokens)
         deltas = []

@@ -49,7 +49,7 @@ class EngineLoop:
         on_failure: Callable[[Exception], None] | None = None,
         idle_heartbeat_s: float = IDLE_HEARTBEAT_S,
     ) -> None:
-        self.core = core
+        self.core = core  # read it on the engine thread
         self._publish = publish
         self._on_failure = on_failure
         self._idle_heartbeat_s = idle_heartbeat_s

@@ -27,7 +27,7 @@ MAX_CONTEXT = 150
 
 
 def fingerprint(runner: ModelRunner) -> str | None:
-    """For example "bfloat16-int8-sdpa-tp2-5be0c1ad39f6d274" on rank 0, None on the others. Every rank calls it, after
+    """For example "bfloat16-int8-native-tp2-5be0c1ad39f6d274" on rank 0, None on the others. Every rank calls it, after
     `allocate_kv_cache` and before its first step. Raises GroupError if a rank is gone.
     """
     config, tp = runner.config, runner.tp
@@ -56,9 +56,10 @@ def _digest(runner: ModelRunner) -> bytes:
     config, model, device = runner.config, runner.model, runner.tp.device
     decoder, found = model.model, hashlib.blake2b(digest_size=DIGEST_BYTES)
     keys, values = (_cache_like(cache, config, name) for cache, name in zip(runner.kv_cache[0], "kv", strict=True))
+    last_rows: list[torch.Tensor] = []
 
     def add(tensor: torch.Tensor) -> None:
-        found.update(tensor.contiguous().view(torch.uint8).cpu().numpy())
+        found.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
 
     for query_lens, context_lens in _steps(config.max_model_len):
         positions, metadata = _inputs(query_lens, context_lens, block_size=config.block_size, device=device)
@@ -69,12 +70,12 @@ def _digest(runner: ModelRunner) -> bytes:
         hidden_states, residual = decoder.norm(hidden_states, residual)
         add(hidden_states)
         add(residual)
-        last = metadata.cu_seqlens_q[1:].long() - 1
-        logits = model.compute_logits(hidden_states[last])  # every rank takes part
-        if logits is not None:
-            add(logits)
-            for tensor in compute_logprobs(logits, torch.zeros_like(last), max_top=1):
-                add(tensor)
+        last_rows.append(hidden_states[metadata.cu_seqlens_q[1:].long() - 1])
+    logits = model.compute_logits(torch.cat(last_rows))  # every rank takes part
+    if logits is not None:
+        add(logits)
+        for tensor in compute_logprobs(logits, torch.zeros(len(logits), dtype=torch.int64, device=device), max_top=1):
+            add(tensor)
     # What the layer wrote: this rank's own keys and values.
     add(keys)
     add(values)
@@ -85,8 +86,9 @@ def _steps(max_model_len: int) -> list[tuple[list[int], list[int]]]:
     """STEPS, cut to what a model of this length can hold."""
     steps = []
     for query_lens, context_lens in STEPS:
-        contexts = [min(length, max_model_len) for length in context_lens]
-        steps.append(([min(pair) for pair in zip(query_lens, contexts, strict=True)], contexts))
+        # By the context: two sequences that end at the same position would write to the same slot.
+        lens = {min(context, max_model_len): query for query, context in zip(query_lens, context_lens, strict=True)}
+        steps.append(([min(query, context) for context, query in lens.items()], list(lens)))
     return steps
 
 

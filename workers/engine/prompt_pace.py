@@ -26,16 +26,14 @@ class PromptPace:
         self._decode_s: dict[int, float] = {}
         self._token_s: float | None = None
 
-    def max_prompt_tokens(self, *, num_decoding: int, num_prompts: int) -> int | None:
-        """For the next step; None for no limit. num_prompts: requests whose prompts are not computed yet."""
-        if not num_decoding:
-            return None
+    def max_prompt_tokens(self, *, num_decoding: int, num_prompts: int) -> int:
+        """For the next step, in which at least one request decodes. num_prompts: requests whose prompts are not computed yet."""
+        # A step that is long for a few and lets many begin is better than many short ones that let these wait.
+        extra = max(self._stretch - 1.0, num_prompts / num_decoding)
         decode_s = self._expected_decode_s(num_decoding)
         if decode_s is None or not self._token_s:
-            return FIRST_TOKENS
-        # Those who wait get as large a part of the time as those who decode, or as many more as they are.
-        stretch = max(self._stretch, 1.0 + num_prompts / num_decoding)
-        return max(MIN_TOKENS, int((stretch - 1.0) * decode_s / self._token_s))
+            return int(extra * FIRST_TOKENS)
+        return max(MIN_TOKENS, int(extra * decode_s / self._token_s))
 
     def add(self, *, num_decoding: int, num_prompt_tokens: int, step_s: float) -> None:
         """A step has taken `step_s`."""

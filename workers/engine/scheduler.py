@@ -8,6 +8,8 @@ The rule: requests are served by priority; at equal priority running ones come b
 request takes what it needs from requests of worse priority: their slots, tokens and blocks, in the same step. So background requests
 (lines of batches) starve while others fill the engine; that is intended. Next to others they have a token budget of their own, which
 keeps steps short for requests that decode and for those that arrive next. They get no tokens in a step that computes another's prompt.
+
+While foreground requests decode, a step computes as many tokens of prompts as `PromptPace` allows.
 """
 
 import bisect
@@ -15,8 +17,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from workers.engine.prompt_pace import PromptPace
 from workers.engine.request import Request, ScheduledRequest
 from workers.kv_cache.manager import KVCacheManager
+from workers.protocol import BATCH_PRIORITY
 
 # Background requests keep to their budget for this many steps after the last foreground request: another one often follows soon, and a
 # long step would delay it. About a second of short steps.
@@ -48,6 +52,7 @@ class _Step:
     budget: int
     background_budget: int
     background_is_bounded: bool
+    prompt_budget: float
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     num_visited: int = 0
     admits_below: float = math.inf  # waiting requests of smaller priorities only
@@ -55,10 +60,16 @@ class _Step:
     def budget_for(self, request: Request) -> int:
         return min(self.budget, self.background_budget) if request.is_background else self.budget
 
+    def num_tokens_for(self, request: Request, num_wanted: int) -> int:
+        budget: float = self.budget_for(request)
+        return int(min(num_wanted, budget if num_wanted == 1 else min(budget, self.prompt_budget)))
+
     def add(self, request: Request, num_new_tokens: int) -> None:
         self.scheduled.append(ScheduledRequest(request, num_new_tokens))
         self.num_visited += 1
         self.budget -= num_new_tokens
+        if num_new_tokens > 1:
+            self.prompt_budget -= num_new_tokens
         if request.is_background:
             self.background_budget -= num_new_tokens
         elif num_new_tokens > 1 and self.background_is_bounded:
@@ -67,7 +78,9 @@ class _Step:
 
 
 class Scheduler:
-    """max_background_tokens: the most that background requests get of a step while foreground requests are near; None for no limit."""
+    """max_background_tokens: the most that background requests get of a step while foreground requests are near; None for no limit.
+    pace: bounds the prompts of a step while others decode; None for no bound.
+    """
 
     def __init__(
         self,
@@ -76,11 +89,13 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_background_tokens: int | None = None,
+        pace: PromptPace | None = None,
     ) -> None:
         self.kv_cache = kv_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_background_tokens = max_background_tokens
+        self.pace = pace
         self.num_preemptions_total = 0
         self.prefix_counts = PrefixCounts()
         # Both sorted by Request.order.
@@ -120,6 +135,13 @@ class Scheduler:
         held_back = self.foreground_is_near
         return any(s.num_new_tokens > 1 and not (held_back and s.request.is_background) for s in scheduled)
 
+    def took(self, scheduled: Sequence[ScheduledRequest], step_s: float) -> None:
+        """A step of this scheduler took `step_s`. Later ones are bounded by what that shows."""
+        if self.pace is not None:
+            counts = [s.num_new_tokens for s in scheduled]
+            num_decoding = counts.count(1)
+            self.pace.add(num_decoding=num_decoding, num_prompt_tokens=sum(counts) - num_decoding, step_s=step_s)
+
     def finish(self, request: Request) -> None:
         """Removes a running or waiting request and frees its blocks."""
         (self.running if request in self.running else self.waiting).remove(request)
@@ -141,7 +163,24 @@ class Scheduler:
             self._steps_without_foreground += 1
         bound = self.max_background_tokens if self.foreground_is_near else None
         budget = self.max_num_batched_tokens
-        return _Step(budget, budget if bound is None else bound, background_is_bounded=bound is not None)
+        return _Step(
+            budget,
+            budget if bound is None else bound,
+            background_is_bounded=bound is not None,
+            prompt_budget=self._prompt_budget(),
+        )
+
+    def _prompt_budget(self) -> float:
+        """The most tokens of prompts in the next step: no bound for the sake of background requests."""
+        num_waiting = bisect.bisect_left(self.waiting, BATCH_PRIORITY, key=lambda r: r.priority)
+        prompts = [r for r in self.running if r.num_pending_tokens > 1]
+        if self.pace is None or not (num_waiting or prompts):
+            return math.inf
+        decoding = [r for r in self.running if r.num_pending_tokens == 1 and not r.is_held]
+        if all(r.is_background for r in decoding):
+            return math.inf
+        num_prompts = num_waiting + sum(not r.is_background for r in prompts)
+        return self.pace.max_prompt_tokens(num_decoding=len(decoding), num_prompts=num_prompts)
 
     def _next(self, step: _Step) -> Request | None:
         """Whose turn it is. All requests after it in `running` have the same or a worse priority and no part in this step yet."""

@@ -186,7 +186,7 @@ void attention(T* out, const T* q, const T* k_cache, const T* v_cache, const int
     }
     const int64_t num_works = (int64_t)works.size() * s.num_kv_heads;
     // Below this much, waking other threads takes longer.
-    const bool alone = num_works == 1 || num_pairs * s.num_heads * s.head_dim < (1 << 17);
+    const bool alone = num_works == 1 || num_pairs * s.num_heads * s.head_dim < (1 << 16);
 #pragma omp parallel if (!alone)
     {
         static thread_local Scratch scratch;

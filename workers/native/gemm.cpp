@@ -15,6 +15,7 @@ constexpr int PANEL = 32;
 constexpr int64_t PREFETCH_BYTES = 4096;
 // Products smaller than this many weights run on the calling thread: waking the others takes longer.
 constexpr int64_t PARALLEL_WEIGHTS = 1 << 15;
+constexpr int64_t SERIAL_STEPS = 1 << 13;
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 12;
 #else
@@ -113,19 +114,23 @@ void gemm(typename Type::Value* out, const typename Type::Value* x, const char* 
     static thread_local std::vector<uint32_t> buffer;
     if (m > 1 && (int64_t)buffer.size() < m * steps) buffer.resize(m * steps);
     uint32_t* const rows = m > 1 ? buffer.data() : (uint32_t*)x;
-    const bool alone = n * k * m < PARALLEL_WEIGHTS;
+    const auto repack = [=](int64_t b) {
+        const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
+        uint32_t* target = rows + first * steps;
+        for (int64_t r = 0; r < num; r++) {
+            const char* row = (const char*)(x + (first + r) * x_stride);
+            for (int64_t s = 0; s < steps; s++) memcpy(target + s * num + r, row + s * 4, 4);
+        }
+    };
+    // The threads need not meet for little.
+    const bool alone = n * k * m < PARALLEL_WEIGHTS, repack_here = m > 1 && m * steps < SERIAL_STEPS;
+    if (repack_here)
+        for (int64_t b = 0; b < blocks; b++) repack(b);
 #pragma omp parallel if (!alone)
     {
-        if (m > 1) {
+        if (m > 1 && !repack_here) {
 #pragma omp for schedule(static)
-            for (int64_t b = 0; b < blocks; b++) {
-                const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
-                uint32_t* target = rows + first * steps;
-                for (int64_t r = 0; r < num; r++) {
-                    const char* row = (const char*)(x + (first + r) * x_stride);
-                    for (int64_t s = 0; s < steps; s++) memcpy(target + s * num + r, row + s * 4, 4);
-                }
-            }
+            for (int64_t b = 0; b < blocks; b++) repack(b);
         }
 #pragma omp for schedule(dynamic, std::max<int64_t>(1, panels / 32))
         for (int64_t p = 0; p < panels; p++) {

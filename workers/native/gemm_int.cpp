@@ -18,6 +18,7 @@ constexpr int PANEL = 32, GROUP = 32, QUADS = GROUP / 4;
 constexpr int64_t PREFETCH_BYTES = 4096;
 // Products smaller than this many weights run on the calling thread: waking the others takes longer.
 constexpr int64_t PARALLEL_WEIGHTS = 1 << 15;
+constexpr int64_t SERIAL_GROUPS = 256;
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 8;
 #else
@@ -174,20 +175,26 @@ void gemm(T* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t 
     }
     int32_t *const all_quads = quads.data(), *const all_zeros = zeros.data();
     float* const all_scales = scales.data();
-    const bool alone = n * k * m < PARALLEL_WEIGHTS;
+    const auto round_row = [=](int64_t row) {
+        const int64_t b = ((row + 1) * blocks - 1) / m, first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
+        for (int64_t g = 0; g < groups; g++) {
+            alignas(16) int8_t rounded[GROUP];
+            int32_t sum;
+            const int64_t place = first * groups + g * num + row - first;
+            all_scales[place] = round_group(x + row * x_stride + g * GROUP, rounded, &sum);
+            all_zeros[place] = -Weight<BITS>::ZERO * sum;
+            for (int q = 0; q < QUADS; q++) memcpy(&all_quads[(first * groups + g * num) * QUADS + q * num + row - first], rounded + q * 4, 4);
+        }
+    };
+    // The threads need not meet for little.
+    const bool alone = n * k * m < PARALLEL_WEIGHTS, round_here = m * groups < SERIAL_GROUPS;
+    if (round_here)
+        for (int64_t row = 0; row < m; row++) round_row(row);
 #pragma omp parallel if (!alone)
     {
+        if (!round_here) {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < m; row++) {
-            const int64_t b = ((row + 1) * blocks - 1) / m, first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
-            for (int64_t g = 0; g < groups; g++) {
-                alignas(16) int8_t rounded[GROUP];
-                int32_t sum;
-                const int64_t place = first * groups + g * num + row - first;
-                all_scales[place] = round_group(x + row * x_stride + g * GROUP, rounded, &sum);
-                all_zeros[place] = -Weight<BITS>::ZERO * sum;
-                for (int q = 0; q < QUADS; q++) memcpy(&all_quads[(first * groups + g * num) * QUADS + q * num + row - first], rounded + q * 4, 4);
-            }
+            for (int64_t row = 0; row < m; row++) round_row(row);
         }
 #pragma omp for schedule(dynamic, std::max<int64_t>(1, panels / 32))
         for (int64_t p = 0; p < panels; p++) {

@@ -6,6 +6,7 @@ The only place that knows the private names of the verbs; tests/workers/profile 
 from collections.abc import Iterator
 
 from workers.engine.core import EngineCore
+from workers.engine.loop import EngineLoop
 from workers.engine.model_runner import ModelRunner
 from workers.parallel.group import TensorParallel
 from workers.profile.targets import Target
@@ -17,7 +18,12 @@ COLLECTIVES = ("all_reduce", "gather", "broadcast_tensor")
 def lead_targets(core: EngineCore) -> list[Target]:
     """Of rank 0."""
     verbs = [Target(core, f"_{verb}", verb) for verb in VERBS]
-    return [*verbs, *_shared_targets(core.runner, core.tp)]
+    return [Target(core, "step", "step"), *verbs, *_shared_targets(core.runner, core.tp)]
+
+
+def loop_targets(loop: EngineLoop) -> list[Target]:
+    """Of rank 0, between two steps."""
+    return [Target(loop, "_add", "add request"), Target(loop, "_publish", "send frame")]
 
 
 def follower_targets(runner: ModelRunner, tp: TensorParallel) -> list[Target]:
@@ -27,14 +33,15 @@ def follower_targets(runner: ModelRunner, tp: TensorParallel) -> list[Target]:
 
 
 def _shared_targets(runner: ModelRunner, tp: TensorParallel) -> Iterator[Target]:
-    """Nested in `execute`. Compiled kernels of the CPU are no operators of torch, so only these names show them."""
+    """Nested in `execute`. torch does not see compiled kernels of the CPU: only these names show them."""
     yield Target(runner, "_to_device", "inputs")
     yield Target(runner.model, "compute_logits", "logits")
     parts: dict[int, object] = {}
     for name, module in runner.model.named_modules():
-        is_layer = name.startswith("layers.") and name.count(".") == 1
-        label = name if is_layer else name.rpartition(".")[2]
-        if label and not label.isdigit() and label != "layers":
+        *_, container, label = ["", "", *name.split(".")]
+        if label.isdigit():
+            label = f"{container}.{label}"
+        if label not in ("", "layers"):
             yield Target(module, "forward", label)
         for part in ("backend", "kernels"):
             if hasattr(module, part):

@@ -134,4 +134,3 @@ def _events(span: _Span, base_ns: int) -> list[TraceEvent]:
         return [TraceEvent(ph="X", name=name, cat="python", pid=0, tid=thread, ts=began, dur=ended - began)]
     shared: dict[str, Any] = {"name": name, "cat": "requests", "pid": 0, "tid": thread, "id": row}
     return [TraceEvent(ph="b", ts=began, **shared), TraceEvent(ph="e", ts=ended, **shared)]
-

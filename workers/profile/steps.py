@@ -7,12 +7,14 @@ where they hear of batches, so that all of them record the same steps.
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from workers.engine.batch import profile_message
 from workers.engine.core import EngineCore
 from workers.errors import EngineError
+from workers.profile.engine_targets import lead_targets
 from workers.profile.recording import MAX_EVENTS, NO_EVENTS, Recording
+from workers.profile.targets import Target
 from workers.profile.torch_recorder import TorchRecorder
 from workers.protocol import CacheEvents, GenerateRequest, TokenDelta
 
@@ -146,3 +148,17 @@ class ProfiledCore:
             self.core.tp.broadcast(profile_message(begins=False))
         self.steps.end(num_steps=self._num_steps)
         self._on_end()
+
+    def finish(self) -> Recording:
+        """`end`, and what was recorded. Raises EngineError if it failed."""
+        self.end()
+        recording = self.steps.recording(0.0)
+        assert recording is not None, "it has ended"
+        return recording
+
+
+def profile_core(core: EngineCore, *, num_steps: int, also: Sequence[Target] = ()) -> ProfiledCore:
+    """For an engine in this process: run requests on what this returns, then call `finish`. also: more functions of this thread."""
+    steps = Steps(TorchRecorder(core.tp.device, [*lead_targets(core), *also]))
+    steps.prepare()
+    return ProfiledCore(core, steps, num_steps=num_steps)

@@ -17,41 +17,56 @@ END_TIMEOUT_S = 10.0
 
 
 class RankProfile:
-    """`prepare` on every rank, then `lead` on rank 0, then `recording` on every rank. Each `prepare` forgets what was recorded before."""
+    """`serve` once, then, as often as wanted, `prepare` on every rank, `record` on rank 0, and `recording` on every rank."""
 
     def __init__(self) -> None:
+        self._runner: ModelRunner | None = None
+        self._tp: TensorParallel | None = None
+        self._core: EngineCore | None = None
+        self._loop: EngineLoop | None = None
         self._steps: Steps | None = None
 
-    def prepare(self, runner: "ModelRunner", tp: "TensorParallel", core: "EngineCore | None") -> None:
-        """core: of rank 0."""
-        from workers.profile.engine_targets import follower_targets, lead_targets
+    def serve(
+        self, runner: "ModelRunner", tp: "TensorParallel", *, core: "EngineCore | None", loop: EngineLoop | None
+    ) -> None:
+        """What there is to record. core, loop: of rank 0."""
+        self._runner, self._tp, self._core, self._loop = runner, tp, core, loop
+
+    def prepare(self) -> None:
+        """Gets ready to record. What was recorded before is forgotten."""
+        from workers.profile.engine_targets import follower_targets, lead_targets, loop_targets
         from workers.profile.steps import Steps
         from workers.profile.torch_recorder import TorchRecorder
 
-        if core is None:
-            recorder = TorchRecorder(tp.device, follower_targets(runner, tp))
+        assert self._runner is not None and self._tp is not None, "serve comes first"
+        if self._core is None or self._loop is None:
+            recorder = TorchRecorder(self._tp.device, follower_targets(self._runner, self._tp))
         else:
-            recorder = TorchRecorder(tp.device, lead_targets(core), spans=SpanRecorder())
+            targets = [*lead_targets(self._core), *loop_targets(self._loop)]
+            recorder = TorchRecorder(self._tp.device, targets, spans=SpanRecorder())
         steps = Steps(recorder)
         steps.prepare()
         self._steps = steps
 
-    def lead(self, core: "EngineCore", loop: EngineLoop, *, num_steps: int) -> None:
-        """Records the next steps, on all ranks. Returns at once."""
+    def record(self, num_steps: int) -> None:
+        """Records the next steps with requests, on all ranks. Returns at once. On rank 0 only."""
         from workers.profile.steps import ProfiledCore
 
-        steps = self._prepared()
+        core, loop, steps = self._core, self._loop, self._steps
+        assert core is not None and loop is not None, "rank 0 leads"
+        assert steps is not None, "prepare comes first"
 
         def stand_in() -> Core:
             return ProfiledCore(core, steps, num_steps=num_steps, on_end=lambda: loop.use(lambda: core))
 
         loop.use(stand_in)
 
-    def end(self, core: "EngineCore", loop: EngineLoop) -> None:
-        """Ends the recording on all ranks, whatever it has. Returns when it has ended, and at once where there is none."""
+    def end(self) -> None:
+        """Ends the recording on all ranks, whatever it has; returns when it has ended. Nothing if there is none. On rank 0 only."""
         from workers.profile.steps import ProfiledCore
 
-        done = threading.Event()
+        core, loop, done = self._core, self._loop, threading.Event()
+        assert core is not None and loop is not None, "rank 0 leads"
 
         def end() -> Core:
             if isinstance(loop.core, ProfiledCore):
@@ -63,13 +78,11 @@ class RankProfile:
         done.wait(END_TIMEOUT_S)
 
     def follow(self, begins: bool) -> None:
-        """On the thread of a follower: what rank 0 says."""
-        self._prepared().follow(begins)
+        """What rank 0 says, on the thread of a follower."""
+        if self._steps is not None:
+            self._steps.follow(begins)
 
     def recording(self, timeout_s: float, max_events: int) -> Recording | None:
-        """See `Steps.recording`."""
-        return self._prepared().recording(timeout_s, max_events=max_events)
-
-    def _prepared(self) -> "Steps":
+        """What this rank recorded; None while that has not ended after `timeout_s`. Raises EngineError if it failed."""
         assert self._steps is not None, "prepare comes first"
-        return self._steps
+        return self._steps.recording(timeout_s, max_events=max_events)

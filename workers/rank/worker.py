@@ -22,7 +22,6 @@ from workers.device.require import find_gpu, try_gpu
 from workers.device.sizes import sized_for
 from workers.engine.loop import EngineLoop
 from workers.errors import GroupError, TramontaneError
-from workers.profile.recording import Recording
 from workers.rank.lifeline import DIED, Lifeline
 from workers.rank.primitive_caches import bound_primitive_caches
 from workers.rank.profile import RankProfile
@@ -67,6 +66,7 @@ class RankWorker:
         self.replica_id = replica_id
         self.phase = "joining"
         self.failure: str | None = None
+        self.profile = RankProfile()
         self._incarnation = incarnation
         self._token = token
         self._on_broken = on_broken
@@ -82,7 +82,6 @@ class RankWorker:
         self._server: StreamServer | None = None
         self._started: Started | None = None
         self._follower: threading.Thread | None = None
-        self._profile = RankProfile()
         self._closing = False
         self._breaking = threading.Event()
         self._break_lock = threading.Lock()
@@ -152,11 +151,11 @@ class RankWorker:
 
     def start(self, host: str = "127.0.0.1") -> Started | None:
         """Allocates the KV cache and starts to work. Returns where rank 0 serves; None on the other ranks. Raises ConfigError."""
+        from workers.engine.numerics import fingerprint
+
         assert self._tp is not None and self._runner is not None, "load comes before start"
         self.phase = "starting"
         self._runner.allocate_kv_cache()
-        from workers.engine.numerics import fingerprint
-
         numerics = fingerprint(self._runner)
         if self.rank == 0:
             self._started = self._lead(host, self._runner, self._tp, numerics=numerics or "")
@@ -165,6 +164,7 @@ class RankWorker:
                 target=self._follow, args=(self._runner, self._tp), name="follower", daemon=True
             )
             self._follower.start()
+        self.profile.serve(self._runner, self._tp, core=self._core, loop=self._loop)
         self._lifeline.expect_prompt()
         self.phase = "serving"
         return self._started
@@ -193,29 +193,6 @@ class RankWorker:
             token=None if started is None else self._token,
             facts=None if started is None else started.facts,
         )
-
-    def prepare_profile(self) -> None:
-        """Gets ready to record steps; a recording made before is forgotten. On a serving rank only, like the four methods below."""
-        assert self._tp is not None and self._runner is not None, "start comes before prepare_profile"
-        self._profile.prepare(self._runner, self._tp, self._core)
-
-    def record_steps(self, num_steps: int) -> None:
-        """Records the next steps with requests, on every rank; returns at once. Called on rank 0 only."""
-        assert self._core is not None and self._loop is not None, "rank 0 leads"
-        self._profile.lead(self._core, self._loop, num_steps=num_steps)
-
-    def end_profile(self) -> None:
-        """Ends the recording now, on every rank. Called on rank 0 only."""
-        assert self._core is not None and self._loop is not None, "rank 0 leads"
-        self._profile.end(self._core, self._loop)
-
-    def profile(self, timeout_s: float, max_events: int) -> Recording | None:
-        """What this rank recorded; None while that has not ended after `timeout_s`. Raises EngineError if it failed."""
-        return self._profile.recording(timeout_s, max_events)
-
-    def clock_ns(self) -> int:
-        """This machine's Unix time in nanoseconds."""
-        return time.time_ns()
 
     def has_ended(self, timeout_s: float) -> RankEnd:
         """Waits up to `timeout_s` for the end of this rank. May be called in any phase."""
@@ -267,7 +244,7 @@ class RankWorker:
         from workers.engine.follower import run_follower
 
         try:
-            run_follower(runner, tp, self._count_step, on_profile=self._profile.follow)
+            run_follower(runner, tp, self._count_step, on_profile=self.profile.follow)
         except Exception as e:  # whatever it is, this rank can no longer take part
             if not isinstance(e, GroupError):
                 log.exception("Rank %s stopped: %s", self.rank, e)

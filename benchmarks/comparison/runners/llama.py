@@ -97,7 +97,7 @@ def main() -> None:
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     if job["measure"] == "rates":
-        max_len = job["prompt_tokens"] + job["output_tokens"] + 1
+        max_len = timing.PREFILL_TOKENS + 1
         model = Llama(job["model"], num_seqs=max(job["batches"]), max_len=max_len, num_threads=num_threads)
         result |= timing.rates(model.generate, job | {"vocab_size": model.vocab_size})
     else:

@@ -1,4 +1,4 @@
-"""Our engine in one process: generation step by step, log-probabilities of given tokens, prefill against oneDNN, the machine's limits.
+"""Our engine in one process: generation step by step, log-probabilities of given tokens, oneDNN's products, the machine's limits.
 
 Runs in its own interpreter: `python ours.py JOB`, see timing.py. Takes dtype and quantization as EngineConfig has them.
 """
@@ -21,8 +21,6 @@ from workers.checkpoint.model_config import load_model_config  # noqa: E402
 from workers.config import EngineConfig, ModelConfig  # noqa: E402
 from workers.engine.llm_engine import LLMEngine  # noqa: E402
 from workers.protocol import GenerateRequest, SamplingParams  # noqa: E402
-
-PREFILL_TOKENS = 512
 
 
 def build(job: dict[str, Any]) -> LLMEngine:
@@ -77,11 +75,11 @@ def product_shapes(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def packed_products_s(model: ModelConfig, dtype: torch.dtype) -> float:
-    """Seconds that oneDNN's packed products of all layers take for PREFILL_TOKENS rows, the best of five runs."""
+    """Seconds that oneDNN's packed products of all layers take at 512 rows, the best of five runs."""
     products = []
     for rows, columns in product_shapes(model):
-        x = torch.randn(PREFILL_TOKENS, columns).to(dtype)
-        weight = torch.ops.mkldnn._reorder_linear_weight(torch.randn(rows, columns).to(dtype), PREFILL_TOKENS)
+        x = torch.randn(timing.PREFILL_TOKENS, columns).to(dtype)
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.randn(rows, columns).to(dtype), timing.PREFILL_TOKENS)
         products.append((x, weight))
     best = float("inf")
     for _ in range(5):
@@ -91,19 +89,6 @@ def packed_products_s(model: ModelConfig, dtype: torch.dtype) -> float:
                 torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         best = min(best, time.perf_counter() - began)
     return best
-
-
-def prefill(engine: LLMEngine, job: dict[str, Any]) -> dict[str, float]:
-    model = engine.core.config.model
-    shape = {"prompt_tokens": PREFILL_TOKENS, "output_tokens": 1, "batches": [1], "vocab_size": model.vocab_size}
-    rate = timing.rates(Steps(engine).generate, job | shape)["prefill@1"]
-    num_weights = model.num_hidden_layers * sum(rows * columns for rows, columns in product_shapes(model))
-    products_s = packed_products_s(model, getattr(torch, job["dtype"]))
-    return {
-        "prefill@1": rate,
-        "packed": PREFILL_TOKENS / products_s,
-        "packed_flops": 2 * PREFILL_TOKENS * num_weights / products_s,
-    }
 
 
 def main() -> None:
@@ -118,9 +103,9 @@ def main() -> None:
         return
     engine = build(job)
     if job["measure"] == "rates":
-        result |= timing.rates(Steps(engine).generate, job | {"vocab_size": engine.core.config.model.vocab_size})
-    elif job["measure"] == "prefill":
-        result |= prefill(engine, job)
+        result |= timing.rates(Steps(engine).generate, job)
+        products_s = packed_products_s(engine.core.config.model, getattr(torch, job["dtype"]))
+        result["packed_products_512"] = timing.PREFILL_TOKENS / products_s
     else:
         result["logprobs"] = logprobs(engine, job["sequences"])
     timing.write_result(result)

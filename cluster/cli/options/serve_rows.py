@@ -5,6 +5,7 @@ from operator import not_
 from pathlib import Path
 
 from cluster.cli.options.option import Command, Group, option, switch
+from cluster.cli.options.profile_rows import PROFILE
 from cluster.cli.options.shared_rows import (
     ENGINE,
     JOIN_RAY,
@@ -259,6 +260,7 @@ SERVE = Command(
         CLUSTER,
         ROUTING,
         MONITORING,
+        PROFILE,
         ENGINE,
     ),
 )
@@ -295,6 +297,7 @@ GENERATE = Command(
                 ),
             ),
         ),
+        PROFILE,
         ENGINE,
     ),
 )

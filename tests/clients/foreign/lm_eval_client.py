@@ -24,7 +24,7 @@ def tokenizer_args(backend: str) -> dict[str, str]:
 def main(batch_size: int, *backends: str) -> None:
     folder = Path(__file__).parents[1] / "lm_eval_task"
     os.chdir(folder)  # the tasks name their files relative to it
-    print("")
+    print()
     for backend in backends:
         print(json.dumps(evaluate(folder, batch_size, backend), default=str))
 

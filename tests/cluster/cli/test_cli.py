@@ -16,8 +16,8 @@ from cluster.config.checkpoint_location import resolve_model
 from cluster.config.serve import API_KEY_ENV
 from cluster.keys.file import API_KEYS_ENV, read_keys
 from cluster.system.net import is_loopback
-from workers.device.cpu import CpuFacts
 from workers.errors import CheckpointError, ConfigError
+from workers.native.bfloat16 import Bfloat16Support
 
 CONFIG = {
     "architectures": ["MistralForCausalLM"],
@@ -53,7 +53,8 @@ def configure(folder, *options, device="cpu"):
 @pytest.fixture
 def old_cpu(monkeypatch):
     """This machine, as one without instructions for bfloat16."""
-    monkeypatch.setattr(dtype, "read_cpu", lambda: CpuFacts(num_cores=2))
+    obstacle = "has no instructions for bfloat16."
+    monkeypatch.setattr(dtype, "bfloat16_support", lambda: Bfloat16Support(obstacle=obstacle))
 
 
 def test_defaults_on_the_cpu(folder, old_cpu):
@@ -75,10 +76,10 @@ def test_the_dtype_on_the_cpu_is_the_checkpoints_where_the_cpu_has_it(folder, mo
         "float32",
         "float32, because this machine has no instructions for bfloat16.",
     )
-    monkeypatch.setattr(dtype, "read_cpu", lambda: CpuFacts(num_cores=2, bfloat16_flag="amx_bf16"))
+    monkeypatch.setattr(dtype, "bfloat16_support", lambda: Bfloat16Support(instructions="avx512_bf16"))
     config = configure(folder)
     assert config.engine.dtype == "bfloat16"
-    assert config.dtype_reason is not None and "AMX_BF16" in config.dtype_reason
+    assert config.dtype_reason is not None and "AVX512_BF16" in config.dtype_reason
     config = configure(folder, "--dtype", "float32")
     assert (config.engine.dtype, config.dtype_reason) == ("float32", None)
 

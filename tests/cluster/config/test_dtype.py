@@ -8,21 +8,21 @@ from support.tiny import write_tiny_checkpoint
 
 from cluster.config.dtype import NodeCpu, choose_dtype, stored_dtype, this_machine
 from workers.checkpoint.model_config import load_model_config
-from workers.device.cpu import CpuFacts
+from workers.native.bfloat16 import Bfloat16Support
 
-NEW = NodeCpu(where="node 10.0.0.1", facts=CpuFacts(num_cores=8, bfloat16_flag="avx512_bf16"))
-ARM = NodeCpu(where="node 10.0.0.2", facts=CpuFacts(num_cores=8, bfloat16_flag="bf16"))
-OLD = NodeCpu(where="node 10.0.0.3", facts=CpuFacts(num_cores=8))
-SILENT = NodeCpu(where="node 10.0.0.4", facts=None)
+NEW = NodeCpu(where="node 10.0.0.1", bfloat16=Bfloat16Support(instructions="avx512_bf16"))
+ARM = NodeCpu(where="node 10.0.0.2", bfloat16=Bfloat16Support(instructions="bf16"))
+OLD = NodeCpu(where="node 10.0.0.3", bfloat16=Bfloat16Support(obstacle="has no instructions for bfloat16."))
+SILENT = NodeCpu(where="node 10.0.0.4", bfloat16=None)
 
 
 @pytest.mark.parametrize(
     ("stored", "cpus", "dtype", "reason"),
     [
-        ("bfloat16", [NEW], "bfloat16", "bfloat16, as the checkpoint; the CPU computes it natively (AVX512_BF16)."),
+        ("bfloat16", [NEW], "bfloat16", "bfloat16, as the checkpoint; the CPU has instructions for it (AVX512_BF16)."),
         ("bfloat16", [NEW, NEW, ARM], "bfloat16", "(AVX512_BF16, BF16)"),
         ("bfloat16", [NEW, OLD], "float32", "float32, because node 10.0.0.3 has no instructions for bfloat16."),
-        ("bfloat16", [SILENT, NEW], "float32", "float32, because node 10.0.0.4 did not say what its CPU has."),
+        ("bfloat16", [SILENT, NEW], "float32", "float32, because node 10.0.0.4 does not say what its CPU has."),
         ("bfloat16", [], "float32", "float32, because no node with CPUs has joined the Ray cluster yet."),
         ("float32", [NEW], "float32", "float32, because the checkpoint is in float32."),
         ("float16", [NEW], "float32", "float32, because the checkpoint is in float16."),
@@ -50,7 +50,7 @@ def test_the_cpus_are_asked_only_where_they_decide(stored):
 
 def test_this_machine_is_one_cpu():
     (cpu,) = this_machine()
-    assert cpu.where == "this machine" and cpu.facts is not None
+    assert cpu.where == "this machine" and cpu.bfloat16 is not None
 
 
 @pytest.mark.parametrize("layout", ["huggingface", "mistral"])

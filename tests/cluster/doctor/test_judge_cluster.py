@@ -8,12 +8,14 @@ from cluster.doctor.facts import (
     AllReduceFailure,
     AllReduceResult,
     AllReduceSkipped,
+    CpuKernels,
     Fault,
     Link,
     Node,
     PendingRank,
     RunningReplica,
 )
+from cluster.doctor.judge.cpu_kernels import judge_cpu_kernels
 from cluster.doctor.judge.models import judge_models
 from cluster.doctor.judge.network import judge_links, judge_network
 from cluster.doctor.judge.ranks import TrialGang, choose_device, choose_gang, judge_all_reduce, judge_placement
@@ -274,3 +276,38 @@ def test_all_reduce(outcome, severity, parts):
     assert said == severity
     for part in parts:
         assert part in message
+
+
+AVX512 = CpuKernels(variant="avx512", build_id="a")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "worst"),
+    [
+        pytest.param(AVX512, AVX512, "ok", id="equal"),
+        pytest.param(AVX512, CpuKernels(variant="avx2", build_id="b"), "differ: avx2 and avx512.", id="instructions"),
+        pytest.param(AVX512, replace(AVX512, build_id="b"), "differ in their sources.", id="sources"),
+        pytest.param(AVX512, CpuKernels(reason="They are not built."), "differ: avx512 and torch's.", id="not built"),
+        pytest.param(AVX512, None, "ok", id="a node of an older version"),
+    ],
+)
+def test_cpu_kernels_that_differ_are_a_warning(first: CpuKernels, second: CpuKernels | None, worst: str) -> None:
+    nodes = [cpu_node(A, cpu_kernels=first), cpu_node(B, cpu_kernels=second)]
+    found = summarized(judge_cpu_kernels(nodes, device="cpu"))
+    assert found[0] == ("ok", A, "Ranks use the kernels compiled for avx512.")
+    assert [severity for severity, _, _ in found[1:]].count("warning") == (worst != "ok")
+    assert worst == "ok" or worst in found[-1][2]
+    assert summarized(judge_cpu_kernels(nodes, device="cuda")) == []
+
+
+def test_why_there_are_no_compiled_kernels_is_said_and_a_wrong_setting_is_a_problem() -> None:
+    fault = Fault(message="TRAMONTANE_CPU_ISA=sse names no instruction set.", remedy="Unset it.")
+    nodes = [
+        cpu_node(A, cpu_kernels=CpuKernels(reason="They are not built.")),
+        cpu_node(B, cpu_kernels=CpuKernels(fault=fault)),
+    ]
+    found = summarized(judge_cpu_kernels(nodes, device="cpu"))
+    assert found == [
+        ("ok", A, "Ranks use torch's kernels, not the compiled ones. They are not built."),
+        ("problem", B, fault.message),
+    ]

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from cluster.doctor.facts import Fault
-from cluster.doctor.machine import read_filesystem, read_network, read_versions
+from cluster.doctor.facts import CpuKernels, Fault
+from cluster.doctor.machine import read_cpu_kernels, read_filesystem, read_network, read_versions
 from cluster.doctor.snapshot import parse_snapshot, take_snapshot
+from workers.native.library import load_library
 
 
 @pytest.fixture
@@ -47,6 +48,33 @@ def test_versions_are_those_that_would_be_imported():
     assert versions.torch is not None and versions.torch.split("+")[0] == torch.__version__.split("+")[0]
     assert versions.cuda == torch.version.cuda
     assert versions.tramontane and versions.ray and versions.python.startswith("3.")
+
+
+@pytest.fixture
+def _load_again():
+    """The kernels are loaded once per process."""
+    load_library.cache_clear()
+    yield
+    load_library.cache_clear()
+
+
+@pytest.mark.usefixtures("_load_again")
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("none", CpuKernels(reason="TRAMONTANE_CPU_ISA=none turns them off.")),
+        (
+            "sse",
+            CpuKernels(fault=Fault(message="TRAMONTANE_CPU_ISA=sse names no instruction set.", remedy="Use one of")),
+        ),
+    ],
+)
+def test_the_compiled_kernels(limit, expected, monkeypatch):
+    monkeypatch.setenv("TRAMONTANE_CPU_ISA", limit)
+    found = read_cpu_kernels()
+    assert (found.reason, found.variant) == (expected.reason, None)
+    if expected.fault:
+        assert found.fault.message == expected.fault.message and found.fault.remedy.startswith(expected.fault.remedy)
 
 
 def test_a_folder_that_does_not_exist_yet(tmp_path):

@@ -14,11 +14,13 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from support.native import native_library
 from support.servers.live_replica import TOKEN, TOKENIZER, LiveReplica
 from support.servers.relay import CuttingRelay
 from support.tiny import write_tiny_checkpoint
@@ -147,6 +149,31 @@ async def test_the_bytes_are_the_same_when_the_replica_dies_at_any_token(
         wrong += [i for i, data in zip(cuts, answers, strict=True) if data != undisturbed]
     assert not wrong, f"the bytes differ when the replica dies after these numbers of tokens: {wrong}"
     await all_is_free(replicas)
+
+
+@pytest.fixture(params=[{"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "int8"}, {"quantization": "int4"}])
+def compiled_replicas(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[LiveReplica]]:
+    """Two that compute alike, with the compiled kernels."""
+    native_library("avx2")  # skips where there can be none
+    folder = write_tiny_checkpoint(tmp_path, vocab_size=TOKENIZER.vocab_size, sliding_window=24)
+    settings = {"max_num_batched_tokens": 16, "max_num_seqs": 8, **request.param}
+    replicas = [LiveReplica(folder, replica_id=name, **settings) for name in ("r0", "r1")]
+    yield replicas
+    for replica in replicas:
+        replica.close()
+
+
+@pytest.mark.parametrize("every", [21, pytest.param(1, marks=pytest.mark.chaos)])
+async def test_other_data_types_and_quantised_weights_keep_the_bytes_too(
+    compiled_replicas: list[LiveReplica], every: int
+) -> None:
+    body = {"model": "tiny", "prompt": "def fibonacci(n):", "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    body |= {"stream": True, **SAMPLINGS["sampled"]}
+    undisturbed = await answer(compiled_replicas, body, cut_after=None)
+    cuts = [1, *range(every, NUM_TOKENS, every)]
+    for cut in cuts:
+        assert await answer(compiled_replicas, body, cut_after=cut) == undisturbed, f"it died after {cut} tokens"
+    await all_is_free(compiled_replicas)
 
 
 @pytest.mark.parametrize("kind", STRUCTURED)

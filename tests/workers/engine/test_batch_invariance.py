@@ -27,7 +27,7 @@ from workers.sampling.device_sampler import DeviceSampler
 from workers.sampling.sampler import SamplingRow, sample
 
 DEMO = DEMO_MODEL
-NUM_OUTPUT = 12
+NUM_OUTPUT = 9
 PROMPT_LENS = (
     1,
     37,

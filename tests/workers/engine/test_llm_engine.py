@@ -39,7 +39,7 @@ def prompt_of(length, seed=0):
     return [rng.randrange(3, 256) for _ in range(length)]
 
 
-def mixed_requests(n=32):
+def mixed_requests(n):
     kinds = [
         {"temperature": 1.0},
         {"temperature": 0.0},
@@ -55,12 +55,13 @@ def mixed_requests(n=32):
     ]
 
 
-def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(folder):
-    requests = mixed_requests()
+@pytest.mark.parametrize("num_requests", [16, pytest.param(64, marks=pytest.mark.fuzz)])
+def test_the_same_seed_gives_the_same_tokens_whatever_else_runs(folder, num_requests):
+    requests = mixed_requests(num_requests)
     alone = make_engine(folder, enable_prefix_caching=False)
     expected = [alone.generate([r])[0] for r in requests]
 
-    assert make_engine(folder, enable_prefix_caching=False).generate(requests) == expected, "in a batch of 32"
+    assert make_engine(folder, enable_prefix_caching=False).generate(requests) == expected, "in one batch"
 
     cached = make_engine(folder, num_kv_blocks=2000)
     assert cached.generate(requests) == expected, "with prefix caching, cold"
@@ -114,8 +115,9 @@ def test_without_a_window_blocks_grow_with_the_sequence(full_attention_folder):
 
 def test_a_request_can_be_continued_anywhere(folder):
     """A prompt and the tokens so far continue exactly: penalties, seeds and min_tokens count from the same place."""
+    first, second = (make_engine(folder, enable_prefix_caching=False) for _ in range(2))
     for request in mixed_requests(7):
-        whole = make_engine(folder).generate([request])[0]
+        whole = first.generate([request])[0]
         for cut in (1, 7, len(whole) - 1):
             resumed = type(request)(
                 request_id="resumed",
@@ -123,7 +125,7 @@ def test_a_request_can_be_continued_anywhere(folder):
                 sampling=request.sampling,
                 output_token_ids=whole[:cut],
             )
-            assert make_engine(folder).generate([resumed])[0] == whole[cut:]
+            assert second.generate([resumed])[0] == whole[cut:]
 
 
 @pytest.mark.parametrize("when", ["waiting", "prefilling", "decoding"])

@@ -14,6 +14,7 @@ def folder(tmp_path_factory):
     return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sliding_window", [None, 16])
 def test_events_follow_the_pool_exactly_through_a_random_run(tmp_path, sliding_window):
     folder = write_tiny_checkpoint(tmp_path, sliding_window=sliding_window)
@@ -45,6 +46,7 @@ def test_events_follow_the_pool_exactly_through_a_random_run(tmp_path, sliding_w
     assert num_evicted > 50, "the pool was meant to be too small"
 
 
+@pytest.mark.usefixtures("both_ways")
 def test_without_prefix_caching_there_are_no_events(folder):
     core = make_engine(folder, enable_prefix_caching=False).core
     core.add_request(make_request("r", list(range(5, 45)), max_tokens=8))

@@ -28,7 +28,9 @@ def profiled(engine, **options) -> ProfiledCore:
 
 
 def tokens(core) -> list[int]:
-    return [token for delta in stream_requests(core, [make_request("a", [5, 6, 7], seed=3)]) for token in delta.token_ids]
+    return [
+        token for delta in stream_requests(core, [make_request("a", [5, 6, 7], seed=3)]) for token in delta.token_ids
+    ]
 
 
 def events_of(core: ProfiledCore) -> Recording:

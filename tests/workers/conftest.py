@@ -1,4 +1,4 @@
-"""What several tests of the engine share."""
+"""What tests of engines share."""
 
 import pytest
 from support.fakes import engines
