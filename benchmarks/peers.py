@@ -8,6 +8,7 @@ Each run adds its rounds to a JSON file, and writes the page from all rounds in 
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def main() -> None:
         results.remove(parts, [s.name for s in chosen])
     for number in range(args.rounds):
         context = Context(cache=cache, repeats=args.repeats, round_number=number)
+        load = os.getloadavg()[0]
         limits = machine_limits(context)
-        results.add(MACHINE, MACHINE, note=limits.pop("description"), metrics=limits)
+        results.add(MACHINE, MACHINE, note=limits.pop("description"), metrics=limits | {"load": load})
         for part in (PARTS[name] for name in parts):
             for subject in (s for s in chosen if part.includes(s)):
                 print(f"round {number + 1}: {part.name}, {subject.name} ", end="", flush=True)

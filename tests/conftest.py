@@ -15,15 +15,18 @@ SHARING = (
     ("tests/system/test_ports.py", "tests/system/test_serve.py"),
     ("tests/clients/test_raw_bodies.py", "tests/clients/test_raw_http.py"),
 )  # fmt: skip
-# What takes longest, from half a minute to two. It comes first, or one worker would run it alone at the end.
+# What takes longest, from 20 seconds to a minute and a half. It comes first, or one worker would run it alone at the end.
 LONGEST = (
     "tests/clients/test_foreign.py",
     "tests/system/test_failover.py",
+    "tests/clients/test_raw_bodies.py",
     "tests/system/test_restart.py",
     "tests/system/batches/test_batch_command.py",
-    "tests/system/batches/test_batches.py",
     "tests/system/test_ports.py",
-    "tests/clients/test_raw_bodies.py",
+    "tests/system/batches/test_batches.py",
+    "tests/system/test_page.py",
+    "tests/cluster/api/server/test_slow_clients.py",
+    "tests/clients/test_schemathesis.py",
 )
 SCOPES = {file: files[0] for files in SHARING for file in files}
 
@@ -46,8 +49,11 @@ def _data_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """A real `tramontane serve` with the demo model and a key, for tests that do no more than send requests."""
-    server = Server()
+    """A real `tramontane serve` with the demo model and a key, for tests that do no more than send requests.
+
+    In float32: lm-eval's scores are compared with those of transformers.
+    """
+    server = Server("--dtype", "float32")
     yield server
     server.kill()
 

@@ -20,8 +20,8 @@ ORDER = {
         "> batch, keys, config, autoscaler, router > text, system, protocol > terminal"
     ),
     "workers": (
-        "rank, gpu_check > profile > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention > kernels "
-        "> native > parallel > checkpoint, device > config > heartbeat, process_identity, thread_priority > protocol > errors"
+        "rank, gpu_check > profile > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention "
+        "> kernels > native > parallel > checkpoint, device > config > heartbeat, process_identity, thread_priority > protocol > errors"
     ),
 }
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.

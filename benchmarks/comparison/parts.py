@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ SEQUENCE_TOKENS = 192  # less than the demo model's sliding window, which llama.
 
 @dataclass(frozen=True)
 class Context:
-    """Where the models are, and how often a measurement is repeated within one process."""
+    """Where the models are, and how often a measurement is repeated within one process. `references`: see `quality`."""
 
     cache: Path
     repeats: int
     round_number: int
+    references: dict[str, list[float]] = field(default_factory=dict)
 
     def folder(self, name: str, subject: Subject) -> Path:
         folder = models.checkpoint(name, self.cache)
@@ -82,7 +83,7 @@ def start(subject: Subject, context: Context) -> Metrics:
 
 
 def tensor_parallel(subject: Subject, context: Context) -> Metrics:
-    found = {}
+    found: Metrics = {}
     for size in (1, 2):
         metrics = asyncio.run(_serve(subject, context, models.LARGE.name, levels=(1, 8), num_output=32, size=size))
         found |= {f"tp{size} {name}": value for name, value in metrics.items()}
@@ -90,15 +91,25 @@ def tensor_parallel(subject: Subject, context: Context) -> Metrics:
 
 
 def quality(subject: Subject, context: Context) -> Metrics:
-    """Perplexity of the demo model on Python code that it was not trained on, and log-probabilities of random tokens by a random model."""
-    found = {}
-    for name in (models.DEMO, models.LARGE.name):
-        sequences = _texts(context) if name == models.DEMO else _random_sequences()
-        values = context.run(subject, name, measure="logprobs", sequences=sequences)["logprobs"]
-        flat = [value for row in values for value in row]
-        found[f"{name} nll"] = -statistics.fmean(flat)
-        found[f"{name} perplexity"] = math.exp(-statistics.fmean(flat))
+    """Perplexity of the demo model on Python code that it was not trained on, and for both models the mean difference of a token's
+    log-probability from our float32.
+    """
+    found: Metrics = {}
+    for name, sequences in ((models.DEMO, _texts(context)), (models.LARGE.name, _random_sequences())):
+        values = _logprobs(subject, context, name, sequences=sequences)
+        if name not in context.references:
+            reference = Subject("ours", "float32", Path(sys.executable))
+            context.references[name] = _logprobs(reference, context, name, sequences=sequences)
+        pairs = zip(values, context.references[name], strict=True)
+        found[f"{name} difference in nats"] = statistics.fmean(abs(value - exact) for value, exact in pairs)
+        if name == models.DEMO:
+            found[f"{name} perplexity"] = math.exp(-statistics.fmean(values))
     return found
+
+
+def _logprobs(subject: Subject, context: Context, name: str, *, sequences: list[list[int]]) -> list[float]:
+    rows: list[list[float]] = context.run(subject, name, measure="logprobs", sequences=sequences)["logprobs"]
+    return [value for row in rows for value in row]
 
 
 async def _serve(

@@ -26,6 +26,8 @@ def _lines(results: Results, subjects: Sequence[Subject]) -> Iterator[str]:
             f"Measured in the same rounds: read bandwidth {limits['read_bandwidth'] or 0:.3g} B/s, "
             f"matrix product {limits['float32'] or 0:.3g} FLOP/s in fp32, {limits['bfloat16'] or 0:.3g} in bf16."
         )
+        load = results.median(MACHINE, MACHINE, "load") or 0.0
+        yield f"Load average before a round: {load:.1f}. Above 1, other programs took part of the machine, and only ratios mean something."
         yield ""
     yield "## Targets"
     yield ""

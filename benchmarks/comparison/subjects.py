@@ -44,27 +44,23 @@ class Subject:
 
     def server(self, folder: Path, *, port: int, tensor_parallel_size: int = 1) -> list[str]:
         """The command of an HTTP server. Raises ValueError for llama.cpp, which is compared in the process only."""
-        common = [str(folder), "--port", str(port), "--served-model-name", "m", "--dtype", self.dtype]
+        common = ["--port", str(port), "--served-model-name", "m", "--dtype", self.dtype]
         common += ["--tensor-parallel-size", str(tensor_parallel_size)]
         if self.engine == "ours":
-            command = [str(self.python), "-m", "cluster.cli.main", "serve", *common, "--no-batches"]
+            command = [str(self.python), "-m", "cluster.cli.main", "serve", str(folder), *common]
+            quantization = ["--quantization", self.quantization] if self.quantization else []
+            return [*command, "--no-batches", "--no-prefix-caching", *quantization]
+        if self.engine == "vllm":
+            # The command `vllm` asks for the metadata of a package of this name, which the CPU build does not have.
+            command = [str(self.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *common]
+            command += ["--host", "127.0.0.1", "--max-model-len", "4096", "--max-num-seqs", "64"]
             return [
                 *command,
-                "--no-prefix-caching",
-                *(["--quantization", self.quantization] if self.quantization else []),
-            ]
-        if self.engine == "vllm":
-            options = [
-                "--host",
-                "127.0.0.1",
-                "--max-model-len",
-                "4096",
-                "--max-num-seqs",
-                "64",
                 "--no-enable-prefix-caching",
+                "--tokenizer-mode",
+                "mistral",
+                "--disable-uvicorn-access-log",
             ]
-            options += ["--tokenizer-mode", "mistral", "--disable-uvicorn-access-log"]
-            return [str(self.python.parent / "vllm"), "serve", *common, *options]
         raise ValueError(f"{self.engine} is not compared over HTTP.")
 
     def environment(self, *, serves: bool) -> dict[str, str]:

@@ -3,10 +3,17 @@
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Sequence
 
-from cluster.cli.options.check_rows import DEFAULT_CONTEXT
+from rich.text import Text
+
+from cluster.cli.options.check_rows import DEFAULT_CONCURRENCY, DEFAULT_CONTEXT, DEFAULT_CPU_CONCURRENCY, PLAN
 from cluster.plan.catalog import known_offers
-from cluster.plan.gpus import GPUS, find_gpu
+from cluster.plan.cpu.machine import CpuMachine, assumed
+from cluster.plan.cpu.planner import CpuQuestion, make_cpu_plans
+from cluster.plan.cpu.planner import refusal as cpu_refusal
+from cluster.plan.cpu.report import cpu_json, cpu_report
+from cluster.plan.gpus import GPUS, Gpu, find_gpu
 from cluster.plan.models import PlannedModel, describe_model
 from cluster.plan.planner import Question, make_plans, refusal
 from cluster.plan.report import as_json, report
@@ -14,15 +21,32 @@ from cluster.plan.roofline import Workload
 from cluster.plan.task_yaml import write_task
 from cluster.terminal.tables import answer_console
 from workers.config import Dtype
+from workers.device.cpu import read_cpu
+from workers.device.memory import read_memory
 from workers.errors import ConfigError
+from workers.native.bfloat16 import bfloat16_support
+
+CPU = "cpu"
+# Options that mean something for one kind of machine only.
+GPU_OPTIONS = ("--cloud", "--spot", "--write", "--gpu-memory-utilization", "--tensor-parallel-size")
+CPU_OPTIONS = ("--memory", "--cores", "--quantization")
 
 
 def plan(args: Namespace) -> None:
     """Prints the plans. Raises ConfigError for invalid options, and if nothing fits."""
-    gpus = tuple(GPUS.values()) if args.gpu is None else (find_gpu(args.gpu),)
+    is_cpu = args.gpu is not None and args.gpu.strip().lower() == CPU
+    _check_options(args, is_cpu=is_cpu)
+    gpus = tuple(GPUS.values()) if args.gpu is None or is_cpu else (find_gpu(args.gpu),)
     model = describe_model(args.model, revision=args.revision)
     for text in model.warnings:
         print(f"warning: {text}", file=sys.stderr)
+    if is_cpu:
+        _plan_cpu(args, model)
+    else:
+        _plan_gpus(args, model, gpus)
+
+
+def _plan_gpus(args: Namespace, model: PlannedModel, gpus: Sequence[Gpu]) -> None:
     question = _question(args, model)
     offers = known_offers()
     plans = make_plans(question, gpus=gpus, tensor_parallel_size=args.tensor_parallel_size, offers=offers)
@@ -38,7 +62,70 @@ def plan(args: Namespace) -> None:
         print(f"Wrote {args.write}. Its first lines show how to launch it.", file=sys.stderr)
 
 
+def _plan_cpu(args: Namespace, model: PlannedModel) -> None:
+    question = CpuQuestion(
+        model=model,
+        machine=_machine(args),
+        workload=_workload(args, model, concurrency=DEFAULT_CPU_CONCURRENCY),
+        dtype=None if args.dtype == "auto" else args.dtype,
+        quantization="all" if args.quantization is None else None if args.quantization == "none" else args.quantization,
+    )
+    plans = make_cpu_plans(question)
+    if args.json:
+        print(json.dumps(cpu_json(question, plans), indent=2))
+    else:
+        console = answer_console()
+        console.print(cpu_report(question, plans))
+        if plans[0].fits:
+            # In one line however narrow the terminal is, so that it can be copied.
+            console.print(Text(f"\nRecommended: {plans[0].command}"), soft_wrap=True)
+    if not plans[0].fits:
+        raise cpu_refusal(question, plans)
+
+
+def _machine(args: Namespace) -> CpuMachine:
+    """This machine, or one of its kind with other sizes. Raises ConfigError."""
+    memory = read_memory()
+    if args.memory is None and memory is None:
+        raise ConfigError("This system does not say how much memory it has.", remedy="Add --memory.", param="--memory")
+    return assumed(
+        num_cores=args.cores or read_cpu().num_cores,
+        memory_bytes=args.memory or (memory.total_bytes if memory is not None else 0),
+        has_bfloat16=bfloat16_support().obstacle is None,
+    )
+
+
+def _check_options(args: Namespace, *, is_cpu: bool) -> None:
+    """Raises ConfigError for an option that would have no effect."""
+    rows = {option.names[0]: option for option in PLAN.options}
+    for name in GPU_OPTIONS if is_cpu else CPU_OPTIONS:
+        if getattr(args, rows[name].dest) != rows[name].default:
+            raise ConfigError(
+                f"{name} has no effect {'with' if is_cpu else 'without'} --gpu cpu.",
+                remedy="Leave it out." if is_cpu else "Leave it out, or add --gpu cpu.",
+                param=name,
+            )
+    if args.dtype == "float32" and not is_cpu:
+        raise ConfigError(
+            "--dtype float32 does not work on GPUs, because attention on CUDA cannot read it.",
+            remedy="Use bfloat16 or float16, or add --gpu cpu.",
+            param="--dtype",
+        )
+
+
 def _question(args: Namespace, model: PlannedModel) -> Question:
+    return Question(
+        model=model,
+        workload=_workload(args, model, concurrency=DEFAULT_CONCURRENCY),
+        dtype=_dtype(args.dtype, model),
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        cloud=args.cloud,
+        spot=args.spot,
+    )
+
+
+def _workload(args: Namespace, model: PlannedModel, *, concurrency: int) -> Workload:
+    """concurrency: without the option."""
     longest = model.config.max_position_embeddings
     context = min(DEFAULT_CONTEXT, longest) if args.context is None else args.context
     if not 2 <= context <= longest:
@@ -54,20 +141,15 @@ def _question(args: Namespace, model: PlannedModel) -> Question:
             remedy=f"Use 1 to {context - 1}.",
             param="--prompt-tokens",
         )
-    if args.concurrency < 1:
+    if args.concurrency is not None:
+        concurrency = args.concurrency
+    if concurrency < 1:
         raise ConfigError(
-            f"--concurrency {args.concurrency} is not a number of requests.",
+            f"--concurrency {concurrency} is not a number of requests.",
             remedy="Use at least 1.",
             param="--concurrency",
         )
-    return Question(
-        model=model,
-        workload=Workload(context=context, concurrency=args.concurrency, prompt_tokens=prompt_tokens),
-        dtype=_dtype(args.dtype, model),
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        cloud=args.cloud,
-        spot=args.spot,
-    )
+    return Workload(context=context, concurrency=concurrency, prompt_tokens=prompt_tokens)
 
 
 def _dtype(option: str, model: PlannedModel) -> Dtype:

@@ -98,7 +98,7 @@ async def _run(
         startup.end()
         if starting.done():
             gateway, urls, drain_others = starting.result()
-            finish_profile = await start_profile(profile, gateway, console, stack)
+            finish_profile = await start_profile(profile, gateway, console=console, stack=stack, stop_now=stop_now)
             engine = engine_line(None if gateway.view is None else gateway.view.facts)
             banner = _banner(config, urls, cluster, console.elapsed_s, engine=engine, chat=text.choice, profile=profile)
             console.line(banner)

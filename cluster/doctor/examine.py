@@ -188,7 +188,8 @@ def _judge_nodes(nodes: Sequence[Node], *, options: Options, device: Device) -> 
     yield from judge_network(nodes, device=device)
     size = options.tensor_parallel_size or 1  # the default of `serve`
     # As --dtype auto decides, for all ranks together: see cluster/config/dtype.py.
-    has_bfloat16 = all(node.machine is not None and node.machine.has_bfloat16 for node in nodes)
+    running = [node for node in nodes if can_run_ranks(node, device)]
+    has_bfloat16 = all(node.machine is not None and node.machine.has_bfloat16 for node in running)
     for node in nodes:
         if node.machine is None:
             continue

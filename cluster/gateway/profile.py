@@ -15,6 +15,7 @@ from cluster.profile.file import ProfileFile
 from cluster.profile.merge import Part
 from cluster.protocol.view import ClusterView, ReplicaRecord, ReplicaState
 from cluster.replicas.recorder import ReplicaRecorder
+from cluster.system.tasks import cancel_all
 from workers.errors import TramontaneError
 from workers.profile.recording import MAX_EVENTS, Recording
 from workers.profile.spans import SpanRecorder
@@ -37,7 +38,7 @@ class Recorder(Protocol):
 
     async def start(self) -> None: ...
     async def end(self) -> None: ...
-    async def recordings(self, max_events: int) -> list[tuple[Recording, int]]: ...
+    async def recordings(self, max_events: int) -> dict[int, tuple[Recording, int]]: ...
 
 
 class Profile:
@@ -52,9 +53,7 @@ class Profile:
         view: Callable[[], ClusterView | None],
         *,
         say: Callable[[str], None],
-        make_recorder: Callable[[ReplicaRecord, int], Recorder] = lambda record, n: ReplicaRecorder(
-            record, num_steps=n
-        ),
+        make_recorder: Callable[[ReplicaRecord, int], Recorder] = ReplicaRecorder,
     ) -> None:
         self._file = file
         self._view = view
@@ -74,10 +73,14 @@ class Profile:
         await self._start_new()
         self._task = asyncio.create_task(self._run(), name="profile")
 
-    async def finish(self) -> None:
-        """Ends the recording and returns once the file is written, with what there is. Idempotent."""
+    async def finish(self, stop_now: asyncio.Event) -> None:
+        """Ends the recording and returns once the file is written, with what there is, or `stop_now` is set. Idempotent."""
         self._ending.set()
-        await self.written()
+        written, hurry = asyncio.create_task(self.written()), asyncio.create_task(stop_now.wait())
+        try:
+            await asyncio.wait([written, hurry], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel_all(written, hurry)
 
     async def written(self) -> None:
         """Returns once the file is written, or cannot be."""
@@ -125,7 +128,7 @@ class Profile:
             return []
         return [
             Part(process=f"replica {recorder.replica_id} rank {rank}", recording=recording, clock_ahead_ns=ahead)
-            for rank, (recording, ahead) in enumerate(recordings)
+            for rank, (recording, ahead) in recordings.items()
         ]
 
     async def _collect(self) -> list[Part]:

@@ -136,4 +136,4 @@ def find_gpu(name: str) -> Gpu:
     for known, gpu in GPUS.items():
         if known.lower() == name.strip().lower():
             return gpu
-    raise ConfigError(f"--gpu {name} is not known.", remedy=f"Use one of {', '.join(GPUS)}.", param="--gpu")
+    raise ConfigError(f"--gpu {name} is not known.", remedy=f"Use one of {', '.join(GPUS)}, or cpu.", param="--gpu")

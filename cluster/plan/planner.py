@@ -12,8 +12,8 @@ from cluster.plan.memory import RankMemory, rank_memory
 from cluster.plan.models import PlannedModel
 from cluster.plan.offers import Cloud, Offer, Price, find_offers
 from cluster.plan.roofline import Speed, Workload, speed
-from cluster.plan.units import gigabytes
 from workers.config import TENSOR_PARALLEL_SIZES, Dtype, EngineConfig, ModelConfig
+from workers.device.memory import gigabytes
 from workers.device.sizes import decide
 from workers.errors import ConfigError
 

@@ -10,8 +10,8 @@ from rich.text import Text
 
 from cluster.plan.offers import Offer, Price
 from cluster.plan.planner import Plan, Question
-from cluster.plan.units import gigabytes
 from cluster.terminal.tables import plain_table
+from workers.device.memory import gigabytes
 from workers.device.model_bytes import num_parameters
 
 _NONE = "–"

@@ -1,4 +1,4 @@
-"""The upper bound of a model's speed on a GPU or a CPU: the roofline, max(bytes / bandwidth, FLOPs / rate), plus the all-reduces between ranks.
+"""The upper bound of a model's speed: the roofline, max(bytes / bandwidth, FLOPs / rate), plus the all-reduces between ranks.
 
 A bound, not a measurement: real kernels reach only part of it, and the engine needs time between steps. Arithmetic only; knows no memory
 limits and no price.

@@ -27,8 +27,9 @@ def merge(parts: Sequence[Part], *, compress: bool = False) -> bytes:
 
     `otherData` says what was recorded. `baseTimeNanoseconds` is the Unix time from which `ts` counts.
     """
-    parts = [part for part in parts if part.recording.events]
-    base_ns = min((part.recording.base_ns - part.clock_ahead_ns for part in parts), default=0)
+    # Not the earliest of their own: torch's begin months ago, and numbers that large are hard to read.
+    began = [part.recording.began_ns - part.clock_ahead_ns for part in parts if part.recording.began_ns]
+    base_ns = min(began, default=0)
     events: list[TraceEvent] = []
     pid = 0
     for number, part in enumerate(parts):

@@ -208,7 +208,7 @@ class ReplicaClient:
         self._connection = connection  # before the frame: its listener may find the replica ready
         self._clock.restart(time.monotonic())
         self._handle(connection.first_frame)
-        connection.listen(self._receive)
+        connection.listen(lambda message: self._receive(message))  # looked up each time: a profile replaces it
         return connection
 
     async def _keep(self, connection: ReplicaConnection) -> None:

@@ -4,6 +4,7 @@ Knows Ray's actors and the machines' clocks; knows no file and no gateway. The r
 """
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -15,15 +16,17 @@ from cluster.protocol.view import RankRecord, ReplicaRecord
 from workers.errors import EngineError, ReplicaUnavailableError, TramontaneError
 from workers.profile.recording import Recording
 
+log = logging.getLogger(__name__)
+
 # How long one call waits on a rank. Short, so that a call that nobody awaits any more does not stay there.
 POLL_S = 2.0
-CALL_TIMEOUT_S = 20.0
+CALL_TIMEOUT_S = 60.0
 
 
 class ReplicaRecorder:
     """`start`, then `recordings`; `end` at any time in between. All methods raise TramontaneError, also when a rank is lost."""
 
-    def __init__(self, replica: ReplicaRecord, *, num_steps: int) -> None:
+    def __init__(self, replica: ReplicaRecord, num_steps: int) -> None:
         self.replica_id = replica.replica_id
         self.num_ranks = len(replica.ranks)
         self._ranks = replica.ranks
@@ -41,14 +44,23 @@ class ReplicaRecorder:
         """`recordings` returns with what there is."""
         await self._call(self._ranks[0], "end_profile")
 
-    async def recordings(self, max_events: int) -> list[tuple[Recording, int]]:
+    async def recordings(self, max_events: int) -> dict[int, tuple[Recording, int]]:
         """By rank, once all have ended: what it recorded, at most `max_events`, and how far its clock is ahead of this machine's, in
-        nanoseconds. Empty if there was no step.
+        nanoseconds. Empty if there was no step. Without the ranks that failed after rank 0 had recorded.
         """
-        lead = await self._recording(self._ranks[0], max_events)
-        if not lead[0].num_steps:
-            return []
-        return [lead, *await asyncio.gather(*(self._recording(rank, max_events) for rank in self._ranks[1:]))]
+        found = {0: await self._recording(self._ranks[0], max_events)}
+        if not found[0][0].num_steps:
+            return {}
+        others = self._ranks[1:]
+        outcomes = await asyncio.gather(*(self._recording(r, max_events) for r in others), return_exceptions=True)
+        for rank, outcome in zip(others, outcomes, strict=True):
+            if isinstance(outcome, TramontaneError):
+                log.warning("The profile is without one rank: %s", outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                found[rank.rank] = outcome
+        return found
 
     async def _recording(self, rank: RankRecord, max_events: int) -> tuple[Recording, int]:
         while (recording := await self._call(rank, "recording", POLL_S, max_events)) is None:

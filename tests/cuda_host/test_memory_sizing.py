@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from cuda_host.conftest import free_memory
 from cuda_host.engines import make_config, make_runner
 from cuda_host.gpus import GPUS
 from cuda_host.processes import finish, start_program
@@ -49,6 +50,7 @@ def test_the_sums_of_segments_of_long_contexts_have_room(device, monkeypatch):
     """With steps of few tokens, they are what a step needs the most memory for."""
 
     def num_blocks():
+        free_memory()
         return make_runner(make_config(max_num_seqs=64, max_num_batched_tokens=512, cuda_graphs=False)).num_blocks
 
     with_splits, most = num_blocks(), triton_paged.MAX_PARTIAL_BYTES

@@ -24,6 +24,7 @@ from cluster.router.router import Router
 from cluster.system.net import is_loopback
 from cluster.system.tls import load
 from cluster.text.tokenizer import load_tokenizer
+from workers.native.build import REQUIRE
 
 DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
 IGNORE = DEPLOY / "docker" / "Dockerfile.dockerignore"
@@ -72,6 +73,16 @@ def test_triton_finds_a_compiler() -> None:
     installs = [i.value for i in FINAL if i.name == "RUN" and "apt-get install" in i.value]
     assert {"gcc", "libc6-dev"} <= {word for value in installs for word in value.split()}
     assert one("ARG", [i for i in ALL if i.stage == -1]).startswith("PYTHON_IMAGE=python:")
+
+
+def test_the_wheel_has_the_kernels_for_cpus() -> None:
+    """Or its build fails. Those of the host, for another C library, are not sent."""
+    (stage,) = {i.stage for i in ALL if i.name == "RUN" and "pip wheel" in i.value}
+    steps = [i for i in ALL if i.stage == stage]
+    assert any("g++" in i.value.split() for i in steps if i.name == "RUN")
+    assert one("ENV", steps) == f"{REQUIRE}=1"
+    names = ["workers/native/build_mark.cpp", "workers/native/libtramontane_cpu_avx2.so"]
+    assert context_files(ROOT, IGNORE, names) == names[:1]
 
 
 def test_the_kernels_are_compiled_where_the_server_looks_for_them_and_may_add_some() -> None:

@@ -19,7 +19,6 @@ class CpuFacts:
 
     num_cores: int
     bfloat16_flag: str | None = None
-    has_avx512: bool = False
 
     @property
     def has_bfloat16(self) -> bool:
@@ -38,7 +37,6 @@ def read_cpu(root: Path = ROOT) -> CpuFacts:
     return CpuFacts(
         num_cores=usable_cores(),
         bfloat16_flag=next((flag for flag in BFLOAT16_FLAGS if flag in flags), None),
-        has_avx512="avx512f" in flags,
     )
 
 

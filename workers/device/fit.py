@@ -14,43 +14,55 @@ from workers.errors import ConfigError
 
 # What a rank's process holds before it loads a weight: Python, torch and, under Ray, its worker. Measured: 380 to 450 MB.
 PROCESS_BYTES = 400_000_000
+MAX_REMEDIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankNeed:
-    """Bytes of one rank on the CPU. `kv_cache_bytes`: when the cache is full. `block_bytes`: of one KV block."""
+    """Bytes of one rank on the CPU. `kv_cache_bytes`: when the cache is full. `block_bytes`: of one KV block. `process_bytes`: of a process
+    that is still to be started.
+    """
 
     weight_bytes: int
+    process_bytes: int
     kv_cache_bytes: int
     block_bytes: int
 
     @property
     def loaded_bytes(self) -> int:
         """What the rank holds when it is ready for the first request."""
-        return self.weight_bytes + PROCESS_BYTES
+        return self.weight_bytes + self.process_bytes
 
     @property
     def full_bytes(self) -> int:
         return self.loaded_bytes + self.kv_cache_bytes
 
 
-def need_of(config: EngineConfig) -> RankNeed:
-    """A tied head counts twice: on the CPU the head has a copy of the embedding in the form that computes fastest."""
+def need_of(config: EngineConfig, *, has_started: bool = False) -> RankNeed:
+    """has_started: whether the rank's process is there.
+
+    A tied head counts twice: on the CPU the head has a copy of the embedding in the form that computes fastest.
+    """
     copy = vocabulary_weights(config) if config.model.tie_word_embeddings else 0
     return RankNeed(
-        weight_bytes=weight_bytes(config) + rotary_bytes(config) + matrix_bytes(replace(config, quantization=None), copy),
+        weight_bytes=weight_bytes(config)
+        + rotary_bytes(config)
+        + matrix_bytes(replace(config, quantization=None), copy),
+        process_bytes=0 if has_started else PROCESS_BYTES,
         kv_cache_bytes=cpu_kv_cache_bytes(config),
         block_bytes=config.kv_block_bytes,
     )
 
 
-def check_fits(config: EngineConfig, *, num_ranks: int, memory: Memory, where: str) -> str | None:
+def check_fits(
+    config: EngineConfig, *, num_ranks: int, memory: Memory, where: str, has_started: bool = False
+) -> str | None:
     """None if `num_ranks` ranks of this configuration fit; a warning if only their full KV caches do not. Raises ConfigError with the
     numbers and what would fit, if the weights do not.
 
-    where: how a sentence names the machine.
+    where: how a sentence names the machine. has_started: whether the ranks' processes are there.
     """
-    need = need_of(config)
+    need = need_of(config, has_started=has_started)
     if num_ranks * need.full_bytes <= memory.available_bytes:
         return None
     free = f"{where} has {gigabytes(memory.available_bytes)} of {gigabytes(memory.total_bytes)} of memory available"
@@ -58,11 +70,11 @@ def check_fits(config: EngineConfig, *, num_ranks: int, memory: Memory, where: s
     kind = describe_dtype(config.dtype, config.quantization)
     needed = f"{ranks}weights in {kind} {gigabytes(num_ranks * need.weight_bytes)}"
     if num_ranks * need.loaded_bytes > memory.available_bytes:
-        choices = list(_smaller_forms(config, num_ranks=num_ranks, memory=memory))
+        choices = list(_smaller_forms(config, num_ranks=num_ranks, memory=memory, has_started=has_started))
         choices += ["fewer replicas"] * (num_ranks > config.tensor_parallel_size)
         raise ConfigError(
             f"The model does not fit: {free}, and this needs {gigabytes(num_ranks * need.loaded_bytes)} before the first request "
-            f"({needed}, the rest for processes).",
+            f"({needed}{'' if has_started else ', the rest for processes'}).",
             remedy=f"Use {'one of: ' * (len(choices) > 0)}{'; '.join((*choices, 'a machine with more memory'))}.",
             param="--dtype",
         )
@@ -79,25 +91,24 @@ def check_fits(config: EngineConfig, *, num_ranks: int, memory: Memory, where: s
     )
 
 
-def _smaller_forms(config: EngineConfig, *, num_ranks: int, memory: Memory) -> Iterator[str]:
+def _smaller_forms(config: EngineConfig, *, num_ranks: int, memory: Memory, has_started: bool) -> Iterator[str]:
     """The options with which the weights would fit, the one that changes least first."""
     changes: list[dict[str, str]] = []
     if config.quantization is None and config.dtype == "float32":
         changes.append({"dtype": "bfloat16"})
-    for method in QUANTIZATION_GROUP_BYTES:
-        if method != config.quantization:
-            changes.append({"quantization": method})
+    changes += [{"quantization": method} for method in QUANTIZATION_GROUP_BYTES if method != config.quantization]
     if config.dtype == "float32":
         changes += [{"dtype": "bfloat16", "quantization": method} for method in QUANTIZATION_GROUP_BYTES]
     found = 0
     for change in changes:
         try:
-            need = need_of(replace(config, **change))  # type: ignore[arg-type]  # names and values of EngineConfig's own fields
+            changed = replace(config, **change)  # type: ignore[arg-type]  # names and values of its own fields
+            need = need_of(changed, has_started=has_started)
         except ConfigError:  # a model that cannot be quantized
             continue
-        if need.weight_bytes < need_of(config).weight_bytes and num_ranks * need.loaded_bytes <= memory.available_bytes:
+        if num_ranks * need.loaded_bytes <= memory.available_bytes:
             found += 1
             options = " ".join(f"--{name} {value}" for name, value in change.items())
             yield f"{options} ({gigabytes(num_ranks * need.weight_bytes)})"
-        if found == 3:
+        if found == MAX_REMEDIES:
             return

@@ -1,8 +1,10 @@
 """A fingerprint of the last bits that a replica computes: replicas with the same one give a token the same logits.
 
-It is made of results, not guessed from the names of CPUs: the loaded model's first layer, last norm and head compute a few fixed rows with
-the kernels and the packed weights that serve. What differs anywhere (instruction set, library, data type, number of ranks, weights) shows
-in the digest. Knows the model's parts; no requests and no replicas.
+It is made of results, not guessed from the names of CPUs: the loaded model's first layer, last norm and head compute fixed rows with the
+kernels and the packed weights that serve. What differs anywhere (instruction set, library, data type, number of ranks, weights) shows in
+the digest. Knows the model's parts; no requests and no replicas.
+
+Rounding to a half type hides all but about one in 2**16 differences of the last bit of a sum. So there are that many elements and more.
 """
 
 import hashlib
@@ -24,6 +26,9 @@ STEPS: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = (
     ((17,), (83,)),
 )
 MAX_CONTEXT = 150
+# In half types: of hidden states in all, if need be in further steps of at most so many rows.
+NUM_ELEMENTS = 1 << 16
+MAX_ROWS = 64
 
 
 def fingerprint(runner: ModelRunner) -> str | None:
@@ -61,9 +66,13 @@ def _digest(runner: ModelRunner) -> bytes:
     def add(tensor: torch.Tensor) -> None:
         found.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
 
-    for query_lens, context_lens in _steps(config.max_model_len):
+    def fixed(shape: Sequence[int], name: str) -> torch.Tensor:
+        return _fixed(shape, name).to(device, runner.dtype)
+
+    hidden_size = config.model.hidden_size
+    for i, (query_lens, context_lens) in enumerate(_steps(config, is_half=runner.dtype.itemsize == 2)):
         positions, metadata = _inputs(query_lens, context_lens, block_size=config.block_size, device=device)
-        rows = _fixed((len(positions), config.model.hidden_size), f"rows {query_lens}").to(device, runner.dtype)
+        rows = fixed((len(positions), hidden_size), f"rows {i}")
         hidden_states, residual = decoder.layers[0](
             rows, None, decoder.rotary.angles(positions), (keys, values), metadata
         )
@@ -79,13 +88,21 @@ def _digest(runner: ModelRunner) -> bytes:
     # What the layer wrote: this rank's own keys and values.
     add(keys)
     add(values)
+    shape = (math.ceil(NUM_ELEMENTS / hidden_size), hidden_size)
+    for tensor in decoder.norm(fixed(shape, "x"), fixed(shape, "residual")):
+        add(tensor)
+    gates = _all_numbers(runner.dtype).to(device)
+    add(decoder.layers[0].mlp.kernels.silu_mul(torch.cat((gates, torch.ones_like(gates)), dim=-1)))
     return found.digest()
 
 
-def _steps(max_model_len: int) -> list[tuple[list[int], list[int]]]:
-    """STEPS, cut to what a model of this length can hold."""
-    steps = []
-    for query_lens, context_lens in STEPS:
+def _steps(config: EngineConfig, *, is_half: bool) -> list[tuple[list[int], list[int]]]:
+    """STEPS, and what else half types need, cut to what a model of this length can hold."""
+    num_rows = sum(sum(query_lens) for query_lens, _ in STEPS)
+    num_missing = max(0, math.ceil(NUM_ELEMENTS / config.model.hidden_size) - num_rows) if is_half else 0
+    more = [((min(MAX_ROWS, num_missing),), (MAX_CONTEXT,))] * math.ceil(num_missing / MAX_ROWS)
+    max_model_len, steps = config.max_model_len, []
+    for query_lens, context_lens in (*STEPS, *more):
         # By the context: two sequences that end at the same position would write to the same slot.
         lens = {min(context, max_model_len): query for query, context in zip(query_lens, context_lens, strict=True)}
         steps.append(([min(query, context) for context, query in lens.items()], list(lens)))
@@ -120,6 +137,14 @@ def _cache_like(cache: torch.Tensor, config: EngineConfig, name: str) -> torch.T
     num_blocks = 1 + math.ceil(min(MAX_CONTEXT, config.max_model_len) / config.block_size)
     shape = (num_blocks, *cache.shape[1:])
     return _fixed(shape, name).to(cache.device, cache.dtype)
+
+
+def _all_numbers(dtype: torch.dtype) -> torch.Tensor:
+    """Every finite number of a half type, or in fp32 those of bfloat16. [128, n]"""
+    patterns = torch.arange(1 << 16, dtype=torch.int32)
+    numbers = patterns.to(torch.int16).view(dtype) if dtype.itemsize == 2 else (patterns << 16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    return numbers[: len(numbers) // 128 * 128].view(128, -1)
 
 
 def _fixed(shape: Sequence[int], name: str) -> torch.Tensor:

@@ -52,17 +52,13 @@ class _Step:
     budget: int
     background_budget: int
     background_is_bounded: bool
-    prompt_budget: float
+    prompt_budget: int
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     num_visited: int = 0
     admits_below: float = math.inf  # waiting requests of smaller priorities only
 
     def budget_for(self, request: Request) -> int:
         return min(self.budget, self.background_budget) if request.is_background else self.budget
-
-    def num_tokens_for(self, request: Request, num_wanted: int) -> int:
-        budget: float = self.budget_for(request)
-        return int(min(num_wanted, budget if num_wanted == 1 else min(budget, self.prompt_budget)))
 
     def add(self, request: Request, num_new_tokens: int) -> None:
         self.scheduled.append(ScheduledRequest(request, num_new_tokens))
@@ -120,9 +116,14 @@ class Scheduler:
         """
         step = self._begin_step()
         while (request := self._next(step)) is not None and (budget := step.budget_for(request)) > 0:
+            if budget > step.prompt_budget and request.num_pending_tokens > 1:
+                budget = step.prompt_budget
             if request is self._next_waiting(step):
-                self._start(request, step, budget)
-            elif request.is_held:
+                if budget > 0:
+                    self._start(request, step, budget)
+                else:
+                    step.admits_below = -math.inf
+            elif budget <= 0 or request.is_held:
                 step.num_visited += 1
             else:
                 self._grow(request, step, budget)
@@ -170,16 +171,15 @@ class Scheduler:
             prompt_budget=self._prompt_budget(),
         )
 
-    def _prompt_budget(self) -> float:
-        """The most tokens of prompts in the next step: no bound for the sake of background requests."""
-        num_waiting = bisect.bisect_left(self.waiting, BATCH_PRIORITY, key=lambda r: r.priority)
-        prompts = [r for r in self.running if r.num_pending_tokens > 1]
-        if self.pace is None or not (num_waiting or prompts):
-            return math.inf
+    def _prompt_budget(self) -> int:
+        """The most tokens of prompts in the next step. Background requests that decode bound nothing."""
+        if self.pace is None or not (self.waiting or any(r.num_pending_tokens > 1 for r in self.running)):
+            return self.max_num_batched_tokens
         decoding = [r for r in self.running if r.num_pending_tokens == 1 and not r.is_held]
         if all(r.is_background for r in decoding):
-            return math.inf
-        num_prompts = num_waiting + sum(not r.is_background for r in prompts)
+            return self.max_num_batched_tokens
+        num_prompts = sum(r.num_pending_tokens > 1 and not r.is_background for r in self.running)
+        num_prompts += bisect.bisect_left(self.waiting, BATCH_PRIORITY, key=lambda r: r.priority)
         return self.pace.max_prompt_tokens(num_decoding=len(decoding), num_prompts=num_prompts)
 
     def _next(self, step: _Step) -> Request | None:

@@ -31,5 +31,7 @@ def judge_support(cpu: CpuFacts, library: NativeLibrary | NoNativeLibrary) -> Bf
     flags = next(variant.cpu_flags for variant in VARIANTS if variant.name == library.variant)
     used = next((flag for flag in BFLOAT16_FLAGS if flag in flags), None)
     if used is None:
-        return Bfloat16Support(obstacle=f"uses the kernels for {library.variant}, which has no instructions for bfloat16.")
+        return Bfloat16Support(
+            obstacle=f"uses the kernels for {library.variant}, which has no instructions for bfloat16."
+        )
     return Bfloat16Support(instructions=used)

@@ -14,7 +14,7 @@ namespace {
 constexpr int PANEL = 32;
 constexpr int64_t PREFETCH_BYTES = 4096;
 // Products smaller than this many weights run on the calling thread: waking the others takes longer.
-constexpr int64_t PARALLEL_WEIGHTS = 1 << 15;
+constexpr int64_t PARALLEL_WEIGHTS = 1 << 19;
 constexpr int64_t SERIAL_STEPS = 1 << 13;
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 12;

@@ -17,7 +17,7 @@ PANEL = 32  # output columns that are packed together; the last panel is filled 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTERS = [ctypes.c_void_p] * 3
 _PACK = [*_POINTERS[:2], ctypes.c_int64, ctypes.c_int64]
-_PACK_GROUPED = [*_POINTERS, ctypes.c_int64, ctypes.c_int64]
+_PACK_GROUPED = [*_POINTERS, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
 _GEMM = [*_POINTERS, *[ctypes.c_int64] * 5]
 
 
@@ -67,15 +67,26 @@ def pack_dense(library: NativeLibrary, weight: torch.Tensor) -> PackedMatrix:
 
 
 def pack_grouped(
-    library: NativeLibrary, values: torch.Tensor, scales: torch.Tensor, *, num_bits: Literal[4, 8]
+    library: NativeLibrary,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None = None,
+    *,
+    num_bits: Literal[4, 8],
 ) -> PackedMatrix:
-    """values: [out_features, in_features] int8, -8 to 7 for 4 bits; scales: [out_features, in_features / 32] float16; both contiguous."""
+    """values: [out_features, in_features] int8, -8 to 7 for 4 bits, 0 to 15 with minima; scales, minima: [out_features, in_features / 32]
+    float16. All contiguous. Only 4 bits have minima.
+    """
+    assert minima is None or num_bits == 4
     out_features, in_features = values.shape
-    num_bytes = _num_panels(out_features) * PANEL * (in_features * num_bits // 8 + in_features // GROUP_SIZE * 2)
-    packed = torch.empty(num_bytes, dtype=torch.uint8)
-    pack = library.function(f"pack_int{num_bits}", _PACK_GROUPED)
-    pack(packed.data_ptr(), values.data_ptr(), scales.data_ptr(), out_features, in_features)
-    gemms = {dtype: library.function(f"gemm_int{num_bits}_{name}", _GEMM) for dtype, name in DTYPE_NAMES.items()}
+    header_bytes = 2 if minima is None else 4
+    num_bytes = in_features * num_bits // 8 + in_features // GROUP_SIZE * header_bytes
+    packed = torch.empty(_num_panels(out_features) * PANEL * num_bytes, dtype=torch.uint8)
+    form = f"int{num_bits}" if minima is None else "int4_minima"
+    pack = library.function(f"pack_{form}", _PACK_GROUPED)
+    minima_address = None if minima is None else minima.data_ptr()
+    pack(packed.data_ptr(), values.data_ptr(), scales.data_ptr(), minima_address, out_features, in_features)
+    gemms = {dtype: library.function(f"gemm_{form}_{name}", _GEMM) for dtype, name in DTYPE_NAMES.items()}
     return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
 
 

@@ -31,6 +31,12 @@ class TimedGroup:
         self._all_reduce = tp.all_reduce
         self._began = perf_counter()  # the newest collective
 
+    def start_over(self) -> None:
+        """Sets the totals to zero: what came before is not part of a step."""
+        self.num_all_reduces_total = 0
+        if self.all_reduce_s_total is not None:
+            self.all_reduce_s_total = 0.0
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         if self.all_reduce_s_total is None:
             self.num_all_reduces_total += 1

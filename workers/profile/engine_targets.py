@@ -36,16 +36,16 @@ def _shared_targets(runner: ModelRunner, tp: TensorParallel) -> Iterator[Target]
     """Nested in `execute`. torch does not see compiled kernels of the CPU: only these names show them."""
     yield Target(runner, "_to_device", "inputs")
     yield Target(runner.model, "compute_logits", "logits")
-    parts: dict[int, object] = {}
+    parts: dict[int, object] = {}  # that several modules share
     for name, module in runner.model.named_modules():
-        *_, container, label = ["", "", *name.split(".")]
+        containers, _, label = name.rpartition(".")
         if label.isdigit():
-            label = f"{container}.{label}"
+            label = f"{containers.rpartition('.')[2]}.{label}"
         if label not in ("", "layers"):
             yield Target(module, "forward", label)
-        for part in ("backend", "kernels"):
-            if hasattr(module, part):
-                parts[id(getattr(module, part))] = getattr(module, part)
+        for attribute in ("backend", "kernels"):
+            if (found := getattr(module, attribute, None)) is not None:
+                parts[id(found)] = found
     for part in parts.values():
         if hasattr(part, "forward"):
             yield Target(part, "forward", "attention")

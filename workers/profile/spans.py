@@ -32,6 +32,7 @@ class SpanRecorder:
         self._turn = 0  # grows with every callback of a loop: a coroutine that sees two has waited
         self._rows = itertools.count()
         self._row_of_task: dict[int, int] = {}
+        self._open: dict[int, _Span] = {}  # coroutines that have not returned, as if they ended when they began
         self._began_ns = 0
         self._stack = contextlib.ExitStack()
 
@@ -43,8 +44,13 @@ class SpanRecorder:
         self._stack.enter_context(replaced([Target(asyncio.Handle, "_run", "")], self._wrap_run))
 
     def stop(self) -> None:
-        """Every function is what it was. Idempotent."""
+        """Every function is what it was. What is still waited for ends here. Idempotent."""
         self._stack.close()
+        now_ns = time.time_ns()
+        still = [(name, began_ns, now_ns, thread, row) for name, began_ns, _, thread, row in self._open.values()]
+        self._spans.extend(still)
+        self._num_spans += len(still)
+        self._open = {}
 
     def recording(self, *, between: tuple[int, int] | None = None, max_events: int = MAX_EVENTS) -> Recording:
         """What was recorded, after `stop`. between: only what ended after the first and began before the second, in nanoseconds of Unix
@@ -83,13 +89,16 @@ class SpanRecorder:
     def _wrap_coroutine(self, label: str, function: Function) -> Function:
         @functools.wraps(function)
         async def run(*args: Any, **kwargs: Any) -> Any:
-            turn, began_ns = self._turn, time.time_ns()
-            # Rows of one task nest: taken before those that the function makes.
-            row = self._row_of(asyncio.current_task())
+            turn, began_ns, number = self._turn, time.time_ns(), next(self._rows)
+            # One row for all of a task: what calls and what is called nest in it.
+            row = self._row_of_task.setdefault(id(asyncio.current_task()), number)
+            self._open[number] = (label, began_ns, began_ns, threading.get_native_id(), row)
             try:
                 return await function(*args, **kwargs)
             finally:
-                self._add(label, began_ns, time.time_ns(), None if self._turn == turn else row)
+                # Else it was stopped in the meantime.
+                if self._open.pop(number, None) is not None:
+                    self._add(label, began_ns, time.time_ns(), None if self._turn == turn else row)
 
         return run
 
@@ -110,12 +119,6 @@ class SpanRecorder:
         if callable(name):
             name = callback_name(name)
         self._spans.append((name, began_ns, ended_ns, threading.get_native_id(), row))
-
-    def _row_of(self, task: object) -> int:
-        row = self._row_of_task.get(id(task))
-        if row is None:
-            row = self._row_of_task[id(task)] = next(self._rows)
-        return row
 
 
 def callback_name(callback: Callable[..., object]) -> str:

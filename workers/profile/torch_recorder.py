@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from workers.profile.recording import MAX_EVENTS, Recording, TraceEvent, make_re
 from workers.profile.spans import SpanRecorder
 from workers.profile.targets import Function, Target, replaced
 
+KINETO_SILENT = 99  # above every level
+# Said where a profile begins on another thread than the one that imported torch. It concerns profiles that another program starts.
+WRONG_THREAD = b"External init callback must run in same thread"
 # Of what a kernel's event says, the part that a reader of a timeline uses. What operators say is left out: it is half of the file.
 KEPT_ARGS = ("stream", "grid", "block", "registers per thread", "shared memory", "bytes", "memory bandwidth (GB/s)")
 
@@ -47,24 +50,28 @@ class TorchRecorder:
         self._stack = contextlib.ExitStack()
 
     def prepare(self) -> None:
-        """The first profile of a process takes a second to begin. This is one, of nothing."""
-        with profile(activities=self._activities):
+        """The first profile of a process takes seconds to begin. This is one, of nothing."""
+        # It reads this when it begins for the first time. Without, it writes to stderr that it does.
+        os.environ.setdefault("KINETO_LOG_LEVEL", str(KINETO_SILENT))
+        with _stderr_without(WRONG_THREAD), profile(activities=self._activities):
             pass
 
     def start(self) -> None:
         thread = threading.current_thread()
         self._thread = (threading.get_native_id(), thread.name)
-        self._profile.start()
-        self._stack.enter_context(replaced(self._targets, _with_range))
-        if self._spans is not None:
-            self._spans.start()
         self._began_ns = time.time_ns()
+        with contextlib.ExitStack() as stack:
+            self._profile.start()
+            stack.enter_context(replaced(self._targets, _with_range))
+            if self._spans is not None:
+                self._spans.start()
+                stack.callback(self._spans.stop)
+            # Only now: what fails half-way leaves every function as it was.
+            self._stack = stack.pop_all()
 
     def stop(self) -> None:
         """Waits for what the GPU still computes. Every function is what it was."""
         self._ended_ns = time.time_ns()
-        if self._spans is not None:
-            self._spans.stop()
         self._stack.close()
         self._profile.stop()
 
@@ -96,6 +103,21 @@ class TorchRecorder:
             num_steps=num_steps,
             max_events=max_events,
         )
+
+
+@contextlib.contextmanager
+def _stderr_without(words: bytes) -> Iterator[None]:
+    """Lines with these words do not reach stderr; all others do, at the end of the block."""
+    with tempfile.TemporaryFile() as kept:
+        original = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(original, 2)
+            kept.seek(0)
+            os.write(original, b"".join(line for line in kept if words not in line))
+            os.close(original)
 
 
 def _with_range(label: str, function: Function) -> Function:

@@ -47,10 +47,14 @@ def quantize_inputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (groups * inverse[..., None]).round_(), largest / LARGEST_INT8
 
 
-def multiply(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """x @ (values * scales).T, with x rounded to 8 bits. x: [num_tokens, in_features]; values and scales: see `quantize_weight`.
+def multiply(
+    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x @ (values * scales + minima).T, with x rounded to 8 bits. x: [num_tokens, in_features]; values and scales: see `quantize_weight`;
+    minima: like scales.
 
-    sum += float(dot of a group) * (weight scale * input scale), group by group in order, in float32; then rounded to the dtype of x.
+    Group by group in order, in float32, sum += float(dot of a group) * (weight scale * input scale), and
+    sum += float(sum of the group's inputs) * (minimum * input scale); then rounded to the dtype of x.
     """
     inputs, input_scales = quantize_inputs(x)
     weights, weight_scales = values.float().unflatten(1, (-1, GROUP_SIZE)), scales.float()
@@ -59,6 +63,9 @@ def multiply(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> tor
         # Whole numbers below 2^24 are exact in float32 in any order.
         dots = inputs[:, group] @ weights[:, group].T
         total += dots * (weight_scales[:, group] * input_scales[:, group, None])
+        if minima is not None:
+            sums = inputs[:, group].sum(dim=1, keepdim=True)
+            total += sums * (minima[:, group].float() * input_scales[:, group, None])
     return total.to(x.dtype)
 
 

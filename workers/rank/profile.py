@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from workers.engine.loop import Core, EngineLoop
 from workers.profile.recording import Recording
 from workers.profile.spans import SpanRecorder
+from workers.profile.targets import Target
+from workers.rank.server import StreamServer
 
 if TYPE_CHECKING:
     from workers.engine.core import EngineCore
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 END_TIMEOUT_S = 10.0
 
 
+def server_targets(server: StreamServer | None) -> list[Target]:
+    """Of the thread that reads the socket. Under Ray its event loop is uvloop's, which shows nothing of its callbacks."""
+    names = {"_submit": "submit", "_abort": "abort", "_report": "load report"}
+    return [] if server is None else [Target(server, name, label) for name, label in names.items()]
+
+
 class RankProfile:
     """`serve` once, then, as often as wanted, `prepare` on every rank, `record` on rank 0, and `recording` on every rank."""
 
@@ -24,13 +32,20 @@ class RankProfile:
         self._tp: TensorParallel | None = None
         self._core: EngineCore | None = None
         self._loop: EngineLoop | None = None
+        self._server: StreamServer | None = None
         self._steps: Steps | None = None
 
     def serve(
-        self, runner: "ModelRunner", tp: "TensorParallel", *, core: "EngineCore | None", loop: EngineLoop | None
+        self,
+        runner: "ModelRunner",
+        tp: "TensorParallel",
+        *,
+        core: "EngineCore | None",
+        loop: EngineLoop | None,
+        server: StreamServer | None,
     ) -> None:
-        """What there is to record. core, loop: of rank 0."""
-        self._runner, self._tp, self._core, self._loop = runner, tp, core, loop
+        """What there is to record. core, loop, server: of rank 0."""
+        self._runner, self._tp, self._core, self._loop, self._server = runner, tp, core, loop, server
 
     def prepare(self) -> None:
         """Gets ready to record. What was recorded before is forgotten."""
@@ -43,7 +58,7 @@ class RankProfile:
             recorder = TorchRecorder(self._tp.device, follower_targets(self._runner, self._tp))
         else:
             targets = [*lead_targets(self._core), *loop_targets(self._loop)]
-            recorder = TorchRecorder(self._tp.device, targets, spans=SpanRecorder())
+            recorder = TorchRecorder(self._tp.device, targets, spans=SpanRecorder(server_targets(self._server)))
         steps = Steps(recorder)
         steps.prepare()
         self._steps = steps

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from workers.config import EngineConfig
+from workers.device.memory import read_memory
 from workers.device.probe import CudaDevice
 from workers.device.require import find_gpu, try_gpu
 from workers.device.sizes import sized_for
@@ -26,6 +27,7 @@ from workers.rank.lifeline import DIED, Lifeline
 from workers.rank.primitive_caches import bound_primitive_caches
 from workers.rank.profile import RankProfile
 from workers.rank.reports import LoadProgress, RankDescription, RankEnd, RankStats, Rendezvous, Started
+from workers.rank.room import check_room
 from workers.rank.server import StreamServer
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ class RankWorker:
         self._progress = LoadProgress()
         self._num_steps_total = 0
         self._step_s_total = 0.0
+        self._num_ranks_here = 1
         self._gpu: CudaDevice | None = None
         self._tp: TensorParallel | None = None
         self._timed: TimedGroup | None = None  # the same group, where there is more than one rank
@@ -105,6 +108,8 @@ class RankWorker:
         """Meets the other ranks at rank 0's rendezvous. Raises GroupError naming the ranks that do not come, ConfigError without the GPU
         that the configuration asks for.
         """
+        # Where ranks are on several hosts, each knows only of itself.
+        self._num_ranks_here = self.config.tensor_parallel_size if same_host else 1
         if self.config.device == "cuda":
             self._gpu = find_gpu(f"Rank {self.rank} on {self.location()}")
         if self.rank != 0:
@@ -133,12 +138,13 @@ class RankWorker:
         self._tp = self._timed = TimedGroup(group)
 
     def load(self) -> None:
-        """Reads this rank's weights. Raises CheckpointError."""
+        """Reads this rank's weights. Raises CheckpointError, and as `check_room`."""
         from workers.engine.build import build_runner
 
         assert self._tp is not None, "join comes before load"
         self.phase = "loading"
         self.config = sized_for(self.config, self._gpu, self._tp.min)
+        check_room(self.config, num_ranks=self._num_ranks_here, memory=read_memory(), host=self.location())
         self._runner = build_runner(self.config, self._tp, self._set_progress)
 
     def location(self) -> str:
@@ -157,6 +163,8 @@ class RankWorker:
         self.phase = "starting"
         self._runner.allocate_kv_cache()
         numerics = fingerprint(self._runner)
+        if self._timed is not None:
+            self._timed.start_over()
         if self.rank == 0:
             self._started = self._lead(host, self._runner, self._tp, numerics=numerics or "")
         else:
@@ -164,7 +172,7 @@ class RankWorker:
                 target=self._follow, args=(self._runner, self._tp), name="follower", daemon=True
             )
             self._follower.start()
-        self.profile.serve(self._runner, self._tp, core=self._core, loop=self._loop)
+        self.profile.serve(self._runner, self._tp, core=self._core, loop=self._loop, server=self._server)
         self._lifeline.expect_prompt()
         self.phase = "serving"
         return self._started

@@ -2,7 +2,7 @@
 
 A step uploads its parameters in one copy, and `read` is its only wait for the device, whatever the parameters. What penalties count is a
 matrix on the device, a row for each request, kept up by the sampler itself. On CUDA the work is done by the Triton kernels of
-workers.kernels.sample, elsewhere by their specification. Knows rows and parameters; no scheduler, no model.
+workers.kernels, elsewhere by their specification. Knows rows and parameters; no scheduler, no model.
 """
 
 from collections.abc import Sequence

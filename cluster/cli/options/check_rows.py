@@ -1,22 +1,26 @@
 """The rows of `tramontane plan` and `tramontane doctor`, which check a model or a machine before anything is started."""
 
 from pathlib import Path
+from typing import get_args
 
 from cluster.cli.options.option import Command, Group, argument, option, switch
 from cluster.cli.options.shared_rows import DEVICE, JSON, LOG_LEVEL, MODEL, RAY_ADDRESS_ENV, REVISION
+from cluster.cli.options.values import parse_bytes, parse_positive
 from cluster.config.serve import DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.plan.gpus import GPUS
 from cluster.plan.models import FAMILY
 from cluster.plan.offers import CLOUDS
-from workers.config import EngineConfig
+from workers.config import EngineConfig, Quantization
 
 DEFAULT_CONTEXT = 8192
+DEFAULT_CONCURRENCY, DEFAULT_CPU_CONCURRENCY = 32, 4
 
 PLAN = Command(
     name="plan",
     help="show where a model fits, how fast it can be and what that costs",
     description="Shows on which GPUs a model fits, how fast it can be there at best and what that costs, and writes the YAML that "
-    "rents them. Without --gpu it compares all GPUs it knows. Exits with 2 when the model fits nowhere.",
+    "rents them. Without --gpu it compares all GPUs it knows. With --gpu cpu it compares the forms of the weights on a machine without a "
+    "GPU, and prints the `serve` command that fits. Exits with 2 when the model fits nowhere.",
     run="cluster.cli.plan:plan",
     groups=(
         Group(
@@ -41,7 +45,13 @@ PLAN = Command(
                     help="tokens of prompt and answer together",
                     shown_default=f"{DEFAULT_CONTEXT}, or the model's maximum where that is less",
                 ),
-                option("--concurrency", parse=int, metavar="N", default=32, help="requests at the same time"),
+                option(
+                    "--concurrency",
+                    parse=int,
+                    metavar="N",
+                    help="requests at the same time",
+                    shown_default=f"{DEFAULT_CONCURRENCY}; {DEFAULT_CPU_CONCURRENCY} with --gpu cpu",
+                ),
                 option(
                     "--prompt-tokens",
                     parse=int,
@@ -54,7 +64,12 @@ PLAN = Command(
         Group(
             "machine",
             (
-                option("--gpu", metavar="NAME", help=f"one of {', '.join(GPUS)}", shown_default="compare all"),
+                option(
+                    "--gpu",
+                    metavar="NAME",
+                    help=f"one of {', '.join(GPUS)}; cpu: a machine without a GPU, like this one",
+                    shown_default="compare all",
+                ),
                 option(
                     "--tensor-parallel-size",
                     "-tp",
@@ -65,6 +80,20 @@ PLAN = Command(
                 ),
                 option("--cloud", choices=CLOUDS, help="only machines of this cloud"),
                 switch("--spot", help="use spot prices, and write a YAML that requests spot machines"),
+                option(
+                    "--memory",
+                    parse=parse_bytes,
+                    metavar="SIZE",
+                    help="with --gpu cpu, memory of the machine",
+                    shown_default="this machine's",
+                ),
+                option(
+                    "--cores",
+                    parse=parse_positive,
+                    metavar="N",
+                    help="with --gpu cpu, cores of the machine",
+                    shown_default="this machine's",
+                ),
             ),
         ),
         Group(
@@ -72,9 +101,16 @@ PLAN = Command(
             (
                 option(
                     "--dtype",
-                    choices=("auto", "bfloat16", "float16"),
+                    choices=("auto", "float32", "bfloat16", "float16"),
                     default="auto",
-                    help="auto: the checkpoint's own type; bfloat16 for a checkpoint in float32, which attention on CUDA cannot read",
+                    help="auto: the checkpoint's own type; bfloat16 for a checkpoint in float32, which attention on CUDA cannot read; "
+                    "float32 is for --gpu cpu, where auto is as in `serve`",
+                ),
+                option(
+                    "--quantization",
+                    choices=("none", *get_args(Quantization)),
+                    help="with --gpu cpu, the form of the weights",
+                    shown_default="compare all",
                 ),
                 option(
                     "--gpu-memory-utilization",

@@ -197,7 +197,8 @@ ENGINE_ROWS = (
         "--attention-backend",
         choices=get_args(AttentionChoice),
         fills=engine_field("attention_backend"),
-        help="kernels of attention; auto: triton on CUDA, flash where it cannot run; native (compiled) on the CPU; sdpa, the slow reference, where none of these can",
+        help="kernels of attention; auto: triton on CUDA, flash where it cannot run; native (compiled) on the CPU; sdpa, the slow "
+        "reference, where none of these can",
     ),
 )
 ENGINE = Group("engine", ENGINE_ROWS)

@@ -30,8 +30,8 @@ def judge_memory(node: Node, *, device: Device, num_ranks: int, rank_bytes: int 
     need = rank_bytes + KV_CACHE_BYTES
     if free < need:
         remedy = (
-            "Use --quantization int8 or int4, --dtype bfloat16, a smaller --kv-cache-memory, a larger --tensor-parallel-size on more nodes, "
-            "or a machine with more memory."
+            "Use --quantization int8 or int4, --dtype bfloat16, a smaller --kv-cache-memory, a larger --tensor-parallel-size on more "
+            "nodes, or a machine with more memory."
         )
         message = f"{has}; one rank needs {format_bytes(need)} for weights and KV cache."
         return problem("memory", message, remedy, node=node.address)

@@ -4,6 +4,7 @@ import bisect
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from cluster.plan.cpu.machine import CpuMachine
 from cluster.plan.memory import activation_bytes, blocks_per_sequence, chunk_blocks
@@ -28,7 +29,7 @@ class CpuQuestion:
     machine: CpuMachine
     workload: Workload
     dtype: Dtype | None = None
-    quantization: Quantization | None | str = "all"
+    quantization: Quantization | Literal["all"] | None = "all"
 
     @property
     def default_dtype(self) -> Dtype:
@@ -117,7 +118,7 @@ def refusal(question: CpuQuestion, plans: list[CpuPlan]) -> ConfigError:
         f"{question.model.name} does not fit in {gigabytes(question.machine.memory_bytes)} of memory with {work.concurrency} x "
         f"{work.context:,} tokens: with {closest.name} it needs {gigabytes(closest.needed_bytes)}, of which the weights take "
         f"{gigabytes(closest.weight_bytes)} and the KV cache {gigabytes(closest.kv_cache_bytes)}.",
-        remedy=f"Use one of: {'; '.join(remedies)}.",
+        remedy=f"Use {'one of: ' if len(remedies) > 1 else ''}{'; '.join(remedies)}.",
     )
 
 

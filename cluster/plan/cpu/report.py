@@ -39,8 +39,6 @@ def cpu_report(question: CpuQuestion, plans: Sequence[CpuPlan]) -> RenderableTyp
             style=None if plan.fits else "dim",
         )
     parts += [table, Text()]
-    if plans[0].fits:
-        parts += [Text(f"Recommended: {plans[0].command}"), Text()]
     return Group(*parts, Text(_ASSUMED))
 
 
@@ -69,8 +67,9 @@ def _plan_json(plan: CpuPlan) -> dict[str, Any]:
 
 def _headline(question: CpuQuestion, plan: CpuPlan) -> str:
     work = question.workload
+    requests = "1 request" if work.concurrency == 1 else f"{work.concurrency} requests"
     return (
-        f"{question.model.name}: {num_parameters(plan.engine) / 1e9:.2f} billion parameters. {work.concurrency} requests at a time, each "
+        f"{question.model.name}: {num_parameters(plan.engine) / 1e9:.2f} billion parameters. {requests} at a time, each "
         f"with {work.prompt_tokens:,} prompt tokens and {work.output_tokens:,} output tokens."
     )
 

@@ -122,7 +122,9 @@ def test_every_engine_option_arrives(folder):
 
 
 def test_quantization_is_for_the_cpu(folder):
-    with pytest.raises(ConfigError, match=r"--quantization int8 works on the CPU only\. Leave it out, or use --device cpu\."):
+    with pytest.raises(
+        ConfigError, match=r"--quantization int8 works on the CPU only\. Leave it out, or use --device cpu\."
+    ):
         configure(folder, "--quantization", "int8", device="cuda")
 
 

@@ -10,6 +10,7 @@ from support.tiny import write_tiny_checkpoint
 
 from cluster.cli.main import main
 from cluster.plan.gpus import GPUS
+from workers.device.memory import read_memory
 
 MODEL = "mistralai/Mistral-7B-Instruct-v0.3"
 
@@ -77,6 +78,14 @@ def test_json_says_what_the_table_says(capsys):
         (["--tensor-parallel-size", "3"], "Use one of 1, 2, 4, 8"),
         (["--gpu-memory-utilization", "1.5"], "Use a value above 0 and up to 1."),
         (["--gpu", "A10G", "--cloud", "gcp", "--write", "x.yaml"], "No machine with exactly 4 A10G is known on gcp"),
+        (["--gpu", "A10G", "--dtype", "float32"], "--dtype float32 does not work on GPUs"),
+        (["--quantization", "int4"], "--quantization has no effect without --gpu cpu."),
+        (["--gpu", "A10G", "--memory", "8GB"], "--memory has no effect without --gpu cpu."),
+        (["--gpu", "cpu", "--write", "x.yaml"], "--write has no effect with --gpu cpu. Leave it out."),
+        (["--gpu", "cpu", "--spot"], "--spot has no effect with --gpu cpu."),
+        (["--gpu", "cpu", "-tp", "2"], "--tensor-parallel-size has no effect with --gpu cpu."),
+        (["--gpu", "cpu", "--memory", "4GB"], "does not fit in 4.0 GB of memory with 4 x 8,192 tokens"),
+        (["--gpu", "cpu", "--concurrency", "0"], "--concurrency 0 is not a number of requests"),
     ],
 )
 def test_an_impossible_plan_is_rejected_with_a_remedy(options, message, capsys, tmp_path, monkeypatch):
@@ -84,6 +93,29 @@ def test_an_impossible_plan_is_rejected_with_a_remedy(options, message, capsys, 
     assert main(["plan", MODEL, *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_a_plan_for_a_machine_without_a_gpu(capsys):
+    options = ["--gpu", "cpu", "--memory", "12GB", "--cores", "8", "--dtype", "bfloat16"]
+    assert main(["plan", MODEL, *options]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "12.0 GB of memory, 8 cores" in out
+    assert f"Recommended: tramontane serve {MODEL} --device cpu" in out
+    assert "--quantization int4 --max-model-len 8192 --max-num-seqs 4 --kv-cache-memory 4098MiB" in out
+    assert main(["plan", MODEL, *options, "--json", "--quantization", "int4"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["plans"]
+    assert (found["dtype"], found["quantization"], found["fits"]) == ("bfloat16", "int4", True)
+    assert found["memory"]["needed_bytes"] <= found["memory"]["usable_bytes"] < 12e9
+    assert found["command"] in out
+
+
+def test_a_plan_without_options_is_for_this_machine(capsys, tmp_path):
+    folder = write_tiny_checkpoint(tmp_path)
+    assert main(["plan", str(folder), "--gpu", "CPU", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    memory = read_memory()
+    assert memory is not None and found["machine"]["memory_bytes"] == memory.total_bytes
+    assert found["plans"][0]["dtype"] == "float32"  # as the checkpoint
 
 
 def test_a_model_that_does_not_exist(capsys):

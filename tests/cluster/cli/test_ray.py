@@ -40,7 +40,12 @@ def configuring(*options: str):
         ([], 8, "cpu", ["Tramontane", "float32, because no node", "Starting Ray"]),
         (["--dtype", "bfloat16"], 8, "cpu", ["Tramontane", "Starting Ray"]),
         (["--ray-address", "h:1", "-tp", "2"], 1, "cuda", ["Joining Ray", "Tramontane"]),
-        (["--ray-address", "h:1"], 0, "cpu", ["Joining Ray", "Tramontane", "No node of the Ray cluster has a GPU", "float32, because node 10.0.0"]),
+        (
+            ["--ray-address", "h:1"],
+            0,
+            "cpu",
+            ["Joining Ray", "Tramontane", "No node of the Ray cluster has a GPU", "float32, because node 10.0.0"],
+        ),
     ],
 )
 def test_the_headline_names_the_device_that_was_decided(monkeypatch, options, num_gpus, device, said):

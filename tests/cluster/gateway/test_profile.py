@@ -40,9 +40,9 @@ class FakeRecorder:
         if not self.done.done():
             self.done.set_result(0)
 
-    async def recordings(self, max_events: int) -> list[tuple[Recording, int]]:
+    async def recordings(self, max_events: int) -> dict[int, tuple[Recording, int]]:
         num_steps = await self.done
-        return [(recording(num_steps), 0)] * 2 if num_steps else []
+        return {rank: (recording(num_steps), 0) for rank in (0, 1)} if num_steps else {}
 
 
 class Cluster:
@@ -126,7 +126,7 @@ async def test_a_server_that_stops_writes_what_there_is(path):
     recorder = cluster.add("r0")
     recorder.end = lambda: asyncio.sleep(0, recorder.done.set_result(2))
     await cluster.profile.start()
-    await cluster.profile.finish()
+    await cluster.profile.finish(asyncio.Event())
     assert "2 steps" in cluster.said[0]
     await cluster.profile.close()
 
@@ -135,7 +135,7 @@ async def test_without_a_request_there_is_no_file(path):
     cluster = Cluster(path)
     cluster.add("r0")
     await cluster.profile.start()
-    await cluster.profile.finish()
+    await cluster.profile.finish(asyncio.Event())
     assert cluster.said == [f"No step was recorded, so {path} is not written."]
     assert not path.exists()
     await cluster.profile.close()

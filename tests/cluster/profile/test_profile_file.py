@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import msgspec
 import pytest
 
 from cluster.cli.options.parser import parse
@@ -54,6 +55,16 @@ def test_events_of_all_processes_are_on_one_clock():
     assert trace["baseTimeNanoseconds"] == NOW_NS
     assert (events["choose"]["ts"], events["execute"]["ts"]) == (1_000.0, 2_000.5)
     assert events["execute"]["dur"] == 10.0
+
+
+def test_times_count_from_the_beginning_of_the_first_recording():
+    late = msgspec.structs.replace(
+        recorded(complete("execute", 6_000_000.0)), began_ns=NOW_NS + 5 * SECOND_NS, ended_ns=NOW_NS + 9 * SECOND_NS
+    )
+    empty = Recording(base_ns=0, began_ns=0, ended_ns=0, events=NO_EVENTS)
+    trace, events = merged(Part(process="rank", recording=late), Part(process="gateway", recording=empty))
+    assert events["execute"]["ts"] == 1_000_000.0
+    assert trace["baseTimeNanoseconds"] == NOW_NS + 5 * SECOND_NS
 
 
 def test_a_clock_that_is_ahead_is_set_back():

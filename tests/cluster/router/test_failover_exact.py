@@ -105,6 +105,7 @@ async def answer(replicas: list[LiveReplica], body: dict[str, Any], *, cut_after
         assert response.status == 200, data
         assert relay.is_cut == (cut_after is not None), f"the connection should have broken after {cut_after} tokens"
         assert router.num_failovers_total == int(cut_after is not None)
+        assert router.num_numerics_changes_total == 0, "the replicas compute the same"
         assert router.num_inflight_requests == 0
     return _OWN.sub(rb'"\1":0', data)
 

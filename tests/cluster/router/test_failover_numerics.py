@@ -137,6 +137,7 @@ def continued(req: GenerateRequest, output: list[int]) -> GenerateRequest:
 
 
 @pytest.mark.chaos
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_each_limit_of_each_library(dtype: str) -> None:
     limits = [{}, {}, {ONEDNN: "AVX2"}, {TORCH: "avx2"}, {TORCH: "default"}, {OURS: "avx2"}, {OURS: "none"}]

@@ -118,7 +118,7 @@ class Api:
 
     async def prompt_ids(self, messages: list[dict[str, Any]], **fields: Any) -> list[int]:
         """The prompt of a conversation."""
-        body = BASE[CHAT] | {"messages": messages, "return_token_ids": True} | fields
+        body = BASE[CHAT] | {"messages": messages, "return_token_ids": True, "max_tokens": 1} | fields
         return Output(await self.post(body, path=CHAT)).prompt_token_ids
 
     async def refused(self, fields: dict[str, Any], param: str | None, words: str, *, status: int = 400) -> None:

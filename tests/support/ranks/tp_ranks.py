@@ -1,11 +1,11 @@
 """Runs a tensor-parallel engine over real processes, one per rank, without Ray."""
 
-import multiprocessing
 import socket
 import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from support.ranks.forked import forking
 from workers.config import EngineConfig
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
@@ -19,7 +19,7 @@ TIMEOUT_S = 100.0
 
 def generate_on_ranks(config: EngineConfig, requests: Sequence[GenerateRequest], *, backend: str) -> list[list[int]]:
     """Output token ids in the order of `requests`, computed by `config.tensor_parallel_size` processes."""
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     results: Any = context.Queue()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from types import MappingProxyType
 from typing import Any, Self
 
+from support.ranks.forked import forking
 from workers.config import EngineConfig
 from workers.rank.reports import Started
 from workers.rank.worker import RankWorker
@@ -25,7 +26,7 @@ class RankProcesses:
     def __init__(
         self, config: EngineConfig, *, until: str = "start", environ: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn") if environ else forking()
         size = config.tensor_parallel_size
         incarnation = secrets.token_hex(4)
         pipes = [context.Pipe() for _ in range(size)]
@@ -83,7 +84,7 @@ class RankProcesses:
 
 
 def _run(pipe: Connection, config: EngineConfig, rank: int, incarnation: str, environ: Mapping[str, str]) -> None:
-    assert "torch" not in sys.modules, "torch has read the environment already"
+    assert not environ or "torch" not in sys.modules, "torch has read the environment already"
     os.environ.update(environ)
     worker = RankWorker(config, rank, replica_id="r0", incarnation=incarnation, token=TOKEN)
     while True:

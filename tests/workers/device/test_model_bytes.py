@@ -110,7 +110,7 @@ def test_a_model_that_fits_to_the_byte():
     assert warning is not None and warning.startswith("The KV cache may not fit: this machine has 30.5 GB of 32.0 GB")
     loaded = need_of(engine()).loaded_bytes
     assert check(loaded) is not None
-    with pytest.raises(ConfigError, match="The model does not fit: this machine has 29.4 GB"):
+    with pytest.raises(ConfigError, match=r"The model does not fit: this machine has 29\.4 GB"):
         check(loaded - 1)
 
 
@@ -123,7 +123,11 @@ def test_a_model_that_fits_to_the_byte():
             "--dtype bfloat16 (14.5 GB); --quantization int8 (8.1 GB); --quantization int4 (4.5 GB); a machine with more memory.",
         ),
         (8 * GB, {"dtype": "bfloat16"}, "--quantization int4 (4.3 GB); a machine with more memory."),
-        (6 * GB, {"dtype": "bfloat16", "quantization": "int8"}, "--quantization int4 (4.3 GB); a machine with more memory."),
+        (
+            6 * GB,
+            {"dtype": "bfloat16", "quantization": "int8"},
+            "--quantization int4 (4.3 GB); a machine with more memory.",
+        ),
         (4 * GB, {"dtype": "bfloat16", "quantization": "int4"}, "Use a machine with more memory."),
     ],
 )

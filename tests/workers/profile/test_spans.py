@@ -68,6 +68,21 @@ def test_a_coroutine_that_waits_has_a_row_of_its_own():
     assert begin.ts < end.ts
 
 
+def test_a_coroutine_that_still_waits_ends_with_the_recording():
+    async def stop_while_it_waits() -> SpanRecorder:
+        recorder, event, shop = SpanRecorder(TARGETS), asyncio.Event(), Shop()
+        recorder.start()
+        waiting = asyncio.create_task(shop.wait(event))
+        await asyncio.sleep(0)
+        recorder.stop()
+        event.set()
+        await waiting
+        return recorder
+
+    events = asyncio.run(stop_while_it_waits()).recording().decoded()
+    assert [event.ph for event in events if event.name == "wait for it"] == ["b", "e"]
+
+
 def test_threads_have_names():
     recording = record().recording()
     names = {event.tid: event.args["name"] for event in recording.decoded() if event.ph == "M"}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.native import native_library
 
+from workers.native.matrices import pack_grouped
 from workers.quant.dense import DENSE
 from workers.quant.grouped import GroupedMethod, multiply, quantize_inputs, quantize_weight
 
@@ -69,6 +70,22 @@ def test_the_compiled_product_has_the_bits_of_the_specification(name, num_bits, 
         expected = multiply(x, *quantize_weight(w, num_bits=num_bits))
         for rows in (slice(0, 23), slice(0, 1), slice(4, 9), slice(6, 23), slice(0, 0)):
             assert torch.equal(method.apply(layer, x[rows]), expected[rows]), f"{out_features} x {in_features}, {rows}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["avx512", "avx2"])
+def test_minima_have_the_bits_of_the_specification_too(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 16, (70, 96), generator=generator, dtype=torch.int8)
+    scales, minima = random(70, 3).abs().half(), random(70, 3, seed=1).half()
+    x = random(23, 96, dtype=dtype, seed=2)
+    matrix = pack_grouped(native_library(name), values, scales, minima, num_bits=4)
+    expected = multiply(x, values, scales, minima)
+    assert torch.equal(matrix.multiply(x), expected)
+    assert torch.equal(matrix.multiply(x[4:5]), expected[4:5])
+    weight = values * scales.float().repeat_interleave(32, dim=1) + minima.float().repeat_interleave(32, dim=1)
+    exact = x.float() @ weight.T
+    assert (expected.float() - exact).norm() / exact.norm() < 0.02
 
 
 @pytest.mark.parametrize("num_bits", [8, 4])
