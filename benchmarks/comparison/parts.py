@@ -6,11 +6,11 @@ Knows workloads; no targets and no tables.
 import asyncio
 import importlib.util
 import math
-import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,9 +128,11 @@ async def _serve(
     command = subject.server(folder, port=port, tensor_parallel_size=size)
     environment = subject.environment(serves=True)
     seed = 1_000_000 * (context.round_number + 1)
-    log = Path(tempfile.gettempdir()) / f"peers-{os.getpid()}-{subject.engine}.log"
     samples: dict[str, list[float]] = {}
-    async with processes.serving(command, port=port, environment=environment, log=log) as server:
+    async with AsyncExitStack() as stack:
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "server.log"
+        serving = processes.serving(command, port=port, environment=environment, log=log)
+        server = await stack.enter_async_context(serving)
         shape: dict[str, int] = {"num_prompt": NUM_PROMPT, "num_output": num_output, "vocab_size": vocab_size}
         for streams in (1, max(levels, default=8)):
             await http_load.load(port, num_streams=streams, **(shape | {"num_output": 8}), seed=seed)

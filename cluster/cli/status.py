@@ -194,7 +194,7 @@ def _headline(view: ClusterView) -> str:
     num_ready = sum(r.state is ReplicaState.READY for r in view.replicas)
     name = view.spec.model_name if view.spec is not None else "no model yet"
     if view.facts is not None and view.facts.dtype:
-        name += f" in {describe_dtype(view.facts.dtype, view.facts.quantization)}"
+        name += f" ({describe_dtype(view.facts.dtype, view.facts.quantization)})"
     why = f". {view.scaling_reason}" if view.scaling_reason else ""
     return f"{name}: {num_ready} of {view.num_desired} replica{'s' * (view.num_desired != 1)} ready{why}"
 

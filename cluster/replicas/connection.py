@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import msgspec
 
@@ -99,7 +99,7 @@ class ReplicaConnection(asyncio.Protocol):
         begin, size = 0, len(data)
         try:
             while self.is_open and size >= (body := begin + FRAME_HEADER_BYTES):
-                end = body + frame_length(data[begin:body])
+                end = body + frame_length(bytes(data[begin:body]))
                 if size < end:
                     break
                 begin = end
@@ -111,8 +111,9 @@ class ReplicaConnection(asyncio.Protocol):
 
     async def _next(self) -> FromReplica:
         getting = asyncio.ensure_future(self._waiting.get())
+        either: set[asyncio.Future[Any]] = {getting, self._lost}
         try:
-            await asyncio.wait({getting, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if getting.done():
                 return getting.result()
             raise self._lost.result() or ConnectionError("rank 0 closed the connection")

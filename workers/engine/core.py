@@ -66,7 +66,7 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_background_tokens=config.background_tokens,
-            # Elsewhere a step with prompts is short, and smaller ones might change bits.
+            # Only where steps with prompts are long, and no bits depend on the chunks.
             pace=PromptPace() if tp.device.type == "cpu" else None,
         )
         self.max_model_len = self.kv_cache.longest_sequence(config.max_model_len, config.max_num_batched_tokens)

@@ -10,12 +10,14 @@ Rounding to a half type hides all but about one in 2**16 differences of the last
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
 from workers.attention.backend import AttentionMetadata
 from workers.config import EngineConfig
 from workers.engine.model_runner import ModelRunner
+from workers.model.mistral import MistralLayer
 from workers.sampling.logprobs import compute_logprobs
 
 DIGEST_BYTES = 8
@@ -60,6 +62,7 @@ def _on_one_thread(compute: Callable[[], bytes]) -> bytes:
 def _digest(runner: ModelRunner) -> bytes:
     config, model, device = runner.config, runner.model, runner.tp.device
     decoder, found = model.model, hashlib.blake2b(digest_size=DIGEST_BYTES)
+    layer = cast(MistralLayer, decoder.layers[0])
     keys, values = (_cache_like(cache, config, name) for cache, name in zip(runner.kv_cache[0], "kv", strict=True))
     last_rows: list[torch.Tensor] = []
 
@@ -73,9 +76,7 @@ def _digest(runner: ModelRunner) -> bytes:
     for i, (query_lens, context_lens) in enumerate(_steps(config, is_half=runner.dtype.itemsize == 2)):
         positions, metadata = _inputs(query_lens, context_lens, block_size=config.block_size, device=device)
         rows = fixed((len(positions), hidden_size), f"rows {i}")
-        hidden_states, residual = decoder.layers[0](
-            rows, None, decoder.rotary.angles(positions), (keys, values), metadata
-        )
+        hidden_states, residual = layer(rows, None, decoder.rotary.angles(positions), (keys, values), metadata)
         hidden_states, residual = decoder.norm(hidden_states, residual)
         add(hidden_states)
         add(residual)
@@ -92,7 +93,7 @@ def _digest(runner: ModelRunner) -> bytes:
     for tensor in decoder.norm(fixed(shape, "x"), fixed(shape, "residual")):
         add(tensor)
     gates = _all_numbers(runner.dtype).to(device)
-    add(decoder.layers[0].mlp.kernels.silu_mul(torch.cat((gates, torch.ones_like(gates)), dim=-1)))
+    add(layer.mlp.kernels.silu_mul(torch.cat((gates, torch.ones_like(gates)), dim=-1)))
     return found.digest()
 
 
@@ -101,10 +102,11 @@ def _steps(config: EngineConfig, *, is_half: bool) -> list[tuple[list[int], list
     num_rows = sum(sum(query_lens) for query_lens, _ in STEPS)
     num_missing = max(0, math.ceil(NUM_ELEMENTS / config.model.hidden_size) - num_rows) if is_half else 0
     more = [((min(MAX_ROWS, num_missing),), (MAX_CONTEXT,))] * math.ceil(num_missing / MAX_ROWS)
-    max_model_len, steps = config.max_model_len, []
+    steps: list[tuple[list[int], list[int]]] = []
     for query_lens, context_lens in (*STEPS, *more):
         # By the context: two sequences that end at the same position would write to the same slot.
-        lens = {min(context, max_model_len): query for query, context in zip(query_lens, context_lens, strict=True)}
+        pairs = zip(query_lens, context_lens, strict=True)
+        lens = {min(context, config.max_model_len): query for query, context in pairs}
         steps.append(([min(query, context) for context, query in lens.items()], list(lens)))
     return steps
 

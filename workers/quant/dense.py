@@ -76,13 +76,12 @@ class DenseMethod:
     def finish(self, layer: nn.Module) -> None:
         weight = _weight(layer)
         if self.library is not None and packs(weight.dtype, in_features=weight.shape[1]):
-            layer.matrix = pack_dense(self.library, weight)
-            layer.register_parameter("weight", nn.Parameter(layer.matrix.packed, requires_grad=False))
+            set_matrix(layer, pack_dense(self.library, weight))
         elif self.product is linear:
             layer.register_parameter("weight", pack(weight))
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        matrix = cast(PackedMatrix | None, getattr(layer, "matrix", None))
+        matrix = get_matrix(layer)
         if matrix is None:
             return self.product(x, _weight(layer), bias)
         product = matrix.multiply(x)
@@ -90,6 +89,16 @@ class DenseMethod:
 
 
 DENSE = DenseMethod()
+
+
+def set_matrix(layer: nn.Module, matrix: PackedMatrix) -> None:
+    """From now on the layer's weight is this one."""
+    layer.register_parameter("weight", nn.Parameter(matrix.packed, requires_grad=False))
+    setattr(layer, "matrix", matrix)  # noqa: B010 (mypy knows no such attribute)
+
+
+def get_matrix(layer: nn.Module) -> PackedMatrix | None:
+    return cast(PackedMatrix | None, getattr(layer, "matrix", None))
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:

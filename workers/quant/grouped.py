@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from workers.native.library import NativeLibrary
-from workers.native.matrices import GROUP_SIZE, PackedMatrix, pack_grouped
+from workers.native.matrices import GROUP_SIZE, pack_grouped
+from workers.quant.dense import get_matrix, set_matrix
 from workers.quant.method import WeightLoader, WeightMethod, new_weight
 
 log = logging.getLogger(__name__)
@@ -109,12 +110,11 @@ class GroupedMethod:
             self.tied.finish(layer)
         elif self.library is not None:
             matrix = pack_grouped(self.library, self._values(layer), _scales(layer), num_bits=self.num_bits)
-            layer.register_parameter("weight", nn.Parameter(matrix.packed, requires_grad=False))
+            set_matrix(layer, matrix)
             del layer.scales
-            layer.matrix = matrix
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        matrix = cast(PackedMatrix | None, getattr(layer, "matrix", None))
+        matrix = get_matrix(layer)
         if matrix is not None:
             product = matrix.multiply(x)
         elif hasattr(layer, "scales"):

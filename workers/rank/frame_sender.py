@@ -79,7 +79,7 @@ class FrameSender:
             return self._socket.send(data)
         except BlockingIOError:
             return 0
-        except OSError:  # the peer is gone: whoever reads from the socket learns it too, and closes
+        except OSError:  # the peer is gone: the reader of the connection learns it too, and closes it
             self._give_up()
             return len(data)
 

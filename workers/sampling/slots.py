@@ -54,7 +54,7 @@ class Slots:
     def columns(self, slots: Sequence[Slot]) -> Columns:
         """In the order of `slots`, in arrays of their own."""
         index = [slot.index for slot in slots]
-        needs: list[bool] = self._needs[:, index].any(axis=1).tolist()
+        needs = map(bool, np.logical_or.reduce(self._needs[:, index], axis=1))
         return Columns(self._floats[:, index], self._integers[:, index], *needs)
 
     def add(self, request_id: str, prepared: PreparedParams) -> Slot:

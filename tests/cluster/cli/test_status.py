@@ -89,6 +89,15 @@ def test_a_ready_replica_shows_its_ranks_and_rates() -> None:
     assert lines[-1] == "Gateways: http://10.0.0.1:8000 (3 running, 1 queued)"
 
 
+@pytest.mark.parametrize(
+    ("quantization", "name"), [(None, "mistral (bfloat16)"), ("int4", "mistral (int4 weights and bfloat16)")]
+)
+def test_the_form_of_the_weights_is_named(quantization: str | None, name: str) -> None:
+    facts = msgspec.structs.replace(FACTS, dtype="bfloat16", quantization=quantization)
+    (line, *_) = show(Sample(replace(VIEW, facts=facts), 0.0))
+    assert line.startswith(f"{name}: 1 of 2 replicas")
+
+
 def test_a_preempted_node_is_named_with_its_reason() -> None:
     notice = NodeNotice(
         node_id="abcdef0123",

@@ -24,6 +24,8 @@ def test_all_reduces_are_counted_and_timed():
         assert timed.all_reduce(x).tolist() == [1.0, 1.0, 1.0]
     assert timed.num_all_reduces_total == 5
     assert 0.05 <= timed.all_reduce_s_total < 1.0
+    timed.start_over()
+    assert (timed.num_all_reduces_total, timed.all_reduce_s_total) == (0, 0.0)
 
 
 def test_on_cuda_they_are_counted_only():
