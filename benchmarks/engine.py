@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
 
     device = torch.device(args.device)
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    dtype = args.dtype or "bfloat16"
     batches = [int(b) for b in args.batches.split(",")]
     # Before the engine, because it sets the number of threads.
     bandwidth, flops = machine.read_bandwidth(device), machine.matmul_rate(device, getattr(torch, dtype))

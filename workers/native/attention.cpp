@@ -14,6 +14,7 @@ namespace {
 constexpr int TILE = 64, TILE_VECTORS = TILE / 16;
 // Queries of one prefill that share each tile of keys, which is transposed once for all of them.
 constexpr int64_t QUERY_TILE = 32;
+constexpr int64_t MANY_WORKS = 16;
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 6;
 #else
@@ -111,6 +112,24 @@ INLINE float softmax_tile(float* row, int begin, int end, float* largest, float*
     return before[0];
 }
 
+// Where key `key` of a sequence begins in the caches, for one KV head.
+INLINE int64_t place_of(int64_t key, const Work& work, int64_t kv_head, const Shape& s) {
+    const int64_t slot = work.blocks[key / s.block_size] * s.block_size + key % s.block_size;
+    return (slot * s.num_kv_heads + kv_head) * s.head_dim;
+}
+
+// The keys and values of a tile lie in short pieces, which the processor does not foresee.
+template <class T>
+void prefetch_tile(const T* k_cache, const T* v_cache, int64_t first_key, int64_t last_key, const Work& work, int64_t kv_head, const Shape& s) {
+    for (int64_t key = first_key; key < last_key; key++) {
+        const int64_t place = place_of(key, work, kv_head, s);
+        for (int64_t d = 0; d < s.head_dim; d += 64 / (int64_t)sizeof(T)) {
+            _mm_prefetch((const char*)(k_cache + place + d), _MM_HINT_T0);
+            _mm_prefetch((const char*)(v_cache + place + d), _MM_HINT_T0);
+        }
+    }
+}
+
 // Query heads of one KV head for the queries of `work`. Rows are (query, head within the group).
 template <class T>
 void attend(T* out, const T* q, const T* k_cache, const T* v_cache, const Work& work, int64_t kv_head, const Shape& s, int64_t q_stride, int64_t out_stride,
@@ -130,11 +149,14 @@ void attend(T* out, const T* q, const T* k_cache, const T* v_cache, const Work& 
     const int64_t num_keys = work.position + work.num;
     for (int64_t start = oldest / TILE * TILE; start < num_keys; start += TILE) {
         const int64_t first_key = std::max(start, oldest), last_key = std::min<int64_t>(start + TILE, num_keys);
+        if (last_key < num_keys)
+            prefetch_tile(k_cache, v_cache, last_key, std::min(last_key + TILE, num_keys), work, kv_head, s);
+        else if (kv_head + 1 < s.num_kv_heads)  // often the next one that this thread computes
+            prefetch_tile(k_cache, v_cache, oldest, std::min<int64_t>(oldest / TILE * TILE + TILE, num_keys), work, kv_head + 1, s);
         for (int64_t sixteen = start; sixteen < last_key; sixteen += 16) {
             const T* keys[16] = {};
             for (int64_t key = std::max(sixteen, first_key); key < std::min(sixteen + 16, last_key); key++) {
-                const int64_t slot = work.blocks[key / s.block_size] * s.block_size + key % s.block_size;
-                const int64_t place = (slot * s.num_kv_heads + kv_head) * head_dim;
+                const int64_t place = place_of(key, work, kv_head, s);
                 keys[key - sixteen] = k_cache + place;
                 float* const value = scratch.values.data() + (key - start) * dim;
                 for (int64_t d = 0; d < dim; d += 16) store(value + d, load_some(v_cache + place + d, head_dim - d));
@@ -184,16 +206,19 @@ void attention(T* out, const T* q, const T* k_cache, const T* v_cache, const int
         }
         token += query_lens[i];
     }
-    const int64_t num_works = (int64_t)works.size() * s.num_kv_heads;
+    // With many sequences a thread computes all KV heads of one: their keys lie next to each other.
+    const int64_t heads_at_once = (int64_t)works.size() >= MANY_WORKS ? s.num_kv_heads : 1;
+    const int64_t parts = s.num_kv_heads / heads_at_once, num_items = (int64_t)works.size() * parts;
     // Below this much, waking other threads takes longer.
-    const bool alone = num_works == 1 || num_pairs * s.num_heads * s.head_dim < (1 << 16);
+    const bool alone = num_items == 1 || num_pairs * s.num_heads * s.head_dim < (1 << 16);
 #pragma omp parallel if (!alone)
     {
         static thread_local Scratch scratch;
         // The last queries see the most keys, so they come first.
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = num_works - 1; i >= 0; i--)
-            attend(out, q, k_cache, v_cache, works[i / s.num_kv_heads], i % s.num_kv_heads, s, q_stride, out_stride, scratch);
+        for (int64_t i = num_items - 1; i >= 0; i--)
+            for (int64_t h = 0; h < heads_at_once; h++)
+                attend(out, q, k_cache, v_cache, works[i / parts], i % parts * heads_at_once + h, s, q_stride, out_stride, scratch);
     }
 }
 

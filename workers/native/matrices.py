@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from workers.native.huge_pages import prefer_huge_pages
 from workers.native.library import NativeLibrary
 
 GROUP_SIZE = 32
@@ -60,7 +61,7 @@ def pack_dense(library: NativeLibrary, weight: torch.Tensor) -> PackedMatrix:
     """weight: [out_features, in_features], contiguous, which `packs`."""
     out_features, in_features = weight.shape
     name = DTYPE_NAMES[weight.dtype]
-    packed = torch.empty(_num_panels(out_features) * PANEL * in_features, dtype=weight.dtype)
+    packed = _new(_num_panels(out_features) * PANEL * in_features, weight.dtype)
     library.function(f"pack_{name}", _PACK)(packed.data_ptr(), weight.data_ptr(), out_features, in_features)
     gemms = {weight.dtype: library.function(f"gemm_{name}", _GEMM)}
     return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
@@ -81,13 +82,19 @@ def pack_grouped(
     out_features, in_features = values.shape
     header_bytes = 2 if minima is None else 4
     num_bytes = in_features * num_bits // 8 + in_features // GROUP_SIZE * header_bytes
-    packed = torch.empty(_num_panels(out_features) * PANEL * num_bytes, dtype=torch.uint8)
+    packed = _new(_num_panels(out_features) * PANEL * num_bytes, torch.uint8)
     form = f"int{num_bits}" if minima is None else "int4_minima"
     pack = library.function(f"pack_{form}", _PACK_GROUPED)
     minima_address = None if minima is None else minima.data_ptr()
     pack(packed.data_ptr(), values.data_ptr(), scales.data_ptr(), minima_address, out_features, in_features)
     gemms = {dtype: library.function(f"gemm_{form}_{name}", _GEMM) for dtype, name in DTYPE_NAMES.items()}
     return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
+
+
+def _new(size: int, dtype: torch.dtype) -> torch.Tensor:
+    packed = torch.empty(size, dtype=dtype)
+    prefer_huge_pages(packed)
+    return packed
 
 
 def _num_panels(out_features: int) -> int:

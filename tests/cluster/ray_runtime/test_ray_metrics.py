@@ -28,13 +28,14 @@ class Rank:
 
 rank = Rank.remote()
 ray.get(rank.start.remote())
-asyncio.run(RayMetrics(Metrics(FakeRouter(), model_name="m", view=make_view).registry).push())
+metrics = RayMetrics(Metrics(FakeRouter(), model_name="m", view=make_view).registry)
 wanted = ("ray_tramontane_kv_cache_usage_perc{", "ray_tramontane_time_to_first_token_seconds_bucket{",
           "ray_tramontane_rank_step_seconds_total{")
 node = ray.nodes()[0]
 deadline = time.monotonic() + 40
 text = ""
 while not all(name in text for name in wanted) and time.monotonic() < deadline:
+    asyncio.run(metrics.push())  # again, as the gateway does: Ray may lose what it gets while it starts
     try:
         with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as r:
             text = r.read().decode()
