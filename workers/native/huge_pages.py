@@ -1,4 +1,4 @@
-"""Asks Linux for large pages behind a tensor that is read as a whole in every step. Needs no compiled kernels.
+"""Asks Linux for large pages for a tensor that is read as a whole in every step. Needs no compiled kernels.
 
 A weight matrix in pages of 4 KiB costs a page walk for each of them, and the processor stops reading ahead at each page's end.
 Measured: one stream with int4 weights 8 % faster.

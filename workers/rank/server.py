@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 MAX_HELLO_BYTES = 4096
 ORPHAN_AFTER_S = 600.0  # without any gateway for this long, no gateway will connect again
-LINGER_S = 0.25  # for clients to read the end and close
+LINGER_S = 1.0  # for clients to read the end and close; one that is slower may lose the end to a reset
 FLUSH_S = 1.0  # for the last frames of a connection that is slow to read them
 
 

@@ -1,4 +1,4 @@
-"""Large pages behind large tensors: asked for where the system has them, and never a change of what a tensor holds."""
+"""Large pages for large tensors: asked for where the system has them, and never a change of what a tensor holds."""
 
 import re
 import sys

@@ -353,8 +353,10 @@ async def test_the_ending_reaches_every_client_even_one_that_is_sending(engine, 
         client.send(Submit(request=request("r", max_tokens=10**6)))
         client.send(*[Heartbeat()] * 1000)  # unread by the server when it closes: a reset would discard the last frame
     await until(lambda: len(engine.core.requests) == 3)
+    engine.core.gate.clear()  # this engine computes nothing, and makes frames faster than clients read them
     closer = asyncio.create_task(asyncio.to_thread(engine.server.close, reason="The replica is over."))
-    for client in clients:
+
+    async def read_to_the_end(client):
         client.send(*[Heartbeat()] * 1000)
         messages = []
         with contextlib.suppress(asyncio.IncompleteReadError):
@@ -363,6 +365,8 @@ async def test_the_ending_reaches_every_client_even_one_that_is_sending(engine, 
         assert messages[-1] == Ending(reason="The replica is over.")
         assert all(d.finish_reason is None for m in messages[:-1] for d in getattr(m, "deltas", ()))
         client.writer.close()
+
+    await asyncio.gather(*map(read_to_the_end, clients))
     await closer
 
 
