@@ -135,7 +135,7 @@ def describe(before: Reading, after: Reading) -> str:
 def page(readings: Sequence[Reading], *, num_streams: int, minutes: float) -> str:
     rows = [describe(a, b) for a, b in itertools.pairwise(readings)]
     lines = [
-        f"# Twenty minutes of {num_streams} streams",
+        f"# {minutes:g} minutes of {num_streams} streams",
         "",
         f"{machine.describe(torch.device('cpu'))}; server, Ray, gateway and clients share them.",
         f"`python benchmarks/steady.py --minutes {minutes:g} --streams {num_streams}`, {time.strftime('%F')}: `tramontane serve` on the",
