@@ -22,7 +22,7 @@ from sections import write_section
 
 from workers.checkpoint.model_config import load_model_config
 from workers.config import EngineConfig
-from workers.engine.build import available_cpus
+from workers.device.cpu import usable_cores
 from workers.engine.llm_engine import LLMEngine
 from workers.engine.loop import EngineLoop
 from workers.protocol import GenerateRequest, SamplingParams, TokenDelta
@@ -157,7 +157,7 @@ def main() -> None:
         HEADING,
         "",
         f"`python benchmarks/grammar_attack.py --seconds {args.seconds:g} --rounds {args.rounds}`, {time.strftime('%F')}: "
-        f"{machine.describe(torch.device('cpu')).rpartition(', ')[0]}, {args.threads or available_cpus()} torch threads;",
+        f"{machine.describe(torch.device('cpu')).rpartition(', ')[0]}, {args.threads or usable_cores()} torch threads;",
         "the demo model's engine in one process. A grammar that reaches the parser's limits takes 2 to 30 ms of CPU time for each mask;",
         "its request ends after some 14 tokens, and the next one starts at once. p50 and p99 leave out the first second, in which all",
         "neighbours start. Ratios to alone are the median of the rounds, and their range.",

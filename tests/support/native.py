@@ -2,8 +2,9 @@
 
 import pytest
 
+from workers.device.cpu import read_cpu_flags
 from workers.native.build import BuildError, CompilerFailure, build
-from workers.native.library import NativeLibrary, open_library, read_cpu_flags
+from workers.native.library import NativeLibrary, open_library
 from workers.native.variants import VARIANTS
 
 

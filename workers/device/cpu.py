@@ -5,11 +5,13 @@ Imports no torch. Knows no model and no option.
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 # Products of bfloat16 with sums in float32: on x86, on x86 with tiles, on 64-bit Arm.
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+X86_FLAGS, ARM_FLAGS = "flags", "Features"  # how /proc/cpuinfo names them
 ROOT = Path("/")
 
 
@@ -26,18 +28,24 @@ class CpuFacts:
 
 
 def read_cpu(root: Path = ROOT) -> CpuFacts:
-    """root: where proc/ is. A core's flags are those of all: the first core's are read."""
-    flags: set[str] = set()
-    with contextlib.suppress(OSError), (root / "proc/cpuinfo").open() as lines:
-        for line in lines:
-            name, _, value = line.partition(":")
-            if name.strip() in ("flags", "Features"):  # on x86 and on Arm
-                flags = set(value.split())
-                break
+    """root: where proc/ is."""
+    flags = read_cpu_flags(root / "proc/cpuinfo", names=(X86_FLAGS, ARM_FLAGS))
     return CpuFacts(
         num_cores=usable_cores(),
         bfloat16_flag=next((flag for flag in BFLOAT16_FLAGS if flag in flags), None),
     )
+
+
+def read_cpu_flags(cpuinfo: Path = ROOT / "proc/cpuinfo", *, names: Sequence[str] = (X86_FLAGS,)) -> frozenset[str]:
+    """names: of the line with the flags. A core's flags are those of all: the first core's are read. Empty where the file has none, or is
+    not there.
+    """
+    with contextlib.suppress(OSError), cpuinfo.open() as lines:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name.strip() in names:
+                return frozenset(value.split())
+    return frozenset()
 
 
 def usable_cores() -> int:

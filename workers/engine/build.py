@@ -1,13 +1,13 @@
 """Builds the model on one rank: threads, attention backend, weight format, weights. The only place that knows all these parts."""
 
 import logging
-import os
 from collections.abc import Callable
 
 import torch
 
 from workers.attention.select import select_backend
 from workers.config import EngineConfig
+from workers.device.cpu import usable_cores
 from workers.engine.cuda_graphs import CudaGraphRecorder, GraphRecorder
 from workers.engine.model_runner import ModelRunner
 from workers.kernels.layer_kernels import select_layer_kernels
@@ -36,7 +36,7 @@ def build_runner(
     if tp.device.type == "cpu":
         # One while loading, which runs on another thread than computing: see ModelRunner.execute.
         torch.set_num_threads(1)
-        num_threads = config.num_threads or max(1, available_cpus() // tp.size)
+        num_threads = config.num_threads or max(1, usable_cores() // tp.size)
     dtype: torch.dtype = getattr(torch, config.dtype)
     library = _library(tp.device)
     model_config = config.model
@@ -101,8 +101,3 @@ def _graph_recorder(config: EngineConfig, device: torch.device, *, attention_bac
         )
         return None
     return CudaGraphRecorder(device)
-
-
-def available_cpus() -> int:
-    """Cores this process may use, which in a container is less than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

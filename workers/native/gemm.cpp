@@ -7,14 +7,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "simd.h"
+#include "panels.h"
 
 namespace {
 
-constexpr int PANEL = 32;
-constexpr int64_t PREFETCH_BYTES = 4096;
-// Products smaller than this many weights run on the calling thread: waking the others takes longer.
-constexpr int64_t PARALLEL_WEIGHTS = 1 << 19;
 constexpr int64_t SERIAL_STEPS = 1 << 13;
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 12;
@@ -103,13 +99,9 @@ void panel(int rows, const char* w, const uint32_t* x, int64_t steps, float* sum
     panel_of_rows<Type, ROWS>(w, x, steps, sums);
 }
 
-// The first row of block i, of `blocks` blocks of nearly the same size.
-INLINE int64_t first_row(int64_t i, int64_t m, int64_t blocks) { return i * m / blocks; }
-
 template <class Type>
 void gemm(typename Type::Value* out, const typename Type::Value* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride,
           int64_t out_stride) {
-    using Value = typename Type::Value;
     const int64_t steps = k / Type::KSTEP, panels = (n + PANEL - 1) / PANEL, blocks = (m + MAX_ROWS - 1) / MAX_ROWS;
     static thread_local std::vector<uint32_t> buffer;
     if (m > 1 && (int64_t)buffer.size() < m * steps) buffer.resize(m * steps);
@@ -135,16 +127,11 @@ void gemm(typename Type::Value* out, const typename Type::Value* x, const char* 
 #pragma omp for schedule(dynamic, std::max<int64_t>(1, panels / 32))
         for (int64_t p = 0; p < panels; p++) {
             const char* w = packed + p * steps * PANEL * 4;
-            const int64_t columns = std::min<int64_t>(PANEL, n - p * PANEL);
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
                 float sums[MAX_ROWS * PANEL];
                 panel<Type>((int)num, w, rows + first * steps, steps, sums);
-                for (int64_t r = 0; r < num; r++) {
-                    Value* target = out + (first + r) * out_stride + p * PANEL;
-                    store_some(target, load(sums + r * PANEL), columns);
-                    if (columns > 16) store_some(target + 16, load(sums + r * PANEL + 16), columns - 16);
-                }
+                store_panel(out + first * out_stride, sums, num, p, n, out_stride);
             }
         }
     }

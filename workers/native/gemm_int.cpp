@@ -11,14 +11,11 @@
 #include <cmath>
 #include <vector>
 
-#include "simd.h"
+#include "panels.h"
 
 namespace {
 
-constexpr int PANEL = 32, GROUP = 32, QUADS = GROUP / 4;
-constexpr int64_t PREFETCH_BYTES = 4096;
-// Products smaller than this many weights run on the calling thread: waking the others takes longer.
-constexpr int64_t PARALLEL_WEIGHTS = 1 << 19;
+constexpr int GROUP = 32, QUADS = GROUP / 4;
 constexpr int64_t SERIAL_GROUPS = 256;
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 8;
@@ -169,8 +166,6 @@ INLINE float round_group(const T* x, int8_t* rounded, int32_t* total) {
     return scale + poison;
 }
 
-INLINE int64_t first_row(int64_t i, int64_t m, int64_t blocks) { return i * m / blocks; }
-
 template <int BITS, bool MINIMA, class T>
 void gemm(T* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
     const int64_t groups = k / GROUP, panels = (n + PANEL - 1) / PANEL, blocks = (m + MAX_ROWS - 1) / MAX_ROWS;
@@ -205,16 +200,11 @@ void gemm(T* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t 
 #pragma omp for schedule(dynamic, std::max<int64_t>(1, panels / 32))
         for (int64_t p = 0; p < panels; p++) {
             const char* w = packed + p * groups * Weight<BITS, MINIMA>::GROUP_BYTES;
-            const int64_t columns = std::min<int64_t>(PANEL, n - p * PANEL);
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
                 float sums[MAX_ROWS * PANEL];
                 panel<BITS, MINIMA>((int)num, w, {all_quads + first * groups * QUADS, all_scales + first * groups, all_totals + first * groups}, groups, sums);
-                for (int64_t r = 0; r < num; r++) {
-                    T* target = out + (first + r) * out_stride + p * PANEL;
-                    store_some(target, load(sums + r * PANEL), columns);
-                    if (columns > 16) store_some(target + 16, load(sums + r * PANEL + 16), columns - 16);
-                }
+                store_panel(out + first * out_stride, sums, num, p, n, out_stride);
             }
         }
     }

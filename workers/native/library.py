@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workers.device.cpu import read_cpu_flags
 from workers.errors import ConfigError
 from workers.native.openmp import load_openmp
 from workers.native.variants import FOLDER, VARIANTS, Variant, build_id, is_current
@@ -87,9 +88,3 @@ def open_library(variant: Variant, folder: Path = FOLDER) -> NativeLibrary | NoN
     except OSError as e:
         return NoNativeLibrary(reason=f"{path.name} cannot be loaded: {e}.")
     return NativeLibrary(variant=variant.name, build_id=build_id(variant, folder), openmp=openmp, _symbols=symbols)
-
-
-def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """The flags of the first CPU; empty where the file has none."""
-    with cpuinfo.open() as lines:
-        return frozenset(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from workers.config import QUANTIZATION_GROUP_SIZE
 from workers.native.huge_pages import prefer_huge_pages
 from workers.native.library import NativeLibrary
 
-GROUP_SIZE = 32
 PANEL = 32  # output columns that are packed together; the last panel is filled up with zeros
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTERS = [ctypes.c_void_p] * 3
@@ -81,7 +81,7 @@ def pack_grouped(
     assert minima is None or num_bits == 4
     out_features, in_features = values.shape
     header_bytes = 2 if minima is None else 4
-    num_bytes = in_features * num_bits // 8 + in_features // GROUP_SIZE * header_bytes
+    num_bytes = in_features * num_bits // 8 + in_features // QUANTIZATION_GROUP_SIZE * header_bytes
     packed = _new(_num_panels(out_features) * PANEL * num_bytes, torch.uint8)
     form = f"int{num_bits}" if minima is None else "int4_minima"
     pack = library.function(f"pack_{form}", _PACK_GROUPED)

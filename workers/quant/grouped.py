@@ -11,8 +11,9 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
+from workers.config import QUANTIZATION_GROUP_SIZE
 from workers.native.library import NativeLibrary
-from workers.native.matrices import GROUP_SIZE, pack_grouped
+from workers.native.matrices import pack_grouped
 from workers.quant.dense import get_matrix, set_matrix
 from workers.quant.method import WeightLoader, WeightMethod, new_weight
 
@@ -26,7 +27,7 @@ def quantize_weight(weight: torch.Tensor, *, num_bits: NumBits) -> tuple[torch.T
     """weight: [out_features, in_features], any float type -> values [out_features, in_features] int8, scales [out_features, num_groups]
     float16, with weight ~ value * scale. 8 bits: -127 to 127; 4 bits: -8 to 7, where the value of largest magnitude becomes -8.
     """
-    groups = weight.float().unflatten(1, (-1, GROUP_SIZE))
+    groups = weight.float().unflatten(1, (-1, QUANTIZATION_GROUP_SIZE))
     extremes = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
     scales = extremes.abs() / LARGEST_INT8 if num_bits == 8 else extremes / -8
     # Half precision rounds the scale first, so that the values fit to the scale that is kept.
@@ -41,7 +42,7 @@ def quantize_inputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x: [num_tokens, in_features] -> whole numbers from -127 to 127 [num_tokens, num_groups, 32] and scales [num_tokens, num_groups],
     both float32.
     """
-    groups = x.float().unflatten(1, (-1, GROUP_SIZE))
+    groups = x.float().unflatten(1, (-1, QUANTIZATION_GROUP_SIZE))
     largest = groups.abs().amax(dim=2)
     # Of two tensors, because torch divides a number by a tensor in two steps.
     inverse = torch.where(largest > 0, torch.full_like(largest, LARGEST_INT8) / largest, 0.0)
@@ -58,7 +59,7 @@ def multiply(
     sum += float(sum of the group's inputs) * (minimum * input scale); then rounded to the dtype of x.
     """
     inputs, input_scales = quantize_inputs(x)
-    weights, weight_scales = values.float().unflatten(1, (-1, GROUP_SIZE)), scales.float()
+    weights, weight_scales = values.float().unflatten(1, (-1, QUANTIZATION_GROUP_SIZE)), scales.float()
     total = x.new_zeros((x.shape[0], values.shape[0]), dtype=torch.float32)
     for group in range(weights.shape[1]):
         # Whole numbers below 2^24 are exact in float32 in any order.
@@ -91,11 +92,13 @@ class GroupedMethod:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        assert in_features % GROUP_SIZE == 0, f"{in_features} inputs are not whole groups of {GROUP_SIZE}"
+        assert in_features % QUANTIZATION_GROUP_SIZE == 0, (
+            f"{in_features} inputs are not whole groups of {QUANTIZATION_GROUP_SIZE}"
+        )
         num_bytes = in_features * self.num_bits // 8
         weight = new_weight((out_features, num_bytes), weight_loader, dtype=torch.int8, device=device)
         layer.register_parameter("weight", weight)
-        scales = torch.empty((out_features, in_features // GROUP_SIZE), dtype=torch.float16, device=device)
+        scales = torch.empty((out_features, in_features // QUANTIZATION_GROUP_SIZE), dtype=torch.float16, device=device)
         layer.register_buffer("scales", scales, persistent=False)
 
     def load(self, layer: nn.Module, values: torch.Tensor, rows: slice) -> int:

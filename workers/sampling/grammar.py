@@ -8,7 +8,6 @@ time than a request may use.
 
 import itertools
 import logging
-import os
 import queue
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from llguidance import LLTokenizer
 
+from workers.device.cpu import usable_cores
 from workers.errors import RequestError
 from workers.sampling.masks import MaskLanes, StepMasks, is_held, is_slow
 from workers.sampling.matcher_masks import MatcherMasks
@@ -153,7 +153,7 @@ class Grammars:
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler", initializer=lower_priority, initargs=(QUARTER,))
         self._to_compile: queue.PriorityQueue[tuple[int, int, _Job]] = queue.PriorityQueue()
         self._num_jobs = itertools.count()
-        num_cpus = _num_cpus()
+        num_cpus = usable_cores()
         num_slow_threads = max(1, num_cpus // 4)
         self._compute: MatcherMasks[Constraint] = MatcherMasks(
             self._tokenizer, vocab_size=vocab_size, num_slow_threads=num_slow_threads
@@ -246,7 +246,3 @@ class _Job(NamedTuple):
     grammar: str
     output_token_ids: Sequence[int]
     outcome: "Future[Constraint]"
-
-
-def _num_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,29 +13,12 @@ from workers.device.fit import PROCESS_BYTES, check_fits, need_of
 from workers.device.memory import Memory
 from workers.device.model_bytes import cpu_kv_cache_bytes, num_parameters, rotary_bytes, weight_bytes
 from workers.errors import ConfigError
+from workers.gpu_check.models import MISTRAL_7B
 from workers.kv_cache.tensors import num_blocks_that_fit
 from workers.model.mistral import MistralForCausalLM
 
 GB = 10**9
-# Mistral 7B v0.3.
-MODEL = ModelConfig(
-    vocab_size=32_768,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=1_000_000.0,
-    sliding_window=None,
-    max_position_embeddings=32_768,
-    tie_word_embeddings=False,
-    bos_token_id=1,
-    eos_token_ids=(2,),
-    dtype="bfloat16",
-    layout="huggingface",
-)
+MODEL = MISTRAL_7B
 TIED = replace(MODEL, tie_word_embeddings=True, vocab_size=1003)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.native import native_library
 
+from workers.device.cpu import read_cpu_flags
 from workers.errors import ConfigError
 from workers.native.library import (
     ISA_VARIABLE,
@@ -17,7 +18,6 @@ from workers.native.library import (
     choose_variant,
     load_library,
     open_library,
-    read_cpu_flags,
 )
 from workers.native.variants import VARIANTS, Variant, build_id, build_mark
 
