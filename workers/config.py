@@ -4,22 +4,30 @@ Refuses numbers that no model has. Does not know the files that they come from (
 (see protocol.EngineFacts).
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from workers.errors import ConfigError
+from workers.layer_groups import LayerGroup, group_layers
+from workers.rope import QueryScaling, RopeScaling
+from workers.stored_weights import StoredWeights, check_shares
 
-Layout = Literal["huggingface", "mistral"]
+Layout = Literal["huggingface", "mistral", "gguf"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Quantization = Literal["int8", "int4"]
+Quantization = Literal["int8", "int4", "fp8"]
+KVCacheDtype = Literal["auto", "int8", "fp8"]
 AttentionChoice = Literal["auto", "native", "triton", "flash", "sdpa"]
-TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-# A quantized matrix keeps each row in groups of so many numbers of 8 or 4 bits, and a scale of two bytes for each group.
+# A quantized matrix keeps each row in groups of so many numbers of 8 or 4 bits, and a scale of two bytes for each group. 8-bit floats have
+# one scale for each row, which is not counted.
 QUANTIZATION_GROUP_SIZE = 32
-QUANTIZATION_GROUP_BYTES: dict[Quantization, int] = {"int8": 32 + 2, "int4": 16 + 2}
+QUANTIZATION_GROUP_BYTES: dict[Quantization, int] = {"int8": 32 + 2, "int4": 16 + 2, "fp8": 32}
+CPU_QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4")
+# Of a key or value in 8 bits, in float32.
+KV_SCALE_BYTES = 4
 # Of 4 and 8 the one that keeps online requests' p99 within 1.3 times the value without a batch (benchmarks/batch.md).
 CPU_BACKGROUND_TOKENS = 4
 # The most that is believed of a checkpoint, each several times the largest of any published model. Beyond it, a number is a mistake that
@@ -38,7 +46,12 @@ MAX_SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The numbers that define a Mistral-structured decoder. `sliding_window` counts the token itself; None is full attention."""
+    """The numbers that define a Mistral-structured decoder.
+
+    `sliding_window` counts the token itself; None is full attention. A tuple has a window for each layer, and not all the same.
+    `attention_bias`, `mlp_bias`: whether these projections add a bias. `has_vision`: the checkpoint also has an encoder of images, which is
+    left out. `stored`: how a quantised checkpoint keeps its matrices; None for a dense one.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -49,13 +62,44 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    sliding_window: int | None
+    sliding_window: int | tuple[int | None, ...] | None
     max_position_embeddings: int
     tie_word_embeddings: bool
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
     dtype: Dtype
     layout: Layout
+    rope_scaling: RopeScaling | None = None
+    query_scaling: QueryScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    has_vision: bool = False
+    stored: StoredWeights | None = None
+
+    @functools.cached_property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        window = self.sliding_window
+        return window if isinstance(window, tuple) else (window,) * self.num_hidden_layers
+
+    @functools.cached_property
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
+        """Layers that share KV block ids; one group where all layers have the same window. The widest windows come first."""
+        return group_layers(self.layer_windows)
+
+    @property
+    def layers_per_group(self) -> int:
+        """Of how many layers a KV block has the keys and values."""
+        return max(len(group.layers) for group in self.layer_groups)
+
+    @functools.cached_property
+    def group_of_layer(self) -> tuple[int, ...]:
+        groups = {layer: i for i, group in enumerate(self.layer_groups) for layer in group.layers}
+        return tuple(groups[layer] for layer in range(self.num_hidden_layers))
+
+    @property
+    def widest_window(self) -> int | None:
+        return self.layer_groups[0].window
 
     def __post_init__(self) -> None:
         for name, largest in MAX_SIZES.items():
@@ -87,38 +131,58 @@ class ModelConfig:
                 f"The checkpoint's head_dim is {self.head_dim}, but rotary embedding needs an even one.",
                 param="head_dim",
             )
-        window = self.sliding_window
-        if window is not None and (type(window) is not int or window < 1):
-            raise ConfigError(
-                f"The checkpoint's sliding_window is {window!r:.60}.",
-                remedy="Use a positive number or null.",
-                param="sliding_window",
-            )
+        windows = self.sliding_window if isinstance(self.sliding_window, tuple) else (self.sliding_window,)
+        for window in windows:
+            if window is not None and (type(window) is not int or window < 1):
+                raise ConfigError(
+                    f"The checkpoint's sliding_window is {window!r:.60}.",
+                    remedy="Use a positive number or null.",
+                    param="sliding_window",
+                )
+        assert len(windows) in (1, self.num_hidden_layers), "a window for each layer"
 
     def check_tensor_parallel_size(self, size: int) -> None:
         """Raises ConfigError unless `size` ranks can share this model evenly."""
-        divided = (self.num_key_value_heads, self.intermediate_size)
-        fits = [n for n in TENSOR_PARALLEL_SIZES if all(number % n == 0 for number in divided)]
-        if size not in fits:
-            raise ConfigError(
-                f"--tensor-parallel-size {size} does not work with this model: its {self.num_key_value_heads} key/value "
-                f"heads and intermediate size {self.intermediate_size} must divide evenly over the ranks.",
-                remedy=f"Use one of {', '.join(map(str, fits))}.",
-                param="--tensor-parallel-size",
+        if size in self.tensor_parallel_sizes:
+            return
+        heads, kv_heads, intermediate = self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
+        if size < 1 or heads % size:
+            why = f"its {heads} attention heads do not divide evenly over the ranks"
+        elif kv_heads % size and size % kv_heads:
+            why = (
+                f"its {kv_heads} key/value heads neither divide evenly over the ranks nor are as many ranks' in common"
             )
+        else:
+            why = f"its intermediate size {intermediate} does not divide evenly over the ranks, and is not padded"
+        raise ConfigError(
+            f"--tensor-parallel-size {size} does not work with this model: {why}.",
+            remedy=f"Use one of {', '.join(map(str, self.tensor_parallel_sizes))}.",
+            param="--tensor-parallel-size",
+        )
+
+    @functools.cached_property
+    def tensor_parallel_sizes(self) -> tuple[int, ...]:
+        """How many ranks can share this model. Where there are more ranks than key/value heads, several compute the same one."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        sizes = (n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0))
+        return tuple(n for n in sizes if self.intermediate_size % n == 0)
+
+    def kv_heads_per_rank(self, tensor_parallel_size: int) -> int:
+        return max(1, self.num_key_value_heads // tensor_parallel_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How one replica runs. Sizes are tokens unless named otherwise.
 
-    `dtype`: of the weights and of everything computed from them. `quantization`: weight matrices are kept in fewer bits, on the CPU; the
-    embedding, norms, a tied head and the KV cache stay in `dtype`.
+    `dtype`: of the weights and of everything computed from them. `quantization`: weight matrices are kept in fewer bits; the
+    embedding, norms and a tied head stay in `dtype`.
+    `kv_cache_dtype`: keys and values in 8 bits, with a scale for each token and KV head; auto: in `dtype`.
     `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`.
     `sized_by_device`: the sizes that no option set; on CUDA each rank sets them for its GPU (device/sizes.py).
     `overlap`: whether a step is launched before the tokens of the last one are read. None: on CUDA, where the GPU would wait for the
     host otherwise.
-    `cuda_graphs`: whether decode steps on CUDA are captured as graphs, which changes no token.
+    `cuda_graphs`: whether decode steps are captured as graphs, which changes no token; on the CPU, as lists of kernel calls.
     `deterministic`: on CUDA, a token's logits do not depend on what is computed along with it, on the chunking and on the replica, at
     the price of slower products. On the CPU in float32 this is always so.
     `tokenizer_path`: a SentencePiece model, which rank 0 needs for grammars; None refuses requests with a grammar.
@@ -129,6 +193,7 @@ class EngineConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Dtype = "float32"
     quantization: Quantization | None = None
+    kv_cache_dtype: KVCacheDtype = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int = 4096
     block_size: int = 16
@@ -148,18 +213,33 @@ class EngineConfig:
     num_threads: int | None = None  # torch threads per CPU rank; None divides the cores among the ranks
 
     @property
+    def kv_head_bytes(self) -> int:
+        """Bytes of one token's key or value in one KV head: of 128 numbers 512 in float32, 256 in bfloat16, 132 in 8 bits."""
+        if self.kv_cache_dtype == "auto":
+            return self.model.head_dim * DTYPE_BYTES[self.dtype]
+        return self.model.head_dim + KV_SCALE_BYTES
+
+    @property
     def kv_block_bytes(self) -> int:
-        """Bytes of one KV block over all layers on one rank: keys and values of this rank's KV heads."""
-        model = self.model
-        heads = model.num_key_value_heads // self.tensor_parallel_size
-        return 2 * model.num_hidden_layers * self.block_size * heads * model.head_dim * DTYPE_BYTES[self.dtype]
+        """Bytes of one KV block on one rank: keys and values of this rank's KV heads in the layers of one group."""
+        return self.model.layers_per_group * self.block_size * self.kv_layer_bytes
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers on one rank. A 7B model: 256 KiB in float32, 128 in bfloat16, 66 in 8 bits."""
+        return self.model.num_hidden_layers * self.kv_layer_bytes
+
+    @property
+    def kv_layer_bytes(self) -> int:
+        """Bytes of one token's keys and values in one layer on one rank."""
+        return 2 * self.model.kv_heads_per_rank(self.tensor_parallel_size) * self.kv_head_bytes
 
     def num_kv_blocks_within(self, num_bytes: int) -> int:
         """Usable KV blocks in `num_bytes` of one rank's memory; less than 1 where there is room for none.
 
         Counts one more for the null block, and no more than could ever be in use at once.
         """
-        most_useful = self.max_num_seqs * -(-self.max_model_len // self.block_size)
+        most_useful = self.max_num_seqs * -(-self.max_model_len // self.block_size) * len(self.model.layer_groups)
         return min(num_bytes // self.kv_block_bytes - 1, most_useful)
 
     @property
@@ -174,10 +254,20 @@ class EngineConfig:
         """`overlap` as it is on this device."""
         return self.device == "cuda" if self.overlap is None else self.overlap
 
+    @property
+    def weight_form(self) -> str | None:
+        """What the weight matrices are kept as, for `describe_dtype`; None where it is `dtype`."""
+        stored = self.model.stored
+        if self.quantization is not None or stored is None:
+            return self.quantization
+        return stored.cpu_label if self.device == "cpu" else stored.label
+
     def __post_init__(self) -> None:
         self.model.check_tensor_parallel_size(self.tensor_parallel_size)
         if self.quantization is not None:
             _check_quantization(self, self.quantization)
+        if self.model.stored is not None:
+            check_shares(self.model.stored, row_parallel_inputs(self.model, self.tensor_parallel_size))
         for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", remedy="Use at least 1.", param=name)
@@ -198,6 +288,12 @@ class EngineConfig:
                 remedy="Use --attention-backend triton, or leave out --deterministic.",
                 param="--attention-backend",
             )
+        if self.attention_backend == "flash" and self.kv_cache_dtype != "auto":
+            raise ConfigError(
+                f"--attention-backend flash does not read keys and values in {self.kv_cache_dtype}.",
+                remedy="Use --attention-backend auto, or leave out --kv-cache-dtype.",
+                param="--attention-backend",
+            )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}.",
@@ -211,21 +307,31 @@ def describe_dtype(dtype: str, quantization: str | None) -> str:
     return dtype if quantization is None else f"{quantization} weights and {dtype}"
 
 
-def _check_quantization(config: EngineConfig, method: Quantization) -> None:
-    """Raises ConfigError for a device without such kernels, and for a row that does not divide into groups on every rank."""
-    if config.device != "cpu":
-        raise ConfigError(
-            f"--quantization {method} works on the CPU only.",
-            remedy="Leave it out, or use --device cpu.",
-            param="--quantization",
-        )
-    model, size = config.model, config.tensor_parallel_size
-    # A rank has all inputs of some matrices, and its part of those of the others.
-    inputs = {
-        "hidden size": model.hidden_size,
+def row_parallel_inputs(model: ModelConfig, size: int) -> dict[str, int]:
+    """One rank's inputs of the matrices that are divided by inputs, by their names in sentences."""
+    return {
         "attention heads' width": model.num_attention_heads * model.head_dim // size,
         "intermediate size": model.intermediate_size // size,
     }
+
+
+def _check_quantization(config: EngineConfig, method: Quantization) -> None:
+    """Raises ConfigError for a device without such kernels, and for a row that does not divide into groups on every rank."""
+    if config.device == "cpu" and method not in CPU_QUANTIZATIONS:
+        raise ConfigError(
+            f"--quantization {method} works on CUDA only.",
+            remedy="Use int8, which takes as much memory, or --device cuda.",
+            param="--quantization",
+        )
+    model, size = config.model, config.tensor_parallel_size
+    if model.stored is not None:
+        raise ConfigError(
+            f"--quantization {method} is for dense checkpoints, and this one has {model.stored.label} weights.",
+            remedy="Leave it out.",
+            param="--quantization",
+        )
+    # A rank has all inputs of some matrices, and its part of those of the others.
+    inputs = {"hidden size": model.hidden_size} | row_parallel_inputs(model, size)
     for name, in_features in inputs.items():
         if in_features % QUANTIZATION_GROUP_SIZE:
             share = "" if size == 1 or name == "hidden size" else f" on each of {size} ranks"

@@ -196,6 +196,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
     max_background_tokens: int = 0
     dtype: str = ""  # see EngineConfig; empty from an older replica
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    kv_token_bytes: int = 0  # on one rank; 0 from an older replica
     # Of what the kernels compute: replicas with the same one give the same logits to the last bit. Empty where it is not known.
     numerics: str = ""
     version: int = PROTOCOL_VERSION

@@ -3,6 +3,7 @@
 import pytest
 
 from workers.device.cpu import read_cpu_flags
+from workers.native.amx import AMX_FLAGS, request_tiles
 from workers.native.build import BuildError, CompilerFailure, build
 from workers.native.library import NativeLibrary, open_library
 from workers.native.variants import VARIANTS
@@ -13,6 +14,8 @@ def native_library(name: str) -> NativeLibrary:
     variant = next(variant for variant in VARIANTS if variant.name == name)
     if missing := set(variant.cpu_flags) - read_cpu_flags():
         pytest.skip(f"this CPU lacks {', '.join(sorted(missing))}")
+    if AMX_FLAGS & set(variant.cpu_flags) and not request_tiles():
+        pytest.skip("this system forbids AMX")
     try:
         build()
     except CompilerFailure:

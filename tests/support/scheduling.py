@@ -19,7 +19,7 @@ def make_scheduler(
     kv_cache = KVCacheManager(
         num_blocks=num_blocks,
         block_size=block_size,
-        sliding_window=window,
+        windows=window if isinstance(window, tuple) else (window,),
         enable_prefix_caching=enable_prefix_caching,
     )
     return Scheduler(kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)

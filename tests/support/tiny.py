@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MinistralConfig, MinistralForCausalLM, MistralConfig, MistralForCausalLM
 
 TINY: dict[str, Any] = {
     "vocab_size": 256,
@@ -43,7 +43,7 @@ def write_tiny_checkpoint(
     """Writes a random checkpoint into `folder` (made if missing) and returns the folder.
 
     The same seed and overrides give the same model in either layout and any number of shards. `overrides` are MistralConfig
-    fields over TINY, for example num_key_value_heads=8 for tensor-parallel size 8.
+    fields over TINY, for example num_key_value_heads=8 for tensor-parallel size 8. layer_types gives each layer its attention.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,14 +68,18 @@ def make_tiny_model(
     **overrides: Any,
 ) -> MistralForCausalLM:
     """The transformers model that `write_tiny_checkpoint` writes, in eval mode. Leaves torch's global seed as it was."""
-    config = MistralConfig(
+    # Only Ministral's class computes each layer's own window.
+    kinds = (
+        (MinistralConfig, MinistralForCausalLM) if "layer_types" in overrides else (MistralConfig, MistralForCausalLM)
+    )
+    config = kinds[0](
         **{**TINY, **overrides},
         sliding_window=sliding_window,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MistralForCausalLM(config)
+        model = kinds[1](config)
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -96,7 +100,9 @@ def _write_mistral_layout(model: MistralForCausalLM, folder: Path, *, num_shards
         "rope_theta": c.rope_parameters["rope_theta"],
         "max_seq_len": c.max_position_embeddings,
     }
-    if c.sliding_window is not None:
+    if getattr(c, "layer_types", None) is not None:
+        params["sliding_window"] = [c.sliding_window if kind == "sliding_attention" else None for kind in c.layer_types]
+    elif c.sliding_window is not None:
         params["sliding_window"] = c.sliding_window
     if c.tie_word_embeddings:
         params["tied_embeddings"] = True

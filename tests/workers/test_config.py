@@ -1,6 +1,7 @@
 """Both layouts' configuration files, read and refused."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from workers.checkpoint.model_config import load_model_config
 from workers.config import EngineConfig, ModelConfig, requested_num_threads
 from workers.errors import ConfigError
+from workers.rope import QueryScaling, RopeScaling
 
 HUGGINGFACE_V01 = {
     "architectures": ["MistralForCausalLM"],
@@ -110,6 +112,41 @@ def test_huggingface_fields(tmp_path: Path, changes: dict[str, object], expected
         ({"sliding_window": 4096}, {"rope_theta": 1e4}),
         ({"max_seq_len": 131072}, {"max_position_embeddings": 131072}),
         ({"tied_embeddings": True}, {"tie_word_embeddings": True}),
+        ({"vision_encoder": {"hidden_size": 1024}}, {"has_vision": True}),
+        ({"multimodal": {"vision_encoder_args": {"hidden_size": 1024}}}, {"has_vision": True}),
+        # Ministral 8B
+        ({"sliding_window": [None, 512, 512, 512]}, {"sliding_window": (None, 512, 512, 512) * 8, "rope_theta": 1e4}),
+        ({"sliding_window": [512, 512]}, {"sliding_window": 512}),
+        # Ministral 3
+        (
+            {
+                "yarn": {
+                    "factor": 16,
+                    "original_max_position_embeddings": 16384,
+                    "beta": 8.0,
+                    "alpha": 2,
+                    "apply_scale": False,
+                },
+                "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 16384},
+            },
+            {
+                "rope_scaling": RopeScaling(
+                    rope_type="yarn", factor=16, original_max_position_embeddings=16384, beta_fast=8, beta_slow=2
+                ),
+                "query_scaling": QueryScaling(beta=0.1, original_max_position_embeddings=16384),
+            },
+        ),
+        (
+            {"yarn": {"factor": 4.0, "original_max_position_embeddings": 64}},
+            {
+                "rope_scaling": RopeScaling(
+                    rope_type="yarn",
+                    factor=4.0,
+                    original_max_position_embeddings=64,
+                    attention_factor=1 + 0.1 * math.log(4),
+                )
+            },
+        ),
     ],
 )
 def test_mistral_fields(tmp_path: Path, changes: dict[str, object], expected: dict[str, object]) -> None:
@@ -123,13 +160,13 @@ def test_mistral_fields(tmp_path: Path, changes: dict[str, object], expected: di
         (HUGGINGFACE_V01, {"architectures": ["MixtralForCausalLM"]}, "'MixtralForCausalLM'] is not supported"),
         (HUGGINGFACE_V01, {"architectures": None}, "neither architectures nor model_type"),
         (HUGGINGFACE_V01, {"architectures": None, "model_type": "mixtral"}, "model_type 'mixtral'"),
-        (HUGGINGFACE_V01, {"model_type": "ministral3"}, "model_type 'ministral3'"),
+        (HUGGINGFACE_V01, {"model_type": "qwen3"}, "model_type 'qwen3'"),
         (HUGGINGFACE_V01, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        (HUGGINGFACE_V01, {"attention_bias": True}, "attention_bias is true"),
-        (HUGGINGFACE_V01, {"mlp_bias": True}, "mlp_bias is true"),
-        (HUGGINGFACE_V01, {"quantization_config": {"quant_method": "awq"}}, "Quantized checkpoints"),
-        (HUGGINGFACE_V01, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "Rotary scaling 'llama3'"),
-        (HUGGINGFACE_V01, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "Rotary scaling 'linear'"),
+        (HUGGINGFACE_V01, {"attention_bias": True}, "attention_bias is True, but MistralForCausalLM"),
+        (HUGGINGFACE_V01, {"mlp_bias": True}, "mlp_bias is True, but MistralForCausalLM"),
+        (HUGGINGFACE_V01, {"quantization_config": {"quant_method": "hqq"}}, "quantized by 'hqq'"),
+        (HUGGINGFACE_V01, {"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "Rotary scaling 'longrope'"),
+        (HUGGINGFACE_V01, {"rope_scaling": {"type": "linear"}}, "lacks the field 'factor'"),
         (HUGGINGFACE_V01, {"torch_dtype": "int8"}, "Weights of type 'int8'"),
         (HUGGINGFACE_V01, {"num_key_value_heads": 5}, "5 key/value heads do not divide"),
         (HUGGINGFACE_V01, {"head_dim": 7}, "head_dim is 7"),
@@ -146,8 +183,11 @@ def test_mistral_fields(tmp_path: Path, changes: dict[str, object], expected: di
         (MISTRAL_V01, {"moe": {"num_experts": 8}}, "'moe'"),
         (MISTRAL_V01, {"quantization": {"qformat_weight": "fp8_e4m3"}}, "'quantization'"),
         (MISTRAL_V01, {"model_type": "mamba"}, "model_type 'mamba'"),
-        (MISTRAL_V01, {"vision_encoder": {"hidden_size": 1024}}, "'vision_encoder'"),
-        (MISTRAL_V01, {"sliding_window": [4096, None]}, "sliding_window is [4096, None]"),
+        (MISTRAL_V01, {"multimodal": {"whisper_model_args": {}}}, "multimodal {'whisper_model_args': {}}"),
+        (MISTRAL_V01, {"use_scaled_rope": True}, "'use_scaled_rope'"),
+        (MISTRAL_V01, {"yarn": {"factor": 4, "beta": 32, "gamma": 1}}, "yarn has 'gamma'"),
+        (MISTRAL_V01, {"sliding_window": [4096] * 5}, "a pattern of 5 layers, which 32 layers do not repeat"),
+        (MISTRAL_V01, {"sliding_window": [None, 0]}, "sliding_window is 0"),
     ],
 )
 def test_refused(tmp_path: Path, base: dict[str, object], changes: dict[str, object], message: str) -> None:
@@ -177,13 +217,32 @@ def test_folder_without_configuration(tmp_path: Path) -> None:
 
 
 def test_tensor_parallel_sizes() -> None:
-    for size in (1, 2, 4):
+    """8 query and 4 key/value heads: on 8 ranks, two have the same key/value head."""
+    for size in (1, 2, 4, 8):
         model_config().check_tensor_parallel_size(size)
-    for size in (0, 3, 8):
-        with pytest.raises(ConfigError, match=rf"--tensor-parallel-size {size} .* Use one of 1, 2, 4\."):
+    for size in (-1, 0, 3, 16):
+        with pytest.raises(ConfigError, match=rf"size {size} .* 8 attention heads do not .* Use one of 1, 2, 4, 8\."):
             model_config().check_tensor_parallel_size(size)
-    with pytest.raises(ConfigError, match=r"intermediate size 98 .* Use one of 1, 2\."):
+    with pytest.raises(ConfigError, match=r"intermediate size 98 does not .* Use one of 1, 2\."):
         model_config(intermediate_size=98).check_tensor_parallel_size(4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "sizes"),
+    [(9, 3, (1, 3, 9)), (8, 2, (1, 2, 4, 8)), (32, 8, (1, 2, 4, 8, 16, 32)), (12, 6, (1, 2, 3, 6, 12)), (5, 1, (1, 5))],
+)
+def test_ranks_divide_the_query_heads_and_share_key_value_heads(
+    heads: int, kv_heads: int, sizes: tuple[int, ...]
+) -> None:
+    model = model_config(num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=360 * 64)
+    assert model.tensor_parallel_sizes == sizes
+    assert [model.kv_heads_per_rank(n) for n in sizes] == [max(1, kv_heads // n) for n in sizes]
+
+
+def test_key_value_heads_that_ranks_can_neither_divide_nor_share() -> None:
+    model = model_config(num_attention_heads=12, num_key_value_heads=6, intermediate_size=96)
+    with pytest.raises(ConfigError, match=r"its 6 key/value heads neither divide .* Use one of 1, 2, 3, 6, 12\."):
+        model.check_tensor_parallel_size(4)
 
 
 def test_steps_overlap_on_cuda_unless_an_option_says_otherwise():
@@ -206,6 +265,10 @@ def test_steps_overlap_on_cuda_unless_an_option_says_otherwise():
         (
             {"device": "cuda", "deterministic": True, "attention_backend": "flash"},
             "--attention-backend flash is not deterministic on CUDA.",
+        ),
+        (
+            {"device": "cuda", "kv_cache_dtype": "fp8", "attention_backend": "flash"},
+            "--attention-backend flash does not read keys and values in fp8.",
         ),
     ],
 )

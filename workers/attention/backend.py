@@ -5,13 +5,16 @@ where W is the sliding window (it counts the token itself) or infinity. `sdpa.py
 tested against it. Each backend's own file says what it promises about the last bits of its results.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-# Per layer (k_cache, v_cache), each [num_blocks, block_size, num_kv_heads, head_dim].
-KVCaches = list[tuple[torch.Tensor, torch.Tensor]]
+from workers.kernels.quantized_kv import Cache
+
+# Per layer (k_cache, v_cache).
+KVCaches = list[tuple[Cache, Cache]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +42,18 @@ class AttentionMetadata:
     max_seq_len: int
 
 
+# For each group of layers: the same batch, in the group's own blocks.
+StepMetadata = Sequence[AttentionMetadata]
+
+
 class AttentionBackend(Protocol):
     name: str
 
-    def forward(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, metadata: AttentionMetadata) -> torch.Tensor:
         """Attends to the keys and values in the caches; the layer has stored the step's own there.
 
-        q: [num_tokens, num_heads, head_dim]; k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
+        q: [num_tokens, num_heads, head_dim]; k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], also in 8 bits
+        where the backend can read them: see select.py.
         Returns [num_tokens, num_heads, head_dim].
         """
         ...

@@ -1,7 +1,7 @@
 """Paged attention compiled for the CPU (native/attention.cpp). Reads keys and values where they lie in their blocks.
 
 A query's result is bit for bit the same whatever else is computed in the step, however its context was cut into chunks, wherever its blocks
-are, and on every instruction set. Float32 and bfloat16.
+are, and on every instruction set. Float32 and bfloat16, with keys and values in the same type or in 8 bits.
 """
 
 import ctypes
@@ -9,10 +9,11 @@ import ctypes
 import torch
 
 from workers.attention.backend import AttentionMetadata
+from workers.kernels.native_layers import kv_kernel_names, pointers
+from workers.kernels.quantized_kv import Cache
 from workers.native.library import NativeLibrary
-from workers.native.matrices import DTYPE_NAMES
 
-_ATTENTION = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 9]
+_ATTENTION = [*[ctypes.c_void_p] * 9, *[ctypes.c_int64] * 9]
 
 
 class NativeBackend:
@@ -34,31 +35,25 @@ class NativeBackend:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.window = sliding_window or 0
-        self._kernel = library.function(f"attention_{DTYPE_NAMES[dtype]}", _ATTENTION)
-        self._planned_for: AttentionMetadata | None = None
-        self._lengths = torch.empty(0)
+        self._kernels = {
+            kv_dtype: library.function(f"attention_{name}", _ATTENTION)
+            for kv_dtype, name in kv_kernel_names(dtype).items()
+        }
 
-    def forward(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, metadata: AttentionMetadata) -> torch.Tensor:
         # q: [num_tokens, num_heads, head_dim]
-        # Every layer of a step passes the same metadata.
-        if self._planned_for is not metadata:
-            self._lengths = torch.tensor([metadata.query_lens, metadata.context_lens])
-            self._planned_for = metadata
         table = metadata.block_table
         assert table.stride(1) == 1 and q.stride(2) == 1 and q.stride(1) == self.head_dim
         out = torch.empty(q.shape, dtype=q.dtype)
-        num_seqs = len(metadata.query_lens)
-        self._kernel(
+        self._kernels[k_cache.dtype](
             out.data_ptr(),
             q.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
+            *pointers(k_cache),
+            *pointers(v_cache),
             table.data_ptr(),
-            self._lengths.data_ptr(),
-            self._lengths.data_ptr() + 8 * num_seqs,
-            num_seqs,
+            metadata.cu_seqlens_q.data_ptr(),
+            metadata.seq_lens.data_ptr(),
+            len(metadata.query_lens),
             table.stride(0),
             self.num_heads,
             self.num_kv_heads,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from workers.attention.backend import AttentionMetadata
+from workers.kernels.quantized_kv import Cache, read
 
 KEY_TILE = 64
 # Queries of one prefill computed together: limits the scores to num_heads * 64 * num_keys.
@@ -60,9 +61,7 @@ class SdpaBackend:
         self._plan: list[_Gather] = []
         self._planned_for: AttentionMetadata | None = None
 
-    def forward(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, metadata: AttentionMetadata) -> torch.Tensor:
         # q: [num_tokens, num_heads, head_dim]
         # Every layer of a step passes the same metadata, so the index arithmetic is done once.
         if self._planned_for is not metadata:
@@ -71,10 +70,7 @@ class SdpaBackend:
         queries = (q.float() * self.head_dim**-0.5).reshape(-1, self.head_dim)
         for gather in self._plan:
             keys, values = (
-                cache.view(-1, self.head_dim)
-                .index_select(0, gather.slots)
-                .view(gather.num_seqs * self.num_kv_heads, -1, self.head_dim)
-                .float()
+                read(cache, gather.slots).view(gather.num_seqs * self.num_kv_heads, -1, self.head_dim)
                 for cache in (k_cache, v_cache)
             )
             for tile in gather.tiles:

@@ -1,6 +1,7 @@
 """Chooses the attention backend for a device, and says why. Knows the backends' limits, not their arithmetic."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from workers.attention.backend import AttentionBackend
 from workers.attention.native import NativeBackend
 from workers.attention.sdpa import SdpaBackend
-from workers.config import AttentionChoice
+from workers.config import AttentionChoice, KVCacheDtype
 from workers.errors import ConfigError
 from workers.kernels.usable import why_triton_cannot_run
 from workers.native.library import NativeLibrary, NoNativeLibrary, load_library
@@ -23,10 +24,11 @@ CUDA = torch.device("cuda")
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """`reason` ends a sentence that begins with the backend's name."""
+    """`reason` ends a sentence that begins with the backend's name. `new` makes another one of the same kind, for a window."""
 
     backend: AttentionBackend
     reason: str
+    new: Callable[[int | None], AttentionBackend]
 
 
 def select_backend(
@@ -39,6 +41,7 @@ def select_backend(
     head_dim: int,
     sliding_window: int | None,
     choice: AttentionChoice = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
     deterministic: bool = False,
 ) -> Selection:
     """Triton on CUDA, FlashAttention where Triton cannot run; on the CPU the compiled kernel; else the specification. Logs the choice with
@@ -52,7 +55,9 @@ def select_backend(
             return native_obstacle(dtype, device=device)
         if name == "triton":
             return triton_obstacle(group=num_heads // num_kv_heads, head_dim=head_dim, device=device)
-        return flash_obstacle(dtype, block_size=block_size, head_dim=head_dim, device=device)
+        return flash_obstacle(
+            dtype, kv_cache_dtype=kv_cache_dtype, block_size=block_size, head_dim=head_dim, device=device
+        )
 
     if choice == "sdpa":
         name, reason = "sdpa", "--attention-backend names it"
@@ -91,10 +96,11 @@ def select_backend(
         ", the slow reference" if device.type == "cuda" and name == "sdpa" else "",
         reason,
     )
-    backend = _new(
-        name, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=sliding_window
-    )
-    return Selection(backend=backend, reason=reason)
+
+    def new(window: int | None) -> AttentionBackend:
+        return _new(name, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, window=window)
+
+    return Selection(backend=new(sliding_window), reason=reason, new=new)
 
 
 def native_obstacle(dtype: torch.dtype, *, device: torch.device) -> str | None:
@@ -118,10 +124,19 @@ def triton_obstacle(*, group: int, head_dim: int, device: torch.device = CUDA) -
     return why_triton_cannot_run(device)
 
 
-def flash_obstacle(dtype: torch.dtype, *, block_size: int, head_dim: int, device: torch.device = CUDA) -> str | None:
+def flash_obstacle(
+    dtype: torch.dtype,
+    *,
+    block_size: int,
+    head_dim: int,
+    kv_cache_dtype: KVCacheDtype = "auto",
+    device: torch.device = CUDA,
+) -> str | None:
     """Why FlashAttention cannot run; None where it can."""
     if device.type != "cuda":
         return "it needs a CUDA device"
+    if kv_cache_dtype != "auto":
+        return f"it does not read keys and values in {kv_cache_dtype}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, not {dtype}"
     # Imported here because it takes a second, which a start on the CPU does not need to spend.

@@ -13,6 +13,8 @@ import triton
 
 from workers.attention.backend import AttentionMetadata
 from workers.kernels.paged_attention import attention_kernel, merge_kernel
+from workers.kernels.quantized_kv import Cache
+from workers.kernels.triton_kv import kernel_arguments
 
 # Keys per segment. Smaller ones spread one long context over more programs, larger ones are merged less often.
 SEGMENT = 512
@@ -98,12 +100,9 @@ class TritonBackend:
         self.block_d = max(16, triton.next_power_of_2(head_dim))
         self.window = sliding_window or 0
 
-    def forward(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        # q: [num_tokens, num_heads, head_dim], heads adjacent or not; caches: [num_blocks, block_size, num_kv_heads, head_dim]
-        assert q.stride(2) == 1 and k_cache.stride(3) == 1, "a head's elements must be adjacent"
-        assert k_cache.stride() == v_cache.stride(), "both caches must have the same layout"
+    def forward(self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, metadata: AttentionMetadata) -> torch.Tensor:
+        # q: [num_tokens, num_heads, head_dim], heads adjacent or not
+        assert q.stride(2) == 1, "a head's elements must be adjacent"
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         group = self.num_heads // self.num_kv_heads
         tiles = choose_tiles(device_capability(), head_dim=self.head_dim, dtype=q.dtype, group=group)
@@ -117,8 +116,8 @@ class TritonBackend:
     def _launch(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: Cache,
+        v_cache: Cache,
         out: torch.Tensor,
         metadata: AttentionMetadata,
         tile: Tile,
@@ -127,6 +126,7 @@ class TritonBackend:
         is_short: bool,
     ) -> None:
         """Sequences of at most `short_queries` new tokens, or those of more."""
+        (k_values, k_scales, form), (v_values, v_scales, _) = kernel_arguments(k_cache), kernel_arguments(v_cache)
         num_tokens, num_seqs = q.shape[0], metadata.seq_lens.shape[0]
         queries = tile.rows // (self.num_heads // self.num_kv_heads)
         num_tiles = num_seqs if is_short else num_tokens // queries + num_seqs
@@ -159,8 +159,10 @@ class TritonBackend:
         }
         attention_kernel[num_tiles, self.num_kv_heads, num_splits](
             q,
-            k_cache,
-            v_cache,
+            k_values,
+            v_values,
+            k_scales,
+            v_scales,
             out,
             partial,
             partial_max,
@@ -173,12 +175,13 @@ class TritonBackend:
             num_segments,
             q.stride(0),
             q.stride(1),
-            k_cache.stride(0),
-            k_cache.stride(1),
-            k_cache.stride(2),
-            BLOCK_SIZE=k_cache.shape[1],
+            k_values.stride(0),
+            k_values.stride(1),
+            k_values.stride(2),
+            BLOCK_SIZE=k_values.shape[1],
             BLOCK_N=tile.keys,
             IS_SPLIT=is_split,
+            FORM=form,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             **shared_constants,

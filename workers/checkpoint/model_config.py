@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from workers.checkpoint.gguf_config import load_gguf_config
+from workers.checkpoint.gguf_file import find_gguf
 from workers.checkpoint.huggingface import model_from_config_json
 from workers.checkpoint.mistral_params import model_from_params_json
 from workers.checkpoint.regular_file import read_object
@@ -11,8 +13,13 @@ from workers.errors import ConfigError
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:
-    """Reads config.json and generation_config.json, or params.json. Raises ConfigError for anything missing or unsupported."""
+    """Reads config.json and generation_config.json, or params.json, or the metadata of a GGUF file, which may be given itself.
+
+    Raises ConfigError for anything missing or unsupported, and CheckpointError for a damaged GGUF file.
+    """
     folder = Path(folder)
+    if (gguf := find_gguf(folder)) is not None:
+        return load_gguf_config(gguf)
     if not folder.is_dir():
         raise ConfigError(
             f"The model folder {folder} does not exist.", remedy="Give an existing folder.", param="MODEL"

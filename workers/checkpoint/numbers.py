@@ -1,10 +1,13 @@
 """Values from a checkpoint's JSON as the types that ModelConfig has. Strangers write these files, so nothing is converted silently."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from workers.checkpoint.regular_file import shown
 from workers.errors import ConfigError
+
+MAX_WHOLE = 1 << 40
 
 
 def decimal(name: str, value: Any) -> float:
@@ -19,6 +22,15 @@ def decimal(name: str, value: Any) -> float:
     )
 
 
+def whole(name: str, value: Any) -> int:
+    """A whole number above 0. Raises ConfigError."""
+    if type(value) is int and 0 < value < MAX_WHOLE:
+        return value
+    raise ConfigError(
+        f"The checkpoint's {name} is {shown(value)}, not a whole number above 0.", remedy="Correct it.", param=name
+    )
+
+
 def flag(name: str, value: Any) -> bool:
     """true or false; null and a missing field are false. Raises ConfigError."""
     if value is None or isinstance(value, bool):
@@ -26,6 +38,11 @@ def flag(name: str, value: Any) -> bool:
     raise ConfigError(
         f"The checkpoint's {name} is {shown(value)}, neither true nor false.", remedy="Correct it.", param=name
     )
+
+
+def layer_windows(windows: Sequence[Any]) -> Any:
+    """A sliding window for each layer as ModelConfig has it, which checks them: one value where all are the same."""
+    return windows[0] if all(window == windows[0] for window in windows) else tuple(windows)
 
 
 def token_ids(value: Any) -> list[Any]:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Products of bfloat16 with sums in float32: on x86, on x86 with tiles, on 64-bit Arm.
-BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+# Products of bfloat16 with sums in float32: on x86 with tiles, on x86, on 64-bit Arm. The best one first.
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
 X86_FLAGS, ARM_FLAGS = "flags", "Features"  # how /proc/cpuinfo names them
 ROOT = Path("/")
 

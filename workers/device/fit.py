@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from workers.config import QUANTIZATION_GROUP_BYTES, EngineConfig, describe_dtype
 from workers.device.memory import Memory, gigabytes
-from workers.device.model_bytes import cpu_kv_cache_bytes, matrix_bytes, rotary_bytes, vocabulary_weights, weight_bytes
+from workers.device.model_bytes import cpu_kv_cache_bytes, head_bytes, rotary_bytes, weight_bytes
 from workers.errors import ConfigError
 
 # What a rank's process holds before it loads a weight: Python, torch and, under Ray, its worker. Measured: 380 to 450 MB.
@@ -43,11 +43,9 @@ def need_of(config: EngineConfig, *, has_started: bool = False) -> RankNeed:
 
     A tied head counts twice: on the CPU the head has a copy of the embedding in the form that computes fastest.
     """
-    copy = vocabulary_weights(config) if config.model.tie_word_embeddings else 0
+    copy = head_bytes(config) if config.model.tie_word_embeddings else 0
     return RankNeed(
-        weight_bytes=weight_bytes(config)
-        + rotary_bytes(config)
-        + matrix_bytes(replace(config, quantization=None), copy),
+        weight_bytes=weight_bytes(config) + rotary_bytes(config) + copy,
         process_bytes=0 if has_started else PROCESS_BYTES,
         kv_cache_bytes=cpu_kv_cache_bytes(config),
         block_bytes=config.kv_block_bytes,
@@ -67,7 +65,7 @@ def check_fits(
         return None
     free = f"{where} has {gigabytes(memory.available_bytes)} of {gigabytes(memory.total_bytes)} of memory available"
     ranks = "" if num_ranks == 1 else f"{num_ranks} ranks: "
-    kind = describe_dtype(config.dtype, config.quantization)
+    kind = describe_dtype(config.dtype, config.weight_form)
     needed = f"{ranks}weights in {kind} {gigabytes(num_ranks * need.weight_bytes)}"
     if num_ranks * need.loaded_bytes > memory.available_bytes:
         choices = list(_smaller_forms(config, num_ranks=num_ranks, memory=memory, has_started=has_started))
@@ -85,6 +83,9 @@ def check_fits(
         if room >> 20 and room >= 2 * need.block_bytes
         else "Leave more memory free"
     )
+    in_8_bits = need_of(replace(config, kv_cache_dtype="int8"), has_started=has_started)
+    if config.kv_cache_dtype == "auto" and num_ranks * in_8_bits.full_bytes <= memory.available_bytes:
+        remedy += f", or --kv-cache-dtype int8 ({gigabytes(num_ranks * in_8_bits.kv_cache_bytes)})"
     return (
         f"The KV cache may not fit: {free}, and this needs {gigabytes(num_ranks * need.full_bytes)} when the cache is full ({full}). "
         f"{remedy}."

@@ -3,6 +3,8 @@
 Layer shapes as in workers/model. Knows no device, no file and no torch.
 """
 
+import math
+
 from workers.config import DTYPE_BYTES, QUANTIZATION_GROUP_BYTES, QUANTIZATION_GROUP_SIZE, EngineConfig
 
 
@@ -10,14 +12,26 @@ def num_parameters(config: EngineConfig) -> int:
     """The number of parameters of one rank. Every rank has all norms; everything else is divided, the vocabulary rounded up."""
     model = config.model
     norms = (2 * model.num_hidden_layers + 1) * model.hidden_size
-    return num_layer_weights(config) + norms + vocabulary_weights(config) * (1 if model.tie_word_embeddings else 2)
+    vocabulary = vocabulary_weights(config) * (1 if model.tie_word_embeddings else 2)
+    return num_layer_weights(config) + num_biases(config) + norms + vocabulary
+
+
+def num_biases(config: EngineConfig) -> int:
+    """Of one rank: those of what it computes a part of are divided, and every rank has the whole of those added to a sum over ranks."""
+    model, size, biases = config.model, config.tensor_parallel_size, 0
+    if model.attention_bias:
+        heads = model.num_attention_heads // size + 2 * model.kv_heads_per_rank(size)
+        biases += heads * model.head_dim + model.hidden_size
+    if model.mlp_bias:
+        biases += 2 * model.intermediate_size // size + model.hidden_size
+    return model.num_hidden_layers * biases
 
 
 def num_layer_weights(config: EngineConfig) -> int:
     """The elements of the matrices in all layers of one rank."""
     model, size = config.model, config.tensor_parallel_size
-    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim  # q, o; k, v
-    return model.num_hidden_layers * (model.hidden_size * (heads + 3 * model.intermediate_size) // size)
+    heads = 2 * model.num_attention_heads // size + 2 * model.kv_heads_per_rank(size)  # q, o; k, v
+    return model.num_hidden_layers * model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size // size)
 
 
 def vocabulary_weights(config: EngineConfig) -> int:
@@ -31,23 +45,36 @@ def weight_bytes(config: EngineConfig) -> int:
     Quantized, 32 weights of a matrix take 34 bytes (int8) or 18 (int4), and embedding, norms and a tied head stay in the dtype: a 7B model
     of 7,248,023,552 parameters takes 29.0 GB in float32, 14.5 in bfloat16, 7.8 with int8 and 4.3 with int4.
     """
-    itemsize = DTYPE_BYTES[config.dtype]
-    matrices = num_layer_weights(config)
-    if not config.model.tie_word_embeddings:
-        matrices += vocabulary_weights(config)
-    return (num_parameters(config) - matrices) * itemsize + matrix_bytes(config, matrices)
+    layers, head = num_layer_weights(config), 0 if config.model.tie_word_embeddings else vocabulary_weights(config)
+    others = (num_parameters(config) - layers - head) * DTYPE_BYTES[config.dtype]
+    return others + matrix_bytes(config, layers) + (head_bytes(config) if head else 0)
 
 
 def matrix_bytes(config: EngineConfig, num_weights: int) -> int:
-    """Bytes of so many elements of matrices, in the form that `config` keeps them in."""
-    if config.quantization is None:
-        return num_weights * DTYPE_BYTES[config.dtype]
-    return num_weights // QUANTIZATION_GROUP_SIZE * QUANTIZATION_GROUP_BYTES[config.quantization]
+    """Bytes of so many elements of the layers' matrices, in the form that `config` keeps them in."""
+    if config.quantization is not None:
+        return num_weights // QUANTIZATION_GROUP_SIZE * QUANTIZATION_GROUP_BYTES[config.quantization]
+    stored = config.model.stored
+    itemsize = DTYPE_BYTES[config.dtype]
+    bits = None if stored is None else stored.layer_bits if config.device == "cpu" else stored.file_bits
+    if stored is None or bits is None:
+        return num_weights * itemsize
+    return math.ceil(num_weights * (bits / 8 + stored.dense_share * itemsize))
+
+
+def head_bytes(config: EngineConfig) -> int:
+    """Bytes of one rank's output head that is no embedding's. A tied one is quantized only where the checkpoint's embedding is."""
+    num_weights, stored = vocabulary_weights(config), config.model.stored
+    if config.quantization is not None and not config.model.tie_word_embeddings:
+        return matrix_bytes(config, num_weights)
+    bits = None if stored is None else stored.head_bits
+    return num_weights * DTYPE_BYTES[config.dtype] if bits is None else math.ceil(num_weights * bits / 8)
 
 
 def rotary_bytes(config: EngineConfig) -> int:
-    """Bytes of the table of cosines and sines: float32, one row per position, on every rank."""
-    return config.max_model_len * 2 * config.model.head_dim * 4
+    """Bytes of the table of cosines and sines: float32, one row per position, on every rank. Queries may have a factor in each row."""
+    model = config.model
+    return config.max_model_len * (2 * model.head_dim + (model.query_scaling is not None)) * 4
 
 
 def cpu_kv_cache_bytes(config: EngineConfig) -> int:

@@ -4,6 +4,7 @@
 tables. Knows numpy; no torch, no scheduling policy.
 """
 
+import itertools
 import math
 from array import array
 from collections.abc import Sequence
@@ -28,14 +29,14 @@ class ForwardBatch:
     # -1 where `token_ids` has the id. Otherwise the row of the tokens of the step before which is the id, and `token_ids` has 0.
     unread_rows: np.ndarray = field(metadata=_dims("num_tokens"))
     positions: np.ndarray = field(metadata=_dims("num_tokens"))
-    slot_mapping: np.ndarray = field(metadata=_dims("num_tokens"))
+    slot_mapping: np.ndarray = field(metadata=_dims("num_groups", "num_tokens"))  # for each group of layers
     query_lens: np.ndarray = field(metadata=_dims("num_seqs"))
     seq_lens: np.ndarray = field(metadata=_dims("num_seqs"))
     # Flat indices of the tokens whose logits choose the next one.
     logits_indices: np.ndarray = field(metadata=_dims("num_sampling_seqs"))
     # Flat indices of the tokens whose logits give a prompt's log-probabilities.
     prompt_logits_indices: np.ndarray = field(metadata=_dims("num_prompt_rows"))
-    block_table: np.ndarray = field(metadata=_dims("num_seqs", "max_blocks"))
+    block_table: np.ndarray = field(metadata=_dims("num_groups", "num_seqs", "max_blocks"))
 
     def pack(self) -> np.ndarray:
         """One 1-D int32 array: the size of each dimension in the order of first mention, then the arrays in the order of their fields.
@@ -122,7 +123,8 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
         lens.append(num_new_tokens)
         if s.samples:
             logits_indices.append(len(token_ids) - 1)
-    block_table = _block_table([s.request.sequence.block_ids for s in scheduled])
+    tables = zip(*([table.block_ids for table in s.request.sequence.tables] for s in scheduled), strict=True)
+    block_table = _block_table(list(itertools.chain.from_iterable(tables)), num_seqs=len(scheduled))
     query_lens = np.array(lens, dtype=np.int32)
     first_positions = np.array(starts, dtype=np.int32)
     # Of each token: its sequence, and how many tokens of the batch come before that sequence's.
@@ -133,7 +135,7 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
         token_ids=np.array(token_ids, dtype=np.int32),
         unread_rows=np.array(unread_rows, dtype=np.int32),
         positions=positions,
-        slot_mapping=block_table[rows, positions // block_size] * block_size + positions % block_size,
+        slot_mapping=block_table[:, rows, positions // block_size] * block_size + positions % block_size,
         query_lens=query_lens,
         seq_lens=first_positions + query_lens,
         logits_indices=np.array(logits_indices, dtype=np.int32),
@@ -142,12 +144,12 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
     )
 
 
-def _block_table(rows: "Sequence[array[int]]") -> np.ndarray:
-    """[len(rows), max_blocks] int32: the rows, each with null blocks after it. Joined as bytes, which costs least for many rows."""
+def _block_table(rows: "Sequence[array[int]]", *, num_seqs: int) -> np.ndarray:
+    """[num_groups, num_seqs, max_blocks] int32: the rows, each with null blocks after it. Joined as bytes, which costs least for many."""
     num_bytes = max(map(len, rows)) * np.dtype(np.int32).itemsize
     # All bytes of the null block's number, 0, are equal.
     joined = b"".join([row.tobytes().ljust(num_bytes, bytes([NULL_BLOCK])) for row in rows])
-    return np.frombuffer(joined, dtype=np.int32).reshape(len(rows), -1)
+    return np.frombuffer(joined, dtype=np.int32).reshape(len(rows) // num_seqs, num_seqs, -1)
 
 
 def dummy_batch(
@@ -157,9 +159,10 @@ def dummy_batch(
     *,
     num_computed_tokens: int = 0,
     num_prompt_logits: int = 0,
+    num_groups: int = 1,
 ) -> ForwardBatch:
     """A batch that computes `num_tokens` tokens into the null block: for warm-up, memory profiling and heartbeats. num_computed_tokens:
-    of each sequence, before these.
+    of each sequence, before these. num_groups: of layers.
     """
     full, rest = divmod(num_tokens, max_tokens_per_seq)
     query_lens = np.array([max_tokens_per_seq] * full + [rest] * (rest > 0), dtype=np.int32)
@@ -170,10 +173,10 @@ def dummy_batch(
         token_ids=zeros,
         unread_rows=np.full(num_tokens, -1, dtype=np.int32),
         positions=num_computed_tokens + positions,
-        slot_mapping=zeros,
+        slot_mapping=np.zeros((num_groups, num_tokens), dtype=np.int32),
         query_lens=query_lens,
         seq_lens=num_computed_tokens + query_lens,
         logits_indices=np.cumsum(query_lens, dtype=np.int32) - 1,
         prompt_logits_indices=np.arange(num_prompt_logits, dtype=np.int32),
-        block_table=np.full((len(query_lens), max_blocks), NULL_BLOCK, dtype=np.int32),
+        block_table=np.full((num_groups, len(query_lens), max_blocks), NULL_BLOCK, dtype=np.int32),
     )

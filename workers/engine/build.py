@@ -8,13 +8,16 @@ import torch
 from workers.attention.select import select_backend
 from workers.config import EngineConfig
 from workers.device.cpu import usable_cores
+from workers.engine.cpu_graphs import NativeGraphRecorder
 from workers.engine.cuda_graphs import CudaGraphRecorder, GraphRecorder
 from workers.engine.model_runner import ModelRunner
 from workers.kernels.layer_kernels import select_layer_kernels
 from workers.model.mistral import MistralForCausalLM
 from workers.native.library import NativeLibrary, load_library
 from workers.parallel.group import TensorParallel
-from workers.quant.select import select_method
+from workers.quant.select import select_methods
+from workers.quant.stored import describe_stored
+from workers.weights.forms import read_forms
 from workers.weights.loader import Progress, load_weights
 
 log = logging.getLogger(__name__)
@@ -40,33 +43,44 @@ def build_runner(
     dtype: torch.dtype = getattr(torch, config.dtype)
     library = _library(tp.device)
     model_config = config.model
-    backend = select_backend(
+    selection = select_backend(
         device=tp.device,
         dtype=dtype,
         block_size=config.block_size,
         num_heads=model_config.num_attention_heads // tp.size,
-        num_kv_heads=model_config.num_key_value_heads // tp.size,
+        num_kv_heads=model_config.kv_heads_per_rank(tp.size),
         head_dim=model_config.head_dim,
-        sliding_window=model_config.sliding_window,
+        sliding_window=model_config.widest_window,
         choice=config.attention_backend,
+        kv_cache_dtype=config.kv_cache_dtype,
         deterministic=config.deterministic,
-    ).backend
+    )
+    backend = selection.backend
     model = MistralForCausalLM(
         model_config,
         tp=tp,
-        backend=backend,
+        # Each plans for its own blocks.
+        backends=[backend, *(selection.new(group.window) for group in model_config.layer_groups[1:])],
         dtype=dtype,
         device=tp.device,
         max_positions=config.max_model_len,
-        method=select_method(
-            tp.device, quantization=config.quantization, library=library, deterministic=config.deterministic
+        methods=select_methods(
+            tp.device,
+            forms=read_forms(config.model_path, model_config) if load is None else {},
+            shards=MistralForCausalLM.packed_modules,
+            quantization=config.quantization,
+            library=library,
+            deterministic=config.deterministic,
         ),
         kernels=select_layer_kernels(tp.device, dtype=dtype, library=library),
     )
     if load is None:
         load_weights(model, config.model_path, model_config, progress=progress)
+        if (found := describe_stored(model.modules())) is not None:
+            log.info("%s", found)
     else:
         load(model)
+    recorder = _graph_recorder(config, tp, library=library, attention_backend=backend.name)
     return ModelRunner(
         config,
         model,
@@ -74,8 +88,8 @@ def build_runner(
         dtype=dtype,
         attention_backend=backend.name,
         num_threads=num_threads,
-        pads_decodes=tp.device.type == "cuda",
-        graph_recorder=_graph_recorder(config, tp.device, attention_backend=backend.name),
+        pads_decodes=tp.device.type == "cuda" or recorder is not None,
+        graph_recorder=recorder,
     )
 
 
@@ -91,13 +105,19 @@ def _library(device: torch.device) -> NativeLibrary | None:
     return None
 
 
-def _graph_recorder(config: EngineConfig, device: torch.device, *, attention_backend: str) -> GraphRecorder | None:
+def _graph_recorder(
+    config: EngineConfig, tp: TensorParallel, *, library: NativeLibrary | None, attention_backend: str
+) -> GraphRecorder | None:
     """None where decode steps launch their kernels one by one."""
-    if device.type != "cuda" or not config.cuda_graphs:
+    if not config.cuda_graphs:
         return None
+    if tp.device.type == "cpu":
+        # The exchanges between ranks are no kernels.
+        one_call = library is not None and attention_backend == "native" and tp.size == 1
+        return NativeGraphRecorder(library) if library is not None and one_call else None
     if attention_backend == "sdpa":
         log.warning(
             "Decode steps run without CUDA graphs, because the reference backend of attention plans on the host."
         )
         return None
-    return CudaGraphRecorder(device)
+    return CudaGraphRecorder(tp.device)

@@ -58,7 +58,7 @@ class EngineCore:
         self.kv_cache = KVCacheManager(
             num_blocks=runner.num_blocks,
             block_size=config.block_size,
-            sliding_window=config.model.sliding_window,
+            windows=[group.window for group in config.model.layer_groups],
             enable_prefix_caching=config.enable_prefix_caching,
         )
         self.scheduler = Scheduler(
@@ -153,7 +153,7 @@ class EngineCore:
     def heartbeat(self) -> None:
         """A forward pass of one dummy token on all ranks: shows that every rank works while the engine is idle."""
         self.clock.start()
-        batch = dummy_batch(1, 1, self.config.block_size)
+        batch = dummy_batch(1, 1, self.config.block_size, num_groups=len(self.config.model.layer_groups))
         self.tp.broadcast(batch.pack())
         self.runner.execute(batch)
         self.runner.synchronize()
@@ -183,7 +183,7 @@ class EngineCore:
             replica_id=replica_id,
             tensor_parallel_size=self.tp.size,
             max_model_len=self.max_model_len,
-            num_blocks=self.kv_cache.pool.num_blocks,
+            num_blocks=self.kv_cache.pool.num_blocks // len(self.kv_cache.windows),
             attention_backend=self.runner.attention_backend,
         )
 

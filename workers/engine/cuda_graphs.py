@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from workers.engine.decode_padding import next_to_capture
+from workers.engine.decode_padding import CapturePolicy, next_to_capture
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,9 @@ Step = Callable[[], None]
 
 class GraphRecorder(Protocol):
     """Makes a function that repeats a step."""
+
+    @property
+    def policy(self) -> CapturePolicy: ...
 
     def reserve(self, steps: Iterable[Step]) -> int:
         """Runs all steps that will be recorded, to take their memory. Returns the bytes that their graphs need besides what the device then
@@ -38,6 +41,8 @@ class GraphRecorder(Protocol):
 
 class CudaGraphRecorder:
     """See `GraphRecorder`. All graphs share one pool of memory: they never run at the same time, and leave nothing in it."""
+
+    policy = CapturePolicy()
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -125,7 +130,7 @@ class DecodeGraphs:
             return
         self._recorder = None
         log.warning(
-            "Decode steps of %s sequences stay without a CUDA graph, as do those without one so far: %s.", size, failure
+            "Decode steps of %s sequences stay without a graph, as do those without one so far: %s.", size, failure
         )
 
     def replay(self, size: int) -> bool:

@@ -1,4 +1,4 @@
-"""Which sizes decode steps come in on CUDA, and how a batch is padded to one of them.
+"""Which sizes decode steps come in where there are graphs of them, and how a batch is padded to one of them.
 
 A CUDA graph replays with the shapes that it was captured with, so decode steps run with few numbers of sequences. They do so without a
 graph too: a matrix library chooses its way by the number of rows, and the same step must give the same bits either way. Knows the batch;
@@ -6,11 +6,28 @@ no torch, no device.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from workers.engine.batch import ForwardBatch
 from workers.kv_cache.block_pool import NULL_BLOCK
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturePolicy:
+    """For which sizes graphs are captured, and when.
+
+    every_size: no batch is padded. num_steps_before: how many steps of a size show that a graph of it pays. when_idle: also sizes that
+    nothing has needed so far.
+    """
+
+    every_size: bool = False
+    num_steps_before: int = 1
+    when_idle: bool = True
+
+    def sizes(self, max_num_seqs: int) -> tuple[int, ...]:
+        return tuple(range(1, max_num_seqs + 1)) if self.every_size else decode_sizes(max_num_seqs)
 
 
 def decode_sizes(max_num_seqs: int) -> tuple[int, ...]:
@@ -44,19 +61,20 @@ def pad_decode(batch: ForwardBatch, size: int) -> ForwardBatch:
     if n == 0:
         return batch
 
-    def padded(values: np.ndarray, value: int) -> np.ndarray:
-        return np.concatenate([values, np.full((n, *values.shape[1:]), value, dtype=values.dtype)])
+    def padded(values: np.ndarray, value: int, *, axis: int = 0) -> np.ndarray:
+        shape = (*values.shape[:axis], n, *values.shape[axis + 1 :])
+        return np.concatenate([values, np.full(shape, value, dtype=values.dtype)], axis=axis)
 
     return ForwardBatch(
         token_ids=padded(batch.token_ids, 0),
         unread_rows=padded(batch.unread_rows, -1),
         positions=padded(batch.positions, 0),
-        slot_mapping=padded(batch.slot_mapping, NULL_BLOCK),
+        slot_mapping=padded(batch.slot_mapping, NULL_BLOCK, axis=1),
         query_lens=padded(batch.query_lens, 1),
         seq_lens=padded(batch.seq_lens, 1),
         logits_indices=batch.logits_indices,
         prompt_logits_indices=batch.prompt_logits_indices,
-        block_table=padded(batch.block_table, NULL_BLOCK),
+        block_table=padded(batch.block_table, NULL_BLOCK, axis=1),
     )
 
 

@@ -18,7 +18,7 @@ import triton
 
 from workers.attention.backend import AttentionMetadata
 from workers.attention.triton_paged import SEGMENT, TritonBackend
-from workers.config import TENSOR_PARALLEL_SIZES, EngineConfig
+from workers.config import EngineConfig
 from workers.kernels import sample
 from workers.kernels.add_rms_norm import add_rms_norm
 from workers.kernels.logprobs import find_logprobs
@@ -28,6 +28,7 @@ from workers.kernels.rotary_kv import rotary_kv
 from workers.kernels.sample_specification import SamplingTable
 from workers.kernels.silu_mul import silu_mul
 
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)  # of the 7B family, on one machine
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 4096, 14_336
 VOCAB_SIZES = (32_000, 32_768)

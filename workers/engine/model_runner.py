@@ -4,6 +4,7 @@ Knows the model, the KV cache tensors and the batch; no requests, no sampling. N
 padded to one of a few sizes, and replay a CUDA graph where their size has one.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,11 +12,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from workers.attention.backend import AttentionMetadata, KVCaches
+from workers.attention.backend import AttentionMetadata, KVCaches, StepMetadata
 from workers.config import EngineConfig
 from workers.engine.batch import ForwardBatch, dummy_batch
 from workers.engine.cuda_graphs import DecodeGraphs, GraphRecorder, Step
-from workers.engine.decode_padding import decode_sizes, is_decode, pad_decode, padded_size
+from workers.engine.decode_padding import CapturePolicy, is_decode, pad_decode, padded_size
 from workers.engine.step_upload import StepUpload, bytes_for
 from workers.kv_cache import tensors as kv_cache
 from workers.model.mistral import MistralForCausalLM
@@ -41,7 +42,7 @@ class _Inputs:
 
     token_ids: torch.Tensor  # [num_tokens] int64, as are the other indices
     positions: torch.Tensor
-    metadata: AttentionMetadata
+    metadata: StepMetadata
     logits_indices: torch.Tensor
     prompt_logits_indices: torch.Tensor
 
@@ -69,17 +70,22 @@ class ModelRunner:
         self.attention_backend = attention_backend
         self.num_blocks = 0
         self.kv_cache: KVCaches = []
-        self.graphs = DecodeGraphs(decode_sizes(config.max_num_seqs), graph_recorder)
+        self._policy = CapturePolicy() if graph_recorder is None else graph_recorder.policy
+        self.graphs = DecodeGraphs(self._policy.sizes(config.max_num_seqs), graph_recorder)
+        self._num_decodes: Counter[int] = Counter()
         self._pads_decodes = pads_decodes
         self._num_threads_to_set = num_threads
         self._graph_bytes = 0
         self._last_decode_size: int | None = None
         tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
         max_blocks = -(-config.max_model_len // config.block_size)
-        self._upload = StepUpload(bytes_for(*[tokens] * 4, *[seqs + 1] * 5, seqs * max_blocks), tp.device)
+        self._num_groups = len(config.model.layer_groups)
+        sizes = [*[tokens] * (3 + self._num_groups), *[seqs + 1] * 5, *[seqs * max_blocks] * self._num_groups]
+        self._upload = StepUpload(bytes_for(*sizes), tp.device)
         if pads_decodes:
             # A graph reads rows of this width. Uploading them whole, for contexts of any length, would take longer than widening them.
-            self._block_table = torch.zeros((seqs, max_blocks), dtype=torch.int32, device=tp.device)
+            shape = (self._num_groups, seqs, max_blocks)
+            self._block_table = torch.zeros(shape, dtype=torch.int32, device=tp.device)
         if graph_recorder is not None:
             # What graphs write, so that their own memory is free again at their end.
             hidden_size, vocab_size = config.model.hidden_size, config.model.vocab_size
@@ -129,9 +135,12 @@ class ModelRunner:
         """The size of decode step whose CUDA graph should be captured now, on all ranks; None if there is none. While the engine has work
         that is the size of the last step, so that no step waits for a graph that nobody needs yet.
         """
-        if not is_idle and self._last_decode_size is None:
+        if is_idle:
+            return self.graphs.next_size(None) if self._policy.when_idle else None
+        size = self._last_decode_size
+        if size is None or self._num_decodes[size] < self._policy.num_steps_before:
             return None
-        return self.graphs.next_size(None if is_idle else self._last_decode_size)
+        return self.graphs.next_size(size)
 
     def capture(self, size: int) -> None:
         """Captures decode steps of `size` sequences, on every rank between the same two steps."""
@@ -156,6 +165,7 @@ class ModelRunner:
         """`execute` for one token of each sequence. Logits are computed for all of them, and for the rows that pad the batch."""
         num_seqs = len(batch.query_lens)
         size = self._last_decode_size = padded_size(num_seqs, self.graphs.sizes)
+        self._num_decodes[size] += 1
         inputs = self._to_device(pad_decode(batch, size), sampled)
         if self.graphs.replay(size):
             hidden_states, logits = self._hidden_states, self._logits
@@ -174,7 +184,7 @@ class ModelRunner:
 
     def _decode_step(self, size: int) -> Step:
         """What the graph of a size repeats, with inputs that touch the null block only."""
-        inputs = self._to_device(pad_decode(dummy_batch(1, 1, self.config.block_size), size), None)
+        inputs = self._to_device(pad_decode(self._dummy_batch(1, 1), size), None)
 
         @torch.inference_mode()
         def step() -> None:
@@ -192,38 +202,44 @@ class ModelRunner:
             [
                 (batch.token_ids, torch.int64),
                 (batch.positions, torch.int64),
-                (batch.slot_mapping, torch.int64),
+                *((slots, torch.int64) for slots in batch.slot_mapping),
                 (batch.seq_lens, torch.int32),
                 (cu_seqlens_q, torch.int32),
                 # From here on, decode steps of one size may differ in their shapes.
                 (batch.logits_indices, torch.int64),
                 (batch.prompt_logits_indices, torch.int64),
-                (batch.block_table, torch.int32),
+                *((table, torch.int32) for table in batch.block_table),
                 (unread, torch.int64),
                 (batch.unread_rows[unread], torch.int64),
             ]
         )
-        token_ids, positions, slots, seq_lens, cu_seqlens, logits_indices, prompt_logits_indices, table, *indices = (
-            tensors
-        )
+        n = self._num_groups
+        (token_ids, positions), slots, rest = tensors[:2], tensors[2 : 2 + n], tensors[2 + n :]
+        seq_lens, cu_seqlens, logits_indices, prompt_logits_indices = rest[:4]
+        tables, indices = rest[4 : 4 + n], rest[4 + n :]
         if len(unread):
             self._insert_sampled(token_ids, sampled, unread=(unread, batch.unread_rows[unread]), indices=indices)
         max_seq_len = int(batch.seq_lens.max())
         if self._pads_decodes and is_decode(batch):
             # What a graph takes for given must be the same without it.
-            num_seqs, width = table.shape
-            self._block_table[:num_seqs, :width].copy_(table)
-            table, max_seq_len = self._block_table[:num_seqs], self.config.max_model_len
-        metadata = AttentionMetadata(
-            slot_mapping=slots,
-            block_table=table,
-            seq_lens=seq_lens,
-            cu_seqlens_q=cu_seqlens,
-            query_lens=batch.query_lens.tolist(),
-            context_lens=batch.seq_lens.tolist(),
-            max_query_len=int(batch.query_lens.max()),
-            max_seq_len=max_seq_len,
-        )
+            num_seqs, width = tables[0].shape
+            for table, wide in zip(tables, self._block_table, strict=True):
+                wide[:num_seqs, :width].copy_(table)
+            tables, max_seq_len = [wide[:num_seqs] for wide in self._block_table], self.config.max_model_len
+        query_lens, context_lens = batch.query_lens.tolist(), batch.seq_lens.tolist()
+        metadata = [
+            AttentionMetadata(
+                slot_mapping=slot_mapping,
+                block_table=table,
+                seq_lens=seq_lens,
+                cu_seqlens_q=cu_seqlens,
+                query_lens=query_lens,
+                context_lens=context_lens,
+                max_query_len=max(query_lens),
+                max_seq_len=max_seq_len,
+            )
+            for slot_mapping, table in zip(slots, tables, strict=True)
+        ]
         return _Inputs(token_ids, positions, metadata, logits_indices, prompt_logits_indices)
 
     def _insert_sampled(
@@ -248,6 +264,10 @@ class ModelRunner:
                 token_ids.index_copy_(0, indices[0], sampled.index_select(0, indices[1]))
         self.tp.broadcast_tensor(token_ids)
 
+    def _dummy_batch(self, num_tokens: int, max_tokens_per_seq: int, **more: int) -> ForwardBatch:
+        block_size = self.config.block_size
+        return dummy_batch(num_tokens, max_tokens_per_seq, block_size, num_groups=self._num_groups, **more)
+
     def _profile(self) -> None:
         """Runs the steps that need the most memory with a one-block cache, so that peak memory is known before the real cache is sized, and
         takes the memory of the graphs to come.
@@ -261,7 +281,7 @@ class ModelRunner:
         longest = min(longest, max(1, config.max_num_batched_tokens // config.max_num_seqs))
         num_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * longest)
         num_prompt_logits = min(num_tokens, PROMPT_LOGITS_AT_ONCE)
-        batch = dummy_batch(num_tokens, longest, config.block_size, num_prompt_logits=num_prompt_logits)
+        batch = self._dummy_batch(num_tokens, longest, num_prompt_logits=num_prompt_logits)
         self.execute(batch, _LikePromptLogprobs())
         if self.attention_backend == "triton":
             # Imported here because Triton comes with the CUDA builds of torch only.
@@ -270,7 +290,7 @@ class ModelRunner:
             num_heads = config.model.num_attention_heads // self.tp.size
             num_tokens, seq_len = widest_split(num_tokens, num_heads=num_heads, head_dim=config.model.head_dim)
             num_computed_tokens = max(0, min(seq_len, config.max_model_len) - longest)
-            self.execute(dummy_batch(num_tokens, longest, config.block_size, num_computed_tokens=num_computed_tokens))
+            self.execute(self._dummy_batch(num_tokens, longest, num_computed_tokens=num_computed_tokens))
         torch.cuda.synchronize(self.tp.device)
         self.kv_cache = []
         # Pieces that a KV cache does not fit into.

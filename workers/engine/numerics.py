@@ -17,6 +17,7 @@ import torch
 from workers.attention.backend import AttentionMetadata
 from workers.config import EngineConfig
 from workers.engine.model_runner import ModelRunner
+from workers.kernels.quantized_kv import Cache, QuantizedKV, parts_of, quantize
 from workers.model.mistral import MistralLayer
 from workers.sampling.logprobs import compute_logprobs
 
@@ -44,7 +45,8 @@ def fingerprint(runner: ModelRunner) -> str | None:
     if gathered is None:
         return None
     total = hashlib.blake2b(gathered.cpu().numpy().tobytes(), digest_size=DIGEST_BYTES).hexdigest()
-    names = (config.dtype, config.quantization, runner.attention_backend, f"tp{tp.size}", total)
+    kv_form = None if config.kv_cache_dtype == "auto" else f"kv{config.kv_cache_dtype}"
+    names = (config.dtype, config.quantization, kv_form, runner.attention_backend, f"tp{tp.size}", total)
     return "-".join(name for name in names if name is not None)
 
 
@@ -87,8 +89,10 @@ def _digest(runner: ModelRunner) -> bytes:
         for tensor in compute_logprobs(logits, torch.zeros(len(logits), dtype=torch.int64, device=device), max_top=1):
             add(tensor)
     # What the layer wrote: this rank's own keys and values.
-    add(keys)
-    add(values)
+    for cache in (keys, values):
+        for tensor in parts_of(cache):
+            if tensor is not None:
+                add(tensor)
     shape = (math.ceil(NUM_ELEMENTS / hidden_size), hidden_size)
     for tensor in decoder.norm(fixed(shape, "x"), fixed(shape, "residual")):
         add(tensor)
@@ -134,11 +138,15 @@ def _inputs(
     return positions, metadata
 
 
-def _cache_like(cache: torch.Tensor, config: EngineConfig, name: str) -> torch.Tensor:
+def _cache_like(cache: Cache, config: EngineConfig, name: str) -> Cache:
     """Fixed keys or values of one layer, in blocks of the form of `cache`, with the null block and those that `_inputs` names."""
     num_blocks = 1 + math.ceil(min(MAX_CONTEXT, config.max_model_len) / config.block_size)
-    shape = (num_blocks, *cache.shape[1:])
-    return _fixed(shape, name).to(cache.device, cache.dtype)
+    fixed = _fixed((num_blocks, *cache.shape[1:]), name)
+    if isinstance(cache, torch.Tensor):
+        return fixed.to(cache.device, cache.dtype)
+    values, scales = quantize(fixed, cache.dtype)
+    device = cache.values.device
+    return QuantizedKV(values.to(device), scales.transpose(1, 2).contiguous().to(device))
 
 
 def _all_numbers(dtype: torch.dtype) -> torch.Tensor:

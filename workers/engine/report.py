@@ -23,8 +23,12 @@ def load_report(
     prompt_tokens_total: int,
     generated_tokens_total: int,
 ) -> LoadReport:
-    """What the scheduler does not know: `num_compiling` requests wait for their grammar, `num_leaving` for their last token."""
+    """What the scheduler does not know: `num_compiling` requests wait for their grammar, `num_leaving` for their last token.
+
+    Blocks are counted as if each held all layers: where layers have different windows, it takes a block of each group.
+    """
     pool, prefix_counts = scheduler.kv_cache.pool, scheduler.prefix_counts
+    num_groups = len(scheduler.kv_cache.windows)
     # Copies: the engine thread changes the lists.
     running, waiting = list(scheduler.running), list(scheduler.waiting)
     requests = running + waiting
@@ -37,10 +41,10 @@ def load_report(
         num_pending_tokens=sum(r.num_pending_tokens for r in requests),
         num_background=len(background),
         num_background_pending_tokens=sum(r.num_pending_tokens for r in background),
-        num_background_blocks=max(0, pool.num_used - num_foreground_blocks),
+        num_background_blocks=-(-max(0, pool.num_used - num_foreground_blocks) // num_groups),
         tokens_per_s=clock.tokens_per_s,
-        num_blocks=pool.num_blocks,
-        num_used_blocks=pool.num_used,
+        num_blocks=pool.num_blocks // num_groups,
+        num_used_blocks=-(-pool.num_used // num_groups),
         num_steps_total=clock.num_steps_total,
         num_preemptions_total=scheduler.num_preemptions_total,
         prompt_tokens_total=prompt_tokens_total,
@@ -75,7 +79,7 @@ def engine_facts(
         max_num_seqs=config.max_num_seqs,
         block_size=config.block_size,
         num_blocks=num_blocks,
-        sliding_window=config.model.sliding_window,
+        sliding_window=config.model.widest_window,
         enable_prefix_caching=config.enable_prefix_caching,
         bos_token_id=config.model.bos_token_id,
         eos_token_ids=config.model.eos_token_ids,
@@ -84,5 +88,7 @@ def engine_facts(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_background_tokens=config.background_tokens,
         dtype=config.dtype,
-        quantization=config.quantization,
+        quantization=config.weight_form,
+        kv_cache_dtype=config.kv_cache_dtype,
+        kv_token_bytes=config.kv_token_bytes,
     )

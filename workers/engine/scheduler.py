@@ -205,7 +205,7 @@ class Scheduler:
         """A waiting request starts. Requests of worse priority are preempted for it, one by one from the last; equal ones are not."""
         sequence = request.sequence
         prefix = self.kv_cache.find_prefix(sequence, request.max_prefix_tokens)
-        num_missing = request.num_tokens - len(prefix) * self.kv_cache.block_size
+        num_missing = request.num_tokens - prefix.num_blocks * self.kv_cache.block_size
         num_new_tokens = min(num_missing, budget)
         while len(self.running) >= self.max_num_seqs or not self.kv_cache.start(sequence, prefix, num_new_tokens):
             if not self.running or self.running[-1].priority <= request.priority:

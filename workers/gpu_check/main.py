@@ -10,16 +10,27 @@ from pathlib import Path
 
 import torch
 
+from workers.config import Quantization
 from workers.device.require import require_gpu
 from workers.errors import ConfigError
-from workers.gpu_check import attention_cases, ceilings, kernel_cases, model_cases, sampler_cases, sanitizer, speed
+from workers.gpu_check import (
+    attention_cases,
+    ceilings,
+    kernel_cases,
+    model_cases,
+    quantized_cases,
+    sampler_cases,
+    sanitizer,
+    speed,
+)
 from workers.gpu_check.models import demo_model
 from workers.gpu_check.report import Report
 
 BUDGET_S = 480.0
-SECTIONS = ("ceilings", "kernels", "attention", "sampler", "models", "speed", "sanitizer")
+SECTIONS = ("ceilings", "kernels", "attention", "quantized", "sampler", "models", "speed", "sanitizer")
 # For compute-sanitizer, which makes kernels some hundred times slower. Only by name.
 SMALL = "small"
+CHECKED_QUANTIZATIONS: tuple[Quantization, ...] = ("int4", "int8", "fp8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +101,9 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
         if SMALL not in only:
             with report.section("FlashAttention"):
                 _check_flash(report, device)
+    if "quantized" in only or SMALL in only:
+        with report.section("Quantised weights"):
+            quantized_cases.check(report, device, shape=quantized_cases.Shape(256, 512) if SMALL in only else quantized_cases.SHAPE)
     if "sampler" in only:
         with report.section("Sampling"):
             sampler_cases.check(report, device)
@@ -100,6 +114,9 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
         }
         if (path := demo_model()) is not None:
             checks["Streams"] = lambda: model_cases.streams(report, path, device)
+            checks["Streams with quantised weights"] = lambda: [
+                model_cases.quantized_streams(report, path, device, quantization) for quantization in CHECKED_QUANTIZATIONS
+            ]
             checks["Tensor parallel"] = lambda: model_cases.two_ranks(report, path, device)
         for name, check in checks.items():
             with report.section(name):
@@ -111,6 +128,11 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
     if "speed" in only and limits is not None:
         with report.section("Speed, random 7B weights in bf16"):
             speed.check(report, limits)
+        torch.cuda.empty_cache()
+        with report.section("Speed of products with quantised weights"):
+            quantized_cases.measure(report, limits, device)
+        with report.section("Speed, random 7B weights in int4"):
+            speed.check_quantized(report, limits, "int4")
         torch.cuda.empty_cache()
     if "sanitizer" in only:
         with report.section("compute-sanitizer"):

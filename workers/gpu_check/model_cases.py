@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from workers.config import EngineConfig
+from workers.config import EngineConfig, Quantization
 from workers.engine.batch import ForwardBatch, dummy_batch
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
@@ -91,6 +91,24 @@ def streams(report: Report, path: Path, device: torch.device, *, num_streams: in
         not unexplained,
         f"{equal} equal, {num_streams - equal - len(unexplained)} part at a near tie, {len(unexplained)} differ",
     )
+    _check_resumed(report, "deterministic: each stream cut at every token and resumed", on_gpu, prompts, got)
+
+
+def quantized_streams(
+    report: Report, path: Path, device: torch.device, quantization: Quantization, *, num_streams: int = NUM_STREAMS
+) -> None:
+    """Greedy streams of the demo model with quantised weights, in bfloat16, each cut at every token and resumed."""
+    settings: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 512, "num_kv_blocks": 4096, "max_num_seqs": 256}
+    config = engine_config(path, device=device.type, quantization=quantization, deterministic=True, **settings)
+    engine = LLMEngine(config)
+    prompts = _prompts(config, num_streams)
+    got = engine.generate([_request(f"{i}", prompt) for i, prompt in enumerate(prompts)])
+    _check_resumed(report, f"{quantization}, deterministic: streams cut and resumed", engine, prompts, got)
+
+
+def _check_resumed(
+    report: Report, name: str, engine: LLMEngine, prompts: Sequence[list[int]], got: Sequence[list[int]]
+) -> None:
     resumed = [
         _request(f"{i}-{cut}", prompt, output=tokens[:cut])
         for i, (prompt, tokens) in enumerate(zip(prompts, got, strict=True))
@@ -98,13 +116,9 @@ def streams(report: Report, path: Path, device: torch.device, *, num_streams: in
     ]
     ends = [tokens[cut:] for tokens in got for cut in range(1, len(tokens))]
     random.Random(4).shuffle(order := list(range(len(resumed))))
-    rest = on_gpu.generate([resumed[i] for i in order])
+    rest = engine.generate([resumed[i] for i in order])
     num_wrong = sum(tokens != ends[i] for i, tokens in zip(order, rest, strict=True))
-    report.check(
-        "deterministic: each stream cut at every token and resumed",
-        not num_wrong,
-        f"{len(ends) - num_wrong:,} of {len(ends):,} equal",
-    )
+    report.check(name, not num_wrong, f"{len(ends) - num_wrong:,} of {len(ends):,} equal")
 
 
 def graphs(report: Report) -> None:
@@ -166,9 +180,9 @@ def prefill_batch(token_ids: Sequence[int], block_size: int, *, start: int = 0) 
         dummy_batch(n, n, block_size),
         token_ids=np.array(token_ids, dtype=np.int32),
         positions=positions,
-        slot_mapping=positions + block_size,
+        slot_mapping=(positions + block_size)[None],
         seq_lens=np.array([start + n], dtype=np.int32),
-        block_table=np.arange(1, 1 + -(-(start + n) // block_size), dtype=np.int32)[None],
+        block_table=np.arange(1, 1 + -(-(start + n) // block_size), dtype=np.int32)[None, None],
     )
 
 
@@ -183,9 +197,9 @@ def decode_batch(num_seqs: int, context: int, config: EngineConfig, *, seed: int
         dummy_batch(num_seqs, 1, size),
         token_ids=rng.integers(3, config.model.vocab_size, num_seqs).astype(np.int32),
         positions=ones * context,
-        slot_mapping=(blocks[:, context // size] * size + context % size).astype(np.int32),
+        slot_mapping=(blocks[:, context // size] * size + context % size).astype(np.int32)[None],
         seq_lens=ones * (context + 1),
-        block_table=blocks,
+        block_table=blocks[None],
     )
 
 

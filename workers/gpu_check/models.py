@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import nn
 
 import workers
 from workers.checkpoint.model_config import load_model_config
@@ -14,6 +15,7 @@ from workers.engine.model_runner import ModelRunner
 from workers.layers.linear import FinishesLoading
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank, TensorParallel
+from workers.quant.method import WeightMethod
 
 MISTRAL_7B = ModelConfig(
     vocab_size=32_768,
@@ -35,6 +37,14 @@ MISTRAL_7B = ModelConfig(
 )
 # As large as trained ones are, so that activations neither vanish nor overflow.
 WEIGHT_SCALE = 0.02
+
+
+@runtime_checkable
+class HasMethod(Protocol):
+    """A layer with a matrix."""
+
+    weight: nn.Parameter
+    method: WeightMethod
 
 
 def demo_model() -> Path | None:
@@ -59,12 +69,16 @@ def random_7b(*, num_layers: int = 32, tp: TensorParallel | None = None, **setti
 
 @torch.no_grad()
 def fill_randomly(model: MistralForCausalLM) -> None:
-    """Norms are ones, as in a new model."""
+    """Norms are ones, as in a new model. Matrices that are quantised while they are loaded are loaded with random numbers."""
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
-        else:
+        elif not parameter.is_meta:
             parameter.normal_(0.0, WEIGHT_SCALE)
+    device = model.lm_head.tp.device
     for module in model.modules():
+        if isinstance(module, HasMethod) and module.weight.is_meta:
+            values = torch.empty(module.weight.shape, dtype=torch.bfloat16, device=device).normal_(0.0, WEIGHT_SCALE)
+            module.method.load(module, values, slice(None))
         if isinstance(module, FinishesLoading):
             module.finish_loading()

@@ -7,6 +7,7 @@ import torch
 
 from workers.kernels import layer_specification as specification
 from workers.kernels.native_layers import NativeLayerKernels
+from workers.kernels.quantized_kv import Cache
 from workers.kernels.usable import why_triton_cannot_run
 from workers.native.library import NativeLibrary
 from workers.native.matrices import DTYPE_NAMES
@@ -26,7 +27,7 @@ class LayerKernels(Protocol):
         qkv: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
         *,
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: tuple[Cache, Cache],
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor: ...
 

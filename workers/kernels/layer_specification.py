@@ -8,6 +8,9 @@ torch only.
 import torch
 from torch.nn import functional
 
+from workers.kernels import quantized_kv
+from workers.kernels.quantized_kv import Cache
+
 
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, *, weight: torch.Tensor, eps: float
@@ -24,22 +27,22 @@ def rotary_kv(
     qkv: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor],
     *,
-    kv_cache: tuple[torch.Tensor, torch.Tensor],
+    kv_cache: tuple[Cache, Cache],
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     """Rotates queries and keys, writes keys and values to their slots (block * block_size + offset), and returns the queries.
 
     qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim], query heads first, value heads last, rows of any stride;
-    angles: cos and sin, each [num_tokens, 1, head_dim], fp32, see `RotaryEmbedding.angles`; kv_cache: keys and values, each
-    [num_blocks, block_size, num_kv_heads, head_dim]; slot_mapping: [num_tokens] int64.
+    angles: cos and sin, each [num_tokens, 1, head_dim], fp32, see `RotaryEmbedding.angles`; kv_cache: keys and values, see
+    `quantized_kv.Cache`; slot_mapping: [num_tokens] int64.
     Returns [num_tokens, num_heads, head_dim], rows of any stride.
     """
-    num_kv_heads, head_dim = kv_cache[0].shape[2:]
+    num_kv_heads = kv_cache[0].shape[2]
     num_heads = qkv.shape[1] - 2 * num_kv_heads
     qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
     q, k = rotate(qk, *angles).split((num_heads, num_kv_heads), dim=1)
     for cache, new in zip(kv_cache, (k, v), strict=True):
-        cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, new)
+        quantized_kv.write(cache, new, slot_mapping)
     return q
 
 

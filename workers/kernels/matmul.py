@@ -38,6 +38,17 @@ def choose_tile(out_features: int, dtype: torch.dtype) -> Tile:
     return Tile(rows=64, outputs=128, depth=64, num_warps=4, num_stages=3)
 
 
+@triton.jit
+def find_tile(num_row_tiles, num_output_tiles, GROUP_ROWS: tl.constexpr):
+    """This program's (tile of rows, tile of outputs): in groups of GROUP_ROWS tiles of rows; within a group, all of its tiles of rows for
+    one tile of outputs, then the next.
+    """
+    program, per_group = tl.program_id(0), GROUP_ROWS * num_output_tiles
+    first_row_tile = program // per_group * GROUP_ROWS
+    group_rows = tl.minimum(num_row_tiles - first_row_tile, GROUP_ROWS)
+    return first_row_tile + program % per_group % group_rows, program % per_group // group_rows
+
+
 # One compiled form for every number of rows, also 1 and multiples of 16.
 @triton.jit(do_not_specialize=["num_rows"])
 def matmul_kernel(
@@ -56,14 +67,7 @@ def matmul_kernel(
     DEPTH: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    # Programs in groups of GROUP_ROWS tiles of rows; within a group, all of its tiles of rows for one tile of outputs, then the next.
-    program, num_row_tiles = tl.program_id(0), tl.cdiv(num_rows, ROWS)
-    per_group = GROUP_ROWS * tl.cdiv(out_features, OUTPUTS)
-    first_row_tile = program // per_group * GROUP_ROWS
-    group_rows = tl.minimum(num_row_tiles - first_row_tile, GROUP_ROWS)
-    row_tile = first_row_tile + program % per_group % group_rows
-    output_tile = program % per_group // group_rows
-
+    row_tile, output_tile = find_tile(tl.cdiv(num_rows, ROWS), tl.cdiv(out_features, OUTPUTS), GROUP_ROWS)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
     outputs = output_tile * OUTPUTS + tl.arange(0, OUTPUTS)
     is_row = (rows < num_rows)[:, None]

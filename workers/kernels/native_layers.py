@@ -7,21 +7,38 @@ import ctypes
 
 import torch
 
+from workers.kernels.quantized_kv import KV_DTYPES, Cache
 from workers.native.library import NativeLibrary
 from workers.native.matrices import DTYPE_NAMES
 
 _NORM = [*[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_int64, ctypes.c_float]
-_ROTARY = [*[ctypes.c_void_p] * 7, *[ctypes.c_int64] * 5]
+_ROTARY = [*[ctypes.c_void_p] * 9, *[ctypes.c_int64] * 6]
 _SILU = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
 
 
+def kv_kernel_names(dtype: torch.dtype) -> dict[torch.dtype, str]:
+    """How the names of kernels that read or write a KV cache end, by the dtype of its values. dtype: of the model."""
+    name = DTYPE_NAMES[dtype]
+    return {dtype: name, **{kv_dtype: f"{name}_{kv_name}" for kv_name, kv_dtype in KV_DTYPES.items()}}
+
+
+def pointers(cache: Cache) -> tuple[int, int | None]:
+    """Where its values and its scales begin."""
+    if isinstance(cache, torch.Tensor):
+        return cache.data_ptr(), None
+    return cache.values.data_ptr(), cache.scales.data_ptr()
+
+
 class NativeLayerKernels:
-    """See `LayerKernels`. dtype: float32 or bfloat16, of all tensors but the angles."""
+    """See `LayerKernels`. dtype: float32 or bfloat16, of all tensors but the angles and a KV cache in 8 bits."""
 
     def __init__(self, library: NativeLibrary, dtype: torch.dtype) -> None:
         name = DTYPE_NAMES[dtype]
         self._add_rms_norm = library.function(f"add_rms_norm_{name}", _NORM)
-        self._rotary_kv = library.function(f"rotary_kv_{name}", _ROTARY)
+        self._rotary_kv = {
+            kv_dtype: library.function(f"rotary_kv_{kernel}", _ROTARY)
+            for kv_dtype, kernel in kv_kernel_names(dtype).items()
+        }
         self._silu_mul = library.function(f"silu_mul_{name}", _SILU)
 
     def add_rms_norm(
@@ -49,19 +66,20 @@ class NativeLayerKernels:
         qkv: torch.Tensor,
         angles: tuple[torch.Tensor, torch.Tensor],
         *,
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: tuple[Cache, Cache],
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        num_kv_heads, head_dim = kv_cache[0].shape[2:]
+        keys, values = kv_cache
+        _, block_size, num_kv_heads, head_dim = keys.shape
         num_tokens, num_all_heads, _ = qkv.shape
         num_heads = num_all_heads - 2 * num_kv_heads
         qkv = qkv.contiguous()
         q = qkv.new_empty((num_tokens, num_heads, head_dim))
         cos, sin = angles
-        self._rotary_kv(
+        self._rotary_kv[keys.dtype](
             q.data_ptr(),
-            kv_cache[0].data_ptr(),
-            kv_cache[1].data_ptr(),
+            *pointers(keys),
+            *pointers(values),
             qkv.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
@@ -70,6 +88,7 @@ class NativeLayerKernels:
             num_heads,
             num_kv_heads,
             head_dim,
+            block_size,
             cos.stride(0),
         )
         return q

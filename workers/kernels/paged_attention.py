@@ -15,6 +15,8 @@ Two properties are the hardware's: a matrix instruction computes all rows of a t
 import triton
 import triton.language as tl
 
+from workers.kernels.triton_kv import decode
+
 
 @triton.jit
 def _find_tile(cu_seqlens_q_ptr, num_seqs, QUERIES: tl.constexpr, IS_SHORT: tl.constexpr, SHORT_QUERIES: tl.constexpr):
@@ -84,6 +86,8 @@ def attention_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE], where FORM has scales
+    v_scales_ptr,
     out_ptr,
     partial_ptr,  # [num_tokens, num_heads, num_segments, BLOCK_D]
     partial_max_ptr,  # [num_tokens, num_heads, num_segments, 2]: a segment's maximum and sum of weights
@@ -111,8 +115,10 @@ def attention_kernel(
     IS_SHORT: tl.constexpr,
     SHORT_QUERIES: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    FORM: tl.constexpr,
 ):
-    """Grid: (tiles of queries, KV heads, splits of the context). `scale` includes log2(e)."""
+    """Grid: (tiles of queries, KV heads, splits of the context). `scale` includes log2(e). FORM: of the caches, see `triton_kv`."""
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
     QUERIES: tl.constexpr = BLOCK_M // GROUP
     sequence, first, num_queries = _find_tile(cu_seqlens_q_ptr, num_seqs, QUERIES, IS_SHORT, SHORT_QUERIES)
     if num_queries == 0:
@@ -145,7 +151,7 @@ def attention_kernel(
     table = block_table_ptr + sequence.to(tl.int64) * table_stride
     # Any column of the product is the sum. With fewer than 32, all four warps of a small tile would compute the same.
     SUM_COLUMNS: tl.constexpr = 8 if BLOCK_M >= 64 else 32
-    ones = tl.full((BLOCK_N, SUM_COLUMNS), 1.0, dtype=tl.float32).to(v_cache_ptr.dtype.element_ty)
+    ones = tl.full((BLOCK_N, SUM_COLUMNS), 1.0, dtype=tl.float32).to(dtype)
     total = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     total_weight = tl.zeros((BLOCK_M,), dtype=tl.float32)
     total_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
@@ -159,18 +165,28 @@ def attention_kernel(
         slots = block * cache_block_stride + (key % BLOCK_SIZE) * cache_slot_stride + kv_head * cache_head_stride
         kv_offsets = slots[:, None] + d[None, :]
         kv_mask = is_key[:, None] & is_d[None, :]
-        k = tl.load(k_cache_ptr + kv_offsets, mask=kv_mask, other=0.0)
+        k = tl.load(k_cache_ptr + kv_offsets, mask=kv_mask, other=0)
+        if FORM != "auto":
+            k = decode(k, FORM, dtype)
+            scales = (block * tl.num_programs(1) + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE
         # ieee: fp32 is not cut to tf32.
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if FORM != "auto":
+            k_scales = tl.load(k_scales_ptr + scales, mask=is_key, other=0.0)
+            scores = scores * k_scales[None, :]
         is_seen = key[None, :] <= position[:, None]
         if WINDOW > 0:
             is_seen = is_seen & (position[:, None] - key[None, :] < WINDOW)
         scores = tl.where(is_seen, scores, float("-inf"))
         new_max = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(tl.fma(scores, scale, -finite_max[:, None])).to(v_cache_ptr.dtype.element_ty)
+        weights = tl.exp2(tl.fma(scores, scale, -finite_max[:, None])).to(dtype)
         old_scale = tl.exp2(maximum - finite_max)[:, None]
-        v = tl.load(v_cache_ptr + kv_offsets, mask=kv_mask, other=0.0)
+        v = tl.load(v_cache_ptr + kv_offsets, mask=kv_mask, other=0)
+        if FORM != "auto":
+            # Not the weights: a product with a small scale may be too small for float16.
+            v_scales = tl.load(v_scales_ptr + scales, mask=is_key, other=0.0)
+            v = (decode(v, FORM, tl.float32) * v_scales[:, None]).to(dtype)
         summed = tl.dot(weights, v, summed * old_scale, input_precision="ieee")
         weight = tl.dot(weights, ones, weight * old_scale, input_precision="ieee")
         maximum = new_max

@@ -1,11 +1,15 @@
 """Rotary embedding and the write to the KV cache in one launch, in Triton. The specification is `layer_specification.rotary_kv`.
 
-One program computes HEADS heads of one token. A head's element is computed from its pair alone, so its bits depend on nothing else.
+One program computes HEADS heads of one token. A head's element is computed from its pair alone, and in 8 bits from its head, so its bits
+depend on nothing else.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from workers.kernels.quantized_kv import Cache
+from workers.kernels.triton_kv import encode, find_scale, kernel_arguments, size_bits
 
 HEADS = 8
 
@@ -19,6 +23,8 @@ def rotary_kv_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     token_stride,
     head_stride,
     angle_stride,
@@ -27,14 +33,18 @@ def rotary_kv_kernel(
     HALF_DIM: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, BLOCK)[None, :]  # the pair (i, i + HALF_DIM)
     is_pair = i < HALF_DIM
     is_query = (heads < NUM_HEADS) & is_pair
-    is_key = (heads >= NUM_HEADS) & (heads < NUM_HEADS + NUM_KV_HEADS) & is_pair
-    is_value = (heads >= NUM_HEADS + NUM_KV_HEADS) & (heads < NUM_HEADS + 2 * NUM_KV_HEADS) & is_pair
+    is_key_head = (heads >= NUM_HEADS) & (heads < NUM_HEADS + NUM_KV_HEADS)
+    is_value_head = (heads >= NUM_HEADS + NUM_KV_HEADS) & (heads < NUM_HEADS + 2 * NUM_KV_HEADS)
+    is_key = is_key_head & is_pair
+    is_value = is_value_head & is_pair
 
     row = qkv_ptr + token * token_stride + heads * head_stride
     first = tl.load(row + i, mask=is_query | is_key | is_value, other=0.0)
@@ -49,30 +59,44 @@ def rotary_kv_kernel(
     q = q_ptr + (token * NUM_HEADS + heads) * HEAD_DIM
     tl.store(q + i, rotated_first, mask=is_query)
     tl.store(q + HALF_DIM + i, rotated_second, mask=is_query)
-    slot = tl.load(slot_mapping_ptr + token) * NUM_KV_HEADS
-    k = k_cache_ptr + (slot + heads - NUM_HEADS) * HEAD_DIM
-    tl.store(k + i, rotated_first, mask=is_key)
-    tl.store(k + HALF_DIM + i, rotated_second, mask=is_key)
-    v = v_cache_ptr + (slot + heads - NUM_HEADS - NUM_KV_HEADS) * HEAD_DIM
-    tl.store(v + i, first, mask=is_value)
-    tl.store(v + HALF_DIM + i, second, mask=is_value)
+    slot = tl.load(slot_mapping_ptr + token)
+    k_head = heads - NUM_HEADS
+    v_head = k_head - NUM_KV_HEADS
+    k_first, k_second, v_first, v_second = rotated_first, rotated_second, first, second
+    if FORM != "auto":
+        # A head is a key or a value, so one scale serves both.
+        first = tl.where(is_key, rotated_first, first)
+        second = tl.where(is_key, rotated_second, second)
+        largest = tl.max(tl.maximum(size_bits(first), size_bits(second)), axis=1, keep_dims=True)
+        scale = find_scale(largest, FORM)
+        k_first = encode(first, scale, FORM)
+        k_second = encode(second, scale, FORM)
+        v_first, v_second = k_first, k_second
+        block, offset = slot // BLOCK_SIZE * NUM_KV_HEADS, slot % BLOCK_SIZE
+        tl.store(k_scales_ptr + (block + k_head) * BLOCK_SIZE + offset, scale, mask=is_key_head)
+        tl.store(v_scales_ptr + (block + v_head) * BLOCK_SIZE + offset, scale, mask=is_value_head)
+    k = k_cache_ptr + (slot * NUM_KV_HEADS + k_head) * HEAD_DIM
+    tl.store(k + i, k_first, mask=is_key)
+    tl.store(k + HALF_DIM + i, k_second, mask=is_key)
+    v = v_cache_ptr + (slot * NUM_KV_HEADS + v_head) * HEAD_DIM
+    tl.store(v + i, v_first, mask=is_value)
+    tl.store(v + HALF_DIM + i, v_second, mask=is_value)
 
 
 def rotary_kv(
     qkv: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor],
     *,
-    kv_cache: tuple[torch.Tensor, torch.Tensor],
+    kv_cache: tuple[Cache, Cache],
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     """See `layer_specification.rotary_kv`. The queries that it returns are contiguous."""
-    k_cache, v_cache = kv_cache
+    (k_values, k_scales, form), (v_values, v_scales, _) = map(kernel_arguments, kv_cache)
     cos, sin = angles
-    num_kv_heads, head_dim = k_cache.shape[2:]
+    _, block_size, num_kv_heads, head_dim = k_values.shape
     num_tokens, num_rows, _ = qkv.shape
     num_heads = num_rows - 2 * num_kv_heads
     assert qkv.stride(2) == 1 and cos.stride() == sin.stride() and cos.stride(2) == 1, "elements must be adjacent"
-    assert k_cache.is_contiguous() and v_cache.is_contiguous(), "the caches must be contiguous"
     q = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     rotary_kv_kernel[(num_tokens, triton.cdiv(num_rows, HEADS))](
         qkv,
@@ -80,8 +104,10 @@ def rotary_kv(
         sin,
         slot_mapping,
         q,
-        k_cache,
-        v_cache,
+        k_values,
+        v_values,
+        k_scales,
+        v_scales,
         qkv.stride(0),
         qkv.stride(1),
         cos.stride(0),
@@ -90,6 +116,8 @@ def rotary_kv(
         HALF_DIM=head_dim // 2,
         HEADS=HEADS,
         BLOCK=triton.next_power_of_2(head_dim // 2),
+        BLOCK_SIZE=block_size,
+        FORM=form,
         num_warps=4,
         enable_fp_fusion=False,  # as the specification rounds
     )

@@ -8,6 +8,7 @@ import torch
 from workers.attention.backend import KVCaches
 from workers.config import EngineConfig
 from workers.errors import ConfigError
+from workers.kernels.quantized_kv import KV_DTYPES, Cache, QuantizedKV
 
 
 def num_blocks_that_fit(config: EngineConfig, device: torch.device, *, reserved_bytes: int = 0) -> int:
@@ -43,18 +44,29 @@ def num_blocks_that_fit(config: EngineConfig, device: torch.device, *, reserved_
 
 
 def allocate(config: EngineConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> KVCaches:
-    """The caches of all layers with `num_blocks` + 1 blocks each, zeroed. Block 0 is the null block.
+    """The caches of all layers with `num_blocks` + 1 blocks each, zeroed, in `dtype` or as the configuration says. Block 0 is the null
+    block.
+
+    One layer of each group has the same tensors: they use different blocks of them.
 
     Zeros, not garbage: masked positions still enter a product, and 0 * NaN is NaN.
     """
-    heads = config.model.num_key_value_heads // config.tensor_parallel_size
+    heads = config.model.kv_heads_per_rank(config.tensor_parallel_size)
     shape = (num_blocks + 1, config.block_size, heads, config.model.head_dim)
 
-    def zeros() -> torch.Tensor:
+    def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
         if device.type == "cpu":
             # numpy asks the system for zero pages, which cost nothing until they are written: 3 s less start-up per GiB.
-            num_bytes = math.prod(shape) * dtype.itemsize
             return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
-        return torch.zeros(shape, dtype=dtype, device=device)
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=device).view(dtype).view(shape)
 
-    return [(zeros(), zeros()) for _ in range(config.model.num_hidden_layers)]
+    def cache() -> Cache:
+        if config.kv_cache_dtype == "auto":
+            return zeros(shape, dtype)
+        scales = zeros((num_blocks + 1, heads, config.block_size), torch.float32)
+        return QuantizedKV(zeros(shape, KV_DTYPES[config.kv_cache_dtype]), scales)
+
+    caches = [(cache(), cache()) for _ in range(config.model.layers_per_group)]
+    layers = {layer: caches[i] for group in config.model.layer_groups for i, layer in enumerate(group.layers)}
+    return [layers[layer] for layer in range(config.model.num_hidden_layers)]

@@ -1,4 +1,4 @@
-"""The parts of a Mistral decoder layer: norm, rotary embedding, attention, feed-forward. Knows no checkpoint and no cache layout.
+"""The parts of a Mistral decoder layer: norm, attention, feed-forward. Knows no checkpoint and no cache layout.
 
 The layers' types show where the computation is divided over ranks. Tensors are flat over the step's tokens, and in fp32 on the CPU a
 token's result is bit for bit independent of the other tokens. Nothing here reads from the device on the host, and shapes depend only on
@@ -11,9 +11,12 @@ from torch import nn
 from workers.attention.backend import AttentionBackend, AttentionMetadata
 from workers.config import ModelConfig
 from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
+from workers.kernels.quantized_kv import Cache
 from workers.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from workers.layers.rotary import Angles
 from workers.parallel.group import TensorParallel
-from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight
+from workers.quant.method import WeightMethods, WeightSource, check_shape, new_weight
+from workers.quant.quantized import dense_values
 
 
 class RMSNorm(nn.Module):
@@ -40,31 +43,8 @@ class RMSNorm(nn.Module):
     def load_whole(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
         """Every rank holds the whole parameter."""
         check_shape(source, tuple(parameter.shape))
-        parameter.copy_(source[:])
+        parameter.copy_(dense_values(source[:]))
         return parameter.numel()
-
-
-class RotaryEmbedding(nn.Module):
-    """Rotates each head's (i, i + head_dim / 2) pairs by position * theta^(-2i / head_dim): the order of Hugging Face's checkpoints.
-
-    For head_dim 4 and the angles a, b of a position, the cache holds cos = [cos a, cos b, cos a, cos b] and
-    sin = [-sin a, -sin b, sin a, sin b], so that rotated = x * cos + roll(x, 2) * sin.
-    """
-
-    def __init__(self, head_dim: int, theta: float, *, max_positions: int, device: torch.device | str) -> None:
-        super().__init__()
-        # The formula is transformers' to the last bit: at position 40,000 other rounding changes the angle by 0.002 radians.
-        inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq)
-        cos, sin = angles.cos(), angles.sin()
-        cos_sin = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)), dim=1)
-        self.cos_sin: torch.Tensor
-        self.register_buffer("cos_sin", cos_sin.to(device), persistent=False)  # [max_positions, 2, head_dim], fp32
-
-    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for `rotary_kv`, each [num_tokens, 1, head_dim]; once per step serves all layers. positions: [num_tokens]."""
-        cos, sin = self.cos_sin[positions].split(1, dim=1)
-        return cos, sin
 
 
 class Attention(nn.Module):
@@ -74,14 +54,16 @@ class Attention(nn.Module):
         self,
         config: ModelConfig,
         *,
+        name: str,
         backend: AttentionBackend,
         tp: TensorParallel,
         dtype: torch.dtype,
         device: torch.device | str,
-        method: WeightMethod,
+        methods: WeightMethods,
         kernels: LayerKernels,
     ) -> None:
         super().__init__()
+        self.num_heads = config.num_attention_heads // tp.size
         self.head_dim = config.head_dim
         self.backend = backend
         self.kernels = kernels
@@ -93,24 +75,33 @@ class Attention(nn.Module):
             tp=tp,
             dtype=dtype,
             device=device,
-            method=method,
+            method=methods(f"{name}.qkv_proj"),
+            has_bias=config.attention_bias,
         )
         input_size = config.num_attention_heads * config.head_dim
         self.o_proj = RowParallelLinear(
-            input_size, config.hidden_size, tp=tp, dtype=dtype, device=device, method=method
+            input_size,
+            config.hidden_size,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+            method=methods(f"{name}.o_proj"),
+            has_bias=config.attention_bias,
         )
 
     def forward(
         self,
         x: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        angles: Angles,
+        kv_cache: tuple[Cache, Cache],
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
         # qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]; q: [num_tokens, num_heads, head_dim]
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
-        q = self.kernels.rotary_kv(qkv, angles, kv_cache=kv_cache, slot_mapping=metadata.slot_mapping)
+        if angles.query_scale is not None:
+            qkv[:, : self.num_heads] *= angles.query_scale
+        q = self.kernels.rotary_kv(qkv, angles[:2], kv_cache=kv_cache, slot_mapping=metadata.slot_mapping)
         out = self.backend.forward(q, *kv_cache, metadata)
         return self.o_proj(out.reshape(x.shape[0], -1))
 
@@ -123,20 +114,34 @@ class MLP(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         *,
+        name: str,
         tp: TensorParallel,
         dtype: torch.dtype,
         device: torch.device | str,
-        method: WeightMethod,
+        methods: WeightMethods,
         kernels: LayerKernels,
+        has_bias: bool = False,
     ) -> None:
         super().__init__()
         self.kernels = kernels
         output_sizes = [("gate", intermediate_size), ("up", intermediate_size)]
         self.gate_up_proj = MergedColumnParallelLinear(
-            hidden_size, output_sizes, tp=tp, dtype=dtype, device=device, method=method
+            hidden_size,
+            output_sizes,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+            method=methods(f"{name}.gate_up_proj"),
+            has_bias=has_bias,
         )
         self.down_proj = RowParallelLinear(
-            intermediate_size, hidden_size, tp=tp, dtype=dtype, device=device, method=method
+            intermediate_size,
+            hidden_size,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+            method=methods(f"{name}.down_proj"),
+            has_bias=has_bias,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

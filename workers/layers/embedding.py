@@ -15,6 +15,7 @@ from torch.nn import functional
 from workers.parallel.group import TensorParallel
 from workers.quant.dense import DENSE
 from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight
+from workers.quant.quantized import StoredValues, dense_values, pad_rows
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -40,7 +41,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def load_rows(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
         check_shape(source, (self.vocab_size, self.weight.shape[1]))
-        parameter.copy_(_padded_rows(source, self.tp, num_rows=self.weight.shape[0]))
+        parameter.copy_(dense_values(_padded_rows(source, self.tp, num_rows=self.weight.shape[0])))
         return parameter.numel()
 
 
@@ -92,9 +93,9 @@ def _num_rows(vocab_size: int, tp: TensorParallel) -> int:
     return -(-vocab_size // tp.size)
 
 
-def _padded_rows(source: WeightSource, tp: TensorParallel, *, num_rows: int) -> torch.Tensor:
+def _padded_rows(source: WeightSource, tp: TensorParallel, *, num_rows: int) -> StoredValues:
     """This rank's rows of the vocabulary, then zero rows up to `num_rows`."""
     vocab_size = source.shape[0]
     start = min(tp.rank * num_rows, vocab_size)
     rows = source[start : min(start + num_rows, vocab_size)]
-    return rows if len(rows) == num_rows else functional.pad(rows, (0, 0, 0, num_rows - len(rows)))
+    return pad_rows(rows, num_rows)

@@ -4,19 +4,22 @@ Names are Hugging Face's, except that `packed_modules` fuses the projections tha
 Does not know where weights come from, how they are kept in memory, how the KV cache is allocated, or how tokens are chosen.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from workers.attention.backend import AttentionBackend, AttentionMetadata, KVCaches
+from workers.attention.backend import AttentionBackend, AttentionMetadata, KVCaches, StepMetadata
 from workers.config import ModelConfig
 from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
-from workers.layers.decoder import MLP, Attention, RMSNorm, RotaryEmbedding
+from workers.kernels.quantized_kv import Cache
+from workers.layers.decoder import MLP, Attention, RMSNorm
 from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from workers.layers.rotary import Angles, RotaryEmbedding
 from workers.parallel.group import TensorParallel
-from workers.quant.dense import DENSE
-from workers.quant.method import WeightMethod
+from workers.quant.dense import ALL_DENSE
+from workers.quant.method import WeightMethods
 
 
 class MistralForCausalLM(nn.Module):
@@ -33,34 +36,42 @@ class MistralForCausalLM(nn.Module):
         config: ModelConfig,
         *,
         tp: TensorParallel,
-        backend: AttentionBackend,
+        backends: Sequence[AttentionBackend],
         dtype: torch.dtype,
         device: torch.device | str,
         max_positions: int,
-        method: WeightMethod = DENSE,
+        methods: WeightMethods = ALL_DENSE,
         kernels: LayerKernels = TORCH_LAYER_KERNELS,
     ) -> None:
-        """`backend` serves this rank's heads, `method` all weight matrices. Positions run from 0 to max_positions - 1."""
+        """`backends` serve this rank's heads, one for each group of layers. methods: by the module's name,
+        "model.layers.0.self_attn.qkv_proj" or "lm_head".
+
+        Positions run from 0 to max_positions - 1.
+        """
         super().__init__()
         self.model = MistralModel(
             config,
             tp=tp,
-            backend=backend,
+            backends=backends,
             dtype=dtype,
             device=device,
             max_positions=max_positions,
-            method=method,
+            methods=methods,
             kernels=kernels,
         )
-        tied = self.model.embed_tokens if config.tie_word_embeddings else None
+        head = methods("lm_head")
+        tied = self.model.embed_tokens if config.tie_word_embeddings and head.shares_embedding else None
         self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device, tied=tied, method=method
+            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device, tied=tied, method=head
         )
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_caches: KVCaches, metadata: AttentionMetadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_caches: KVCaches, metadata: StepMetadata
     ) -> torch.Tensor:
-        """token_ids, positions: [num_tokens] int. Returns hidden states [num_tokens, hidden_size], the same on all ranks."""
+        """token_ids, positions: [num_tokens] int; kv_caches: of each layer; metadata: of each group of layers.
+
+        Returns hidden states [num_tokens, hidden_size], the same on all ranks.
+        """
         return self.model(token_ids, positions, kv_caches, metadata)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -75,32 +86,49 @@ class MistralModel(nn.Module):
         config: ModelConfig,
         *,
         tp: TensorParallel,
-        backend: AttentionBackend,
+        backends: Sequence[AttentionBackend],
         dtype: torch.dtype,
         device: torch.device | str,
         max_positions: int,
-        method: WeightMethod,
+        methods: WeightMethods,
         kernels: LayerKernels,
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device
         )
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, max_positions=max_positions, device=device)
+        self.rotary = RotaryEmbedding(
+            config.head_dim,
+            config.rope_theta,
+            max_positions=max_positions,
+            device=device,
+            scaling=config.rope_scaling,
+            query_scaling=config.query_scaling,
+        )
+        self.group_of_layer = config.group_of_layer
         self.layers = nn.ModuleList(
-            MistralLayer(config, backend=backend, tp=tp, dtype=dtype, device=device, method=method, kernels=kernels)
-            for _ in range(config.num_hidden_layers)
+            MistralLayer(
+                config,
+                name=f"model.layers.{i}",
+                backend=backends[group],
+                tp=tp,
+                dtype=dtype,
+                device=device,
+                methods=methods,
+                kernels=kernels,
+            )
+            for i, group in enumerate(self.group_of_layer)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device, kernels=kernels)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_caches: KVCaches, metadata: AttentionMetadata
+        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_caches: KVCaches, metadata: StepMetadata
     ) -> torch.Tensor:
         hidden_states = self.embed_tokens(token_ids)  # [num_tokens, hidden_size]
         angles = self.rotary.angles(positions)
         residual = None
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden_states, residual = layer(hidden_states, residual, angles, kv_cache, metadata)
+        for layer, kv_cache, group in zip(self.layers, kv_caches, self.group_of_layer, strict=True):
+            hidden_states, residual = layer(hidden_states, residual, angles, kv_cache, metadata[group])
         hidden_states, _ = self.norm(hidden_states, residual)
         return hidden_states
 
@@ -110,11 +138,12 @@ class MistralLayer(nn.Module):
         self,
         config: ModelConfig,
         *,
+        name: str,
         backend: AttentionBackend,
         tp: TensorParallel,
         dtype: torch.dtype,
         device: torch.device | str,
-        method: WeightMethod,
+        methods: WeightMethods,
         kernels: LayerKernels,
     ) -> None:
         super().__init__()
@@ -124,25 +153,34 @@ class MistralLayer(nn.Module):
 
         self.input_layernorm = norm()
         self.self_attn = Attention(
-            config, backend=backend, tp=tp, dtype=dtype, device=device, method=method, kernels=kernels
+            config,
+            name=f"{name}.self_attn",
+            backend=backend,
+            tp=tp,
+            dtype=dtype,
+            device=device,
+            methods=methods,
+            kernels=kernels,
         )
         self.post_attention_layernorm = norm()
         self.mlp = MLP(
             config.hidden_size,
             config.intermediate_size,
+            name=f"{name}.mlp",
             tp=tp,
             dtype=dtype,
             device=device,
-            method=method,
+            methods=methods,
             kernels=kernels,
+            has_bias=config.mlp_bias,
         )
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        angles: Angles,
+        kv_cache: tuple[Cache, Cache],
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual lags by one block, so that each block's output is added to it by the norm that follows, in one kernel.

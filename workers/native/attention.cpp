@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "simd.h"
+#include "kv_cache.h"
 
 namespace {
 
@@ -78,9 +78,17 @@ void add_values_of(int rows, float* out, const float* factors, const float* weig
     for (int64_t d = 0; d < head_dim; d += 16) add_values<ROWS>(out + d, factors, weights, values + d, head_dim, begin, end);
 }
 
-// One thread's memory.
+// Keys or values of one layer. scales: [num_blocks, num_kv_heads, block_size]; null where KV has none.
+template <class KV>
+struct Cache {
+    const KV* values;
+    const float* scales;
+};
+
+// One thread's memory. The scales are those of a tile's keys.
 struct Scratch {
     std::vector<float> queries, keys, values, out, weights, largest, sums, factors;
+    float key_scales[TILE] = {}, value_scales[TILE] = {};
 
     void reserve(int64_t rows, int64_t head_dim) {
         if ((int64_t)largest.size() >= rows && (int64_t)keys.size() >= TILE * head_dim && (int64_t)out.size() >= rows * head_dim) return;
@@ -92,6 +100,11 @@ struct Scratch {
         for (auto* per_row : {&largest, &sums, &factors}) per_row->resize(rows);
     }
 };
+
+// A number is its value times the scale of its key, so scores and weights take the scale instead of every number.
+INLINE void scale_tile(float* row, const float* scales) {
+    for (int i = 0; i < TILE_VECTORS; i++) store(row + i * 16, load(row + i * 16) * load(scales + i * 16));
+}
 
 // Softmax weights of a tile for one query that sees keys [begin, end) of it, from scores in place. Returns the factor of what came before.
 INLINE float softmax_tile(float* row, int begin, int end, float* largest, float* total) {
@@ -112,6 +125,11 @@ INLINE float softmax_tile(float* row, int begin, int end, float* largest, float*
     return before[0];
 }
 
+// Where the scale of key `key` of a sequence is, for one KV head.
+INLINE int64_t place_of_scale(int64_t key, const Work& work, int64_t kv_head, const Shape& s) {
+    return (work.blocks[key / s.block_size] * s.num_kv_heads + kv_head) * s.block_size + key % s.block_size;
+}
+
 // Where key `key` of a sequence begins in the caches, for one KV head.
 INLINE int64_t place_of(int64_t key, const Work& work, int64_t kv_head, const Shape& s) {
     const int64_t slot = work.blocks[key / s.block_size] * s.block_size + key % s.block_size;
@@ -119,11 +137,11 @@ INLINE int64_t place_of(int64_t key, const Work& work, int64_t kv_head, const Sh
 }
 
 // The keys and values of a tile lie in short pieces, which the processor does not foresee.
-template <class T>
-void prefetch_tile(const T* k_cache, const T* v_cache, int64_t first_key, int64_t last_key, const Work& work, int64_t kv_head, const Shape& s) {
+template <class KV>
+void prefetch_tile(const KV* k_cache, const KV* v_cache, int64_t first_key, int64_t last_key, const Work& work, int64_t kv_head, const Shape& s) {
     for (int64_t key = first_key; key < last_key; key++) {
         const int64_t place = place_of(key, work, kv_head, s);
-        for (int64_t d = 0; d < s.head_dim; d += 64 / (int64_t)sizeof(T)) {
+        for (int64_t d = 0; d < s.head_dim; d += 64 / (int64_t)sizeof(KV)) {
             _mm_prefetch((const char*)(k_cache + place + d), _MM_HINT_T0);
             _mm_prefetch((const char*)(v_cache + place + d), _MM_HINT_T0);
         }
@@ -131,9 +149,10 @@ void prefetch_tile(const T* k_cache, const T* v_cache, int64_t first_key, int64_
 }
 
 // Query heads of one KV head for the queries of `work`. Rows are (query, head within the group).
-template <class T>
-void attend(T* out, const T* q, const T* k_cache, const T* v_cache, const Work& work, int64_t kv_head, const Shape& s, int64_t q_stride, int64_t out_stride,
-            Scratch& scratch) {
+template <class T, class KV>
+void attend(T* out, const T* q, const Cache<KV>& k, const Cache<KV>& v, const Work& work, int64_t kv_head, const Shape& s, int64_t q_stride,
+            int64_t out_stride, Scratch& scratch) {
+    const KV *const k_cache = k.values, *const v_cache = v.values;
     // Heads are filled up with zeros to whole vectors.
     const int64_t group = s.num_heads / s.num_kv_heads, rows = work.num * group, head_dim = s.head_dim, dim = (head_dim + 15) / 16 * 16;
     scratch.reserve(rows, dim);
@@ -154,10 +173,15 @@ void attend(T* out, const T* q, const T* k_cache, const T* v_cache, const Work& 
         else if (kv_head + 1 < s.num_kv_heads)  // often the next one that this thread computes
             prefetch_tile(k_cache, v_cache, oldest, std::min<int64_t>(oldest / TILE * TILE + TILE, num_keys), work, kv_head + 1, s);
         for (int64_t sixteen = start; sixteen < last_key; sixteen += 16) {
-            const T* keys[16] = {};
+            const KV* keys[16] = {};
             for (int64_t key = std::max(sixteen, first_key); key < std::min(sixteen + 16, last_key); key++) {
                 const int64_t place = place_of(key, work, kv_head, s);
                 keys[key - sixteen] = k_cache + place;
+                if constexpr (is_scaled<KV>) {
+                    const int64_t place_of_its_scale = place_of_scale(key, work, kv_head, s);
+                    scratch.key_scales[key - start] = k.scales[place_of_its_scale];
+                    scratch.value_scales[key - start] = v.scales[place_of_its_scale];
+                }
                 float* const value = scratch.values.data() + (key - start) * dim;
                 for (int64_t d = 0; d < dim; d += 16) store(value + d, load_some(v_cache + place + d, head_dim - d));
             }
@@ -178,7 +202,10 @@ void attend(T* out, const T* q, const T* k_cache, const T* v_cache, const Work& 
                 scratch.factors[r] = 1.0f;
                 continue;
             }
-            scratch.factors[r] = softmax_tile(scratch.weights.data() + r * TILE, (int)begin, (int)end, &scratch.largest[r], &scratch.sums[r]);
+            float* const row = scratch.weights.data() + r * TILE;
+            if constexpr (is_scaled<KV>) scale_tile(row, scratch.key_scales);
+            scratch.factors[r] = softmax_tile(row, (int)begin, (int)end, &scratch.largest[r], &scratch.sums[r]);
+            if constexpr (is_scaled<KV>) scale_tile(row, scratch.value_scales);
             first_row = std::min(first_row, r);
             end_row = r + 1;
         }
@@ -193,18 +220,18 @@ void attend(T* out, const T* q, const T* k_cache, const T* v_cache, const Work& 
     }
 }
 
-template <class T>
-void attention(T* out, const T* q, const T* k_cache, const T* v_cache, const int32_t* block_table, const int64_t* query_lens, const int64_t* context_lens,
-               int64_t num_seqs, int64_t max_blocks, const Shape& s, int64_t q_stride, int64_t out_stride) {
+template <class T, class KV>
+void attention(T* out, const T* q, const Cache<KV>& keys, const Cache<KV>& values, const int32_t* block_table, const int32_t* cu_seqlens,
+               const int32_t* seq_lens, int64_t num_seqs, int64_t max_blocks, const Shape& s, int64_t q_stride, int64_t out_stride) {
     std::vector<Work> works;
-    int64_t token = 0, num_pairs = 0;
+    int64_t num_pairs = 0;
     for (int64_t i = 0; i < num_seqs; i++) {
-        for (int64_t first = 0; first < query_lens[i]; first += QUERY_TILE) {
-            const int64_t position = context_lens[i] - query_lens[i] + first, num = std::min(QUERY_TILE, query_lens[i] - first);
+        const int64_t token = cu_seqlens[i], query_len = cu_seqlens[i + 1] - token;
+        for (int64_t first = 0; first < query_len; first += QUERY_TILE) {
+            const int64_t position = seq_lens[i] - query_len + first, num = std::min(QUERY_TILE, query_len - first);
             works.push_back({token + first, position, num, block_table + i * max_blocks});
             num_pairs += num * (position + num);
         }
-        token += query_lens[i];
     }
     // With many sequences a thread computes all KV heads of one: their keys lie next to each other.
     const int64_t heads_at_once = (int64_t)works.size() >= MANY_WORKS ? s.num_kv_heads : 1;
@@ -218,22 +245,27 @@ void attention(T* out, const T* q, const T* k_cache, const T* v_cache, const int
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = num_items - 1; i >= 0; i--)
             for (int64_t h = 0; h < heads_at_once; h++)
-                attend(out, q, k_cache, v_cache, works[i / parts], i % parts * heads_at_once + h, s, q_stride, out_stride, scratch);
+                attend(out, q, keys, values, works[i / parts], i % parts * heads_at_once + h, s, q_stride, out_stride, scratch);
     }
 }
 
 }  // namespace
 
 // out, q: [num_tokens, num_heads, head_dim] with strides of rows in values; caches: [num_blocks, block_size, num_kv_heads, head_dim];
-// block_table: [num_seqs, max_blocks]. window counts the query itself; 0 is none.
-#define EXPORT(type, T)                                                                                                                               \
-    TRAMONTANE_KERNEL(attention_##type)(void* out, const void* q, const void* k_cache, const void* v_cache, const int32_t* block_table,              \
-                                        const int64_t* query_lens, const int64_t* context_lens, int64_t num_seqs, int64_t max_blocks,                \
-                                        int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t block_size, int64_t window,               \
-                                        int64_t q_stride, int64_t out_stride) {                                                                       \
+// block_table: [num_seqs, max_blocks]; cu_seqlens: [num_seqs + 1], seq_lens: [num_seqs], see AttentionMetadata. window counts the query itself;
+// 0 is none. name: the type of q, and of the caches where that is another.
+#define EXPORT(name, T, KV)                                                                                                                           \
+    TRAMONTANE_KERNEL(attention_##name)(void* out, const void* q, const void* k_values, const float* k_scales, const void* v_values,                  \
+                                        const float* v_scales, const int32_t* block_table, const int32_t* cu_seqlens, const int32_t* seq_lens,        \
+                                        int64_t num_seqs, int64_t max_blocks, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,              \
+                                        int64_t block_size, int64_t window, int64_t q_stride, int64_t out_stride) {                                   \
         const Shape shape{num_heads, num_kv_heads, head_dim, block_size, window, 1.0f / std::sqrt((float)head_dim)};                                  \
-        attention<T>((T*)out, (const T*)q, (const T*)k_cache, (const T*)v_cache, block_table, query_lens, context_lens, num_seqs, max_blocks, shape, \
-                     q_stride, out_stride);                                                                                                           \
+        const Cache<KV> keys{(const KV*)k_values, k_scales}, values{(const KV*)v_values, v_scales};                                                   \
+        attention<T, KV>((T*)out, (const T*)q, keys, values, block_table, cu_seqlens, seq_lens, num_seqs, max_blocks, shape, q_stride, out_stride); \
     }
-EXPORT(float32, float)
-EXPORT(bfloat16, bf16)
+EXPORT(float32, float, float)
+EXPORT(bfloat16, bf16, bf16)
+EXPORT(float32_int8, float, int8_t)
+EXPORT(bfloat16_int8, bf16, int8_t)
+EXPORT(float32_fp8, float, e4m3)
+EXPORT(bfloat16_fp8, bf16, e4m3)

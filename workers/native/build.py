@@ -1,6 +1,6 @@
 """Compiles the kernels: `python -m workers.native.build`. One library per variant, next to the sources; only those that are not current.
 
-Needs GCC 10 or newer (the variable CXX names another command than g++) on Linux on x86-64. Needs nothing outside Python's library,
+Needs GCC 11 or newer (the variable CXX names another command than g++) on Linux on x86-64. Needs nothing outside Python's library,
 because the build of a wheel runs it in an empty environment. Knows no kernel.
 """
 
@@ -27,7 +27,7 @@ from workers.native.variants import (
     kernel_sources,
 )
 
-MIN_GCC = 10  # the first with -mavx512bf16
+MIN_GCC = 11  # the first with -mamx-tile
 REQUIRE = "TRAMONTANE_REQUIRE_NATIVE"
 TIMEOUT_S = 300.0  # of one file
 

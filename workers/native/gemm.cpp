@@ -162,6 +162,8 @@ TRAMONTANE_KERNEL(pack_bfloat16)(void* packed, const void* weight, int64_t n, in
 TRAMONTANE_KERNEL(gemm_float32)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
     gemm<Float32>((float*)out, (const float*)x, (const char*)packed, m, n, k, x_stride, out_stride);
 }
+#ifndef __AMX_BF16__  // then gemm_amx.cpp has it
 TRAMONTANE_KERNEL(gemm_bfloat16)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
     gemm<BFloat16>((bf16*)out, (const bf16*)x, (const char*)packed, m, n, k, x_stride, out_stride);
 }
+#endif

@@ -1,8 +1,9 @@
 // What a decoder layer computes between its products, row by row: norm, rotary embedding with the write to the KV cache, SwiGLU.
 // Shapes and rounding are those of workers/kernels/layer_specification.py; sums are added in vectors of 16, then by halves.
 #include <cmath>
+#include <vector>
 
-#include "simd.h"
+#include "kv_cache.h"
 
 namespace {
 
@@ -29,26 +30,46 @@ void add_rms_norm(T* normed, T* total, const T* x, const T* residual, const T* w
     }
 }
 
+// Keys or values of one layer. scales: [num_blocks, num_heads, block_size]; null where KV has none.
+template <class KV>
+struct Cache {
+    KV* values;  // [num_blocks, block_size, num_heads, dim]
+    float* scales;
+    int64_t block_size, num_heads, dim;
+
+    template <class T>
+    void write(int64_t slot, int64_t head, const T* x) const {
+        KV* const target = values + (slot * num_heads + head) * dim;
+        if constexpr (is_scaled<KV>)
+            scales[(slot / block_size * num_heads + head) * block_size + slot % block_size] = quantize_head(target, x, dim);
+        else
+            memcpy(target, x, dim * sizeof(KV));
+    }
+};
+
 // Rotates the first num_heads + num_kv_heads heads of a row of qkv; queries go to q, keys and values to their slots.
-template <class T>
-void rotary_kv(T* q, T* k_cache, T* v_cache, const T* qkv, const float* cos, const float* sin, const int64_t* slots, int64_t m, int64_t num_heads,
-               int64_t num_kv_heads, int64_t dim, int64_t angle_stride) {
+template <class T, class KV>
+void rotary_kv(T* q, const Cache<KV>& k_cache, const Cache<KV>& v_cache, const T* qkv, const float* cos, const float* sin, const int64_t* slots, int64_t m,
+               int64_t num_heads, int64_t angle_stride) {
+    const int64_t num_kv_heads = k_cache.num_heads, dim = k_cache.dim;
     const int64_t half = dim / 2, width = (num_heads + 2 * num_kv_heads) * dim;
 #pragma omp parallel for schedule(static) if (m * width >= PARALLEL_VALUES)
     for (int64_t row = 0; row < m; row++) {
         const float *c = cos + row * angle_stride, *s = sin + row * angle_stride;
-        T* const keys = k_cache + slots[row] * num_kv_heads * dim;
+        static thread_local std::vector<T> rotated;
+        rotated.resize(dim);
         for (int64_t head = 0; head < num_heads + num_kv_heads; head++) {
             const T* x = qkv + row * width + head * dim;
-            T* const target = head < num_heads ? q + (row * num_heads + head) * dim : keys + (head - num_heads) * dim;
+            T* const target = head < num_heads ? q + (row * num_heads + head) * dim : rotated.data();
             for (int64_t i = 0; i < half; i += 16) {
                 const int64_t some = half - i;
                 const f32x16 a = load_some(x + i, some), b = load_some(x + half + i, some);
                 store_some(target + i, fma(b, load_some(s + i, some), a * load_some(c + i, some)), some);
                 store_some(target + half + i, fma(a, load_some(s + half + i, some), b * load_some(c + half + i, some)), some);
             }
+            if (head >= num_heads) k_cache.write(slots[row], head - num_heads, target);
         }
-        memcpy(v_cache + slots[row] * num_kv_heads * dim, qkv + row * width + (num_heads + num_kv_heads) * dim, num_kv_heads * dim * sizeof(T));
+        for (int64_t head = 0; head < num_kv_heads; head++) v_cache.write(slots[row], head, qkv + row * width + (num_heads + num_kv_heads + head) * dim);
     }
 }
 
@@ -77,18 +98,28 @@ void silu_mul(T* out, const T* gate_up, int64_t m, int64_t n) {
 }  // namespace
 
 // residual may be null, and then total is not written. All [m, n]; weight: [n].
-// qkv: [m, num_heads + 2 * num_kv_heads, head_dim]; cos, sin: rows of head_dim, angle_stride apart; slots: [m].
+// qkv: [m, num_heads + 2 * num_kv_heads, head_dim]; cos, sin: rows of head_dim, angle_stride apart; slots: [m]. The caches: see Cache.
 // gate_up: [m, 2 * n], gate first; out: [m, n].
 #define EXPORT(type, T)                                                                                                                                \
     TRAMONTANE_KERNEL(add_rms_norm_##type)(void* normed, void* total, const void* x, const void* residual, const void* weight, int64_t m, int64_t n,  \
                                            float eps) {                                                                                                \
         add_rms_norm<T>((T*)normed, (T*)total, (const T*)x, (const T*)residual, (const T*)weight, m, n, eps);                                          \
     }                                                                                                                                                  \
-    TRAMONTANE_KERNEL(rotary_kv_##type)(void* q, void* k_cache, void* v_cache, const void* qkv, const float* cos, const float* sin,                   \
-                                        const int64_t* slots, int64_t m, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,                   \
-                                        int64_t angle_stride) {                                                                                        \
-        rotary_kv<T>((T*)q, (T*)k_cache, (T*)v_cache, (const T*)qkv, cos, sin, slots, m, num_heads, num_kv_heads, head_dim, angle_stride);             \
-    }                                                                                                                                                  \
     TRAMONTANE_KERNEL(silu_mul_##type)(void* out, const void* gate_up, int64_t m, int64_t n) { silu_mul<T>((T*)out, (const T*)gate_up, m, n); }
 EXPORT(float32, float)
 EXPORT(bfloat16, bf16)
+
+// name: the type of qkv, and of the cache where that is another.
+#define EXPORT_ROTARY(name, T, KV)                                                                                                                     \
+    TRAMONTANE_KERNEL(rotary_kv_##name)(void* q, void* k_values, float* k_scales, void* v_values, float* v_scales, const void* qkv, const float* cos, \
+                                        const float* sin, const int64_t* slots, int64_t m, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, \
+                                        int64_t block_size, int64_t angle_stride) {                                                                    \
+        const Cache<KV> keys{(KV*)k_values, k_scales, block_size, num_kv_heads, head_dim}, values{(KV*)v_values, v_scales, block_size, num_kv_heads, head_dim}; \
+        rotary_kv<T, KV>((T*)q, keys, values, (const T*)qkv, cos, sin, slots, m, num_heads, angle_stride);                                             \
+    }
+EXPORT_ROTARY(float32, float, float)
+EXPORT_ROTARY(bfloat16, bf16, bf16)
+EXPORT_ROTARY(float32_int8, float, int8_t)
+EXPORT_ROTARY(bfloat16_int8, bf16, int8_t)
+EXPORT_ROTARY(float32_fp8, float, e4m3)
+EXPORT_ROTARY(bfloat16_fp8, bf16, e4m3)

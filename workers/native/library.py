@@ -12,6 +12,8 @@ from typing import Any
 
 from workers.device.cpu import read_cpu_flags
 from workers.errors import ConfigError
+from workers.native.amx import AMX_FLAGS, request_tiles
+from workers.native.calls import RecordableKernel
 from workers.native.openmp import load_openmp
 from workers.native.variants import FOLDER, VARIANTS, Variant, build_id, is_current
 
@@ -37,7 +39,7 @@ class NativeLibrary:
         """The C function `tramontane_VARIANT_NAME`, with ctypes' types of its arguments and result. AttributeError: there is none."""
         found = self._symbols[f"tramontane_{self.variant}_{name}"]
         found.argtypes, found.restype = argtypes, restype
-        return found
+        return found if restype is not None else RecordableKernel(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,10 @@ def load_library() -> NativeLibrary | NoNativeLibrary:
     """The best variant that this CPU can run and TRAMONTANE_CPU_ISA allows; once per process. ConfigError: the variable is wrong."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return NoNativeLibrary(reason=f"The kernels are for Linux on x86-64, not for {platform.machine()}.")
-    variant = choose_variant(read_cpu_flags(), limit=os.environ.get(ISA_VARIABLE))
+    flags = read_cpu_flags()
+    if not request_tiles():
+        flags -= AMX_FLAGS
+    variant = choose_variant(flags, limit=os.environ.get(ISA_VARIABLE))
     return variant if isinstance(variant, NoNativeLibrary) else open_library(variant)
 
 

@@ -75,15 +75,15 @@ def pack_grouped(
     *,
     num_bits: Literal[4, 8],
 ) -> PackedMatrix:
-    """values: [out_features, in_features] int8, -8 to 7 for 4 bits, 0 to 15 with minima; scales, minima: [out_features, in_features / 32]
-    float16. All contiguous. Only 4 bits have minima.
+    """values: [out_features, in_features] int8, -8 to 7 for 4 bits, 0 to 15 with minima; scales, minima: [out_features, in_features / 32],
+    both float16 or both float32. All contiguous.
     """
-    assert minima is None or num_bits == 4
+    assert scales.dtype in (torch.float16, torch.float32) and (minima is None or minima.dtype is scales.dtype)
     out_features, in_features = values.shape
-    header_bytes = 2 if minima is None else 4
+    header_bytes = scales.element_size() * (1 if minima is None else 2)
     num_bytes = in_features * num_bits // 8 + in_features // QUANTIZATION_GROUP_SIZE * header_bytes
     packed = _new(_num_panels(out_features) * PANEL * num_bytes, torch.uint8)
-    form = f"int{num_bits}" if minima is None else "int4_minima"
+    form = f"int{num_bits}{'' if minima is None else '_minima'}{'_wide' if scales.dtype is torch.float32 else ''}"
     pack = library.function(f"pack_{form}", _PACK_GROUPED)
     minima_address = None if minima is None else minima.data_ptr()
     pack(packed.data_ptr(), values.data_ptr(), scales.data_ptr(), minima_address, out_features, in_features)

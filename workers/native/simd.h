@@ -18,6 +18,10 @@ namespace {
 struct bf16 {
     uint16_t bits;
 };
+// 8 bits: a sign, 4 of exponent, 3 of mantissa. The largest is 448; there is no infinity.
+struct e4m3 {
+    uint8_t bits;
+};
 
 #ifdef __AVX512F__
 
@@ -58,6 +62,14 @@ INLINE void store(bf16* p, f32x16 a) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
 }
 INLINE f32x16 load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+INLINE f32x16 load(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
+// With the bits in a half's places, its exponent is 8 too small.
+INLINE f32x16 load(const e4m3* p) {
+    const __m256i bits = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x80)), 8);
+    const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x7f)), 7));
+    return f32x16{_mm512_cvtph_ps(half)} * set1(256.0f);
+}
 // Rows become columns.
 INLINE void transpose(f32x16 (&rows)[16]) {
     __m512 a[16], b[16];
@@ -132,6 +144,17 @@ INLINE void store(bf16* p, f32x16 a) {
 }
 INLINE f32x16 load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+INLINE f32x16 load(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+// With the bits in a half's places, its exponent is 8 too small.
+INLINE f32x16 load(const e4m3* p) {
+    const __m256i bits = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x80)), 8);
+    const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x7f)), 7));
+    return f32x16{_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))} * set1(256.0f);
 }
 INLINE void transpose(__m256& r0, __m256& r1, __m256& r2, __m256& r3, __m256& r4, __m256& r5, __m256& r6, __m256& r7) {
     __m256* const rows[8] = {&r0, &r1, &r2, &r3, &r4, &r5, &r6, &r7};

@@ -30,21 +30,22 @@ class Variant:
         return folder / f"libtramontane_cpu_{self.name}.so"
 
 
-# The best one first.
-VARIANTS = (
-    Variant(
-        name="avx512",
-        cpu_flags=(
-            *("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"),
-            *("avx2", "fma", "f16c"),
-        ),
-        compiler_flags=(
-            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
-            *("-mfma", "-mf16c"),
-        ),
+AVX2 = Variant(name="avx2", cpu_flags=("avx2", "fma", "f16c"), compiler_flags=("-mavx2", "-mfma", "-mf16c"))
+AVX512 = Variant(
+    name="avx512",
+    cpu_flags=("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16", *AVX2.cpu_flags),
+    compiler_flags=(
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
+        *("-mfma", "-mf16c"),
     ),
-    Variant(name="avx2", cpu_flags=("avx2", "fma", "f16c"), compiler_flags=("-mavx2", "-mfma", "-mf16c")),
 )
+AMX = Variant(
+    name="amx",
+    cpu_flags=("amx_tile", "amx_bf16", "amx_int8", *AVX512.cpu_flags),
+    compiler_flags=("-mamx-tile", "-mamx-bf16", "-mamx-int8", *AVX512.compiler_flags),
+)
+# The best one first.
+VARIANTS = (AMX, AVX512, AVX2)
 
 # What a library shows to others; templates of the C++ library stay inside.
 EXPORTS = "{ global: tramontane_*; local: *; };"

@@ -36,6 +36,8 @@ def _shared_targets(runner: ModelRunner, tp: TensorParallel) -> Iterator[Target]
     """Nested in `execute`. torch does not see compiled kernels of the CPU: only these names show them."""
     yield Target(runner, "_to_device", "inputs")
     yield Target(runner.model, "compute_logits", "logits")
+    if tp.device.type == "cpu":  # a graph is one call, which shows nothing
+        yield Target(runner.graphs, "replay", "replay", instead=lambda size: False)
     parts: dict[int, object] = {}  # that several modules share
     for name, module in runner.model.named_modules():
         containers, _, label = name.rpartition(".")

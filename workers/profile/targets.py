@@ -13,11 +13,12 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Target:
-    """`owner.name`, a method of a class, an object or a module; `label`: what the trace calls it."""
+    """`owner.name`, a method of a class, an object or a module; `label`: what the trace calls it. instead: runs in its place, unnamed."""
 
     owner: Any
     name: str
     label: str
+    instead: Function | None = None
 
 
 @contextlib.contextmanager
@@ -32,5 +33,5 @@ def replaced(targets: Iterable[Target], wrap: Callable[[str, Function], Function
                 stack.callback(delattr, target.owner, target.name)
             else:
                 stack.callback(setattr, target.owner, target.name, own)
-            setattr(target.owner, target.name, wrap(target.label, function))
+            setattr(target.owner, target.name, target.instead or wrap(target.label, function))
         yield

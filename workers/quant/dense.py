@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from workers.native.library import NativeLibrary
 from workers.native.matrices import PackedMatrix, pack_dense, packs
-from workers.quant.method import WeightLoader, new_weight
+from workers.quant.method import WeightLoader, WeightMethod, new_weight
+from workers.quant.quantized import StoredValues, dense_values
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 CAN_PACK = torch.backends.mkldnn.is_available() and all(
@@ -51,6 +52,8 @@ class DenseMethod:
     product: has the signature of `linear`. library: its kernels compute where they know the dtype.
     """
 
+    shares_embedding = True
+
     def __init__(self, product: Product = linear, *, library: NativeLibrary | None = None) -> None:
         self.product = product
         self.library = library
@@ -68,9 +71,9 @@ class DenseMethod:
         weight = new_weight((out_features, in_features), weight_loader, dtype=dtype, device=device)
         layer.register_parameter("weight", weight)
 
-    def load(self, layer: nn.Module, values: torch.Tensor, rows: slice) -> int:
+    def load(self, layer: nn.Module, values: StoredValues, rows: slice) -> int:
         target = _weight(layer)[rows]
-        target.copy_(values)
+        target.copy_(dense_values(values))
         return target.numel()
 
     def finish(self, layer: nn.Module) -> None:
@@ -89,6 +92,11 @@ class DenseMethod:
 
 
 DENSE = DenseMethod()
+
+
+def ALL_DENSE(name: str) -> WeightMethod:  # noqa: N802 (a constant in all but its type)
+    """The `WeightMethods` of a model without quantised weights."""
+    return DENSE
 
 
 def set_matrix(layer: nn.Module, matrix: PackedMatrix) -> None:

@@ -6,7 +6,7 @@ Knows no ranks and no layers.
 """
 
 import logging
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,10 +16,10 @@ from workers.native.library import NativeLibrary
 from workers.native.matrices import pack_grouped
 from workers.quant.dense import get_matrix, set_matrix
 from workers.quant.method import WeightLoader, WeightMethod, new_weight
+from workers.quant.quantized import NumBits, StoredValues, dense_values
 
 log = logging.getLogger(__name__)
 
-NumBits = Literal[4, 8]
 LARGEST_INT8 = 127
 
 
@@ -77,6 +77,8 @@ class GroupedMethod:
     A tied output head stays in the embedding's form, and `tied` computes it.
     """
 
+    shares_embedding = True
+
     def __init__(self, num_bits: NumBits, *, library: NativeLibrary | None, tied: WeightMethod) -> None:
         self.num_bits: NumBits = num_bits
         self.library = library
@@ -101,8 +103,8 @@ class GroupedMethod:
         scales = torch.empty((out_features, in_features // QUANTIZATION_GROUP_SIZE), dtype=torch.float16, device=device)
         layer.register_buffer("scales", scales, persistent=False)
 
-    def load(self, layer: nn.Module, values: torch.Tensor, rows: slice) -> int:
-        quantized, scales = quantize_weight(values, num_bits=self.num_bits)
+    def load(self, layer: nn.Module, values: StoredValues, rows: slice) -> int:
+        quantized, scales = quantize_weight(dense_values(values), num_bits=self.num_bits)
         target = _weight(layer)[rows]
         target.copy_(quantized if self.num_bits == 8 else _in_pairs(quantized))
         _scales(layer)[rows] = scales

@@ -11,17 +11,21 @@ import torch
 from torch import nn
 
 from workers.errors import CheckpointError
+from workers.quant.quantized import StoredValues
 
 Index = slice | tuple[slice, ...]
 
 
 class WeightSource(Protocol):
-    """A tensor in a checkpoint, read only where it is indexed. `name` names tensor and file, for messages."""
+    """A tensor in a checkpoint, read only where it is indexed. `name` names tensor and file, for messages.
+
+    shape: of the matrix, however it is stored.
+    """
 
     name: str
     shape: tuple[int, ...]
 
-    def __getitem__(self, index: Index) -> torch.Tensor: ...
+    def __getitem__(self, index: Index) -> StoredValues: ...
 
 
 WeightLoader = Callable[[nn.Parameter, WeightSource, str | None], int]
@@ -31,8 +35,11 @@ class WeightMethod(Protocol):
     """One form of a weight matrix [out_features, in_features]. Stateless: the parameters belong to the layer.
 
     A layer calls `create` when it is built, `load` for each shard of the checkpoint, `finish` after the last, and then `apply`. A tied
-    output head calls no `create` and no `load`: it has the embedding's parameter as its `weight`, with which `finish` must cope.
+    output head calls no `create` and no `load` if the method `shares_embedding`: it has the embedding's parameter as its `weight`, with
+    which `finish` must cope.
     """
+
+    shares_embedding: bool
 
     def create(
         self,
@@ -47,9 +54,9 @@ class WeightMethod(Protocol):
         """Registers the layer's unfilled parameters, among them `weight`. Each carries its loader, see `new_weight`."""
         ...
 
-    def load(self, layer: nn.Module, values: torch.Tensor, rows: slice) -> int:
-        """Fills the given output rows, all of their inputs, from `values` [num_rows, in_features] of any float type. Returns how many
-        elements of `layer.weight` are filled by it.
+    def load(self, layer: nn.Module, values: StoredValues, rows: slice) -> int:
+        """Fills the given output rows, all of their inputs, from `values` [num_rows, in_features], quantised or of any float type. Returns
+        how many elements of `layer.weight` are filled by it.
         """
         ...
 
@@ -60,6 +67,10 @@ class WeightMethod(Protocol):
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x @ weight.T + bias. x: [num_tokens, in_features] -> [num_tokens, out_features]; bias: [out_features]."""
         ...
+
+
+# {a module's name: the method of its weight}, for example of "model.layers.0.self_attn.qkv_proj".
+WeightMethods = Callable[[str], WeightMethod]
 
 
 def new_weight(

@@ -6,11 +6,15 @@ Compares names, shapes and types before any weight is loaded. Knows no format of
 from collections.abc import Mapping
 from pathlib import Path
 
+from workers.checkpoint.gguf_file import GgufTensor
+from workers.checkpoint.gguf_types import is_supported
 from workers.config import Layout, ModelConfig
 from workers.errors import CheckpointError
 from workers.weights.files import INDEXES, read_index
 from workers.weights.header import DOWNLOAD_AGAIN, FLOAT_BYTES, TensorInfo
-from workers.weights.names import BUFFERS, EMBEDDING, HEAD, expected_shapes, huggingface_name
+from workers.weights.names import EMBEDDING, HEAD, expected_shapes, name_in_model
+from workers.weights.quantized.header import NamedHeader
+from workers.weights.quantized.matrices import check_matrices, find_matrices
 
 QUANTIZED = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_state")
 _CHUNK_BYTES = 1 << 22
@@ -30,19 +34,26 @@ def check_index(folder: Path, layout: Layout, tensors: Mapping[str, TensorInfo])
         )
 
 
-def check_tensors(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
+def check_tensors(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo | GgufTensor]) -> None:
     """Raises CheckpointError for a missing, unknown, quantized or misshapen tensor, and for a tied head that differs."""
-    if quantized := next((name for name in tensors if name.endswith(QUANTIZED)), None):
+    quantized = next((name for name in tensors if name.endswith(QUANTIZED)), None)
+    if quantized is not None and config.stored is None:
         raise CheckpointError(
-            f"{tensors[quantized].path} has quantized weights ({quantized}), which are not supported.",
-            remedy="Use the float32, float16 or bfloat16 weights.",
+            f"{tensors[quantized].path} has quantized weights ({quantized}), but config.json has no quantization_config that says how.",
+            remedy="Use the configuration file that belongs to the weights.",
         )
     found = {
-        huggingface_name(name) if config.layout == "mistral" else name: tensor
+        known_as: tensor
         for name, tensor in tensors.items()
-        if not BUFFERS.fullmatch(name)
+        if (known_as := name_in_model(name, config.layout)) is not None
     }
     expected = expected_shapes(config)
+    if config.stored is not None and config.layout != "gguf":
+        headers = {name: NamedHeader.of(name, tensor) for name, tensor in found.items()}
+        plain, modules = find_matrices(headers)
+        forms = check_matrices(modules, config.stored, expected)
+        found = {name: header.info for name, header in plain.items()}
+        expected = {name: shape for name, shape in expected.items() if name not in forms}
     if missing := [name for name in expected if name not in found]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(
@@ -58,7 +69,7 @@ def check_tensors(folder: Path, config: ModelConfig, tensors: Mapping[str, Tenso
                 f"The tensor {name} in {tensor.path} has no place in a {config.num_hidden_layers}-layer model of this kind.",
                 remedy="Use a checkpoint of a plain Mistral or Llama model.",
             )
-        if tensor.dtype not in FLOAT_BYTES:
+        if not (is_supported(tensor.dtype) if config.layout == "gguf" else tensor.dtype in FLOAT_BYTES):
             raise CheckpointError(
                 f"The tensor {name} in {tensor.path} is of type {tensor.dtype}, which is not supported.",
                 remedy="Use the float32, float16 or bfloat16 weights.",

@@ -15,6 +15,8 @@ from workers.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# Also of what quantised checkpoints have.
+DTYPE_BYTES = FLOAT_BYTES | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 DOWNLOAD_AGAIN = "Download it again; `hf download` continues where it stopped."
 
 
@@ -84,7 +86,7 @@ def _tensors(file: Path, header: dict[str, Any], base: int) -> dict[str, TensorI
         dtype, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         if not all(type(n) is int and n >= 0 for n in (*shape, start, end)) or end < start:
             raise _InvalidHeaderError(f"the tensor {shown(name)} has an impossible shape or place")
-        if dtype in FLOAT_BYTES and math.prod(shape) * FLOAT_BYTES[dtype] != end - start:
+        if dtype in DTYPE_BYTES and math.prod(shape) * DTYPE_BYTES[dtype] != end - start:
             raise _InvalidHeaderError(
                 f"the tensor {shown(name)} has {end - start:,} bytes, which its shape does not need"
             )

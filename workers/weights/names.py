@@ -5,12 +5,19 @@ Knows names and shapes; opens no file, and no torch.
 
 import re
 
-from workers.config import ModelConfig
+from workers.config import Layout, ModelConfig
+from workers.weights.gguf import names as gguf_names
 
 # Old conversions stored these, which are computed from the configuration.
 BUFFERS = re.compile(
     r"(.*\.)?(rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs|inv_freq|cos_cached|sin_cached)"
 )
+# Of an encoder of images, in both layouts.
+VISION = re.compile(
+    r"((model\.)?(vision_tower|multi_modal_projector)|vision_encoder|vision_language_adapter|patch_merger|pre_mm_projector_norm)\..+"
+)
+# Where the language model is a part: "language_model.model.norm.weight", or as transformers 5 keeps it "model.language_model.norm.weight".
+_WITHIN = re.compile(r"language_model\.(model\.|lm_head\.)|model\.language_model\.")
 MISTRAL_NAMES = {
     "tok_embeddings": "model.embed_tokens",
     "norm": "model.norm",
@@ -26,6 +33,17 @@ MISTRAL_NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def name_in_model(name: str, layout: Layout) -> str | None:
+    """A tensor's name in Hugging Face's checkpoints of a plain language model. None for what the language model does not need."""
+    if layout == "gguf":
+        return None if gguf_names.BUFFERS.fullmatch(name) else gguf_names.huggingface_name(name)
+    if BUFFERS.fullmatch(name) or VISION.fullmatch(name):
+        return None
+    if layout == "mistral":
+        return huggingface_name(name)
+    return _WITHIN.sub(lambda match: match[1] or "model.", name, count=1) if _WITHIN.match(name) else name
 
 
 def huggingface_name(name: str) -> str:
@@ -51,9 +69,12 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (intermediate, hidden),
         "mlp.down_proj": (hidden, intermediate),
     }
+    biases = [name for name in layer if name.startswith("self_attn.") and config.attention_bias]
+    biases += [name for name in layer if name.startswith("mlp.") and config.mlp_bias]
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for i in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= {f"model.layers.{i}.{name}.bias": layer[name][:1] for name in biases}
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)

@@ -5,6 +5,7 @@ Mistral's own layout. Knows no model and no ranks.
 """
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,45 +17,26 @@ from workers.config import Layout
 from workers.errors import CheckpointError
 from workers.quant.method import Index
 from workers.weights.files import weight_files
-from workers.weights.names import BUFFERS, huggingface_name
+from workers.weights.interleaved import InterleavedRows
+from workers.weights.names import VISION, name_in_model
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointTensor:
-    """A `WeightSource` in a memory-mapped safetensors file."""
+    """A `WeightSource` in a memory-mapped safetensors file. dtype: as the file names it, "BF16"."""
 
     def __init__(self, file: safe_open, tensor_name: str, path: Path) -> None:
         self.name = f"Tensor {tensor_name!r} of {path}"
         self._slice = file.get_slice(tensor_name)
         self.shape = tuple(self._slice.get_shape())
+        self.dtype = str(self._slice.get_dtype())
 
     def __getitem__(self, index: Index) -> torch.Tensor:
         try:
-            return self._slice[index]
+            return self._slice[index if self.shape else ...]  # a single number cannot be sliced
         except SafetensorError as e:
             raise CheckpointError(f"{self.name} cannot be read: {e}.") from e
-
-
-class InterleavedRows:
-    """A q or k weight of Mistral's layout, read in Hugging Face's row order.
-
-    Mistral rotates adjacent pairs of a head's rows, Hugging Face pairs half a head apart. With head_dim 4:
-        Mistral       a0 b0 a1 b1           rotates (a0, b0) and (a1, b1)
-        Hugging Face  a0 a1 b0 b1           rotates the same two pairs
-    Only whole heads can be read.
-    """
-
-    def __init__(self, source: CheckpointTensor, head_dim: int) -> None:
-        self.name = source.name
-        self.shape = source.shape
-        self._source = source
-        self._head_dim = head_dim
-
-    def __getitem__(self, index: Index) -> torch.Tensor:
-        assert isinstance(index, slice), "only rows of q and k are divided"
-        start, stop, _ = index.indices(self.shape[0])
-        assert start % self._head_dim == 0 and stop % self._head_dim == 0, (start, stop, self._head_dim)
-        rows = self._source[start:stop]
-        return rows.view(-1, self._head_dim // 2, 2, rows.shape[1]).transpose(1, 2).reshape(rows.shape)
 
 
 @contextlib.contextmanager
@@ -67,6 +49,7 @@ def open_checkpoint(
     """
     tensors: dict[str, CheckpointTensor | InterleavedRows] = {}
     paths: dict[str, Path] = {}
+    num_vision = 0
     with contextlib.ExitStack() as stack:
         for path in weight_files(Path(folder), layout):
             try:
@@ -76,7 +59,9 @@ def open_checkpoint(
                     f"{path} is truncated or not a safetensors file ({e}).", remedy="Download it again."
                 ) from e
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                if BUFFERS.fullmatch(name):
+                num_vision += VISION.fullmatch(name) is not None
+                known_as = name_in_model(name, layout)
+                if known_as is None:
                     continue
                 if name in paths:
                     raise CheckpointError(
@@ -84,14 +69,11 @@ def open_checkpoint(
                     )
                 paths[name] = path
                 tensor = CheckpointTensor(file, name, path)
-                if layout == "huggingface":
-                    tensors[name] = tensor
-                elif (
-                    re.search(r"\.attention\.w[qk]\.weight$", name)
-                    and len(tensor.shape) == 2
-                    and not tensor.shape[0] % head_dim
-                ):
-                    tensors[huggingface_name(name)] = InterleavedRows(tensor, head_dim)
+                is_interleaved = layout == "mistral" and re.search(r"\.attention\.w[qk]\.weight$", name)
+                if is_interleaved and len(tensor.shape) == 2 and not tensor.shape[0] % head_dim:
+                    tensors[known_as] = InterleavedRows(tensor, head_dim)
                 else:
-                    tensors[huggingface_name(name)] = tensor
+                    tensors[known_as] = tensor
+        if num_vision:
+            log.info("%d tensors for images are left out: this engine computes text only.", num_vision)
         yield tensors

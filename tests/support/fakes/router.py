@@ -33,7 +33,11 @@ class FakeRouter:
     num_queued_tokens: int = 128
     num_failovers_total: int = 2
     num_numerics_changes_total: int = 1
-    facts: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(block_size=16))
+    facts: SimpleNamespace = field(
+        default_factory=lambda: SimpleNamespace(
+            block_size=16, dtype="bfloat16", kv_cache_dtype="int8", kv_token_bytes=264
+        )
+    )
 
     def health(self) -> SimpleNamespace:
         statuses = [

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from support.attention_batches import fill_cache, make_metadata
+from support.attention_batches import fill_cache, make_metadata, quantized
 from support.native import native_library
 
 from workers.attention.native import NativeBackend
@@ -15,7 +15,7 @@ SHAPES = [(2, 2, 8), (4, 2, 32), (3, 1, 128), (8, 2, 80)]
 PARTS = [(0, 1), (0, 13), (9, 1), (199, 1), (67, 60), (64, 64), (130, 33)]
 
 
-@pytest.fixture(params=["avx512", "avx2"])
+@pytest.fixture(params=["amx", "avx512", "avx2"])
 def library(request):
     return native_library(request.param)
 
@@ -33,12 +33,14 @@ def make_sequences(shape, *, num_tokens, dtype, num=3):
     ]
 
 
-def attend(backend, sequences, parts, *, block_size, window, generator=None):
+def attend(backend, sequences, parts, *, block_size, window, kv="auto", generator=None):
     """parts: (tokens computed before, new tokens) of each sequence. Nothing but what a query sees is a number."""
     metadata = make_metadata(parts, block_size, generator=generator)
     caches = [
         fill_cache([sequence[i] for sequence in sequences], metadata, block_size, sliding_window=window) for i in (1, 2)
     ]
+    if kv != "auto":
+        caches = [quantized(cache, kv) for cache in caches]
     q = torch.cat(
         [sequence[0][before : before + new] for sequence, (before, new) in zip(sequences, parts, strict=True)]
     )
@@ -50,32 +52,49 @@ def make_backends(library, shape, *, dtype, window):
     return NativeBackend(library, dtype=dtype, **sizes), SdpaBackend(**sizes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Of the model, and of the KV cache.
+FORMS = pytest.mark.parametrize(
+    ("dtype", "kv"),
+    [
+        (torch.float32, "auto"),
+        (torch.bfloat16, "auto"),
+        (torch.float32, "int8"),
+        (torch.bfloat16, "int8"),
+        (torch.float32, "fp8"),
+        (torch.bfloat16, "fp8"),
+    ],
+    ids=str,
+)
+
+
+@FORMS
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_specification(library, shape, window, dtype):
+def test_equals_the_specification(library, shape, window, dtype, kv):
     native, specification = make_backends(library, shape, dtype=dtype, window=window)
     sequences = make_sequences(shape, num_tokens=200, dtype=dtype, num=len(PARTS))
     for block_size in (1, 16):
-        found = attend(native, sequences, PARTS, block_size=block_size, window=window)
+        found = attend(native, sequences, PARTS, block_size=block_size, window=window, kv=kv)
         # The specification multiplies what it masks, so it needs numbers everywhere.
         metadata = make_metadata(PARTS, block_size)
         caches = [fill_cache([s[i] for s in sequences], metadata, block_size).nan_to_num(50.0) for i in (1, 2)]
+        if kv != "auto":
+            caches = [quantized(cache, kv) for cache in caches]
         q = torch.cat([s[0][before : before + new] for s, (before, new) in zip(sequences, PARTS, strict=True)])
         expected = specification.forward(q, *caches, metadata)
         tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(torch.cat(found), expected, rtol=tolerance, atol=tolerance / 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@FORMS
 @pytest.mark.parametrize("window", [None, 5, 100])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_query_has_the_same_bits_whatever_else_is_computed(library, shape, window, dtype):
+def test_a_query_has_the_same_bits_whatever_else_is_computed(library, shape, window, dtype, kv):
     """Decoded or prefilled, in any chunk, along with any other sequence, at any block size and placement."""
     length = 260  # five tiles of keys
     backend, _ = make_backends(library, shape, dtype=dtype, window=window)
     sequences = make_sequences(shape, num_tokens=length, dtype=dtype)
-    whole = [attend(backend, [s], [(0, length)], block_size=16, window=window)[0] for s in sequences]
+    whole = [attend(backend, [s], [(0, length)], block_size=16, window=window, kv=kv)[0] for s in sequences]
     choose, generator = random.Random(0), torch.Generator().manual_seed(0)
     for _ in range(12):
         chosen, parts = choose.sample(range(3), choose.randrange(1, 4)), []
@@ -83,17 +102,16 @@ def test_a_query_has_the_same_bits_whatever_else_is_computed(library, shape, win
             num_new = choose.choice([1, 1, 2, 3, 5, 33, 64, 65, 129])
             parts.append((choose.randrange(length - num_new), num_new))
         block_size = choose.choice([1, 4, 16, 64])
-        found = attend(
-            backend, [sequences[i] for i in chosen], parts, block_size=block_size, window=window, generator=generator
-        )
+        chosen_sequences, how = [sequences[i] for i in chosen], {"block_size": block_size, "window": window, "kv": kv}
+        found = attend(backend, chosen_sequences, parts, **how, generator=generator)
         for i, (before, new), out in zip(chosen, parts, found, strict=True):
             assert torch.equal(out, whole[i][before : before + new]), (
                 f"{new} queries after {before}, {len(parts)} sequences"
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_instruction_set_gives_the_same_bits(dtype):
+@FORMS
+def test_every_instruction_set_gives_the_same_bits(dtype, kv):
     shape = (8, 2, 64)
     sequences = make_sequences(shape, num_tokens=200, dtype=dtype, num=len(PARTS))
     results = [
@@ -104,6 +122,7 @@ def test_every_instruction_set_gives_the_same_bits(dtype):
                 PARTS,
                 block_size=16,
                 window=70,
+                kv=kv,
             )
         )
         for name in ("avx512", "avx2")

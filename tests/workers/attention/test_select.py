@@ -60,6 +60,7 @@ def test_flash_is_second(gpu, monkeypatch, caplog):
         ({"dtype": torch.float32, "block_size": 256}, "float16 or bfloat16"),
         ({"block_size": 16}, "multiple of 256, not 16"),
         ({"block_size": 256, "head_dim": 100}, "multiple of 8"),
+        ({"block_size": 256, "kv_cache_dtype": "int8"}, "does not read keys and values in int8"),
     ],
 )
 def test_a_fallback_to_the_specification_is_a_warning_with_both_reasons(gpu, changes, reason, monkeypatch, caplog):

@@ -14,12 +14,16 @@ from workers.device.memory import Memory
 from workers.device.model_bytes import cpu_kv_cache_bytes, num_parameters, rotary_bytes, weight_bytes
 from workers.errors import ConfigError
 from workers.gpu_check.models import MISTRAL_7B
-from workers.kv_cache.tensors import num_blocks_that_fit
+from workers.kernels.quantized_kv import parts_of
+from workers.kv_cache.tensors import allocate, num_blocks_that_fit
 from workers.model.mistral import MistralForCausalLM
+from workers.rope import QueryScaling
 
 GB = 10**9
 MODEL = MISTRAL_7B
 TIED = replace(MODEL, tie_word_embeddings=True, vocab_size=1003)
+QUERY_SCALING = QueryScaling(beta=0.1, original_max_position_embeddings=64)
+BIASED = replace(MODEL, attention_bias=True, mlp_bias=True, query_scaling=QUERY_SCALING)
 
 
 def engine(model: ModelConfig = MODEL, **settings: Any) -> EngineConfig:
@@ -55,16 +59,16 @@ def test_a_tied_head_stays_in_the_dtype():
     assert weight_bytes(quantized) == 32 * 218_103_808 // 32 * 18 + (1003 * 4096 + 266_240) * 2
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-@pytest.mark.parametrize("model", [MODEL, TIED], ids=["7b", "tied"])
+@pytest.mark.parametrize("size", [1, 2, 8, 16])
+@pytest.mark.parametrize("model", [MODEL, TIED, BIASED], ids=["7b", "tied", "biases, scaled queries"])
 def test_weights_are_those_of_the_model(size, model):
     config = engine(model, tensor_parallel_size=size, dtype="bfloat16")
     tp: Any = SimpleNamespace(rank=0, size=size)
-    heads = {"num_heads": 32 // size, "num_kv_heads": 8 // size, "head_dim": 128, "sliding_window": None}
+    heads = {"num_heads": 32 // size, "num_kv_heads": max(1, 8 // size), "head_dim": 128, "sliding_window": None}
     built = MistralForCausalLM(
         model,
         tp=tp,
-        backend=SdpaBackend(**heads),
+        backends=[SdpaBackend(**heads)],
         dtype=torch.bfloat16,
         device="meta",
         max_positions=config.max_model_len,
@@ -73,11 +77,41 @@ def test_weights_are_those_of_the_model(size, model):
     assert rotary_bytes(config) == sum(b.nbytes for b in built.buffers())
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_kv_blocks": 100}, {"kv_cache_bytes": 3 << 30}, {"max_num_seqs": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_kv_blocks": 100}, {"kv_cache_bytes": 3 << 30}, {"max_num_seqs": 1}, {"kv_cache_dtype": "int8"}],
+)
 def test_the_kv_cache_is_as_large_as_the_engine_makes_it(settings):
     config = engine(**settings)
     num_blocks = num_blocks_that_fit(config, torch.device("cpu"))
     assert cpu_kv_cache_bytes(config) == (num_blocks + 1) * config.kv_block_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "kib"),
+    [
+        ({"dtype": "float32"}, 256),
+        ({"dtype": "bfloat16"}, 128),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "int8"}, 66),
+        ({"kv_cache_dtype": "fp8"}, 66),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "int8", "tensor_parallel_size": 2}, 33),
+    ],
+)
+def test_a_token_in_the_kv_cache_of_7b_by_hand(settings, kib):
+    """32 layers, 8 KV heads, a key and a value of 128 numbers; in 8 bits each has a scale of 4 bytes."""
+    config = engine(**settings)
+    assert config.kv_token_bytes == kib * 1024
+    assert config.kv_block_bytes == 16 * kib * 1024
+
+
+@pytest.mark.parametrize("form", ["auto", "int8", "fp8"])
+def test_the_kv_caches_tensors_take_what_is_planned(form):
+    model = replace(MODEL, num_hidden_layers=3, num_key_value_heads=2, num_attention_heads=4, head_dim=10)
+    config = engine(model, dtype="bfloat16", kv_cache_dtype=form, block_size=3)
+    caches = allocate(config, 7, torch.bfloat16, torch.device("cpu"))
+    parts = [part for layer in caches for cache in layer for part in parts_of(cache) if part is not None]
+    assert sum(part.nbytes for part in parts) == 8 * config.kv_block_bytes
+    assert not any(part.view(torch.uint8).any() for part in parts)
 
 
 def check(available: int, *, num_ranks: int = 1, **settings: Any) -> str | None:
@@ -95,6 +129,16 @@ def test_a_model_that_fits_to_the_byte():
     assert check(loaded) is not None
     with pytest.raises(ConfigError, match=r"The model does not fit: this machine has 29\.4 GB"):
         check(loaded - 1)
+
+
+def test_a_kv_cache_in_8_bits_is_named_where_it_would_fit():
+    sizes: dict[str, Any] = {"dtype": "bfloat16", "num_kv_blocks": 1024}
+    loaded, cache = need_of(engine(**sizes)).loaded_bytes, 1025 * 2_097_152
+    warning = check(loaded + cache * 6 // 10, **sizes)
+    assert warning is not None and warning.endswith("or less, or --kv-cache-dtype int8 (1.1 GB).")
+    assert check(loaded + cache * 6 // 10, **sizes, kv_cache_dtype="int8") is None
+    warning = check(loaded + cache * 4 // 10, **sizes)
+    assert warning is not None and "--kv-cache-dtype" not in warning
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,10 @@
 """Our logits against transformers' MistralForCausalLM on tiny random fp32 checkpoints, with the engine's scheduler, blocks and runner."""
 
-import dataclasses
-
-import numpy as np
 import pytest
 import torch
 from support.fakes.engines import make_engine, make_request
+from support.logits import all_logits
 from support.tiny import make_tiny_model, write_tiny_checkpoint
-
-from workers.engine.batch import make_batch
 
 WINDOW = 16
 TOLERANCE = 2e-4
@@ -23,24 +19,6 @@ def checkpoint(request, tmp_path_factory):
     return folder, make_tiny_model(sliding_window=request.param)
 
 
-def all_logits(engine, prompt):
-    """Logits at every position of the prompt, computed in the chunks the engine's scheduler chooses."""
-    core = engine.core
-    core.add_request(make_request("r", prompt, max_tokens=1))
-    rows = []
-    while core.has_work():
-        scheduled = core.scheduler.schedule()
-        batch = make_batch(scheduled, core.config.block_size)
-        every_token = np.arange(len(batch.token_ids), dtype=np.int32)
-        logits = core.runner.execute(dataclasses.replace(batch, logits_indices=every_token))
-        rows.append(logits.clone())
-        for s in scheduled:
-            core.kv_cache.commit(s.request.sequence, s.num_new_tokens)
-            if s.request.num_computed_tokens == s.request.num_tokens:
-                core.abort("r")
-    return torch.cat(rows)
-
-
 @pytest.mark.parametrize("chunk", [1, 7, WINDOW, 128], ids=["token by token", "7", "W", "whole"])
 def test_logits_equal_transformers(checkpoint, chunk):
     folder, reference = checkpoint
@@ -49,7 +27,7 @@ def test_logits_equal_transformers(checkpoint, chunk):
         prompt = torch.randint(3, 256, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt])).logits[0]
-        difference = (all_logits(engine, prompt) - expected).abs().max().item()
+        difference = (all_logits(engine.core, prompt) - expected).abs().max().item()
         assert difference <= TOLERANCE, f"prompt of {length} tokens in chunks of {chunk}: off by {difference}"
 
 

@@ -40,6 +40,11 @@ MODELS = {
     "wide window": {"sliding_window": 100, "num_key_value_heads": 2},
     "no window": {"sliding_window": None, "head_dim": 32},
     "one query head per KV head": {"sliding_window": None, "num_key_value_heads": 8},
+    "a window in two of three layers": {
+        "sliding_window": 16,
+        "num_hidden_layers": 3,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
 }
 
 
@@ -49,7 +54,11 @@ NUMERICS = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "quantization": "int8"},
     "int4": {"quantization": "int4"},
+    "int8 KV": {"kv_cache_dtype": "int8"},
+    "fp8 KV": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
 }
+# With torch's own kernels: in fp32 they keep the promise in every form of the KV cache.
+ON_TORCH = {"float32", "int8 KV"}
 
 
 def checkpoint(model, tmp_path):
@@ -165,12 +174,14 @@ class Reference:
         *((model, 1, "float32") for model in MODELS),
         *(("demo", 1, numerics) for numerics in NUMERICS if numerics != "float32"),
         ("wide window", 1, "bfloat16"),
+        ("window", 1, "int8 KV"),
+        ("no window", 1, "fp8 KV"),
     ],
     ids=lambda param: f"{param[0]}, {param[1]} threads, {param[2]}",
 )
 def reference(request, tmp_path_factory):
     model, num_threads, numerics = request.param
-    if numerics != "float32":
+    if numerics not in ON_TORCH:
         native_library("avx2")  # skips where there can be none
     settings = {"num_threads": num_threads, **NUMERICS[numerics]}
     folder = checkpoint(model, tmp_path_factory.mktemp("model"))
@@ -225,7 +236,12 @@ def test_every_way_to_compute_a_context_gives_the_same_bits(reference, monkeypat
 @pytest.mark.group
 @pytest.mark.parametrize(
     ("model", "overlap", "numerics"),
-    [("demo", (False, True), "float32"), ("window", (True, False), "float32"), ("demo", (False, False), "int4")],
+    [
+        ("demo", (False, True), "float32"),
+        ("window", (True, False), "float32"),
+        ("demo", (False, False), "int4"),
+        ("demo", (True, False), "int8 KV"),
+    ],
 )
 def test_two_ranks_keep_the_promise_too(model, overlap, numerics, tmp_path, logits_of):
     """overlap: of the replica that begins, and of the one that goes on."""

@@ -18,7 +18,14 @@ from workers.engine.batch import STOP, capture_message, dummy_batch, is_stop, si
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.cuda_graphs import GraphRecorder
-from workers.engine.decode_padding import decode_sizes, is_decode, next_to_capture, pad_decode, padded_size
+from workers.engine.decode_padding import (
+    CapturePolicy,
+    decode_sizes,
+    is_decode,
+    next_to_capture,
+    pad_decode,
+    padded_size,
+)
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
 from workers.engine.model_runner import ModelRunner
@@ -47,11 +54,13 @@ def test_padding_touches_the_null_block_only():
     padded = pad_decode(batch, 8)
     assert is_decode(padded)
     assert padded.pack().size > batch.pack().size, "every array was padded, or `pack` would find a contradiction"
-    for name in ("token_ids", "positions", "slot_mapping", "query_lens", "seq_lens", "block_table"):
+    for name in ("token_ids", "positions", "query_lens", "seq_lens"):
         assert np.array_equal(getattr(padded, name)[:3], getattr(batch, name)), name
+    for name in ("slot_mapping", "block_table"):
+        assert np.array_equal(getattr(padded, name)[:, :3], getattr(batch, name)), name
     assert (padded.unread_rows[3:] == -1).all()
-    assert (padded.block_table[3:] == NULL_BLOCK).all()
-    assert set(padded.slot_mapping[3:]) == {0}, "the first place of the null block"
+    assert (padded.block_table[0, 3:] == NULL_BLOCK).all()
+    assert set(padded.slot_mapping[0, 3:]) == {0}, "the first place of the null block"
     assert (padded.positions[3:].tolist(), padded.seq_lens[3:].tolist()) == ([0] * 5, [1] * 5), "sees only itself"
     assert padded.logits_indices.tolist() == [0, 1, 2], "nothing is sampled from a row that pads"
     assert pad_decode(batch, 3) is batch
@@ -79,6 +88,8 @@ def test_the_message_to_followers_is_neither_a_batch_nor_the_stop():
 
 class RepeatingRecorder(GraphRecorder):
     """Repeats the step. `broken_from`: the number of the recording from which on all fail."""
+
+    policy = CapturePolicy()
 
     def __init__(self, broken_from: int | None = None) -> None:
         self.broken_from = broken_from

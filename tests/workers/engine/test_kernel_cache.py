@@ -8,7 +8,6 @@ import pytest
 from support.paths import ROOT
 from triton.runtime.interpreter import InterpretedFunction
 
-from workers.config import TENSOR_PARALLEL_SIZES
 from workers.engine import kernel_cache
 
 
@@ -35,7 +34,7 @@ def kernels() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("size", TENSOR_PARALLEL_SIZES)
+@pytest.mark.parametrize("size", kernel_cache.TENSOR_PARALLEL_SIZES)
 def test_every_kernel_is_compiled(launched, size):
     kernel_cache.launch_all(size)
     assert set(launched) == kernels(), "workers/engine/kernel_cache.py should launch each of them"

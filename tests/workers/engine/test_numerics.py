@@ -12,6 +12,7 @@ from support.tiny import write_tiny_checkpoint
 from workers.engine.build import build_runner
 from workers.engine.model_runner import ModelRunner
 from workers.engine.numerics import fingerprint
+from workers.kernels.quantized_kv import parts_of
 from workers.parallel.group import SingleRank, TensorParallel
 
 
@@ -48,6 +49,7 @@ def test_what_computes_other_bits_has_another(folder, tmp_path) -> None:
     slightly_other = built(folder)
     nudge(slightly_other.model.model.norm.weight)
     runners = [built(folder), built(folder, dtype="bfloat16"), built(other_weights), slightly_other]
+    runners += [built(folder, kv_cache_dtype=form) for form in ("int8", "fp8")]
     assert len({fingerprint(runner) for runner in runners}) == len(runners)
 
 
@@ -57,10 +59,14 @@ def test_models_of_any_length_have_one(folder, max_model_len: int) -> None:
     assert fingerprint(runner) == fingerprint(runner)
 
 
-def test_it_leaves_the_cache_alone(folder) -> None:
-    runner = built(folder)
-    fingerprint(runner)
-    assert not any(cache.any() for layer in runner.kv_cache for cache in layer)
+@pytest.mark.parametrize("form", ["auto", "int8", "fp8"])
+def test_it_leaves_the_cache_alone(folder, form) -> None:
+    runner = built(folder, kv_cache_dtype=form)
+    name = fingerprint(runner)
+    assert name is not None and (form == "auto") == ("-kv" not in name)
+    tensors = [part for layer in runner.kv_cache for cache in layer for part in parts_of(cache) if part is not None]
+    assert len(tensors) == len(runner.kv_cache) * (2 if form == "auto" else 4)
+    assert not any(tensor.view(torch.uint8).any() for tensor in tensors)
 
 
 @pytest.mark.group

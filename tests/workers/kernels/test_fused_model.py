@@ -38,12 +38,12 @@ class Model:
         self.model = MistralForCausalLM(
             config,
             tp=SingleRank(),
-            backend=attention,
+            backends=[attention],
             dtype=dtype,
             device="cpu",
             max_positions=64,
             kernels=kernels,
-            method=method,
+            methods=lambda _: method,
         )
         load_weights(self.model, folder, config)
         self.dtype = dtype
@@ -70,7 +70,7 @@ class Model:
                 max_seq_len=max(context_lens),
             )
             token_ids = torch.cat([TOKEN_IDS[i][start:end] for i, start, end in step])
-            hidden_states = self.model(token_ids, positions, kv_caches, metadata)
+            hidden_states = self.model(token_ids, positions, kv_caches, [metadata])
             parts = self.model.compute_logits(hidden_states).split(query_lens)
             for (i, *_), part in zip(step, parts, strict=True):
                 logits[i].append(part)

@@ -7,6 +7,7 @@ from support.native import native_library
 from workers.kernels import layer_specification as specification
 from workers.kernels.layer_kernels import TritonLayerKernels
 from workers.kernels.native_layers import NativeLayerKernels
+from workers.kernels.quantized_kv import KV_DTYPES, QuantizedKV
 
 # The kernels round where the specifications do; what differs is the order of a sum in fp32, and an exponential's last bit.
 # So a result in half precision is the same number, or rarely its neighbor (of a product of rounded numbers, the next one).
@@ -14,7 +15,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
-@pytest.fixture(params=["triton", "avx512", "avx2"])
+@pytest.fixture(params=["triton", "amx", "avx512", "avx2"])
 def kernels(request):
     """A function: dtype -> the kernels under test."""
     if request.param == "triton":
@@ -108,6 +109,39 @@ def test_rotary_kv(kernels, dtype, num_heads, num_kv_heads, head_dim):
     assert torch.equal(caches[1], expected_caches[1]), "values are written as they are, and nothing else is written"
     rotary_kv(qkv[1:2], [a[1:2] for a in angles], kv_cache=expected_caches, slot_mapping=slot_mapping[1:2])
     assert torch.equal(expected_caches[0][2, 0], caches[0][2, 0]), "a token depends on the others"
+
+
+@DTYPES
+@pytest.mark.parametrize("form", KV_DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(8, 4, 8), (3, 3, 10), (14, 2, 96)], ids=str)
+def test_rotary_kv_in_8_bits(kernels, dtype, form, num_heads, num_kv_heads, head_dim):
+    rotary_kv = kernels(dtype).rotary_kv
+    num_tokens, block_size, num_blocks = 6, 4, 6
+    # Of all sizes, and nothing at all.
+    sizes = torch.tensor([1.0, 300.0, 1e-3, 0.0, 2e-6, 40.0]).view(-1, 1, 1)
+    qkv = (randn(num_tokens, num_heads + 2 * num_kv_heads, head_dim) * sizes).to(dtype)
+    # Turned by a right angle or not at all, so that no key is rounded before it is written.
+    turns = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0]).view(-1, 1, 1).expand(-1, 1, head_dim)
+    signs = torch.ones(head_dim).index_fill(0, torch.arange(head_dim // 2), -1.0)
+    angles = (1 - turns, turns * signs)
+    slot_mapping = torch.tensor([9, 8, 23, 0, 11, 3])
+
+    def new_caches():
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return tuple(
+            QuantizedKV(torch.ones(shape).to(KV_DTYPES[form]), torch.full((num_blocks, num_kv_heads, block_size), 7.0))
+            for _ in "kv"
+        )
+
+    caches, expected_caches, alone = new_caches(), new_caches(), new_caches()
+    rotary_kv(qkv, angles, kv_cache=caches, slot_mapping=slot_mapping)
+    specification.rotary_kv(qkv, angles, kv_cache=expected_caches, slot_mapping=slot_mapping)
+    rotary_kv(qkv[1:2], [a[1:2] for a in angles], kv_cache=alone, slot_mapping=slot_mapping[1:2])
+    for cache, expected, one in zip(caches, expected_caches, alone, strict=True):
+        assert torch.equal(cache.values.view(torch.uint8), expected.values.view(torch.uint8))
+        assert torch.equal(cache.scales, expected.scales), "as specified, and nothing else is written"
+        assert torch.equal(one.values.view(torch.uint8)[2, 0], cache.values.view(torch.uint8)[2, 0])
+        assert torch.equal(one.scales[2, :, 0], cache.scales[2, :, 0]), "a token depends on the others"
 
 
 def test_rotary_kv_worked_example(kernels):

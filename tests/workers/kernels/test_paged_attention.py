@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support.attention_batches import fill_cache, make_metadata
+from support.attention_batches import dequantized, fill_cache, make_metadata, quantized
 
 from workers.attention import triton_paged
 from workers.attention.sdpa import SdpaBackend
@@ -28,9 +28,9 @@ def randn(*shape, dtype, seed):
 class Model:
     """Queries, keys and values of a few sequences, and both backends."""
 
-    def __init__(self, num_heads, num_kv_heads, head_dim, *, window, dtype, num_sequences=3, length=210):
+    def __init__(self, num_heads, num_kv_heads, head_dim, *, window, dtype, kv="auto", num_sequences=3, length=210):
         shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        self.window = window
+        self.window, self.kv = window, kv
         self.kernel = TritonBackend(sliding_window=window, **shape)
         self.specification = SdpaBackend(sliding_window=window, **shape)
         heads = (num_heads, num_kv_heads, num_kv_heads)
@@ -47,6 +47,8 @@ class Model:
             fill_cache([kv[i] for i, *_ in parts], metadata, block_size, sliding_window=self.window).nan_to_num(hole)
             for kv in (self.k, self.v)
         ]
+        if self.kv != "auto":
+            caches = [quantized(cache, self.kv) for cache in caches]
         q = torch.cat([self.q[i][before : before + new] for i, before, new in parts])
         # Heads of a longer row, as the layer's projection gives them.
         wide = torch.full((q.shape[0], q.shape[1] + 3, q.shape[2]), torch.nan, dtype=q.dtype)
@@ -82,6 +84,38 @@ def test_equals_the_specification(num_heads, num_kv_heads, head_dim, window, blo
     q, k_cache, v_cache, metadata = model.batch(parts, block_size, hole=0.0)
     expected = model.specification.forward(q.float(), k_cache.float(), v_cache.float(), metadata)
     torch.testing.assert_close(out.float(), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "window", "block_size", "dtype", "kv"),
+    [
+        (4, 1, 64, None, 16, torch.bfloat16, "int8"),
+        (2, 1, 128, 100, 256, torch.float16, "int8"),
+        (6, 2, 24, 33, 5, torch.float32, "int8"),
+        (4, 2, 32, 100, 16, torch.float16, "fp8"),
+        (6, 2, 24, None, 5, torch.float32, "fp8"),
+        (8, 1, 64, 33, 16, torch.bfloat16, "fp8"),
+    ],
+)
+def test_keys_and_values_in_8_bits_equal_the_specification(
+    num_heads, num_kv_heads, head_dim, window, block_size, dtype, kv
+):
+    parts = [(0, 200, 1), (1, 90, 21), (2, 129, 3), (3, 0, 5)]
+    model = Model(num_heads, num_kv_heads, head_dim, window=window, dtype=dtype, kv=kv, num_sequences=4)
+    out = model.kernel.forward(*model.batch(parts, block_size))
+    q, *caches, metadata = model.batch(parts, block_size, hole=0.0)
+    assert all(cache.values.dtype.itemsize == 1 for cache in caches)
+    expected = model.specification.forward(q.float(), *(dequantized(cache) for cache in caches), metadata)
+    torch.testing.assert_close(out.float(), expected, atol=TOLERANCES[dtype], rtol=TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(("kv", "window"), [("int8", None), ("fp8", 40)])
+def test_in_8_bits_a_query_has_the_same_bits_too(kv, window):
+    model = Model(4, 2, 32, window=window, dtype=torch.bfloat16, kv=kv, num_sequences=2, length=100)
+    whole = [model.attend([(i, 0, 100)], 16)[0] for i in range(2)]
+    for block_size, parts in ((256, [(0, 0, 70)]), (4, [(1, 60, 3), (0, 70, 30)]), (16, [(0, 99, 1), (1, 20, 1)])):
+        for (i, before, new), out in zip(parts, model.attend(parts, block_size), strict=True):
+            assert torch.equal(out, whole[i][before : before + new]), f"{new} queries after {before} of {parts}"
 
 
 @pytest.mark.parametrize(("window", "dtype"), [(None, torch.bfloat16), (70, torch.float16)], ids=str)

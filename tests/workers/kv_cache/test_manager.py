@@ -13,8 +13,12 @@ def sequence_of(token_ids, *, adapter=None):
 
 
 def make_manager(num_blocks=64, *, block_size=4, window=None, caching=True):
+    """window: a tuple has one for each group of layers."""
     return KVCacheManager(
-        num_blocks=num_blocks, block_size=block_size, sliding_window=window, enable_prefix_caching=caching
+        num_blocks=num_blocks,
+        block_size=block_size,
+        windows=window if isinstance(window, tuple) else (window,),
+        enable_prefix_caching=caching,
     )
 
 
@@ -29,10 +33,10 @@ def compute(manager, sequence, num_tokens):
 
 def prefill(manager, sequence):
     prefix = manager.find_prefix(sequence, sequence.num_tokens - 1)
-    num_new = sequence.num_tokens - len(prefix) * manager.block_size
+    num_new = sequence.num_tokens - prefix.num_blocks * manager.block_size
     assert manager.start(sequence, prefix, num_new)
     manager.commit(sequence, num_new)
-    return len(prefix)
+    return prefix.num_blocks
 
 
 def test_a_sequence_grows_by_whole_blocks():
@@ -73,11 +77,11 @@ def test_held_blocks_stop_growing_at_the_window(window):
 
 
 def test_max_blocks_held_bounds_what_is_really_held():
-    for window in (None, 1, 5, 8, 17):
+    for window in (None, 1, 5, 8, 17, (None, 5), (8, 1), (None, 17, 17)):
         for chunk in (1, 3, 8, 30):
             manager = make_manager(window=window)
             sequence = sequence_of(range(60))
-            assert manager.start(sequence, [], chunk)
+            assert manager.start(sequence, manager.find_prefix(sequence, 0), chunk)
             most = manager.pool.num_used
             for computed in range(chunk, 60, chunk):
                 manager.commit(sequence, chunk)
@@ -136,7 +140,7 @@ def test_start_refuses_without_side_effects_when_blocks_run_out():
     first = sequence_of(range(8))
     prefill(manager, first)
     second = sequence_of(range(20, 29))
-    assert not manager.start(second, [], 9)
+    assert not manager.start(second, manager.find_prefix(second, 0), 9)
     assert manager.pool.num_used == 2
     assert not second.block_ids
 
@@ -148,7 +152,7 @@ def test_cached_but_free_blocks_count_as_taken_when_revived():
     manager.free(first)
     longer = sequence_of(range(16))
     prefix = manager.find_prefix(longer, longer.num_tokens - 1)
-    assert len(prefix) == 2
+    assert prefix.num_blocks == 2
     assert not manager.start(longer, prefix, 8), "2 revived and 2 new blocks do not fit into 3"
     assert manager.pool.num_used == 0
 

@@ -15,17 +15,15 @@ from workers.protocol import hash_block
 BLOCK_SIZE = 4
 
 
-def make_manager(*, window=None, caching=True, num_blocks=64):
-    return KVCacheManager(
-        num_blocks=num_blocks, block_size=BLOCK_SIZE, sliding_window=window, enable_prefix_caching=caching
-    )
+def make_manager(*, windows=(None,), caching=True, num_blocks=64):
+    return KVCacheManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, windows=windows, enable_prefix_caching=caching)
 
 
 def start(manager, tokens):
     """A sequence whose tokens are all computed but the last, as between two steps."""
     sequence = BlockSequence(list(tokens))
     prefix = manager.find_prefix(sequence, sequence.num_tokens - 1)
-    num_new = sequence.num_tokens - 1 - len(prefix) * BLOCK_SIZE
+    num_new = sequence.num_tokens - 1 - prefix.num_blocks * BLOCK_SIZE
     assert manager.start(sequence, prefix, num_new)
     manager.commit(sequence, num_new)
     return sequence
@@ -40,13 +38,13 @@ def append_and_compute(manager, sequence, tokens):
 
 
 def state(sequence):
-    return {f.name: copy.copy(getattr(sequence, f.name)) for f in fields(sequence)}
+    return {f.name: copy.deepcopy(getattr(sequence, f.name)) for f in fields(sequence)}
 
 
 def test_the_worked_example():
     manager = make_manager()
     sequence = BlockSequence(list(range(10)))
-    assert manager.start(sequence, [], 10)
+    assert manager.start(sequence, manager.find_prefix(sequence, 0), 10)
     manager.commit(sequence, 10)
     first, second, third = sequence.block_ids
     manager.truncate(sequence, 6)
@@ -59,7 +57,7 @@ def test_the_worked_example():
 def test_a_shared_block_is_given_back_and_its_tokens_are_computed_again():
     manager = make_manager()
     sequence = BlockSequence(list(range(10)))
-    assert manager.start(sequence, [], 10)
+    assert manager.start(sequence, manager.find_prefix(sequence, 0), 10)
     manager.commit(sequence, 10)
     other = start(manager, range(9))
     assert other.block_ids[1] == sequence.block_ids[1]
@@ -74,7 +72,7 @@ def test_a_shared_block_is_given_back_and_its_tokens_are_computed_again():
 
 
 def test_a_window_that_has_passed_a_block_does_not_come_back():
-    manager = make_manager(window=6)
+    manager = make_manager(windows=(6,))
     sequence = start(manager, range(12))
     append_and_compute(manager, sequence, [50])
     assert sequence.block_ids[0] == NULL_BLOCK
@@ -92,11 +90,11 @@ TOKENS = st.integers(0, 2)  # few, so that contents repeat
 @given(
     prompt=st.lists(TOKENS, min_size=1, max_size=25),
     rounds=st.lists(st.tuples(st.lists(TOKENS, min_size=1, max_size=11), TOKENS), min_size=1, max_size=5),
-    window=st.sampled_from([None, 1, 5, 8, 13]),
+    windows=st.sampled_from([(None,), (1,), (5,), (8,), (13,), (None, 5), (13, 1), (None, 8, 8)]),
     caching=st.booleans(),
 )
-def test_append_and_rollback_is_as_if_never_appended(prompt, rounds, window, caching):
-    manager = make_manager(window=window, caching=caching)
+def test_append_and_rollback_is_as_if_never_appended(prompt, rounds, windows, caching):
+    manager = make_manager(windows=windows, caching=caching, num_blocks=64 * len(windows))
     sequence = start(manager, prompt)
     for drafted, next_token in rounds:
         # What the step does first: it releases what the window has passed, which rolling back does not undo.
@@ -126,13 +124,16 @@ def test_append_and_rollback_is_as_if_never_appended(prompt, rounds, window, cac
     steps=st.lists(
         st.tuples(st.integers(0, 2), st.lists(TOKENS, min_size=1, max_size=9), st.integers(0, 12)), max_size=25
     ),
-    window=st.sampled_from([None, 5, 8]),
+    windows=st.sampled_from([(None,), (5,), (8,), (None, 5), (8, 1), (None, 8, 8)]),
 )
-def test_no_cached_block_is_ever_overwritten(steps, window):
-    """A model of the memory: what a block holds at each slot. Every block found by hash must hold the tokens of that hash."""
-    manager = make_manager(window=window, num_blocks=40)
+def test_no_cached_block_is_ever_overwritten(steps, windows):
+    """A model of the memory: what a block holds at each slot. Every block found by hash must hold the tokens of that hash, in the layers of
+    that group.
+    """
+    manager = make_manager(windows=windows, num_blocks=40 * len(windows))
     sequences = [start(manager, [i % 2] * 9) for i in range(3)]
-    memory: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, slot) -> the tokens up to that position
+    # (block, slot) -> the group that wrote it, and the tokens up to that position
+    memory: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
     known: dict[bytes, tuple[int, ...]] = {}  # hash -> the tokens up to the block's end
     for sequence in sequences:
         write(sequence, 0, memory, known)
@@ -149,27 +150,30 @@ def test_no_cached_block_is_ever_overwritten(steps, window):
         try:
             manager.truncate(sequence, max(1, sequence.num_tokens - num_dropped))
         except ValueError:
-            assert window is not None
+            assert windows != (None,)
         # The next step has something to compute.
         sequence.token_ids.append(0)
-        for block_hash in manager.pool.cached_hashes:
-            block_id, tokens = manager.pool.find(block_hash), known[block_hash]
-            for slot in range(BLOCK_SIZE):
-                assert memory[block_id, slot] == tokens[: len(tokens) - BLOCK_SIZE + slot + 1]
+        for block_hash, tokens in known.items():
+            for group in range(len(windows)):
+                block_id = manager.pool.find(block_hash, group)
+                for slot in range(BLOCK_SIZE) if block_id is not None else ():
+                    assert memory[block_id, slot] == (group, tokens[: len(tokens) - BLOCK_SIZE + slot + 1])
         for each in sequences:
-            for position in range(each.num_released_blocks * BLOCK_SIZE, each.num_computed_tokens):
-                held = memory[each.block_ids[position // BLOCK_SIZE], position % BLOCK_SIZE]
-                assert held == tuple(each.token_ids[: position + 1])
-    held = {b for s in sequences for b in s.block_ids if b != NULL_BLOCK}
+            for group, table in enumerate(each.tables):
+                for position in range(table.num_released_blocks * BLOCK_SIZE, each.num_computed_tokens):
+                    held = memory[table.block_ids[position // BLOCK_SIZE], position % BLOCK_SIZE]
+                    assert held == (group, tuple(each.token_ids[: position + 1]))
+    held = {b for s in sequences for table in s.tables for b in table.block_ids if b != NULL_BLOCK}
     assert manager.pool.num_used == len(held)
 
 
 def write(sequence, start, memory, known, end=None):
     tokens = tuple(sequence.token_ids)
-    for position in range(start, sequence.num_computed_tokens if end is None else end):
-        block_id = sequence.block_ids[position // BLOCK_SIZE]
-        if start or block_id != NULL_BLOCK:
-            memory[block_id, position % BLOCK_SIZE] = tokens[: position + 1]
+    for group, table in enumerate(sequence.tables):
+        for position in range(start, sequence.num_computed_tokens if end is None else end):
+            block_id = table.block_ids[position // BLOCK_SIZE]
+            if start or block_id != NULL_BLOCK:
+                memory[block_id, position % BLOCK_SIZE] = group, tokens[: position + 1]
     for i, block_hash in enumerate(hashes_of(tokens), start=1):
         known[block_hash] = tokens[: i * BLOCK_SIZE]
 

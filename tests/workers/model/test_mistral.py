@@ -11,7 +11,8 @@ from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 from workers.checkpoint.model_config import load_model_config
 from workers.kernels.layer_specification import rotate, silu
-from workers.layers.decoder import RMSNorm, RotaryEmbedding
+from workers.layers.decoder import RMSNorm
+from workers.layers.rotary import RotaryEmbedding
 from workers.model.mistral import MistralForCausalLM
 from workers.quant.dense import CAN_PACK, linear, pack
 from workers.weights.loader import load_weights
@@ -28,7 +29,7 @@ MODELS = {
 def prefill(folder, tp, token_ids):
     """Logits of all positions on rank 0."""
     config = load_model_config(folder)
-    num_kv_heads = config.num_key_value_heads // tp.size
+    num_kv_heads = config.kv_heads_per_rank(tp.size)
     backend = SdpaBackend(
         num_heads=config.num_attention_heads // tp.size,
         num_kv_heads=num_kv_heads,
@@ -36,7 +37,7 @@ def prefill(folder, tp, token_ids):
         sliding_window=config.sliding_window,
     )
     n = len(token_ids)
-    model = MistralForCausalLM(config, tp=tp, backend=backend, dtype=torch.float32, device="cpu", max_positions=n)
+    model = MistralForCausalLM(config, tp=tp, backends=[backend], dtype=torch.float32, device="cpu", max_positions=n)
     load_weights(model, folder, config)
     num_blocks = -(-n // BLOCK)
     shape = (1 + num_blocks, BLOCK, num_kv_heads, config.head_dim)
@@ -52,13 +53,27 @@ def prefill(folder, tp, token_ids):
         max_seq_len=n,
     )
     with torch.inference_mode():
-        return model.compute_logits(model(token_ids, torch.arange(n), kv_caches, metadata))
+        return model.compute_logits(model(token_ids, torch.arange(n), kv_caches, [metadata]))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("layout", ["huggingface", "mistral"])
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
 def test_logits_equal_transformers(tmp_path, overrides, layout, size):
+    compare(tmp_path, overrides, layout, size)
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "mistral"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(9, 3, 3), (9, 3, 9), (8, 2, 4), (8, 2, 8), (8, 1, 2)], ids="{}".format
+)
+def test_ranks_that_share_key_value_heads(tmp_path, heads, kv_heads, size, layout):
+    """Also SmolLM2's 9 and 3 heads, which have a hidden size of their own in each head."""
+    sizes = {"hidden_size": 8 * heads, "intermediate_size": 144}
+    compare(tmp_path, {"num_attention_heads": heads, "num_key_value_heads": kv_heads, **sizes}, layout, size)
+
+
+def compare(tmp_path, overrides, layout, size):
     write_tiny_checkpoint(tmp_path, layout=layout, **overrides)
     token_ids = torch.randint(0, 256, (83,), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -78,7 +93,7 @@ def test_rotary_equals_transformers():
     cos, sin = MistralRotaryEmbedding(config)(q, positions.unsqueeze(0))
     # theirs: [batch, num_heads, num_tokens, head_dim]
     expected, _ = apply_rotary_pos_emb(q.transpose(0, 1).unsqueeze(0), q.transpose(0, 1).unsqueeze(0), cos, sin)
-    rotated = rotate(q, *rotary.angles(positions))
+    rotated = rotate(q, *rotary.angles(positions)[:2])
     torch.testing.assert_close(rotated, expected[0].transpose(0, 1))
     assert torch.equal(rotated[0], q[0]), "position 0 turns nothing"
 
@@ -87,7 +102,7 @@ def test_rotary_worked_example():
     """The docstring's numbers: head_dim 4, the pairs (0, 2) and (1, 3)."""
     rotary = RotaryEmbedding(4, 10_000.0, max_positions=3, device="cpu")
     a, b = torch.tensor(2.0), torch.tensor(2.0 * 10_000.0**-0.5)
-    cos, sin = (t.flatten() for t in rotary.angles(torch.tensor([2])))
+    cos, sin = (t.flatten() for t in rotary.angles(torch.tensor([2]))[:2])
     torch.testing.assert_close(cos, torch.stack([a.cos(), b.cos(), a.cos(), b.cos()]))
     torch.testing.assert_close(sin, torch.stack([-a.sin(), -b.sin(), a.sin(), b.sin()]))
     x = torch.tensor([1.0, 0.0, 0.0, 0.0]).view(1, 1, 4)
@@ -123,7 +138,7 @@ def test_a_row_has_the_same_bits_whatever_else_is_computed(part, num_threads):
     weight = pack(torch.nn.Parameter(torch.randn(300, size), requires_grad=False))
     compute = {
         "norm": lambda x, _: norm(x, x.flip(1))[0],
-        "rotary": lambda x, positions: rotate(x[:, None], *rotary.angles(positions)),
+        "rotary": lambda x, positions: rotate(x[:, None], *rotary.angles(positions)[:2]),
         "silu": lambda x, _: silu(torch.cat((x, x), dim=1).chunk(2, dim=1)[0]),
         "linear": lambda x, _: linear(x, weight),
     }[part]

@@ -58,7 +58,7 @@ def test_a_source_that_does_not_compile_shows_the_compilers_words(folder: Path) 
         build(folder)
     assert "small.cpp:1" in str(e.value)
     assert not any(is_current(variant, folder) for variant in VARIANTS), "the old libraries are outdated"
-    assert sorted(p.suffix for p in folder.iterdir()) == [".cpp", ".so", ".so"]
+    assert sorted(p.suffix for p in folder.iterdir()) == [".cpp", *[".so"] * len(VARIANTS)]
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_an_old_gcc_and_clang_are_refused(macros: str, tmp_path: Path, monkeypat
     compiler.write_text(f"#!/bin/sh\ncat <<'END'\n{macros}\nEND\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(BuildError, match="need GCC 10 or newer"):
+    with pytest.raises(BuildError, match="need GCC 11 or newer"):
         find_compiler()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.native import native_library
 
+import workers.native.library as library_module
 from workers.device.cpu import read_cpu_flags
 from workers.errors import ConfigError
 from workers.native.library import (
@@ -19,17 +20,19 @@ from workers.native.library import (
     load_library,
     open_library,
 )
-from workers.native.variants import VARIANTS, Variant, build_id, build_mark
+from workers.native.variants import AMX, AVX2, AVX512, VARIANTS, Variant, build_id, build_mark
 
-AVX512, AVX2 = VARIANTS
-NEW, OLD = frozenset(AVX512.cpu_flags), frozenset(AVX2.cpu_flags)
+NEWEST, NEW, OLD = (frozenset(variant.cpu_flags) for variant in (AMX, AVX512, AVX2))
 NO_BFLOAT16 = NEW - {"avx512_bf16"}
 
 
 @pytest.mark.parametrize(
     ("flags", "limit", "chosen"),
     [
+        (NEWEST, None, AMX),
+        (NEWEST, "avx512", AVX512),
         (NEW, None, AVX512),
+        (NEW, "amx", AVX512),
         (NEW, "", AVX512),
         (NEW, "avx512", AVX512),
         (NEW, "avx2", AVX2),
@@ -50,7 +53,15 @@ def test_the_best_variant_that_the_cpu_runs_and_the_limit_allows(
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(ConfigError, match="TRAMONTANE_CPU_ISA=avx1024") as e:
         choose_variant(NEW, limit="avx1024")
-    assert e.value.remedy == "Use one of avx512, avx2, none, or unset it."
+    assert e.value.remedy == "Use one of amx, avx512, avx2, none, or unset it."
+
+
+def test_tiles_are_not_used_where_the_system_forbids_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_module, "read_cpu_flags", lambda: NEWEST)
+    monkeypatch.setattr(library_module, "request_tiles", lambda: False)
+    monkeypatch.setattr(library_module, "open_library", lambda variant: variant)
+    monkeypatch.delenv(ISA_VARIABLE, raising=False)
+    assert load_library.__wrapped__() is AVX512
 
 
 def test_flags_are_those_of_the_first_cpu(tmp_path: Path) -> None:

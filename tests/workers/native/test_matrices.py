@@ -9,7 +9,7 @@ from workers.native.matrices import pack_dense, packs
 SHAPES = [(7, 2), (33, 96), (64, 1024), (257, 130)]
 
 
-@pytest.fixture(params=["avx512", "avx2"])
+@pytest.fixture(params=["amx", "avx512", "avx2"])
 def library(request):
     return native_library(request.param)
 

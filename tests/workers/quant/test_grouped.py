@@ -7,8 +7,9 @@ from support.native import native_library
 from workers.native.matrices import pack_grouped
 from workers.quant.dense import DENSE
 from workers.quant.grouped import GroupedMethod, multiply, quantize_inputs, quantize_weight
+from workers.quant.quantized import QuantizedTensor
 
-LIBRARIES = [None, "avx512", "avx2"]
+LIBRARIES = [None, "amx", "avx512", "avx2"]
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -57,7 +58,7 @@ def test_inputs_are_rounded_in_groups_of_their_own():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_bits", [8, 4])
-@pytest.mark.parametrize("name", ["avx512", "avx2"])
+@pytest.mark.parametrize("name", ["amx", "avx512", "avx2"])
 def test_the_compiled_product_has_the_bits_of_the_specification(name, num_bits, dtype):
     library = native_library(name)
     for out_features, in_features in ((5, 32), (70, 96), (64, 1024)):
@@ -73,17 +74,25 @@ def test_the_compiled_product_has_the_bits_of_the_specification(name, num_bits, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["avx512", "avx2"])
-def test_minima_have_the_bits_of_the_specification_too(name, dtype):
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("has_minima", [False, True])
+@pytest.mark.parametrize("num_bits", [8, 4])
+@pytest.mark.parametrize("name", ["amx", "avx512", "avx2"])
+def test_every_stored_form_has_the_bits_of_the_specification_too(name, num_bits, has_minima, scale_dtype, dtype):
     generator = torch.Generator().manual_seed(0)
-    values = torch.randint(0, 16, (70, 96), generator=generator, dtype=torch.int8)
-    scales, minima = random(70, 3).abs().half(), random(70, 3, seed=1).half()
+    lowest, end = (-128, 128) if num_bits == 8 else (0, 16) if has_minima else (-8, 8)
+    values = torch.randint(lowest, end, (70, 96), generator=generator, dtype=torch.int8)
+    # A third is exact in neither type.
+    scales = (random(70, 3) / 3).to(scale_dtype)
+    minima = (random(70, 3, seed=1) / 3).to(scale_dtype) if has_minima else None
     x = random(23, 96, dtype=dtype, seed=2)
-    matrix = pack_grouped(native_library(name), values, scales, minima, num_bits=4)
+    matrix = pack_grouped(native_library(name), values, scales, minima, num_bits=num_bits)
+    num_bytes = 32 * num_bits // 8 + scales.element_size() * (2 if has_minima else 1)
+    assert matrix.packed.nbytes == 96 * 3 * num_bytes, "3 groups of 96 rows, which fill the panels"
     expected = multiply(x, values, scales, minima)
     assert torch.equal(matrix.multiply(x), expected)
     assert torch.equal(matrix.multiply(x[4:5]), expected[4:5])
-    weight = values * scales.float().repeat_interleave(32, dim=1) + minima.float().repeat_interleave(32, dim=1)
+    weight = QuantizedTensor(values=values, scales=scales, minima=minima, num_bits=num_bits).dequantize()
     exact = x.float() @ weight.T
     assert (expected.float() - exact).norm() / exact.norm() < 0.02
 

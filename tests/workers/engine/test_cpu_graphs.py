@@ -1,0 +1,85 @@
+"""Decode steps as one call of the compiled kernels: the same bits as step by step, in every form of weights and of the KV cache."""
+
+import logging
+
+import pytest
+from support.fakes.engines import make_config, make_request
+from support.tiny import write_tiny_checkpoint
+
+from workers.config import EngineConfig
+from workers.engine.build import build_runner
+from workers.engine.core import EngineCore
+from workers.engine.llm_engine import LLMEngine, stream_requests
+from workers.native.library import NativeLibrary, load_library
+from workers.profile.steps import profile_core
+
+pytestmark = pytest.mark.skipif(
+    not isinstance(load_library(), NativeLibrary), reason="there are no compiled kernels for this CPU"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_checkpoint(
+        tmp_path_factory.mktemp("tiny"), sliding_window=24, hidden_size=64, intermediate_size=96
+    )
+
+
+def config(folder, **settings) -> EngineConfig:
+    return make_config(folder, max_num_seqs=6, attention_backend="native", **settings)
+
+
+def outputs(core: EngineCore):
+    """Requests that end at different steps, so that the number of sequences goes down."""
+    requests = [make_request(str(n), list(range(5, 5 + n)), max_tokens=12 + 9 * n, logprobs=2) for n in (1, 2, 3, 5)]
+    found: dict[str, list[object]] = {}
+    for delta in stream_requests(core, requests):
+        found.setdefault(delta.request_id, []).append((delta.token_ids, delta.logprobs))
+    return found
+
+
+FORMS = [
+    {"dtype": "float32"},
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "quantization": "int8"},
+    {"dtype": "float32", "quantization": "int4"},
+    {"dtype": "bfloat16", "kv_cache_dtype": "int8"},
+]
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
+def test_graphs_change_no_bit(folder, form):
+    core = LLMEngine(config(folder, **form)).core
+    expected = outputs(LLMEngine(config(folder, cuda_graphs=False, **form)).core)
+    assert outputs(core) == expected, "while they are recorded"
+    assert len(core.runner.graphs.captured_sizes) >= 3
+    assert outputs(core) == expected, "with them from the start"
+
+
+def test_a_step_that_torch_computes_in_stays_without_a_graph(folder, caplog):
+    core = LLMEngine(config(folder)).core
+    norm = core.runner.model.model.norm
+    forward = norm.forward
+    norm.forward = lambda x, residual: tuple(part.sin() for part in forward(x, residual))
+    with caplog.at_level(logging.WARNING, "workers.engine.cuda_graphs"):
+        outputs(core)
+    assert core.runner.graphs.captured_sizes == ()
+    (record,) = [r for r in caplog.records if r.name == "workers.engine.cuda_graphs"]
+    assert "aten.sin" in record.getMessage()
+
+
+def test_a_profile_sees_every_kernel(folder):
+    core = LLMEngine(config(folder)).core
+    outputs(core)
+    assert core.runner.graphs.captured_sizes
+    profiled = profile_core(core, num_steps=20)
+    outputs(profiled)
+    names = [event.name for event in profiled.finish().decoded()]
+    assert names.count("attention") >= 20
+
+
+def test_they_can_be_turned_off(folder):
+    runner = build_runner(config(folder, cuda_graphs=False), LLMEngine(config(folder)).core.tp)
+    assert runner.size_to_capture(is_idle=True) is None
+    assert runner.graphs.next_size(1) is None

@@ -1,0 +1,164 @@
+"""quantization_config of config.json: which quantised checkpoints run, and what their fields say. Knows fields; no files and no tensors.
+
+Bits and group sizes are read from the tensors' shapes where these tell them (weights/quantized), because a checkpoint may have several.
+"""
+
+from typing import Any
+
+from workers.checkpoint.regular_file import shown
+from workers.errors import ConfigError
+from workers.stored_weights import StoredWeights, grouped_bits
+
+WHAT_RUNS = "GPTQ and AWQ with 4 bits, GPTQ with 8 bits, compressed-tensors with int4, int8 or float8 weights, and fp8 with e4m3 weights"
+_REMEDY = f"Use {WHAT_RUNS}, or the float32, float16 or bfloat16 weights."
+COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
+
+
+def read_quantization(fields: dict[str, Any]) -> StoredWeights | None:
+    """None for a dense checkpoint. Raises ConfigError for a method or a variant of one that does not run here."""
+    found = fields.get("quantization_config") or fields.get("compression_config")
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise _refusal(f"quantization_config is {shown(found)}, not a JSON object.")
+    method = found.get("quant_method") or ("compressed-tensors" if "config_groups" in found else None)
+    readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors, "fp8": _fp8}
+    if method not in readers:
+        raise _refusal(
+            f"The checkpoint is quantized by {shown(method) if method else 'an unknown method'}, which does not run here."
+        )
+    return readers[method](found)
+
+
+def _gptq(found: dict[str, Any]) -> StoredWeights:
+    checkpoint_format = found.get("checkpoint_format") or found.get("format") or "gptq"
+    if checkpoint_format not in ("gptq", "gptq_v2"):
+        raise _refusal(f"The checkpoint is of GPTQ in the format {shown(checkpoint_format)}, which does not run here.")
+    num_bits, group_size = _bits(found, "bits", (4, 8)), _group_size(found, "group_size")
+    is_symmetric = bool(found.get("sym", True))
+    bits = grouped_bits(num_bits, has_minima=not is_symmetric, wide=not is_symmetric)
+    return StoredWeights(
+        method=checkpoint_format,
+        label=f"GPTQ int{num_bits}",
+        layer_bits=bits,
+        file_bits=_file_bits(num_bits, group_size, has_zeros=True),
+        head_bits=bits if found.get("lm_head") else None,
+        group_size=None if found.get("desc_act") else group_size,
+    )
+
+
+def _awq(found: dict[str, Any]) -> StoredWeights:
+    version = str(found.get("version") or found.get("checkpoint_format") or "gemm").lower()
+    if version != "gemm":
+        raise _refusal(f"The checkpoint is of AWQ in the version {shown(version)}, which does not run here.")
+    num_bits = _bits(found, "bits" if "bits" in found else "w_bit", (4,))
+    group_size = _group_size(found, "group_size" if "group_size" in found else "q_group_size")
+    return StoredWeights(
+        method="awq",
+        label=f"AWQ int{num_bits}",
+        layer_bits=grouped_bits(num_bits, has_minima=True, wide=True),
+        file_bits=_file_bits(num_bits, group_size, has_zeros=True),
+        group_size=group_size,
+    )
+
+
+def _compressed_tensors(found: dict[str, Any]) -> StoredWeights:
+    groups, name = found.get("config_groups"), found.get("format")
+    if name not in COMPRESSED_FORMATS:
+        raise _refusal(f"The checkpoint is of compressed-tensors in the format {shown(name)}, which does not run here.")
+    sparsity = found.get("sparsity_config") or {}
+    sparse = sparsity.get("format", "dense")
+    if sparse != "dense":
+        raise _refusal(
+            f"The checkpoint is of compressed-tensors with sparse weights ({shown(sparse)}), which do not run here."
+        )
+    if (transforms := found.get("transform_config")) and transforms.get("config_groups"):
+        raise _refusal("The checkpoint is of compressed-tensors with a transform_config, which does not run here.")
+    if (
+        not isinstance(groups, dict)
+        or not groups
+        or not all(isinstance(g, dict) and isinstance(g.get("weights"), dict) for g in groups.values())
+    ):
+        raise _refusal("The checkpoint is of compressed-tensors, but its config_groups say nothing of weights.")
+    schemes = [group["weights"] for group in groups.values()]
+    labels, bits = [], []
+    for scheme in schemes:
+        kind, num_bits = scheme.get("type", "int"), scheme.get("num_bits")
+        if (kind, num_bits) not in (("int", 4), ("int", 8), ("float", 8)):
+            raise _refusal(
+                f"The checkpoint is of compressed-tensors with {shown(kind)} weights in {shown(num_bits)} bits, which do not run here."
+            )
+        labels.append(f"{kind}{num_bits}")
+        has_minima = not scheme.get("symmetric", True)
+        # Their scales have the checkpoint's type, which is bfloat16 in most; float16 holds that only by chance.
+        bits.append(None if kind == "float" else grouped_bits(num_bits, has_minima=has_minima, wide=True))
+    first = schemes[0]
+    strategy = first.get("strategy")
+    block = first.get("block_structure")
+    return StoredWeights(
+        method="compressed-tensors",
+        label=f"compressed-tensors {' and '.join(dict.fromkeys(labels))}",
+        layer_bits=None if None in bits else max(b for b in bits if b is not None),
+        file_bits=max(
+            _file_bits(s["num_bits"], s.get("group_size"), has_zeros=not s.get("symmetric", True)) for s in schemes
+        ),
+        group_size=_group_size(first, "group_size") if strategy == "group" else None,
+        block_size=_block_size(block) if strategy == "block" else None,
+        inputs_are_rounded=any(group.get("input_activations") for group in groups.values()),
+    )
+
+
+def _fp8(found: dict[str, Any]) -> StoredWeights:
+    if found.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        raise _refusal(f"The checkpoint has fp8 weights of the kind {shown(found['fmt'])}, which do not run here.")
+    block = found.get("weight_block_size")
+    return StoredWeights(
+        method="fp8",
+        label="fp8",
+        layer_bits=None,
+        file_bits=8,
+        block_size=None if block is None else _block_size(block),
+        inputs_are_rounded=True,
+    )
+
+
+def _file_bits(num_bits: int, group_size: Any, *, has_zeros: bool) -> float:
+    """With scales of 16 bits, and zero points of as many bits as the weights."""
+    size = group_size if type(group_size) is int and group_size > 0 else None
+    return num_bits if size is None else num_bits + (16 + (num_bits if has_zeros else 0)) / size
+
+
+def _bits(found: dict[str, Any], name: str, allowed: tuple[int, ...]) -> int:
+    value = found.get(name)
+    if value is None:
+        raise _refusal(f"quantization_config of {shown(found.get('quant_method'))} lacks the field {name!r}.")
+    if value not in allowed or type(value) is not int:
+        raise _refusal(
+            f"The checkpoint is quantized by {shown(found.get('quant_method'))} in {shown(value)} bits, which does not run here."
+        )
+    return value
+
+
+def _group_size(found: dict[str, Any], name: str) -> int | None:
+    value = found.get(name)
+    if value is None or value == -1:
+        return None
+    if type(value) is not int or value < 1:
+        raise ConfigError(
+            f"{name} of quantization_config is {shown(value)}.", remedy="Download config.json again.", param=name
+        )
+    return value
+
+
+def _block_size(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and n > 0 for n in value):
+        raise ConfigError(
+            f"The block size of quantization_config is {shown(value)}, not two whole numbers.",
+            remedy="Download config.json again.",
+            param="quantization_config",
+        )
+    return value[0], value[1]
+
+
+def _refusal(message: str) -> ConfigError:
+    return ConfigError(message, remedy=_REMEDY, param="quantization_config")

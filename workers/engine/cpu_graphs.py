@@ -1,0 +1,131 @@
+"""Graphs of decode steps on the CPU: one call of the compiled kernels instead of one for each. See cuda_graphs.py for when they are made.
+
+A step is recorded while it runs on torch's tensors. What torch itself computes in it (looking up rows, copying, widening to float32) is
+replaced by a kernel that gives the same bits; anything else that torch would compute makes the step impossible to record. Knows no batch
+and no model.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from workers.engine.cuda_graphs import Step
+from workers.engine.decode_padding import CapturePolicy
+from workers.native.calls import Temporaries, make_program, recorded_calls, runner_of
+from workers.native.library import NativeLibrary
+
+# Of temporaries while a step is recorded. Only what is written takes memory, and only until the end of the recording.
+ARENA_BYTES = 1 << 30
+
+_aten = torch.ops.aten
+_NEW = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+_VIEWS = {
+    *(_aten.view.default, _aten._unsafe_view.default, _aten.alias.default, _aten.detach.default, _aten.t.default),
+    *(_aten.slice.Tensor, _aten.select.int, _aten.split.Tensor, _aten.split_with_sizes.default),
+    *(_aten.unsqueeze.default, _aten.squeeze.dim, _aten.expand.default, _aten.transpose.int, _aten.as_strided.default),
+}
+_POINTERS = [ctypes.c_void_p] * 3
+
+
+class NativeGraphRecorder:
+    """See `GraphRecorder`. All graphs share one piece of memory for what is temporary in a step.
+
+    Every row costs something, so no batch is padded. A step may take a second, so only sizes that come often are recorded.
+    """
+
+    policy = CapturePolicy(every_size=True, num_steps_before=8, when_idle=False)
+
+    def __init__(self, library: NativeLibrary) -> None:
+        self._gather = library.function("gather_rows", [*_POINTERS, ctypes.c_int64, ctypes.c_int64])
+        self._copy = library.function("copy_bytes", [*_POINTERS[:2], ctypes.c_int64])
+        self._widen = library.function("widen", [*_POINTERS[:2], ctypes.c_int64])
+        self._run = library.function("run_calls", [ctypes.c_void_p, ctypes.c_int64])
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, steps: Iterable[Step]) -> int:
+        return 0
+
+    def record(self, step: Step) -> Step:
+        arena = torch.empty(ARENA_BYTES, dtype=torch.uint8)
+        temporaries = Temporaries(arena.data_ptr(), ARENA_BYTES)
+        with recorded_calls() as calls, _Recorder(self, arena, temporaries):
+            step()
+        program = make_program(calls, temporaries)
+        if self._memory.numel() < program.num_bytes:
+            # Graphs that were recorded before keep theirs.
+            self._memory = torch.empty(max(program.num_bytes, 2 * self._memory.numel()), dtype=torch.uint8)
+        return runner_of(self._run, program.placed(self._memory.data_ptr()), keep=(self._memory,))
+
+    def gather(self, table: torch.Tensor, indices: torch.Tensor, new: Callable[..., torch.Tensor]) -> torch.Tensor:
+        _require(
+            table.is_contiguous() and indices.is_contiguous() and indices.dtype == torch.int64, "rows of any layout"
+        )
+        row = table.shape[1:]
+        out = new((*indices.shape, *row), table.dtype)
+        row_bytes = out.element_size() * (out.numel() // indices.numel())
+        self._gather(out.data_ptr(), table.data_ptr(), indices.data_ptr(), indices.numel(), row_bytes)
+        return out
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        _require(
+            target.is_contiguous() and source.is_contiguous() and target.shape == source.shape, "copies of any layout"
+        )
+        if target.dtype == source.dtype:
+            self._copy(target.data_ptr(), source.data_ptr(), target.nbytes)
+        else:
+            _require((source.dtype, target.dtype) == (torch.bfloat16, torch.float32), "conversions")
+            self._widen(target.data_ptr(), source.data_ptr(), target.numel())
+        return target
+
+
+class _Recorder(TorchDispatchMode):
+    """Gives temporaries their addresses, and replaces what torch would compute. RuntimeError: it cannot."""
+
+    def __init__(self, kernels: NativeGraphRecorder, arena: torch.Tensor, temporaries: Temporaries) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self._arena = arena
+        self._temporaries = temporaries
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _VIEWS:
+            return func(*args, **kwargs)
+        if func in _NEW:
+            like = func(*args, **kwargs)  # torch takes no memory until something is written
+            _require(like.is_contiguous(), "temporaries of any layout")
+            return self._new(like.shape, like.dtype)
+        if func is _aten.embedding.default:
+            return self._kernels.gather(args[0], args[1], self._new)
+        if func is _aten.index.Tensor and len(args[1]) == 1:
+            return self._kernels.gather(args[0], args[1][0], self._new)
+        if func is _aten.copy_.default:
+            return self._kernels.copy(args[0], args[1])
+        if func is _aten._to_copy.default and kwargs.get("dtype") == torch.float32:
+            return self._kernels.copy(self._new(args[0].shape, torch.float32), args[0])
+        # In inference mode, torch passes what is made of other operators undivided.
+        with self:
+            result = func.decompose(*args, **kwargs)
+        _require(result is not NotImplemented, f"torch for {func}")
+        return result
+
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = dtype.itemsize * torch.Size(shape).numel()
+        address = self._temporaries.take(num_bytes)
+        _require(address is not None, f"more than {ARENA_BYTES >> 30} GiB of temporaries")
+        start = address - self._arena.data_ptr()
+        return self._arena[start : start + num_bytes].view(dtype).view(shape)
+
+
+def _require(fulfilled: bool, what: str) -> None:
+    if not fulfilled:
+        raise RuntimeError(f"it needs {what}")

@@ -1,0 +1,64 @@
+"""How a quantised checkpoint stores its matrices, as its configuration says. Knows no files, no tensors and no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from workers.errors import ConfigError
+
+# Products compute in groups of so many inputs; a larger group repeats its scale.
+SMALLEST_GROUP = 32
+StoredMethod = Literal["gptq", "gptq_v2", "awq", "compressed-tensors", "fp8", "gguf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """label: for people, "GPTQ int4".
+
+    layer_bits: what a weight takes on the CPU with its part of the scales, on average over the layers' matrices; head_bits: in the output
+    head. None: they are kept in the engine's dtype there. file_bits: as layer_bits, in the file.
+    dense_share: of the layers' weights, those that are kept in the engine's dtype, beside which layer_bits is the average of the others
+    over all.
+    group_size: how many neighbors share a scale; None for all of a row, and where groups are of inputs in another order.
+    block_size: rows and inputs that share one, of 8-bit floats.
+    inputs_are_rounded: the checkpoint was made for inputs in 8 bits, too.
+    """
+
+    method: StoredMethod
+    label: str
+    layer_bits: float | None
+    file_bits: float
+    head_bits: float | None = None
+    dense_share: float = 0.0
+    group_size: int | None = None
+    block_size: tuple[int, int] | None = None
+    inputs_are_rounded: bool = False
+
+    @property
+    def cpu_label(self) -> str:
+        """`label`, and whether the CPU computes with another form."""
+        return self.label if self.layer_bits is not None else f"{self.label} (on the CPU dense)"
+
+
+def grouped_bits(num_bits: int, *, has_minima: bool, wide: bool, group_size: int = 32) -> float:
+    """Bits of a weight in groups with scales, and minima, of 16 or, if they are wide, 32 bits: 4 bits with half scales take 4.5."""
+    return num_bits + (32 if wide else 16) * (2 if has_minima else 1) / group_size
+
+
+def check_shares(stored: StoredWeights, inputs: Mapping[str, int]) -> None:
+    """inputs: one rank's, {name in a sentence: how many}. Raises ConfigError where a rank's part would begin within a group or block."""
+    for name, share in inputs.items():
+        group = stored.group_size
+        if stored.block_size is not None and share % stored.block_size[1]:
+            what = f"blocks of {stored.block_size[1]}"
+        elif group is not None and group % SMALLEST_GROUP == 0 and math.gcd(group, share) % SMALLEST_GROUP:
+            what = f"groups of {group}"
+        else:
+            continue
+        raise ConfigError(
+            f"The {what} inputs of the checkpoint's {stored.label} weights cannot be divided: a rank's part of the {name} is {share}, "
+            f"which cuts them in pieces that are not multiples of {SMALLEST_GROUP}.",
+            remedy="Use a smaller --tensor-parallel-size.",
+            param="--tensor-parallel-size",
+        )

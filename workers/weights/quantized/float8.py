@@ -1,0 +1,82 @@
+"""Matrices of 8-bit floats: of fp8 checkpoints, and of compressed-tensors.
+
+    weight        [out_features, in_features] float8_e4m3fn
+    weight_scale or weight_scale_inv, by which the weight is multiplied: one number, [out_features] or [out_features, 1],
+                  or [ceil(out_features / rows), ceil(in_features / inputs)] of blocks
+
+Knows no other format.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from workers.errors import CheckpointError
+from workers.quant.forms import Float8Form
+from workers.quant.method import Index
+from workers.quant.quantized import Float8Tensor
+from workers.weights.quantized.header import FLOATS, TensorHeader, check, require
+from workers.weights.quantized.source import StoredTensor
+
+SCALES = ("weight_scale", "weight_scale_inv")
+
+
+def check_float8(
+    module: str, tensors: Mapping[str, TensorHeader], shape: tuple[int, int], *, block_size: tuple[int, int] | None
+) -> Float8Form:
+    """shape: of the matrix; block_size: as the configuration says. Raises CheckpointError for what is missing or of another type or shape."""
+    require(module, tensors, ("weight",))
+    check(tensors["weight"], dtypes=("F8_E4M3",), shape=shape)
+    name = next((name for name in SCALES if name in tensors), None)
+    require(module, tensors, (name or SCALES[0],))
+    assert name is not None
+    scales, (out_features, in_features) = tensors[name], shape
+    if scales.shape in ((), (1,), (1, 1)):
+        form = Float8Form()
+    elif scales.shape in ((out_features,), (out_features, 1)) and block_size is None:
+        form = Float8Form(block_size=(1, None))
+    elif block_size is not None and scales.shape == (
+        -(-out_features // block_size[0]),
+        -(-in_features // block_size[1]),
+    ):
+        form = Float8Form(block_size=block_size)
+    else:
+        raise CheckpointError(
+            f"{scales.name} has shape {list(scales.shape)}, which fits neither a matrix of shape {list(shape)} nor its rows or blocks.",
+            remedy="Use a checkpoint whose quantization_config belongs to its weights.",
+        )
+    check(scales, dtypes=FLOATS, shape=scales.shape)
+    return form
+
+
+class Float8Matrix:
+    """A `WeightSource`."""
+
+    def __init__(
+        self,
+        module: str,
+        tensors: Mapping[str, StoredTensor],
+        shape: tuple[int, int],
+        *,
+        block_size: tuple[int, int] | None,
+    ) -> None:
+        self._form = check_float8(module, tensors, shape, block_size=block_size)
+        self._weight = tensors["weight"]
+        self._scales = next(tensors[name] for name in SCALES if name in tensors)
+        self.name = self._weight.name
+        self.shape: tuple[int, ...] = shape
+
+    def __getitem__(self, index: Index) -> Float8Tensor:
+        rows_asked, columns_asked = index if isinstance(index, tuple) else (index, slice(None))
+        rows = slice(*rows_asked.indices(self.shape[0])[:2])
+        columns = slice(*columns_asked.indices(self.shape[1])[:2])
+        values, scales = self._weight[rows, columns], self._scales[:].float()
+        block_rows, block_inputs = self._form.block_size
+        if block_rows is None:
+            return Float8Tensor(values=values, scales=scales.view(1, 1), block_size=self.shape[1])
+        if block_inputs is None:
+            return Float8Tensor(values=values, scales=scales.view(-1, 1)[rows], block_size=self.shape[1])
+        assert columns.start % block_inputs == 0, "check_shares has refused others"
+        of_rows = scales[torch.arange(rows.start, rows.stop) // block_rows]
+        blocks = slice(columns.start // block_inputs, -(-columns.stop // block_inputs))
+        return Float8Tensor(values=values, scales=of_rows[:, blocks], block_size=block_inputs)
