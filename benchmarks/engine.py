@@ -50,10 +50,8 @@ def decode_limit(engine: LLMEngine, *, batch: int, context: int, bandwidth: floa
     core, model = engine.core, engine.core.config.model
     weights = sum(p.numel() * p.element_size() for n, p in core.runner.model.named_parameters() if "embed" not in n)
     numel = sum(p.numel() for n, p in core.runner.model.named_parameters() if "embed" not in n)
-    seen = context if model.sliding_window is None else min(context, model.sliding_window)
-    k_cache = core.runner.kv_cache[0][0]
-    kv_token = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * k_cache.element_size()
-    step = max((weights + batch * seen * kv_token) / bandwidth, 2 * batch * numel / flops)
+    seen = context if model.widest_window is None else min(context, model.widest_window)
+    step = max((weights + batch * seen * core.config.kv_token_bytes) / bandwidth, 2 * batch * numel / flops)
     return batch / step
 
 

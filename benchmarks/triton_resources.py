@@ -9,9 +9,11 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
+import torch
 import triton
 
 from workers.engine.kernel_cache import (
@@ -29,6 +31,10 @@ from workers.engine.kernel_cache import (
     launch_sampling,
 )
 from workers.kernels.add_rms_norm import add_rms_norm
+from workers.kernels.grouped.dequantize import dequantize
+from workers.kernels.grouped.grouped_matmul import grouped_matmul
+from workers.kernels.grouped.packed import NumBits, PackedWeight, pack
+from workers.kernels.grouped.quantize_rows import quantize_rows
 from workers.kernels.matmul import matmul
 from workers.kernels.offline import MAX_SHARED_BYTES, CompiledKernel, compile_for
 from workers.kernels.silu_mul import silu_mul
@@ -64,7 +70,41 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "deterministic product, down": lambda: matmul(empty(64, INTERMEDIATE_SIZE), empty(HIDDEN_SIZE, INTERMEDIATE_SIZE)),
     "deterministic product, gate_up": lambda: matmul(empty(64, HIDDEN_SIZE), empty(2 * INTERMEDIATE_SIZE, HIDDEN_SIZE)),
     "sampling": lambda: launch_sampling(VOCAB_SIZE),
+    "int4 product, decode, o": lambda: launch_product(8, HIDDEN_SIZE, num_bits=4),
+    "int4 product, decode, gate_up": lambda: launch_product(8, 2 * INTERMEDIATE_SIZE, num_bits=4),
+    "int4 product, 64 rows, o": lambda: launch_product(64, HIDDEN_SIZE, num_bits=4),
+    "int4 product, 64 rows, gate_up": lambda: launch_product(64, 2 * INTERMEDIATE_SIZE, num_bits=4),
+    "int4 product, wide scales and minima, decode": lambda: launch_product(
+        8, HIDDEN_SIZE, num_bits=4, has_minima=True, scale_dtype=torch.float32
+    ),
+    "int4 product, wide scales and minima, 64 rows": lambda: launch_product(
+        64, HIDDEN_SIZE, num_bits=4, has_minima=True, scale_dtype=torch.float32
+    ),
+    "int8 product, decode": lambda: launch_product(8, HIDDEN_SIZE, num_bits=8),
+    "float8 product without the GPU's own, decode": lambda: grouped_matmul(
+        empty(8, HIDDEN_SIZE), float8_weight(HIDDEN_SIZE, HIDDEN_SIZE)
+    ),
+    "int4 in 16 bits": lambda: dequantize(weight(HIDDEN_SIZE, num_bits=4), empty(HIDDEN_SIZE, HIDDEN_SIZE)),
+    "inputs in float8": lambda: quantize_rows(empty(64, INTERMEDIATE_SIZE)),
 }
+
+
+def launch_product(num_rows: int, out_features: int, **form: Any) -> None:
+    grouped_matmul(empty(num_rows, HIDDEN_SIZE), weight(out_features, **form))
+
+
+def weight(
+    out_features: int, *, num_bits: NumBits, has_minima: bool = False, scale_dtype: torch.dtype = torch.float16
+) -> PackedWeight:
+    """In groups of 32."""
+    values = torch.zeros((out_features, HIDDEN_SIZE), dtype=torch.int8)
+    scales = torch.zeros((out_features, HIDDEN_SIZE // 32), dtype=scale_dtype)
+    return pack(values, scales, scales if has_minima else None, num_bits=num_bits)
+
+
+def float8_weight(out_features: int, in_features: int) -> PackedWeight:
+    values = torch.zeros((out_features, in_features), dtype=torch.float8_e4m3fn)
+    return pack(values, torch.ones((out_features, 1)), num_bits=8)
 
 
 def compiled(capability: int) -> Iterator[tuple[str, CompiledKernel]]:

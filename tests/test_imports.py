@@ -21,12 +21,14 @@ ORDER = {
     ),
     "workers": (
         "rank, gpu_check > profile > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention "
-        "> kernels > native > parallel > checkpoint, device > config > heartbeat, process_identity, thread_priority > protocol > errors"
+        "> kernels > native > parallel > tokenizer_files > checkpoint, device > config > layer_groups, rope, stored_weights, heartbeat, process_identity, thread_priority > protocol > errors"
     ),
 }
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.
 SEAM = {
     "workers.protocol",
+    "workers.checkpoint.gguf_config",
+    "workers.checkpoint.gguf_file",
     "workers.checkpoint.model_config",
     "workers.checkpoint.regular_file",
     "workers.config",
@@ -45,6 +47,12 @@ SEAM = {
     "workers.profile.targets",
     "workers.rank.reports",
     "workers.thread_priority",
+    "workers.tokenizer_files.gguf_model",
+    "workers.tokenizer_files.opening",
+    "workers.tokenizer_files.pieces",
+    "workers.tokenizer_files.sentencepiece_model",
+    "workers.tokenizer_files.tekken_model",
+    "workers.tokenizer_files.tokenizer_json",
 }
 DOORS = {
     "cluster/replicas/rank_actor.py": {"workers.rank.worker"},
@@ -81,6 +89,7 @@ NO_TORCH = (
     "workers/heartbeat.py",
     "workers/process_identity.py",
     "workers/thread_priority.py",
+    "workers/tokenizer_files/",
     "workers/engine/request.py",
     "workers/engine/scheduler.py",
     "workers/engine/loop.py",

@@ -32,6 +32,9 @@ PINS = {
         "web_protocol._ErrInfo, and of web.RequestHandler: _current_request, _messages, _waiter, _close, _force_close, _loop, "
         "data_received and finish_response",
     ),
+    "gguf": Pin(
+        "workers/checkpoint/gguf_reader.py", "GGUFReader._get_field_parts and _build_tensors, which its class overrides"
+    ),
     "torch": Pin(
         "workers/quant/dense.py",
         "torch.ops.mkldnn._linear_pointwise and _reorder_linear_weight, oneDNN's packed weights",
@@ -141,3 +144,15 @@ def test_what_is_relied_on_in_aiohttp_is_there() -> None:
     relied_on = {"_current_request", "_messages", "_waiter", "_close", "_force_close", "_loop"}
     assert relied_on <= attributes, f"look at {PINS['aiohttp'].file}: {relied_on - attributes}"
     assert {"status", "exc", "message"} <= set(inspect.signature(_ErrInfo).parameters), "look at _ErrInfo"
+
+
+def test_what_is_relied_on_in_gguf_is_there() -> None:
+    import gguf
+
+    look_at = f"look at {PINS['gguf'].file}"
+    assert list(inspect.signature(gguf.GGUFReader._get_field_parts).parameters) == ["self", "orig_offs", "raw_type"], (
+        look_at
+    )
+    assert list(inspect.signature(gguf.GGUFReader._build_tensors).parameters) == ["self", "start_offs", "fields"], (
+        look_at
+    )

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from comparison import http_load, models, processes
-from comparison.subjects import RUNNERS, Subject
+from comparison.subjects import KV_CACHE_DTYPES, RUNNERS, Subject
 
 Metrics = dict[str, float]
 NUM_PROMPT = 64
 LONG_PROMPT = 2000
+LONG_TEXT = 1000
 NUM_SEQUENCES = 16
 SEQUENCE_TOKENS = 192  # less than the demo model's sliding window, which llama.cpp does not know
 
@@ -46,22 +47,28 @@ class Context:
         """A runner's result for the model of this name."""
         folder = self.folder(name, subject)
         job |= {"model": subject.model_path(folder), "dtype": subject.dtype, "quantization": subject.quantization}
-        job |= {"repeats": self.repeats, "vocab_size": models.vocab_size(folder)}
+        job |= {
+            "kv_cache_dtype": subject.kv_cache_dtype,
+            "repeats": self.repeats,
+            "vocab_size": models.vocab_size(folder),
+        }
         return processes.run_job(subject.runner(), job, environment=subject.environment(serves=False))
 
 
 @dataclass(frozen=True)
 class Part:
-    """engines, formats: the subjects it measures. title: the heading of its table."""
+    """engines, formats, kv_cache_dtypes: the subjects it measures. title: the heading of its table."""
 
     name: str
     title: str
     measure: Callable[[Subject, Context], Metrics]
     engines: tuple[str, ...]
     formats: tuple[str, ...]
+    kv_cache_dtypes: tuple[str, ...] = ("auto",)
 
     def includes(self, subject: Subject) -> bool:
-        return subject.engine in self.engines and subject.number_format in self.formats
+        is_format = subject.number_format in self.formats and subject.kv_cache_dtype in self.kv_cache_dtypes
+        return is_format and subject.engine in self.engines
 
 
 def decode(subject: Subject, context: Context) -> Metrics:
@@ -105,6 +112,26 @@ def quality(subject: Subject, context: Context) -> Metrics:
         if name == models.DEMO:
             found[f"{name} perplexity"] = math.exp(-statistics.fmean(values))
     return found
+
+
+def kv_cache(subject: Subject, context: Context) -> Metrics:
+    """As `quality`, of texts of 1,000 tokens, and what long contexts cost in a decode step of one stream and of eight."""
+    sequences = _texts(context, num_tokens=LONG_TEXT)
+    values, reference = (
+        _logprobs(s, context, models.DEMO, sequences=sequences)
+        for s in (subject, Subject("ours", "float32", Path(sys.executable)))
+    )
+    differences = [abs(value - exact) for value, exact in zip(values, reference, strict=True)]
+    shape = {"prompt_tokens": LONG_PROMPT - 32, "output_tokens": 32, "batches": [1, 8]}
+    rates = context.run(subject, models.LARGE.name, measure="rates", **shape)
+    itemsize = 4 if subject.dtype == "float32" else 2
+    head_bytes = models.LARGE.head_dim * itemsize if subject.kv_cache_dtype == "auto" else models.LARGE.head_dim + 4
+    return {
+        "perplexity": math.exp(-statistics.fmean(values)),
+        "difference in nats": statistics.fmean(differences),
+        "KiB per token": 2 * models.LARGE.num_hidden_layers * models.LARGE.num_key_value_heads * head_bytes / 1024,
+        **{f"tokens/s after {LONG_PROMPT - 32:,} tokens@{n}": rates[f"decode@{n}"] for n in (1, 8)},
+    }
 
 
 def _logprobs(subject: Subject, context: Context, name: str, *, sequences: list[list[int]]) -> list[float]:
@@ -155,7 +182,7 @@ def _random_sequences() -> list[list[int]]:
     return [http_load.prompt(SEQUENCE_TOKENS, vocab_size=size, seed=i) for i in range(NUM_SEQUENCES)]
 
 
-def _texts(context: Context) -> list[list[int]]:
+def _texts(context: Context, *, num_tokens: int = SEQUENCE_TOKENS) -> list[list[int]]:
     """Windows of a long file of torch as tokens of the demo model, each with the token that begins a text."""
     import sentencepiece
 
@@ -165,7 +192,7 @@ def _texts(context: Context) -> list[list[int]]:
     assert torch is not None and torch.origin is not None, "torch is a dependency"
     ids = tokenizer.encode((Path(torch.origin).parent / "nn" / "functional.py").read_text())
     step = len(ids) // NUM_SEQUENCES
-    return [[1, *ids[i * step : i * step + SEQUENCE_TOKENS - 1]] for i in range(NUM_SEQUENCES)]
+    return [[1, *ids[i * step : i * step + num_tokens - 1]] for i in range(NUM_SEQUENCES)]
 
 
 def machine_limits(context: Context) -> dict[str, Any]:
@@ -201,6 +228,14 @@ PARTS = {
             tensor_parallel,
             ("ours",),
             PLAIN,
+        ),
+        Part(
+            "kv_cache",
+            "KV cache in fewer bits: the demo model on texts of 1,000 tokens; the speed of long contexts, 285 M parameters",
+            kv_cache,
+            ("ours",),
+            PLAIN,
+            ("auto", *KV_CACHE_DTYPES),
         ),
         Part("quality", "What number formats cost in quality", quality, ("ours", "llama.cpp"), ALL_FORMATS),
     )

@@ -9,20 +9,25 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNNERS = Path(__file__).resolve().parent / "runners"
 # An environment of its own for each, made by `make bench-peers`.
 PEERS = ("vllm", "llama.cpp")
+KV_CACHE_DTYPES = ("int8", "fp8")
 FORMATS = {"F32": "float32", "BF16": "bfloat16", "Q8_0": "int8", "Q4_0": "int4"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """engine: ours, vllm or llama.cpp. number_format: float32, bfloat16, int8, int4 (with groups of 32)."""
+    """engine: ours, vllm or llama.cpp. number_format: float32, bfloat16, int8, int4 (with groups of 32). kv_cache_dtype: as our option;
+    "auto" for all others.
+    """
 
     engine: str
     number_format: str
     python: Path
+    kv_cache_dtype: str = "auto"
 
     @property
     def name(self) -> str:
-        return f"{self.engine} {self.number_format}"
+        kv_cache = "" if self.kv_cache_dtype == "auto" else f", KV cache {self.kv_cache_dtype}"
+        return f"{self.engine} {self.number_format}{kv_cache}"
 
     @property
     def dtype(self) -> str:
@@ -88,6 +93,7 @@ def subjects(*, vllm: Path, llama: Path) -> list[Subject]:
     ours, here = list(FORMATS.values()), Path(sys.executable)
     return [
         *(Subject("ours", number_format, here) for number_format in ours),
+        *(Subject("ours", number_format, here, kv) for number_format in ours[:2] for kv in KV_CACHE_DTYPES),
         *(Subject("vllm", number_format, vllm) for number_format in ours[:2]),
         *(Subject("llama.cpp", number_format, llama) for number_format in ours),
     ]

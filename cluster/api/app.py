@@ -18,6 +18,7 @@ from cluster.api.generation.structured import Grammars
 from cluster.api.server import auth, errors, limits, request_options
 from cluster.api.server.origin_guard import BODY_TIMEOUT_S, OriginGuard, make_body_middleware
 from cluster.api.server.sse import KEEP_ALIVE_S
+from cluster.config.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger
@@ -48,6 +49,7 @@ def make_app(
     metrics: Metrics | None = None,
     admin: Admin | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS,
     serves_embeddings: bool = True,
     strict: bool = False,
     batches: Batches | None = None,
@@ -61,7 +63,7 @@ def make_app(
     accounts, ledger: the usage of the keys, in memory and on the disk. cors_origins, local_only: see origin_guard.py.
     max_sequences_per_request: the number of prompts times n. admin: without it, /admin is answered with 404.
     keep_alive_s: a stream that is silent for so many seconds gets a comment, so that no proxy closes it.
-    strict: fields of a body that have no effect are refused instead of ignored.
+    sampling_defaults: for what a request does not say. strict: fields of a body that have no effect are refused instead of ignored.
     batches: the store of files and batches; without it, their endpoints respond with the error `no_batches`.
     """
     names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
@@ -75,6 +77,7 @@ def make_app(
         metrics=metrics or Metrics(router, model_name=names[0]),
         keep_alive_s=keep_alive_s,
         grammars=Grammars(tokenizer),
+        sampling_defaults=sampling_defaults,
         serves_embeddings=serves_embeddings,
         strict=strict,
         admin=admin,

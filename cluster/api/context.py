@@ -16,6 +16,7 @@ from cluster.api.request_context import RequestContext
 from cluster.api.server.errors import ModelNotFoundError
 from cluster.batch.files import FileContents
 from cluster.batch.store.interface import Store
+from cluster.config.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from cluster.metrics.gateway import Metrics
 from cluster.router.router import Router
 from cluster.text.chat.template import ChatTemplate
@@ -63,6 +64,7 @@ class ApiContext:
     keep_alive_s: float
     body_timeout_s: float
     grammars: Grammars
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
     serves_embeddings: bool = True
     strict: bool = False
     admin: Admin | None = None

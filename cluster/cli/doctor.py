@@ -41,6 +41,7 @@ def doctor(args: Namespace) -> None:
     options = Options(
         model=args.model,
         revision=args.revision,
+        gguf_file=args.gguf_file,
         ray_address=args.ray_address,
         tensor_parallel_size=size,
         device=args.device,

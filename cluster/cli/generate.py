@@ -25,7 +25,7 @@ from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
 def generate(args: Namespace) -> None:
     """Prints the completion as it is generated. Raises TramontaneError with the message for the user."""
-    folder, _ = resolve_model(args.model, revision=args.revision)
+    folder, _ = resolve_model(args.model, revision=args.revision, gguf_file=args.gguf_file)
     console, device = Console(), on_this_machine(args.device)
     if device.note is not None:
         console.line(device.note)

@@ -29,7 +29,7 @@ from workers.native.bfloat16 import bfloat16_support
 CPU = "cpu"
 # Options that mean something for one kind of machine only.
 GPU_OPTIONS = ("--cloud", "--spot", "--write", "--gpu-memory-utilization", "--tensor-parallel-size")
-CPU_OPTIONS = ("--memory", "--cores", "--quantization")
+CPU_OPTIONS = ("--memory", "--cores")
 
 
 def plan(args: Namespace) -> None:
@@ -37,7 +37,7 @@ def plan(args: Namespace) -> None:
     is_cpu = args.gpu is not None and args.gpu.strip().lower() == CPU
     _check_options(args, is_cpu=is_cpu)
     gpus = tuple(GPUS.values()) if args.gpu is None or is_cpu else (find_gpu(args.gpu),)
-    model = describe_model(args.model, revision=args.revision)
+    model = describe_model(args.model, revision=args.revision, gguf_file=args.gguf_file)
     for text in model.warnings:
         print(f"warning: {text}", file=sys.stderr)
     if is_cpu:
@@ -69,6 +69,7 @@ def _plan_cpu(args: Namespace, model: PlannedModel) -> None:
         workload=_workload(args, model, concurrency=DEFAULT_CPU_CONCURRENCY),
         dtype=None if args.dtype == "auto" else args.dtype,
         quantization="all" if args.quantization is None else None if args.quantization == "none" else args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
     )
     plans = make_cpu_plans(question)
     if args.json:
@@ -118,6 +119,8 @@ def _question(args: Namespace, model: PlannedModel) -> Question:
         model=model,
         workload=_workload(args, model, concurrency=DEFAULT_CONCURRENCY),
         dtype=_dtype(args.dtype, model),
+        quantization=None if args.quantization == "none" else args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         gpu_memory_utilization=args.gpu_memory_utilization,
         cloud=args.cloud,
         spot=args.spot,

@@ -32,7 +32,7 @@ def _headline(config: ServeConfig) -> str:
     low, high = config.min_replicas, config.max_replicas
     replicas = "" if (low, high) == (1, 1) else f"{high if low == high else f'{low} to {high}'} replicas of "
     return (
-        f"Tramontane {version('tramontane')}: {config.model_name}, {describe_dtype(engine.dtype, engine.quantization)}, "
+        f"Tramontane {version('tramontane')}: {config.model_name}, {describe_dtype(engine.dtype, engine.weight_form)}, "
         f"{replicas}{ranks} on {engine.device}"
     )
 

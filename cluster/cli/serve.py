@@ -27,6 +27,7 @@ from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
 from cluster.config.dtype import Cpus, this_machine
 from cluster.config.engine import Device
+from cluster.config.sampling_defaults import NO_DEFAULTS
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.keys.keyring import Keyring
 from cluster.profile.file import ProfileFile
@@ -60,7 +61,7 @@ def serve(args: Namespace) -> None:
 
 def _serve(args: Namespace, console: Console) -> None:
     return_large_blocks()
-    folder, model_name = resolve_model(args.model, revision=args.revision)
+    folder, model_name = resolve_model(args.model, revision=args.revision, gguf_file=args.gguf_file)
     device = before_ray(args.device, ray_address=args.ray_address, num_gpus=args.tensor_parallel_size)
 
     def configure(device: Device, cpus: Cpus = this_machine) -> ServeConfig:
@@ -100,7 +101,17 @@ async def _run(
             gateway, urls, drain_others = starting.result()
             finish_profile = await start_profile(profile, gateway, console=console, stack=stack, stop_now=stop_now)
             engine = engine_line(None if gateway.view is None else gateway.view.facts)
-            banner = _banner(config, urls, cluster, console.elapsed_s, engine=engine, chat=text.choice, profile=profile)
+            chat = text.choice if text.chat_template is not None else f"WARNING: {text.choice}"
+            banner = _banner(
+                config,
+                urls,
+                cluster,
+                console.elapsed_s,
+                engine=engine,
+                tokenizer=text.tokenizer.description,
+                chat=chat,
+                profile=profile,
+            )
             console.line(banner)
             await _until_stopped(stop, gateway)
             grace_s = config.drain_timeout_s
@@ -171,9 +182,24 @@ def engine_line(facts: "EngineFacts | None") -> str:
     numbers = f"{describe_dtype(facts.dtype, facts.quantization)}; " if facts.dtype else ""
     return (
         f"{facts.device or 'unknown device'}: up to {facts.max_num_seqs:,} sequences and {facts.max_num_batched_tokens:,} tokens a step, "
-        f"{facts.max_background_tokens:,} of these for batches; {facts.num_blocks:,} KV blocks of {facts.block_size} tokens; "
+        f"{facts.max_background_tokens:,} of these for batches; {facts.num_blocks:,} KV blocks of {facts.block_size} tokens{_kv_form(facts)}; "
         f"{numbers}attention {facts.attention_backend}"
     )
+
+
+def _kv_form(facts: "EngineFacts") -> str:
+    """ " in int8, 66 KiB per token and rank": what --kv-cache-dtype changes."""
+    form = "" if facts.kv_cache_dtype == "auto" else f" in {facts.kv_cache_dtype}"
+    ranks = "" if facts.tensor_parallel_size == 1 else " and rank"
+    return f"{form}, {facts.kv_token_bytes / 1024:.3g} KiB per token{ranks}" if facts.kv_token_bytes else form
+
+
+def sampling_line(config: ServeConfig) -> str:
+    """What the model's makers chose for requests that leave it out, and from where; "" if nothing."""
+    if config.sampling_defaults == NO_DEFAULTS:
+        return ""
+    where = "the checkpoint's" if config.generation_config == "auto" else f"{config.generation_config}'s"
+    return f"{config.sampling_defaults} where a request says nothing, from {where} generation_config.json"
 
 
 def _banner(
@@ -183,10 +209,11 @@ def _banner(
     elapsed_s: float,
     *,
     engine: str,
+    tokenizer: str,
     chat: str,
     profile: ProfileFile | None,
 ) -> str:
-    """engine: see `engine_line`. chat: the chat template and why it is used, or why there is none."""
+    """engine: see `engine_line`. tokenizer: its kind and its file. chat: the chat template and why it is used, or why there is none."""
     from cluster.ray_runtime.session import token_path
 
     url, *others = urls
@@ -204,7 +231,9 @@ def _banner(
         f"  Endpoint   {url}/v1",
         *(f"             {other}/v1" for other in others),
         f"  Engine     {engine}",
+        f"  Tokenizer  {tokenizer}",
         f"  Template   {chat}",
+        *([f"  Sampling   {sampling}"] if (sampling := sampling_line(config)) else []),
         f"  Try        curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
         f"  Open       {url}/ in a browser for the playground and a live view of the cluster; {url}/docs for the API",
         f"  Watch      tramontane status --url {url}",

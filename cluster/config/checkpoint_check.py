@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config.checkpoint_kinds import check_kind
+from workers.checkpoint.gguf_config import read_parts
+from workers.checkpoint.gguf_file import find_gguf, gguf_files
 from workers.checkpoint.model_config import load_model_config
 from workers.checkpoint.regular_file import check_small_file
 from workers.config import ModelConfig
@@ -25,11 +27,14 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "tekken.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer.model.v1",
     "tokenizer.model.v2",
     "tokenizer.model.v3",
+    "tokenizer.model.v7",
 )
 _Fault = ConfigError | CheckpointError
 
@@ -56,10 +61,10 @@ def check_checkpoint(folder: Path, *, chat_template: str | None = "auto") -> Non
 
 
 def examine_checkpoint(folder: Path, *, chat_template: str | None = "auto") -> Checkpoint:
-    """Everything that is wrong with an existing folder. Never raises for what is in it."""
+    """Everything that is wrong with an existing folder, or GGUF file. Never raises for what is in it."""
     try:
         check_kind(folder)
-        for name in SMALL_FILES:
+        for name in SMALL_FILES if folder.is_dir() else ():
             check_small_file(folder, name)
         config = load_model_config(folder)
     except (ConfigError, CheckpointError) as e:
@@ -84,6 +89,8 @@ def _examine_weights(folder: Path, config: ModelConfig) -> Checkpoint:
     from workers.weights.files import weight_files
     from workers.weights.header import TensorInfo, read_header
 
+    if config.layout == "gguf":
+        return _examine_gguf(folder, config)
     try:
         files = weight_files(folder, config.layout)
     except CheckpointError as e:
@@ -114,6 +121,26 @@ def _examine_weights(folder: Path, config: ModelConfig) -> Checkpoint:
         num_bytes=sum(file.stat().st_size for file in files),
         fingerprint=digest.hexdigest()[:16],
         faults=tuple(faults),
+    )
+
+
+def _examine_gguf(location: Path, config: ModelConfig) -> Checkpoint:
+    from workers.weights.completeness import check_tensors
+
+    file = find_gguf(location)
+    assert file is not None, "its configuration was read from it"
+    files = gguf_files(file)
+    header = read_parts(file)
+    digest = hashlib.sha256()
+    for part in files:
+        with part.open("rb") as f:
+            digest.update(f"{part.name} {part.stat().st_size}".encode() + f.read(header.header_bytes))
+    fault = _fault_of(lambda: check_tensors(file, config, header.tensors))
+    return Checkpoint(
+        num_files=len(files),
+        num_bytes=sum(part.stat().st_size for part in files),
+        fingerprint=digest.hexdigest()[:16],
+        faults=() if fault is None else (fault,),
     )
 
 

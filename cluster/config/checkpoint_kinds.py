@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from workers.checkpoint.gguf_file import find_gguf
 from workers.errors import ConfigError
 
-SUPPORTED = "Give a folder with config.json or params.json, safetensors weights and a SentencePiece tokenizer."
+SUPPORTED = "Give a folder with config.json or params.json, safetensors weights and a tokenizer, or a GGUF file."
 _CONFIGS = ("config.json", "params.json")
 _PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 _TOKENIZERS = ("tokenizer*", "tekken*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -14,7 +15,9 @@ _MAX_SHOWN = 3
 
 
 def check_kind(folder: Path) -> None:
-    """Raises ConfigError for a folder that is not a checkpoint of a supported kind."""
+    """Raises ConfigError for a folder that is not a checkpoint of a supported kind. folder: or a GGUF file."""
+    if find_gguf(folder) is not None:
+        return
     check_names([path.name for path in folder.iterdir()], where=str(folder))
 
 
@@ -32,8 +35,8 @@ def check_names(names: Iterable[str], *, where: str) -> None:
             f"{where} has a LoRA adapter ({adapters[0]}), not a model.",
             remedy="Merge the adapter into its base model, and give the folder of the merged model.",
         )
-    if (gguf := _matching(names, ("*.gguf", "*.ggml"))) and not model_weights:
-        raise _refusal(f"{where} has GGUF weights ({_listed(gguf)}), which are not supported.")
+    if (ggml := _matching(names, ("*.ggml",))) and not model_weights:
+        raise _refusal(f"{where} has weights in the old GGML format ({_listed(ggml)}), which is not supported.")
     if (pickles := _matching(names, _PICKLES)) and not model_weights:
         raise _refusal(
             f"{where} has the weights only as a pickle file ({_listed(pickles)}), which Tramontane does not load.",
@@ -54,7 +57,11 @@ def check_names(names: Iterable[str], *, where: str) -> None:
 
 def not_a_folder(path: Path) -> ConfigError:
     """For a file that was given instead of a folder."""
-    what = "a GGUF file, which is not supported" if path.suffix in (".gguf", ".ggml") else "a file, not a model folder"
+    what = (
+        "a file in the old GGML format, which is not supported"
+        if path.suffix == ".ggml"
+        else "a file, not a model folder"
+    )
     remedy = f"Give its folder, {path.parent}." if path.suffix == ".safetensors" else SUPPORTED
     return _refusal(f"{path} is {what}.", remedy=remedy)
 

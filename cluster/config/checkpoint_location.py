@@ -10,6 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from cluster.config.checkpoint_kinds import check_names, not_a_folder
+from cluster.config.gguf_location import all_parts_in, check_name, choose_gguf, gguf_patterns, local_gguf
+from workers.checkpoint.gguf_file import find_gguf, first_part, model_name
 from workers.errors import ConfigError
 
 HUB_TIMEOUT_S = 10.0
@@ -37,43 +39,63 @@ _HUB_FILES = [
 _NOT_OF_HUB = ["*/*.safetensors", "*/*.safetensors.index.json"]
 
 
-def resolve_model(model: str | None, *, revision: str | None = None) -> tuple[Path, str]:
-    """The checkpoint's folder and the name to serve it under. May download. Raises ConfigError."""
-    folder = _local_folder(model)
-    if folder is not None:
-        return folder, folder.name
+def resolve_model(model: str | None, *, revision: str | None = None, gguf_file: str | None = None) -> tuple[Path, str]:
+    """The checkpoint's folder, or its GGUF file (the first part), and the name to serve it under. May download. Raises ConfigError.
+
+    gguf_file: the one in the folder or repository; None where there is only one, and for other checkpoints.
+    """
+    location = _local(model, gguf_file)
+    if location is not None:
+        # A folder with one GGUF file is served under its own name.
+        is_whole_folder = gguf_file is None and model is not None and Path(model).expanduser().is_dir()
+        return location, model_name(Path(str(model)).expanduser().resolve() if is_whole_folder else location)
     assert model is not None, "the demo model is a local folder"
-    return _from_hub(model, revision), model
+    return _from_hub(model, revision, gguf_file), model
 
 
-def find_model(model: str | None, *, revision: str | None = None) -> Path | None:
+def find_model(model: str | None, *, revision: str | None = None, gguf_file: str | None = None) -> Path | None:
     """As resolve_model, but downloads nothing: None for a Hub id that is not in this machine's cache. Raises ConfigError."""
-    folder = _local_folder(model)
-    if folder is not None:
-        return folder
+    location = _local(model, gguf_file)
+    if location is not None:
+        return location
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), revision=revision, local_files_only=True))
+        folder = Path(snapshot_download(str(model), revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as e:
         raise _not_a_hub_id(model, e) from e
+    if gguf_file is None:
+        return find_gguf(folder) or folder
+    return first_part(folder / gguf_file) if all_parts_in(folder, gguf_file) else None
 
 
-def resolve_config(model: str, *, revision: str | None = None) -> Path:
-    """A folder with the model's configuration file, all that it downloads of a Hub id. Raises ConfigError as resolve_model does."""
+def resolve_config(model: str, *, revision: str | None = None, gguf_file: str | None = None) -> Path:
+    """A folder with the model's configuration file, all that it downloads of a Hub id. Raises ConfigError as resolve_model does.
+
+    The configuration of a GGUF file is in the file itself, which is not downloaded for it.
+    """
     from huggingface_hub import snapshot_download
 
-    folder = _local_folder(model)
-    if folder is not None:
-        return folder
+    if gguf_file is not None:
+        found = find_model(model, revision=revision, gguf_file=gguf_file)
+        if found is not None:
+            return found
+        raise ConfigError(
+            f"{gguf_file} of {model} is not on this machine, and its configuration is in the file itself.",
+            remedy=f"Download it with `hf download {model} {' '.join(gguf_patterns(gguf_file))}` first.",
+            param="--gguf-file",
+        )
+    location = _local(model, gguf_file)
+    if location is not None:
+        return location
     with _hub_errors(model, revision):
         return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", "params.json"]))
 
 
-def download_bytes(model: str, *, revision: str | None = None) -> int:
+def download_bytes(model: str, *, revision: str | None = None, gguf_file: str | None = None) -> int:
     """Bytes that resolve_model would download of a Hub id. Asks the Hub; raises ConfigError as resolve_model does."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
@@ -81,6 +103,8 @@ def download_bytes(model: str, *, revision: str | None = None) -> int:
     with _hub_errors(model, revision):
         info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    if (file := choose_gguf(sizes, gguf_file, where=model)) is not None:
+        return sum(sizes[name] for name in filter_repo_objects(sizes, allow_patterns=gguf_patterns(file)))
     both = "config.json" in sizes and any(fnmatch(name, PATTERN) for name in sizes)
     return sum(sizes[name] for name in filter_repo_objects(sizes, **hub_patterns(consolidated=not both)))
 
@@ -94,15 +118,23 @@ def hub_patterns(*, consolidated: bool) -> dict[str, list[str]]:
     return {"allow_patterns": _HUB_FILES, "ignore_patterns": ignored}
 
 
-def _local_folder(model: str | None) -> Path | None:
-    """The folder, if MODEL means one on this machine; None for a Hub id. Raises ConfigError."""
+def _local(model: str | None, gguf_file: str | None) -> Path | None:
+    """The folder or GGUF file, if MODEL means one on this machine; None for a Hub id. Raises ConfigError."""
     if model is None:
+        if gguf_file is not None:
+            raise ConfigError(
+                "--gguf-file has no effect on the demo model.", remedy="Give a model too.", param="--gguf-file"
+            )
         return _demo_model()
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder.resolve()
+        folder = folder.resolve()
+        return local_gguf(folder, gguf_file) or folder
     if folder.exists():
-        raise not_a_folder(folder)
+        file = local_gguf(folder.parent.resolve() / folder.name, gguf_file)
+        if file is None:
+            raise not_a_folder(folder)
+        return file
     if folder.is_absolute() or model.startswith((".", "~")) or not _HUB_ID.fullmatch(model):
         raise ConfigError(
             f"The model folder {model} does not exist.",
@@ -124,20 +156,33 @@ def _demo_model() -> Path:
     )
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
+def _from_hub(model: str, revision: str | None, gguf_file: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
+
+    def download_gguf(file: str) -> Path:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=gguf_patterns(file))) / file
 
     def download(*, consolidated: bool) -> Path:
         return Path(snapshot_download(model, revision=revision, **hub_patterns(consolidated=consolidated)))
 
     with _hub_errors(model, revision):
+        if gguf_file is not None:
+            check_name(gguf_file)
+            # A complete one in the cache is used without asking the Hub for its list.
+            file = download_gguf(first_part(Path(gguf_file)).as_posix())
+            if not file.exists():
+                choose_gguf(HfApi().list_repo_files(model, revision=revision), gguf_file, where=model)
+            return file
         folder = download(consolidated=False)
         if (folder / "config.json").is_file() and any(folder.glob(PATTERN)):
             return folder
         folder = download(consolidated=True)
         if not any(folder.glob("*.safetensors")):
             # Nothing of it may have been downloaded, so the repository itself says what it is instead.
-            check_names(HfApi().list_repo_files(model, revision=revision), where=model)
+            names = HfApi().list_repo_files(model, revision=revision)
+            if (chosen := choose_gguf(names, None, where=model)) is not None:
+                return download_gguf(chosen)
+            check_names(names, where=model)
         return folder
 
 

@@ -70,6 +70,8 @@ def stored_dtype(folder: Path, model: ModelConfig) -> Dtype:
 
     params.json of Mistral's layout names no type, and a hand-made config.json may name a wrong one.
     """
+    if model.layout == "gguf":
+        return model.dtype
     # Late: importing the command line imports no module of weights.
     from workers.weights.files import weight_files
     from workers.weights.header import read_header

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from cluster.config.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from cluster.protocol.notice import PreemptionNotices
 from cluster.protocol.routing import RoutingPolicy
 from cluster.protocol.spec import ClusterSpec
@@ -19,7 +20,7 @@ BATCH_STORE_ENV = "TRAMONTANE_BATCH_STORE"
 DEFAULT_DEPLOYMENT = "tramontane"
 MetricsPrefix = Literal["tramontane", "vllm"]
 METRICS_PREFIXES: tuple[MetricsPrefix, ...] = get_args(MetricsPrefix)
-CHAT_TEMPLATES = ("auto", "v1", "v2", "v3", "jinja")
+CHAT_TEMPLATES = ("auto", "v1", "v2", "v3", "v3-tekken", "v7", "v7-tekken", "v11", "v13", "v15", "jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,9 @@ class ServeConfig:
     placement_timeout_s: float = 1800.0
     # One of CHAT_TEMPLATES, or the absolute path of a .jinja file.
     chat_template: str = "auto"
+    # "auto", "none", or the absolute path of a folder; and what was read there.
+    generation_config: str = "auto"
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
     metrics_prefix: MetricsPrefix = "tramontane"
     log_level: LogLevel = "warning"
     log_format: LogFormat = "text"

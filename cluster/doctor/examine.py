@@ -59,6 +59,7 @@ class Options:
 
     model: str | None
     revision: str | None
+    gguf_file: str | None
     ray_address: str | None
     tensor_parallel_size: int | None
     device: Literal["auto", "cpu", "cuda"]
@@ -79,7 +80,7 @@ class Examination:
 def examine(options: Options, console: Console) -> Examination:
     """What is wrong becomes a finding, never an exception. Every process it started has ended when it returns."""
     findings: list[Finding] = []
-    folder, about_model = locate_model(options.model, options.revision)
+    folder, about_model = locate_model(options.model, options.revision, options.gguf_file)
     with _joined(options, console, findings) as cluster:
         if cluster is not None:
             nodes, links = asyncio.run(_read_nodes(options, folder, console, findings))
@@ -219,6 +220,8 @@ def _rank_bytes(node: Node, *, size: int, device: Device, has_bfloat16: bool) ->
     if model is None or model.bytes_per_weight is None or not can_run_ranks(node, device):
         return None
     as_stored = device == "cuda" or (has_bfloat16 and model.dtype == "bfloat16")
+    if device == "cpu" and model.kept_bytes:
+        return model.kept_bytes[model.dtype if as_stored and model.dtype is not None else "float32"] // size
     factor = 1 if as_stored else 4 / model.bytes_per_weight
     return int(model.num_bytes * factor / size)
 

@@ -108,8 +108,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint folder as one node sees it.
+    """A checkpoint folder, or GGUF file, as one node sees it.
 
+    kept_bytes: of a quantised checkpoint, {dtype: what its weights take on a CPU that computes in it}; empty for a dense one.
     bytes_per_weight, dtype: as the configuration says; None if it cannot be read. fingerprint: of file names, sizes and headers; equal
     on two nodes if the files are the same.
     """
@@ -118,6 +119,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     num_files: int = 0
     num_bytes: int = 0
     bytes_per_weight: int | None = None
+    kept_bytes: dict[str, int] = {}
     dtype: str | None = None
     fingerprint: str | None = None
     faults: tuple[Fault, ...] = ()

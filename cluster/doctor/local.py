@@ -10,31 +10,33 @@ from cluster.doctor.amounts import format_bytes
 from cluster.doctor.findings import Finding, ok, problem, warning
 from cluster.system.net import check_port_is_free, url_of
 from workers.checkpoint.model_config import load_model_config
-from workers.errors import ConfigError
+from workers.errors import CheckpointError, ConfigError
 
 ANSWER_TIMEOUT_S = 3.0
 PAGE_BYTES = 4096
 BAD_MODEL_REMEDY = "Check the name of the model."
 
 
-def locate_model(model: str | None, revision: str | None) -> tuple[Path | None, list[Finding]]:
-    """The checkpoint's folder if it is on this machine; otherwise None and a finding about its name or its download."""
+def locate_model(
+    model: str | None, revision: str | None, gguf_file: str | None = None
+) -> tuple[Path | None, list[Finding]]:
+    """The checkpoint's folder, or its GGUF file, if it is on this machine; otherwise None and a finding about its name or its download."""
     try:
-        folder = find_model(model, revision=revision)
+        folder = find_model(model, revision=revision, gguf_file=gguf_file)
     except ConfigError as e:
         return None, [problem("model", e.message, e.remedy or BAD_MODEL_REMEDY)]
     if folder is not None:
         return folder, []
     assert model is not None, "without a name it is the demo model, which is here"
-    return None, [_judge_download(model, revision)]
+    return None, [_judge_download(model, revision, gguf_file)]
 
 
-def _judge_download(model: str, revision: str | None) -> Finding:
+def _judge_download(model: str, revision: str | None, gguf_file: str | None) -> Finding:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE)
     try:
-        num_bytes = download_bytes(model, revision=revision)
+        num_bytes = download_bytes(model, revision=revision, gguf_file=gguf_file)
     except ConfigError as e:
         message = f"{model} is not on this machine and cannot be downloaded: {e.message}"
         return problem("model", message, e.remedy or "Check its name and --revision, or name a folder.")
@@ -43,7 +45,8 @@ def _judge_download(model: str, revision: str | None) -> Finding:
     if free < num_bytes:
         remedy = "Free some space, or set HF_HOME to a folder on a larger disk."
         return problem("model", f"There is not enough disk space to download {model}: it needs {needed}.", remedy)
-    remedy = f"To download it now, run `hf download {model}` on every node that will run ranks."
+    files = "" if gguf_file is None else f" {gguf_file}"
+    remedy = f"To download it now, run `hf download {model}{files}` on every node that will run ranks."
     return warning("model", f"{model} is not on this machine yet. The first start downloads {needed}.", remedy)
 
 
@@ -51,7 +54,7 @@ def judge_division(folder: Path, tensor_parallel_size: int) -> list[Finding]:
     """Whether the model can be split over that many ranks. Empty if so, and if the configuration cannot be read (another check says so)."""
     try:
         config = load_model_config(folder)
-    except ConfigError:
+    except (ConfigError, CheckpointError):
         return []
     try:
         config.check_tensor_parallel_size(tensor_parallel_size)

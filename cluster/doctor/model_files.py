@@ -1,18 +1,21 @@
-"""A checkpoint folder on this machine as facts for the doctor. cluster/config/checkpoint_check.py knows what is checked."""
+"""A checkpoint folder, or a GGUF file, on this machine as facts for the doctor. checkpoint_check.py in cluster/config knows what is checked."""
 
 from pathlib import Path
 
 from cluster.config.checkpoint_check import REMEDY, examine_checkpoint
 from cluster.doctor.facts import Fault, Model
-from workers.config import DTYPE_BYTES
+from workers.checkpoint.gguf_file import SUFFIX
+from workers.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from workers.device.fit import need_of
 
 
 def read_model(folder: str) -> Model:
     """Reads the folder on this machine. Never raises for what is wrong with it: that is in `faults`."""
     path = Path(folder)
-    if not path.is_dir():
+    if not path.exists():
+        what = "GGUF file" if path.suffix == SUFFIX else "model folder"
         fault = Fault(
-            message=f"The model folder {folder} does not exist on this node.",
+            message=f"The {what} {folder} does not exist on this node.",
             remedy="Copy the files to the same path on every node that runs ranks, or put them on a shared disk.",
         )
         return Model(folder=folder, faults=(fault,))
@@ -25,7 +28,16 @@ def read_model(folder: str) -> Model:
         num_files=found.num_files,
         num_bytes=found.num_bytes,
         bytes_per_weight=DTYPE_BYTES[found.config.dtype],
+        kept_bytes=_kept_bytes(folder, found.config),
         dtype=found.config.dtype,
         fingerprint=found.fingerprint,
         faults=faults,
     )
+
+
+def _kept_bytes(folder: str, config: ModelConfig) -> dict[str, int]:
+    if config.stored is None:
+        return {}
+    return {
+        dtype: need_of(EngineConfig(model_path=folder, model=config, dtype=dtype)).weight_bytes for dtype in DTYPE_BYTES
+    }

@@ -88,6 +88,7 @@ class Gateway:
             ledger=self._ledger,
             cors_origins=config.cors_origins,
             local_only=config.is_local,
+            sampling_defaults=config.sampling_defaults,
             serves_embeddings=config.serves_embeddings,
             strict=config.strict,
             metrics=self.metrics,

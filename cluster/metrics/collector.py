@@ -115,10 +115,15 @@ class StateCollector(Collector):
             "numerics_info", "Replicas with the same label compute the same bits.", numerics, "engine", "numerics"
         )
         try:
-            block_size = self._router.facts.block_size
+            facts = self._router.facts
         except ReplicaUnavailableError:
             return
-        caches = [((s.replica_id, str(block_size), str(s.load.num_blocks)), 1.0) for s in replicas if s.load.num_blocks]
+        form = facts.dtype if facts.kv_cache_dtype == "auto" else facts.kv_cache_dtype
+        caches = [
+            ((s.replica_id, str(facts.block_size), str(s.load.num_blocks), form, str(facts.kv_token_bytes)), 1.0)
+            for s in replicas
+            if s.load.num_blocks
+        ]
         yield self._gauge(
             "cache_config_info",
             "Shape of the KV cache, in the labels.",
@@ -126,6 +131,8 @@ class StateCollector(Collector):
             "engine",
             "block_size",
             "num_gpu_blocks",
+            "cache_dtype",
+            "bytes_per_token",
         )
 
     def _cluster(self, view: ClusterView) -> Iterator[Metric]:

@@ -3,7 +3,7 @@
 The names are SkyPilot's. Only GPUs that can run the CUDA attention kernel (Ampere and newer). Knows no model, no cloud and no price.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workers.device.sizes import Sizes, sizes_of_gpu
 from workers.errors import ConfigError
@@ -50,6 +50,10 @@ class Gpu:
     def sizes(self) -> Sizes:
         """The engine sizes that ranks choose on it."""
         return sizes_of_gpu(memory_bytes=self.memory_bytes, compute_capability=self.compute_capability)
+
+    def in_float8(self) -> "Gpu":
+        """As it multiplies 8-bit floats: twice as fast, from compute capability 8.9 on. Older ones multiply them in 16 bits."""
+        return replace(self, flops_per_s=2 * self.flops_per_s) if self.compute_capability >= (8, 9) else self
 
 
 GPUS = {

@@ -15,6 +15,7 @@ from workers.device.model_bytes import rotary_bytes, weight_bytes
 CUDA_CONTEXT_BYTES = GIB // 2
 NCCL_BYTES = GIB // 2
 PROMPT_LOGITS_AT_ONCE = 128  # as in workers/engine/model_runner.py
+DEQUANTIZED_BYTES = 32 << 20  # as WORKSPACE_BYTES in workers/quant/pack_cuda.py
 DRIVER_BYTES_PER_GRAPH = 8 << 20  # as in workers/engine/cuda_graphs.py
 _PROFILE_BLOCKS = 2  # the profiling pass runs against a cache of one block and the null block
 
@@ -24,7 +25,7 @@ class RankMemory:
     """Bytes on one rank.
 
     kv_cache_bytes: negative if the weights alone do not fit; the missing amount. num_kv_blocks: what the engine will report.
-    chunk_blocks: see `chunk_blocks`.
+    chunk_blocks: see `chunk_blocks`. num_groups: of layers with the same window, each of which has its own blocks.
     """
 
     total_bytes: int
@@ -35,6 +36,7 @@ class RankMemory:
     kv_cache_bytes: int
     block_bytes: int
     block_size: int
+    num_groups: int
     num_kv_blocks: int
     num_sequences: int
     blocks_per_sequence: int
@@ -56,7 +58,8 @@ class RankMemory:
 
     @property
     def num_kv_tokens(self) -> int:
-        return self.num_kv_blocks * self.block_size
+        """Tokens of whole contexts: a token has a block in each group of layers."""
+        return self.num_kv_blocks // self.num_groups * self.block_size
 
     @property
     def max_sequences(self) -> int:
@@ -81,6 +84,7 @@ def rank_memory(config: EngineConfig, gpu: Gpu) -> RankMemory:
         kv_cache_bytes=kv_cache,
         block_bytes=config.kv_block_bytes,
         block_size=config.block_size,
+        num_groups=len(config.model.layer_groups),
         num_kv_blocks=max(0, config.num_kv_blocks_within(kv_cache)),
         num_sequences=config.max_num_seqs,
         blocks_per_sequence=blocks_per_sequence(config),
@@ -97,7 +101,17 @@ def activation_bytes(config: EngineConfig) -> int:
     embedding = stream + tokens * model.hidden_size * 8
     # In float32, and their log-softmax.
     logits = stream + max(config.max_num_seqs, PROMPT_LOGITS_AT_ONCE) * 2 * 4 * model.vocab_size
-    return max(_layer_bytes(config, tokens), embedding, logits)
+    return max(_layer_bytes(config, tokens) + _product_bytes(config, tokens), embedding, logits)
+
+
+def _product_bytes(config: EngineConfig, tokens: int) -> int:
+    """What a product with quantised weights holds besides its operands: on a GPU a part of the weights, or the inputs in 8 bits."""
+    model = config.model
+    if config.device != "cuda" or (config.quantization is None and model.stored is None):
+        return 0
+    if config.quantization == "fp8":
+        return tokens * model.intermediate_size // config.tensor_parallel_size
+    return DEQUANTIZED_BYTES
 
 
 def graph_bytes(config: EngineConfig) -> int:
@@ -106,7 +120,8 @@ def graph_bytes(config: EngineConfig) -> int:
         return 0
     model, itemsize, seqs = config.model, DTYPE_BYTES[config.dtype], config.max_num_seqs
     num_graphs = num_decode_graphs(seqs)
-    block_table, logits = seqs * _blocks_for(config, config.max_model_len) * 4, seqs * model.vocab_size * 4
+    block_table = len(model.layer_groups) * seqs * _blocks_for(config, config.max_model_len) * 4
+    logits = seqs * model.vocab_size * 4
     buffers = block_table + logits + seqs * model.hidden_size * itemsize
     tensors = max(_layer_bytes(config, seqs), logits + seqs * model.vocab_size * itemsize)
     return num_graphs * DRIVER_BYTES_PER_GRAPH + buffers + tensors
@@ -122,7 +137,7 @@ def _layer_bytes(config: EngineConfig, tokens: int) -> int:
     """The most bytes that the tensors of a layer hold at a time, with the fused kernels."""
     model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
     q = model.num_attention_heads * model.head_dim // size
-    qkv = q + 2 * model.num_key_value_heads * model.head_dim // size
+    qkv = q + 2 * model.kv_heads_per_rank(size) * model.head_dim
     angles = tokens * 2 * model.head_dim * 4
     # What the layer before gave and its residual stream, the normed copy and the new residual stream, and the result.
     streams = 5 * tokens * model.hidden_size * itemsize
@@ -134,21 +149,24 @@ def _layer_bytes(config: EngineConfig, tokens: int) -> int:
 
 
 def blocks_per_sequence(config: EngineConfig) -> int:
-    """The most blocks a decoding sequence of `max_model_len` tokens holds.
+    """The most blocks a decoding sequence of `max_model_len` tokens holds, in all groups of layers.
 
     With a window of 4,096 and blocks of 16 a query sees 4,096 keys, which lie in at most 257 blocks: 256, and one more where the window
     starts within a block. At 2,048 tokens of context it holds 128, with or without the window.
     """
-    whole = _blocks_for(config, config.max_model_len)
-    window = config.model.sliding_window
-    return whole if window is None else min(whole, _blocks_for(config, window) + 1)
+    return sum(_blocks_in_sight(config, group.window) for group in config.model.layer_groups)
 
 
 def chunk_blocks(config: EngineConfig) -> int:
     """The blocks a step may hold beyond that: while a chunk of a prompt is computed, the keys its first token sees are still held."""
-    bound = blocks_per_sequence(config)
+    whole, chunk = _blocks_for(config, config.max_model_len), _blocks_for(config, config.max_num_batched_tokens)
+    unseen = (whole - _blocks_in_sight(config, group.window) for group in config.model.layer_groups)
+    return sum(min(chunk, config.max_num_seqs * num_blocks) for num_blocks in unseen)
+
+
+def _blocks_in_sight(config: EngineConfig, window: int | None) -> int:
     whole = _blocks_for(config, config.max_model_len)
-    return min(_blocks_for(config, config.max_num_batched_tokens), config.max_num_seqs * (whole - bound))
+    return whole if window is None else min(whole, _blocks_for(config, window) + 1)
 
 
 def _blocks_for(config: EngineConfig, num_tokens: int) -> int:

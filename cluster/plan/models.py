@@ -44,7 +44,8 @@ FAMILY = {
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedModel:
-    """folder, checkpoint_bytes: the path of a local checkpoint and the size of its weight files; both None for a model on the Hub.
+    """folder, checkpoint_bytes: the path of a local checkpoint, a folder or a GGUF file, and the size of its weight files; both None for a
+    model on the Hub. gguf_file: the option.
 
     warnings: what keeps the local checkpoint from being served as it is.
     """
@@ -52,25 +53,27 @@ class PlannedModel:
     name: str
     config: ModelConfig
     revision: str | None = None
+    gguf_file: str | None = None
     folder: Path | None = None
     checkpoint_bytes: int | None = None
     warnings: tuple[str, ...] = ()
 
 
-def describe_model(model: str, *, revision: str | None = None) -> PlannedModel:
+def describe_model(model: str, *, revision: str | None = None, gguf_file: str | None = None) -> PlannedModel:
     """Raises ConfigError for a model that does not exist or is not supported, CheckpointError for a folder without its weight files."""
-    if not Path(model).expanduser().is_dir():
-        if revision is None and model in FAMILY:
+    if not Path(model).expanduser().exists():
+        if revision is None and gguf_file is None and model in FAMILY:
             return PlannedModel(name=model, config=FAMILY[model])
-        config = load_model_config(resolve_config(model, revision=revision))
-        return PlannedModel(name=model, config=config, revision=revision)
-    folder, _ = resolve_model(model)
+        config = load_model_config(resolve_config(model, revision=revision, gguf_file=gguf_file))
+        return PlannedModel(name=model, config=config, revision=revision, gguf_file=gguf_file)
+    folder, _ = resolve_model(model, gguf_file=gguf_file)
     found = examine_checkpoint(folder)
     if found.config is None or not found.num_files:
         raise found.faults[0]
     return PlannedModel(
         name=model,
         config=found.config,
+        gguf_file=gguf_file,
         folder=folder,
         checkpoint_bytes=found.num_bytes,
         warnings=tuple(str(fault) for fault in found.faults),

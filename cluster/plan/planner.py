@@ -4,7 +4,8 @@ Pure: values in, values out. If nothing fits, it says how much is missing and wh
 """
 
 import bisect
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.plan.gpus import GPUS, Gpu
@@ -12,10 +13,13 @@ from cluster.plan.memory import RankMemory, rank_memory
 from cluster.plan.models import PlannedModel
 from cluster.plan.offers import Cloud, Offer, Price, find_offers
 from cluster.plan.roofline import Speed, Workload, speed
-from workers.config import TENSOR_PARALLEL_SIZES, Dtype, EngineConfig, ModelConfig
+from workers.config import Dtype, EngineConfig, KVCacheDtype, ModelConfig, Quantization
 from workers.device.memory import gigabytes
 from workers.device.sizes import decide
 from workers.errors import ConfigError
+
+# Of one machine; more have none of the clouds.
+MAX_GPUS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,8 @@ class Question:
     model: PlannedModel
     workload: Workload
     dtype: Dtype
+    quantization: Quantization | None = None
+    kv_cache_dtype: KVCacheDtype = "auto"
     gpu_memory_utilization: float = 0.9
     cloud: Cloud | None = None
     spot: bool = False
@@ -37,6 +43,8 @@ class Question:
             model=self.model.config,
             device="cuda",
             dtype=self.dtype,
+            quantization=self.quantization,
+            kv_cache_dtype=self.kv_cache_dtype,
             tensor_parallel_size=tensor_parallel_size,
             max_model_len=self.workload.context,
             gpu_memory_utilization=self.gpu_memory_utilization,
@@ -78,7 +86,7 @@ def make_plan(question: Question, gpu: Gpu, tensor_parallel_size: int, *, offers
         gpu=gpu,
         tensor_parallel_size=tensor_parallel_size,
         memory=rank_memory(config, gpu),
-        speed=speed(config, gpu, question.workload),
+        speed=speed(config, gpu.in_float8() if config.quantization == "fp8" else gpu, question.workload),
         offers=tuple(found),
         spot=question.spot,
     )
@@ -96,7 +104,14 @@ def make_plans(
     Sorted: plans that fit a machine on sale, by price per hour; then plans that fit but are not on sale; then the rest.
     """
     sizes = [tensor_parallel_size] if tensor_parallel_size else sizes_of(question.model.config)
-    plans = [make_plan(question, gpu, size, offers=offers) for gpu in gpus for size in sizes]
+    plans, refusals = [], []
+    for gpu, size in itertools.product(gpus, sizes):
+        try:
+            plans.append(make_plan(question, gpu, size, offers=offers))
+        except ConfigError as e:  # a size by which quantised rows cannot be divided
+            refusals.append(e)
+    if not plans:
+        raise refusals[0]
 
     def rank(plan: Plan) -> tuple[bool, bool, float, int]:
         price = plan.price
@@ -107,15 +122,8 @@ def make_plans(
 
 
 def sizes_of(model: ModelConfig) -> list[int]:
-    """The tensor-parallel sizes the engine allows for this model."""
-    found = []
-    for size in TENSOR_PARALLEL_SIZES:
-        try:
-            model.check_tensor_parallel_size(size)
-        except ConfigError:
-            continue
-        found.append(size)
-    return found
+    """The tensor-parallel sizes that the engine allows for this model, up to the GPUs of one machine."""
+    return [size for size in model.tensor_parallel_sizes if size <= MAX_GPUS]
 
 
 def refusal(question: Question, plans: Sequence[Plan], *, offers: Sequence[Offer] = ()) -> ConfigError:
@@ -123,7 +131,8 @@ def refusal(question: Question, plans: Sequence[Plan], *, offers: Sequence[Offer
     closest = min(plans, key=lambda p: p.memory.missing_bytes * p.tensor_parallel_size)
     memory, workload = closest.memory, question.workload
     gpus = f"{closest.tensor_parallel_size} {closest.gpu.name}"
-    window = "" if memory.blocks_per_sequence * memory.block_size >= workload.context else " (limited by the window)"
+    whole = memory.blocks_per_sequence // memory.num_groups * memory.block_size >= workload.context
+    window = "" if whole else " (limited by the window)"
     message = (
         f"{question.model.name} does not fit on {gpus} with {workload.concurrency} x {workload.context:,} tokens: each GPU needs "
         f"{gigabytes(memory.usable_bytes + memory.missing_bytes)}, of which the KV cache{window} takes "
@@ -154,6 +163,11 @@ def _remedies(question: Question, closest: Plan, offers: Sequence[Offer]) -> lis
     num_blocks = _largest(workload.context // block_size, lambda n: fits(replace(workload, context=n * block_size)))
     if num_blocks:
         remedies.append(f"--context {num_blocks * block_size}")
+    in_8_bits = replace(question, kv_cache_dtype="int8")
+    if question.kv_cache_dtype == "auto" and rank_memory(in_8_bits.engine(size, closest.gpu), closest.gpu).fits:
+        remedies.append("--kv-cache-dtype int8")
+    if question.quantization is None and question.model.config.stored is None:
+        remedies += _quantizations(question, closest)
     fitting = [p for p in make_plans(question, offers=offers) if p.fits]
     same = [p.tensor_parallel_size for p in fitting if p.gpu == closest.gpu]
     if same:
@@ -162,6 +176,19 @@ def _remedies(question: Question, closest: Plan, offers: Sequence[Offer]) -> lis
     if other is not None:
         remedies.append(f"--gpu {other.gpu.name} --tensor-parallel-size {other.tensor_parallel_size}")
     return remedies
+
+
+def _quantizations(question: Question, closest: Plan) -> Iterator[str]:
+    """The one that changes the weights least and with which the work fits on the same GPUs."""
+    choices: tuple[Quantization, ...] = ("int8", "int4")
+    for quantization in choices:
+        try:
+            engine = replace(question, quantization=quantization).engine(closest.tensor_parallel_size, closest.gpu)
+        except ConfigError:  # a model that cannot be quantised
+            return
+        if rank_memory(engine, closest.gpu).fits:
+            yield f"--quantization {quantization}"
+            return
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:

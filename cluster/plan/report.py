@@ -1,5 +1,6 @@
 """The output of `plan`: tables for people, JSON for programs. Does no arithmetic except units."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +12,7 @@ from rich.text import Text
 from cluster.plan.offers import Offer, Price
 from cluster.plan.planner import Plan, Question
 from cluster.terminal.tables import plain_table
+from workers.config import ModelConfig, describe_dtype
 from workers.device.memory import gigabytes
 from workers.device.model_bytes import num_parameters
 
@@ -46,6 +48,7 @@ def as_json(question: Question, plans: Sequence[Plan]) -> dict[str, Any]:
     return {
         "model": question.model.name,
         "dtype": question.dtype,
+        "quantization": question.quantization,
         "workload": asdict(question.workload),
         "chosen": 0 if plans and plans[0].fits else None,
         "plans": [_plan_json(plan) for plan in plans],
@@ -76,15 +79,29 @@ def _offer_json(plan: Plan, offer: Offer) -> dict[str, Any]:
 
 def _headline(question: Question, plan: Plan) -> str:
     engine, workload, model = question.engine(1, plan.gpu), question.workload, question.model.config
-    window = "full attention" if model.sliding_window is None else f"sliding window of {model.sliding_window:,}"
+    kv_form = "" if engine.kv_cache_dtype == "auto" else f" in {engine.kv_cache_dtype}"
+    form = describe_dtype(engine.dtype, engine.weight_form)
     on_disk = question.model.checkpoint_bytes
     disk = "" if on_disk is None else f", {gigabytes(on_disk)} on disk"
     return (
-        f"{question.model.name}: {num_parameters(engine) / 1e9:.2f} billion parameters, {question.dtype}{disk}, "
-        f"{engine.kv_block_bytes // engine.block_size / 1024:g} KiB of KV cache per token, {window}.\n"
+        f"{question.model.name}: {num_parameters(engine) / 1e9:.2f} billion parameters, {form}{disk}, "
+        f"{engine.kv_token_bytes / 1024:g} KiB of KV cache per token{kv_form}, {_attention(model)}.\n"
         f"{workload.concurrency} requests at a time, each with {workload.prompt_tokens:,} prompt tokens and "
         f"{workload.output_tokens:,} output tokens."
     )
+
+
+def _attention(model: ModelConfig) -> str:
+    """ "sliding window of 4,096"; of different layers "full attention in 9 layers, sliding window of 32,768 in 27 layers"."""
+    counts = Counter(model.layer_windows)
+
+    def name(window: int | None) -> str:
+        return "full attention" if window is None else f"sliding window of {window:,}"
+
+    if len(counts) == 1:
+        return name(model.widest_window)
+    windows = dict.fromkeys(group.window for group in model.layer_groups)
+    return ", ".join(f"{name(window)} in {counts[window]} layers" for window in windows)
 
 
 def _plan_table(plans: Sequence[Plan], *, spot: bool) -> Table:

@@ -77,15 +77,16 @@ def _prefill_s(config: EngineConfig, processor: Processor, prompt_tokens: int) -
 def _step_s(config: EngineConfig, processor: Processor, *, num_tokens: int, num_sequences: int, context: int) -> float:
     """One forward pass on each rank. context: the average number of keys before a query; the window limits how many it sees."""
     model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
-    seen = context if model.sliding_window is None else min(context, model.sliding_window)
+    # Of all layers: the keys that a query sees.
+    seen = sum(context if window is None else min(context, window) for window in model.layer_windows)
     # Only the step's rows of the embedding table are read. A tied table is also the head, which is read entirely.
     head = vocabulary_weights(config)
     table = 0 if model.tie_word_embeddings else head
     matrices = weight_bytes(config) - table * itemsize
-    kv = num_sequences * seen * config.kv_block_bytes // config.block_size
+    kv = num_sequences * seen * config.kv_layer_bytes
     # Two FLOPs per weight and token, and two per query-key and per probability-value product.
     heads = model.num_attention_heads // size
-    attention = 4 * heads * model.head_dim * seen * model.num_hidden_layers
+    attention = 4 * heads * model.head_dim * seen
     # Logits are computed for one row per sequence.
     flops = num_tokens * (2 * (num_parameters(config) - table - head) + attention) + num_sequences * 2 * head
     compute_s = max((matrices + kv) / processor.bytes_per_s, flops / processor.flops_per_s)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.plan.planner import Plan, Question
+from workers.checkpoint.gguf_file import SUFFIX, model_name, part_names
 from workers.config import EngineConfig
 from workers.errors import ConfigError
 
@@ -75,13 +76,21 @@ def make_task(question: Question, plan: Plan) -> dict[str, Any]:
     spot = {"use_spot": True} if question.spot else {}
     task["resources"]["any_of"] = [{"infra": o.cloud, "accelerators": accelerators, **spot} for o in plan.offers]
     model = question.model
-    task["envs"]["MODEL"] = model.name if model.folder is None else _MOUNTED_MODEL
+    mounts = {} if model.folder is None else _mounts(model.folder)
+    task["envs"]["MODEL"] = next(iter(mounts), model.name)
     task["envs"]["SERVE_OPTIONS"] = " ".join(_serve_options(question, plan))
     if model.folder is not None and model.checkpoint_bytes is not None:
-        task["file_mounts"] = {_MOUNTED_MODEL: str(model.folder)}
+        task["file_mounts"] = mounts
         needed_gb = ceil(model.checkpoint_bytes / 1e9) + 64  # plus room for the system, the environment and its caches
         task["resources"]["disk_size"] = max(task["resources"]["disk_size"], needed_gb)
     return task
+
+
+def _mounts(location: Path) -> dict[str, str]:
+    """{path there: path here}, the model's path first. Of a GGUF file, all of its parts."""
+    if location.suffix != SUFFIX:
+        return {_MOUNTED_MODEL: str(location)}
+    return {f"{_MOUNTED_MODEL}/{name}": str(location.with_name(name)) for name in part_names(location.name)}
 
 
 def _serve_options(question: Question, plan: Plan) -> list[str]:
@@ -94,10 +103,16 @@ def _serve_options(question: Question, plan: Plan) -> list[str]:
         options += ["--gpu-memory-utilization", f"{engine.gpu_memory_utilization:g}"]
     if engine.dtype != engine.model.dtype:
         options += ["--dtype", engine.dtype]
+    if engine.quantization is not None:
+        options += ["--quantization", engine.quantization]
+    if engine.kv_cache_dtype != "auto":
+        options += ["--kv-cache-dtype", engine.kv_cache_dtype]
     if question.model.revision is not None:
         options += ["--revision", question.model.revision]
+    if question.model.folder is None and question.model.gguf_file is not None:
+        options += ["--gguf-file", question.model.gguf_file]
     if question.model.folder is not None:
-        options += ["--served-model-name", question.model.folder.name.replace(" ", "-")]
+        options += ["--served-model-name", model_name(question.model.folder).replace(" ", "-")]
     return options
 
 

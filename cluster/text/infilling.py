@@ -17,8 +17,9 @@ def encode_infilling(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int
             remedy="Remove 'suffix' from the request.",
             param="suffix",
         )
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     try:
         suffix_ids = tokenizer.encode_continuation(suffix) if suffix else []
     except RequestError as e:
         raise RequestError(e.message, remedy=e.remedy, param="suffix") from e
-    return [tokenizer.bos_token_id, suffix_id, *suffix_ids, prefix_id, *tokenizer.encode(prefix, bos=False)]
+    return [*bos, suffix_id, *suffix_ids, prefix_id, *tokenizer.encode(prefix, bos=False)]

@@ -1,10 +1,11 @@
-"""Loads what a gateway needs to turn text into tokens and back from the model's folder. Knows which chat template is used.
+"""Loads what a gateway needs to turn text into tokens and back from the model's location. Knows which chat template is used, and why.
 
 --chat-template     the template
-auto (default)      the checkpoint's own Jinja template, unless it is one that Mistral publishes (chat/published.py) or there is none:
-                    then mistral-common's
-v1, v2, v3          mistral-common's, in that version
-jinja               the checkpoint's own, in tokenizer_config.json or chat_template.jinja
+auto (default)      1. the checkpoint's own Jinja template, unless it is Mistral's (chat/published.py);
+                    2. mistral-common's, in the version of the tokenizer, if the template or the tokenizer is Mistral's own;
+                    3. none: chat is refused, since a model answers badly in a format that it was not trained on
+v1, v2, v3, ...     mistral-common's, in that version
+jinja               the checkpoint's own (chat/template_files.py)
 PATH.jinja          that file, with the checkpoint's special tokens
 """
 
@@ -21,37 +22,51 @@ if TYPE_CHECKING:
     from cluster.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+TEKKEN = "-tekken"  # v3-tekken is v3 with a tekken vocabulary
+_NONE = (
+    "none: the checkpoint has no chat template, and its tokenizer is not one of Mistral's. Chat is refused until "
+    "--chat-template names one; /v1/completions works"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedText:
-    """choice: which template is used and why, for a reader."""
+    """choice: which template is used and why, for a reader. chat_template: None for a model that nobody knows how to chat with."""
 
     tokenizer: "Tokenizer"
-    chat_template: "ChatTemplate"
+    chat_template: "ChatTemplate | None"
     choice: str
 
 
 def load_text(folder: Path, *, chat_template: str, model_vocab_size: int) -> LoadedText:
     """The tokenizer and the chat template. Raises ConfigError, also for a template that would fail on every conversation.
 
-    chat_template: a value of the table above, with an absolute path for a file.
+    folder: or a GGUF file. chat_template: a value of the table above, with an absolute path for a file.
     """
     from cluster.text.tokenizer import TEMPLATE_VERSIONS, load_tokenizer
 
-    version = next((v for v in TEMPLATE_VERSIONS if v == chat_template), None)
+    version = next((v for v in TEMPLATE_VERSIONS if v == chat_template.removesuffix(TEKKEN)), None)
     tokenizer = load_tokenizer(folder, version=version, model_vocab_size=model_vocab_size)
     template, choice = _choose(tokenizer, folder, chat_template, model_vocab_size=model_vocab_size)
     log.info("chat template: %s", choice)
     return LoadedText(tokenizer, template, choice)
 
 
-def _choose(tokenizer: "Tokenizer", folder: Path, option: str, *, model_vocab_size: int) -> "tuple[ChatTemplate, str]":
+def _choose(
+    tokenizer: "Tokenizer", folder: Path, option: str, *, model_vocab_size: int
+) -> "tuple[ChatTemplate | None, str]":
     from cluster.text.chat.mistral_template import MistralTemplate
-    from cluster.text.chat.published import published_name
+    from cluster.text.chat.published import is_mistrals, is_mistrals_release, published_name
     from cluster.text.chat.template_files import DEFAULT, TemplateFiles, read_source, read_template_files
+    from cluster.text.tokenizer import TEMPLATE_VERSIONS
 
-    if option in ("v1", "v2", "v3"):
+    if option.removesuffix(TEKKEN) in TEMPLATE_VERSIONS:
+        if option.endswith(TEKKEN) and tokenizer.model.kind != "tekken":
+            raise ConfigError(
+                f"--chat-template {option} is for a tekken.json, but this checkpoint's tokenizer is {tokenizer.path.name}.",
+                remedy=f"Use {option.removesuffix(TEKKEN)}, or auto.",
+                param="--chat-template",
+            )
         return MistralTemplate(tokenizer), f"mistral-common's {option}, as requested"
     if option not in ("auto", "jinja"):
         files = TemplateFiles({DEFAULT: read_source(Path(option))})
@@ -60,14 +75,23 @@ def _choose(tokenizer: "Tokenizer", folder: Path, option: str, *, model_vocab_si
     if option == "auto":
         own = files.templates.get(DEFAULT)
         published = published_name(own) if own is not None else None
-        if not files.templates or published is not None:
-            why = f"the checkpoint's own is that of {published}" if published else "the checkpoint has none"
-            return MistralTemplate(tokenizer), f"mistral-common's {tokenizer.template_version}, since {why}"
-        why = "which Mistral does not publish"
+        # mistral-common cannot read every tokenizer that such a model may be saved with.
+        if published is not None and tokenizer.template_version is not None:
+            why = f"since the checkpoint's own is that of {published}"
+            return MistralTemplate(tokenizer), f"mistral-common's {tokenizer.template_version}, {why}"
+        if own is not None and is_mistrals_release(tokenizer, own):
+            why = f"since the checkpoint has {tokenizer.path.name} of Mistral's release"
+            return MistralTemplate(tokenizer), f"mistral-common's {tokenizer.template_version}, {why}"
+        if not files.templates:
+            if not is_mistrals(tokenizer):
+                return None, _NONE
+            why = f"since the checkpoint has none, and its tokenizer ({tokenizer.path.name}) is Mistral's"
+            return MistralTemplate(tokenizer), f"mistral-common's {tokenizer.template_version}, {why}"
+        why = f"that of {published}" if published is not None else "which Mistral does not publish"
     else:
         if not files.templates:
             raise ConfigError(
-                f"--chat-template jinja: {folder} has no template in tokenizer_config.json or chat_template.jinja.",
+                f"--chat-template jinja: {folder} has no template in chat_template.jinja, tokenizer_config.json or a GGUF file's metadata.",
                 remedy="Pass the path of a template, or use --chat-template auto.",
                 param="--chat-template",
             )

@@ -1,7 +1,8 @@
 """Finds special tokens, such as `<|im_end|>`, in text, and prevents a client's text from producing any.
 
 A client's strings get a mark, a Unicode noncharacter, inside each special token they contain, and at edges where the template's own
-text next to them could complete one. Marked strings match no special token. Knows no templates and no vocabulary.
+text next to them could complete one. Marked strings match no special token. An added token that is not special is text as any other,
+which a client may write. Knows no templates and no vocabulary.
 
 Worked example with the mark shown as ¦ and the special token <s>: protect("a <s> b") -> "a <¦s> b", and split("a <s> b") -> ["a ", "<s>",
 " b"].
@@ -11,8 +12,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from cluster.text.tokenizer_settings import AddedToken
 from workers.errors import RequestError
+from workers.tokenizer_files.pieces import AddedToken
 
 _NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]
 
@@ -22,12 +23,13 @@ class SpecialTokens:
 
     def __init__(self, tokens: Mapping[str, AddedToken]) -> None:
         self._tokens = dict(tokens)
+        self._special = {content for content, token in tokens.items() if token.special}
         # A regular expression with hundreds of alternatives would try each of them at every bracket: 2 s for 100 kB of brackets.
         self._lengths = sorted({len(content) for content in self._tokens}, reverse=True)
         first_chars = "".join({content[0] for content in self._tokens})
         self._first_char = re.compile(f"[{re.escape(first_chars)}]" if first_chars else r"(?!)")
-        self._inner_chars = {char for content in self._tokens for char in content[1:]}
-        self._outer_chars = {char for content in self._tokens for char in content[:-1]}
+        self._inner_chars = {char for content in self._special for char in content[1:]}
+        self._outer_chars = {char for content in self._special for char in content[:-1]}
 
     def __contains__(self, content: str) -> bool:
         return content in self._tokens
@@ -45,7 +47,7 @@ class SpecialTokens:
         parts: list[str] = []
         end = 0
         for at, content in self._find(text):
-            if at >= end:
+            if at >= end and not (self._tokens[content].single_word and _touches_word(text, at, at + len(content))):
                 parts += [text[end:at], content]
                 end = at + len(content)
         return [*parts, text[end:]]
@@ -71,16 +73,22 @@ class SpecialTokens:
         return value
 
     def _protect_inside(self, text: str, mark: str) -> str:
-        cuts = [start + 1 for start, _ in self._find(text)]
+        cuts = [start + 1 for start, _ in self._find(text, only_special=True)]
         return mark.join(text[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True)) if cuts else text
 
-    def _find(self, text: str) -> Iterator[tuple[int, str]]:
+    def _find(self, text: str, *, only_special: bool = False) -> Iterator[tuple[int, str]]:
         """Where special tokens start, including inside one another; the longest at each position."""
+        tokens = self._special if only_special else self._tokens
         for match in self._first_char.finditer(text):
             at = match.start()
-            content = next((text[at : at + n] for n in self._lengths if text[at : at + n] in self._tokens), None)
+            content = next((text[at : at + n] for n in self._lengths if text[at : at + n] in tokens), None)
             if content is not None:
                 yield at, content
+
+
+def _touches_word(text: str, start: int, end: int) -> bool:
+    before, after = text[start - 1 : start], text[end : end + 1]
+    return any(char == "_" or char.isalnum() for char in before + after)
 
 
 def free_marks(texts: Iterable[str], num: int) -> list[str]:

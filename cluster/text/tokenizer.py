@@ -1,39 +1,33 @@
-"""Text to token ids: finds and opens a checkpoint's tokenizer, and says which chat template belongs to it.
+"""Text to token ids: how special tokens in a text are encoded, what stands around a prompt, and the text of each single token.
 
-Knows file names, template versions, how special tokens in a text are encoded, and the text of each single token. Does not know
-conversations (chat/), how ids become text in a stream (output/detokenizer.py), or the format of the file (tokenizer_model.py).
-
-    file in the checkpoint        template
-    tokenizer.model.v1/.v2/.v3    v1 / v2 / v3, by the suffix
-    tokenizer.model               v3 with 32,768 pieces (Mistral v0.3), otherwise v1 (v0.1 and v0.2 have 32,000)
+Works with any kind of vocabulary (workers/tokenizer_files). Does not know conversations (chat/), how ids become text in a stream
+(output/detokenizer.py), or which file of a checkpoint is its tokenizer (tokenizer_file.py).
 """
 
 import logging
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
 from cluster.text.output.detokenizer import Detokenizer
-from cluster.text.sentencepiece_model import SentencePieceModel
 from cluster.text.special_tokens import SpecialTokens
-from cluster.text.tokenizer_model import PieceTable, TokenizerModel
-from cluster.text.tokenizer_settings import AddedToken, PrependScheme, TokenizerSettings, read_tokenizer_settings
+from cluster.text.tokenizer_file import TEMPLATE_VERSIONS, TemplateVersion, find_tokenizer, template_version
+from cluster.text.tokenizer_settings import PrependScheme, TokenizerSettings, read_tokenizer_settings
 from workers.errors import ConfigError, RequestError
+from workers.tokenizer_files.opening import open_model
+from workers.tokenizer_files.pieces import AddedToken, PieceTable, TokenizerModel
+from workers.tokenizer_files.sentencepiece_model import SentencePieceModel
+from workers.tokenizer_files.tekken_model import TekkenModel
 
 log = logging.getLogger(__name__)
 
-TemplateVersion = Literal["v1", "v2", "v3"]
-TEMPLATE_VERSIONS: tuple[TemplateVersion, ...] = get_args(TemplateVersion)
-_V3_VOCAB_SIZE = 32_768
-_VERSIONED = re.compile(r"\.model\.(v\d+)(m\d+)?$")
-
 
 class Tokenizer:
-    """One vocabulary, and the chat template version it is used with. `path` is the file it was read from.
+    """One vocabulary, and the version of mistral-common's chat templates that it is used with; None: none of them fits the file.
 
-    settings: of the checkpoint's other files. Its added tokens beyond model_vocab_size are left out: the model cannot read them.
+    path: the file it was read from. settings: of the checkpoint's other files. Its added tokens beyond model_vocab_size are left out: the
+    model cannot read them.
     """
 
     def __init__(
@@ -41,16 +35,14 @@ class Tokenizer:
         model: TokenizerModel,
         *,
         path: Path,
-        template_version: TemplateVersion,
+        template_version: TemplateVersion | None,
         settings: TokenizerSettings | None = None,
         model_vocab_size: int | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
         self.path = path
         self.template_version = template_version
         self.settings = settings or TokenizerSettings()
-        self.bos_token_id = model.bos_token_id
-        self.eos_token_id = model.eos_token_id
         added = {
             content: token
             for content, token in self.settings.added_tokens.items()
@@ -58,34 +50,65 @@ class Tokenizer:
         }
         self.pieces: PieceTable = model.pieces.with_added(added)
         self.vocab_size = len(self.pieces.names)
-        self._model_decodes = self.pieces.surfaces == model.pieces.surfaces
         control = {name: AddedToken(i) for name, i in self._control_token_ids_by_name.items()}
-        unknown = {name: AddedToken(model.unk_token_id) for name in (self.pieces.names[model.unk_token_id],)}
+        # Elsewhere, a text names the unknown token only if that is an added token.
+        unk, is_listed = model.special.unk, isinstance(model, SentencePieceModel)
+        unknown = {self.pieces.names[unk]: AddedToken(unk)} if unk is not None and is_listed else {}
         self.special_tokens = SpecialTokens(unknown | control | added)
+        self.bos_token_id = self._own_token("bos_token") if model.special.bos is None else model.special.bos
+        self.eos_token_id = self._own_token("eos_token") if model.special.eos is None else model.special.eos
+        self._prefix, self._suffix = self._around_prompts()
+
+    @property
+    def tekken(self) -> Any:
+        """mistral-common's Tekkenizer, if the file is a tekken.json; else None."""
+        return self.model.tekkenizer if isinstance(self.model, TekkenModel) else None
+
+    @property
+    def description(self) -> str:
+        """For a reader: the kind and the file."""
+        return f"{self.model.kind} ({self.path.name}, {self.vocab_size:,} tokens)"
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether something is put before a prompt."""
+        return bool(self._prefix)
+
+    @property
+    def adds_eos(self) -> bool:
+        return bool(self._suffix)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of a text in which nothing is a special token, with the beginning-of-sequence token unless bos=False.
 
         "" gives [bos]. May run in a thread while the event loop continues. Raises RequestError for text that is not valid Unicode.
         """
-        ids = self._model.encode(text)
-        return [self.bos_token_id, *ids] if bos else ids
+        ids = self.model.encode(text)
+        return [self.bos_token_id, *ids] if bos and self.bos_token_id is not None else ids
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt, in which special tokens may be written as text, as in transformers and vLLM.
 
-        add_special_tokens: start with the beginning-of-sequence token, unless the text already does or the checkpoint says otherwise.
+        add_special_tokens: put around it what the checkpoint says, such as the beginning-of-sequence token, unless the text has it already.
         Runs and raises as `encode` does. Worked example: "<s>hi" and "hi" -> [1, 12014], "hi</s>" -> [1, 12014, 2].
         """
         ids, _ = self.encode_rendered(text)
         if not add_special_tokens:
             return ids
-        bos, eos = self._token_named("bos_token", self.bos_token_id), self._token_named("eos_token", self.eos_token_id)
-        if self.settings.adds_bos and ids[:1] != [bos]:
-            ids.insert(0, bos)
-        if self.settings.adds_eos and ids[-1:] != [eos]:
-            ids.append(eos)
+        if ids[: len(self._prefix)] != self._prefix:
+            ids = [*self._prefix, *ids]
+        if self._suffix and ids[-len(self._suffix) :] != self._suffix:
+            ids += self._suffix
         return ids
+
+    def _around_prompts(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer's file says, unless tokenizer_config.json says otherwise; else a beginning-of-sequence token."""
+        said, settings = self.model.special, self.settings
+        if said.prefix is not None and settings.adds_bos is None and settings.adds_eos is None:
+            return list(said.prefix), list(said.suffix or ())
+        adds_bos = settings.adds_bos is True if said.prefix is not None else settings.adds_bos is not False
+        bos, eos = self._own_token("bos_token", self.bos_token_id), self._own_token("eos_token", self.eos_token_id)
+        return [bos] if adds_bos and bos is not None else [], [eos] if settings.adds_eos and eos is not None else []
 
     def encode_rendered(self, text: str, *, mark: str = "") -> tuple[list[int], int]:
         """The ids of a text with special tokens, and how many of them at the end encode the text after the last special token.
@@ -113,31 +136,31 @@ class Tokenizer:
     def _encode_part(self, text: str, *, is_first: bool) -> list[int]:
         scheme = self.prepend_scheme
         if scheme == "always":
-            return self._model.encode(text)
+            return self.model.encode(text)
         # transformers adds no second space; mistral-common does.
         own_space = self.settings.prepend_scheme is not None and text.startswith(" ")
         if scheme == "first" and is_first and not own_space:
-            return self._model.encode(text)
-        return self._model.encode_continuation(text)
+            return self.model.encode(text)
+        return self.model.encode_continuation(text)
 
     @property
     def prepend_scheme(self) -> PrependScheme:
         """As the checkpoint says. Without a word from it, v1 is written with a space after </s>, v2 and v3 after [INST] without one."""
-        return self.settings.prepend_scheme or ("always" if self.template_version == "v1" else "first")
+        return self.settings.prepend_scheme or ("always" if self.template_version in ("v1", None) else "first")
 
-    def _token_named(self, key: str, default: int) -> int:
+    def _own_token(self, key: str, default: int | None = None) -> int | None:
         """The id of the checkpoint's own token for this purpose."""
         content = self.settings.special_tokens.get(key, "")
-        return self.special_tokens[content].id if content in self.special_tokens else default
+        if content in self.special_tokens:
+            return self.special_tokens[content].id
+        return self.pieces.names.index(content) if content and content in self.pieces.names else default
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that directly follows other text: no space is added before its first word. Raises RequestError."""
-        return self._model.encode_continuation(text)
+        return self.model.encode_continuation(text)
 
-    def decode(self, token_ids: list[int]) -> str:
+    def decode(self, token_ids: Sequence[int]) -> str:
         """The text of all ids at once. Control tokens and ids beyond the vocabulary add nothing."""
-        if self._model_decodes:
-            return self._model.decode([i for i in token_ids if 0 <= i < self.vocab_size])
         detokenizer = Detokenizer(self.pieces)
         return detokenizer.push(token_ids) + detokenizer.flush()
 
@@ -147,7 +170,7 @@ class Tokenizer:
 
     @cached_property
     def _pieces_with_special(self) -> PieceTable:
-        return self.pieces.with_special_shown(self._model.unk_token_id)
+        return self.pieces.with_special_shown(self.model.special.unk)
 
     @cached_property
     def control_token_ids(self) -> frozenset[int]:
@@ -156,7 +179,10 @@ class Tokenizer:
     @cached_property
     def max_piece_chars(self) -> int:
         """The most characters any token stands for, so a text's length gives a lower bound on its number of tokens."""
-        return max(self.special_tokens.max_chars, *map(len, self.pieces.surfaces))
+        longest = max(
+            *map(len, self.pieces.surfaces), *(len(part) for part in self.pieces.partial if part is not None), 1
+        )
+        return max(self.special_tokens.max_chars, longest) * self.pieces.max_shrink
 
     @cached_property
     def tool_calls_token_id(self) -> int | None:
@@ -184,8 +210,10 @@ class Tokenizer:
                 raise RequestError(
                     "'bad_words' contains an empty or blank word.", remedy="Remove it.", param="bad_words"
                 )
-            for ids in (self._encode_word(stripped), self.encode_continuation(stripped)):
-                found[tuple(ids)] = None
+            forms = [self._encode_word(stripped), self.encode_continuation(stripped)]
+            if self.pieces.byte_level:  # a space before the word is a part of its first token, which no option of `encode` adds
+                forms.append(self.encode_continuation(f" {stripped}"))
+            found |= dict.fromkeys(map(tuple, forms))
         return tuple(found)
 
     def _encode_word(self, word: str) -> list[int]:
@@ -201,18 +229,21 @@ class Tokenizer:
         """
         if not 0 <= token_id < self.vocab_size or not self.pieces.names[token_id]:
             return f"<|{token_id}|>"
-        byte = self.pieces.bytes[token_id]
-        if byte is not None:
-            return chr(byte) if byte < 0x80 else f"<0x{byte:02X}>"
-        return self.pieces.surfaces[token_id] or self.pieces.names[token_id]
+        part = self.pieces.partial[token_id]
+        return (self.pieces.surfaces[token_id] or self.pieces.names[token_id]) if part is None else _show_bytes(part)
 
     def token_bytes(self, token_id: int, *, shows_special: bool = False) -> list[int] | None:
         """The token's UTF-8 bytes, or None if it stands for no text."""
         pieces = self.shown_pieces(shows_special=shows_special)
         if not 0 <= token_id < self.vocab_size or pieces.is_control[token_id]:
             return None
-        byte = pieces.bytes[token_id]
-        return list(pieces.surfaces[token_id].encode()) if byte is None else [byte]
+        return list(pieces.bytes_of(token_id))
+
+
+def _show_bytes(part: bytes) -> str:
+    """b" \\xe2\\x80" -> " <0xE2><0x80>"."""
+    text = part.decode(errors="surrogateescape")
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
 
 
 def load_tokenizer(
@@ -220,23 +251,23 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Finds and opens the checkpoint's tokenizer. An explicit template version takes precedence over the file's.
 
-    Raises ConfigError if there is no supported tokenizer, or if it has more tokens than the model.
+    folder: or a GGUF file. Raises ConfigError if there is no supported tokenizer, or if it has more tokens than the model.
     """
     if version is not None and version not in TEMPLATE_VERSIONS:
         raise ConfigError(
             f"Chat template {version!r} is not known.", remedy=f"Use one of {', '.join(TEMPLATE_VERSIONS)}."
         )
     path = find_tokenizer(Path(folder))
-    settings = read_tokenizer_settings(Path(folder))
+    settings = None if path.suffix == ".gguf" else read_tokenizer_settings(Path(folder))
     tokenizer = open_tokenizer(path, version, settings=settings, model_vocab_size=model_vocab_size)
-    log.info("tokenizer %s: %s pieces, chat template %s", path, tokenizer.vocab_size, tokenizer.template_version)
+    log.info("tokenizer %s: %s tokens, %s", path, tokenizer.vocab_size, tokenizer.model.kind)
     if model_vocab_size is not None:
         if tokenizer.vocab_size > model_vocab_size:
             raise ConfigError(
                 f"The tokenizer {path.name} has {tokenizer.vocab_size} tokens, but the model has only {model_vocab_size}.",
                 remedy="Use the tokenizer that belongs to the model.",
             )
-        for content, token in settings.added_tokens.items():
+        for content, token in tokenizer.settings.added_tokens.items():
             if token.id >= model_vocab_size:
                 log.warning("The added token %r is plain text here: its id is beyond the model's.", content)
     return tokenizer
@@ -249,41 +280,18 @@ def open_tokenizer(
     settings: TokenizerSettings | None = None,
     model_vocab_size: int | None = None,
 ) -> Tokenizer:
-    """The tokenizer in that file, with the settings of its folder. Raises ConfigError.
+    """The tokenizer in that file, with the settings of its folder; by default those that the file itself has. Raises ConfigError.
 
-    Without a version, the file's name and size decide.
+    Without a version, the file's name and what it says decide.
     """
     # The model builds its table of pieces here, so that the first request does not have to.
-    model = SentencePieceModel(path)
+    model = open_model(path)
+    tekken_version = model.version if isinstance(model, TekkenModel) else None
     return Tokenizer(
         model,
         path=path,
-        template_version=version or _guess_version(path, len(model.pieces.names)),
-        settings=settings,
+        template_version=version
+        or template_version(path, vocab_size=len(model.pieces.names), tekken_version=tekken_version),
+        settings=settings or TokenizerSettings(added_tokens=dict(model.added_tokens)),
         model_vocab_size=model_vocab_size,
-    )
-
-
-def _guess_version(path: Path, vocab_size: int) -> TemplateVersion:
-    named = _VERSIONED.search(path.name)
-    version = next((v for v in TEMPLATE_VERSIONS if named is not None and v == named[1]), None)
-    return version or ("v3" if vocab_size == _V3_VOCAB_SIZE else "v1")
-
-
-def find_tokenizer(folder: Path) -> Path:
-    """The path of the checkpoint's tokenizer. Raises ConfigError if there is none that is supported."""
-    for name in ("tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1", "tokenizer.model"):
-        if (folder / name).is_file():
-            return folder / name
-    others = [
-        p.name for glob in ("tokenizer.model.*", "tekken*.json", "tokenizer.json") for p in sorted(folder.glob(glob))
-    ]
-    if others:
-        raise ConfigError(
-            f"{folder} has the tokenizer {others[0]}, which is not supported.",
-            remedy="Use a checkpoint with a SentencePiece tokenizer (tokenizer.model) of version v1, v2 or v3.",
-        )
-    raise ConfigError(
-        f"{folder} has no tokenizer.",
-        remedy="Add tokenizer.model.v3, .v2, .v1 or tokenizer.model to the folder.",
     )

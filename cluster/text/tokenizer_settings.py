@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workers.errors import ConfigError
+from workers.tokenizer_files.pieces import AddedToken
 
 SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _MORE_SPECIAL_KEYS = ("additional_special_tokens", "extra_special_tokens")
@@ -18,28 +19,19 @@ PrependScheme = Literal["always", "first", "never"]
 
 
 @dataclass(frozen=True, slots=True)
-class AddedToken:
-    """A string that is one token. special: it is not part of the output's text. lstrip, rstrip: drop white space before, after it."""
-
-    id: int
-    special: bool = True
-    lstrip: bool = False
-    rstrip: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class TokenizerSettings:
     """What the files say; the defaults are those of a folder without any, as in Mistral's layout.
 
     special_tokens: for example {"bos_token": "<s>"}. prepend_scheme: which parts of a text, split at special tokens, get a leading space:
-    "always" each one (transformers' `legacy`), "first" only the start of the text; None: the files do not say.
+    "always" each one (transformers' `legacy`), "first" only the start of the text. adds_bos, adds_eos: around a prompt. None: the files do
+    not say.
     """
 
     special_tokens: dict[str, str] = field(default_factory=dict)
     added_tokens: dict[str, AddedToken] = field(default_factory=dict)
     prepend_scheme: PrependScheme | None = None
-    adds_bos: bool = True
-    adds_eos: bool = False
+    adds_bos: bool | None = None
+    adds_eos: bool | None = None
 
 
 def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
@@ -51,8 +43,8 @@ def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
         special_tokens={key: content for key in SPECIAL_KEYS if (content := _content(names.get(key))) is not None},
         added_tokens=_added_tokens(folder, config, fast, special=set(_special_names(names))),
         prepend_scheme=_prepend_scheme(config, fast),
-        adds_bos=config.get("add_bos_token") is not False,
-        adds_eos=config.get("add_eos_token") is True,
+        adds_bos=_flag(config.get("add_bos_token")),
+        adds_eos=_flag(config.get("add_eos_token")),
     )
 
 
@@ -69,11 +61,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
 def _prepend_scheme(config: Mapping[str, Any], fast: Mapping[str, Any]) -> PrependScheme | None:
     """tokenizer.json decides where it is clear, as in transformers. Otherwise `legacy`, and true is its value if it is missing or null."""
     for part in _parts(fast.get("pre_tokenizer"), "pretokenizers"):
         if part.get("type") == "Metaspace":
             return next((s for s in ("always", "first", "never") if s == part.get("prepend_scheme")), "always")
+        if part.get("type") == "ByteLevel" and part.get("add_prefix_space") is True:
+            return "always"
     if any(part.get("type") == "Prepend" for part in _parts(fast.get("normalizer"), "normalizers")):
         return "always"
     if not config:
@@ -121,6 +119,7 @@ def _added(token_id: int, token: Any, *, special: bool) -> AddedToken:
         special=special or flags.get("special") is True,
         lstrip=flags.get("lstrip") is True,
         rstrip=flags.get("rstrip") is True,
+        single_word=flags.get("single_word") is True,
     )
 
 

@@ -58,6 +58,21 @@ def test_targets_are_ratios_and_say_what_was_not_measured(tmp_path: Path) -> Non
     assert "not measured" in text
 
 
+def test_only_its_own_table_has_the_forms_of_the_kv_cache() -> None:
+    from comparison.parts import PARTS
+    from comparison.subjects import subjects
+
+    everyone = subjects(vllm=Path("none"), llama=Path("none"))
+    names = [subject.name for subject in everyone]
+    assert len(set(names)) == len(names)
+    measured = {name: [subject.name for subject in everyone if part.includes(subject)] for name, part in PARTS.items()}
+    forms = ["", ", KV cache int8", ", KV cache fp8"]
+    assert set(measured.pop("kv_cache")) == {
+        f"ours {dtype}{form}" for dtype in ("float32", "bfloat16") for form in forms
+    }
+    assert not any("KV cache" in name for names in measured.values() for name in names)
+
+
 async def test_the_client_counts_tokens_and_gaps_of_streams() -> None:
     """The fake writes a token every 2 ms on 8 streams, and takes 20 ms for the first token of a long prompt."""
     from comparison import http_load

@@ -17,18 +17,21 @@ from workers.kernels.offline import compile_for
 def launch():
     resources.launch_attention([1] * 64, seq_len=4096)
     resources.launch_attention([512], seq_len=512)
+    for num_rows in (8, 64):
+        resources.launch_product(num_rows, 4096, num_bits=4)
 
 found = []
 for kernel in compile_for(80, launch):
     layouts = re.findall(r"nvidia_mma<{versionMajor = (\\d+), .*?instrShape = \\[(.*?)\\]}>", kernel.ttgir)
     found.append({
         "name": kernel.name,
-        "rows": kernel.constants["BLOCK_M"],
+        "rows": kernel.constants.get("BLOCK_M") or kernel.constants["ROWS"],
         "is_split": kernel.constants.get("IS_SPLIT"),
         "num_spilled_bytes": kernel.num_spilled_bytes,
         "num_programs": resources.programs_at_once(kernel, 80),
         "instructions": sorted(set(layouts)),
         "operand_widths": sorted(set(re.findall(r"kWidth = (\\d+)", kernel.ttgir))),
+        "copies": re.findall(r"async_copy_global_to_local .*?contiguity = (\\d+).*?ptr<(\\w+)>", kernel.ttgir),
     })
 print(json.dumps(found))
 """
@@ -48,8 +51,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 def test_what_decode_launches_fits_in_the_registers(kernels):
     decode = [kernel for kernel in kernels if kernel["rows"] == 16]
-    assert {kernel["name"] for kernel in decode} == {"attention_kernel", "merge_kernel"}
-    assert [kernel["num_spilled_bytes"] for kernel in decode] == [0, 0], "see benchmarks/results/triton_resources.md"
+    assert {kernel["name"] for kernel in decode} == {"attention_kernel", "merge_kernel", "grouped_kernel"}
+    assert not any(kernel["num_spilled_bytes"] for kernel in decode), "see benchmarks/results/triton_resources.md"
     assert all(kernel["num_programs"] >= 3 for kernel in decode), "too few programs to hide the memory's latency"
 
 
@@ -60,3 +63,12 @@ def test_decode_and_prefill_multiply_with_the_same_instruction(kernels):
     )
     assert small["instructions"] == large["instructions"] == [["2", "16, 8"]]
     assert small["operand_widths"] == large["operand_widths"] == ["2"]
+
+
+def test_the_int4_product_copies_weights_in_vectors_of_16_bytes_and_any_rows_with_the_same_instruction(kernels):
+    grouped = [kernel for kernel in kernels if kernel["name"] == "grouped_kernel"]
+    assert [kernel["rows"] for kernel in grouped] == [16, 32]
+    for kernel in grouped:
+        assert kernel["instructions"] == [["2", "16, 8"]] and kernel["num_spilled_bytes"] == 0
+        of_words = {int(contiguity) for contiguity, dtype in kernel["copies"] if dtype == "i16"}
+        assert of_words == {8}, "eight words of 16 bits"

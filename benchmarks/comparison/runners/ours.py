@@ -26,8 +26,13 @@ from workers.protocol import GenerateRequest, SamplingParams  # noqa: E402
 def build(job: dict[str, Any]) -> LLMEngine:
     """Raises SystemExit where this version cannot do what the job asks for."""
     options: dict[str, Any] = {"dtype": job["dtype"]}
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    if job.get("kv_cache_dtype", "auto") != "auto":
+        if "kv_cache_dtype" not in known:
+            raise SystemExit("This version has no KV cache in fewer bits.")
+        options["kv_cache_dtype"] = job["kv_cache_dtype"]
     if job.get("quantization"):
-        if "quantization" not in {field.name for field in dataclasses.fields(EngineConfig)}:
+        if "quantization" not in known:
             raise SystemExit("This version has no quantization.")
         options["quantization"] = job["quantization"]
     return LLMEngine(

@@ -31,6 +31,7 @@ from cluster.api.server import request_options
 from cluster.api.server.body import read_body
 from cluster.system.log import log_prompt
 from cluster.text.chat.template import ChatPrompt
+from cluster.text.tools.calls import CallFormat
 from cluster.text.tools.definitions import tool_grammar
 from workers.errors import RequestError
 from workers.protocol import EngineFacts
@@ -163,8 +164,13 @@ async def _grammar(
         name=body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None,
         parallel=body.parallel_tool_calls is not False,
         text=text,
+        call_format=_call_format(api),
     )
     return await api.grammars.run(build, param="tools", tenant=tenant)
+
+
+def _call_format(api: ApiContext) -> CallFormat:
+    return "list" if api.chat_template is None else api.chat_template.call_format
 
 
 def _must_call(body: ChatRequest) -> bool:
@@ -185,9 +191,14 @@ def _choices(
 ) -> list[Choice]:
     seed = context.seed_of(body.requested_seed)
     num_tokens = sampling.resolve_max_tokens(
-        _max_tokens(body), default=None, num_prompt_tokens=len(prompt.token_ids), facts=facts, prompt_param="messages"
+        _max_tokens(body),
+        default=sampling.default_chat_tokens(body, api.sampling_defaults),
+        num_prompt_tokens=len(prompt.token_ids),
+        facts=facts,
+        prompt_param="messages",
     )
     choices = []
+    call_format = _call_format(api)
     for copy in range(body.n or 1):
         params = sampling.sampling_params(
             body,
@@ -198,6 +209,7 @@ def _choices(
             grammar=grammar,
             tokenizer=api.tokenizer,
             facts=facts,
+            defaults=api.sampling_defaults,
         )
         choices.append(
             make_choice(
@@ -210,7 +222,8 @@ def _choices(
                 prompt_token_ids=prompt.token_ids,
                 continues=prompt.continues,
                 sampling=params,
-                tool_calls_token_id=api.tokenizer.tool_calls_token_id if tools else None,
+                tool_calls_token_id=api.tokenizer.tool_calls_token_id if tools and call_format != "tags" else None,
+                call_tags=bool(tools) and call_format == "tags",
             )
         )
     return choices

@@ -114,7 +114,7 @@ async def _choices(
             grammar = grammars[at_start]
         max_tokens = sampling.resolve_max_tokens(
             body.max_tokens,
-            default=max(sampling.DEFAULT_COMPLETION_TOKENS, body.min_tokens or 0),
+            default=sampling.default_completion_tokens(body, api.sampling_defaults),
             num_prompt_tokens=len(token_ids),
             facts=facts,
             prompt_param="prompt",
@@ -131,6 +131,7 @@ async def _choices(
                 grammar=grammar,
                 tokenizer=api.tokenizer,
                 facts=facts,
+                defaults=api.sampling_defaults,
             )
             choices.append(
                 make_choice(

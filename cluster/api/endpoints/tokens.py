@@ -75,17 +75,18 @@ async def detokenize(request: web.Request) -> web.Response:
 async def tokenizer_info(request: web.Request) -> web.Response:
     """The tokenizer's settings under the names of transformers, as lm-eval's remote tokenizer reads them."""
     api = request.app[CONTEXT]
-    facts, name_of = api.router.facts, api.tokenizer.token_text
+    facts, tokenizer, name_of = api.router.facts, api.tokenizer, api.tokenizer.token_text
     return json_response(
         TokenizerInfo(
-            tokenizer_class="LlamaTokenizer",  # of every SentencePiece vocabulary of the family
-            bos_token=name_of(api.tokenizer.bos_token_id),
+            # Of every SentencePiece vocabulary of the family; transformers' class for all others.
+            tokenizer_class="LlamaTokenizer" if tokenizer.model.kind == "SentencePiece" else "PreTrainedTokenizerFast",
+            bos_token=None if tokenizer.bos_token_id is None else name_of(tokenizer.bos_token_id),
             eos_token=name_of(facts.eos_token_ids[0]),
             pad_token=None,
-            add_bos_token=api.tokenizer.settings.adds_bos,
-            add_eos_token=api.tokenizer.settings.adds_eos,
+            add_bos_token=tokenizer.adds_bos,
+            add_eos_token=tokenizer.adds_eos,
             model_max_length=facts.max_model_len,
-            vocab_size=api.tokenizer.vocab_size,
+            vocab_size=tokenizer.vocab_size,
             chat_template=None if api.chat_template is None else api.chat_template.source,
         )
     )

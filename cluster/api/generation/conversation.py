@@ -33,7 +33,7 @@ async def encode_conversation(
     if template is None:
         raise RequestError(
             "This model has no chat template.",
-            remedy="Use /v1/completions.",
+            remedy="Use /v1/completions, or start the server with --chat-template.",
             param="messages",
         )
     converted = to_messages(messages)

@@ -66,9 +66,10 @@ def make_choice(
     continues: Sequence[int],
     sampling: SamplingParams,
     tool_calls_token_id: int | None = None,
+    call_tags: bool = False,
     shows_end: bool = False,
 ) -> Choice:
-    """continues, tool_calls_token_id, shows_end: see OutputText."""
+    """continues, tool_calls_token_id, call_tags, shows_end: see OutputText."""
     request = GenerateRequest(
         request_id=f"{answer_id}-{index}",
         prompt_token_ids=prompt_token_ids,
@@ -82,6 +83,7 @@ def make_choice(
         include_stop=bool(body.include_stop_str_in_output),
         min_tokens=sampling.min_tokens,
         tool_calls_token_id=tool_calls_token_id,
+        call_tags=call_tags,
         shows_end=shows_end,
         shows_special=body.shows_special_tokens,
     )

@@ -6,14 +6,17 @@ Knows the model's facts and OpenAI's rules for lengths. Knows no prompt text and
 import hashlib
 import secrets
 from collections.abc import Sequence
+from typing import TypeVar
 
 from cluster.api.schemas.base import GenerationRequest
+from cluster.config.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
 from workers.protocol import EngineFacts, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 _MAX_SEED = 2**63 - 1
+_Number = TypeVar("_Number", int, float)
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -74,6 +77,17 @@ def resolve_max_tokens(
     return requested
 
 
+def default_completion_tokens(body: GenerationRequest, defaults: SamplingDefaults) -> int:
+    """OpenAI's 16, or fewer where the model's own limit is lower; never below min_tokens."""
+    default = min(DEFAULT_COMPLETION_TOKENS, defaults.max_tokens or DEFAULT_COMPLETION_TOKENS)
+    return max(default, body.min_tokens or 0)
+
+
+def default_chat_tokens(body: GenerationRequest, defaults: SamplingDefaults) -> int | None:
+    """The model's own limit, but never below min_tokens; None without one: all that fit."""
+    return None if defaults.max_tokens is None else max(defaults.max_tokens, body.min_tokens or 0)
+
+
 def sampling_params(
     body: GenerationRequest,
     *,
@@ -84,8 +98,12 @@ def sampling_params(
     grammar: str | None = None,
     tokenizer: Tokenizer,
     facts: EngineFacts,
+    defaults: SamplingDefaults = NO_DEFAULTS,
 ) -> SamplingParams:
-    """Raises RequestError for token ids the model does not have, and for min_tokens above max_tokens."""
+    """defaults: the model's, for what the body does not say.
+
+    Raises RequestError for token ids the model does not have, and for min_tokens above max_tokens.
+    """
     min_tokens = body.min_tokens or 0
     if min_tokens > max_tokens:
         raise RequestError(
@@ -104,14 +122,15 @@ def sampling_params(
             remedy="Allow other tokens as well.",
             param="allowed_token_ids",
         )
+    top_p = _first(body.top_p, defaults.top_p, 1.0)
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
-        temperature=0.0 if body.top_p == 0 else 1.0 if body.temperature is None else body.temperature,
-        top_p=body.top_p or 1.0,
-        top_k=max(body.top_k or 0, 0),
-        min_p=body.min_p or 0.0,
-        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        temperature=0.0 if top_p == 0 else _first(body.temperature, defaults.temperature, 1.0),
+        top_p=top_p or 1.0,
+        top_k=max(_first(body.top_k, defaults.top_k, 0), 0),
+        min_p=_first(body.min_p, defaults.min_p, 0.0),
+        repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=logit_bias,
@@ -124,6 +143,11 @@ def sampling_params(
         bad_words=tokenizer.bad_words_ids(body.bad_words) if body.bad_words else (),
         grammar=grammar,
     )
+
+
+def _first(requested: _Number | None, default: _Number | None, otherwise: _Number) -> _Number:
+    """The request's value, else the model's, else everybody's."""
+    return next(value for value in (requested, default, otherwise) if value is not None)
 
 
 def _special_stops(stops: Sequence[str], tokenizer: Tokenizer) -> list[int]:

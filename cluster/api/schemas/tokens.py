@@ -48,7 +48,7 @@ class TokenizerInfo(Struct, frozen=True, kw_only=True):
     """What a tokenizer_config.json says, as far as clients need it. `chat_template`: null if the template is not in Jinja."""
 
     tokenizer_class: str
-    bos_token: str
+    bos_token: str | None
     eos_token: str
     pad_token: str | None
     add_bos_token: bool

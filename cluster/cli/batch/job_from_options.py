@@ -12,13 +12,16 @@ from cluster.cli.batch import locations
 from cluster.cli.batch.job import Job, JobFolder, new_job, version_of
 from cluster.cli.batch.parts.records import finished, record_location
 from cluster.cli.batch.steps import format_of, summary, template_of
+from cluster.config.serve import ServeConfig
 from workers.errors import ConfigError
 
 REQUEST_FIELDS = (
     "model",
     "revision",
+    "gguf_file",
     "served_model_name",
     "chat_template",
+    "generation_config",
     "endpoint",
     "format",
     "columns",
@@ -38,9 +41,14 @@ def job_from_options(args: Namespace) -> Job:
         options["ca_cert"] = str(args.ca_cert.absolute())
     runs_here = args.url is None
     model = args.model
-    if runs_here and model is not None and locations.local_path(model).is_dir():
+    if runs_here and model is not None and locations.local_path(model).exists():
         model = str(locations.local_path(model).absolute())
     request = {name: getattr(args, name, None) for name in REQUEST_FIELDS}
+    # So that the request equals that of a release without these options.
+    if request["generation_config"] == ServeConfig.generation_config:
+        del request["generation_config"]
+    if request["gguf_file"] is None:
+        del request["gguf_file"]
     part = args.part
     request |= {"model": model, "defaults": _defaults(args), "part": None if part is None else str(part)}
     source, output = locations.absolute(args.source), locations.absolute(args.output)

@@ -34,6 +34,7 @@ from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
 from cluster.config.dtype import Cpus, this_machine
 from cluster.config.engine import Device
+from cluster.config.sampling_defaults import generation_config, read_sampling_defaults
 from cluster.config.serve import ServeConfig
 from cluster.gateway.fleet import Fleet
 from cluster.protocol.view import ClusterView
@@ -58,7 +59,9 @@ def run_here(folder: JobFolder, job: Job, options: Namespace, console: Console) 
     Raises TramontaneError with a message for the user.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # until the event loop handles both
-    model_folder, model_name = resolve_model(job.request["model"], revision=job.request["revision"])
+    model_folder, model_name = resolve_model(
+        job.request["model"], revision=job.request["revision"], gguf_file=job.request.get("gguf_file")
+    )
     served_name = job.request["served_model_name"] or model_name
     with local_batch.opened(folder) as (store, files):
         try:
@@ -92,6 +95,7 @@ def batch_config(
     if options.max_replicas is not None:
         low, high = min(low, options.max_replicas), options.max_replicas
     engine, dtype_reason = engine_config(options, model_folder, device=device, cpus=cpus)
+    defaults_from = generation_config(job.request.get("generation_config", ServeConfig.generation_config))
     settings = serve_defaults() | {
         "engine": engine,
         "dtype_reason": dtype_reason,
@@ -105,6 +109,8 @@ def batch_config(
         "scale_down_after_s": SCALE_DOWN_AFTER_S,
         "drain_timeout_s": DRAIN_TIMEOUT_S,
         "chat_template": chat_template(job.request["chat_template"]),
+        "generation_config": defaults_from,
+        "sampling_defaults": read_sampling_defaults(model_folder, defaults_from),
         "log_level": options.log_level,
     }
     return ServeConfig(**settings)
@@ -147,6 +153,7 @@ async def _answer(
             tokenizer=text.tokenizer,
             chat_template=text.chat_template,
             model_name=config.model_name,
+            sampling_defaults=config.sampling_defaults,
         )
 
         def on_view(view: ClusterView) -> None:

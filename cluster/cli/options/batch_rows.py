@@ -7,11 +7,12 @@ from cluster.batch.records import ENDPOINTS
 from cluster.cli.batch.convert import FORMATS
 from cluster.cli.batch.parts.records import parse_part
 from cluster.cli.options.option import Command, Group, Option, argument, option, remembered, switch
-from cluster.cli.options.serve_rows import CHAT_TEMPLATE
+from cluster.cli.options.serve_rows import CHAT_TEMPLATE, GENERATION_CONFIG
 from cluster.cli.options.shared_rows import (
     API_KEY,
     CA_CERT,
     ENGINE_ROWS,
+    GGUF_FILE,
     JOIN_RAY,
     JSON,
     LOG_LEVEL,
@@ -102,8 +103,10 @@ RUN = Command(
                     shown_default="the demo model; with --url, the server's",
                 ),
                 REVISION,
+                GGUF_FILE,
                 SERVED_NAME,
                 CHAT_TEMPLATE,
+                GENERATION_CONFIG,
                 option("--format", choices=FORMATS, help="format of IN", shown_default="from the ending of IN"),
                 option(
                     "--endpoint",

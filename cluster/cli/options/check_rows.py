@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import get_args
 
 from cluster.cli.options.option import Command, Group, argument, option, switch
-from cluster.cli.options.shared_rows import DEVICE, JSON, LOG_LEVEL, MODEL, RAY_ADDRESS_ENV, REVISION
+from cluster.cli.options.shared_rows import DEVICE, GGUF_FILE, JSON, LOG_LEVEL, MODEL, RAY_ADDRESS_ENV, REVISION
 from cluster.cli.options.values import parse_bytes, parse_positive
 from cluster.config.serve import DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.plan.gpus import GPUS
 from cluster.plan.models import FAMILY
 from cluster.plan.offers import CLOUDS
-from workers.config import EngineConfig, Quantization
+from workers.config import EngineConfig, KVCacheDtype, Quantization
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_CONCURRENCY, DEFAULT_CPU_CONCURRENCY = 32, 4
@@ -29,9 +29,10 @@ PLAN = Command(
                 argument(
                     "model",
                     metavar="MODEL",
-                    help=f"folder of a checkpoint, or its id on the Hugging Face Hub; needs no network for {', '.join(FAMILY)}",
+                    help=f"folder of a checkpoint, a GGUF file, or an id on the Hugging Face Hub; needs no network for {', '.join(FAMILY)}",
                 ),
                 REVISION,
+                GGUF_FILE,
                 LOG_LEVEL,
             ),
         ),
@@ -109,8 +110,14 @@ PLAN = Command(
                 option(
                     "--quantization",
                     choices=("none", *get_args(Quantization)),
-                    help="with --gpu cpu, the form of the weights",
-                    shown_default="compare all",
+                    help="the form of the weights, as of `serve`",
+                    shown_default="none; with --gpu cpu, compare all",
+                ),
+                option(
+                    "--kv-cache-dtype",
+                    choices=get_args(KVCacheDtype),
+                    default=EngineConfig.kv_cache_dtype,
+                    help="type of the KV cache, as of `serve`",
                 ),
                 option(
                     "--gpu-memory-utilization",
@@ -149,6 +156,7 @@ DOCTOR = Command(
             (
                 MODEL,
                 REVISION,
+                GGUF_FILE,
                 option(
                     "--ray-address",
                     metavar="HOST:PORT",

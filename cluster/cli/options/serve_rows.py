@@ -8,6 +8,7 @@ from cluster.cli.options.option import Command, Group, option, switch
 from cluster.cli.options.profile_rows import PROFILE
 from cluster.cli.options.shared_rows import (
     ENGINE,
+    GGUF_FILE,
     JOIN_RAY,
     LOG_LEVEL,
     MODEL,
@@ -19,6 +20,7 @@ from cluster.cli.options.shared_rows import (
     serve_field,
 )
 from cluster.cli.options.values import parse_positive, parse_replicas
+from cluster.config.sampling_defaults import generation_config
 from cluster.config.serve import (
     API_KEY_ENV,
     BATCH_STORE_ENV,
@@ -59,7 +61,15 @@ CHAT_TEMPLATE = option(
     "--chat-template",
     metavar="NAME",
     fills=serve_field("chat_template", convert=chat_template),
-    help=f"one of {', '.join(CHAT_TEMPLATES)}, or the path of a .jinja file; jinja: the checkpoint's own template",
+    help=f"one of {', '.join(CHAT_TEMPLATES)}, or the path of a .jinja file; auto: the checkpoint's own template, or the version of "
+    "mistral-common's that its tokenizer names; jinja: the checkpoint's own",
+)
+
+GENERATION_CONFIG = option(
+    "--generation-config",
+    metavar="auto|none|DIR",
+    fills=serve_field("generation_config", convert=generation_config),
+    help="where sampling parameters that a request leaves out come from: the checkpoint's generation_config.json, none, or the one in DIR",
 )
 
 HTTP = Group(
@@ -116,6 +126,7 @@ HTTP = Group(
         ),
         SERVED_NAME,
         CHAT_TEMPLATE,
+        GENERATION_CONFIG,
         option(
             "--gateways",
             parse=parse_positive,
@@ -254,7 +265,7 @@ SERVE = Command(
     description="Starts Ray (or joins a running one), the model's ranks and an OpenAI-compatible HTTP endpoint.",
     run="cluster.cli.serve:serve",
     groups=(
-        Group(None, (MODEL, REVISION, LOG_LEVEL)),
+        Group(None, (MODEL, REVISION, GGUF_FILE, LOG_LEVEL)),
         HTTP,
         BATCHES,
         CLUSTER,
@@ -272,7 +283,7 @@ GENERATE = Command(
     run="cluster.cli.generate:generate",
     constants=(("tensor_parallel_size", 1),),
     groups=(
-        Group(None, (MODEL, REVISION, LOG_LEVEL)),
+        Group(None, (MODEL, REVISION, GGUF_FILE, LOG_LEVEL)),
         Group(
             "sampling",
             (

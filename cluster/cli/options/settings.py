@@ -15,6 +15,7 @@ from cluster.cli.options.shared_rows import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
 from cluster.config.checkpoint_kinds import check_kind
 from cluster.config.dtype import Cpus, DtypeChoice, choose_dtype, stored_dtype, this_machine
 from cluster.config.engine import MAX_DEFAULT_MODEL_LEN, Device, default_block_size
+from cluster.config.sampling_defaults import read_sampling_defaults
 from cluster.config.serve import ServeConfig
 from workers.checkpoint.model_config import load_model_config
 from workers.config import EngineConfig, ModelConfig
@@ -39,6 +40,7 @@ def serve_config(
     settings = settings_of(ServeConfig, args, SERVE.options)
     settings["engine"], settings["dtype_reason"] = engine_config(args, folder, device=device, cpus=cpus)
     settings["model_name"] = args.served_model_name or model_name
+    settings["sampling_defaults"] = read_sampling_defaults(folder, settings["generation_config"])
     return ServeConfig(**settings)
 
 
@@ -98,7 +100,7 @@ def _with_end_tokens(model: ModelConfig, folder: Path) -> ModelConfig:
 
 
 def _tokenizer_path(folder: Path) -> str | None:
-    from cluster.text.tokenizer import find_tokenizer  # late: refusing an option does not need SentencePiece
+    from cluster.text.tokenizer_file import find_tokenizer  # late: refusing an option does not need SentencePiece
 
     try:
         return str(find_tokenizer(folder))

@@ -10,7 +10,7 @@ from cluster.config.engine import FLASH_BLOCK_SIZE, MAX_DEFAULT_MODEL_LEN
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.system.log import LOG_LEVELS
 from cluster.system.net import url_of
-from workers.config import AttentionChoice, EngineConfig, Quantization
+from workers.config import AttentionChoice, EngineConfig, KVCacheDtype, Quantization
 from workers.device.sizes import LARGEST_GPU, MAX_NUM_SEQS, SMALLEST_GPU
 
 RAY_ADDRESS_ENV = "RAY_ADDRESS"  # Ray's own variable
@@ -28,10 +28,13 @@ MODEL = argument(
     "model",
     metavar="MODEL",
     is_optional=True,
-    help="folder of a checkpoint, or its id on the Hugging Face Hub",
+    help="folder of a checkpoint, a GGUF file, or an id on the Hugging Face Hub",
     shown_default="the demo model",
 )
 REVISION = option("--revision", help="branch, tag or commit on the Hub")
+GGUF_FILE = option(
+    "--gguf-file", metavar="NAME", help="the GGUF file in MODEL to use, or the first of its parts", shown_default="the only one"
+)
 LOG_LEVEL = option(
     "--log-level",
     choices=LOG_LEVELS,
@@ -107,9 +110,16 @@ ENGINE_ROWS = (
         "--quantization",
         choices=get_args(Quantization),
         fills=engine_field("quantization"),
-        help="on the CPU, keep weight matrices in 8 or 4 bits, with a scale for every 32 weights; made while loading; less memory and more "
-        "tokens per second, slightly different answers",
+        help="keep weight matrices in 8 or 4 bits, with a scale for every 32 weights, or on CUDA in 8-bit floats (fp8), with a scale for "
+        "every row; made while loading; less memory and more tokens per second, slightly different answers",
         shown_default="none",
+    ),
+    option(
+        "--kv-cache-dtype",
+        choices=get_args(KVCacheDtype),
+        fills=engine_field("kv_cache_dtype"),
+        help="type of the KV cache; int8, fp8: 8 bits with a scale for each token and head, so half the memory of bfloat16; slightly "
+        "different answers, int8 the closer ones; auto: that of --dtype",
     ),
     option(
         "--max-model-len",

@@ -10,7 +10,7 @@ from cluster.plan.cpu.machine import CpuMachine
 from cluster.plan.memory import activation_bytes, blocks_per_sequence, chunk_blocks
 from cluster.plan.models import PlannedModel
 from cluster.plan.roofline import Speed, Workload, speed
-from workers.config import Dtype, EngineConfig, Quantization, describe_dtype
+from workers.config import Dtype, EngineConfig, KVCacheDtype, Quantization, describe_dtype
 from workers.device.fit import PROCESS_BYTES, need_of
 from workers.device.memory import gigabytes
 from workers.device.sizes import CPU, decide
@@ -30,6 +30,7 @@ class CpuQuestion:
     workload: Workload
     dtype: Dtype | None = None
     quantization: Quantization | Literal["all"] | None = "all"
+    kv_cache_dtype: KVCacheDtype = "auto"
 
     @property
     def default_dtype(self) -> Dtype:
@@ -45,6 +46,7 @@ class CpuQuestion:
             model=self.model.config,
             dtype=dtype,
             quantization=quantization,
+            kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=work.context,
             max_num_seqs=work.concurrency,
             max_num_batched_tokens=sizes.max_num_batched_tokens,
@@ -67,7 +69,7 @@ class CpuPlan:
 
     @property
     def name(self) -> str:
-        return describe_dtype(self.engine.dtype, self.engine.quantization)
+        return describe_dtype(self.engine.dtype, self.engine.weight_form)
 
     @property
     def needed_bytes(self) -> int:
@@ -103,9 +105,11 @@ def refusal(question: CpuQuestion, plans: list[CpuPlan]) -> ConfigError:
     closest = min(plans, key=lambda plan: plan.needed_bytes)
     work = question.workload
 
-    def fits(smaller: Workload) -> bool:
-        asked = replace(question, workload=smaller)
+    def fits_as(asked: CpuQuestion) -> bool:
         return _make_plan(asked, asked.engine(closest.engine.dtype, closest.engine.quantization)).fits
+
+    def fits(smaller: Workload) -> bool:
+        return fits_as(replace(question, workload=smaller))
 
     remedies = []
     if concurrency := _largest(work.concurrency, lambda n: fits(replace(work, concurrency=n))):
@@ -113,6 +117,8 @@ def refusal(question: CpuQuestion, plans: list[CpuPlan]) -> ConfigError:
     block = closest.engine.block_size
     if blocks := _largest(work.context // block, lambda n: fits(replace(work, context=n * block))):
         remedies.append(f"--context {blocks * block}")
+    if question.kv_cache_dtype == "auto" and fits_as(replace(question, kv_cache_dtype="int8")):
+        remedies.append("--kv-cache-dtype int8")
     remedies.append(f"a machine with {gigabytes(int(closest.needed_bytes / USABLE_SHARE) + 1)} of memory")
     return ConfigError(
         f"{question.model.name} does not fit in {gigabytes(question.machine.memory_bytes)} of memory with {work.concurrency} x "
@@ -153,11 +159,15 @@ def _command(question: CpuQuestion, engine: EngineConfig, kv_cache_bytes: int) -
     words = ["tramontane", "serve", question.model.name]
     if question.model.revision is not None:
         words += ["--revision", question.model.revision]
+    if question.model.gguf_file is not None:
+        words += ["--gguf-file", question.model.gguf_file]
     words += ["--device", "cpu"]
     if engine.dtype != question.default_dtype:
         words += ["--dtype", engine.dtype]
     if engine.quantization is not None:
         words += ["--quantization", engine.quantization]
+    if engine.kv_cache_dtype != "auto":
+        words += ["--kv-cache-dtype", engine.kv_cache_dtype]
     words += ["--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
     words += ["--kv-cache-memory", f"{-(-kv_cache_bytes // 2**20)}MiB"]
     return shlex.join(words)

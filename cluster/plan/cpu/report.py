@@ -58,6 +58,7 @@ def _plan_json(plan: CpuPlan) -> dict[str, Any]:
     return {
         "dtype": plan.engine.dtype,
         "quantization": plan.engine.quantization,
+        "kv_cache_dtype": plan.engine.kv_cache_dtype,
         "fits": plan.fits,
         "memory": {name: getattr(plan, name) for name in sizes},
         "speed": asdict(plan.speed),
@@ -67,10 +68,11 @@ def _plan_json(plan: CpuPlan) -> dict[str, Any]:
 
 def _headline(question: CpuQuestion, plan: CpuPlan) -> str:
     work = question.workload
+    kv_form = "" if plan.engine.kv_cache_dtype == "auto" else f"; the KV cache in {plan.engine.kv_cache_dtype}"
     requests = "1 request" if work.concurrency == 1 else f"{work.concurrency} requests"
     return (
         f"{question.model.name}: {num_parameters(plan.engine) / 1e9:.2f} billion parameters. {requests} at a time, each "
-        f"with {work.prompt_tokens:,} prompt tokens and {work.output_tokens:,} output tokens."
+        f"with {work.prompt_tokens:,} prompt tokens and {work.output_tokens:,} output tokens{kv_form}."
     )
 
 

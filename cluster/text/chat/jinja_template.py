@@ -24,7 +24,10 @@ from cluster.text.chat.template import (
 from cluster.text.chat.template_files import DEFAULT, TOOL_USE, TemplateFiles
 from cluster.text.special_tokens import free_marks
 from cluster.text.tokenizer import Tokenizer
+from cluster.text.tools.calls import CallFormat
 from cluster.text.tools.definitions import ToolCall, ToolDefinition, mistral_id
+from cluster.text.tools.named_calls import ARGS, CALLS
+from cluster.text.tools.tagged_calls import OPEN
 from workers.errors import ConfigError, RequestError
 
 log = logging.getLogger(__name__)
@@ -55,8 +58,9 @@ class JinjaTemplate:
         )
         self._forms = abilities.forms
         self._short_call_ids = abilities.short_call_ids
-        # Only Mistral's format of tool calls, after its control token, can be read.
-        self.supports_tools = "tools" in undeclared_variables(with_tools) and tokenizer.tool_calls_token_id is not None
+        call_format = _call_format(tokenizer, with_tools)
+        self.call_format: CallFormat = call_format or "list"
+        self.supports_tools = call_format is not None and "tools" in undeclared_variables(with_tools)
         if self.supports_tools and abilities.tool_fault is not None:
             log.warning("Tools are off: the chat template fails on a tool call: %s", abilities.tool_fault)
             self.supports_tools = False
@@ -142,10 +146,18 @@ class JinjaTemplate:
         return mistral_id(call_id) if self._short_call_ids else call_id
 
 
+def _call_format(tokenizer: Tokenizer, source: str) -> CallFormat | None:
+    """By what the template writes, and what the vocabulary has; None for a format that is not read."""
+    if tokenizer.tool_calls_token_id is not None and (CALLS in source or OPEN not in source):
+        return "names" if ARGS in source and tokenizer.control_token_id(ARGS) is not None else "list"
+    return "tags" if OPEN in source else None
+
+
 def _special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """The template's variables: the checkpoint's own tokens, otherwise the vocabulary's."""
     names = tokenizer.pieces.names
-    own = {"bos_token": names[tokenizer.bos_token_id], "eos_token": names[tokenizer.eos_token_id]}
+    ids = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    own = {key: names[token_id] for key, token_id in ids.items() if token_id is not None}
     return own | tokenizer.settings.special_tokens
 
 

@@ -1,7 +1,15 @@
-"""The chat templates v1, v2 and v3 of mistral-common, for the Mistral family.
+"""The chat templates of mistral-common, for the Mistral family.
 
-Knows mistral-common, which checks and encodes the conversation; mistral_turns.py adds turns that it refuses. The parts of a message are
-joined by a blank line. The answer is decoded on its own, except after a prefix, whose ids `encode` returns for the detokenizer.
+Knows mistral-common, which checks and encodes the conversation; mistral_turns.py adds turns that it refuses. The answer is decoded on its
+own, except after a prefix, whose ids `encode` returns for the detokenizer.
+
+    version   vocabulary               conversations
+    v1        SentencePiece, 32,000    [INST] is text; a system message stands in the first turn of the user
+    v2, v3    SentencePiece or tekken  control tokens, tools; a system message stands in the last turn of the user
+    v7        either                   a system message has its own control tokens
+    v11       tekken                   tool calls by name, see tools/named_calls.py
+    v13       tekken                   tools stand in the first turn of the user
+    v15       tekken                   settings of the model, such as its effort in reasoning
 """
 
 from collections.abc import Sequence
@@ -17,7 +25,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode, get_valid
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
-from cluster.text.chat.mistral_turns import TurnsV1, TurnsV2, TurnsV3
+from cluster.text.chat.mistral_turns import ENCODERS
 from cluster.text.chat.template import (
     DEFAULT_OPTIONS,
     ChatPrompt,
@@ -27,40 +35,64 @@ from cluster.text.chat.template import (
     check_tools,
     invalid_unicode,
 )
-from cluster.text.tokenizer import TemplateVersion, Tokenizer
+from cluster.text.tokenizer import Tokenizer
+from cluster.text.tools.calls import CallFormat
 from cluster.text.tools.definitions import ToolDefinition, mistral_id
+from cluster.text.tools.named_calls import ARGS, CALL_ID
 from workers.errors import ConfigError, RequestError
+from workers.tokenizer_files.tekken_model import TekkenModel
 
-_TEMPLATES: dict[TemplateVersion, Any] = {
-    "v1": TurnsV1,
-    "v2": TurnsV2,
-    "v3": TurnsV3,
-}
+_TURN_TOKENS = ("[INST]", "[/INST]")
 _TOOL_TOKENS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+_SYSTEM_TOKENS = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
+_CALL_TOKENS = (ARGS, CALL_ID)
+_SETTINGS_TOKENS = ("[MODEL_SETTINGS]", "[/MODEL_SETTINGS]")
+# What mistral-common's encoders cannot do without, from which version on.
+_NEEDED = ((2, _TURN_TOKENS), (7, _SYSTEM_TOKENS), (11, _CALL_TOKENS), (15, _SETTINGS_TOKENS))
+_FIRST_WITH_CALLS_BY_NAME = 11
 
 
 class MistralTemplate:
-    """One of mistral-common's templates. Raises ConfigError if the tokenizer lacks the template's control tokens."""
+    """One of mistral-common's templates.
+
+    Raises ConfigError for a tokenizer that mistral-common does not read, or that lacks the template's control tokens.
+    """
 
     supports_prefix = True
     source = None
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.version: TemplateVersion = tokenizer.template_version
-        # mistral-common reads the version from the file name; passing it lets a plain tokenizer.model use any template.
+        base, self.version = _open(tokenizer)
         version = TokenizerVersion(self.version)
-        base = SentencePieceTokenizer(tokenizer.path, tokenizer_version=version)
-        if self.version != "v1" and not (base.is_special("[INST]") and base.is_special("[/INST]")):
+        needed = [name for first, names in _NEEDED if version.version_num >= first for name in names]
+        missing = [name for name in needed if not base.is_special(name)]
+        if missing:
             raise ConfigError(
-                f"Chat template {self.version} needs the control tokens [INST] and [/INST], which {tokenizer.path.name} lacks.",
-                remedy="Use --chat-template v1.",
+                f"Chat template {self.version} needs the control tokens {' and '.join(missing)}, which {tokenizer.path.name} lacks.",
+                remedy="Use --chat-template v1." if version.version_num <= 3 else "Use --chat-template auto.",
                 param="--chat-template",
             )
         self.supports_tools = self.version != "v1" and all(base.is_special(name) for name in _TOOL_TOKENS)
+        self.call_format: CallFormat = "names" if version.version_num >= _FIRST_WITH_CALLS_BY_NAME else "list"
         # "agnostic": the conversation may end with any message.
         self._validator: Any = get_validator(version, mode=ValidationMode.agnostic)
-        self._normalizer: Any = get_normalizer(version, None)
-        self._encoder: Any = _TEMPLATES[self.version](base)
+        builder = base.model_settings_builder
+        if builder is not None and not version.supports_model_settings:
+            raise ConfigError(
+                f"Chat template {self.version} has no settings, which {tokenizer.path.name} requires.",
+                remedy="Use --chat-template auto.",
+                param="--chat-template",
+            )
+        self._normalizer: Any = get_normalizer(version, builder)
+        self._encoder: Any = ENCODERS[self.version](base)
+        try:
+            self.encode([Message("user", "a")])
+        except RequestError as e:
+            raise ConfigError(
+                f"Chat template {self.version} with {tokenizer.path.name} fails on a plain question: {e.message}",
+                remedy="Choose another template with --chat-template.",
+                param="--chat-template",
+            ) from e
 
     def reads(self, name: str) -> bool:
         return False
@@ -100,6 +132,21 @@ class MistralTemplate:
         except ValueError as e:  # from json: a number with more digits than Python reads
             raise RequestError("The JSON of a tool, call or result cannot be parsed.", param="messages") from e
         return ChatPrompt(list(encoded.tokens), list(encoded.prefix_ids or []))
+
+
+def _open(tokenizer: Tokenizer) -> tuple[Any, str]:
+    """mistral-common's tokenizer of the same file, and the template's version."""
+    version = tokenizer.template_version
+    if version is None:
+        raise ConfigError(
+            f"mistral-common has no template for the tokenizer {tokenizer.path.name}.",
+            remedy="Use --chat-template auto, or the path of a template.",
+            param="--chat-template",
+        )
+    if isinstance(tokenizer.model, TekkenModel):
+        return tokenizer.model.tekkenizer, version
+    # mistral-common reads the version from the file name; passing it lets a plain tokenizer.model use any template.
+    return SentencePieceTokenizer(tokenizer.path, tokenizer_version=TokenizerVersion(version)), version
 
 
 def _convert(message: Message, names: dict[str, str]) -> list[Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from cluster.text.tools.calls import CallFormat
 from cluster.text.tools.definitions import ToolCall, ToolDefinition
 from workers.errors import RequestError
 
@@ -63,6 +64,11 @@ class ChatTemplate(Protocol):
 
     @property
     def supports_tools(self) -> bool: ...
+
+    @property
+    def call_format(self) -> CallFormat:
+        """How the model writes tool calls, if it supports tools."""
+        ...
 
     @property
     def supports_prefix(self) -> bool: ...

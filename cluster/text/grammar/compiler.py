@@ -24,7 +24,7 @@ from cluster.text.grammar.json_schema import check_divisors, check_unicode, norm
 from cluster.text.grammar.keys import KeyPatterns
 from cluster.text.tokenizer import Tokenizer
 from workers.errors import RequestError
-from workers.sampling.vocabulary import load_grammar_tokenizer, new_matcher
+from workers.sampling.vocabulary import grammar_tokenizer, new_matcher
 
 GrammarKind = Literal["json", "json_object", "regex", "choice", "grammar"]
 
@@ -66,7 +66,7 @@ class GrammarCompiler:
     ) -> None:
         self._cpu_time = cpu_time
         self.tokenizer = tokenizer
-        self._vocabulary = load_grammar_tokenizer(tokenizer.path, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
+        self._vocabulary = grammar_tokenizer(tokenizer.model, vocab_size=vocab_size, eos_token_ids=eos_token_ids)
         self._keys = KeyPatterns()
         self._leading_space = sum(1 << i for i, starts in enumerate(tokenizer.pieces.starts_with_space) if starts)
 
@@ -80,7 +80,7 @@ class GrammarCompiler:
             body = self._body(output)
             plain = wrap(body)
             opens_with_space = self.check(plain)
-            if not at_start:
+            if not at_start or not self._leading_space:  # a byte-level vocabulary has no space that is dropped
                 return plain
             grammar = wrap(body, start='" " @body' if opens_with_space else '" "? @body')
             self.check(grammar)

@@ -1,15 +1,16 @@
 """Turns token ids into text as they arrive: each `push` returns only text that no later token can change.
 
-However the ids are split, the result equals SentencePiece's decode of all ids at once. Its rules: control tokens add nothing but end a
-run of byte tokens; the space that opens a text is dropped once; each byte that is not part of a UTF-8 character becomes U+FFFD.
-Knows one sequence. Does not know tokenizer files or stop strings.
+However the ids are split, the result equals the decode of all ids at once by the library that reads the tokenizer's file. The space that
+opens a text is dropped once, where the vocabulary has such a space. Bytes that form no UTF-8 character become U+FFFD: each of them in
+SentencePiece, each longest beginning of a character in a byte-level vocabulary. Control tokens add nothing; whether bytes on both sides of
+one may form a character, the table of pieces says. Knows one sequence. Does not know tokenizer files or stop strings.
 
 Worked example, byte tokens of "é" (C3 A9) split over two steps: push([C3]) -> "", push([A9]) -> "é", flush() -> "".
 """
 
 from collections.abc import Iterable, Sequence
 
-from cluster.text.tokenizer_model import PieceTable
+from workers.tokenizer_files.pieces import PieceTable
 
 _REPLACEMENT = "�"
 
@@ -31,17 +32,22 @@ class Detokenizer:
         self._start_after(continues)
 
     def _start_after(self, token_ids: Sequence[int]) -> None:
-        self._at_start, size = self._pieces.opens_text(token_ids), len(self._pieces.bytes)
-        run: list[int] = []
-        for token_id in reversed(token_ids[-3:]):  # an unfinished character has at most three bytes
-            byte = self._pieces.bytes[token_id] if 0 <= token_id < size else None
-            if byte is None:
+        self._at_start, size = self._pieces.opens_text(token_ids), len(self._pieces.partial)
+        run: list[bytes] = []
+        for token_id in reversed(token_ids):
+            if not 0 <= token_id < size or self._is_transparent(token_id):
+                continue
+            part = self._pieces.partial[token_id]
+            if part is None or len(run) == 3:  # an unfinished character has at most three bytes
                 break
-            run.insert(0, byte)
-        for byte in run:
-            self._push_byte(byte)
+            run.insert(0, part)
+        for part in run:
+            self._push_bytes(part)
         self._num_foreign = len(self._pending)
         self.num_chars = 0
+
+    def _is_transparent(self, token_id: int) -> bool:
+        return self._pieces.control_joins and self._pieces.is_control[token_id]
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The text that is final after these tokens."""
@@ -50,12 +56,13 @@ class Detokenizer:
     def push_token(self, token_id: int) -> tuple[int, str]:
         """Where the token's own text starts, in characters of the output, and the text that is final after it."""
         pieces = self._pieces
-        if not 0 <= token_id < len(pieces.surfaces):
-            return self.num_chars, ""  # the model's vocabulary may be padded beyond the tokenizer's
-        byte = pieces.bytes[token_id]
-        if byte is not None:
+        # The model's vocabulary may be padded beyond the tokenizer's.
+        if not 0 <= token_id < len(pieces.surfaces) or self._is_transparent(token_id):
+            return self.num_chars, ""
+        part = pieces.partial[token_id]
+        if part is not None:
             offset = self.num_chars
-            text = self._push_byte(byte)
+            text = self._push_bytes(part)
             self._at_start = False
             self.num_chars += len(text)
             return offset, text
@@ -74,6 +81,9 @@ class Detokenizer:
         text = self._drop_pending()
         self.num_chars += len(text)
         return text
+
+    def _push_bytes(self, part: bytes) -> str:
+        return "".join([self._push_byte(byte) for byte in part])
 
     def _push_byte(self, byte: int) -> str:
         pending = self._pending
@@ -95,7 +105,10 @@ class Detokenizer:
         return text
 
     def _drop_pending(self) -> str:
-        text = _REPLACEMENT * (len(self._pending) - self._num_foreign)
+        num = len(self._pending) - self._num_foreign
+        if self._pieces.byte_level:  # one for all of them, which belongs to `continues` if that began the character
+            num = 1 if self._pending and not self._num_foreign else 0
+        text = _REPLACEMENT * num
         self._pending.clear()
         self._num_foreign = 0
         return text

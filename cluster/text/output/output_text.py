@@ -2,8 +2,8 @@
 
 Holds what a gateway must remember about a sequence. All of it follows from the arguments and the output ids so far, so `replay` can
 rebuild it on another gateway (except the random ids of tool calls, which were sent with the first piece of each call).
-After the token [TOOL_CALLS] the output is tool calls: stop strings do not apply, and tokens have no log-probabilities, which OpenAI
-defines for the content only. Knows no HTTP and no replica.
+After the token [TOOL_CALLS], or between the tags of a call, the output is tool calls: stop strings do not apply, and tokens have no
+log-probabilities, which OpenAI defines for the content only. Knows no HTTP and no replica.
 """
 
 from collections import deque
@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from cluster.text.output.detokenizer import Detokenizer
 from cluster.text.output.stop_strings import StopChecker
 from cluster.text.tokenizer import Tokenizer
-from cluster.text.tools.calls import ToolCallDelta, ToolCallParser, new_tool_call_id
+from cluster.text.tools.calls import ToolCallDelta, new_tool_call_id
+from cluster.text.tools.named_calls import ARGS, CALL_ID, CALLS
+from cluster.text.tools.reader import CallReader
+from cluster.text.tools.tagged_calls import CLOSE, OPEN, TaggedCallReader
 from workers.protocol import FinishReason, TokenDelta, TokenLogprob
 
 
@@ -41,7 +44,7 @@ class OutputText:
     continues: see Detokenizer. min_tokens: stop strings apply only after this many tokens. shows_end: also return the log-probability
     of a stop token, which has no text. include_stop: show the stop string or stop token that ended the output. shows_special: special
     tokens are text too, except within tool calls. tool_calls_token_id: the token that comes before tool calls; None if no tools are
-    offered, and all output is text.
+    offered, and all output is text. call_tags: calls stand between tags instead (tools/tagged_calls.py).
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class OutputText:
         include_stop: bool = False,
         min_tokens: int = 0,
         tool_calls_token_id: int | None = None,
+        call_tags: bool = False,
         shows_end: bool = False,
         shows_special: bool = False,
         new_tool_call_id: Callable[[], str] = new_tool_call_id,
@@ -69,7 +73,14 @@ class OutputText:
         self._shows_end = shows_end
         self._tool_calls_token_id = tool_calls_token_id
         self._new_tool_call_id = new_tool_call_id
-        self._parser: ToolCallParser | None = None  # set once that token was seen
+        self._parser: CallReader | None = None  # set once that token was seen
+        # The control tokens inside calls, of vocabularies that have them.
+        marks = {tokenizer.control_token_id(name): name for name in (CALLS, CALL_ID, ARGS)}
+        self._call_marks = {token_id: name for token_id, name in marks.items() if token_id is not None}
+        self._tags = TaggedCallReader(new_id=new_tool_call_id) if call_tags else None
+        # A tag may be a control token, which has no text of its own.
+        named = {tokenizer.control_token_id(tag): tag for tag in (OPEN, CLOSE)} if call_tags else {}
+        self._tag_tokens = {token_id: tag for token_id, tag in named.items() if token_id is not None}
         self._waiting: deque[tuple[int, PlacedLogprob]] = deque()  # (where the token's text ends, ...)
         self.num_tokens = 0
         self.num_chars = 0  # shown so far
@@ -78,7 +89,8 @@ class OutputText:
     @property
     def called_tools(self) -> bool:
         """Whether the output so far calls a tool."""
-        return self._parser is not None and self._parser.num_calls > 0
+        reader = self._parser or self._tags
+        return reader is not None and reader.num_calls > 0
 
     def replay(self, token_ids: Sequence[int]) -> None:
         """Restores the state after these output ids, which were already shown and did not end the sequence."""
@@ -107,17 +119,27 @@ class OutputText:
                 if self._end_text(parts):
                     reason = FinishReason.STOP
                     break
-                self._parser = ToolCallParser(new_id=self._new_tool_call_id)
+                self._parser = CallReader(names=ARGS in self._call_marks.values(), new_id=self._new_tool_call_id)
                 self._detokenizer = Detokenizer(self._pieces)
+                continue
             if self._parser is not None:
+                if token_id in self._call_marks:
+                    self._push_calls(parts, calls, self._detokenizer.flush())
+                    calls += self._parser.mark(self._call_marks[token_id])
+                    continue
                 self._push_calls(parts, calls, self._detokenizer.push_token(token_id)[1])
                 continue
             offset, text = self._detokenizer.push_token(token_id)
-            if delta.logprobs is not None:
+            if self._tags is not None:
+                text, found = self._tags.push(text + self._tag_tokens.get(token_id, ""))
+                calls += found
+            if delta.logprobs is not None and not self._in_or_after_calls:
                 self._waiting.append((self._detokenizer.num_chars, PlacedLogprob(delta.logprobs[i], offset)))
             if self._push_text(parts, text):
                 reason = FinishReason.STOP
                 break
+        if self._in_or_after_calls and self._tags is not None:
+            self._drop_logprobs_of_tags(len("".join(parts)))
         if reason is not None:
             if self._parser is not None:
                 self._push_calls(parts, calls, self._detokenizer.flush())
@@ -132,7 +154,10 @@ class OutputText:
 
     def _end_text(self, parts: list[str]) -> bool:
         """Adds the text that was held back, since no text follows. Returns whether it contains a stop string."""
-        if self._checker.stop is None and not self._push_text(parts, self._detokenizer.flush()):
+        rest = self._detokenizer.flush()
+        if self._tags is not None:
+            rest = self._tags.push(rest)[0] + self._tags.flush()
+        if self._checker.stop is None and not self._push_text(parts, rest):
             parts.append(self._checker.flush())
         return self._checker.stop is not None
 
@@ -149,6 +174,16 @@ class OutputText:
         shown, stopped = self._checker.push(text)
         parts.append(shown)
         return stopped
+
+    @property
+    def _in_or_after_calls(self) -> bool:
+        return self._tags is not None and (self._tags.is_open or self._tags.num_calls > 0)
+
+    def _drop_logprobs_of_tags(self, num_new_chars: int) -> None:
+        """Those of tokens that have turned out to be the beginning of a tag."""
+        shown = self.num_chars + num_new_chars
+        while self._waiting and self._waiting[-1][0] > shown:
+            self._waiting.pop()
 
     def _release(self) -> list[PlacedLogprob]:
         released: list[PlacedLogprob] = []

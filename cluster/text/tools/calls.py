@@ -12,7 +12,10 @@ import secrets
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+# How a model writes calls: list, this file's; names: named_calls.py; tags: tagged_calls.py.
+CallFormat = Literal["list", "names", "tags"]
 TOOL_CALL_ID_CHARS = 9
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
@@ -50,6 +53,11 @@ class ToolCallParser:
         self._name: str | None = None
         self._arguments: list[str] | None = None  # read, but waiting for the name
         self.num_calls = 0  # with a name
+
+    @property
+    def in_string(self) -> bool:
+        """Whether the text so far ends inside a string of the JSON."""
+        return self._in_string
 
     def push(self, text: str) -> tuple[str, list[ToolCallDelta]]:
         """The part of `text` that is not a call, and the pieces of calls it adds."""

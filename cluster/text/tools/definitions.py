@@ -1,7 +1,8 @@
 """Tools a model may call: their definitions, the grammar of an answer that may call them, and call ids as Mistral's templates require.
 
-Knows Mistral's format of calls: [TOOL_CALLS] and a JSON list of names and arguments. Does not know chat templates (chat/) or how calls
-are read from the output (calls.py).
+Knows the formats of calls: [TOOL_CALLS] and a JSON list of names and arguments; for each call, [TOOL_CALLS], its name, [ARGS] and its
+arguments (named_calls.py); or tags around an object with both (tagged_calls.py). Does not know chat templates (chat/) or how calls are
+read from the output.
 """
 
 import hashlib
@@ -14,12 +15,16 @@ from typing import Any
 from cluster.text.grammar.compiler import JSON_OPTIONS, GrammarCompiler, wrap
 from cluster.text.grammar.errors import GrammarError
 from cluster.text.grammar.json_schema import check_divisors, moved
-from cluster.text.tools.calls import TOOL_CALL_ID_CHARS
+from cluster.text.tokenizer import Tokenizer
+from cluster.text.tools.calls import TOOL_CALL_ID_CHARS, CallFormat
+from cluster.text.tools.named_calls import ARGS, CALL_ID, CALLS
+from cluster.text.tools.tagged_calls import CLOSE, OPEN
 from workers.errors import RequestError
 
 MAX_PARALLEL_CALLS = 16
 MAX_TOOLS_CHARS = 400_000  # of all their schemas together
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_ANY_TEXT = "/(?s:.*)/"
 _MISTRAL_ID = re.compile(rf"[a-zA-Z0-9]{{{TOOL_CALL_ID_CHARS}}}")
 
 
@@ -58,6 +63,7 @@ def tool_grammar(
     name: str | None = None,
     parallel: bool = True,
     text: str | None = None,
+    call_format: CallFormat = "list",
 ) -> str:
     """The grammar of an answer that is text or calls.
 
@@ -66,7 +72,7 @@ def tool_grammar(
     arguments may be any object, unless the tool is strict. May run in a thread. Raises RequestError for param "tools".
     """
     token_id = compiler.tokenizer.tool_calls_token_id
-    if token_id is None:
+    if token_id is None and call_format != "tags":
         raise RequestError(
             "This model cannot call tools: its vocabulary has no [TOOL_CALLS].",
             remedy="Remove 'tools' from the request.",
@@ -80,29 +86,72 @@ def tool_grammar(
             remedy="Use fewer tools, or smaller schemas.",
             param="tools",
         )
-    calls = _calls_schema(schemas, max_calls=MAX_PARALLEL_CALLS if parallel and name is None else 1)
-    start = f'<[{token_id}]> " "? @body'
+    max_calls = MAX_PARALLEL_CALLS if parallel and name is None else 1
+    write = {"list": _calls_in_list, "names": _calls_by_name, "tags": _calls_in_tags}[call_format]
+    calls = write(schemas, compiler.tokenizer, max_calls)
     if required or name is not None:
-        grammar = wrap({"json_schema": calls}, start=start)
+        grammar = _grammar(calls.start, calls.parts)
     elif text is None:
-        # Text never contains a control token, so TEXT ends where the calls start.
-        grammar = wrap({"json_schema": calls}, start=f"TEXT | {start}\nTEXT: /(?s:.*)/")
+        grammar = _grammar(f"TEXT | {calls.start}\nTEXT: {calls.text}", calls.parts)
     else:
-        grammar = _text_or_calls(text, calls, token_id=token_id)
+        # The grammar of the text is a list of its own, whose first member refers to its second as @body.
+        first, *others = json.loads(text)["grammars"]
+        grammar = _grammar(f"@text | {calls.start}", [{"name": "text", **first}, *others, *calls.parts])
     try:
-        check_divisors(calls)
+        for part in calls.parts:
+            check_divisors(part["json_schema"])
         compiler.check(grammar)
     except GrammarError as e:
         raise RequestError(f"tools: {e.message}", remedy=e.remedy, param="tools") from None
     return grammar
 
 
-def _text_or_calls(text: str, calls: dict[str, Any], *, token_id: int) -> str:
-    """The grammar of a text that follows the compiled grammar `text`, or of calls. The text's own start refers to its own body."""
-    first, *others = json.loads(text)["grammars"]
-    start = json.loads(wrap({}, start=f'@text | <[{token_id}]> " "? @calls'))["grammars"][0]
-    named = [{"name": "text", **first}, *others, {"name": "calls", "json_schema": calls}]
-    return json.dumps({"grammars": [start, *named]})
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """start: of a grammar, in Lark; parts: what it refers to by name, each with a JSON schema.
+
+    text: a terminal for text without calls. It never contains a control token, so it ends where calls that start with one do.
+    """
+
+    start: str
+    parts: list[dict[str, Any]]
+    text: str = _ANY_TEXT
+
+
+def _grammar(start: str, parts: Sequence[dict[str, Any]]) -> str:
+    first = json.loads(wrap({}, start=start))["grammars"][0]
+    return json.dumps({"grammars": [first, *parts]})
+
+
+def _calls_in_list(schemas: dict[str, dict[str, Any]], tokenizer: Tokenizer, max_calls: int) -> _Calls:
+    schema = _calls_schema(schemas, max_calls=max_calls)
+    return _Calls(f'<[{tokenizer.tool_calls_token_id}]> " "? @calls', [{"name": "calls", "json_schema": schema}])
+
+
+def _calls_in_tags(schemas: dict[str, dict[str, Any]], tokenizer: Tokenizer, max_calls: int) -> _Calls:
+    """A tag may be a token that has no text. White space around the tags is as Hermes writes it, or none."""
+    ids = {tag: tokenizer.control_token_id(tag) for tag in (OPEN, CLOSE)}
+    first, last = (json.dumps(tag) if ids[tag] is None else f"<[{ids[tag]}]>" for tag in (OPEN, CLOSE))
+    schema = _calls_schema(schemas, max_calls=1)
+    call = schema.pop("items")
+    call |= {key: schema[key] for key in ("$defs", "x-guidance")}
+    start = f"WS call{{1,{max_calls}}}\ncall: {first} WS @call_object WS {last} WS\nWS: /[ \\n]{{0,2}}/"
+    return _Calls(start, [{"name": "call_object", "json_schema": call}], f"{_ANY_TEXT} & ~/(?s:.*){OPEN}(?s:.*)/")
+
+
+def _calls_by_name(schemas: dict[str, dict[str, Any]], tokenizer: Tokenizer, max_calls: int) -> _Calls:
+    """An id between name and arguments, as v11 writes them, is allowed where the vocabulary has its token."""
+    calls, call_id, args = (tokenizer.control_token_id(name) for name in (CALLS, CALL_ID, ARGS))
+    assert args is not None, "a template with calls by name needs [ARGS]"
+    an_id, ids = (
+        ("", "") if call_id is None else (f"(<[{call_id}]> ID)? ", f"\nID: /[a-zA-Z0-9]{{{TOOL_CALL_ID_CHARS}}}/")
+    )
+    each = [f"<[{calls}]> {json.dumps(name)} {an_id}<[{args}]> @t{i}" for i, name in enumerate(schemas)]
+    rules = f"call{{1,{max_calls}}}\ncall: {' | '.join(each)}{ids}"
+    return _Calls(
+        rules,
+        [{"name": f"t{i}", "json_schema": s | {"x-guidance": JSON_OPTIONS}} for i, s in enumerate(schemas.values())],
+    )
 
 
 def _parameters(tool: ToolDefinition, compiler: GrammarCompiler) -> dict[str, Any]:

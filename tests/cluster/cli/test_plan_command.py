@@ -41,6 +41,11 @@ def test_a_plan_for_one_gpu(capsys):
     assert "SkyPilot's hosted catalog v8" in out
 
 
+def test_a_plan_with_the_kv_cache_in_8_bits(capsys):
+    assert main(["plan", MODEL, "--gpu", "A10G", "--kv-cache-dtype", "int8"]) == 0
+    assert "66 KiB of KV cache per token in int8, full attention" in capsys.readouterr().out
+
+
 def test_without_a_gpu_option_all_gpus_are_compared_cheapest_first(capsys):
     assert main(["plan", MODEL, "--concurrency", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -183,9 +188,10 @@ def test_the_written_options_are_options_of_serve(tmp_path):
 
     path = tmp_path / "a.yaml"
     options = ["--gpu", "H100", "-tp", "8", "--concurrency", "2000", "--context", "1024", "--dtype", "float16"]
+    options += ["--kv-cache-dtype", "fp8"]
     assert main(["plan", MODEL, *options, "--gpu-memory-utilization", "0.8", "--write", str(path)]) == 0
     words = yaml.safe_load(path.read_text())["envs"]["SERVE_OPTIONS"].split()
     args = make_parser().parse_args(["serve", MODEL, *words])
     # The ranks choose the tokens of a step, as the plan did.
     assert (args.max_model_len, args.max_num_seqs, args.max_num_batched_tokens) == (1024, 2000, None)
-    assert (args.dtype, args.gpu_memory_utilization) == ("float16", 0.8)
+    assert (args.dtype, args.kv_cache_dtype, args.gpu_memory_utilization) == ("float16", "fp8", 0.8)

@@ -3,8 +3,11 @@
 import asyncio
 import io
 
+import msgspec
 import pytest
+from support.fakes.core import FACTS
 
+from cluster.cli.serve import engine_line
 from cluster.cli.startup import MAX_LOST, Startup
 from cluster.protocol.view import ClusterView, ReplicaRecord, ReplicaState, StartFailure
 from cluster.router.router import Health
@@ -83,3 +86,18 @@ async def test_behind_the_end_nothing_is_shown(world):
     world.startup.end()
     world.startup.handle(view(record("starting", phase="loading", reason="Later.")))
     assert world.stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "100 KV blocks of 16 tokens; "),
+        ({"kv_token_bytes": 131_072}, "100 KV blocks of 16 tokens, 128 KiB per token and rank; "),
+        (
+            {"kv_token_bytes": 67_584, "kv_cache_dtype": "int8", "tensor_parallel_size": 1},
+            "100 KV blocks of 16 tokens in int8, 66 KiB per token; ",
+        ),
+    ],
+)
+def test_the_banner_says_what_a_token_takes_in_the_kv_cache(changes: dict[str, object], expected: str) -> None:
+    assert expected in engine_line(msgspec.structs.replace(FACTS, **changes))

@@ -104,6 +104,7 @@ def test_other_tokenizers_are_named(folder: Path, name: str) -> None:
 
 
 SMALL = ["config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"]
+SMALL += ["chat_template.json", "special_tokens_map.json", "tekken.json"]
 
 
 @pytest.mark.parametrize("name", [*SMALL, WEIGHTS, "model.safetensors.index.json"])

@@ -99,7 +99,8 @@ def test_replicas_and_ranks_are_sampled_at_the_scrape(router: FakeRouter, metric
     assert value(metrics, "kv_cache_usage_perc", engine="r0") == 0.25
     assert value(metrics, "kv_cache_usage_perc", engine="r1") == 0, "a replica without blocks yet uses none"
     assert value(metrics, "prefix_cache_hits_total", engine="r0") == 300
-    assert value(metrics, "cache_config_info", engine="r0", block_size="16", num_gpu_blocks="200") == 1
+    cache = {"block_size": "16", "num_gpu_blocks": "200", "cache_dtype": "int8", "bytes_per_token": "264"}
+    assert value(metrics, "cache_config_info", engine="r0", **cache) == 1
     assert [value(metrics, "replica_ready", engine=r) for r in ("r0", "r1")] == [1, 0]
     assert [value(metrics, f"num_replicas_{w}") for w in ("ready", "desired")] == [1, 2]
     assert value(metrics, "replica_state", engine="r1", state="starting") == 1

@@ -95,14 +95,14 @@ def test_activations_are_those_of_the_model(changes, what):
     model = MistralForCausalLM(
         config.model,
         tp=SingleRank(torch.device("cpu")),
-        backend=NoAttention(),
+        backends=[NoAttention()],
         dtype=torch.bfloat16,
         device="cpu",
         max_positions=NUM_TOKENS,
         kernels=NoKernels(),
     )
     token_ids = torch.zeros(NUM_TOKENS, dtype=torch.int64)
-    metadata: Any = SimpleNamespace(slot_mapping=token_ids)
+    metadata: Any = [SimpleNamespace(slot_mapping=token_ids)]
     cache = torch.empty(1, config.block_size, config.model.num_key_value_heads, config.model.head_dim)
     with torch.inference_mode(), PeakBytes() as seen:
         hidden_states = model(token_ids, token_ids, [(cache, cache)] * config.model.num_hidden_layers, metadata)

@@ -122,12 +122,13 @@ def test_the_plan_agrees_with_an_engine_on_the_fake_device(name):
     assert memory.rank_memory(config, gpu).num_kv_blocks == pytest.approx(blocks, rel=0.02)
 
 
-@pytest.mark.parametrize("window", [None, 1, 255, 256, 257, 4096])
+@pytest.mark.parametrize("window", [None, 1, 255, 256, 257, 4096, (None, 4096, 4096, 4096) * 8])
 @pytest.mark.parametrize("length", [1, 256, 2048, 4096, 4352, 4353, 8192, 32_768])
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_a_sequence_holds_what_the_cache_manager_says(window, length, block_size):
     config = engine(replace(V0_1, sliding_window=window), max_model_len=length, max_num_seqs=1, block_size=block_size)
-    manager = KVCacheManager(num_blocks=1, block_size=block_size, sliding_window=window, enable_prefix_caching=False)
+    windows = [group.window for group in config.model.layer_groups]
+    manager = KVCacheManager(num_blocks=1, block_size=block_size, windows=windows, enable_prefix_caching=False)
     planned = memory.rank_memory(config, GPUS["A100"])
     assert planned.blocks_per_sequence == manager.max_blocks_held(length, 1)
     # While a chunk is computed more is held, and the plan has room for it.

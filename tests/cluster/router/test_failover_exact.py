@@ -152,7 +152,17 @@ async def test_the_bytes_are_the_same_when_the_replica_dies_at_any_token(
     await all_is_free(replicas)
 
 
-@pytest.fixture(params=[{"dtype": "bfloat16"}, {"dtype": "bfloat16", "quantization": "int8"}, {"quantization": "int4"}])
+@pytest.fixture(
+    params=[
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "quantization": "int8"},
+        {"quantization": "int4"},
+        {"kv_cache_dtype": "int8"},
+        {"dtype": "bfloat16", "quantization": "int4", "kv_cache_dtype": "int8"},
+        {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+    ],
+    ids=lambda settings: " ".join(settings.values()),
+)
 def compiled_replicas(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[LiveReplica]]:
     """Two that compute alike, with the compiled kernels."""
     native_library("avx2")  # skips where there can be none
@@ -165,7 +175,7 @@ def compiled_replicas(request: pytest.FixtureRequest, tmp_path: Path) -> Iterato
 
 
 @pytest.mark.parametrize("every", [21, pytest.param(1, marks=pytest.mark.chaos)])
-async def test_other_data_types_and_quantised_weights_keep_the_bytes_too(
+async def test_other_data_types_of_weights_and_kv_cache_keep_the_bytes_too(
     compiled_replicas: list[LiveReplica], every: int
 ) -> None:
     body = {"model": "tiny", "prompt": "def fibonacci(n):", "max_tokens": NUM_TOKENS, "ignore_eos": True}

@@ -106,7 +106,7 @@ def test_it_predicts_what_the_cache_manager_finds(seed, window, block_size):
     for slot in range(3):
         index.add(slot)
         managers.append(
-            KVCacheManager(num_blocks=24, block_size=block_size, sliding_window=window, enable_prefix_caching=True)
+            KVCacheManager(num_blocks=24, block_size=block_size, windows=(window,), enable_prefix_caching=True)
         )
     for number in range(25):
         stem = [rng.randrange(2)] * rng.randrange(1, 16)
@@ -115,7 +115,7 @@ def test_it_predicts_what_the_cache_manager_finds(seed, window, block_size):
         for i in range((len(tokens) - 1) // block_size):
             hashes.append(hash_block(hashes[-1] if hashes else b"", tokens[i * block_size : (i + 1) * block_size]))
         matched = index.match(hashes, window_blocks=window_blocks(window, block_size))
-        found = [len(m.find_prefix(BlockSequence(tokens), len(tokens) - 1)) for m in managers]
+        found = [m.find_prefix(BlockSequence(tokens), len(tokens) - 1).num_blocks for m in managers]
         assert matched.tolist() == found, f"prompt {number} of {len(tokens)} tokens"
         slot = rng.randrange(3)
         play(managers[slot], BlockSequence(tokens), chunk=rng.randrange(1, 9))
@@ -127,7 +127,7 @@ def test_it_predicts_what_the_cache_manager_finds(seed, window, block_size):
 def play(manager, sequence, *, chunk):
     """A prompt computed in chunks, then freed."""
     prefix = manager.find_prefix(sequence, sequence.num_tokens - 1)
-    num_new = min(chunk, sequence.num_tokens - len(prefix) * manager.block_size)
+    num_new = min(chunk, sequence.num_tokens - prefix.num_blocks * manager.block_size)
     assert manager.start(sequence, prefix, num_new)
     while True:
         manager.commit(sequence, num_new)

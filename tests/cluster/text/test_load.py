@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.chatml import CHATML, IM_END, IM_START, MODEL_VOCAB_SIZE, write_chatml
+from support.chatml import CHATML, IM_END, IM_START, MODEL_VOCAB_SIZE, V1, write_chatml
 from support.paths import DEMO_MODEL
+from support.tokenizers import write_tokenizer
 
 from cluster.text.chat import published
 from cluster.text.chat.jinja_template import JinjaTemplate
@@ -46,7 +47,7 @@ def load(folder: Path, own: str | None, option: str = "auto") -> LoadedText:
 @pytest.mark.parametrize(
     ("own", "kind", "choice"),
     [
-        (None, MistralTemplate, "mistral-common's v1, since the checkpoint has none"),
+        (None, type(None), "none: the checkpoint has no chat template, and its tokenizer is not one of Mistral's."),
         (MISTRAL_V2_TEMPLATE, MistralTemplate, "mistral-common's v1, since the checkpoint's own is that of Mistral-7B-"),
         (MISTRAL_V2_TEMPLATE + "\n", MistralTemplate, "mistral-common's v1, since the checkpoint's own is that of Mistral-7B-"),
         (CUSTOM_MISTRAL, JinjaTemplate, "the checkpoint's own, which Mistral does not publish"),
@@ -131,3 +132,67 @@ def test_tokens_beyond_the_model_stop_the_start_only_if_the_template_writes_them
     load_text(folder, chat_template="auto", model_vocab_size=32_002)
     with pytest.raises(ConfigError, match=r"'<\|im_start\|>', whose id 32001 is beyond the model's 32001 tokens"):
         load_text(folder, chat_template="auto", model_vocab_size=32_001)
+
+
+def folder_with(folder: Path, files: dict[str, bytes | str]) -> Path:
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+V1_FILE, V3_FILE = V1.read_bytes(), (V1.parent / "mistral_instruct_tokenizer_240323.model.v3").read_bytes()
+# A field that SentencePiece does not know: another file with the same pieces, as anybody's 32,000 could be.
+SOMEBODYS = V1_FILE + b"\xfa\x07\x01x"
+ADDED = '{"<|im_end|>": %d}'
+
+
+@pytest.mark.parametrize(
+    ("files", "version"),
+    [
+        ({"tokenizer.model": V1_FILE}, "v1"),
+        ({"tokenizer.model": V3_FILE}, "v3"),
+        ({"tokenizer.model.v3": V3_FILE, "tokenizer.model": V1_FILE}, "v3"),
+        ({"tokenizer.model": SOMEBODYS}, None),
+        ({"tokenizer.model": V1_FILE, "added_tokens.json": ADDED % 32_000}, None),
+        ({"tokenizer.model": V3_FILE, "added_tokens.json": ADDED % 32_768}, None),
+    ],
+    ids=["v0.1", "v0.3", "a version in the name", "somebody's", "v0.1 with more tokens", "v0.3 with more tokens"],
+)
+def test_without_a_template_only_mistrals_own_tokenizer_brings_one(
+    tmp_path: Path, files: dict[str, bytes | str], version: str | None
+) -> None:
+    """A model that was never trained on [INST] is not prompted with it."""
+    loaded = load_text(folder_with(tmp_path, files), chat_template="auto", model_vocab_size=33_000)
+    if version is not None:
+        assert loaded.choice.startswith(
+            f"mistral-common's {version}, since the checkpoint has none, and its tokenizer ("
+        )
+        assert isinstance(loaded.chat_template, MistralTemplate)
+        return
+    assert loaded.chat_template is None
+    assert loaded.choice.startswith("none: the checkpoint has no chat template")
+    assert isinstance(load_text(tmp_path, chat_template="v1", model_vocab_size=33_000).chat_template, MistralTemplate)
+
+
+def test_a_published_template_without_mistrals_tokenizer_file_is_used_as_it_is(tmp_path: Path) -> None:
+    """As transformers 5 saves Mistral's models: tokenizer.json is all there is, which mistral-common does not read."""
+    folder = write_tokenizer(tmp_path, "llama2", chat_template=MISTRAL_V2_TEMPLATE)
+    loaded = load_text(folder, chat_template="auto", model_vocab_size=1000)
+    assert loaded.choice == "the checkpoint's own, that of Mistral-7B-Instruct-v0.2 of 2023"
+    assert isinstance(loaded.chat_template, JinjaTemplate)
+    with pytest.raises(ConfigError, match=r"mistral-common has no template for the tokenizer tokenizer\.json"):
+        MistralTemplate(loaded.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("file", "own", "choice"),
+    [
+        ("tokenizer.model.v3", CUSTOM_MISTRAL, "mistral-common's v3, since the checkpoint has tokenizer.model.v3 of Mistral's release"),
+        ("tokenizer.model", CUSTOM_MISTRAL, "the checkpoint's own, which Mistral does not publish"),
+        ("tokenizer.model.v3", "{{ messages[0].content }}", "the checkpoint's own, which Mistral does not publish"),
+    ],
+)  # fmt: skip
+def test_the_files_of_a_release_bring_mistral_commons(tmp_path: Path, file: str, own: str, choice: str) -> None:
+    """A fine-tune in another format may keep the file."""
+    folder = folder_with(tmp_path, {file: V3_FILE, "chat_template.jinja": own})
+    assert load_text(folder, chat_template="auto", model_vocab_size=32_768).choice == choice

@@ -77,6 +77,18 @@ def test_speed_by_hand():
     assert int4.speed.step_s == pytest.approx((222_298_112 * 18 + 266_240 * 2 + 4 * 6144 * 131_072) / 50e9)
 
 
+def test_a_kv_cache_in_8_bits_by_hand():
+    asked = replace(question(), kv_cache_dtype="int8")
+    plan = make_cpu_plans(asked)[0]
+    assert plan.kv_cache_bytes == (4 * 512 + 1) * 2 * 32 * 16 * 8 * (128 + 4)
+    assert plan.speed.step_s == pytest.approx((14_227_611_648 + 4 * 6144 * 67_584) / 50e9)
+    assert "--kv-cache-dtype int8" in plan.command
+    assert make_parser().parse_args(plan.command.split()[1:]).kv_cache_dtype == "int8"
+    tight = question(memory=9 * GB)
+    assert "--kv-cache-dtype int8;" in str(refusal(tight, make_cpu_plans(tight)))
+    assert any(plan.fits for plan in make_cpu_plans(replace(tight, kv_cache_dtype="int8")))
+
+
 def test_cores_share_the_memory():
     few, many = (
         assumed(num_cores=4, memory_bytes=GB, has_bfloat16=True),

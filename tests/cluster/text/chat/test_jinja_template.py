@@ -14,11 +14,11 @@ from cluster.config.serve import CHAT_TEMPLATES
 from cluster.text.chat.jinja_template import JinjaTemplate
 from cluster.text.chat.template import Message
 from cluster.text.chat.template_files import TemplateFiles, read_template_files
-from cluster.text.sentencepiece_model import SentencePieceModel
 from cluster.text.tokenizer import Tokenizer, open_tokenizer
 from cluster.text.tokenizer_settings import read_tokenizer_settings
 from cluster.text.tools.definitions import ToolCall, ToolDefinition
 from workers.errors import ConfigError, RequestError
+from workers.tokenizer_files.sentencepiece_model import SentencePieceModel
 
 DEMO = DEMO_MODEL / "tokenizer.model.v3"
 MODEL = SentencePieceModel(DEMO)
@@ -297,6 +297,6 @@ def test_the_option(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert chat_template("mine.jinja") == str(tmp_path / "mine.jinja"), "other processes have other working folders"
     assert [chat_template(name) for name in CHAT_TEMPLATES] == list(CHAT_TEMPLATES)
-    for wrong in ("v7", "nowhere.jinja", ""):
+    for wrong in ("v8", "nowhere.jinja", ""):
         with pytest.raises(ConfigError, match=r"neither a \.jinja file that exists nor one of auto, v1"):
             chat_template(wrong)
