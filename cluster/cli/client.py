@@ -36,7 +36,7 @@ class Client:
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         host = _host_of(url)
-        headers = {}
+        self.authorization: dict[str, str] = {}  # the header that carries the key
         if api_key:
             if not re.fullmatch(r"[!-~]+", api_key):
                 raise ConfigError(
@@ -44,10 +44,10 @@ class Client:
                     remedy=f"Check --api-key and {API_KEY_ENV}.",
                     param="--api-key",
                 )
-            headers["Authorization"] = f"Bearer {api_key}"
+            self.authorization["Authorization"] = f"Bearer {api_key}"
         try:
             self._http = httpx.Client(
-                headers=headers,
+                headers=self.authorization,
                 verify=client_context(ca_cert),
                 timeout=timeout_s,
                 follow_redirects=True,

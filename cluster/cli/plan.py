@@ -92,7 +92,7 @@ def _machine(args: Namespace) -> CpuMachine:
     return assumed(
         num_cores=args.cores or read_cpu().num_cores,
         memory_bytes=args.memory or (memory.total_bytes if memory is not None else 0),
-        has_bfloat16=bfloat16_support().obstacle is None,
+        instructions=bfloat16_support().instructions,
     )
 
 

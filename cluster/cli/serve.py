@@ -198,8 +198,9 @@ def sampling_line(config: ServeConfig) -> str:
     """What the model's makers chose for requests that leave it out, and from where; "" if nothing."""
     if config.sampling_defaults == NO_DEFAULTS:
         return ""
-    where = "the checkpoint's" if config.generation_config == "auto" else f"{config.generation_config}'s"
-    return f"{config.sampling_defaults} where a request says nothing, from {where} generation_config.json"
+    own = "the GGUF file" if config.engine.model_path.endswith(".gguf") else "the checkpoint's generation_config.json"
+    where = own if config.generation_config == "auto" else f"{config.generation_config}/generation_config.json"
+    return f"{config.sampling_defaults} where a request says nothing, from {where}"
 
 
 def _banner(
@@ -231,6 +232,11 @@ def _banner(
         f"  Endpoint   {url}/v1",
         *(f"             {other}/v1" for other in others),
         f"  Engine     {engine}",
+        *(
+            ["  Images     not read: the checkpoint's encoder of images is left out"]
+            if config.engine.model.has_vision
+            else []
+        ),
         f"  Tokenizer  {tokenizer}",
         f"  Template   {chat}",
         *([f"  Sampling   {sampling}"] if (sampling := sampling_line(config)) else []),

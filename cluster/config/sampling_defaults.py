@@ -4,7 +4,7 @@ Knows the file, its fields and their bounds, and vLLM's rules: `do_sample` is no
 (workers/checkpoint/huggingface.py), and no request.
 
 --generation-config   the file
-auto (default)        the checkpoint's, if it has one
+auto (default)        the checkpoint's, if it has one; a GGUF file has the same values in its metadata
 none, vllm            none; the second is vLLM's name for it
 DIR                   the one in that folder
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from workers.checkpoint.gguf_file import find_gguf, read_gguf
 from workers.checkpoint.regular_file import read_object, shown
 from workers.errors import ConfigError
 
@@ -31,6 +32,14 @@ _FIELDS: Mapping[str, tuple[str, float, float]] = {
     "max_tokens": ("max_new_tokens", 1, 2**31 - 1),
 }
 _COUNTS = ("top_k", "max_tokens")
+# The keys of a GGUF file's metadata, which llama.cpp's converter takes from the same file.
+_GGUF = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,13 +83,22 @@ def read_sampling_defaults(model: Path, option: str) -> SamplingDefaults:
     if option == "none":
         return NO_DEFAULTS
     folder = model if option == "auto" else Path(option)
-    found = read_object(folder, FILE) or {} if folder.is_dir() else {}
+    found = (read_object(folder, FILE) if folder.is_dir() else None) or {}
+    where = folder / FILE
+    if not found and option == "auto" and (gguf := find_gguf(model)) is not None:
+        found, where = _of_gguf(read_gguf(gguf).metadata), gguf
     values: dict[str, Any] = {
-        name: _number(found[key], folder / FILE, key, low=low, high=high, is_count=name in _COUNTS)
+        name: _number(found[key], where, key, low=low, high=high, is_count=name in _COUNTS)
         for name, (key, low, high) in _FIELDS.items()
         if found.get(key) is not None
     }
     return SamplingDefaults(**values)
+
+
+def _of_gguf(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """In single precision there: 0.6 is 0.60000002."""
+    found = {name: metadata[key] for key, name in _GGUF.items() if key in metadata}
+    return {name: float(f"{value:.7g}") if isinstance(value, float) else value for name, value in found.items()}
 
 
 def _number(value: Any, path: Path, key: str, *, low: float, high: float, is_count: bool) -> float | int:

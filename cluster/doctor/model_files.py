@@ -1,4 +1,7 @@
-"""A checkpoint folder, or a GGUF file, on this machine as facts for the doctor. checkpoint_check.py in cluster/config knows what is checked."""
+"""A checkpoint folder, or a GGUF file, on this machine as facts for the doctor.
+
+cluster/config/checkpoint_check.py knows what is checked.
+"""
 
 from pathlib import Path
 

@@ -56,7 +56,7 @@ def _choose(
     tokenizer: "Tokenizer", folder: Path, option: str, *, model_vocab_size: int
 ) -> "tuple[ChatTemplate | None, str]":
     from cluster.text.chat.mistral_template import MistralTemplate
-    from cluster.text.chat.published import is_mistrals, is_mistrals_release, published_name
+    from cluster.text.chat.published import format_name, is_release, own_version, published_name
     from cluster.text.chat.template_files import DEFAULT, TemplateFiles, read_source, read_template_files
     from cluster.text.tokenizer import TEMPLATE_VERSIONS
 
@@ -75,18 +75,20 @@ def _choose(
     if option == "auto":
         own = files.templates.get(DEFAULT)
         published = published_name(own) if own is not None else None
-        # mistral-common cannot read every tokenizer that such a model may be saved with.
-        if published is not None and tokenizer.template_version is not None:
-            why = f"since the checkpoint's own is that of {published}"
-            return MistralTemplate(tokenizer), f"mistral-common's {tokenizer.template_version}, {why}"
-        if own is not None and is_mistrals_release(tokenizer, own):
-            why = f"since the checkpoint has {tokenizer.path.name} of Mistral's release"
-            return MistralTemplate(tokenizer), f"mistral-common's {tokenizer.template_version}, {why}"
+        # Mistral's own template fits a vocabulary with more tokens as well.
+        version = own_version(tokenizer) or (tokenizer.template_version if published is not None else None)
+        if version is not None:
+            why = None
+            if published is not None:
+                why = f"the checkpoint's own is that of {published}"
+            elif own is not None and is_release(tokenizer, own):
+                why = f"the checkpoint has {tokenizer.path.name} of Mistral's release"
+            elif not files.templates:
+                why = f"the checkpoint has none, and its tokenizer ({tokenizer.path.name}) is Mistral's"
+            if why is not None:
+                return MistralTemplate(tokenizer), f"mistral-common's {version}, since {why}"
         if not files.templates:
-            if not is_mistrals(tokenizer):
-                return None, _NONE
-            why = f"since the checkpoint has none, and its tokenizer ({tokenizer.path.name}) is Mistral's"
-            return MistralTemplate(tokenizer), f"mistral-common's {tokenizer.template_version}, {why}"
+            return None, _NONE
         why = f"that of {published}" if published is not None else "which Mistral does not publish"
     else:
         if not files.templates:
@@ -97,7 +99,8 @@ def _choose(
             )
         why = "as requested"
     template = _jinja(tokenizer, files, str(folder), model_vocab_size=model_vocab_size)
-    return template, f"the checkpoint's own, {why}"
+    name = format_name(files.templates[DEFAULT])
+    return template, f"the checkpoint's own, {why}" + (f" ({name})" if name else "")
 
 
 def _jinja(tokenizer: "Tokenizer", files: "TemplateFiles", origin: str, *, model_vocab_size: int) -> "ChatTemplate":

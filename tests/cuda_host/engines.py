@@ -4,7 +4,7 @@ from workers.config import EngineConfig
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.model_runner import ModelRunner
-from workers.gpu_check.models import MISTRAL_7B
+from workers.gpu_check.models import MISTRAL_7B, fill_randomly
 from workers.parallel.group import SingleRank, TensorParallel
 from workers.protocol import GenerateRequest, SamplingParams
 
@@ -20,7 +20,9 @@ def make_config(**settings) -> EngineConfig:
 
 def make_runner(config: EngineConfig, tp: TensorParallel | None = None) -> ModelRunner:
     """With its KV cache."""
-    runner = build_runner(config, tp or SingleRank("cuda"), load=lambda model: None)
+    # Quantised weights have no memory before they are loaded.
+    load = (lambda model: None) if config.quantization is None else fill_randomly
+    runner = build_runner(config, tp or SingleRank("cuda"), load=load)
     runner.allocate_kv_cache()
     return runner
 

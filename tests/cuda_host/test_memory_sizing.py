@@ -5,7 +5,7 @@ import json
 import pytest
 from cuda_host.conftest import free_memory
 from cuda_host.engines import make_config, make_runner
-from cuda_host.gpus import GPUS
+from cuda_host.gpus import A10G, GPUS
 from cuda_host.processes import finish, start_program
 
 from workers.attention import triton_paged
@@ -19,6 +19,8 @@ EXPECTED = {
     "A100-80GB": (28906, 256, 4096),
     "H200": (56584, 256, 8192),
 }
+# The same of a 7B model with quantised weights, on an A10G.
+QUANTIZED = {"int8": (5870, 256, 2048), "int4": (7560, 256, 2048), "fp8": (6087, 256, 2048)}
 # Of the context and the CUDA libraries, which cudaMemGetInfo counts and no allocation shows.
 CONTEXT_BYTES = 450 << 20
 
@@ -26,6 +28,7 @@ CONTEXT_BYTES = 450 << 20
 @pytest.fixture(scope="module")
 def sized():
     processes = {name: start_program("kv_cache_size", gpu) for name, gpu in GPUS.items()}
+    processes |= {form: start_program("kv_cache_size", A10G, form) for form in QUANTIZED}
     try:
         return {name: finish(process) for name, process in processes.items()}
     finally:
@@ -33,12 +36,12 @@ def sized():
             process.kill()
 
 
-@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("name", [*GPUS, *QUANTIZED])
 def test_a_7b_model_on_each_gpu(sized, name):
-    found, total = sized[name], GPUS[name].memory_bytes
+    found, total = sized[name], GPUS.get(name, A10G).memory_bytes
     used = found["peak_used_bytes"] + CONTEXT_BYTES
     print(f"\n{name}: {json.dumps(found)}, at most {used / total:.1%} of the memory used")
-    blocks, seqs, tokens = EXPECTED[name]
+    blocks, seqs, tokens = (EXPECTED | QUANTIZED)[name]
     assert (found["max_num_seqs"], found["max_num_batched_tokens"]) == (seqs, tokens)
     assert found["num_blocks"] == pytest.approx(blocks, rel=0.01)
     assert found["captured_sizes"][-1] == seqs

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_host.engines import make_config, make_request
+from cuda_host.engines import make_config, make_core, make_request
 from cuda_host.fake_device import FakeDevice
 
 from workers.device.model_bytes import weight_bytes
@@ -22,10 +22,7 @@ SETTINGS = {"model": TWO_LAYERS, "num_kv_blocks": 4096, "max_model_len": 4096, "
 
 
 def new_core(quantization: str, **settings) -> EngineCore:
-    config = make_config(quantization=quantization, **(SETTINGS | settings))
-    runner = build_runner(config, SingleRank("cuda"), load=fill_randomly)
-    runner.allocate_kv_cache()
-    return EngineCore(config, runner, runner.tp)
+    return make_core(make_config(quantization=quantization, **(SETTINGS | settings)))
 
 
 def decode_together(core: EngineCore, num_seqs: int) -> None:

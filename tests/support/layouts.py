@@ -39,6 +39,11 @@ SMOLLM2 = (
     + "<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+LLAMA_3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 ZEPHYR = (
     "{% for message in messages %}\n{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token }}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
@@ -62,10 +67,11 @@ _TEKKEN_SIZE = NUM_SPECIAL + NUM_PIECES
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """vocabulary: "v1", "v3" (SentencePiece), "tekken v7", "smollm2" or "transformers 5". file: of a SentencePiece vocabulary.
+    """vocabulary: "v1", "v3" (SentencePiece), "tekken v7", "smollm2", "llama3" or "transformers 5". file: of a SentencePiece vocabulary.
 
     added: special tokens after those of the vocabulary. config, tokenizer, generation: of config.json, tokenizer_config.json and
-    generation_config.json. template_file: where the template stands. fast: whether there is a tokenizer.json as well.
+    generation_config.json; a name stands for its id in the last. template_file: where the template stands. fast: whether there is a
+    tokenizer.json as well.
     """
 
     vocabulary: str
@@ -150,6 +156,14 @@ LAYOUTS: dict[str, Layout] = {
         config={"architectures": ["LlamaForCausalLM"], "model_type": "llama", "eos_token_id": 2, "bos_token_id": 1},
         tokenizer={"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"},
     ),
+    "Llama 3 Instruct": Layout(
+        vocabulary="llama3",
+        vocab_size=704,
+        template=LLAMA_3,
+        config={"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_theta": 5e5, "eos_token_id": None},
+        tokenizer={"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        generation={"temperature": 0.6, "top_p": 0.9, "eos_token_id": ["<|end_of_text|>", "<|eot_id|>"]},
+    ),
     "saved by transformers 5": Layout(
         vocabulary="transformers 5",
         vocab_size=32_002,
@@ -169,11 +183,15 @@ def write_layout(folder: Path, name: str) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": layout.vocab_size} | layout.config))
     write_weights(folder / WEIGHTS, headers_of(folder))
     if layout.generation:
-        (folder / "generation_config.json").write_text(json.dumps(layout.generation))
+        ends = layout.generation["eos_token_id"]
+        if isinstance(ends, list):
+            ends = [Tokenizer.from_str(trained(layout.vocabulary)).token_to_id(name) for name in ends]
+        (folder / "generation_config.json").write_text(json.dumps(layout.generation | {"eos_token_id": ends}))
     write: Callable[[Path, Layout], None] = {
         "v1": _write_sentencepiece,
         "v3": _write_sentencepiece,
-        "smollm2": _write_smollm2,
+        "smollm2": _write_byte_level,
+        "llama3": _write_byte_level,
         "transformers 5": _write_transformers_5,
     }.get(layout.vocabulary, _write_tekken)
     write(folder, layout)
@@ -203,9 +221,9 @@ def _write_tekken(folder: Path, layout: Layout) -> None:
         _write_config(folder, layout, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
 
 
-def _write_smollm2(folder: Path, layout: Layout) -> None:
-    (folder / "tokenizer.json").write_text(trained("smollm2"), encoding="utf-8")
-    _write_config(folder, layout, {"tokenizer_class": "GPT2Tokenizer"})
+def _write_byte_level(folder: Path, layout: Layout) -> None:
+    (folder / "tokenizer.json").write_text(trained(layout.vocabulary), encoding="utf-8")
+    _write_config(folder, layout, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _write_transformers_5(folder: Path, layout: Layout) -> None:

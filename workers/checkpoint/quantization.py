@@ -7,7 +7,7 @@ from typing import Any
 
 from workers.checkpoint.regular_file import shown
 from workers.errors import ConfigError
-from workers.stored_weights import StoredWeights, grouped_bits
+from workers.stored_weights import SMALLEST_GROUP, StoredWeights, grouped_bits
 
 WHAT_RUNS = "GPTQ and AWQ with 4 bits, GPTQ with 8 bits, compressed-tensors with int4, int8 or float8 weights, and fp8 with e4m3 weights"
 _REMEDY = f"Use {WHAT_RUNS}, or the float32, float16 or bfloat16 weights."
@@ -36,7 +36,7 @@ def _gptq(found: dict[str, Any]) -> StoredWeights:
         raise _refusal(f"The checkpoint is of GPTQ in the format {shown(checkpoint_format)}, which does not run here.")
     num_bits, group_size = _bits(found, "bits", (4, 8)), _group_size(found, "group_size")
     is_symmetric = bool(found.get("sym", True))
-    bits = grouped_bits(num_bits, has_minima=not is_symmetric, wide=not is_symmetric)
+    bits = _memory_bits(num_bits, group_size, has_minima=not is_symmetric, wide=not is_symmetric and num_bits == 8)
     return StoredWeights(
         method=checkpoint_format,
         label=f"GPTQ int{num_bits}",
@@ -56,7 +56,7 @@ def _awq(found: dict[str, Any]) -> StoredWeights:
     return StoredWeights(
         method="awq",
         label=f"AWQ int{num_bits}",
-        layer_bits=grouped_bits(num_bits, has_minima=True, wide=True),
+        layer_bits=_memory_bits(num_bits, group_size, has_minima=True, wide=False),
         file_bits=_file_bits(num_bits, group_size, has_zeros=True),
         group_size=group_size,
     )
@@ -91,7 +91,8 @@ def _compressed_tensors(found: dict[str, Any]) -> StoredWeights:
         labels.append(f"{kind}{num_bits}")
         has_minima = not scheme.get("symmetric", True)
         # Their scales have the checkpoint's type, which is bfloat16 in most; float16 holds that only by chance.
-        bits.append(None if kind == "float" else grouped_bits(num_bits, has_minima=has_minima, wide=True))
+        group_size = scheme.get("group_size") if scheme.get("strategy") == "group" else None
+        bits.append(None if kind == "float" else _memory_bits(num_bits, group_size, has_minima=has_minima, wide=True))
     first = schemes[0]
     strategy = first.get("strategy")
     block = first.get("block_structure")
@@ -120,6 +121,13 @@ def _fp8(found: dict[str, Any]) -> StoredWeights:
         block_size=None if block is None else _block_size(block),
         inputs_are_rounded=True,
     )
+
+
+def _memory_bits(num_bits: int, group_size: Any, *, has_minima: bool, wide: bool) -> float | None:
+    """On the CPU. None for groups that do not compute as they are, and become dense."""
+    if type(group_size) is int and group_size > 0 and group_size % SMALLEST_GROUP:
+        return None
+    return grouped_bits(num_bits, has_minima=has_minima, wide=wide)
 
 
 def _file_bits(num_bits: int, group_size: Any, *, has_zeros: bool) -> float:

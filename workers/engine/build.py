@@ -112,9 +112,7 @@ def _graph_recorder(
     if not config.cuda_graphs:
         return None
     if tp.device.type == "cpu":
-        # The exchanges between ranks are no kernels.
-        one_call = library is not None and attention_backend == "native" and tp.size == 1
-        return NativeGraphRecorder(library) if library is not None and one_call else None
+        return NativeGraphRecorder(library, tp) if library is not None and attention_backend == "native" else None
     if attention_backend == "sdpa":
         log.warning(
             "Decode steps run without CUDA graphs, because the reference backend of attention plans on the host."

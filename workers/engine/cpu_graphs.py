@@ -5,17 +5,20 @@ replaced by a kernel that gives the same bits; anything else that torch would co
 and no model.
 """
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from workers.engine.cuda_graphs import Step
 from workers.engine.decode_padding import CapturePolicy
-from workers.native.calls import Temporaries, make_program, recorded_calls, runner_of
+from workers.native.calls import RecordedCall, Temporaries, make_program, recorded_calls, runner_of
 from workers.native.library import NativeLibrary
+from workers.native.matrices import DTYPE_NAMES
+from workers.parallel.group import TensorParallel
 
 # Of temporaries while a step is recorded. Only what is written takes memory, and only until the end of the recording.
 ARENA_BYTES = 1 << 30
@@ -34,6 +37,7 @@ _VIEWS = {
     *(_aten.unsqueeze.default, _aten.squeeze.dim, _aten.expand.default, _aten.transpose.int, _aten.as_strided.default),
 }
 _POINTERS = [ctypes.c_void_p] * 3
+_SIZE = ctypes.c_int64
 
 
 class NativeGraphRecorder:
@@ -44,11 +48,16 @@ class NativeGraphRecorder:
 
     policy = CapturePolicy(every_size=True, num_steps_before=8, when_idle=False)
 
-    def __init__(self, library: NativeLibrary) -> None:
-        self._gather = library.function("gather_rows", [*_POINTERS, ctypes.c_int64, ctypes.c_int64])
-        self._copy = library.function("copy_bytes", [*_POINTERS[:2], ctypes.c_int64])
-        self._widen = library.function("widen", [*_POINTERS[:2], ctypes.c_int64])
-        self._run = library.function("run_calls", [ctypes.c_void_p, ctypes.c_int64])
+    def __init__(self, library: NativeLibrary, tp: TensorParallel) -> None:
+        self._tp = tp
+        self._gather = library.function("gather_rows", [*_POINTERS, *[_SIZE] * 4])
+        self._copy = library.function("copy_bytes", [*_POINTERS[:2], _SIZE])
+        self._widen = library.function("widen", [*_POINTERS[:2], _SIZE])
+        self._run = library.function("run_calls", [ctypes.c_void_p, _SIZE])
+        self._add_bias = {
+            dtype: library.function(f"add_bias_{name}", [*_POINTERS, _SIZE, _SIZE])
+            for dtype, name in DTYPE_NAMES.items()
+        }
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, steps: Iterable[Step]) -> int:
@@ -57,13 +66,15 @@ class NativeGraphRecorder:
     def record(self, step: Step) -> Step:
         arena = torch.empty(ARENA_BYTES, dtype=torch.uint8)
         temporaries = Temporaries(arena.data_ptr(), ARENA_BYTES)
-        with recorded_calls() as calls, _Recorder(self, arena, temporaries):
-            step()
+        with recorded_calls() as calls:
+            recorder = _Recorder(self, arena, temporaries)
+            with _collectives(self._tp, calls, recorder), recorder:
+                step()
         program = make_program(calls, temporaries)
         if self._memory.numel() < program.num_bytes:
             # Graphs that were recorded before keep theirs.
             self._memory = torch.empty(max(program.num_bytes, 2 * self._memory.numel()), dtype=torch.uint8)
-        return runner_of(self._run, program.placed(self._memory.data_ptr()), keep=(self._memory,))
+        return runner_of(self._run, program, start=self._memory.data_ptr(), keep=(self._memory,))
 
     def gather(self, table: torch.Tensor, indices: torch.Tensor, new: Callable[..., torch.Tensor]) -> torch.Tensor:
         _require(
@@ -72,7 +83,16 @@ class NativeGraphRecorder:
         row = table.shape[1:]
         out = new((*indices.shape, *row), table.dtype)
         row_bytes = out.element_size() * (out.numel() // indices.numel())
-        self._gather(out.data_ptr(), table.data_ptr(), indices.data_ptr(), indices.numel(), row_bytes)
+        self._gather(
+            out.data_ptr(), table.data_ptr(), indices.data_ptr(), indices.numel(), row_bytes, 0, table.shape[0]
+        )
+        return out
+
+    def add_bias(self, x: torch.Tensor, bias: torch.Tensor, new: Callable[..., torch.Tensor]) -> torch.Tensor:
+        fits = x.dtype == bias.dtype and x.dtype in self._add_bias and x.dim() == 2 and bias.shape == x.shape[1:]
+        _require(fits and x.is_contiguous() and bias.is_contiguous(), "sums of any shape")
+        out = new(x.shape, x.dtype)
+        self._add_bias[x.dtype](out.data_ptr(), x.data_ptr(), bias.data_ptr(), *x.shape)
         return out
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -103,27 +123,80 @@ class _Recorder(TorchDispatchMode):
         if func in _NEW:
             like = func(*args, **kwargs)  # torch takes no memory until something is written
             _require(like.is_contiguous(), "temporaries of any layout")
-            return self._new(like.shape, like.dtype)
+            return self.new(like.shape, like.dtype)
         if func is _aten.embedding.default:
-            return self._kernels.gather(args[0], args[1], self._new)
+            return self._kernels.gather(args[0], args[1], self.new)
         if func is _aten.index.Tensor and len(args[1]) == 1:
-            return self._kernels.gather(args[0], args[1][0], self._new)
+            return self._kernels.gather(args[0], args[1][0], self.new)
+        if func is _aten.add.Tensor and not kwargs and isinstance(args[1], torch.Tensor):
+            return self._kernels.add_bias(args[0], args[1], self.new)
         if func is _aten.copy_.default:
             return self._kernels.copy(args[0], args[1])
         if func is _aten._to_copy.default and kwargs.get("dtype") == torch.float32:
-            return self._kernels.copy(self._new(args[0].shape, torch.float32), args[0])
+            return self._kernels.copy(self.new(args[0].shape, torch.float32), args[0])
         # In inference mode, torch passes what is made of other operators undivided.
         with self:
             result = func.decompose(*args, **kwargs)
         _require(result is not NotImplemented, f"torch for {func}")
         return result
 
-    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         num_bytes = dtype.itemsize * torch.Size(shape).numel()
         address = self._temporaries.take(num_bytes)
         _require(address is not None, f"more than {ARENA_BYTES >> 30} GiB of temporaries")
         start = address - self._arena.data_ptr()
         return self._arena[start : start + num_bytes].view(dtype).view(shape)
+
+
+@contextlib.contextmanager
+def _collectives(tp: TensorParallel, calls: list[RecordedCall], recorder: "_Recorder") -> Iterator[None]:
+    """The group's collectives in a step, recorded as calls of Python with the same tensors elsewhere."""
+    if tp.size == 1:
+        yield
+        return
+    all_reduce, gather = tp.all_reduce, tp.gather
+    own = {name: vars(tp)[name] for name in ("all_reduce", "gather") if name in vars(tp)}
+
+    def record(run: Callable[..., Any], *tensors: torch.Tensor) -> None:
+        kinds = [(x.shape, x.dtype) for x in tensors]
+
+        def make(*addresses: int) -> Callable[[], None]:
+            placed = [_tensor_at(address, *kind) for address, kind in zip(addresses, kinds, strict=True)]
+            return lambda: run(*placed)
+
+        with _disable_current_modes():
+            run(*tensors)
+        calls.append(RecordedCall(0, tuple(x.data_ptr() for x in tensors), python=make))
+
+    def add_up(x: torch.Tensor) -> None:
+        total = all_reduce(x)
+        if total is not x:
+            x.copy_(total)
+
+    def recorded_all_reduce(x: torch.Tensor) -> torch.Tensor:
+        record(add_up, x)
+        return x
+
+    def recorded_gather(x: torch.Tensor) -> torch.Tensor | None:
+        if tp.rank != 0:
+            record(gather, x)
+            return None
+        with _disable_current_modes():
+            whole = recorder.new((*x.shape[:-1], x.shape[-1] * tp.size), x.dtype)
+        record(lambda x, whole: whole.copy_(gather(x)), x, whole)
+        return whole
+
+    vars(tp).update(all_reduce=recorded_all_reduce, gather=recorded_gather)
+    try:
+        yield
+    finally:
+        del vars(tp)["all_reduce"], vars(tp)["gather"]
+        vars(tp).update(own)
+
+
+def _tensor_at(address: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    buffer = (ctypes.c_uint8 * (shape.numel() * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
 
 def _require(fulfilled: bool, what: str) -> None:

@@ -44,7 +44,7 @@ def load_report(
         num_background_blocks=-(-max(0, pool.num_used - num_foreground_blocks) // num_groups),
         tokens_per_s=clock.tokens_per_s,
         num_blocks=pool.num_blocks // num_groups,
-        num_used_blocks=-(-pool.num_used // num_groups),
+        num_used_blocks=min(pool.num_blocks // num_groups, -(-pool.num_used // num_groups)),
         num_steps_total=clock.num_steps_total,
         num_preemptions_total=scheduler.num_preemptions_total,
         prompt_tokens_total=prompt_tokens_total,

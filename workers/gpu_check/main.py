@@ -103,7 +103,9 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
                 _check_flash(report, device)
     if "quantized" in only or SMALL in only:
         with report.section("Quantised weights"):
-            quantized_cases.check(report, device, shape=quantized_cases.Shape(256, 512) if SMALL in only else quantized_cases.SHAPE)
+            quantized_cases.check(
+                report, device, shape=quantized_cases.Shape(256, 512) if SMALL in only else quantized_cases.SHAPE
+            )
     if "sampler" in only:
         with report.section("Sampling"):
             sampler_cases.check(report, device)
@@ -115,7 +117,8 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
         if (path := demo_model()) is not None:
             checks["Streams"] = lambda: model_cases.streams(report, path, device)
             checks["Streams with quantised weights"] = lambda: [
-                model_cases.quantized_streams(report, path, device, quantization) for quantization in CHECKED_QUANTIZATIONS
+                model_cases.quantized_streams(report, path, device, quantization)
+                for quantization in CHECKED_QUANTIZATIONS
             ]
             checks["Tensor parallel"] = lambda: model_cases.two_ranks(report, path, device)
         for name, check in checks.items():

@@ -59,12 +59,18 @@ def check(report: Report, device: torch.device, *, shape: Shape = SHAPE) -> None
 def stored_weights(shape: Shape, device: torch.device) -> Mapping[str, QuantizedTensor | Float8Tensor]:
     """A matrix in each form: what checkpoints have, and what --quantization makes."""
     weight = torch.randn(shape.out_features, shape.in_features, device=device) * 0.02
-    int4, int8, float8 = round_to_groups(weight, num_bits=4), round_to_groups(weight, num_bits=8), round_to_float8(weight)
+    int4, int8, float8 = (
+        round_to_groups(weight, num_bits=4),
+        round_to_groups(weight, num_bits=8),
+        round_to_float8(weight),
+    )
     with_minima = QuantizedTensor(
         values=int4.values + 8, scales=int4.scales, minima=(-8 * int4.scales.float()).half(), num_bits=4
     )
     of_128 = int4.scales[:, ::4].float()
-    blocks = Float8Tensor(values=float8.values, scales=float8.scales.expand(-1, shape.in_features // 128), block_size=128)
+    blocks = Float8Tensor(
+        values=float8.values, scales=float8.scales.expand(-1, shape.in_features // 128), block_size=128
+    )
     return {
         "int4 in groups of 32": int4,
         "int4 with minima": with_minima,
@@ -104,11 +110,11 @@ def measure(
             flops = sum(2.0 * num_rows * out * in_features for out, in_features in shapes)
             limit_s = max(num_bytes / ceilings.bytes_per_s, flops / ceilings.flops_per_s)
             figures = {"us": took_s * 1e6, "gb_per_s": num_bytes / took_s / 1e9, "tflops": flops / took_s / 1e12}
-            line = f"{name}{how}, {num_rows} row{'s'[: num_rows != 1]}, {limit_s / took_s:.0%} of the limit"
+            line, share = f"{name}{how}, {num_rows} row{'s'[: num_rows != 1]}", limit_s / took_s
             if num_rows == 1 and not how:
-                report.target(line, limit_s / took_s, SHARE_OF_MEMORY, **figures)
+                report.target(line, share, SHARE_OF_MEMORY, **figures)
             else:
-                report.add(line, "measured", share=limit_s / took_s, **figures)
+                report.add(line, "measured", f"{share:.0%} of the limit", share=share, **figures)
         torch.cuda.empty_cache()
 
 
@@ -127,6 +133,6 @@ def _multiply_all(matrices: Sequence[Matrix], inputs: Sequence[torch.Tensor]) ->
 
 
 def _error(product: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative to the largest value; NaN is as wrong as can be."""
-    error = ((product.float() - exact).abs().max() / exact.abs().max()).item()
-    return error if error == error else float("inf")
+    """Relative to the largest value; NaN is as wrong as can be, and so is a device that computes nothing."""
+    largest, error = exact.abs().max().item(), (product.float() - exact).abs().max().item()
+    return error / largest if error == error and largest > 0 else float("inf")

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Sequence
 from functools import partial
 
+from workers.config import Quantization
+from workers.device.model_bytes import num_layer_weights, vocabulary_weights
 from workers.engine.batch import ForwardBatch
 from workers.gpu_check.ceilings import Ceilings, seconds
 from workers.gpu_check.model_cases import decode_batch, prefill_batch
@@ -62,22 +64,22 @@ def check(report: Report, ceilings: Ceilings) -> None:
 
 def check_quantized(report: Report, ceilings: Ceilings, quantization: Quantization) -> None:
     """The steps that have targets in bf16, with the limits of what they read now."""
-    runner = random_7b(quantization=quantization, max_num_seqs=64, max_model_len=4096, max_num_batched_tokens=CHUNK)
+    runner = random_7b(quantization=quantization, max_num_seqs=64, max_model_len=8192, max_num_batched_tokens=CHUNK)
     runner.allocate_kv_cache()
+    while (size := runner.size_to_capture(is_idle=True)) is not None and report.has_time:
+        runner.capture(size)
     config = runner.config
     num_weights = num_layer_weights(config) + vocabulary_weights(config)
     matrices = [module for module in runner.model.modules() if isinstance(module, HasMethod)]
     weights = sum(parameter.nbytes for module in matrices for parameter in module.parameters(recurse=False))
     for num_seqs, context in ((1, 1024), (64, 1024)):
-        while not runner.graphs.has(num_seqs) and (size := runner.size_to_capture(is_idle=True)) is not None:
-            runner.capture(size)
         took_s = seconds(partial(runner.execute, decode_batch(num_seqs, context, config)))
         num_bytes = weights + num_seqs * context * config.kv_token_bytes
         limit_s = max(num_bytes / ceilings.bytes_per_s, num_seqs * 2 * num_weights / ceilings.flops_per_s)
         _add(report, f"decode, {num_seqs} x {context:,} tokens", limit_s, took_s, num_seqs, None)
-    took_s = seconds(partial(runner.execute, prefill_batch([7] * (CHUNK - 1), config.block_size)), repeats=3)
+    took_s = seconds(partial(runner.execute, prefill_batch([7] * CHUNK, config.block_size)), repeats=3)
     limit_s = CHUNK * 2 * num_layer_weights(config) / ceilings.flops_per_s
-    _add(report, f"prefill, {CHUNK - 1:,} tokens", limit_s, took_s, CHUNK - 1, None)
+    _add(report, f"prefill, {CHUNK:,} tokens", limit_s, took_s, CHUNK, None)
 
 
 def _add(report: Report, name: str, limit_s: float, took_s: float, num_tokens: int, target: float | None) -> None:

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 class LayerKernels(Protocol):
     """Shapes and rounding: see the functions of the same names in `layer_specification`."""
 
+    def lookup_rows(self, table: torch.Tensor, indices: torch.Tensor, *, first: int = 0) -> torch.Tensor: ...
+
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, *, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -37,6 +39,7 @@ class LayerKernels(Protocol):
 class TorchLayerKernels:
     """See `LayerKernels`. The specifications themselves."""
 
+    lookup_rows = staticmethod(specification.lookup_rows)
     add_rms_norm = staticmethod(specification.add_rms_norm)
     rotary_kv = staticmethod(specification.rotary_kv)
     silu_mul = staticmethod(specification.silu_mul)
@@ -44,6 +47,8 @@ class TorchLayerKernels:
 
 class TritonLayerKernels:
     """See `LayerKernels`. One launch each."""
+
+    lookup_rows = staticmethod(specification.lookup_rows)
 
     def __init__(self) -> None:
         # Imported here because Triton comes with the CUDA builds of torch only.

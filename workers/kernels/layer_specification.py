@@ -12,6 +12,17 @@ from workers.kernels import quantized_kv
 from workers.kernels.quantized_kv import Cache
 
 
+def lookup_rows(table: torch.Tensor, indices: torch.Tensor, *, first: int = 0) -> torch.Tensor:
+    """Row index - first of the table for each index, zeros where it has no such row.
+
+    table: [num_rows, size]; indices: [n] int64 -> [n, size].
+    """
+    rows = indices - first
+    missing = (rows < 0) | (rows >= table.shape[0])
+    found = functional.embedding(rows.masked_fill(missing, 0), table)
+    return found.masked_fill_(missing.unsqueeze(-1), 0)
+
+
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, *, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from workers.kernels.quantized_kv import KV_DTYPES, Cache
 from workers.native.library import NativeLibrary
 from workers.native.matrices import DTYPE_NAMES
 
+_LOOKUP = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 4]
 _NORM = [*[ctypes.c_void_p] * 5, ctypes.c_int64, ctypes.c_int64, ctypes.c_float]
 _ROTARY = [*[ctypes.c_void_p] * 9, *[ctypes.c_int64] * 6]
 _SILU = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
@@ -34,12 +35,23 @@ class NativeLayerKernels:
 
     def __init__(self, library: NativeLibrary, dtype: torch.dtype) -> None:
         name = DTYPE_NAMES[dtype]
+        self._lookup = library.function("gather_rows", _LOOKUP)
         self._add_rms_norm = library.function(f"add_rms_norm_{name}", _NORM)
         self._rotary_kv = {
             kv_dtype: library.function(f"rotary_kv_{kernel}", _ROTARY)
             for kv_dtype, kernel in kv_kernel_names(dtype).items()
         }
         self._silu_mul = library.function(f"silu_mul_{name}", _SILU)
+
+    def lookup_rows(self, table: torch.Tensor, indices: torch.Tensor, *, first: int = 0) -> torch.Tensor:
+        num_rows, size = table.shape
+        table, indices = table.contiguous(), indices.contiguous()
+        out = table.new_empty((len(indices), size))
+        row_bytes = size * table.element_size()
+        self._lookup(
+            out.data_ptr(), table.data_ptr(), indices.data_ptr(), len(indices), row_bytes, first, num_rows
+        )
+        return out
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, *, weight: torch.Tensor, eps: float

@@ -42,6 +42,7 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks, num_groups=len(windows))
         self.block_size = block_size
         self.windows = tuple(windows)
+        self._has_window = any(window is not None for window in windows)
         self.enable_prefix_caching = enable_prefix_caching
 
     def find_prefix(self, sequence: BlockSequence, max_tokens: int) -> Prefix:
@@ -88,25 +89,28 @@ class KVCacheManager:
         """Makes room for the next tokens of a running sequence; False if too few blocks are free. Releases first what the window
         has passed.
         """
-        for window, table in zip(self.windows, sequence.tables, strict=True):
-            if window is not None:
-                self._release_unseen(table, window, sequence.num_computed_tokens)
-        num_blocks = len(sequence.tables[0].block_ids)
+        tables = sequence.tables
+        if self._has_window:
+            for window, table in zip(self.windows, tables, strict=True):
+                if window is not None:
+                    self._release_unseen(table, window, sequence.num_computed_tokens)
+        num_blocks = len(tables[0].block_ids)
         num_needed = self._blocks_for(sequence.num_computed_tokens + num_new_tokens) - num_blocks
-        if num_needed * len(self.windows) > self.pool.num_free:
+        if num_needed <= 0:
+            return True
+        if num_needed * len(tables) > self.pool.num_free:
             return False
-        if num_needed > 0:
-            for table in sequence.tables:
-                table.block_ids.extend(self.pool.allocate(num_needed))
+        for table in tables:
+            table.block_ids.extend(self.pool.allocate(num_needed))
         return True
 
     def commit(self, sequence: BlockSequence, num_new_tokens: int) -> None:
         """After a step has computed `num_new_tokens`: blocks that became full can be found by other sequences."""
         sequence.num_computed_tokens += num_new_tokens
-        if not self.enable_prefix_caching:
+        num_full = sequence.num_computed_tokens // self.block_size
+        if not self.enable_prefix_caching or num_full == sequence.num_cached_blocks:
             return
         self._extend_hashes(sequence, sequence.num_computed_tokens)
-        num_full = sequence.num_computed_tokens // self.block_size
         for group, table in enumerate(sequence.tables):
             for i in range(sequence.num_cached_blocks, num_full):
                 self.pool.cache(table.block_ids[i], sequence.block_hashes[i], group)

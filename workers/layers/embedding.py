@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
 from workers.parallel.group import TensorParallel
 from workers.quant.dense import DENSE
 from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight
@@ -22,10 +23,18 @@ class VocabParallelEmbedding(nn.Module):
     """Each rank looks up the tokens it owns; the sum over ranks is the embedding. A plain table: rows are looked up, not multiplied."""
 
     def __init__(
-        self, vocab_size: int, hidden_size: int, *, tp: TensorParallel, dtype: torch.dtype, device: torch.device | str
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kernels: LayerKernels = TORCH_LAYER_KERNELS,
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.kernels = kernels
         self.vocab_size = vocab_size
         self.weight = new_weight((_num_rows(vocab_size, tp), hidden_size), self.load_rows, dtype=dtype, device=device)
 
@@ -33,11 +42,8 @@ class VocabParallelEmbedding(nn.Module):
         # token_ids: [num_tokens], each in [0, vocab_size) -> [num_tokens, hidden_size], the same on all ranks
         if self.tp.size == 1:
             return functional.embedding(token_ids, self.weight)
-        num_rows = self.weight.shape[0]
-        rows = token_ids - self.tp.rank * num_rows
-        not_mine = (rows < 0) | (rows >= num_rows)
-        embedded = functional.embedding(rows.masked_fill(not_mine, 0), self.weight)
-        return self.tp.all_reduce(embedded.masked_fill_(not_mine.unsqueeze(-1), 0))
+        first = self.tp.rank * self.weight.shape[0]
+        return self.tp.all_reduce(self.kernels.lookup_rows(self.weight, token_ids, first=first))
 
     def load_rows(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
         check_shape(source, (self.vocab_size, self.weight.shape[1]))

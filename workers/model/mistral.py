@@ -95,7 +95,7 @@ class MistralModel(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device
+            config.vocab_size, config.hidden_size, tp=tp, dtype=dtype, device=device, kernels=kernels
         )
         self.rotary = RotaryEmbedding(
             config.head_dim,

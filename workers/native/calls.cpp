@@ -28,12 +28,29 @@ TRAMONTANE_KERNEL(run_calls)(const void* calls, int64_t num_calls) {
     }
 }
 
-// out: [num_rows][row_bytes], row i is row indices[i] of the table.
-TRAMONTANE_KERNEL(gather_rows)(void* out, const void* table, const int64_t* indices, int64_t num_rows, int64_t row_bytes) {
-    for (int64_t i = 0; i < num_rows; i++) memcpy((char*)out + i * row_bytes, (const char*)table + indices[i] * row_bytes, row_bytes);
+// out: [num_rows][row_bytes], row i is row indices[i] - first of the table, or zeros if it has no such row.
+TRAMONTANE_KERNEL(gather_rows)(void* out, const void* table, const int64_t* indices, int64_t num_rows, int64_t row_bytes, int64_t first, int64_t table_rows) {
+    for (int64_t i = 0; i < num_rows; i++) {
+        char* const target = (char*)out + i * row_bytes;
+        const int64_t row = indices[i] - first;
+        if (row >= 0 && row < table_rows)
+            memcpy(target, (const char*)table + row * row_bytes, row_bytes);
+        else
+            memset(target, 0, row_bytes);
+    }
 }
 
 TRAMONTANE_KERNEL(copy_bytes)(void* out, const void* in, int64_t num_bytes) { memcpy(out, in, num_bytes); }
+
+// x: [m][n], bias: [n].
+#define EXPORT_BIAS(type, T)                                                                                                             \
+    TRAMONTANE_KERNEL(add_bias_##type)(void* out, const void* x, const void* bias, int64_t m, int64_t n) {                                \
+        for (int64_t row = 0; row < m; row++)                                                                                            \
+            for (int64_t i = 0; i < n; i += 16)                                                                                          \
+                store_some((T*)out + row * n + i, load_some((const T*)x + row * n + i, n - i) + load_some((const T*)bias + i, n - i), n - i); \
+    }
+EXPORT_BIAS(float32, float)
+EXPORT_BIAS(bfloat16, bf16)
 
 // bfloat16 to float32.
 TRAMONTANE_KERNEL(widen)(void* out, const void* in, int64_t num_values) {

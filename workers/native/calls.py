@@ -28,9 +28,12 @@ _CALL = np.dtype([("kernel", "u8"), ("arguments", "i8", MAX_ARGUMENTS), ("real",
 
 @dataclass(frozen=True, slots=True)
 class RecordedCall:
+    """python: makes, of the addresses that its `arguments` then have, what runs between kernels."""
+
     kernel: int
     arguments: tuple[int, ...]
     real: float = 0.0
+    python: Callable[..., Callable[[], None]] | None = None
 
 
 class _Recording(threading.local):
@@ -107,6 +110,7 @@ class Program:
     calls: "np.ndarray[Any, Any]"
     relative: tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]
     num_bytes: int
+    python: dict[int, RecordedCall] = field(default_factory=dict)  # by the place in calls
 
     def placed(self, start: int) -> "np.ndarray[Any, Any]":
         """The calls with temporaries from `start` on."""
@@ -133,7 +137,8 @@ def make_program(calls: Sequence[RecordedCall], temporaries: Temporaries) -> Pro
     for i, j, which in places:
         packed[i]["arguments"][j] += offsets[which] - temporaries.begins[which]
     at = np.array([place[:2] for place in places], dtype=np.int64).reshape(-1, 2)
-    return Program(packed, (at[:, 0], at[:, 1]), num_bytes)
+    python = {i: call for i, call in enumerate(calls) if call.python is not None}
+    return Program(packed, (at[:, 0], at[:, 1]), num_bytes, python)
 
 
 def _lay_out(lives: dict[int, list[int]], sizes: dict[int, int]) -> tuple[dict[int, int], int]:
@@ -156,11 +161,23 @@ def _lay_out(lives: dict[int, list[int]], sizes: dict[int, int]) -> tuple[dict[i
 
 
 def runner_of(
-    function: Callable[..., Any], calls: "np.ndarray[Any, Any]", *, keep: Sequence[object]
+    function: Callable[..., Any], program: Program, *, start: int, keep: Sequence[object]
 ) -> Callable[[], None]:
-    """What repeats the calls. function: run_calls of the library. keep: what owns the memory that they use."""
+    """What repeats the calls, with temporaries from `start` on. function: run_calls of the library. keep: what owns the memory."""
+    calls = program.placed(start)
+    size, first = calls.dtype.itemsize, calls.ctypes.data
+    parts: list[tuple[Callable[..., None], tuple[int, ...]]] = []
+    begin = 0
+    for at in (*sorted(program.python), len(calls)):
+        if begin < at:
+            parts.append((function, (first + begin * size, at - begin)))
+        begin = at + 1
+        if (call := program.python.get(at)) is not None and call.python is not None:
+            addresses = calls[at]["arguments"][: len(call.arguments)].tolist()
+            parts.append((call.python(*addresses), ()))
 
-    def run(_kept: Sequence[object] = keep) -> None:
-        function(calls.ctypes.data, len(calls))
+    def run(_kept: Sequence[object] = (calls, *keep)) -> None:
+        for part, arguments in parts:
+            part(*arguments)
 
     return run

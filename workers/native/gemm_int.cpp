@@ -1,12 +1,14 @@
 // x @ weight.T for weights of 8 or 4 bits in groups of 32 inputs, each group with a scale, of half precision or "wide", float32. The inputs of
-// a row are rounded to 8 bits in the same groups, with float32 scales; the sums within a group are whole numbers and exact, and groups are added in order:
+// a row are rounded to 8 bits in the same groups, with float32 scales; the sums within a group are whole numbers and exact, and groups are added
+// in order:
 // sum = sum + float(dot) * (weight scale * input scale), rounded after each operation. So the bits depend neither on the number of rows nor
 // on the instruction set, and workers/quant/grouped.py computes the same in torch. Where a group has a minimum, its weights are
-// value * scale + minimum, and sum = sum + float(sum of the inputs) * (minimum * input scale) follows.
+// value * scale + minimum, and sum = sum + float(sum of the inputs) * (minimum * input scale) follows. Where it has a zero point, a whole number
+// that half precision holds, its weights are (value - zero point) * scale, and the dot is less zero point * sum of the inputs, which is exact.
 //
-// The packed weight has panels of 32 output columns: [ceil(n / 32)][k / 32] groups. A group is 32 scales, 32 minima of the same type if there
-// are any, then for 8 bits [8 quads][32 columns][4 inputs] unsigned bytes, value + 128, and for 4 bits [4][32][4] bytes, value + 8, with quad
-// q in the low and quad q + 4 in the high halves. With minima, values of 4 bits are unsigned, and stored as they are.
+// The packed weight has panels of 32 output columns: [ceil(n / 32)][k / 32] groups. A group is 32 scales, 32 minima or zero points of the same
+// type if there are any, then for 8 bits [8 quads][32 columns][4 inputs] unsigned bytes, value + 128, and for 4 bits [4][32][4] bytes, value + 8,
+// with quad q in the low and quad q + 4 in the high halves. With minima or zero points, values of 4 bits are unsigned, and stored as they are.
 #include <algorithm>
 #include <vector>
 
@@ -73,8 +75,13 @@ void tile(const char* w, Rows x, int64_t groups, float* sums, int first) {
         for (int c = 0; c < COLUMNS; c++) {
             const f32x16 scales = load_scales((const typename Form::Scale*)w + first + c * 16);
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) acc[r][c] = acc[r][c] + to_float(dots[r][c]) * (scales * set1(x.scales[g * ROWS + r]));
-            if constexpr (Form::MINIMA) {
+            for (int r = 0; r < ROWS; r++) {
+                f32x16 dot = to_float(dots[r][c]);
+                if constexpr (Form::SECOND == ZERO_POINT)
+                    dot = dot - load_scales((const typename Form::Scale*)w + PANEL + first + c * 16) * set1((float)x.totals[g * ROWS + r]);
+                acc[r][c] = acc[r][c] + dot * (scales * set1(x.scales[g * ROWS + r]));
+            }
+            if constexpr (Form::SECOND == MINIMUM) {
                 const f32x16 minima = load_scales((const typename Form::Scale*)w + PANEL + first + c * 16);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; r++)
@@ -151,9 +158,9 @@ void gemm(T* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t 
     }
 }
 
-// values: [n, k] bytes; scales, minima: [n, k / 32].
+// values: [n, k] bytes; scales, and seconds (minima or zero points): [n, k / 32].
 template <class Form>
-void pack(char* packed, const int8_t* values, const typename Form::Scale* scales, const typename Form::Scale* minima, int64_t n, int64_t k) {
+void pack(char* packed, const int8_t* values, const typename Form::Scale* scales, const typename Form::Scale* seconds, int64_t n, int64_t k) {
     constexpr int BITS = Form::BITS;
     constexpr int64_t SCALE_BYTES = sizeof(typename Form::Scale);
     const int64_t groups = k / GROUP, panels = (n + PANEL - 1) / PANEL;
@@ -166,7 +173,7 @@ void pack(char* packed, const int8_t* values, const typename Form::Scale* scales
             for (int64_t c = 0; c < PANEL; c++) {
                 const int64_t row = p * PANEL + c;
                 if (row < n) memcpy(target + c * SCALE_BYTES, &scales[row * groups + g], SCALE_BYTES);
-                if (Form::MINIMA && row < n) memcpy(target + (PANEL + c) * SCALE_BYTES, &minima[row * groups + g], SCALE_BYTES);
+                if (Form::SECOND != NOTHING && row < n) memcpy(target + (PANEL + c) * SCALE_BYTES, &seconds[row * groups + g], SCALE_BYTES);
                 uint8_t offset[GROUP];
                 for (int i = 0; i < GROUP; i++) offset[i] = (uint8_t)((row < n ? values[row * k + g * GROUP + i] : 0) + Form::ZERO);
                 for (int q = 0; q < QUADS * BITS / 8; q++)
@@ -180,24 +187,25 @@ void pack(char* packed, const int8_t* values, const typename Form::Scale* scales
 
 }  // namespace
 
-// out: [m, n]; x: [m, k]; packed: as `pack` left [n, k]. Strides of rows in values; k is a multiple of 32. minima is null where there are none.
+// out: [m, n]; x: [m, k]; packed: as `pack` left [n, k]. Strides of rows in values; k is a multiple of 32. seconds is null where there are none.
 #define EXPORT_GEMM(name, Form, type, T)                                                                                                           \
     TRAMONTANE_KERNEL(gemm_##name##_##type)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride,       \
                                             int64_t out_stride) {                                                                                  \
         gemm<Form, T>((T*)out, (const T*)x, (const char*)packed, m, n, k, x_stride, out_stride);                                                   \
     }
-#define EXPORT(name, bits, has_minima, Scale)                                                                                                      \
-    using name##_form = Weight<bits, has_minima, Scale>;                                                                                           \
+#define EXPORT(name, bits, second, Scale)                                                                                                          \
+    using name##_form = Weight<bits, second, Scale>;                                                                                               \
     EXPORT_GEMM(name, name##_form, float32, float)                                                                                                 \
     EXPORT_GEMM(name, name##_form, bfloat16, bf16)                                                                                                 \
-    TRAMONTANE_KERNEL(pack_##name)(void* packed, const void* values, const void* scales, const void* minima, int64_t n, int64_t k) {               \
-        pack<name##_form>((char*)packed, (const int8_t*)values, (const Scale*)scales, (const Scale*)minima, n, k);                                 \
+    TRAMONTANE_KERNEL(pack_##name)(void* packed, const void* values, const void* scales, const void* seconds, int64_t n, int64_t k) {              \
+        pack<name##_form>((char*)packed, (const int8_t*)values, (const Scale*)scales, (const Scale*)seconds, n, k);                                \
     }
-EXPORT(int8, 8, false, uint16_t)
-EXPORT(int4, 4, false, uint16_t)
-EXPORT(int8_minima, 8, true, uint16_t)
-EXPORT(int4_minima, 4, true, uint16_t)
-EXPORT(int8_wide, 8, false, float)
-EXPORT(int4_wide, 4, false, float)
-EXPORT(int8_minima_wide, 8, true, float)
-EXPORT(int4_minima_wide, 4, true, float)
+EXPORT(int8, 8, NOTHING, uint16_t)
+EXPORT(int4, 4, NOTHING, uint16_t)
+EXPORT(int8_minima, 8, MINIMUM, uint16_t)
+EXPORT(int4_minima, 4, MINIMUM, uint16_t)
+EXPORT(int4_zeros, 4, ZERO_POINT, uint16_t)
+EXPORT(int8_wide, 8, NOTHING, float)
+EXPORT(int4_wide, 4, NOTHING, float)
+EXPORT(int8_minima_wide, 8, MINIMUM, float)
+EXPORT(int4_minima_wide, 4, MINIMUM, float)

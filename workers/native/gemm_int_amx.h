@@ -74,16 +74,17 @@ INLINE void add_groups(const char* w, int64_t column, const int8_t* values, int6
         const int32_t(&exact)[TILE_ROWS][16] = dots[g / AT_ONCE % 2][g % AT_ONCE];
         const typename Form::Scale* header = (const typename Form::Scale*)w + column;
         const f32x16 scales = load_scales(header);
+        const f32x16 second = Form::SECOND == NOTHING ? zero() : load_scales(header + (Form::SECOND == NOTHING ? 0 : PANEL));
 #pragma GCC unroll 16
         for (int r = 0; r < TILE_ROWS; r++) {
-            const f32x16 dot = {_mm512_cvtepi32_ps(_mm512_load_si512(exact[r]))};
+            f32x16 dot = {_mm512_cvtepi32_ps(_mm512_load_si512(exact[r]))};
+            if constexpr (Form::SECOND == ZERO_POINT) dot = dot - second * set1(x_totals[g * TILE_ROWS + r]);
             acc[r] = acc[r] + dot * (scales * set1(x_scales[g * TILE_ROWS + r]));
         }
-        if constexpr (Form::MINIMA) {
-            const f32x16 minima = load_scales(header + PANEL);
+        if constexpr (Form::SECOND == MINIMUM) {
 #pragma GCC unroll 16
             for (int r = 0; r < TILE_ROWS; r++)
-                acc[r] = acc[r] + set1(x_totals[g * TILE_ROWS + r]) * (minima * set1(x_scales[g * TILE_ROWS + r]));
+                acc[r] = acc[r] + set1(x_totals[g * TILE_ROWS + r]) * (second * set1(x_scales[g * TILE_ROWS + r]));
         }
     }
     for (int r = 0; r < TILE_ROWS; r++) store(sums + r * PANEL, acc[r]);

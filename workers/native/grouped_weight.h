@@ -48,13 +48,16 @@ INLINE f32x16 to_float(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvte
 INLINE f32x16 load_scales(const uint16_t* p) { return load_half(p); }
 INLINE f32x16 load_scales(const float* p) { return load(p); }
 
-// SCALE: the type of scales and minima, uint16_t for half precision or float.
-template <int BITS_, bool MINIMA_, class SCALE>
+// What a group has besides a scale.
+enum Second { NOTHING, MINIMUM, ZERO_POINT };
+
+// SCALE: the type of scales, minima and zero points, uint16_t for half precision or float.
+template <int BITS_, Second SECOND_, class SCALE>
 struct Weight {
     using Scale = SCALE;
-    static constexpr int BITS = BITS_, ZERO = BITS == 8 ? 128 : MINIMA_ ? 0 : 8;
-    static constexpr bool MINIMA = MINIMA_;
-    static constexpr int64_t HEADER_BYTES = PANEL * (MINIMA ? 2 : 1) * sizeof(Scale), GROUP_BYTES = HEADER_BYTES + PANEL * GROUP * BITS / 8;
+    static constexpr Second SECOND = SECOND_;
+    static constexpr int BITS = BITS_, ZERO = BITS == 8 ? 128 : SECOND == NOTHING ? 8 : 0;
+    static constexpr int64_t HEADER_BYTES = PANEL * (SECOND == NOTHING ? 1 : 2) * sizeof(Scale), GROUP_BYTES = HEADER_BYTES + PANEL * GROUP * BITS / 8;
 };
 
 // Rounds 32 inputs to 8 bits: scale = largest / 127. Not-a-number and infinite inputs give a scale that makes the whole row not a number.

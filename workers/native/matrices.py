@@ -36,9 +36,14 @@ class PackedMatrix:
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x @ weight.T. x: [num_tokens, in_features], rows of any stride -> [num_tokens, out_features] in the dtype of x."""
+        out = x.new_empty((x.shape[0], self.out_features))
+        self.multiply_into(out, x)
+        return out
+
+    def multiply_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """The same. out: [num_tokens, out_features] in the dtype of x, rows of any stride."""
         num_tokens, in_features = x.shape
-        assert in_features == self.in_features and x.stride(1) == 1
-        out = x.new_empty((num_tokens, self.out_features))
+        assert in_features == self.in_features and x.stride(1) == 1 and out.stride(1) == 1
         self._gemms[x.dtype](
             out.data_ptr(),
             x.data_ptr(),
@@ -47,8 +52,26 @@ class PackedMatrix:
             self.out_features,
             in_features,
             x.stride(0),
-            self.out_features,
+            out.stride(0),
         )
+
+
+class Columns:
+    """Takes columns of matrices, as x[:, inputs] does. inputs: [num_columns] int64."""
+
+    def __init__(self, library: NativeLibrary, inputs: torch.Tensor) -> None:
+        self.inputs = inputs.contiguous()
+        self._kernels = {
+            dtype: library.function(f"take_columns_{name}", [*_POINTERS, *[ctypes.c_int64] * 3])
+            for dtype, name in DTYPE_NAMES.items()
+        }
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [num_tokens, at least as many as the inputs name], rows of any stride."""
+        assert x.stride(1) == 1
+        out = x.new_empty((x.shape[0], len(self.inputs)))
+        kernel = self._kernels[x.dtype]
+        kernel(out.data_ptr(), x.data_ptr(), self.inputs.data_ptr(), *out.shape, x.stride(0))
         return out
 
 
@@ -74,19 +97,23 @@ def pack_grouped(
     minima: torch.Tensor | None = None,
     *,
     num_bits: Literal[4, 8],
+    zero_points: torch.Tensor | None = None,
 ) -> PackedMatrix:
-    """values: [out_features, in_features] int8, -8 to 7 for 4 bits, 0 to 15 with minima; scales, minima: [out_features, in_features / 32],
-    both float16 or both float32. All contiguous.
+    """values: [out_features, in_features] int8, -8 to 7 for 4 bits, 0 to 15 with minima or zero points; scales and one of minima and zero
+    points: [out_features, in_features / 32], both float16 or both float32. All contiguous. Zero points only with 4 bits and float16.
     """
-    assert scales.dtype in (torch.float16, torch.float32) and (minima is None or minima.dtype is scales.dtype)
+    assert minima is None or zero_points is None
+    seconds = minima if zero_points is None else zero_points
+    assert scales.dtype in (torch.float16, torch.float32) and (seconds is None or seconds.dtype is scales.dtype)
     out_features, in_features = values.shape
-    header_bytes = scales.element_size() * (1 if minima is None else 2)
+    header_bytes = scales.element_size() * (1 if seconds is None else 2)
     num_bytes = in_features * num_bits // 8 + in_features // QUANTIZATION_GROUP_SIZE * header_bytes
     packed = _new(_num_panels(out_features) * PANEL * num_bytes, torch.uint8)
-    form = f"int{num_bits}{'' if minima is None else '_minima'}{'_wide' if scales.dtype is torch.float32 else ''}"
+    second = "_zeros" if zero_points is not None else "" if minima is None else "_minima"
+    form = f"int{num_bits}{second}{'_wide' if scales.dtype is torch.float32 else ''}"
     pack = library.function(f"pack_{form}", _PACK_GROUPED)
-    minima_address = None if minima is None else minima.data_ptr()
-    pack(packed.data_ptr(), values.data_ptr(), scales.data_ptr(), minima_address, out_features, in_features)
+    second_address = None if seconds is None else seconds.data_ptr()
+    pack(packed.data_ptr(), values.data_ptr(), scales.data_ptr(), second_address, out_features, in_features)
     gemms = {dtype: library.function(f"gemm_{form}_{name}", _GEMM) for dtype, name in DTYPE_NAMES.items()}
     return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
 

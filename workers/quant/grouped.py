@@ -50,16 +50,23 @@ def quantize_inputs(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def multiply(
-    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor | None = None
+    x: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    minima: torch.Tensor | None = None,
+    *,
+    zero_points: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x @ (values * scales + minima).T, with x rounded to 8 bits. x: [num_tokens, in_features]; values and scales: see `quantize_weight`;
-    minima: like scales.
+    """x @ ((values - zero_points) * scales + minima).T, with x rounded to 8 bits. x: [num_tokens, in_features]; values and scales: see
+    `quantize_weight`; minima and zero_points: like scales; zero points are whole numbers.
 
     Group by group in order, in float32, sum += float(dot of a group) * (weight scale * input scale), and
     sum += float(sum of the group's inputs) * (minimum * input scale); then rounded to the dtype of x.
     """
     inputs, input_scales = quantize_inputs(x)
     weights, weight_scales = values.float().unflatten(1, (-1, QUANTIZATION_GROUP_SIZE)), scales.float()
+    if zero_points is not None:
+        weights = weights - zero_points.float()[..., None]
     total = x.new_zeros((x.shape[0], values.shape[0]), dtype=torch.float32)
     for group in range(weights.shape[1]):
         # Whole numbers below 2^24 are exact in float32 in any order.

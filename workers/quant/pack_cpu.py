@@ -3,14 +3,12 @@
 Knows which forms compute as they are and which become dense; no layers and no files.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from workers.config import QUANTIZATION_GROUP_SIZE
 from workers.native.library import NativeLibrary
-from workers.native.matrices import PackedMatrix, pack_dense, pack_grouped, packs
+from workers.native.matrices import Columns, PackedMatrix, pack_dense, pack_grouped, packs
 from workers.quant.dense import linear, pack
 from workers.quant.grouped import multiply
 from workers.quant.quantized import QuantizedTensor, StoredValues, dense_values
@@ -24,7 +22,7 @@ def cpu_pack(library: NativeLibrary | None) -> Pack:
         if not isinstance(values, QuantizedTensor) or values.group_size % QUANTIZATION_GROUP_SIZE:
             return _dense(dense_values(values).to(dtype), library)
         matrix = _grouped(values.regroup(QUANTIZATION_GROUP_SIZE), library)
-        return matrix if values.inputs is None else _Reordered(matrix, values.inputs)
+        return matrix if values.inputs is None else _Reordered(matrix, values.inputs, library)
 
     return pack_values
 
@@ -35,6 +33,8 @@ class _Packed:
     def __init__(self, matrix: PackedMatrix, *, is_dense: bool = False) -> None:
         self.tensors = (matrix.packed,)
         self.multiply = matrix.multiply
+        self.multiply_into = matrix.multiply_into
+        self.out_features = matrix.out_features
         self.is_dense = is_dense
 
 
@@ -51,26 +51,27 @@ class _Dense:
 class _Specification:
     """The kernels' bits, in torch."""
 
-    def __init__(self, values: QuantizedTensor) -> None:
-        self.values = values
-        self.tensors: Sequence[torch.Tensor] = [
-            t for t in (values.values, values.scales, values.minima) if t is not None
-        ]
+    def __init__(self, parts: "_Parts") -> None:
+        self.parts = parts
+        self.tensors = parts.tensors
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return multiply(x, self.values.values, self.values.scales, self.values.minima)
+        p = self.parts
+        return multiply(x, p.values, p.scales, p.minima, zero_points=p.zero_points)
 
 
 class _Reordered:
     """A matrix whose columns are those of the given inputs."""
 
-    def __init__(self, matrix: Matrix, inputs: torch.Tensor) -> None:
+    def __init__(self, matrix: Matrix, inputs: torch.Tensor, library: NativeLibrary | None) -> None:
         self.matrix = matrix
         self.inputs = inputs
         self.tensors = (*matrix.tensors, inputs)
+        self.columns = None if library is None else Columns(library, inputs)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return self.matrix.multiply(x.index_select(1, self.inputs))
+        taken = x.index_select(1, self.inputs) if self.columns is None else self.columns.take(x)
+        return self.matrix.multiply(taken)
 
 
 def _dense(weight: torch.Tensor, library: NativeLibrary | None) -> Matrix:
@@ -79,10 +80,32 @@ def _dense(weight: torch.Tensor, library: NativeLibrary | None) -> Matrix:
     return _Dense(weight)
 
 
-def _grouped(values: QuantizedTensor, library: NativeLibrary | None) -> Matrix:
+class _Parts:
+    """What the kernels compute with. Zero points instead of minima where that is exact: half scales then take half of the memory."""
+
+    def __init__(self, stored: QuantizedTensor) -> None:
+        self.values = stored.values.contiguous()
+        found = stored.zero_points()
+        self.zero_points = None if found is None else found[1].contiguous()
+        self.scales = (stored.scales if found is None else found[0]).contiguous()
+        self.minima = None if stored.minima is None or found is not None else stored.minima.contiguous()
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.values, self.scales, self.minima, self.zero_points) if t is not None]
+
+
+def _grouped(stored: QuantizedTensor, library: NativeLibrary | None) -> Matrix:
+    parts = _Parts(stored)
     if library is None:
-        return _Specification(values)
-    minima = None if values.minima is None else values.minima.contiguous()
+        return _Specification(parts)
     return _Packed(
-        pack_grouped(library, values.values.contiguous(), values.scales.contiguous(), minima, num_bits=values.num_bits)
+        pack_grouped(
+            library,
+            parts.values,
+            parts.scales,
+            parts.minima,
+            num_bits=stored.num_bits,
+            zero_points=parts.zero_points,
+        )
     )

@@ -10,6 +10,9 @@ from torch.nn import functional
 
 from workers.quant.forms import NumBits
 
+# Of 4 bits they are from 0 to 16; the sum of a group's inputs times this is far from the end of what float32 counts exactly, 2^24.
+LARGEST_ZERO_POINT = 255
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantizedTensor:
@@ -64,6 +67,18 @@ class QuantizedTensor:
             return self
         minima = None if self.minima is None else self.minima.repeat_interleave(times, dim=1)
         return replace(self, scales=self.scales.repeat_interleave(times, dim=1), minima=minima)
+
+    def zero_points(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Scales and zero points, both float16, with weight = (values - zero points) * scales exactly; None if there are
+        none such, or if half precision does not hold them. Only of 4 bits: zero points of 8 bits may not fit into sums of 32 bits.
+        """
+        if self.minima is None or self.num_bits != 4:
+            return None
+        scales = self.scales.float()
+        zeros = torch.where(scales == 0, 0.0, (-self.minima.float() / scales).round())
+        half, half_zeros = scales.half(), zeros.half()
+        is_exact = torch.equal(half.float(), scales) and torch.equal(half_zeros.float() * scales, -self.minima.float())
+        return (half, half_zeros) if is_exact and bool((zeros.abs() <= LARGEST_ZERO_POINT).all()) else None
 
     def dequantize(self) -> torch.Tensor:
         """[out_features, number of inputs] float32."""

@@ -5,7 +5,7 @@ Knows when a layer is complete and how its parts are joined; a `Pack` knows what
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
@@ -23,6 +23,17 @@ class Matrix(Protocol):
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x @ weight.T. x: [num_tokens, in_features] -> [num_tokens, out_features] in the dtype of x."""
+        ...
+
+
+@runtime_checkable
+class WritesInto(Protocol):
+    """A `Matrix` that can write its product beside others'."""
+
+    out_features: int
+
+    def multiply_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """out: [num_tokens, out_features], rows of any stride."""
         ...
 
 
@@ -77,9 +88,22 @@ class StoredMethod:
         assert _parts(layer).matrices and not _parts(layer).shards
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        products = [matrix.multiply(x) for matrix in _parts(layer).matrices]
-        product = products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        product = _multiply(_parts(layer).matrices, x)
         return product if bias is None else product + bias
+
+
+def _multiply(matrices: Sequence[Matrix], x: torch.Tensor) -> torch.Tensor:
+    if len(matrices) == 1:
+        return matrices[0].multiply(x)
+    writing = [matrix for matrix in matrices if isinstance(matrix, WritesInto)]
+    if len(writing) < len(matrices):
+        return torch.cat([matrix.multiply(x) for matrix in matrices], dim=1)
+    out = x.new_empty((x.shape[0], sum(matrix.out_features for matrix in writing)))
+    start = 0
+    for matrix in writing:
+        matrix.multiply_into(out[:, start : start + matrix.out_features], x)
+        start += matrix.out_features
+    return out
 
 
 def join(values: Sequence[StoredValues]) -> list[StoredValues]:

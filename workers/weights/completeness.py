@@ -8,8 +8,8 @@ from pathlib import Path
 
 from workers.checkpoint.gguf_file import GgufTensor
 from workers.checkpoint.gguf_types import is_supported
-from workers.config import Layout, ModelConfig
 from workers.errors import CheckpointError
+from workers.model_numbers import Layout, ModelConfig
 from workers.weights.files import INDEXES, read_index
 from workers.weights.header import DOWNLOAD_AGAIN, FLOAT_BYTES, TensorInfo
 from workers.weights.names import EMBEDDING, HEAD, expected_shapes, name_in_model

@@ -3,8 +3,8 @@
 from pathlib import Path, PurePosixPath
 
 from workers.checkpoint.regular_file import find_regular_file, read_object, shown
-from workers.config import Layout
 from workers.errors import CheckpointError, ConfigError
+from workers.model_numbers import Layout
 
 PATTERNS: dict[Layout, str] = {"huggingface": "model*.safetensors", "mistral": "consolidated*.safetensors"}
 INDEXES: dict[Layout, str] = {

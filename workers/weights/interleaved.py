@@ -26,5 +26,6 @@ class InterleavedRows:
         start, stop, _ = index.indices(self.shape[0])
         assert start % self._head_dim == 0 and stop % self._head_dim == 0, (start, stop, self._head_dim)
         rows = self._source[start:stop]
-        order = torch.arange(stop - start).view(-1, self._head_dim // 2, 2).transpose(1, 2).flatten()
+        half = self._head_dim // 2
+        order = torch.arange(stop - start).view(-1, half, 2).transpose(1, 2).flatten()
         return rows[order] if isinstance(rows, torch.Tensor) else rows.take_rows(order)

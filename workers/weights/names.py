@@ -5,7 +5,7 @@ Knows names and shapes; opens no file, and no torch.
 
 import re
 
-from workers.config import Layout, ModelConfig
+from workers.model_numbers import Layout, ModelConfig
 from workers.weights.gguf import names as gguf_names
 
 # Old conversions stored these, which are computed from the configuration.

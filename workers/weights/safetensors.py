@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from workers.config import Layout
 from workers.errors import CheckpointError
+from workers.model_numbers import Layout
 from workers.quant.method import Index
 from workers.weights.files import weight_files
 from workers.weights.interleaved import InterleavedRows

@@ -1,4 +1,4 @@
-"""llama.cpp through the C interface of llama-cpp-python: generation step by step, and log-probabilities of given tokens.
+"""llama.cpp through the C interface of llama-cpp-python: generation step by step, log-probabilities of given tokens, token ids of texts.
 
 Runs in the peer's own environment: `python llama.py JOB`, see timing.py.
 """
@@ -16,9 +16,12 @@ import timing
 class Llama:
     """One model with one context of `num_seqs` sequences, each of up to `max_len` tokens."""
 
-    def __init__(self, path: str, *, num_seqs: int, max_len: int, num_threads: int) -> None:
+    def __init__(self, path: str, *, num_seqs: int, max_len: int, num_threads: int, extra_buffers: bool = True) -> None:
+        """extra_buffers: whether weights may be laid out anew for the CPU's instructions, AMX among them."""
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.use_extra_bufts = extra_buffers
+        self.model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {path}.")
         params = llama_cpp.llama_context_default_params()
@@ -79,6 +82,20 @@ class Llama:
             raise SystemExit(f"llama_decode returned {status}.")
 
 
+def token_ids(path: str, texts: Sequence[str]) -> list[list[int]]:
+    """Of texts in which special tokens may stand, by the vocabulary of the file alone."""
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    vocab = llama_cpp.llama_model_get_vocab(llama_cpp.llama_model_load_from_file(path.encode(), params))
+    found = []
+    for text in texts:
+        data = text.encode()
+        ids = (ctypes.c_int32 * (len(data) + 8))()
+        num_ids = llama_cpp.llama_tokenize(vocab, data, len(data), ids, len(ids), False, True)
+        found.append(list(ids[:num_ids]))
+    return found
+
+
 def logprobs(model: Llama, sequences: Sequence[list[int]]) -> list[list[float]]:
     """The log-probability of each token of each sequence after its first, in nats."""
     found = []
@@ -92,17 +109,25 @@ def logprobs(model: Llama, sequences: Sequence[list[int]]) -> list[list[float]]:
 
 def main() -> None:
     job = timing.read_job()
-    num_threads = len(os.sched_getaffinity(0))
+    num_threads, extra_buffers = len(os.sched_getaffinity(0)), job.get("extra_buffers", True)
     result: dict[str, Any] = {"system": llama_cpp.llama_print_system_info().decode(), "version": llama_cpp.__version__}
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
-    if job["measure"] == "rates":
+    if job["measure"] == "tokens":
+        result["tokens"] = token_ids(job["model"], job["texts"])
+    elif job["measure"] == "rates":
         max_len = timing.PREFILL_TOKENS + 1
-        model = Llama(job["model"], num_seqs=max(job["batches"]), max_len=max_len, num_threads=num_threads)
+        model = Llama(
+            job["model"],
+            num_seqs=max(job["batches"]),
+            max_len=max_len,
+            num_threads=num_threads,
+            extra_buffers=extra_buffers,
+        )
         result |= timing.rates(model.generate, job | {"vocab_size": model.vocab_size})
     else:
         max_len = max(map(len, job["sequences"]))
-        model = Llama(job["model"], num_seqs=1, max_len=max_len, num_threads=num_threads)
+        model = Llama(job["model"], num_seqs=1, max_len=max_len, num_threads=num_threads, extra_buffers=extra_buffers)
         result["logprobs"] = logprobs(model, job["sequences"])
     timing.write_result(result)
 

@@ -33,7 +33,10 @@ MODEL = argument(
 )
 REVISION = option("--revision", help="branch, tag or commit on the Hub")
 GGUF_FILE = option(
-    "--gguf-file", metavar="NAME", help="the GGUF file in MODEL to use, or the first of its parts", shown_default="the only one"
+    "--gguf-file",
+    metavar="NAME",
+    help="the GGUF file in MODEL to use, or the first of its parts",
+    shown_default="the only one",
 )
 LOG_LEVEL = option(
     "--log-level",

@@ -56,3 +56,31 @@ def parse_deadline(text: str) -> str:
     except RequestError as e:
         raise ValueError(f"{text!r}: write a number and a unit, s, m, h or d, such as 2h") from e
     return text
+
+
+def parse_whole(text: str) -> int:
+    """A whole number of at least 0."""
+    if not re.fullmatch(r"\d{1,18}", text.strip()):
+        raise ValueError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """ "1,8,32": whole numbers of at least 1, each once, in this order."""
+    return tuple(dict.fromkeys(parse_positive(part) for part in text.split(",")))
+
+
+def parse_rate(text: str) -> float:
+    """A number above 0."""
+    try:
+        value = float(text)
+    except ValueError as e:
+        raise ValueError(f"{text!r} is not a number") from e
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{text!r} is not a number above 0")
+    return value
+
+
+def parse_seconds(text: str) -> float:
+    """A number of seconds above 0, with or without an s."""
+    return parse_rate(text.strip().removesuffix("s"))

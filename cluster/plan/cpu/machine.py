@@ -6,8 +6,12 @@ from cluster.plan.gpus import Link
 from workers.config import Dtype
 
 # Rates of one core, measured with both cores of a machine and rounded: reading memory, and oneDNN's products in float32 and bfloat16.
-AVX512_BF16 = (25e9, 235e9, 470e9)  # bytes/s, FLOP/s in float32, in bfloat16
-AVX2 = (18e9, 60e9, 60e9)
+# By the flag of the instructions for bfloat16, with the name of the kind; None for CPUs without them.
+KINDS = {
+    "amx_bf16": ("AMX", 15e9, 112e9, 1200e9),  # bytes/s, FLOP/s in float32, in bfloat16
+    "avx512_bf16": ("AVX512-BF16", 25e9, 235e9, 470e9),
+    None: ("AVX2", 18e9, 60e9, 60e9),
+}
 # Cores share the memory's channels: 8 of DDR5-4800 have 307 GB/s, of which about two thirds are reached.
 MAX_BYTES_PER_S = 200e9
 # Between ranks of one machine, which share its memory.
@@ -41,14 +45,13 @@ class CpuMachine:
         return Rates(bytes_per_s=self.bytes_per_s, flops_per_s=flops)
 
 
-def assumed(*, num_cores: int, memory_bytes: int, has_bfloat16: bool) -> CpuMachine:
-    """A machine of the kind that has bfloat16, or of the older one."""
-    name, rates = ("AVX512-BF16", AVX512_BF16) if has_bfloat16 else ("AVX2", AVX2)
-    bytes_per_s, float32, bfloat16 = rates
+def assumed(*, num_cores: int, memory_bytes: int, instructions: str | None) -> CpuMachine:
+    """A machine of the kind that has these instructions for bfloat16, see KINDS. Those of other platforms count as AVX512-BF16."""
+    name, bytes_per_s, float32, bfloat16 = KINDS.get(instructions, KINDS["avx512_bf16"])
     return CpuMachine(
         memory_bytes=memory_bytes,
         num_cores=num_cores,
-        has_bfloat16=has_bfloat16,
+        has_bfloat16=instructions is not None,
         bytes_per_s=min(num_cores * bytes_per_s, MAX_BYTES_PER_S),
         float32_flops_per_s=num_cores * float32,
         bfloat16_flops_per_s=num_cores * bfloat16,

@@ -130,12 +130,13 @@ def refusal(question: CpuQuestion, plans: list[CpuPlan]) -> ConfigError:
 
 def _forms(question: CpuQuestion) -> list[tuple[Dtype, Quantization | None]]:
     default = question.dtype or question.default_dtype
+    if question.quantization not in ("all", None):
+        return [(default, question.quantization)]
     forms: list[tuple[Dtype, Quantization | None]] = [(default, None)]
     if question.dtype is None and default != "bfloat16":
         forms.append(("bfloat16", None))
-    forms += [(default, "int8"), (default, "int4")]
-    if question.quantization != "all":
-        forms = [form for form in forms if form[1] == question.quantization]
+    if question.quantization == "all":
+        forms += [(default, "int8"), (default, "int4")]
     return forms
 
 

@@ -23,9 +23,10 @@ from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
-from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
 from cluster.text.chat.mistral_turns import ENCODERS
+from cluster.text.chat.mistral_vocabulary import MistralVocabulary
+from cluster.text.chat.published import own_version
 from cluster.text.chat.template import (
     DEFAULT_OPTIONS,
     ChatPrompt,
@@ -127,6 +128,8 @@ class MistralTemplate:
             raise RequestError(
                 "The JSON of a tool, call or result is nested too deeply.", remedy="Make it flatter.", param="messages"
             ) from e
+        except RequestError as e:  # of our tokenizer
+            raise RequestError(e.message, remedy=e.remedy, param="messages") from e
         except (RuntimeError, UnicodeError) as e:  # a lone surrogate, which has no UTF-8 form
             raise invalid_unicode() from e
         except ValueError as e:  # from json: a number with more digits than Python reads
@@ -135,18 +138,31 @@ class MistralTemplate:
 
 
 def _open(tokenizer: Tokenizer) -> tuple[Any, str]:
-    """mistral-common's tokenizer of the same file, and the template's version."""
-    version = tokenizer.template_version
+    """The tokenizer as mistral-common's encoders need it, and the template's version."""
+    version = tokenizer.template_version or own_version(tokenizer)
     if version is None:
         raise ConfigError(
-            f"mistral-common has no template for the tokenizer {tokenizer.path.name}.",
-            remedy="Use --chat-template auto, or the path of a template.",
+            f"The tokenizer {tokenizer.path.name} is not one of Mistral's, so it names no version of a template.",
+            remedy="Use --chat-template auto, a version, or the path of a template.",
             param="--chat-template",
         )
     if isinstance(tokenizer.model, TekkenModel):
         return tokenizer.model.tekkenizer, version
-    # mistral-common reads the version from the file name; passing it lets a plain tokenizer.model use any template.
-    return SentencePieceTokenizer(tokenizer.path, tokenizer_version=TokenizerVersion(version)), version
+    number = TokenizerVersion(version)
+    if number >= TokenizerVersion.v13:
+        raise ConfigError(
+            f"Chat template {version} needs a tekken.json, but the tokenizer is {tokenizer.path.name}.",
+            remedy="Use --chat-template auto.",
+            param="--chat-template",
+        )
+    bos, eos = tokenizer.control_token_id("<s>"), tokenizer.control_token_id("</s>")
+    if bos is None or eos is None:
+        raise ConfigError(
+            f"Mistral's templates need the control tokens <s> and </s>, which {tokenizer.path.name} lacks.",
+            remedy="Use --chat-template auto, or the path of a template.",
+            param="--chat-template",
+        )
+    return MistralVocabulary(tokenizer, number, bos=bos, eos=eos), version
 
 
 def _convert(message: Message, names: dict[str, str]) -> list[Any]:

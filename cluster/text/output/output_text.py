@@ -75,7 +75,8 @@ class OutputText:
         self._new_tool_call_id = new_tool_call_id
         self._parser: CallReader | None = None  # set once that token was seen
         # The control tokens inside calls, of vocabularies that have them.
-        marks = {tokenizer.control_token_id(name): name for name in (CALLS, CALL_ID, ARGS)}
+        names = () if tool_calls_token_id is None else (CALLS, CALL_ID, ARGS)
+        marks = {tokenizer.control_token_id(name): name for name in names}
         self._call_marks = {token_id: name for token_id, name in marks.items() if token_id is not None}
         self._tags = TaggedCallReader(new_id=new_tool_call_id) if call_tags else None
         # A tag may be a control token, which has no text of its own.
@@ -138,7 +139,7 @@ class OutputText:
             if self._push_text(parts, text):
                 reason = FinishReason.STOP
                 break
-        if self._in_or_after_calls and self._tags is not None:
+        if self._tags is not None and self._in_or_after_calls:
             self._drop_logprobs_of_tags(len("".join(parts)))
         if reason is not None:
             if self._parser is not None:

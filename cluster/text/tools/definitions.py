@@ -129,14 +129,21 @@ def _calls_in_list(schemas: dict[str, dict[str, Any]], tokenizer: Tokenizer, max
 
 
 def _calls_in_tags(schemas: dict[str, dict[str, Any]], tokenizer: Tokenizer, max_calls: int) -> _Calls:
-    """A tag may be a token that has no text. White space around the tags is as Hermes writes it, or none."""
-    ids = {tag: tokenizer.control_token_id(tag) for tag in (OPEN, CLOSE)}
-    first, last = (json.dumps(tag) if ids[tag] is None else f"<[{ids[tag]}]>" for tag in (OPEN, CLOSE))
+    """White space around the tags is as Hermes writes it, or none."""
+    first, last = _tag(OPEN, tokenizer), _tag(CLOSE, tokenizer)
     schema = _calls_schema(schemas, max_calls=1)
     call = schema.pop("items")
     call |= {key: schema[key] for key in ("$defs", "x-guidance")}
     start = f"WS call{{1,{max_calls}}}\ncall: {first} WS @call_object WS {last} WS\nWS: /[ \\n]{{0,2}}/"
     return _Calls(start, [{"name": "call_object", "json_schema": call}], f"{_ANY_TEXT} & ~/(?s:.*){OPEN}(?s:.*)/")
+
+
+def _tag(tag: str, tokenizer: Tokenizer) -> str:
+    """In Lark: text, or the token that the checkpoint has added for it, which the vocabulary's file may not know."""
+    if tag not in tokenizer.special_tokens:
+        return json.dumps(tag)
+    token = f"<[{tokenizer.special_tokens[tag].id}]>"
+    return token if tokenizer.control_token_id(tag) is not None else f"({json.dumps(tag)} | {token})"
 
 
 def _calls_by_name(schemas: dict[str, dict[str, Any]], tokenizer: Tokenizer, max_calls: int) -> _Calls:

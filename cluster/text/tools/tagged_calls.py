@@ -5,7 +5,7 @@
     </tool_call>
 
 Knows the tags and, through calls.py, the JSON between them; no tokens and no schema. A tag may be several tokens, so text that could begin
-one is held back, as is white space, which belongs to the tag after it. What stands between tags but is no call is text, with its tags.
+one is held back, as is white space, which belongs to the tag after it. Anything else between tags is text, with its tags.
 """
 
 from collections.abc import Callable

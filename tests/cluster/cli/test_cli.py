@@ -121,11 +121,11 @@ def test_every_engine_option_arrives(folder):
     assert configure(folder, "--quantization", "int4").engine.quantization == "int4"
 
 
-def test_quantization_is_for_the_cpu(folder):
-    with pytest.raises(
-        ConfigError, match=r"--quantization int8 works on the CPU only\. Leave it out, or use --device cpu\."
-    ):
-        configure(folder, "--quantization", "int8", device="cuda")
+def test_float8_is_for_gpus(folder):
+    for form in ("int8", "int4", "fp8"):
+        assert configure(folder, "--quantization", form, device="cuda").engine.quantization == form
+    with pytest.raises(ConfigError, match=r"--quantization fp8 works on CUDA only\. Use int8, which takes as much"):
+        configure(folder, "--quantization", "fp8")
 
 
 @pytest.mark.parametrize(

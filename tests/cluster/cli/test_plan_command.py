@@ -84,7 +84,7 @@ def test_json_says_what_the_table_says(capsys):
         (["--gpu-memory-utilization", "1.5"], "Use a value above 0 and up to 1."),
         (["--gpu", "A10G", "--cloud", "gcp", "--write", "x.yaml"], "No machine with exactly 4 A10G is known on gcp"),
         (["--gpu", "A10G", "--dtype", "float32"], "--dtype float32 does not work on GPUs"),
-        (["--quantization", "int4"], "--quantization has no effect without --gpu cpu."),
+        (["--gpu", "cpu", "--quantization", "fp8"], "--quantization fp8 works on CUDA only. Use int8"),
         (["--gpu", "A10G", "--memory", "8GB"], "--memory has no effect without --gpu cpu."),
         (["--gpu", "cpu", "--write", "x.yaml"], "--write has no effect with --gpu cpu. Leave it out."),
         (["--gpu", "cpu", "--spot"], "--spot has no effect with --gpu cpu."),
@@ -98,6 +98,22 @@ def test_an_impossible_plan_is_rejected_with_a_remedy(options, message, capsys, 
     assert main(["plan", MODEL, *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_which_gpu_holds_7b_in_int4_with_a_context_of_32k(capsys, tmp_path):
+    """One L4 holds 4 such contexts beside 4.3 GB of weights, and none but one beside the 14.5 GB of bfloat16."""
+    options = ["--context", "32768", "--concurrency", "3", "--gpu", "L4", "-tp", "1"]
+    assert main(["plan", MODEL, *options]) == 2
+    assert "--quantization int4" in capsys.readouterr().err
+    task = tmp_path / "task.yaml"
+    assert main(["plan", MODEL, *options, "--quantization", "int4", "--write", str(task)]) == 0
+    assert "int4 weights and bfloat16" in capsys.readouterr().out
+    assert "--quantization int4" in task.read_text()
+    assert main(["plan", MODEL, *options, "--quantization", "int4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["quantization"] == "int4" and found["plans"][0]["memory"]["weight_bytes"] == pytest.approx(
+        4.3e9, rel=0.01
+    )
 
 
 def test_a_plan_for_a_machine_without_a_gpu(capsys):

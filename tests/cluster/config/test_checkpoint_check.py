@@ -46,8 +46,9 @@ def test_a_complete_checkpoint(folder: Path) -> None:
     ("files", "message", "remedy"),
     [
         ([], "is empty.", SUPPORTED),
-        (["a.Q4_K_M.gguf", "README.md"], "has GGUF weights (a.Q4_K_M.gguf), which are not supported.", SUPPORTED),
-        (["config.json", "a.gguf"], "has GGUF weights (a.gguf), which are not supported.", SUPPORTED),
+        (["a.ggml"], "has weights in the old GGML format (a.ggml), which is not supported.", SUPPORTED),
+        (["a.gguf", "b.gguf"], "has 2 GGUF models (a.gguf, b.gguf).", "Name one with --gguf-file."),
+        (["config.json", "mmproj-a.gguf"], "has no GGUF file of a language model.", "Name one with --gguf-file."),
         (["adapter_config.json", "adapter_model.safetensors"], "has a LoRA adapter (adapter_config.json)", "Merge the"),
         (["adapter_model.bin", "config.json"], "has a LoRA adapter (adapter_model.bin), not a model.", "Merge the"),
         (["tokenizer.json"], "has only a tokenizer (tokenizer.json): neither config.json", SUPPORTED),
@@ -79,11 +80,13 @@ def test_what_is_there_instead_is_said(tmp_path: Path, files: list[str], message
 def test_every_command_says_it_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.ggml").touch()
     name, *options = command
     assert main([name, str(tmp_path), *options]) != 0
     said = capsys.readouterr().err
-    assert f"{tmp_path} has GGUF weights (model.gguf), which are not supported. {SUPPORTED}" in " ".join(said.split())
+    assert f"{tmp_path} has weights in the old GGML format (model.ggml), which is not supported." in " ".join(
+        said.split()
+    )
     assert "Ray" not in said
 
 

@@ -83,7 +83,8 @@ def test_weights_in_mistrals_layout_are_downloaded_if_there_are_no_others(monkey
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["model.Q4_K_M.gguf"], "owner/name has GGUF weights (model.Q4_K_M.gguf), which are not supported."),
+        (["a.Q4_K_M.gguf", "a.Q8_0.gguf"], "owner/name has 2 GGUF models (a.Q4_K_M.gguf, a.Q8_0.gguf)."),
+        (["model.ggml"], "owner/name has weights in the old GGML format (model.ggml), which is not supported."),
         (
             ["adapter_config.json", "adapter_model.bin"],
             "owner/name has a LoRA adapter (adapter_config.json), not a model.",
@@ -103,7 +104,7 @@ def test_a_repository_without_a_model_is_named(monkeypatch, tmp_path, files, mes
 @pytest.mark.parametrize(
     ("name", "message", "remedy"),
     [
-        ("model.gguf", "is a GGUF file, which is not supported.", "Give a folder with config.json"),
+        ("model.ggml", "is a file in the old GGML format, which is not supported.", "Give a folder with config.json"),
         ("model.safetensors", "is a file, not a model folder.", "Give its folder, "),
         ("notes.txt", "is a file, not a model folder.", "Give a folder with config.json"),
     ],
@@ -114,6 +115,78 @@ def test_a_file_instead_of_a_folder(tmp_path, name, message, remedy):
         with pytest.raises(ConfigError) as e:
             resolve(str(tmp_path / name))
         assert e.value.message == f"{tmp_path / name} {message}" and e.value.remedy.startswith(remedy)
+
+
+def test_a_gguf_file_is_a_model(tmp_path):
+    """Given itself, as any of its parts, or as the only one in its folder."""
+    parts = [tmp_path / f"tiny-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for part in parts:
+        part.touch()
+    assert resolve_model(str(parts[1])) == (parts[0], "tiny")
+    assert resolve_model(str(tmp_path)) == (parts[0], tmp_path.name)
+    (tmp_path / "tiny.Q8_0.gguf").touch()
+    found = resolve_model(str(tmp_path), gguf_file="tiny.Q8_0.gguf")
+    assert found == (tmp_path / "tiny.Q8_0.gguf", "tiny.Q8_0")
+    assert find_model(str(tmp_path), gguf_file=parts[0].name) == parts[0]
+    assert resolve_config(str(tmp_path), gguf_file=parts[0].name) == parts[0]
+
+
+@pytest.mark.parametrize(
+    ("gguf_file", "message", "remedy"),
+    [
+        (None, "has 2 GGUF models (a.gguf, b.gguf).", "Name one with --gguf-file."),
+        ("c.gguf", "has no file c.gguf.", "Use one of a.gguf, b.gguf."),
+        (
+            "../a.gguf",
+            "--gguf-file ../a.gguf is not the name of a GGUF file in MODEL.",
+            "Give a name that ends with .gguf",
+        ),
+        ("a.bin", "--gguf-file a.bin is not the name of a GGUF file in MODEL.", "Give a name that ends with .gguf"),
+    ],
+)
+def test_which_of_several_gguf_files(tmp_path, monkeypatch, gguf_file, message, remedy):
+    """The same in a folder and in a repository."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).touch()
+    fake_hub(monkeypatch, tmp_path / "hub", {"a.gguf": 1, "b.gguf": 1})
+    for model in (str(folder), "owner/name"):
+        with pytest.raises(ConfigError) as e:
+            resolve_model(model, gguf_file=gguf_file)
+        assert e.value.message in (message, f"{model} {message}") and e.value.remedy.startswith(remedy)
+        assert e.value.param == "--gguf-file"
+
+
+def test_gguf_file_without_effect_is_refused(tmp_path):
+    (tmp_path / "a.gguf").touch()
+    for model in (str(tmp_path / "a.gguf"), None):
+        with pytest.raises(ConfigError, match="--gguf-file has no effect"):
+            resolve_model(model, gguf_file="a.gguf")
+
+
+def test_one_gguf_file_of_a_repository_is_downloaded(monkeypatch, tmp_path):
+    names = ["config.json", "README.md", "a.Q8_0.gguf", "a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]
+    calls = fake_hub(monkeypatch, tmp_path, dict.fromkeys(names, 3))
+    assert resolve_model("owner/name", gguf_file="a-00001-of-00002.gguf") == (tmp_path / names[3], "owner/name")
+    assert calls == [names[3:]]
+    assert download_bytes("owner/name", gguf_file="a.Q8_0.gguf") == 3
+    assert download_bytes("owner/name", gguf_file="a-00002-of-00002.gguf") == 6
+
+
+def test_the_only_gguf_file_of_a_repository_needs_no_option(monkeypatch, tmp_path):
+    names = ["README.md", "a.Q4_K_M.gguf", "mmproj-a.gguf"]
+    calls = fake_hub(monkeypatch, tmp_path, dict.fromkeys(names, 3))
+    assert resolve_model("owner/name") == (tmp_path / "a.Q4_K_M.gguf", "owner/name")
+    assert calls[-1] == ["a.Q4_K_M.gguf"] and download_bytes("owner/name") == 3
+
+
+def test_the_plan_of_a_gguf_file_on_the_hub_says_how_to_get_it(monkeypatch, tmp_path):
+    """Its configuration is in the file itself, which may have gigabytes."""
+    fake_hub(monkeypatch, tmp_path, {})
+    with pytest.raises(ConfigError, match=r"a\.gguf of owner/name is not on this machine") as e:
+        resolve_config("owner/name", gguf_file="a.gguf")
+    assert "`hf download owner/name a.gguf`" in e.value.remedy
 
 
 def test_without_a_model_the_demo_is_served():

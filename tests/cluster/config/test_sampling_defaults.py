@@ -1,12 +1,17 @@
 """What generation_config.json says about sampling stands where a request says nothing, and nowhere else."""
 
+import asyncio
 import json
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from gguf import GGUFWriter
+from gguf.constants import Keys
+from support.batch.app import batch_app
 from support.fakes.replica import FakeReplica
 from support.paths import DEMO_MODEL
 
@@ -62,7 +67,27 @@ def test_what_is_read(tmp_path: Path, fields: Any, expected: SamplingDefaults) -
 
 def test_a_checkpoint_without_the_file_has_none(tmp_path: Path) -> None:
     assert read_sampling_defaults(tmp_path, "auto") == SamplingDefaults()
-    assert read_sampling_defaults(tmp_path / "model.gguf", "auto") == SamplingDefaults()
+
+
+@pytest.mark.parametrize("given", ["the file", "its folder"])
+def test_a_gguf_file_has_them_in_its_metadata(tmp_path: Path, given: str) -> None:
+    """As llama.cpp's converter writes them, with the package's own names."""
+    file = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(file, "llama")
+    keys = Keys.General
+    for key, value in ((keys.SAMPLING_TEMP, 0.6), (keys.SAMPLING_TOP_P, 0.9), (keys.SAMPLING_PENALTY_REPEAT, 1.1)):
+        writer.add_float32(key, value)
+    writer.add_int32(keys.SAMPLING_TOP_K, 40)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    location = file if given == "the file" else tmp_path
+    expected = SamplingDefaults(temperature=0.6, top_p=0.9, repetition_penalty=1.1, top_k=40)
+    assert read_sampling_defaults(location, "auto") == expected
+    assert read_sampling_defaults(location, "none") == SamplingDefaults()
+    write(tmp_path, {"temperature": 0.5})
+    assert read_sampling_defaults(tmp_path, "auto") == SamplingDefaults(temperature=0.5)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +141,7 @@ def test_serve_and_its_banner(tmp_path: Path) -> None:
     assert sampling_line(configured("--generation-config", "none")) == ""
     other = write(tmp_path / "other", {"top_k": 5})
     assert sampling_line(configured("--generation-config", str(other))) == (
-        f"top_k 5 where a request says nothing, from {other}'s generation_config.json"
+        f"top_k 5 where a request says nothing, from {other}/generation_config.json"
     )
 
 
@@ -189,3 +214,23 @@ async def test_a_completion_is_not_longer_than_openais_default() -> None:
 async def test_top_p_0_of_a_model_is_greedy() -> None:
     assert (await sampled(*CHAT, SamplingDefaults(top_p=0.0, temperature=0.7))).temperature == 0
     assert (await sampled(CHAT[0], CHAT[1] | {"top_p": 0.5}, SamplingDefaults(top_p=0.0))).temperature == 1.0
+
+
+async def test_the_lines_of_a_batch_on_a_server_alike(tmp_path: Path) -> None:
+    replica = FakeReplica()
+    line = {"custom_id": "a", "method": "POST", "url": COMPLETION[0], "body": {"model": "demo", "prompt": "x"}}
+    own = line | {"custom_id": "b", "body": line["body"] | {"temperature": 0.25}}
+    form = aiohttp.FormData()
+    form.add_field("purpose", "batch")
+    form.add_field("file", "\n".join(json.dumps(row) for row in (line, own)).encode(), filename="in.jsonl")
+    async with batch_app(tmp_path, [replica], sampling_defaults=MODEL_DEFAULTS) as client:
+        file = await (await client.post("/v1/files", data=form)).json()
+        fields = {"input_file_id": file["id"], "endpoint": COMPLETION[0], "completion_window": "24h"}
+        batch = await (await client.post("/v1/batches", json=fields)).json()
+        async with asyncio.timeout(20):
+            while batch["status"] not in ("completed", "failed"):
+                await asyncio.sleep(0.02)
+                batch = await (await client.get(f"/v1/batches/{batch['id']}")).json()
+    assert batch["request_counts"]["completed"] == 2
+    assert sorted(request.sampling.temperature for request in replica.requests) == [0.25, 0.5]
+    assert {request.sampling.top_k for request in replica.requests} == {40}

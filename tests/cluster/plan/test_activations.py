@@ -16,6 +16,7 @@ from workers.engine import cuda_graphs, model_runner
 from workers.engine.decode_padding import decode_sizes
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank
+from workers.quant.pack_cuda import WORKSPACE_BYTES
 
 NUM_TOKENS = 256
 SMALL = replace(V0_3, hidden_size=512, num_attention_heads=4, num_key_value_heads=1, num_hidden_layers=2, vocab_size=64)
@@ -115,6 +116,7 @@ def test_activations_are_those_of_the_model(changes, what):
 
 
 def test_the_plan_knows_the_engines_numbers():
+    assert memory.DEQUANTIZED_BYTES == WORKSPACE_BYTES
     assert memory.PROMPT_LOGITS_AT_ONCE == model_runner.PROMPT_LOGITS_AT_ONCE
     assert memory.DRIVER_BYTES_PER_GRAPH == cuda_graphs.DRIVER_BYTES_PER_GRAPH
     for max_num_seqs in (1, 2, 3, 16, 17, 48, 64, 65, 100, 256, 1000):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_host.gpus import GPUS as FAKE_GPUS
-from cuda_host.test_memory_sizing import EXPECTED
+from cuda_host.test_memory_sizing import EXPECTED, QUANTIZED
 
 from cluster.plan import memory
 from cluster.plan.gpus import GIB, GPUS
@@ -111,14 +111,16 @@ def test_the_engine_finds_as_many_blocks_in_the_same_memory(monkeypatch, gpu, si
     assert kv_cache.num_blocks_that_fit(config, torch.device("cuda")) == planned.num_kv_blocks
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", [*EXPECTED, *QUANTIZED])
 def test_the_plan_agrees_with_an_engine_on_the_fake_device(name):
     """The engine's own start on each GPU, with all defaults and contexts of 32,768 tokens: see tests/cuda_host/test_memory_sizing.py."""
-    blocks, seqs, tokens = EXPECTED[name]
-    gpu = replace(GPUS[name.removesuffix("-40GB")], memory_bytes=FAKE_GPUS[name].memory_bytes)
+    blocks, seqs, tokens = (EXPECTED | QUANTIZED)[name]
+    gpu_name, quantization = ("A10G", name) if name in QUANTIZED else (name, None)
+    gpu = replace(GPUS[gpu_name.removesuffix("-40GB")], memory_bytes=FAKE_GPUS[gpu_name].memory_bytes)
     sizes = gpu.sizes
     assert (sizes.max_num_seqs, sizes.max_num_batched_tokens) == (seqs, tokens)
-    config = engine(V0_3, max_model_len=32_768, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+    sizes_and_form = {"max_num_seqs": seqs, "max_num_batched_tokens": tokens, "quantization": quantization}
+    config = engine(V0_3, max_model_len=32_768, **sizes_and_form)
     assert memory.rank_memory(config, gpu).num_kv_blocks == pytest.approx(blocks, rel=0.02)
 
 

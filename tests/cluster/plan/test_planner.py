@@ -98,6 +98,35 @@ def test_a_kv_cache_in_8_bits_is_a_remedy():
     assert "--kv-cache-dtype" not in str(refusal(asked, [many], offers=OFFERS)), "that would not be enough"
 
 
+@pytest.mark.parametrize(("concurrency", "quantization"), [(2, "int8"), (3, "int4")])
+def test_quantised_weights_are_a_remedy(concurrency, quantization):
+    """An A10G has 5.9 GB beside 14.5 GB of weights, 12.4 beside 7.9 and 16.0 beside 4.3; a context of 32,768 tokens takes 4.3 GB."""
+    asked = question(context=32_768, concurrency=concurrency)
+    plan = make_plan(asked, GPUS["A10G"], 1)
+    assert not plan.fits
+    assert f"--quantization {quantization}" in str(refusal(asked, [plan], offers=OFFERS))
+    assert make_plan(replace(asked, quantization=quantization), GPUS["A10G"], 1).fits
+
+
+def test_float8_doubles_the_operations_of_newer_gpus_only():
+    asked = replace(question(context=8192, concurrency=1), quantization="fp8")
+    dense = replace(asked, quantization=None)
+    newer, older = GPUS["H100"], GPUS["A10G"]
+    assert make_plan(asked, newer, 1).speed.prefill_s == pytest.approx(make_plan(dense, newer, 1).speed.prefill_s / 2)
+    assert make_plan(asked, older, 1).speed.prefill_s == make_plan(dense, older, 1).speed.prefill_s
+    assert make_plan(asked, older, 1).speed.step_s < 0.6 * make_plan(dense, older, 1).speed.step_s
+
+
+def test_a_size_by_which_quantised_rows_cannot_be_divided_is_left_out():
+    config = replace(
+        FAMILY["mistralai/Mistral-7B-v0.3"], intermediate_size=14_336 + 64
+    )  # 1,800 inputs on each of 8 ranks
+    asked = replace(question(), model=PlannedModel(name="m", config=config), quantization="int8")
+    assert {p.tensor_parallel_size for p in make_plans(asked, gpus=[GPUS["A100"]])} == {1, 2}
+    with pytest.raises(ConfigError, match="is 3600 on each of 4 ranks, which is not a multiple of 32"):
+        make_plans(asked, gpus=[GPUS["A100"]], tensor_parallel_size=4)
+
+
 def test_no_known_gpu_is_large_enough():
     asked = question(concurrency=100_000)
     message = str(refusal(asked, [make_plan(asked, GPUS["L4"], 1)], offers=OFFERS))

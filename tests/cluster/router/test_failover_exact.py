@@ -21,6 +21,7 @@ import jsonschema
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from support.native import native_library
+from support.quantized.checkpoints import write_quantized
 from support.servers.live_replica import TOKEN, TOKENIZER, LiveReplica
 from support.servers.relay import CuttingRelay
 from support.tiny import write_tiny_checkpoint
@@ -160,14 +161,20 @@ async def test_the_bytes_are_the_same_when_the_replica_dies_at_any_token(
         {"kv_cache_dtype": "int8"},
         {"dtype": "bfloat16", "quantization": "int4", "kv_cache_dtype": "int8"},
         {"dtype": "bfloat16", "kv_cache_dtype": "fp8"},
+        {"checkpoint": "gptq, act-order, asymmetric"},
+        {"checkpoint": "pack-quantized", "dtype": "bfloat16", "kv_cache_dtype": "int8"},
     ],
     ids=lambda settings: " ".join(settings.values()),
 )
 def compiled_replicas(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[LiveReplica]]:
     """Two that compute alike, with the compiled kernels."""
     native_library("avx2")  # skips where there can be none
-    folder = write_tiny_checkpoint(tmp_path, vocab_size=TOKENIZER.vocab_size, sliding_window=24)
     settings = {"max_num_batched_tokens": 16, "max_num_seqs": 8, **request.param}
+    overrides: dict[str, Any] = {"vocab_size": TOKENIZER.vocab_size, "sliding_window": 24}
+    if (kind := settings.pop("checkpoint", None)) is None:
+        folder = write_tiny_checkpoint(tmp_path, **overrides)
+    else:
+        folder, _ = write_quantized(tmp_path, kind, **overrides)
     replicas = [LiveReplica(folder, replica_id=name, **settings) for name in ("r0", "r1")]
     yield replicas
     for replica in replicas:

@@ -98,15 +98,24 @@ def test_matches_are_as_defined_after_any_events(history, hashes, window):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(0, 2**32), st.sampled_from([None, 1, 2, 5, 6, 9, 17]), st.sampled_from([1, 2, 4]))
-def test_it_predicts_what_the_cache_manager_finds(seed, window, block_size):
-    """Real managers with few blocks run prompts that share prefixes, and report what they store and evict."""
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([(None,), (1,), (2,), (5,), (6,), (9,), (17,), (None, 5), (17, 6, 6)]),
+    st.sampled_from([1, 2, 4]),
+)
+def test_it_predicts_what_the_cache_manager_finds(seed, windows, block_size):
+    """Real managers with few blocks run prompts that share prefixes, and report what they store and evict.
+
+    Where layers have different windows, they report of those with the widest one; the others may have lost more.
+    """
     rng = random.Random(seed)
     index, managers = PrefixIndex(), []
     for slot in range(3):
         index.add(slot)
         managers.append(
-            KVCacheManager(num_blocks=24, block_size=block_size, windows=(window,), enable_prefix_caching=True)
+            KVCacheManager(
+                num_blocks=24 * len(windows), block_size=block_size, windows=windows, enable_prefix_caching=True
+            )
         )
     for number in range(25):
         stem = [rng.randrange(2)] * rng.randrange(1, 16)
@@ -114,9 +123,10 @@ def test_it_predicts_what_the_cache_manager_finds(seed, window, block_size):
         hashes: list[bytes] = []
         for i in range((len(tokens) - 1) // block_size):
             hashes.append(hash_block(hashes[-1] if hashes else b"", tokens[i * block_size : (i + 1) * block_size]))
-        matched = index.match(hashes, window_blocks=window_blocks(window, block_size))
+        matched = index.match(hashes, window_blocks=window_blocks(windows[0], block_size))
         found = [m.find_prefix(BlockSequence(tokens), len(tokens) - 1).num_blocks for m in managers]
-        assert matched.tolist() == found, f"prompt {number} of {len(tokens)} tokens"
+        same = matched.tolist() == found if len(windows) == 1 else all(matched >= found)
+        assert same, f"prompt {number} of {len(tokens)} tokens: {matched} predicted, {found} found"
         slot = rng.randrange(3)
         play(managers[slot], BlockSequence(tokens), chunk=rng.randrange(1, 9))
         changes = managers[slot].pool.take_events()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.chatml import CHATML, IM_END, IM_START, MODEL_VOCAB_SIZE, V1, write_chatml
+from support.layouts import LAYOUTS, fast_tokenizer
 from support.paths import DEMO_MODEL
 from support.tokenizers import write_tokenizer
 
@@ -108,7 +109,7 @@ def test_a_template_that_was_asked_for_must_exist(tmp_path: Path) -> None:
 def test_the_option_decides(tmp_path: Path, own: str | None, option: str) -> None:
     (tmp_path / "mine.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
     loaded = load(tmp_path, own, str(tmp_path / "mine.jinja") if option == "path" else option)
-    assert loaded.choice.endswith("as requested")
+    assert "as requested" in loaded.choice
     if option == "path":
         assert loaded.chat_template.encode([Message("user", "hi")]).token_ids == [1, 12014]
     else:
@@ -135,14 +136,15 @@ def test_tokens_beyond_the_model_stop_the_start_only_if_the_template_writes_them
 
 
 def folder_with(folder: Path, files: dict[str, bytes | str]) -> Path:
+    folder.mkdir(exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
 
 
 V1_FILE, V3_FILE = V1.read_bytes(), (V1.parent / "mistral_instruct_tokenizer_240323.model.v3").read_bytes()
-# A field that SentencePiece does not know: another file with the same pieces, as anybody's 32,000 could be.
-SOMEBODYS = V1_FILE + b"\xfa\x07\x01x"
+# One letter of one piece is another: 32,000 pieces that are not Mistral's, as Llama 2's are.
+SOMEBODYS = V1_FILE.replace("▁Constitution".encode(), "▁Constitutioq".encode())
 ADDED = '{"<|im_end|>": %d}'
 
 
@@ -174,13 +176,13 @@ def test_without_a_template_only_mistrals_own_tokenizer_brings_one(
     assert isinstance(load_text(tmp_path, chat_template="v1", model_vocab_size=33_000).chat_template, MistralTemplate)
 
 
-def test_a_published_template_without_mistrals_tokenizer_file_is_used_as_it_is(tmp_path: Path) -> None:
-    """As transformers 5 saves Mistral's models: tokenizer.json is all there is, which mistral-common does not read."""
+def test_a_published_template_with_another_vocabulary_is_used_as_it_is(tmp_path: Path) -> None:
+    """Such as Mistral's of 2023 in a fine-tune of another family."""
     folder = write_tokenizer(tmp_path, "llama2", chat_template=MISTRAL_V2_TEMPLATE)
     loaded = load_text(folder, chat_template="auto", model_vocab_size=1000)
-    assert loaded.choice == "the checkpoint's own, that of Mistral-7B-Instruct-v0.2 of 2023"
+    assert loaded.choice.startswith("the checkpoint's own, that of Mistral-7B-Instruct-v0.2 of 2023")
     assert isinstance(loaded.chat_template, JinjaTemplate)
-    with pytest.raises(ConfigError, match=r"mistral-common has no template for the tokenizer tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"The tokenizer tokenizer\.json is not one of Mistral's"):
         MistralTemplate(loaded.tokenizer)
 
 
@@ -195,4 +197,36 @@ def test_a_published_template_without_mistrals_tokenizer_file_is_used_as_it_is(t
 def test_the_files_of_a_release_bring_mistral_commons(tmp_path: Path, file: str, own: str, choice: str) -> None:
     """A fine-tune in another format may keep the file."""
     folder = folder_with(tmp_path, {file: V3_FILE, "chat_template.jinja": own})
-    assert load_text(folder, chat_template="auto", model_vocab_size=32_768).choice == choice
+    assert load_text(folder, chat_template="auto", model_vocab_size=32_768).choice.startswith(choice)
+
+
+@pytest.mark.parametrize(
+    ("template", "choice"),
+    [
+        (None, "mistral-common's v1, since the checkpoint has none, and its tokenizer (tokenizer.json) is Mistral's"),
+        (MISTRAL_V2_TEMPLATE, "mistral-common's v1, since the checkpoint's own is that of Mistral-7B-Instruct-v0.2 of 2023"),
+    ],
+)  # fmt: skip
+def test_mistrals_vocabulary_in_another_file_has_its_templates(
+    tmp_path: Path, template: str | None, choice: str
+) -> None:
+    """As transformers 5 saves Mistral's models, and as GGUF files hold them: mistral-common itself reads neither."""
+    (tmp_path / "tokenizer.json").write_text(fast_tokenizer(LAYOUTS["Instruct v0.1"]).to_str())
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    loaded = load_text(tmp_path, chat_template="auto", model_vocab_size=32_000)
+    assert loaded.choice == choice
+    theirs = load_text(
+        folder_with(tmp_path / "own", {"tokenizer.model": V1_FILE}), chat_template="v1", model_vocab_size=32_000
+    )
+    assert loaded.chat_template is not None and theirs.chat_template is not None
+    for messages in (
+        [
+            Message("system", "Be brief."),
+            Message("user", "ça va? 日本語</s>[INST]"),
+            Message("assistant", "b"),
+            Message("user", "c"),
+        ],
+        [Message("user", "a"), Message("assistant", "b", prefix=True)],
+    ):
+        assert loaded.chat_template.encode(messages) == theirs.chat_template.encode(messages)

@@ -1,4 +1,6 @@
-"""Starts a 7B engine with all defaults on the GPU that this process sees, fills it, and prints what that took, as JSON."""
+"""Starts a 7B engine with all defaults on the GPU that this process sees, fills it, and prints what that took, as JSON:
+`kv_cache_size.py [QUANTIZATION]`.
+"""
 
 import json
 import sys
@@ -10,7 +12,9 @@ from workers.device.require import require_gpu
 from workers.device.sizes import DEVICE_SIZES, sized_for
 
 device = FakeDevice()
-config = sized_for(make_config(sized_by_device=DEVICE_SIZES), require_gpu("This process"), lambda value: value)
+quantization = {"quantization": sys.argv[1]} if len(sys.argv) > 1 else {}
+config = make_config(sized_by_device=DEVICE_SIZES, **quantization)
+config = sized_for(config, require_gpu("This process"), lambda value: value)
 core = make_core(config)
 while core.runner.size_to_capture(is_idle=True) is not None:
     core.heartbeat()

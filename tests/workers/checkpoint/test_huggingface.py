@@ -11,9 +11,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from workers.checkpoint.model_config import load_model_config
-from workers.config import MAX_SIZES
 from workers.errors import ConfigError
 from workers.layers.rotary import inverse_frequencies
+from workers.model_numbers import MAX_SIZES
 
 SIZES = {
     "vocab_size": 32_000,

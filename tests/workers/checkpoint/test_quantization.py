@@ -19,11 +19,11 @@ def test_a_dense_checkpoint_has_none():
     ("config", "expected"),
     [
         (GPTQ, ("gptq", "GPTQ int4", 4.5, 128)),
-        (GPTQ | {"sym": False}, ("gptq", "GPTQ int4", 6.0, 128)),
+        (GPTQ | {"sym": False}, ("gptq", "GPTQ int4", 5.0, 128)),
         (GPTQ | {"bits": 8, "group_size": -1}, ("gptq", "GPTQ int8", 8.5, None)),
         (GPTQ | {"desc_act": True, "checkpoint_format": "gptq_v2"}, ("gptq_v2", "GPTQ int4", 4.5, None)),
-        (AWQ, ("awq", "AWQ int4", 6.0, 128)),
-        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"}, ("awq", "AWQ int4", 6.0, 64)),
+        (AWQ, ("awq", "AWQ int4", 5.0, 128)),
+        ({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM"}, ("awq", "AWQ int4", 5.0, 64)),
         (
             compressed(INT4 | {"strategy": "group", "group_size": 128}, form="pack-quantized"),
             ("compressed-tensors", "compressed-tensors int4", 5.0, 128),

@@ -14,6 +14,7 @@ import torch
 from support.fakes.engines import make_config, make_engine, make_request
 from support.native import native_library
 from support.paths import DEMO_MODEL
+from support.quantized.checkpoints import KINDS, write_quantized
 from support.ranks.rank_threads import run_ranks
 from support.tiny import write_tiny_checkpoint
 
@@ -62,6 +63,8 @@ ON_TORCH = {"float32", "int8 KV"}
 
 
 def checkpoint(model, tmp_path):
+    if model in KINDS:
+        return write_quantized(tmp_path, model)[0]
     return DEMO if model == "demo" else write_tiny_checkpoint(tmp_path, **MODELS[model])
 
 
@@ -176,6 +179,8 @@ class Reference:
         ("wide window", 1, "bfloat16"),
         ("window", 1, "int8 KV"),
         ("no window", 1, "fp8 KV"),
+        ("gptq, act-order, asymmetric", 1, "bfloat16"),
+        ("int-quantized", 1, "float32"),
     ],
     ids=lambda param: f"{param[0]}, {param[1]} threads, {param[2]}",
 )

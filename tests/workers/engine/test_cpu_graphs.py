@@ -4,11 +4,13 @@ import logging
 
 import pytest
 from support.fakes.engines import make_config, make_request
+from support.ranks.rank_threads import run_ranks
 from support.tiny import write_tiny_checkpoint
 
 from workers.config import EngineConfig
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
+from workers.engine.follower import run_follower
 from workers.engine.llm_engine import LLMEngine, stream_requests
 from workers.native.library import NativeLibrary, load_library
 from workers.profile.steps import profile_core
@@ -55,6 +57,37 @@ def test_graphs_change_no_bit(folder, form):
     assert outputs(core) == expected, "while they are recorded"
     assert len(core.runner.graphs.captured_sizes) >= 3
     assert outputs(core) == expected, "with them from the start"
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_graphs_read_the_blocks_of_each_group_of_layers(tmp_path):
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    folder = write_tiny_checkpoint(tmp_path, sliding_window=8, num_hidden_layers=3, layer_types=layer_types)
+    core = LLMEngine(config(folder)).core
+    expected = outputs(LLMEngine(config(folder, cuda_graphs=False)).core)
+    assert outputs(core) == outputs(core) == expected
+    assert len(core.runner.graphs.captured_sizes) >= 3
+
+
+@pytest.mark.group
+def test_two_ranks_exchange_in_their_graphs(folder):
+    def program(tp):
+        made = config(folder, tensor_parallel_size=2, dtype="bfloat16")
+        runner = build_runner(made, tp)
+        runner.allocate_kv_cache()
+        if tp.rank:
+            run_follower(runner, tp)
+            return runner.graphs.captured_sizes
+        core = EngineCore(made, runner, tp)
+        found = [outputs(core), outputs(core)]
+        core.shutdown()
+        return found
+
+    found, captured = run_ranks(2, program)
+    assert len(captured) >= 3
+    (expected,) = run_ranks(1, lambda tp: outputs(LLMEngine(config(folder, cuda_graphs=False)).core))
+    assert found[0] == found[1]
+    assert found[0].keys() == expected.keys()
 
 
 def test_a_step_that_torch_computes_in_stays_without_a_graph(folder, caplog):

@@ -6,11 +6,15 @@ Products of whole numbers round their inputs to 8 bits; what becomes dense does 
 import pytest
 import torch
 from support.fakes.engines import make_config
+from support.native import native_library
 from support.quantized.checkpoints import KINDS, write_quantized
 from support.ranks.rank_threads import run_ranks
 
 from workers.attention.backend import AttentionMetadata
+from workers.device.model_bytes import weight_bytes
+from workers.engine import build
 from workers.engine.build import build_runner
+from workers.parallel.group import SingleRank
 
 BLOCK = 16
 NUM_TOKENS = 40
@@ -61,3 +65,57 @@ def test_logits_are_those_of_the_dense_weights(kind, tmp_path):
     else:
         assert 0 < distance(logits, expected) < 0.03
     assert distance(logits_of(quantized, size=2), expected) < 0.03
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_need_of_memory_is_what_is_loaded(kind, tmp_path):
+    """Scales of compressed-tensors may turn out to be exact in 16 bits; what act-order adds is little in a larger model."""
+    native_library("avx2")  # skips where there can be none
+    folder, _ = write_quantized(tmp_path, kind)
+    config = make_config(folder, num_threads=1)
+    weights, orders = 0, 0
+    for parameter in build_runner(config, SingleRank()).model.parameters():
+        if parameter.dtype is torch.int64:
+            orders += parameter.nbytes
+        else:
+            weights += parameter.nbytes
+    expected = weight_bytes(config)
+    if "quantized" in kind:
+        assert 0.8 * expected < weights <= expected
+    else:
+        assert weights == expected
+    assert (orders > 0) == ("act-order" in kind)
+
+
+def test_each_shard_of_a_layer_keeps_its_own_form(tmp_path):
+    """The key projection is dense, and so is an output head that the layers' scheme does not cover."""
+    folder, meant = write_quantized(tmp_path, "gptq", dense=("lm_head", "k_proj", "layers.0.mlp.up_proj"))
+    assert 0 < distance(logits_of(folder), logits_of(meant)) < 0.03
+
+
+def test_a_quantised_output_head(tmp_path):
+    folder, meant = write_quantized(tmp_path, "gptq, asymmetric", dense=(), vocab_size=264)
+    assert 0 < distance(logits_of(folder), logits_of(meant)) < 0.03
+    assert 0 < distance(logits_of(folder, size=2), logits_of(meant)) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["gptq, act-order, asymmetric", "int-quantized"])
+def test_every_instruction_set_gives_the_same_bits(kind, tmp_path, monkeypatch):
+    folder, _ = write_quantized(tmp_path, kind, dense=())
+    native_library("avx2")
+    expected = None
+    for name in ("avx512", "avx2", None):
+        library = None if name is None else native_library(name)
+        monkeypatch.setattr(build, "_library", lambda device, library=library: library)
+        w = stored_product(folder)
+        expected = w if expected is None else expected
+        assert torch.equal(w, expected), name
+
+
+def stored_product(folder):
+    """Of one layer: other layers' torch kernels have bits of their own."""
+    runner = build_runner(make_config(folder, num_threads=1), SingleRank())
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    layer = runner.model.model.layers[1].mlp.down_proj
+    with torch.inference_mode():
+        return layer(x)

@@ -107,9 +107,10 @@ ARRIVALS = st.lists(
     max_num_seqs=st.integers(1, 6),
     budget=st.integers(6, 24),
     background=st.one_of(st.none(), st.integers(1, 5)),
-    window=st.sampled_from([None, 3, 9]),
+    window=st.sampled_from([None, 3, 9, (None, 3)]),
 )
 def test_no_order_of_arrivals_breaks_the_rule(arrivals, num_blocks, max_num_seqs, budget, background, window):
+    num_blocks *= len(window) if isinstance(window, tuple) else 1
     scheduler = make_scheduler(
         num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, window=window
     )
@@ -145,9 +146,10 @@ def run_step_checked(scheduler, *, budget, background):
     assert sum(s.num_new_tokens for s in scheduled) <= budget
     if background is not None and scheduler.foreground_is_near:
         assert sum(s.num_new_tokens for s in scheduled if s.request.is_background) <= background
-    held = {b for r in scheduler.running for b in r.sequence.block_ids if b != NULL_BLOCK}
+    tables = [table for r in scheduler.running for table in r.sequence.tables]
+    held = {b for table in tables for b in table.block_ids if b != NULL_BLOCK}
     assert scheduler.kv_cache.pool.num_used == len(held), "every used block has a holder"
-    assert all(not w.sequence.block_ids for w in scheduler.waiting)
+    assert all(not w.sequence.tables for w in scheduler.waiting)
     return play(scheduler, scheduled)
 
 

@@ -29,3 +29,14 @@ def test_every_size_gives_the_tokens_of_one(folder, size, backend, overlap):
     expected = make_engine(folder).generate(greedy_requests())
     config = make_config(folder, tensor_parallel_size=size, overlap=overlap)
     assert generate_on_ranks(config, greedy_requests(), backend=backend) == expected
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "backend"), [(9, 3, 3, "gloo"), (8, 2, 8, "shm")])
+def test_ranks_that_divide_or_share_key_value_heads(tmp_path, heads, kv_heads, size, backend):
+    """SmolLM2's heads on 3 ranks; and 8 ranks of which four have the same KV head."""
+    sizes = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    folder = write_tiny_checkpoint(tmp_path, sliding_window=WINDOW, **sizes)
+    expected = make_engine(folder).generate(greedy_requests())
+    config = make_config(folder, tensor_parallel_size=size)
+    assert config.kv_block_bytes * kv_heads == make_config(folder).kv_block_bytes * max(1, kv_heads // size)
+    assert generate_on_ranks(config, greedy_requests(), backend=backend) == expected

@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
+from support import triton_interpreter
 from support.paths import DEMO_MODEL
 
 from workers.attention.sdpa import SdpaBackend
 from workers.device import require
 from workers.device.probe import NoGpu
-from workers.gpu_check import attention_cases, main, model_cases, sampler_cases
+from workers.gpu_check import attention_cases, main, model_cases, quantized_cases, sampler_cases
 from workers.gpu_check.attention_cases import Shape
 from workers.gpu_check.report import Report
+from workers.quant.pack_cuda import GroupedMatrix
 
 CPU = torch.device("cpu")
 SHAPES = [
@@ -69,6 +71,29 @@ def test_streams_are_cut_and_resumed(report):
     model_cases.streams(report, DEMO_MODEL, CPU, num_streams=3)
     assert [line.status for line in report.lines] == ["ok", "ok"], report.lines
     assert "3 equal" in report.lines[0].detail and "93 of 93" in report.lines[1].detail
+
+
+def test_streams_with_quantised_weights_are_cut_and_resumed(report):
+    model_cases.quantized_streams(report, DEMO_MODEL, CPU, "int8", num_streams=2)
+    assert [line.status for line in report.lines] == ["ok"] and "62 of 62" in report.lines[0].detail, report.lines
+
+
+def test_products_with_quantised_weights_are_compared(report, monkeypatch):
+    triton_interpreter.install()
+    monkeypatch.setattr(quantized_cases, "ROWS", (1, 20))
+    monkeypatch.setattr(quantized_cases, "BITS_ROWS", 3)
+    quantized_cases.check(report, CPU, shape=quantized_cases.Shape(32, 256))
+    assert {line.status for line in report.lines} == {"ok"} and len(report.lines) == 2 * 7 + 1, report.lines
+
+
+def test_a_wrong_product_is_found(report, monkeypatch):
+    triton_interpreter.install()
+    monkeypatch.setattr(quantized_cases, "ROWS", (1,))
+    monkeypatch.setattr(quantized_cases, "BITS_ROWS", 1)
+    right = GroupedMatrix.multiply
+    monkeypatch.setattr(GroupedMatrix, "multiply", lambda self, x: right(self, x) * 1.02)
+    quantized_cases.check(report, CPU, shape=quantized_cases.Shape(32, 128))
+    assert [line.status for line in report.lines] == ["wrong", "ok"] * 7 + ["ok"]
 
 
 def test_two_ranks_on_one_device(report):

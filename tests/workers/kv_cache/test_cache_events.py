@@ -15,11 +15,22 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("both_ways")
-@pytest.mark.parametrize("sliding_window", [None, 16])
-def test_events_follow_the_pool_exactly_through_a_random_run(tmp_path, sliding_window):
-    folder = write_tiny_checkpoint(tmp_path, sliding_window=sliding_window)
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"sliding_window": None},
+        {"sliding_window": 16},
+        {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},
+    ],
+    ids=["full", "window", "both"],
+)
+def test_events_follow_the_pool_exactly_through_a_random_run(tmp_path, model):
+    folder = write_tiny_checkpoint(tmp_path, **model)
     # 24 blocks of 4 tokens for up to 4 requests of up to 60: blocks are shared, evicted, and stored again all the time.
-    core = make_engine(folder, num_kv_blocks=24, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32).core
+    num_blocks = 36 if "layer_types" in model else 24
+    core = make_engine(
+        folder, num_kv_blocks=num_blocks, max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32
+    ).core
     pool, rng = core.kv_cache.pool, random.Random(1)
     known: set[bytes] = set()
     num_reports = num_evicted = 0

@@ -1,7 +1,9 @@
 """Lists of kernel calls: what is recorded, where temporaries lie, and that the list computes what the calls did."""
 
 import ctypes
+import itertools
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -49,7 +51,7 @@ def test_temporaries_that_live_together_do_not_overlap(kinds):
     where = {i: int(placed[i][0]) for i in range(len(kinds))}
     for i in range(len(kinds)):
         alive = sorted((where[j], kinds[j][0]) for j in range(i + 1) if j == i or j + kinds[j][1] >= i)
-        for (begin, num_bytes), (following, _) in zip(alive, alive[1:], strict=False):
+        for (begin, num_bytes), (following, _) in itertools.pairwise(alive):
             assert begin + num_bytes <= following
 
 
@@ -61,24 +63,53 @@ def test_no_room_is_said():
 def test_a_list_of_calls_computes_what_they_did(name):
     library = native_library(name)
     copy = library.function("copy_bytes", COPY)
-    gather = library.function("gather_rows", [*COPY, ctypes.c_int64, ctypes.c_int64])
+    gather = library.function("gather_rows", [*COPY[:2], ctypes.c_void_p, *[ctypes.c_int64] * 4])
     run = library.function("run_calls", [ctypes.c_void_p, ctypes.c_int64])
     table, indices = np.arange(40, dtype=np.int64).reshape(10, 4), np.array([7, 0, 7], dtype=np.int64)
     arena, out = np.zeros(1 << 12, dtype=np.uint8), np.zeros((3, 4), dtype=np.int64)
     made = Temporaries(arena.ctypes.data, arena.nbytes)
     first, second = made.take(96), made.take(96)
     with recorded_calls() as calls:
-        gather(first, table.ctypes.data, indices.ctypes.data, 3, 32)
+        gather(first, table.ctypes.data, indices.ctypes.data, 3, 32, 0, 10)
         copy(second, first, 96)
         copy(out.ctypes.data, second, 96)
     assert (out == table[indices]).all()
     program = make_program(calls, made)
     memory = np.zeros(program.num_bytes, dtype=np.uint8)
-    repeat = runner_of(run, program.placed(memory.ctypes.data), keep=(memory,))
+    repeat = runner_of(run, program, start=memory.ctypes.data, keep=(memory,))
     arena[:] = 0xFF
     indices[:] = [9, 1, 2]
     repeat()
     assert (out == table[indices]).all(), "it reads what is in its inputs now"
+
+
+def test_python_runs_between_the_calls_before_and_after_it():
+    copy = native_library("avx2").function("copy_bytes", COPY)
+    run = native_library("avx2").function("run_calls", [ctypes.c_void_p, ctypes.c_int64])
+    source, out = np.array([5], dtype=np.int64), np.zeros(1, dtype=np.int64)
+    arena = np.zeros(256, dtype=np.uint8)
+    made = Temporaries(arena.ctypes.data, arena.nbytes)
+    temporary = made.take(8)
+
+    def doubling(address: int) -> Callable[[], None]:
+        def double() -> None:
+            ctypes.c_int64.from_address(address).value *= 2
+
+        return double
+
+    with recorded_calls() as calls:
+        copy(temporary, source.ctypes.data, 8)
+        doubling(temporary)()
+        calls.append(RecordedCall(0, (temporary,), python=doubling))
+        copy(out.ctypes.data, temporary, 8)
+    assert out[0] == 10
+    program = make_program(calls, made)
+    memory = np.zeros(program.num_bytes, dtype=np.uint8)
+    repeat = runner_of(run, program, start=memory.ctypes.data, keep=(memory,))
+    source[0] = 7
+    repeat()
+    repeat()
+    assert out[0] == 14
 
 
 @pytest.mark.parametrize("name", ["amx", "avx512", "avx2"])
@@ -93,7 +124,7 @@ def test_a_float_among_the_arguments_arrives(name):
         norm(out.ctypes.data, x.ctypes.data, x.ctypes.data, None, weight.ctypes.data, 1, 4, 12.0)
     assert out[0, 0] == 0.5  # 2 / sqrt(4 + 12)
     out[:] = 0
-    runner_of(run, make_program(calls, Temporaries(START, 64)).placed(0), keep=())()
+    runner_of(run, make_program(calls, Temporaries(START, 64)), start=0, keep=())()
     assert out[0, 0] == 0.5
 
 

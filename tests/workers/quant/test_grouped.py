@@ -97,6 +97,22 @@ def test_every_stored_form_has_the_bits_of_the_specification_too(name, num_bits,
     assert (expected.float() - exact).norm() / exact.norm() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["amx", "avx512", "avx2"])
+def test_zero_points_have_the_bits_of_values_less_these(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 16, (70, 96), generator=generator, dtype=torch.int8)
+    zeros = torch.randint(0, 17, (70, 3), generator=generator)
+    scales, x = (random(70, 3) / 3).half(), random(40, 96, dtype=dtype, seed=2)
+    matrix = pack_grouped(native_library(name), values, scales, num_bits=4, zero_points=zeros.half())
+    assert matrix.packed.nbytes == 96 * 3 * 20
+    less = (values - zeros.repeat_interleave(32, dim=1)).to(torch.int8)
+    expected = multiply(x, less, scales)
+    assert torch.equal(multiply(x, values, scales, zero_points=zeros.half()), expected)
+    for rows in (slice(0, 40), slice(3, 4), slice(5, 12)):
+        assert torch.equal(matrix.multiply(x[rows]), expected[rows])
+
+
 @pytest.mark.parametrize("num_bits", [8, 4])
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_shards_fill_the_matrix_and_the_product_is_near_the_exact_one(name, num_bits):

@@ -28,7 +28,7 @@ def test_the_alphabet_is_that_of_gpt_2() -> None:
     assert (CHAR_OF[ord(" ")], CHAR_OF[ord("\n")], CHAR_OF[ord("a")], CHAR_OF[0xAD], CHAR_OF[0xFF]) == tuple("ĠĊaŃÿ")
     assert len(BYTE_OF) == 256
     assert to_bytes("Ġthe") == b" the"
-    assert to_bytes("<|x y|>") == b"<|x y|>", "a space is no byte's character: the name is text"
+    assert to_bytes("<|x y|>") == b"<|x y|>", "no byte is written as a space: the name is text"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -59,5 +59,4 @@ class AwqPacking:
         """[outputs, inputs] uint8."""
         first = outputs.start // PER_WORD
         words = self._tensors[suffix][inputs, first : -(-outputs.stop // PER_WORD)]
-        numbers = unpack_awq(words)[:, outputs.start - first * PER_WORD :][:, : outputs.stop - outputs.start]
-        return numbers.T.contiguous()
+        return unpack_awq(words)[outputs.start - first * PER_WORD :][: outputs.stop - outputs.start]

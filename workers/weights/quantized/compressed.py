@@ -20,12 +20,14 @@ from workers.weights.quantized.header import FLOATS, TensorHeader, check, number
 from workers.weights.quantized.integers import unpack
 from workers.weights.quantized.source import StoredTensor
 
+OPTIONAL = ("weight_shape", "weight_zero_point", "weight_g_idx")
+
 
 def check_compressed(module: str, tensors: Mapping[str, TensorHeader], shape: tuple[int, int]) -> GroupedForm:
     """shape: of the matrix. Raises CheckpointError for what is missing or of another type or shape."""
     is_packed = "weight_packed" in tensors
     weight = "weight_packed" if is_packed else "weight"
-    require(module, tensors, (weight, "weight_scale"))
+    require(module, tensors, (weight, "weight_scale"), optional=OPTIONAL)
     out_features, in_features = shape
     num_bits: NumBits = _num_bits(tensors[weight], in_features) if is_packed else 8
     width = -(-in_features * num_bits // 32) if is_packed else in_features
@@ -69,8 +71,8 @@ class CompressedPacking:
         per_word = 32 // self.num_bits
         first = columns.start // per_word
         words = self._weight[rows, first : -(-columns.stop // per_word)]
-        numbers = unpack(words, self.num_bits, dim=1)
-        return numbers[:, columns.start - first * per_word :][:, : columns.stop - columns.start].contiguous()
+        numbers = unpack(words, self.num_bits)
+        return numbers[:, columns.start - first * per_word :][:, : columns.stop - columns.start]
 
     def scales(self, rows: slice) -> torch.Tensor:
         scales = self._tensors["weight_scale"]
@@ -88,7 +90,7 @@ class CompressedPacking:
         per_word = 32 // self.num_bits
         first = rows.start // per_word
         words = zeros[first : -(-rows.stop // per_word)]
-        return unpack(words, self.num_bits, dim=0)[rows.start - first * per_word :][: rows.stop - rows.start].int()
+        return unpack(words.T, self.num_bits)[:, rows.start - first * per_word :][:, : rows.stop - rows.start].T.int()
 
     def groups(self) -> torch.Tensor | None:
         return self._tensors["weight_g_idx"][:].long() if "weight_g_idx" in self._tensors else None

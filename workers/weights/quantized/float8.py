@@ -24,12 +24,10 @@ SCALES = ("weight_scale", "weight_scale_inv")
 def check_float8(
     module: str, tensors: Mapping[str, TensorHeader], shape: tuple[int, int], *, block_size: tuple[int, int] | None
 ) -> Float8Form:
-    """shape: of the matrix; block_size: as the configuration says. Raises CheckpointError for what is missing or of another type or shape."""
-    require(module, tensors, ("weight",))
+    """shape: of the matrix; block_size: as the configuration says. Raises CheckpointError for what is missing or does not fit."""
+    name = next((name for name in SCALES if name in tensors), SCALES[0])
+    require(module, tensors, ("weight", name))
     check(tensors["weight"], dtypes=("F8_E4M3",), shape=shape)
-    name = next((name for name in SCALES if name in tensors), None)
-    require(module, tensors, (name or SCALES[0],))
-    assert name is not None
     scales, (out_features, in_features) = tensors[name], shape
     if scales.shape in ((), (1,), (1, 1)):
         form = Float8Form()

@@ -67,12 +67,11 @@ class GroupedMatrix:
             order = order_of_inputs(groups[columns], group_size=self.shape[1] // packing.num_groups)
             scales, zeros = scales[:, order.groups], None if zeros is None else zeros[:, order.groups]
             size = len(order.inputs) // len(order.groups)
-            numbers = numbers[:, order.inputs]
-            # What fills a group up has a weight of 0.
-            fill = (
-                1 << (packing.num_bits - 1) if zeros is None else zeros.repeat_interleave(size, dim=1).to(torch.uint8)
-            )
-            numbers = torch.where(order.is_padding, fill, numbers)
+            numbers = numbers.index_select(1, order.inputs)
+            if len(padding := order.is_padding.nonzero().flatten()):
+                # What fills a group up has a weight of 0.
+                middle = torch.tensor(1 << (packing.num_bits - 1))
+                numbers[:, padding] = (middle if zeros is None else zeros[:, padding // size]).to(torch.uint8)
             inputs = order.inputs
         return quantized_tensor(numbers, scales, zeros, num_bits=packing.num_bits, inputs=inputs)
 
@@ -96,8 +95,8 @@ class Order:
 def order_of_inputs(groups: torch.Tensor, *, group_size: int) -> Order:
     """Sorts inputs by group. Groups of which this rank has only a part are filled up to multiples of 32.
 
-    groups: [num_inputs] of this rank. With groups of 2 instead of 32, [1, 0, 1, 1] becomes inputs [1, 1, 0, 2, 3, 3] of the groups
-    [0, 1, 1], where the second of each last pair but one is padding: input 1 in group 0 and input 3 in group 1.
+    groups: [num_inputs] of this rank. If it were to multiples of 2, groups [1, 0, 1, 1] would become the inputs [1, 1, 0, 2, 3, 3] of groups
+    [0, 1, 1], the second 1 and the second 3 being padding.
     """
     order = torch.argsort(groups, stable=True)
     counts = torch.bincount(groups)

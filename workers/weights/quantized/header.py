@@ -38,8 +38,16 @@ class NamedHeader:
 FLOATS = ("F16", "BF16", "F32")
 
 
-def require(module: str, tensors: Mapping[str, TensorHeader], suffixes: tuple[str, ...]) -> None:
-    """Raises CheckpointError unless the module has all of these tensors."""
+def require(
+    module: str, tensors: Mapping[str, TensorHeader], suffixes: tuple[str, ...], *, optional: tuple[str, ...] = ()
+) -> None:
+    """Raises CheckpointError unless the module has all of these tensors, and no others but optional ones."""
+    for suffix, tensor in tensors.items():
+        if suffix not in (*suffixes, *optional):
+            raise CheckpointError(
+                f"{tensor.name} is of another format than the rest of the matrix {module}.",
+                remedy="Download the checkpoint again, all files of one revision.",
+            )
     for suffix in suffixes:
         if suffix not in tensors:
             present = next(iter(tensors.values()))

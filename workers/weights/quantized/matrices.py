@@ -43,7 +43,7 @@ def find_matrices(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, dic
     modules: dict[str, dict[str, T]] = {}
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
-        if suffix in (*_OF_GPTQ_OR_AWQ, *_OF_OTHERS):
+        if suffix in (*_OF_GPTQ_OR_AWQ, *_OF_OTHERS) or (suffix == "weight" and tensor.dtype in ("I8", "F8_E4M3")):
             modules.setdefault(module, {})[suffix] = tensor
     others = {}
     for name, tensor in tensors.items():

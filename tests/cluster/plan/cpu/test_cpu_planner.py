@@ -18,10 +18,12 @@ GB = 10**9
 NAME = "mistralai/Mistral-7B-v0.3"
 
 
-def question(*, memory: int = 32 * GB, cores: int = 2, has_bfloat16: bool = True, concurrency: int = 4) -> CpuQuestion:
+def question(
+    *, memory: int = 32 * GB, cores: int = 2, instructions: str | None = "avx512_bf16", concurrency: int = 4
+) -> CpuQuestion:
     return CpuQuestion(
         model=PlannedModel(name=NAME, config=V0_3),
-        machine=assumed(num_cores=cores, memory_bytes=memory, has_bfloat16=has_bfloat16),
+        machine=assumed(num_cores=cores, memory_bytes=memory, instructions=instructions),
         workload=Workload(context=8192, concurrency=concurrency, prompt_tokens=4096),
     )
 
@@ -40,13 +42,13 @@ def test_the_form_that_changes_the_weights_least_and_fits_is_recommended():
 
 
 def test_without_bfloat16_the_default_is_float32():
-    assert [name for name, _ in forms(question(has_bfloat16=False))] == [
+    assert [name for name, _ in forms(question(instructions=None))] == [
         "bfloat16",
         "int8 weights and float32",
         "int4 weights and float32",
         "float32",  # 29.0 GB of weights do not fit in 32
     ]
-    plan = make_cpu_plans(question(has_bfloat16=False))[0]
+    plan = make_cpu_plans(question(instructions=None))[0]
     assert "--dtype bfloat16" in plan.command
 
 
@@ -91,8 +93,8 @@ def test_a_kv_cache_in_8_bits_by_hand():
 
 def test_cores_share_the_memory():
     few, many = (
-        assumed(num_cores=4, memory_bytes=GB, has_bfloat16=True),
-        assumed(num_cores=64, memory_bytes=GB, has_bfloat16=True),
+        assumed(num_cores=4, memory_bytes=GB, instructions="avx512_bf16"),
+        assumed(num_cores=64, memory_bytes=GB, instructions="avx512_bf16"),
     )
     assert (few.bytes_per_s, many.bytes_per_s) == (100e9, MAX_BYTES_PER_S)
     assert many.float32_flops_per_s == 16 * few.float32_flops_per_s
