@@ -198,7 +198,7 @@ ENGINE_ROWS = (
     switch(
         "--no-cuda-graphs",
         fills=engine_field("cuda_graphs", convert=not_),
-        help="on CUDA, launch each kernel of a decode step by itself instead of replaying a graph of them; changes no token",
+        help="call each kernel of a decode step by itself instead of replaying a graph of them; changes no token",
     ),
     toggle(
         "--overlap",
