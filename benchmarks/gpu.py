@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.plan.gpus import GPUS
+from cluster.plan.memory import rank_memory
 from cluster.plan.roofline import Workload, speed
-from workers.config import EngineConfig
+from workers.config import EngineConfig, Quantization
 from workers.gpu_check.models import MISTRAL_7B
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,8 @@ HOST_MS = (
 # (sequences, tokens before the new one)
 DECODES = ((1, 1024), (64, 1024), (64, 8192))
 PREFILL_TOKENS = 4096
+COMPARED = ("A10G", "A100", "A100-80GB", "H200")
+FORMS: tuple[Quantization | None, ...] = (None, "int8", "fp8", "int4")
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def _computed() -> Iterator[str]:
     heads = [f"decode, {n} x {context:,} tokens" for n, context in DECODES] + [f"prefill, {PREFILL_TOKENS:,} tokens"]
     yield "| GPU | " + " | ".join(heads) + " |"
     yield "|---|" + "---|" * len(heads)
-    for name in ("A10G", "A100", "A100-80GB", "H200"):
+    for name in COMPARED:
         gpu = GPUS[name]
         config = EngineConfig(
             model_path="", model=MISTRAL_7B, device="cuda", dtype="bfloat16", max_num_batched_tokens=gpu.sizes.max_num_batched_tokens
@@ -89,6 +92,29 @@ def _computed() -> Iterator[str]:
             cells.append(f"{step_s * 1e3:.1f} ms, {n / step_s:,.0f} tokens/s")
         prompt = Workload(context=PREFILL_TOKENS + 1, concurrency=1, prompt_tokens=PREFILL_TOKENS)
         cells.append(f"{speed(config, gpu, prompt).prefill_s * 1e3:.0f} ms")
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    yield ""
+    yield from _quantized()
+
+
+def _quantized() -> Iterator[str]:
+    """One sequence, and how many tokens fit: what fewer bits change."""
+    context = DECODES[0][1]
+    yield f"With quantized weights, decode of 1 x {context:,} tokens, and the tokens of a KV cache in bfloat16 that fit beside the weights:"
+    yield ""
+    yield "| GPU | " + " | ".join(str(form or "bfloat16") for form in FORMS) + " |"
+    yield "|---|" + "---|" * len(FORMS)
+    for name in COMPARED:
+        gpu = GPUS[name]
+        cells = []
+        for form in FORMS:
+            config = EngineConfig(
+                model_path="", model=MISTRAL_7B, device="cuda", dtype="bfloat16", quantization=form,
+                max_model_len=MISTRAL_7B.max_position_embeddings, max_num_seqs=gpu.sizes.max_num_seqs,
+                max_num_batched_tokens=gpu.sizes.max_num_batched_tokens,
+            )  # fmt: skip
+            step_s = speed(config, gpu, Workload(context=context + 1, concurrency=1, prompt_tokens=context)).step_s
+            cells.append(f"{step_s * 1e3:.1f} ms, {rank_memory(config, gpu).num_kv_tokens:,} tokens")
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 

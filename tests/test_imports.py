@@ -17,7 +17,7 @@ from support.paths import ROOT
 ORDER = {
     "cluster": (
         "cli > gateway > doctor, controller > replicas > ray_runtime, api > metrics, plan, profile "
-        "> batch, bench, keys, config, autoscaler, router > text, system, protocol > terminal"
+        "> batch, bench, eval, keys, config, autoscaler, router > text, system, protocol > terminal"
     ),
     "workers": (
         "rank, gpu_check > profile > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention "

@@ -185,7 +185,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag="facts"):
     max_num_seqs: int
     block_size: int  # tokens per KV block
     num_blocks: int
-    sliding_window: int | None
+    sliding_window: int | None  # the widest of all layers
     enable_prefix_caching: bool
     bos_token_id: int
     eos_token_ids: tuple[int, ...]

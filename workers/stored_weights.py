@@ -22,7 +22,6 @@ class StoredWeights:
     over all.
     group_size: how many neighbors share a scale; None for all of a row, and where groups are of inputs in another order.
     block_size: rows and inputs that share one, of 8-bit floats.
-    inputs_are_rounded: the checkpoint was made for inputs in 8 bits, too.
     """
 
     method: StoredMethod
@@ -33,7 +32,6 @@ class StoredWeights:
     dense_share: float = 0.0
     group_size: int | None = None
     block_size: tuple[int, int] | None = None
-    inputs_are_rounded: bool = False
 
     @property
     def cpu_label(self) -> str:

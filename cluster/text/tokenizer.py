@@ -79,12 +79,13 @@ class Tokenizer:
         return bool(self._suffix)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
-        """The ids of a text in which nothing is a special token, with the beginning-of-sequence token unless bos=False.
+        """The ids of a text in which nothing is a special token, after what the checkpoint puts before a prompt unless bos=False.
 
-        "" gives [bos]. May run in a thread while the event loop continues. Raises RequestError for text that is not valid Unicode.
+        "" gives [bos] in Mistral's models. May run in a thread while the event loop continues. Raises RequestError for text that is not
+        valid Unicode.
         """
         ids = self.model.encode(text)
-        return [self.bos_token_id, *ids] if bos and self.bos_token_id is not None else ids
+        return [*self._prefix, *ids] if bos else ids
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a prompt, in which special tokens may be written as text, as in transformers and vLLM.
@@ -211,7 +212,9 @@ class Tokenizer:
                     "'bad_words' contains an empty or blank word.", remedy="Remove it.", param="bad_words"
                 )
             forms = [self._encode_word(stripped), self.encode_continuation(stripped)]
-            if self.pieces.byte_level:  # a space before the word is a part of its first token, which no option of `encode` adds
+            if (
+                self.pieces.byte_level
+            ):  # a space before the word is a part of its first token, which no option of `encode` adds
                 forms.append(self.encode_continuation(f" {stripped}"))
             found |= dict.fromkeys(map(tuple, forms))
         return tuple(found)

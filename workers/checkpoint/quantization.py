@@ -7,10 +7,11 @@ from typing import Any
 
 from workers.checkpoint.regular_file import shown
 from workers.errors import ConfigError
-from workers.stored_weights import SMALLEST_GROUP, StoredWeights, grouped_bits
+from workers.stored_weights import SMALLEST_GROUP, StoredMethod, StoredWeights, grouped_bits
 
 WHAT_RUNS = "GPTQ and AWQ with 4 bits, GPTQ with 8 bits, compressed-tensors with int4, int8 or float8 weights, and fp8 with e4m3 weights"
 _REMEDY = f"Use {WHAT_RUNS}, or the float32, float16 or bfloat16 weights."
+_GPTQ_METHODS: dict[str, StoredMethod] = {"gptq": "gptq", "gptq_v2": "gptq_v2"}
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 
 
@@ -32,13 +33,14 @@ def read_quantization(fields: dict[str, Any]) -> StoredWeights | None:
 
 def _gptq(found: dict[str, Any]) -> StoredWeights:
     checkpoint_format = found.get("checkpoint_format") or found.get("format") or "gptq"
-    if checkpoint_format not in ("gptq", "gptq_v2"):
+    method = _GPTQ_METHODS.get(str(checkpoint_format))
+    if method is None:
         raise _refusal(f"The checkpoint is of GPTQ in the format {shown(checkpoint_format)}, which does not run here.")
     num_bits, group_size = _bits(found, "bits", (4, 8)), _group_size(found, "group_size")
     is_symmetric = bool(found.get("sym", True))
     bits = _memory_bits(num_bits, group_size, has_minima=not is_symmetric, wide=not is_symmetric and num_bits == 8)
     return StoredWeights(
-        method=checkpoint_format,
+        method=method,
         label=f"GPTQ int{num_bits}",
         layer_bits=bits,
         file_bits=_file_bits(num_bits, group_size, has_zeros=True),
@@ -96,16 +98,18 @@ def _compressed_tensors(found: dict[str, Any]) -> StoredWeights:
     first = schemes[0]
     strategy = first.get("strategy")
     block = first.get("block_structure")
+    layer_bits = None if None in bits else max(b for b in bits if b is not None)
     return StoredWeights(
         method="compressed-tensors",
         label=f"compressed-tensors {' and '.join(dict.fromkeys(labels))}",
-        layer_bits=None if None in bits else max(b for b in bits if b is not None),
+        layer_bits=layer_bits,
+        # "lm_head" or "re:.*lm_head" among those that stay dense, as in nearly every checkpoint.
+        head_bits=None if any("lm_head" in str(name) for name in found.get("ignore") or ()) else layer_bits,
         file_bits=max(
             _file_bits(s["num_bits"], s.get("group_size"), has_zeros=not s.get("symmetric", True)) for s in schemes
         ),
         group_size=_group_size(first, "group_size") if strategy == "group" else None,
         block_size=_block_size(block) if strategy == "block" else None,
-        inputs_are_rounded=any(group.get("input_activations") for group in groups.values()),
     )
 
 
@@ -119,7 +123,6 @@ def _fp8(found: dict[str, Any]) -> StoredWeights:
         layer_bits=None,
         file_bits=8,
         block_size=None if block is None else _block_size(block),
-        inputs_are_rounded=True,
     )
 
 

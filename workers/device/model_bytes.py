@@ -63,7 +63,7 @@ def matrix_bytes(config: EngineConfig, num_weights: int) -> int:
 
 
 def head_bytes(config: EngineConfig) -> int:
-    """Bytes of one rank's output head that is no embedding's. A tied one is quantized only where the checkpoint's embedding is."""
+    """Bytes of one rank's output head, beside the embedding. A tied one is quantized only where the checkpoint's embedding is."""
     num_weights, stored = vocabulary_weights(config), config.model.stored
     if config.quantization is not None and not config.model.tie_word_embeddings:
         return matrix_bytes(config, num_weights)

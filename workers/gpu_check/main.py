@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
             with report.section("FlashAttention"):
                 _check_flash(report, device)
     if "quantized" in only or SMALL in only:
-        with report.section("Quantised weights"):
+        with report.section("Quantized weights"):
             quantized_cases.check(
                 report, device, shape=quantized_cases.Shape(256, 512) if SMALL in only else quantized_cases.SHAPE
             )
@@ -116,10 +117,10 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
         }
         if (path := demo_model()) is not None:
             checks["Streams"] = lambda: model_cases.streams(report, path, device)
-            checks["Streams with quantised weights"] = lambda: [
-                model_cases.quantized_streams(report, path, device, quantization)
-                for quantization in CHECKED_QUANTIZATIONS
-            ]
+            for quantization in CHECKED_QUANTIZATIONS:
+                checks[f"Streams with {quantization} weights"] = partial(
+                    model_cases.quantized_streams, report, path, device, quantization
+                )
             checks["Tensor parallel"] = lambda: model_cases.two_ranks(report, path, device)
         for name, check in checks.items():
             with report.section(name):
@@ -132,7 +133,7 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
         with report.section("Speed, random 7B weights in bf16"):
             speed.check(report, limits)
         torch.cuda.empty_cache()
-        with report.section("Speed of products with quantised weights"):
+        with report.section("Speed of products with quantized weights"):
             quantized_cases.measure(report, limits, device)
         with report.section("Speed, random 7B weights in int4"):
             speed.check_quantized(report, limits, "int4")

@@ -3,23 +3,18 @@
 //
 // Within a tile scores are chains of multiply-adds along the head, and values are added key by key; tiles are joined by the online softmax of
 // FlashAttention (Dao et al., 2022). Everything is float32 but the cache. A tile in which a query sees no key changes nothing for it.
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "kv_cache.h"
+#include "attention_tile.h"
 
 namespace {
 
-constexpr int TILE = 64, TILE_VECTORS = TILE / 16;
 // Queries of one prefill that share each tile of keys, which is transposed once for all of them.
 constexpr int64_t QUERY_TILE = 32;
-constexpr int64_t MANY_WORKS = 16;
-#ifdef __AVX512F__
-constexpr int MAX_ROWS = 6;
-#else
-constexpr int MAX_ROWS = 1;
-#endif
 
 struct Shape {
     int64_t num_heads, num_kv_heads, head_dim, block_size, window;  // window 0: none
@@ -31,52 +26,6 @@ struct Work {
     int64_t token, position, num;
     const int32_t* blocks;
 };
-
-template <int ROWS>
-void scores(const float* q, int64_t head_dim, const float* keys, float* out) {
-    f32x16 acc[ROWS][TILE_VECTORS];
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < TILE_VECTORS; v++) acc[r][v] = zero();
-    for (int64_t d = 0; d < head_dim; d++) {
-#pragma GCC unroll 4
-        for (int v = 0; v < TILE_VECTORS; v++) {
-            const f32x16 key = load(keys + d * TILE + v * 16);
-#pragma GCC unroll 6
-            for (int r = 0; r < ROWS; r++) acc[r][v] = fma(set1(q[r * head_dim + d]), key, acc[r][v]);
-        }
-    }
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < TILE_VECTORS; v++) store(out + r * TILE + v * 16, acc[r][v]);
-}
-
-template <int ROWS = MAX_ROWS>
-void scores_of(int rows, const float* q, int64_t head_dim, const float* keys, float* out) {
-    if constexpr (ROWS > 1) {
-        if (rows < ROWS) return scores_of<ROWS - 1>(rows, q, head_dim, keys, out);
-    }
-    scores<ROWS>(q, head_dim, keys, out);
-}
-
-// out[r] = out[r] * factor[r] + weights[r] @ values, 16 columns of a head for ROWS rows. values: [TILE][head_dim].
-template <int ROWS>
-void add_values(float* out, const float* factors, const float* weights, const float* values, int64_t head_dim, int begin, int end) {
-    f32x16 acc[ROWS];
-    for (int r = 0; r < ROWS; r++) acc[r] = load(out + r * head_dim) * set1(factors[r]);
-    for (int key = begin; key < end; key++) {
-        const f32x16 value = load(values + key * head_dim);
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; r++) acc[r] = fma(set1(weights[r * TILE + key]), value, acc[r]);
-    }
-    for (int r = 0; r < ROWS; r++) store(out + r * head_dim, acc[r]);
-}
-
-template <int ROWS = 6>
-void add_values_of(int rows, float* out, const float* factors, const float* weights, const float* values, int64_t head_dim, int begin, int end) {
-    if constexpr (ROWS > 1) {
-        if (rows < ROWS) return add_values_of<ROWS - 1>(rows, out, factors, weights, values, head_dim, begin, end);
-    }
-    for (int64_t d = 0; d < head_dim; d += 16) add_values<ROWS>(out + d, factors, weights, values + d, head_dim, begin, end);
-}
 
 // Keys or values of one layer. scales: [num_blocks, num_kv_heads, block_size]; null where KV has none.
 template <class KV>
@@ -90,134 +39,146 @@ struct Scratch {
     std::vector<float> queries, keys, values, out, weights, largest, sums, factors;
     float key_scales[TILE] = {}, value_scales[TILE] = {};
 
-    void reserve(int64_t rows, int64_t head_dim) {
-        if ((int64_t)largest.size() >= rows && (int64_t)keys.size() >= TILE * head_dim && (int64_t)out.size() >= rows * head_dim) return;
-        queries.resize(rows * head_dim);
-        out.resize(rows * head_dim);
-        keys.resize(TILE * head_dim);
-        values.resize(TILE * head_dim);
+    // dim: of a head, filled up to whole vectors.
+    void reserve(int64_t rows, int64_t dim) {
+        if ((int64_t)largest.size() >= rows && (int64_t)values.size() >= TILE * dim && (int64_t)out.size() >= rows * dim) return;
+        queries.resize(rows * dim);
+        out.resize(rows * dim);
+        keys.resize(TILE * ((dim + 63) / 64 * 64));
+        values.resize(TILE * dim);
         weights.resize(rows * TILE);
         for (auto* per_row : {&largest, &sums, &factors}) per_row->resize(rows);
     }
 };
 
-// A number is its value times the scale of its key, so scores and weights take the scale instead of every number.
-INLINE void scale_tile(float* row, const float* scales) {
-    for (int i = 0; i < TILE_VECTORS; i++) store(row + i * 16, load(row + i * 16) * load(scales + i * 16));
-}
-
-// Softmax weights of a tile for one query that sees keys [begin, end) of it, from scores in place. Returns the factor of what came before.
-INLINE float softmax_tile(float* row, int begin, int end, float* largest, float* total) {
-    for (int i = 0; i < begin; i++) row[i] = -INFINITY;
-    for (int i = end; i < TILE; i++) row[i] = -INFINITY;
-    f32x16 v[TILE_VECTORS];
-    for (int i = 0; i < TILE_VECTORS; i++) v[i] = load(row + i * 16);
-    const float now = std::max(*largest, max_of(max(max(v[0], v[1]), max(v[2], v[3]))));
-    for (int i = 0; i < TILE_VECTORS; i++) {
-        v[i] = exp(v[i] - set1(now));
-        store(row + i * 16, v[i]);
+// Calls use(key, place, place of the scale) for keys [first_key, last_key) of a sequence and one KV head; places are those in the caches.
+template <class Use>
+INLINE void for_each_key(int64_t first_key, int64_t last_key, const Work& work, int64_t kv_head, const Shape& s, Use use) {
+    int64_t block = first_key / s.block_size, offset = first_key % s.block_size;
+    for (int64_t key = first_key; key < last_key; key++) {
+        const int64_t number = work.blocks[block];
+        use(key, ((number * s.block_size + offset) * s.num_kv_heads + kv_head) * s.head_dim, (number * s.num_kv_heads + kv_head) * s.block_size + offset);
+        if (++offset == s.block_size) offset = 0, block++;
     }
-    // exp of the vector, so that it is the same function.
-    float before[16];
-    store(before, exp(set1(*largest - now)));
-    *largest = now;
-    *total = *total * before[0] + sum((v[0] + v[1]) + (v[2] + v[3]));
-    return before[0];
-}
-
-// Where the scale of key `key` of a sequence is, for one KV head.
-INLINE int64_t place_of_scale(int64_t key, const Work& work, int64_t kv_head, const Shape& s) {
-    return (work.blocks[key / s.block_size] * s.num_kv_heads + kv_head) * s.block_size + key % s.block_size;
-}
-
-// Where key `key` of a sequence begins in the caches, for one KV head.
-INLINE int64_t place_of(int64_t key, const Work& work, int64_t kv_head, const Shape& s) {
-    const int64_t slot = work.blocks[key / s.block_size] * s.block_size + key % s.block_size;
-    return (slot * s.num_kv_heads + kv_head) * s.head_dim;
 }
 
 // The keys and values of a tile lie in short pieces, which the processor does not foresee.
 template <class KV>
 void prefetch_tile(const KV* k_cache, const KV* v_cache, int64_t first_key, int64_t last_key, const Work& work, int64_t kv_head, const Shape& s) {
-    for (int64_t key = first_key; key < last_key; key++) {
-        const int64_t place = place_of(key, work, kv_head, s);
+    for_each_key(first_key, last_key, work, kv_head, s, [&](int64_t, int64_t place, int64_t) {
         for (int64_t d = 0; d < s.head_dim; d += 64 / (int64_t)sizeof(KV)) {
             _mm_prefetch((const char*)(k_cache + place + d), _MM_HINT_T0);
             _mm_prefetch((const char*)(v_cache + place + d), _MM_HINT_T0);
         }
+    });
+}
+
+// A step of `attend`: the tile of keys that begins at `start`, and a KV head. Keys before `oldest` are out of sight of all queries.
+struct Step {
+    int64_t start, oldest, num_keys, kv_head;
+
+    int64_t first_key() const { return std::max(start, oldest); }
+    int64_t last_key() const { return std::min<int64_t>(start + TILE, num_keys); }
+};
+
+// queries, out: [rows][dim]; largest, sums: [rows]; of one KV head.
+template <class KV>
+void attend_tile(const Cache<KV>& k, const Cache<KV>& v, const Work& work, const Step& step, const Shape& s, const float* queries, float* out,
+                 float* largest, float* sums, Scratch& scratch) {
+    const int64_t group = s.num_heads / s.num_kv_heads, rows = work.num * group, head_dim = s.head_dim, dim = (head_dim + 15) / 16 * 16;
+    const int64_t start = step.start, first_key = step.first_key(), last_key = step.last_key();
+    const KV *keys[TILE_VECTORS][16] = {}, *values[TILE];
+    for_each_key(first_key, last_key, work, step.kv_head, s, [&](int64_t key, int64_t place, int64_t place_of_scale) {
+        const int64_t i = key - start;
+        keys[i / 16][i % 16] = k.values + place;
+        values[i] = v.values + place;
+        if constexpr (is_scaled<KV>) {
+            scratch.key_scales[i] = k.scales[place_of_scale];
+            scratch.value_scales[i] = v.scales[place_of_scale];
+        }
+    });
+    for (int64_t i = 0; i < last_key - start; i += 16) transpose_keys(keys[i / 16], head_dim, scratch.keys.data() + i, TILE);
+    for (int64_t r = 0; r < rows; r += MAX_ROWS)
+        scores_of((int)std::min<int64_t>(MAX_ROWS, rows - r), queries + r * dim, dim, scratch.keys.data(), scratch.weights.data() + r * TILE);
+    int64_t first_row = rows, end_row = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t position = work.position + r / group;
+        const int64_t begin = std::max(start, s.window ? position - s.window + 1 : 0) - start, end = std::min<int64_t>(start + TILE, position + 1) - start;
+        if (begin >= end) {
+            scratch.factors[r] = 1.0f;
+            continue;
+        }
+        float* const row = scratch.weights.data() + r * TILE;
+        if constexpr (is_scaled<KV>) scale_tile(row, scratch.key_scales);
+        scratch.factors[r] = softmax_tile(row, (int)begin, (int)end, largest + r, sums + r);
+        if constexpr (is_scaled<KV>) scale_tile(row, scratch.value_scales);
+        first_row = std::min(first_row, r);
+        end_row = r + 1;
+    }
+    // Rows that see something lie together. Keys that only other rows see have a weight of 0, which adds nothing.
+    const auto add = [&](const auto* const* values, int64_t width) {
+        for (int64_t r = first_row; r < end_row; r += 6)
+            add_values_of((int)std::min<int64_t>(6, end_row - r), out + r * dim, dim, scratch.factors.data() + r, scratch.weights.data() + r * TILE, values,
+                          width, (int)(first_key - start), (int)(last_key - start));
+    };
+    if (rows <= 6 && (VALUE_VECTORS > 1 || sizeof(KV) == 1)) return add(values, head_dim);
+    // Read again for every 6 rows or every vector, so they are converted once and put next to each other.
+    const float* copies[TILE];
+    for (int64_t i = first_key - start; i < last_key - start; i++) {
+        float* const copy = scratch.values.data() + i * dim;
+        for (int64_t d = 0; d < dim; d += 16) store(copy + d, load_some(values[i] + d, head_dim - d));
+        copies[i] = copy;
+    }
+    add(copies, dim);
+}
+
+// The query heads of num_heads KV heads for the queries of `work`. Rows are (KV head, query, head within the group).
+template <class T, class KV>
+void attend(T* out, const T* q, const Cache<KV>& k, const Cache<KV>& v, const Work& work, int64_t first_head, int64_t num_heads, const Shape& s,
+            int64_t q_stride, int64_t out_stride, Scratch& scratch) {
+    // Heads are filled up with zeros to whole vectors.
+    const int64_t group = s.num_heads / s.num_kv_heads, rows = work.num * group, head_dim = s.head_dim, dim = (head_dim + 15) / 16 * 16;
+    scratch.reserve(num_heads * rows, dim);
+    float *const queries = scratch.queries.data(), *const acc = scratch.out.data();
+    const auto place_of_row = [&](int64_t i, int64_t stride) {
+        const int64_t r = i % rows;
+        return (work.token + r / group) * stride + ((first_head + i / rows) * group + r % group) * head_dim;
+    };
+    for (int64_t i = 0; i < num_heads * rows; i++) {
+        const T* row = q + place_of_row(i, q_stride);
+        for (int64_t d = 0; d < dim; d += 16) store(queries + i * dim + d, load_some(row + d, head_dim - d) * set1(s.scale));
+    }
+    std::fill(acc, acc + num_heads * rows * dim, 0.0f);
+    std::fill(scratch.largest.begin(), scratch.largest.begin() + num_heads * rows, -INFINITY);
+    std::fill(scratch.sums.begin(), scratch.sums.begin() + num_heads * rows, 0.0f);
+    const int64_t oldest = s.window ? std::max<int64_t>(0, work.position - s.window + 1) : 0, num_keys = work.position + work.num;
+    Step step{oldest / TILE * TILE, oldest, num_keys, first_head};
+    while (step.start < num_keys) {
+        const bool is_last_head = step.kv_head + 1 == first_head + num_heads;
+        const Step next{step.start + (is_last_head ? TILE : 0), oldest, num_keys, is_last_head ? first_head : step.kv_head + 1};
+        if (next.start < num_keys) prefetch_tile(k.values, v.values, next.first_key(), next.last_key(), work, next.kv_head, s);
+        const int64_t row = (step.kv_head - first_head) * rows;
+        attend_tile(k, v, work, step, s, queries + row * dim, acc + row * dim, scratch.largest.data() + row, scratch.sums.data() + row, scratch);
+        step = next;
+    }
+    for (int64_t i = 0; i < num_heads * rows; i++) {
+        T* target = out + place_of_row(i, out_stride);
+        for (int64_t d = 0; d < dim; d += 16) store_some(target + d, load(acc + i * dim + d) / set1(scratch.sums[i]), head_dim - d);
     }
 }
 
-// Query heads of one KV head for the queries of `work`. Rows are (query, head within the group).
-template <class T, class KV>
-void attend(T* out, const T* q, const Cache<KV>& k, const Cache<KV>& v, const Work& work, int64_t kv_head, const Shape& s, int64_t q_stride,
-            int64_t out_stride, Scratch& scratch) {
-    const KV *const k_cache = k.values, *const v_cache = v.values;
-    // Heads are filled up with zeros to whole vectors.
-    const int64_t group = s.num_heads / s.num_kv_heads, rows = work.num * group, head_dim = s.head_dim, dim = (head_dim + 15) / 16 * 16;
-    scratch.reserve(rows, dim);
-    float *const queries = scratch.queries.data(), *const acc = scratch.out.data();
-    for (int64_t r = 0; r < rows; r++) {
-        const T* row = q + (work.token + r / group) * q_stride + (kv_head * group + r % group) * head_dim;
-        for (int64_t d = 0; d < dim; d += 16) store(queries + r * dim + d, load_some(row + d, head_dim - d) * set1(s.scale));
-    }
-    std::fill(acc, acc + rows * dim, 0.0f);
-    std::fill(scratch.largest.begin(), scratch.largest.begin() + rows, -INFINITY);
-    std::fill(scratch.sums.begin(), scratch.sums.begin() + rows, 0.0f);
-    const int64_t oldest = s.window ? std::max<int64_t>(0, work.position - s.window + 1) : 0;
-    const int64_t num_keys = work.position + work.num;
-    for (int64_t start = oldest / TILE * TILE; start < num_keys; start += TILE) {
-        const int64_t first_key = std::max(start, oldest), last_key = std::min<int64_t>(start + TILE, num_keys);
-        if (last_key < num_keys)
-            prefetch_tile(k_cache, v_cache, last_key, std::min(last_key + TILE, num_keys), work, kv_head, s);
-        else if (kv_head + 1 < s.num_kv_heads)  // often the next one that this thread computes
-            prefetch_tile(k_cache, v_cache, oldest, std::min<int64_t>(oldest / TILE * TILE + TILE, num_keys), work, kv_head + 1, s);
-        for (int64_t sixteen = start; sixteen < last_key; sixteen += 16) {
-            const KV* keys[16] = {};
-            for (int64_t key = std::max(sixteen, first_key); key < std::min(sixteen + 16, last_key); key++) {
-                const int64_t place = place_of(key, work, kv_head, s);
-                keys[key - sixteen] = k_cache + place;
-                if constexpr (is_scaled<KV>) {
-                    const int64_t place_of_its_scale = place_of_scale(key, work, kv_head, s);
-                    scratch.key_scales[key - start] = k.scales[place_of_its_scale];
-                    scratch.value_scales[key - start] = v.scales[place_of_its_scale];
-                }
-                float* const value = scratch.values.data() + (key - start) * dim;
-                for (int64_t d = 0; d < dim; d += 16) store(value + d, load_some(v_cache + place + d, head_dim - d));
-            }
-            for (int64_t d = 0; d < dim; d += 16) {
-                f32x16 square[16];
-                for (int i = 0; i < 16; i++) square[i] = keys[i] ? load_some(keys[i] + d, head_dim - d) : zero();
-                transpose(square);
-                for (int i = 0; i < 16; i++) store(scratch.keys.data() + (d + i) * TILE + (sixteen - start), square[i]);
-            }
-        }
-        for (int64_t r = 0; r < rows; r += MAX_ROWS)
-            scores_of((int)std::min<int64_t>(MAX_ROWS, rows - r), queries + r * dim, dim, scratch.keys.data(), scratch.weights.data() + r * TILE);
-        int64_t first_row = rows, end_row = 0;
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t position = work.position + r / group;
-            const int64_t begin = std::max(start, s.window ? position - s.window + 1 : 0) - start, end = std::min<int64_t>(start + TILE, position + 1) - start;
-            if (begin >= end) {
-                scratch.factors[r] = 1.0f;
-                continue;
-            }
-            float* const row = scratch.weights.data() + r * TILE;
-            if constexpr (is_scaled<KV>) scale_tile(row, scratch.key_scales);
-            scratch.factors[r] = softmax_tile(row, (int)begin, (int)end, &scratch.largest[r], &scratch.sums[r]);
-            if constexpr (is_scaled<KV>) scale_tile(row, scratch.value_scales);
-            first_row = std::min(first_row, r);
-            end_row = r + 1;
-        }
-        // Rows that see something lie together. Keys that only other rows see have a weight of 0, which adds nothing.
-        for (int64_t r = first_row; r < end_row; r += 6)
-            add_values_of((int)std::min<int64_t>(6, end_row - r), acc + r * dim, scratch.factors.data() + r, scratch.weights.data() + r * TILE,
-                          scratch.values.data(), dim, (int)(first_key - start), (int)(last_key - start));
-    }
-    for (int64_t r = 0; r < rows; r++) {
-        T* target = out + (work.token + r / group) * out_stride + (kv_head * group + r % group) * head_dim;
-        for (int64_t d = 0; d < dim; d += 16) store_some(target + d, load(acc + r * dim + d) / set1(scratch.sums[r]), head_dim - d);
-    }
+// KV heads that a thread computes together.
+struct Item {
+    const Work* work;
+    int64_t first_head, num_heads;
+};
+
+// Into how many items a query is divided. Few: the heads of a key lie next to each other, and are read fastest together. One sequence on two
+// threads: 2; three sequences: 2, which is three items for each thread; from 8 sequences on: 1.
+int64_t parts_of_a_decode(int64_t num_works, int64_t num_kv_heads, int64_t num_threads) {
+    for (int64_t parts = 1; parts < num_kv_heads; parts++)
+        if (num_works * parts % num_threads == 0 || num_works * parts >= 4 * num_threads) return parts;
+    return num_kv_heads;
 }
 
 template <class T, class KV>
@@ -233,19 +194,25 @@ void attention(T* out, const T* q, const Cache<KV>& keys, const Cache<KV>& value
             num_pairs += num * (position + num);
         }
     }
-    // With many sequences a thread computes all KV heads of one: their keys lie next to each other.
-    const int64_t heads_at_once = (int64_t)works.size() >= MANY_WORKS ? s.num_kv_heads : 1;
-    const int64_t parts = s.num_kv_heads / heads_at_once, num_items = (int64_t)works.size() * parts;
     // Below this much, waking other threads takes longer.
-    const bool alone = num_items == 1 || num_pairs * s.num_heads * s.head_dim < (1 << 16);
-#pragma omp parallel if (!alone)
+    const bool alone = num_pairs * s.num_heads * s.head_dim < (1 << 16);
+    const int64_t decode_parts = parts_of_a_decode((int64_t)works.size(), s.num_kv_heads, alone ? 1 : omp_get_max_threads());
+    std::vector<Item> items;
+    for (const Work& work : works) {
+        // Where rows share the keys, these are read rarely, and all heads' rows would not fit in the caches.
+        const int64_t parts = work.num == 1 ? decode_parts : s.num_kv_heads;
+        for (int64_t p = 0; p < parts; p++) {
+            const int64_t begin = p * s.num_kv_heads / parts;
+            items.push_back({&work, begin, (p + 1) * s.num_kv_heads / parts - begin});
+        }
+    }
+#pragma omp parallel if (!alone && items.size() > 1)
     {
         static thread_local Scratch scratch;
         // The last queries see the most keys, so they come first.
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = num_items - 1; i >= 0; i--)
-            for (int64_t h = 0; h < heads_at_once; h++)
-                attend(out, q, keys, values, works[i / parts], i % parts * heads_at_once + h, s, q_stride, out_stride, scratch);
+        for (int64_t i = (int64_t)items.size() - 1; i >= 0; i--)
+            attend(out, q, keys, values, *items[i].work, items[i].first_head, items[i].num_heads, s, q_stride, out_stride, scratch);
     }
 }
 

@@ -17,9 +17,9 @@ void take_columns(T* out, const T* x, const int64_t* columns, int64_t m, int64_t
 }  // namespace
 
 // out: [m, n], x: [m, any] with rows `x_stride` values apart; column i of out is column columns[i] of x.
-#define EXPORT(type, T)                                                                                                                       \
-    TRAMONTANE_KERNEL(take_columns_##type)(void* out, const void* x, const void* columns, int64_t m, int64_t n, int64_t x_stride) {           \
+#define EXPORT(bytes, T)                                                                                                                      \
+    TRAMONTANE_KERNEL(take_columns_##bytes)(void* out, const void* x, const void* columns, int64_t m, int64_t n, int64_t x_stride) {           \
         take_columns((T*)out, (const T*)x, (const int64_t*)columns, m, n, x_stride);                                                          \
     }
-EXPORT(float32, uint32_t)
-EXPORT(bfloat16, uint16_t)
+EXPORT(4, uint32_t)
+EXPORT(2, uint16_t)

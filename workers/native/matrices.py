@@ -44,6 +44,9 @@ class PackedMatrix:
         """The same. out: [num_tokens, out_features] in the dtype of x, rows of any stride."""
         num_tokens, in_features = x.shape
         assert in_features == self.in_features and x.stride(1) == 1 and out.stride(1) == 1
+        if x.dtype not in self._gemms:  # float16: the sums are in float32 in any case
+            out.copy_(self.multiply(x.float()))
+            return
         self._gemms[x.dtype](
             out.data_ptr(),
             x.data_ptr(),
@@ -62,15 +65,15 @@ class Columns:
     def __init__(self, library: NativeLibrary, inputs: torch.Tensor) -> None:
         self.inputs = inputs.contiguous()
         self._kernels = {
-            dtype: library.function(f"take_columns_{name}", [*_POINTERS, *[ctypes.c_int64] * 3])
-            for dtype, name in DTYPE_NAMES.items()
+            num_bytes: library.function(f"take_columns_{num_bytes}", [*_POINTERS, *[ctypes.c_int64] * 3])
+            for num_bytes in (2, 4)
         }
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, at least as many as the inputs name], rows of any stride."""
         assert x.stride(1) == 1
         out = x.new_empty((x.shape[0], len(self.inputs)))
-        kernel = self._kernels[x.dtype]
+        kernel = self._kernels[x.element_size()]
         kernel(out.data_ptr(), x.data_ptr(), self.inputs.data_ptr(), *out.shape, x.stride(0))
         return out
 

@@ -62,6 +62,11 @@ INLINE void store(bf16* p, f32x16 a) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
 }
 INLINE f32x16 load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+// Of the bits of each number.
+INLINE f32x16 bits_left(f32x16 a, int n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), n))}; }
+INLINE f32x16 bits_right(f32x16 a, int n) { return {_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(a.v), n))}; }
+INLINE f32x16 bits_and(f32x16 a, uint32_t mask) { return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32((int)mask)))}; }
+INLINE f32x16 bits_xor(f32x16 a, f32x16 b) { return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))}; }
 INLINE f32x16 load(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
 // With the bits in a half's places, its exponent is 8 too small.
 INLINE f32x16 load(const e4m3* p) {
@@ -156,6 +161,16 @@ INLINE f32x16 load(const e4m3* p) {
     const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x7f)), 7));
     return f32x16{_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))} * set1(256.0f);
 }
+// Of the bits of each number.
+INLINE __m256 bits_left(__m256 a, int n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a), n)); }
+INLINE __m256 bits_right(__m256 a, int n) { return _mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(a), n)); }
+INLINE f32x16 bits_left(f32x16 a, int n) { return {bits_left(a.lo, n), bits_left(a.hi, n)}; }
+INLINE f32x16 bits_right(f32x16 a, int n) { return {bits_right(a.lo, n), bits_right(a.hi, n)}; }
+INLINE f32x16 bits_and(f32x16 a, uint32_t mask) {
+    const __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32((int)mask));
+    return {_mm256_and_ps(a.lo, all), _mm256_and_ps(a.hi, all)};
+}
+INLINE f32x16 bits_xor(f32x16 a, f32x16 b) { return {_mm256_xor_ps(a.lo, b.lo), _mm256_xor_ps(a.hi, b.hi)}; }
 INLINE void transpose(__m256& r0, __m256& r1, __m256& r2, __m256& r3, __m256& r4, __m256& r5, __m256& r6, __m256& r7) {
     __m256* const rows[8] = {&r0, &r1, &r2, &r3, &r4, &r5, &r6, &r7};
     __m256 a[8], b[8];

@@ -40,7 +40,7 @@ def select_methods(
     stored = StoredMethod(cpu_pack(library) if device.type == "cpu" else _device_pack(device, plain, deterministic))
     if device.type == "cuda" and any(forms.values()) and (obstacle := why_triton_cannot_run(device)):
         log.warning(
-            "Quantised weights are kept and computed dense, because their products run in Triton, and %s.", obstacle
+            "Quantized weights are kept and computed dense, because their products run in Triton, and %s.", obstacle
         )
 
     def method_of(name: str) -> WeightMethod:

@@ -44,7 +44,7 @@ Pack = Callable[[StoredValues, torch.dtype, torch.device], Matrix]
 class StoredMethod:
     """See `WeightMethod`. Until a layer's last shard is there, `weight` is a parameter without memory, of the matrix's shape.
 
-    Each layer is packed when its last shard is loaded: of a model in 4 bits, only one layer's values take a byte each at a time.
+    Each layer gets its final form when its last shard is loaded: of a model in 4 bits, only one layer's values take a byte each at a time.
     """
 
     shares_embedding = False

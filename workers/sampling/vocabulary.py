@@ -57,7 +57,8 @@ class _Vocabulary:
     """The interface that TokenizerWrapper reads."""
 
     def __init__(self, model: TokenizerModel, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        pieces = model.pieces
+        added = {content: token for content, token in model.added_tokens.items() if token.id < vocab_size}
+        pieces = model.pieces.with_added(added)
         size = len(pieces.names)
         if size > vocab_size:
             raise ConfigError(

@@ -106,11 +106,13 @@ class TokenizerModel(Protocol):
 
     @property
     def added_tokens(self) -> Mapping[str, AddedToken]:
-        """The strings that the file itself lists as tokens, besides its vocabulary."""
+        """The strings that the file itself lists as tokens besides its vocabulary, or as special ones of it."""
         ...
 
     @property
-    def pieces(self) -> PieceTable: ...
+    def pieces(self) -> PieceTable:
+        """Without the added tokens: a model may lack some of those."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text on its own, in which nothing is a control token. Raises RequestError for text that is not valid Unicode."""

@@ -84,7 +84,7 @@ class TokenizerJsonModel:
             else:
                 surfaces[i] = name.replace(decoding.space, " ")
                 starts[i] = decoding.drops_first_space and name.startswith(decoding.space)
-        table = PieceTable(
+        return PieceTable(
             tuple(names),
             tuple(surfaces),
             tuple(partial),
@@ -94,7 +94,6 @@ class TokenizerJsonModel:
             control_joins=True,  # `tokenizers` leaves them out before it decodes
             max_shrink=self._max_shrink,
         )
-        return table.with_added(self.added_tokens)
 
     def encode(self, text: str) -> list[int]:
         return _encode(self._tokenizer, text)

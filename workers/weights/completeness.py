@@ -49,7 +49,9 @@ def check_tensors(folder: Path, config: ModelConfig, tensors: Mapping[str, Tenso
     }
     expected = expected_shapes(config)
     if config.stored is not None and config.layout != "gguf":
-        headers = {name: NamedHeader.of(name, tensor) for name, tensor in found.items()}
+        headers = {
+            name: NamedHeader.of(name, tensor) for name, tensor in found.items() if isinstance(tensor, TensorInfo)
+        }
         plain, modules = find_matrices(headers)
         forms = check_matrices(modules, config.stored, expected)
         found = {name: header.info for name, header in plain.items()}

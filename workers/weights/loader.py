@@ -112,8 +112,9 @@ class FiniteTensor:
     def __getitem__(self, index: Index) -> StoredValues:
         values = self._source[index]
         if not (is_finite(values) if isinstance(values, torch.Tensor) else values.is_finite()):
+            what = "values" if isinstance(values, torch.Tensor) else "values or scales"
             raise CheckpointError(
-                f"{self.name} has NaN or infinite values.", remedy="Use a checkpoint whose weights are all finite."
+                f"{self.name} has NaN or infinite {what}.", remedy="Use a checkpoint whose weights are all finite."
             )
         return values
 

@@ -3,12 +3,13 @@
 from cluster.cli.options.batch_rows import BATCH_COMMANDS
 from cluster.cli.options.bench_rows import BENCH
 from cluster.cli.options.check_rows import DOCTOR, PLAN
+from cluster.cli.options.eval_rows import EVAL
 from cluster.cli.options.keys_rows import KEYS_COMMANDS
 from cluster.cli.options.operate_rows import DOWN, DRAIN, STATUS
 from cluster.cli.options.serve_rows import GENERATE, SERVE
 
 DESCRIPTION = "Serves Mistral-family models on a Ray cluster."
-COMMANDS = (SERVE, STATUS, DRAIN, DOWN, *BATCH_COMMANDS, *KEYS_COMMANDS, DOCTOR, PLAN, BENCH, GENERATE)
+COMMANDS = (SERVE, STATUS, DRAIN, DOWN, *BATCH_COMMANDS, *KEYS_COMMANDS, DOCTOR, PLAN, BENCH, EVAL, GENERATE)
 # First word of commands of two words -> (help, description).
 FAMILIES = {
     "batch": (

@@ -130,7 +130,7 @@ def refusal(question: CpuQuestion, plans: list[CpuPlan]) -> ConfigError:
 
 def _forms(question: CpuQuestion) -> list[tuple[Dtype, Quantization | None]]:
     default = question.dtype or question.default_dtype
-    if question.quantization not in ("all", None):
+    if question.quantization is not None and question.quantization != "all":
         return [(default, question.quantization)]
     forms: list[tuple[Dtype, Quantization | None]] = [(default, None)]
     if question.dtype is None and default != "bfloat16":

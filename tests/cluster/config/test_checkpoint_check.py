@@ -94,16 +94,21 @@ def test_plan_warns_of_what_does_not_change_the_plan(folder: Path, capsys: pytes
     (folder / "tokenizer.model.v3").unlink()
     (folder / "tokenizer.json").write_text("{}")
     error = fault_of(folder)
-    assert "has the tokenizer tokenizer.json, which is not supported" in error.message
+    assert "tokenizer.json is not a tokenizer in Hugging Face's format" in error.message
     assert main(["plan", str(folder)]) == 0
     assert f"warning: {error}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.json", "tokenizer.model.v7"])
-def test_other_tokenizers_are_named(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("tekken.json", "tekken"), ("tokenizer.json", "Hugging Face's format"), ("tokenizer.model.v7", "SentencePiece")],
+)
+def test_a_tokenizer_of_each_kind_that_cannot_be_read_is_named(folder: Path, name: str, kind: str) -> None:
     (folder / "tokenizer.model.v3").unlink()
     (folder / name).write_text("{}")
-    assert f"has the tokenizer {name}, which is not supported" in fault_of(folder).message
+    error = fault_of(folder)
+    assert str(folder / name) in error.message and kind in error.message
+    assert error.remedy
 
 
 SMALL = ["config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"]

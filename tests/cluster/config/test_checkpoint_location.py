@@ -7,8 +7,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from support.layouts import LAYOUTS, write_layout
 
+from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import download_bytes, find_model, resolve_config, resolve_model
+from cluster.text.load import load_text
 from workers.errors import ConfigError
 
 # What is published next to weights: what a checkpoint means, and what nobody should run, or need.
@@ -46,8 +49,11 @@ UNWANTED = [
 ]
 
 
-def fake_hub(monkeypatch, folder, sizes):
-    """A Hub with one repository: the Hub's own filter decides what is downloaded. Returns the calls' names of downloaded files."""
+def fake_hub(monkeypatch, folder, sizes, *, content=None):
+    """A Hub with one repository: the Hub's own filter decides what is downloaded. Returns the calls' names of downloaded files.
+
+    content: a folder with the files; without it, they are empty.
+    """
     calls = []
 
     def snapshot_download(model, *, revision=None, allow_patterns=None, ignore_patterns=None, local_files_only=False):
@@ -56,6 +62,8 @@ def fake_hub(monkeypatch, folder, sizes):
         for name in calls[-1]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
+            if content is not None:
+                (folder / name).write_bytes((content / name).read_bytes())
         return str(folder)
 
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
@@ -235,3 +243,21 @@ def test_what_the_hub_refuses_has_a_remedy(monkeypatch, error, message, remedy):
         with pytest.raises(ConfigError) as e:
             resolve("owner/name", revision="v9")
         assert message in e.value.message and remedy in e.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("layout", "choice"),
+    [
+        ("saved by transformers 5", "the checkpoint's own, which Mistral does not publish (ChatML)"),
+        ("Mistral Small 24B", "mistral-common's v7, since the checkpoint has none, and its tokenizer (tekken.json) is Mistral's"),
+    ],
+)  # fmt: skip
+def test_what_is_downloaded_is_enough_to_chat(monkeypatch, tmp_path, layout, choice):
+    """A missing chat_template.jinja would show as a prompt in another format, and in no error."""
+    published, cache = write_layout(tmp_path / "published", layout), tmp_path / "cache"
+    names = [str(path.relative_to(published)) for path in published.rglob("*") if path.is_file()]
+    fake_hub(monkeypatch, cache, dict.fromkeys(names, 1), content=published)
+    folder, _ = resolve_model("owner/name")
+    check_checkpoint(folder)
+    vocab_size = LAYOUTS[layout].vocab_size
+    assert load_text(folder, chat_template="auto", model_vocab_size=vocab_size).choice == choice

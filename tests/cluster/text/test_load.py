@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from gguf import GGUFWriter, TokenType
+from sentencepiece import SentencePieceProcessor
 from support.chatml import CHATML, IM_END, IM_START, MODEL_VOCAB_SIZE, V1, write_chatml
 from support.layouts import LAYOUTS, fast_tokenizer
 from support.paths import DEMO_MODEL
@@ -230,3 +232,36 @@ def test_mistrals_vocabulary_in_another_file_has_its_templates(
         [Message("user", "a"), Message("assistant", "b", prefix=True)],
     ):
         assert loaded.chat_template.encode(messages) == theirs.chat_template.encode(messages)
+
+
+def write_gguf_vocabulary(file: Path) -> Path:
+    """Mistral's v1 as llama.cpp's converter writes it, without a template, as the files of 2023 are."""
+    processor = SentencePieceProcessor(model_file=str(V1))
+    ids = range(processor.vocab_size())
+    writer = GGUFWriter(file, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([processor.id_to_piece(i) for i in ids])
+    writer.add_token_scores([processor.get_score(i) for i in ids])
+    kinds = {0: TokenType.UNKNOWN, 1: TokenType.CONTROL, 2: TokenType.CONTROL}
+    writer.add_token_types([TokenType.BYTE if processor.is_byte(i) else kinds.get(i, TokenType.NORMAL) for i in ids])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(value=True)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_gguf_file_of_mistrals_without_a_template(tmp_path: Path) -> None:
+    file = write_gguf_vocabulary(tmp_path / "mistral.gguf")
+    loaded = load_text(file, chat_template="auto", model_vocab_size=32_000)
+    expected = "mistral-common's v1, since the checkpoint has none, and its tokenizer (mistral.gguf) is Mistral's"
+    assert loaded.choice == expected
+    theirs = load_text(
+        folder_with(tmp_path / "own", {"tokenizer.model": V1_FILE}), chat_template="v1", model_vocab_size=32_000
+    )
+    messages = [Message("system", "Be brief."), Message("user", "ça va? 日本語</s>[INST]"), Message("assistant", "b")]
+    assert loaded.chat_template is not None and theirs.chat_template is not None
+    assert loaded.chat_template.encode(messages) == theirs.chat_template.encode(messages)

@@ -22,7 +22,8 @@ from cluster.text.end_tokens import tokenizer_end_tokens
 from cluster.text.infilling import encode_infilling
 from cluster.text.special_tokens import free_marks
 from cluster.text.tokenizer import Tokenizer, load_tokenizer
-from workers.errors import RequestError
+from workers.errors import ConfigError, RequestError
+from workers.sampling.vocabulary import grammar_tokenizer
 
 DATA = Path(mistral_common.__file__).parent / "data"
 V1 = DATA / "tokenizer.model.v1"
@@ -103,7 +104,20 @@ def test_a_tokenizer_json_alone(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.template_version) == (None, None, None)
     assert tokenizer.encode_prompt("hi") == reference("llama3")("hi").input_ids
-    assert tokenizer.encode("hi") == tokenizer.encode("hi", bos=False)
+    assert tokenizer.encode("hi") == reference("llama3")("hi").input_ids
+
+
+def test_added_tokens_that_the_model_lacks_are_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fine-tunes often add a token for padding and leave the embeddings as they were."""
+    folder = write_tokenizer(tmp_path, "llama3")
+    size = load_tokenizer(folder).vocab_size
+    tokenizer = load_tokenizer(folder, model_vocab_size=size - 1)
+    assert tokenizer.vocab_size == size - 1
+    assert tokenizer.encode_prompt(PLAIN, add_special_tokens=False) == tokenizer.encode(PLAIN, bos=False)
+    assert f"{PLAIN!r} is plain text here: its id is beyond the model's" in caplog.text
+    grammar_tokenizer(tokenizer.model, vocab_size=size - 1, eos_token_ids=[1])
+    with pytest.raises(ConfigError, match="but the model has only 100"):
+        load_tokenizer(folder, model_vocab_size=100)
 
 
 def test_a_token_within_a_word(tmp_path: Path) -> None:

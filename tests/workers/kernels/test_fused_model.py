@@ -16,7 +16,10 @@ from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, TritonLayerKernel
 from workers.kernels.matmul import matmul
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank
+from workers.quant.at_load import AtLoadMethod
 from workers.quant.dense import DENSE, DenseMethod
+from workers.quant.pack_cuda import cuda_pack
+from workers.quant.pack_dense import pack_as_dense
 from workers.weights.loader import load_weights
 
 BLOCK = 4
@@ -115,3 +118,20 @@ def test_in_deterministic_mode_a_token_has_the_same_bits_however_it_is_computed(
     for actual, expected in zip(chunked, alone, strict=True):
         assert torch.equal(actual, expected), f"{(actual - expected).abs().max()} off"
     assert product.call_count == 5 * (2 * 4 + 1), "every product of both layers and the head, in five steps"
+
+
+@pytest.mark.parametrize("quantization", ["int4", "int8", "fp8"])
+def test_with_quantised_weights_too(folder, quantization):
+    """Exact next to the plain model with the same weights as plain numbers, and with the same bits however a token is computed."""
+    cpu = torch.device("cpu")
+    pack = cuda_pack(DENSE, capability=(9, 0), deterministic=True)
+    method = AtLoadMethod(quantization, pack, device=cpu, tied=DENSE)
+    settings = {"backend": SdpaBackend, "kernels": TORCH_LAYER_KERNELS}
+    model = Model(folder, method=method, **settings)
+    dense = AtLoadMethod(quantization, pack_as_dense(DENSE), device=cpu, tied=DENSE)
+    plain = Model(folder, method=dense, **settings)
+    alone = model.logits([[(0, 0, 13)], [(1, 0, 5)]])
+    chunked = model.logits([[(0, 0, 9)], [(0, 9, 12), (1, 0, 4)], [(0, 12, 13), (1, 4, 5)]])
+    for actual, expected, exact in zip(chunked, alone, plain.logits([[(0, 0, 13), (1, 0, 5)]]), strict=True):
+        assert torch.equal(actual, expected), f"{(actual - expected).abs().max()} off"
+        torch.testing.assert_close(actual, exact, rtol=1e-4, atol=1e-4)

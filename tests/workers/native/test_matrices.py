@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.native import native_library
 
-from workers.native.matrices import pack_dense, packs
+from workers.native.matrices import Columns, pack_dense, packs
 
 SHAPES = [(7, 2), (33, 96), (64, 1024), (257, 130)]
 
@@ -71,3 +71,19 @@ def test_an_input_that_is_not_a_number_stays_in_its_row(library):
 def test_pairs_of_bfloat16_need_an_even_number_of_inputs():
     assert packs(torch.float32, in_features=3) and packs(torch.bfloat16, in_features=4)
     assert not packs(torch.bfloat16, in_features=3) and not packs(torch.float16, in_features=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_columns_are_taken_in_any_order_from_rows_of_any_stride(library, dtype):
+    x = torch.randn(7, 70, generator=torch.Generator().manual_seed(0)).to(dtype)[:, :64]
+    inputs = torch.randint(0, 64, (96,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(Columns(library, inputs).take(x), x[:, inputs])
+    assert Columns(library, inputs).take(x[:0]).shape == (0, 96)
+
+
+def test_a_product_can_be_written_beside_others(library):
+    w, x = torch.randn(40, 64), torch.randn(5, 64)
+    matrix, out = pack_dense(library, w), torch.full((5, 60), torch.nan)
+    matrix.multiply_into(out[:, 10:50], x)
+    assert torch.equal(out[:, 10:50], matrix.multiply(x))
+    assert out[:, :10].isnan().all() and out[:, 50:].isnan().all()

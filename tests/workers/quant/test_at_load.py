@@ -1,14 +1,18 @@
 """Weights that are quantised while they are loaded: the same numbers as on a CPU, shard by shard, and a tied head stays as it is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import triton_interpreter
 from support.packed_weights import randn
 
-from workers.quant.at_load import AtLoadMethod, round_to_float8, round_to_groups
+from workers.kernels.grouped import specification
+from workers.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from workers.quant.at_load import ROUNDS, AtLoadMethod, round_to_float8, round_to_groups
 from workers.quant.dense import DENSE
 from workers.quant.grouped import quantize_weight
-from workers.quant.pack_cuda import cuda_pack
+from workers.quant.pack_cuda import Float8Matrix, cuda_pack
 
 triton_interpreter.install()
 
@@ -57,3 +61,42 @@ def test_a_tied_head_keeps_the_form_of_the_embedding():
     expected = x @ head.weight.T
     method.finish(head)
     torch.testing.assert_close(method.apply(head, x), expected)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_ranks_have_the_parts_of_the_whole_matrix(quantization):
+    """Of 2 ranks: gate and up are divided by rows, down by inputs, at the borders of groups; fp8 has a scale for each row of a part."""
+    gate, up, down = randn(64, 96), randn(64, 96, seed=1), randn(32, 64, seed=2)
+    settings = {"dtype": torch.bfloat16, "device": CPU}
+
+    def load(layer, *tensors):
+        for shard_id, tensor in tensors:
+            layer.weight.weight_loader(layer.weight, Source(tensor), shard_id)
+        (matrix,) = layer.parts.matrices
+        return dense_of(matrix)
+
+    for rank in range(2):
+        tp = SimpleNamespace(rank=rank, size=2)
+        sizes = [("gate", 64), ("up", 64)]
+        column = MergedColumnParallelLinear(96, sizes, tp=tp, method=new_method(quantization), **settings)
+        row = RowParallelLinear(64, 32, tp=tp, method=new_method(quantization), **settings)
+        rows, inputs = slice(32 * rank, 32 * rank + 32), slice(32 * rank, 32 * rank + 32)
+        expected = torch.cat([ROUNDS[quantization](whole[rows]).dequantize() for whole in (gate, up)])
+        assert torch.equal(load(column, ("gate", gate), ("up", up)), expected)
+        assert torch.equal(load(row, (None, down)), ROUNDS[quantization](down[:, inputs]).dequantize())
+
+
+class Source:
+    def __init__(self, tensor):
+        self.name, self.shape, self.tensor = "w", tuple(tensor.shape), tensor
+
+    def __getitem__(self, index):
+        return self.tensor[index]
+
+
+def dense_of(matrix):
+    if isinstance(matrix, Float8Matrix):
+        return matrix.values.float() * matrix.scales.T
+    weight = torch.empty(matrix.weight.out_features, matrix.weight.in_features)
+    specification.dequantize(matrix.weight, weight)
+    return weight

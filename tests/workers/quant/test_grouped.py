@@ -97,7 +97,7 @@ def test_every_stored_form_has_the_bits_of_the_specification_too(name, num_bits,
     assert (expected.float() - exact).norm() / exact.norm() < 0.02
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["amx", "avx512", "avx2"])
 def test_zero_points_have_the_bits_of_values_less_these(name, dtype):
     generator = torch.Generator().manual_seed(0)

@@ -4,10 +4,13 @@ import pytest
 import torch
 from support import triton_interpreter
 from support.packed_weights import FORMS, Form, randn, stored
+from support.quantized.checkpoints import KINDS, write_quantized
 
+from workers.checkpoint.model_config import load_model_config
 from workers.quant.dense import DENSE
 from workers.quant.pack_cuda import Float8Matrix, GroupedMatrix, cuda_pack
 from workers.quant.quantized import Float8Tensor, QuantizedTensor
+from workers.weights.loader import open_sources
 
 triton_interpreter.install()
 
@@ -104,3 +107,20 @@ def test_float8_elsewhere_is_read_by_the_kernels(capability, deterministic, shap
     matrix = cuda_pack(DENSE, capability=capability, deterministic=deterministic)(values, torch.bfloat16, CPU)
     assert isinstance(matrix, GroupedMatrix) and matrix.weight.is_float8
     assert_multiplies(matrix, randn(3, 64).bfloat16(), values.dequantize(), tolerance=2**-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_of_every_checkpoint_keep_their_bits(kind, tmp_path):
+    """Those whose groups the kernels read; all of them are near what the checkpoint means."""
+    folder, meant = write_quantized(tmp_path, kind, num_hidden_layers=1)
+    pack = cuda_pack(DENSE, capability=AMPERE)
+    with (
+        open_sources(folder, load_model_config(folder)) as sources,
+        open_sources(meant, load_model_config(meant)) as dense,
+    ):
+        for name in ("self_attn.k_proj", "mlp.down_proj"):
+            values, weight = (source[f"model.layers.0.{name}.weight"][:] for source in (sources, dense))
+            matrix = pack(values, torch.float32, CPU)
+            assert_multiplies(matrix, randn(2, weight.shape[1]), weight, tolerance=1e-5)
+            if isinstance(values, QuantizedTensor) and values.group_size % 32 == 0:
+                assert isinstance(matrix, GroupedMatrix), f"{name} of {kind} became dense"

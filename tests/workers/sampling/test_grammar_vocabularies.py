@@ -52,7 +52,8 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def pieces(path: Path) -> PieceTable:
-    return open_model(path).pieces
+    model = open_model(path)
+    return model.pieces.with_added(model.added_tokens)
 
 
 @pytest.fixture(scope="module")

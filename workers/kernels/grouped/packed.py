@@ -21,7 +21,7 @@ from torch.nn import functional
 NumBits = Literal[4, 8]
 WORDS = 32  # of one row in a block
 GROUP = 32  # the smallest group, and the inputs of one field
-# While a weight is packed, so many values at a time take 16 bytes each.
+# At a time, so many values take 16 bytes each until they are in words.
 PACKED_AT_ONCE = 1 << 24
 _OF_HALVES = {1: torch.int16, 2: torch.int32, 4: torch.int64}
 
@@ -90,7 +90,7 @@ def pack(
 ) -> PackedWeight:
     """values: [out_features, in_features] int8, or float8_e4m3fn without minima; -8 to 7 of 4 bits, 0 to 15 with minima; -128 to 127 of 8.
     scales, minima: [out_features, num_groups] float16 or float32, of a size for which `group_size_for` gives the same.
-    device: where the weight is packed and stays; None: where the values are.
+    device: where the words are made and stay; None: where the values are.
     """
     out_features, in_features = values.shape
     group_size = in_features // scales.shape[1]

@@ -95,8 +95,8 @@ class Order:
 def order_of_inputs(groups: torch.Tensor, *, group_size: int) -> Order:
     """Sorts inputs by group. Groups of which this rank has only a part are filled up to multiples of 32.
 
-    groups: [num_inputs] of this rank. If it were to multiples of 2, groups [1, 0, 1, 1] would become the inputs [1, 1, 0, 2, 3, 3] of groups
-    [0, 1, 1], the second 1 and the second 3 being padding.
+    groups: [num_inputs] of this rank. If it were to multiples of 2, groups [1, 0, 1, 1] would become the inputs [1, 1, 0, 2, 3, 3] of the
+    groups [0, 1, 1], the second 1 and the second 3 being padding.
     """
     order = torch.argsort(groups, stable=True)
     counts = torch.bincount(groups)

@@ -36,7 +36,7 @@ T = TypeVar("T", bound=TensorHeader)
 
 
 def find_matrices(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, dict[str, T]]]:
-    """The tensors that are no part of a quantised matrix, by name, and {module: {suffix: tensor}} of those that are.
+    """The tensors outside of quantised matrices, by name, and {module: {suffix: tensor}} of those that are.
 
     Tensors without an effect are in neither.
     """

