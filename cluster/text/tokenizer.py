@@ -136,7 +136,7 @@ class Tokenizer:
 
     def _encode_part(self, text: str, *, is_first: bool) -> list[int]:
         scheme = self.prepend_scheme
-        if scheme == "always":
+        if scheme == "always" and not (self.settings.keeps_own_space and text.startswith(" ")):
             return self.model.encode(text)
         # transformers adds no second space; mistral-common does.
         own_space = self.settings.prepend_scheme is not None and text.startswith(" ")

@@ -23,13 +23,14 @@ class TokenizerSettings:
     """What the files say; the defaults are those of a folder without any, as in Mistral's layout.
 
     special_tokens: for example {"bos_token": "<s>"}. prepend_scheme: which parts of a text, split at special tokens, get a leading space:
-    "always" each one (transformers' `legacy`), "first" only the start of the text. adds_bos, adds_eos: around a prompt. None: the files do
-    not say.
+    "always" each one (transformers' `legacy`), "first" only the start of the text. keeps_own_space: a part that begins with a space gets no
+    second one, as a Metaspace pre-tokenizer has it. adds_bos, adds_eos: around a prompt. None: the files do not say.
     """
 
     special_tokens: dict[str, str] = field(default_factory=dict)
     added_tokens: dict[str, AddedToken] = field(default_factory=dict)
     prepend_scheme: PrependScheme | None = None
+    keeps_own_space: bool = False
     adds_bos: bool | None = None
     adds_eos: bool | None = None
 
@@ -43,6 +44,7 @@ def read_tokenizer_settings(folder: Path) -> TokenizerSettings:
         special_tokens={key: content for key in SPECIAL_KEYS if (content := _content(names.get(key))) is not None},
         added_tokens=_added_tokens(folder, config, fast, special=set(_special_names(names))),
         prepend_scheme=_prepend_scheme(config, fast),
+        keeps_own_space=any(p.get("type") == "Metaspace" for p in _parts(fast.get("pre_tokenizer"), "pretokenizers")),
         adds_bos=_flag(config.get("add_bos_token")),
         adds_eos=_flag(config.get("add_eos_token")),
     )

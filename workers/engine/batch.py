@@ -4,7 +4,6 @@
 tables. Knows numpy; no torch, no scheduling policy.
 """
 
-import itertools
 import math
 from array import array
 from collections.abc import Sequence
@@ -123,8 +122,9 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
         lens.append(num_new_tokens)
         if s.samples:
             logits_indices.append(len(token_ids) - 1)
-    tables = zip(*([table.block_ids for table in s.request.sequence.tables] for s in scheduled), strict=True)
-    block_table = _block_table(list(itertools.chain.from_iterable(tables)), num_seqs=len(scheduled))
+    num_groups = len(scheduled[0].request.sequence.tables)
+    rows_of_groups = [s.request.sequence.tables[group].block_ids for group in range(num_groups) for s in scheduled]
+    block_table = _block_table(rows_of_groups, num_seqs=len(scheduled))
     query_lens = np.array(lens, dtype=np.int32)
     first_positions = np.array(starts, dtype=np.int32)
     # Of each token: its sequence, and how many tokens of the batch come before that sequence's.

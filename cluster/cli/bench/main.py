@@ -72,7 +72,10 @@ async def _measure(args: Namespace, plan: Plan, fields: dict[str, Any], *, began
         servers = [await _open(args, fields, stack, url=args.url, model=args.model, key=args.api_key)]
         if args.compare is not None:
             model = args.compare_model or args.model
-            second = await _open(args, fields, stack, url=args.compare, model=model, key=args.compare_api_key)
+            try:
+                second = await _open(args, fields, stack, url=args.compare, model=model, key=args.compare_api_key)
+            except ConfigError as e:
+                raise _about_the_second(e, args.compare) from e
             if second[0].name == servers[0][0].name:
                 second = (replace(second[0], name=f"{second[0].name} ({second[0].model}, second)"), second[1])
             servers.append(second)
@@ -92,6 +95,17 @@ async def _measure(args: Namespace, plan: Plan, fields: dict[str, Any], *, began
         began=began,
         command=_command(),
         is_whole=not stop.is_set(),
+    )
+
+
+def _about_the_second(error: ConfigError, url: str) -> ConfigError:
+    """The same problem with the names of the second server's options."""
+    options = {"--api-key": ("--compare-api-key", "key"), "--url": ("--compare", "address")}
+    if error.param not in options:
+        return error
+    option, what = options[error.param]
+    return ConfigError(
+        f"--compare {url}: {error.message.rstrip('.')}.", remedy=f"Check its {what}, {option}.", param=option
     )
 
 

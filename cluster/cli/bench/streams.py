@@ -6,6 +6,7 @@ certificates from `Client`; follows no redirects, retries nothing and uses no pr
 
 import asyncio
 import contextlib
+import os
 import ssl
 import time
 from collections import deque
@@ -87,9 +88,15 @@ class StreamClient:
                 )
         except TimeoutError as e:
             raise Broken("cannot connect", f"no connection within {self._silence_s:g} s") from e
-        except (OSError, ssl.SSLError) as e:
-            raise Broken("cannot connect", e.strerror or str(e)) from e
+        except OSError as e:
+            raise Broken("cannot connect", _reason(e)) from e
         return connection
+
+
+def _reason(error: OSError) -> str:
+    """In the system's words: asyncio's own name the call and not the reason."""
+    is_system = error.errno is not None and error.errno > 0 and not isinstance(error, ssl.SSLError)
+    return os.strerror(error.errno) if is_system and error.errno else error.strerror or str(error)
 
 
 class StreamAnswer:

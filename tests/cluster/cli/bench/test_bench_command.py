@@ -123,7 +123,7 @@ def test_failures_are_counted_and_named(
 
 
 def test_a_server_that_dies_is_an_error_of_each_later_request(tmp_path: Path) -> None:
-    with OpenAIServer(fail=lambda n: "die" if n == 3 else None) as server:
+    with OpenAIServer() as server:
         died = threading.Event()
 
         def stop(number: int) -> int | None:
@@ -148,7 +148,7 @@ def test_two_servers_take_turns_and_get_the_same_load(tmp_path: Path, capsys: py
             slow, tmp_path, "--compare", quick.url, "--compare-api-key", "k2", "--rounds", "3", "--output-tokens", "2-6"
         )
         first, second = loads(slow), loads(quick)
-    assert [b["max_tokens"] for b in first] != [b["max_tokens"] for b in second][:1] * 18
+    assert len({b["max_tokens"] for b in first}) > 1
     assert sorted(b["max_tokens"] for b in first) == sorted(b["max_tokens"] for b in second)
     assert not {tuple(b["prompt"]) for b in first} & {tuple(b["prompt"]) for b in second}
     assert {b["model"] for b in second} == {"quick"}
@@ -157,14 +157,15 @@ def test_two_servers_take_turns_and_get_the_same_load(tmp_path: Path, capsys: py
         ("2 streams", 1, 3),
     ]
     assert found["ratios"][0]["metrics"]["gap_p50"]["high"] < 1
-    assert re.search(r"gap between tokens p50 .* better", capsys.readouterr().out)
+    assert re.search(r"generated tokens/s .* better", capsys.readouterr().out)
 
 
 def test_the_key_of_one_server_is_not_sent_to_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with OpenAIServer(key="secret") as first, OpenAIServer(key="secret") as second:
         options = ["--url", first.url, "--compare", second.url, "--api-key", "secret"]
         assert main(["bench", *options, *LOAD]) == 2
-        assert second.url in capsys.readouterr().err
+        error = capsys.readouterr().err
+    assert f"--compare {second.url}: a key is needed. Check its key, --compare-api-key." in error
 
 
 def test_a_poisson_load_and_a_trace(tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ async def test_https_trusts_the_given_certificate_only(tmp_path: Path) -> None:
         await read_request(reader)
         writer.write(OK + chunk(b"x") + b"0\r\n\r\n")
 
-    cert, key = make_pair(tmp_path)
+    cert, key = make_pair(tmp_path, "server")
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(cert, key)
     async with client_of(handler, tls=tls, ca_cert=cert) as client:
