@@ -17,7 +17,7 @@ from cluster.bench.transport import Broken, Transport
 from workers.errors import ConfigError, ReplicaUnavailableError
 
 _REFUSED = ("HTTP 400", "HTTP 422", "HTTP 501")  # the body, not the client or the moment
-_NUM_IDS = 64  # fewer different ids than this are no alphabet
+_NUM_IDS = 64  # fewer different ids are too few to draw from
 _NUM_WORDS = 64
 
 

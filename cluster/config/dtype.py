@@ -39,16 +39,28 @@ def this_machine() -> Sequence[NodeCpu]:
     return [NodeCpu(where="this machine", bfloat16=bfloat16_support())]
 
 
-def choose_dtype(requested: Literal["auto"] | Dtype, *, device: Device, stored: Dtype, cpus: Cpus) -> DtypeChoice:
+def choose_dtype(
+    requested: Literal["auto"] | Dtype,
+    *,
+    device: Device,
+    stored: Dtype,
+    cpus: Cpus,
+    keeps_more: bool = False,
+) -> DtypeChoice:
     """auto: on CUDA the checkpoint's own type. On the CPU bfloat16 if the checkpoint has it and every CPU supports it, else float32:
     without instructions bfloat16 takes half of the memory, but computes more slowly.
 
-    stored: the type of the checkpoint's weights. cpus: called only if they decide; empty where no node is known yet.
+    stored: the type of the checkpoint's weights. keeps_more: see `keeps_more_in_float32`. cpus: called only if they decide; empty where no
+    node is known yet.
     """
     if requested != "auto":
         return DtypeChoice(dtype=requested)
     if device == "cuda":
         return DtypeChoice(dtype=stored)
+    if keeps_more:
+        return DtypeChoice(
+            dtype="float32", reason="float32, because the GGUF file has all that it does not quantize in it."
+        )
     if stored != "bfloat16":
         return DtypeChoice(dtype="float32", reason=f"float32, because the checkpoint is in {stored}.")
     found = cpus()
@@ -63,6 +75,13 @@ def choose_dtype(requested: Literal["auto"] | Dtype, *, device: Device, stored: 
     return DtypeChoice(
         dtype="bfloat16", reason=f"bfloat16, as the checkpoint; the CPU has instructions for it ({', '.join(flags)})."
     )
+
+
+def keeps_more_in_float32(model: ModelConfig) -> bool:
+    """Of a quantised GGUF file: its norms and scales are float32, its matrices take the same memory either way, and the same products of
+    whole numbers compute them.
+    """
+    return model.layout == "gguf" and model.stored is not None
 
 
 def stored_dtype(folder: Path, model: ModelConfig) -> Dtype:

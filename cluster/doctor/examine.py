@@ -221,7 +221,7 @@ def _rank_bytes(node: Node, *, size: int, device: Device, has_bfloat16: bool) ->
         return None
     as_stored = device == "cuda" or (has_bfloat16 and model.dtype == "bfloat16")
     if device == "cpu" and model.kept_bytes:
-        return model.kept_bytes[model.dtype if as_stored and model.dtype is not None else "float32"] // size
+        return model.kept_bytes[model.dtype if as_stored and model.dtype in model.kept_bytes else "float32"] // size
     factor = 1 if as_stored else 4 / model.bytes_per_weight
     return int(model.num_bytes * factor / size)
 

@@ -6,9 +6,10 @@ cluster/config/checkpoint_check.py knows what is checked.
 from pathlib import Path
 
 from cluster.config.checkpoint_check import REMEDY, examine_checkpoint
+from cluster.config.dtype import keeps_more_in_float32
 from cluster.doctor.facts import Fault, Model
 from workers.checkpoint.gguf_file import SUFFIX
-from workers.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from workers.config import DTYPE_BYTES, Dtype, EngineConfig, ModelConfig
 from workers.device.fit import need_of
 
 
@@ -39,8 +40,8 @@ def read_model(folder: str) -> Model:
 
 
 def _kept_bytes(folder: str, config: ModelConfig) -> dict[str, int]:
+    """In each dtype that --dtype auto may choose."""
     if config.stored is None:
         return {}
-    return {
-        dtype: need_of(EngineConfig(model_path=folder, model=config, dtype=dtype)).weight_bytes for dtype in DTYPE_BYTES
-    }
+    dtypes: set[Dtype] = {"float32"} if keeps_more_in_float32(config) else {"float32", config.dtype}
+    return {dtype: need_of(EngineConfig(model_path=folder, model=config, dtype=dtype)).weight_bytes for dtype in dtypes}

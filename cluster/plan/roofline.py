@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cluster.plan.gpus import Link
 from workers.config import DTYPE_BYTES, EngineConfig
-from workers.device.model_bytes import num_parameters, vocabulary_weights, weight_bytes
+from workers.device.model_bytes import has_own_head, num_parameters, vocabulary_weights, weight_bytes
 
 
 class Processor(Protocol):
@@ -79,16 +79,18 @@ def _step_s(config: EngineConfig, processor: Processor, *, num_tokens: int, num_
     model, size, itemsize = config.model, config.tensor_parallel_size, DTYPE_BYTES[config.dtype]
     # Of all layers: the keys that a query sees.
     seen = sum(context if window is None else min(context, window) for window in model.layer_windows)
-    # Only the step's rows of the embedding table are read. A tied table is also the head, which is read entirely.
+    # Only the step's rows of the embedding table are read. A tied table is also the head, which is read entirely, unless that has a form
+    # of its own.
     head = vocabulary_weights(config)
-    table = 0 if model.tie_word_embeddings else head
+    untied = 0 if model.tie_word_embeddings else head
+    table = head if has_own_head(config) else untied
     matrices = weight_bytes(config) - table * itemsize
     kv = num_sequences * seen * config.kv_layer_bytes
     # Two FLOPs per weight and token, and two per query-key and per probability-value product.
     heads = model.num_attention_heads // size
     attention = 4 * heads * model.head_dim * seen
     # Logits are computed for one row per sequence.
-    flops = num_tokens * (2 * (num_parameters(config) - table - head) + attention) + num_sequences * 2 * head
+    flops = num_tokens * (2 * (num_parameters(config) - untied - head) + attention) + num_sequences * 2 * head
     compute_s = max((matrices + kv) / processor.bytes_per_s, flops / processor.flops_per_s)
     return compute_s + _all_reduces_s(config, processor, num_tokens)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from workers.config import QUANTIZATION_GROUP_BYTES, EngineConfig, describe_dtype
 from workers.device.memory import Memory, gigabytes
-from workers.device.model_bytes import cpu_kv_cache_bytes, head_bytes, rotary_bytes, weight_bytes
+from workers.device.model_bytes import cpu_kv_cache_bytes, has_own_head, head_bytes, rotary_bytes, weight_bytes
 from workers.errors import ConfigError
 
 # What a rank's process holds before it loads a weight: Python, torch and, under Ray, its worker. Measured: 380 to 450 MB.
@@ -43,7 +43,7 @@ def need_of(config: EngineConfig, *, has_started: bool = False) -> RankNeed:
 
     A tied head counts twice: on the CPU the head has a copy of the embedding in the form that computes fastest.
     """
-    copy = head_bytes(config) if config.model.tie_word_embeddings else 0
+    copy = head_bytes(config) if config.model.tie_word_embeddings and not has_own_head(config) else 0
     return RankNeed(
         weight_bytes=weight_bytes(config) + rotary_bytes(config) + copy,
         process_bytes=0 if has_started else PROCESS_BYTES,

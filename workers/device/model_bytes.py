@@ -47,7 +47,7 @@ def weight_bytes(config: EngineConfig) -> int:
     """
     layers, head = num_layer_weights(config), 0 if config.model.tie_word_embeddings else vocabulary_weights(config)
     others = (num_parameters(config) - layers - head) * DTYPE_BYTES[config.dtype]
-    return others + matrix_bytes(config, layers) + (head_bytes(config) if head else 0)
+    return others + matrix_bytes(config, layers) + (head_bytes(config) if head or has_own_head(config) else 0)
 
 
 def matrix_bytes(config: EngineConfig, num_weights: int) -> int:
@@ -60,6 +60,12 @@ def matrix_bytes(config: EngineConfig, num_weights: int) -> int:
     if stored is None or bits is None:
         return num_weights * itemsize
     return math.ceil(num_weights * (bits / 8 + stored.dense_share * itemsize))
+
+
+def has_own_head(config: EngineConfig) -> bool:
+    """Whether a tied head is kept in its stored form, next to the table of plain numbers that looking up tokens needs."""
+    stored = config.model.stored
+    return config.model.tie_word_embeddings and stored is not None and stored.head_bits is not None
 
 
 def head_bytes(config: EngineConfig) -> int:

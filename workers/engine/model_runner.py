@@ -15,8 +15,8 @@ import torch
 from workers.attention.backend import AttentionMetadata, KVCaches, StepMetadata
 from workers.config import EngineConfig
 from workers.engine.batch import ForwardBatch, dummy_batch
-from workers.engine.cuda_graphs import DecodeGraphs, GraphRecorder, Step
-from workers.engine.decode_padding import CapturePolicy, is_decode, pad_decode, padded_size
+from workers.engine.graphs.cuda_graphs import DecodeGraphs, GraphRecorder, Step
+from workers.engine.graphs.decode_padding import CapturePolicy, is_decode, pad_decode, padded_size
 from workers.engine.step_upload import StepUpload, bytes_for
 from workers.kv_cache import tensors as kv_cache
 from workers.model.mistral import MistralForCausalLM

@@ -31,7 +31,7 @@ BUDGET_S = 480.0
 SECTIONS = ("ceilings", "kernels", "attention", "quantized", "sampler", "models", "speed", "sanitizer")
 # For compute-sanitizer, which makes kernels some hundred times slower. Only by name.
 SMALL = "small"
-CHECKED_QUANTIZATIONS: tuple[Quantization, ...] = ("int4", "int8", "fp8")
+CHECKED_QUANTIZATIONS: tuple[Quantization, ...] = ("int4", "fp8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from cluster.cli.options.option import Option
 from cluster.cli.options.serve_rows import SERVE
 from cluster.cli.options.shared_rows import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
 from cluster.config.checkpoint_kinds import check_kind
-from cluster.config.dtype import Cpus, DtypeChoice, choose_dtype, stored_dtype, this_machine
+from cluster.config.dtype import Cpus, DtypeChoice, choose_dtype, keeps_more_in_float32, stored_dtype, this_machine
 from cluster.config.engine import MAX_DEFAULT_MODEL_LEN, Device, default_block_size
 from cluster.config.sampling_defaults import read_sampling_defaults
 from cluster.config.serve import ServeConfig
@@ -110,4 +110,5 @@ def _tokenizer_path(folder: Path) -> str | None:
 
 def _choose_dtype(args: Namespace, folder: Path, model: ModelConfig, *, device: Device, cpus: Cpus) -> DtypeChoice:
     stored = model.dtype if device == "cuda" else stored_dtype(folder, model)
-    return choose_dtype(args.dtype, device=device, stored=stored, cpus=cpus)
+    keeps_more = keeps_more_in_float32(model)
+    return choose_dtype(args.dtype, device=device, stored=stored, cpus=cpus, keeps_more=keeps_more)

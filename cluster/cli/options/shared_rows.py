@@ -107,7 +107,7 @@ ENGINE_ROWS = (
         default="auto",
         fills=engine_field("dtype"),
         help="type of the weights; auto: the checkpoint's own type on CUDA; on the CPU bfloat16 for a checkpoint in bfloat16 where the "
-        "CPU has instructions for it, otherwise float32",
+        "CPU has instructions for it, otherwise float32, also for quantized GGUF files",
     ),
     option(
         "--quantization",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cluster.config.dtype import keeps_more_in_float32
 from cluster.plan.cpu.machine import CpuMachine
 from cluster.plan.memory import activation_bytes, blocks_per_sequence, chunk_blocks
 from cluster.plan.models import PlannedModel
@@ -35,7 +36,10 @@ class CpuQuestion:
     @property
     def default_dtype(self) -> Dtype:
         """As --dtype auto chooses: see cluster/config/dtype.py."""
-        return "bfloat16" if self.machine.has_bfloat16 and self.model.config.dtype == "bfloat16" else "float32"
+        config = self.model.config
+        if keeps_more_in_float32(config) or config.dtype != "bfloat16":
+            return "float32"
+        return "bfloat16" if self.machine.has_bfloat16 else "float32"
 
     def engine(self, dtype: Dtype, quantization: Quantization | None) -> EngineConfig:
         """The configuration of `tramontane serve --device cpu --max-num-seqs CONCURRENCY`. Raises ConfigError."""

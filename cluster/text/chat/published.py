@@ -10,6 +10,7 @@ is quoted alike by several users of the model. The vocabulary of v1 is in mistra
 
 import hashlib
 import re
+from functools import cache
 from pathlib import Path
 
 import mistral_common
@@ -47,9 +48,14 @@ def own_version(tokenizer: Tokenizer) -> TemplateVersion | None:
     if _OWN_NAME.fullmatch(tokenizer.path.name):
         return tokenizer.template_version
     if tokenizer.vocab_size == _NUM_V1:
-        return "v1" if tokenizer.pieces.names == SentencePieceModel(_V1).pieces.names else None
+        return "v1" if tokenizer.pieces.names == _names_of_v1() else None
     is_v3 = tokenizer.vocab_size == _NUM_V3 and tokenizer.control_token_id("[INST]") is not None
     return "v3" if is_v3 else None
+
+
+@cache
+def _names_of_v1() -> tuple[str, ...]:
+    return SentencePieceModel(_V1).pieces.names
 
 
 def is_release(tokenizer: Tokenizer, source: str) -> bool:

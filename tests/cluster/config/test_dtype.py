@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from support.gguf_files import write_gguf
 from support.tiny import write_tiny_checkpoint
 
-from cluster.config.dtype import NodeCpu, choose_dtype, stored_dtype, this_machine
+from cluster.config.dtype import NodeCpu, choose_dtype, keeps_more_in_float32, stored_dtype, this_machine
 from workers.checkpoint.model_config import load_model_config
 from workers.native.bfloat16 import Bfloat16Support
 
@@ -68,3 +69,14 @@ def test_the_configuration_counts_where_the_files_cannot_be_read(tmp_path):
     assert stored_dtype(folder, load_model_config(folder)) == "float32"
     (folder / "model.safetensors").write_bytes(b"no header")
     assert stored_dtype(folder, load_model_config(folder)) == "float16"
+
+
+def test_a_quantised_gguf_file_computes_in_float32_on_the_cpu(tmp_path):
+    """Its norms and scales are float32. On CUDA it computes in 16 bits, as everything does there."""
+    model = load_model_config(write_gguf(tmp_path / "model.gguf", dtype="Q4_0"))
+    dense = load_model_config(write_gguf(tmp_path / "dense.gguf", dtype="BF16"))
+    assert keeps_more_in_float32(model) and not keeps_more_in_float32(dense)
+    assert stored_dtype(tmp_path / "model.gguf", model) == "bfloat16"
+    for device, expected in (("cpu", "float32"), ("cuda", "bfloat16")):
+        choice = choose_dtype("auto", device=device, stored="bfloat16", cpus=this_machine, keeps_more=True)
+        assert choice.dtype == expected

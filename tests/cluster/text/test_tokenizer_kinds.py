@@ -132,12 +132,14 @@ def test_a_token_within_a_word(tmp_path: Path) -> None:
     assert 600 not in tokenizer.encode_prompt("dogs hotdog _dog")
 
 
-def write_fast(folder: Path, path: Path) -> None:
-    """tokenizer.json with the pieces of a SentencePiece model."""
+def write_fast(folder: Path, path: Path, *, scheme: str | None) -> None:
+    """tokenizer.json with the pieces of a SentencePiece model. scheme: of a Metaspace pre-tokenizer; None: a Prepend normalizer."""
     processor = SentencePieceProcessor(model_file=str(path))
     scores = {processor.id_to_piece(i): processor.get_score(i) for i in range(processor.vocab_size())}
     vocab = {piece: i for i, piece in enumerate(scores)}
-    spec = json.loads((write_tokenizer(folder, "llama2") / "tokenizer.json").read_text())
+    spec = json.loads((write_tokenizer(folder, "metaspace" if scheme else "llama2") / "tokenizer.json").read_text())
+    if scheme is not None:
+        spec["pre_tokenizer"]["prepend_scheme"] = scheme
     spec["model"] |= {"vocab": vocab, "merges": generate_merges(vocab, scores)}
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < 3]
     (folder / "tokenizer.json").write_text(json.dumps(spec))
@@ -175,14 +177,15 @@ def test_which_file_is_used(tmp_path: Path, names: list[str], expected: str, kin
     assert (tokenizer.tekken is not None) == (kind == "tekken")
 
 
-def test_sentencepiece_reads_the_pieces_that_both_files_list(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [None, "always", "first", "never"])
+def test_sentencepiece_reads_the_pieces_that_both_files_list(tmp_path: Path, scheme: str | None) -> None:
     demo = DEMO_MODEL / "tokenizer.model.v3"
-    write_fast(tmp_path, demo)
+    write_fast(tmp_path, demo, scheme=scheme)
     fast = load_tokenizer(tmp_path)
     shutil.copy(demo, tmp_path / "tokenizer.model")
     both = load_tokenizer(tmp_path)
     assert (fast.path.name, both.path.name) == ("tokenizer.json", "tokenizer.model")
-    for text in ("Hello there", " two  spaces\n\tdef f(x):", "日本 😀", "a</s> b<s>", ""):
+    for text in ("Hello there", " two  spaces\n\tdef f(x):", "日本 😀", "a</s> b<s>", "</s>x", " x", "  x</s>  y", ""):
         assert fast.encode_prompt(text) == both.encode_prompt(text), text
 
 

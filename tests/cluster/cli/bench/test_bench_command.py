@@ -143,7 +143,7 @@ def test_a_server_that_dies_is_an_error_of_each_later_request(tmp_path: Path) ->
 
 
 def test_two_servers_take_turns_and_get_the_same_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with OpenAIServer(token_s=0.02) as slow, OpenAIServer(model="quick", key="k2") as quick:
+    with OpenAIServer(token_s=0.005) as slow, OpenAIServer(model="quick", key="k2") as quick:
         found = run(
             slow, tmp_path, "--compare", quick.url, "--compare-api-key", "k2", "--rounds", "3", "--output-tokens", "2-6"
         )

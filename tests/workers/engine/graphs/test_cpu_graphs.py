@@ -4,6 +4,7 @@ import logging
 
 import pytest
 from support.fakes.engines import make_config, make_request
+from support.quantized.checkpoints import write_quantized
 from support.ranks.rank_threads import run_ranks
 from support.tiny import write_tiny_checkpoint
 
@@ -60,6 +61,20 @@ def test_graphs_change_no_bit(folder, form):
 
 
 @pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize(
+    ("kind", "dense"),
+    [("gptq, act-order, asymmetric", ("lm_head",)), ("int-quantized", ("lm_head", "k_proj")), ("fp8, static", ())],
+)
+def test_graphs_keep_the_bits_of_stored_weights(tmp_path, kind, dense):
+    """Inputs in another order, and a layer whose shards differ in form."""
+    folder, _ = write_quantized(tmp_path, kind, dense=dense)
+    core = LLMEngine(config(folder, dtype="bfloat16")).core
+    expected = outputs(LLMEngine(config(folder, dtype="bfloat16", cuda_graphs=False)).core)
+    assert outputs(core) == outputs(core) == expected
+    assert len(core.runner.graphs.captured_sizes) >= 3
+
+
+@pytest.mark.usefixtures("both_ways")
 def test_graphs_read_the_blocks_of_each_group_of_layers(tmp_path):
     layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
     folder = write_tiny_checkpoint(tmp_path, sliding_window=8, num_hidden_layers=3, layer_types=layer_types)
@@ -95,10 +110,10 @@ def test_a_step_that_torch_computes_in_stays_without_a_graph(folder, caplog):
     norm = core.runner.model.model.norm
     forward = norm.forward
     norm.forward = lambda x, residual: tuple(part.sin() for part in forward(x, residual))
-    with caplog.at_level(logging.WARNING, "workers.engine.cuda_graphs"):
+    with caplog.at_level(logging.WARNING, "workers.engine.graphs.cuda_graphs"):
         outputs(core)
     assert core.runner.graphs.captured_sizes == ()
-    (record,) = [r for r in caplog.records if r.name == "workers.engine.cuda_graphs"]
+    (record,) = [r for r in caplog.records if r.name == "workers.engine.graphs.cuda_graphs"]
     assert "aten.sin" in record.getMessage()
 
 

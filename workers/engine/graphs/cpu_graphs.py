@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from workers.engine.cuda_graphs import Step
-from workers.engine.decode_padding import CapturePolicy
+from workers.engine.graphs.cuda_graphs import Step
+from workers.engine.graphs.decode_padding import CapturePolicy
 from workers.native.calls import RecordedCall, Temporaries, make_program, recorded_calls, runner_of
 from workers.native.library import NativeLibrary
 from workers.native.matrices import DTYPE_NAMES
