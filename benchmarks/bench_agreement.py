@@ -1,12 +1,12 @@
 """Whether `tramontane bench`, `vllm bench serve` and `guidellm` measure the same on the same server.
 
-    python benchmarks/bench_agreement.py [--servers paced,tramontane] [--rounds 5] [--streams 4] [--requests 40]
+    python benchmarks/bench_agreement.py [--servers paced,demo_model] [--rounds 5] [--streams 4] [--requests 40]
         [--vllm-python .venv-vllm/bin/python] [--guidellm .venv-guidellm/bin/guidellm] [--output benchmarks/results/bench_agreement.md]
 
 Starts each server, lets the tools take turns in a closed loop with prompts and answers of the same lengths, and writes the medians over
-the rounds next to each other. `paced` is a server of a known pace that says when it wrote each token; `tramontane` is the demo model. A
-tool that is not installed is left out. Each needs an environment of its own: `pip install guidellm`; vLLM's is that of
-`make bench-peers`. Run nothing else at the same time.
+the rounds next to each other. `paced` is a server of a known pace that says when it wrote each token; `demo_model` and the path of any
+other model are served by Tramontane. A tool that is not installed is left out. Each needs an environment of its own:
+`pip install guidellm`; vLLM's is that of `make bench-peers`. Run nothing else at the same time.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from cluster.bench.prompts import WORDS  # noqa: E402
 
 NUM_OUTPUT = 32
-TOKENS_PER_WORD = 1.8  # of the demo model; only guidellm is given words
+TOKENS_PER_WORD = {"demo_model": 1.8}  # only guidellm is given words; other vocabularies have most of them as one token
 WARMUP = 4
 METRICS = {
     **{f"ttft_p{p}": f"TTFT p{p}, ms" for p in (50, 90)},
@@ -73,6 +73,7 @@ def running(server: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         command = [sys.executable, str(ROOT / "benchmarks/comparison/paced_server.py"), "--port", str(port)]
     else:
         command = [sys.executable, "-m", "cluster.cli.main", "serve", "--port", str(port), "--no-batches"]
+        command += [] if server == "demo_model" else [server, "--served-model-name", Path(server).name]
     # Ray starts its workers with niceness 15: on a busy machine the ranks would wait for every other process.
     env = {**os.environ, "RAY_worker_niceness": "0"}
     if args.threads:
@@ -88,7 +89,7 @@ def running(server: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the server {server} did not become ready")
             time.sleep(0.1)
-        yield url, "paced" if server == "paced" else "demo_model"
+        yield url, Path(server).name
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=90)
@@ -126,7 +127,7 @@ def run_ours(url: str, model: str, args: argparse.Namespace, folder: Path, seed:
 def run_vllm(url: str, model: str, args: argparse.Namespace, folder: Path, seed: int) -> Found:
     out = folder / "vllm.json"
     command = [args.vllm_python, "-c", VLLM_MAIN, "bench", "serve", "--backend", "openai", "--base-url", url]
-    command += ["--model", model, "--tokenizer", str(ROOT / "examples/demo_model"), "--tokenizer-mode", "mistral"]
+    command += ["--model", model, "--tokenizer", args.tokenizer, "--tokenizer-mode", "mistral"]
     command += ["--dataset-name", "random", "--random-input-len", str(args.prompt_tokens), "--seed", str(1_000 + seed)]
     command += ["--random-output-len", str(NUM_OUTPUT), "--num-prompts", str(args.requests)]
     command += ["--max-concurrency", str(args.streams), "--num-warmups", str(WARMUP), "--ignore-eos"]
@@ -141,7 +142,7 @@ def run_vllm(url: str, model: str, args: argparse.Namespace, folder: Path, seed:
 
 def run_guidellm(url: str, model: str, args: argparse.Namespace, folder: Path, seed: int) -> Found:
     file, out = folder / "guidellm.jsonl", folder / "guidellm.json"
-    prompts(file, args.requests, round(args.prompt_tokens / TOKENS_PER_WORD), 2_000 + seed)
+    prompts(file, args.requests, round(args.prompt_tokens / TOKENS_PER_WORD.get(model, 1.0)), 2_000 + seed)
     command = [args.guidellm, "run", "--disable-console", "--data", f"kind=json_file,path={file}"]
     command += ["--backend", f"kind=openai_http,target={url},model={model},request_format=/v1/completions"]
     command += ["--profile", f"kind=concurrent,streams={args.streams}"]
@@ -234,7 +235,7 @@ def section(server: str, found: dict[str, list[Found]], tools: list[str]) -> lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--servers", default="paced,tramontane")
+    parser.add_argument("--servers", default="paced,demo_model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--requests", type=int, default=40)
@@ -244,6 +245,7 @@ def main() -> None:
         "--threads", type=int, default=0, help="of the rank, fewer than cores where other things run; 0: its default"
     )
     parser.add_argument("--vllm-python", default=str(ROOT / ".venv-vllm/bin/python"))
+    parser.add_argument("--tokenizer", default=str(ROOT / "examples/demo_model"), help="of vLLM's prompts: a folder")
     parser.add_argument("--guidellm", default=str(ROOT / ".venv-guidellm/bin/guidellm"))
     parser.add_argument("--note", default="", help="a sentence for the page, such as what else ran")
     parser.add_argument("--output", type=Path, default=None, help="write the page to this file")
@@ -262,11 +264,11 @@ def main() -> None:
         "",
     ]
     for server in args.servers.split(","):
-        lines += section(server, measure(server, tools, args), tools)
-    text = "\n".join(lines)
-    print(text)
-    if args.output:
-        args.output.write_text(text)
+        lines += section(Path(server).name, measure(server, tools, args), tools)
+        # After each server: the next one may fail.
+        if args.output:
+            args.output.write_text("\n".join(lines))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

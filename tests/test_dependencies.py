@@ -30,6 +30,7 @@ NOT_DECLARED = {
 }
 # Declared and not imported, with the reason.
 NOT_IMPORTED = {
+    "accelerate": "peft imports it",
     "adlfs": "fsspec loads it for az://",
     "gcsfs": "fsspec loads it for gs://",
     "s3fs": "fsspec loads it for s3://",

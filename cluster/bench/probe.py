@@ -167,24 +167,25 @@ def _upper_part(vocab_size: int) -> tuple[int, ...]:
 
 
 def _refusal(failure: Failure, name: str, path: str) -> Exception:
+    message = f"{failure.message.rstrip('.')}."
     if failure.kind in ("HTTP 401", "HTTP 403"):
         return ConfigError(
-            f"The server at {name} refuses this client: {failure.message}",
+            f"The server at {name} refuses this client: {message}",
             remedy="Give a key that may do this with --api-key.",
             param="--api-key",
         )
     if failure.kind == "HTTP 404":
         return ConfigError(
-            f"The server at {name} has no {path}, or not this model: {failure.message}",
+            f"The server at {name} has no {path}, or not this model: {message}",
             remedy="Check --url, --model and --endpoint.",
             param="--url",
         )
     if failure.kind in _REFUSED:
         return ConfigError(
-            f"The server at {name} refuses even a request for one token ({failure.kind}): {failure.message}",
+            f"The server at {name} refuses even a request for one token ({failure.kind}): {message}",
             remedy="Check --model, --endpoint and --set.",
         )
     return ReplicaUnavailableError(
-        f"The server at {name} does not answer a request for one token ({failure.kind}): {failure.message}",
+        f"The server at {name} does not answer a request for one token ({failure.kind}): {message}",
         remedy="Check that it runs, and --url.",
     )

@@ -24,7 +24,7 @@ def main() -> None:
     block = re.search(r"```(?:python)?\n(.*?)```", answer, re.DOTALL)
     candidate = block[1] if block else answer
     print(candidate)
-    # In a process of its own, which is ended if it hangs. That is no protection against code with bad intentions.
+    # In a process of its own, which is ended if it hangs. It does not protect against code with bad intentions.
     command = [sys.executable, "-I", "-c", candidate + CHECK]
     try:
         works = subprocess.run(command, capture_output=True, timeout=10, check=False).returncode == 0

@@ -92,8 +92,8 @@ def test_paths_of_this_repository_exist(page: Path) -> None:
 def test_make_targets_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     code = [*spans(text), *(fence.text for fence in fences(text) if fence.kind == "sh")]
-    named = {target for part in code for target in re.findall(r"(?:^|sudo |\s)make ([a-z][a-z-]*)", part)}
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {target for part in code for target in re.findall(r"(?:^|sudo |\s)make ([a-z][a-z0-9-]*)", part)}
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert named <= targets, f"{name_of(page)}: the Makefile has no {sorted(named - targets)}"
 
 

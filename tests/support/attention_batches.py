@@ -3,7 +3,6 @@
 import torch
 
 from workers.attention.backend import AttentionMetadata
-from workers.kernels.quantized_kv import KV_DTYPES, QuantizedKV, quantize
 
 
 def make_metadata(
@@ -48,17 +47,6 @@ def fill_cache(
         positions = torch.arange(oldest, length)
         cache[table[positions // block_size], positions % block_size] = tokens[oldest:length]
     return cache
-
-
-def quantized(cache: torch.Tensor, kv_cache_dtype: str) -> QuantizedKV:
-    """The same keys or values as --kv-cache-dtype keeps them; what is NaN has a NaN as its scale."""
-    values, scales = quantize(cache, KV_DTYPES[kv_cache_dtype])
-    return QuantizedKV(values, scales.transpose(1, 2).contiguous())
-
-
-def dequantized(cache: QuantizedKV) -> torch.Tensor:
-    """In float32, [num_blocks, block_size, num_kv_heads, head_dim]."""
-    return cache.values.float() * cache.scales.transpose(1, 2)[..., None]
 
 
 def store_kv(

@@ -32,6 +32,7 @@ def test_the_banner_says_what_to_do(server):
     assert re.search(
         r"Engine     the CPU: up to 64 sequences and 1,024 tokens a step, 4 of these for batches; ", server.output
     )
+    assert "Tokenizer  SentencePiece (tokenizer.model.v3, 4,096 tokens)" in server.output
     assert API_KEY not in server.output
     for phase in ("Starting Ray", "Joining the ranks", "Starting the engine"):
         assert phase in server.output

@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from workers.attention.backend import AttentionMetadata
+from workers.kernels.quantized_kv import Cache
 
 BLOCK_MULTIPLE = 256
 MAX_HEAD_DIM = 256
@@ -35,10 +36,9 @@ class FlashBackend:
         self.scale = head_dim**-0.5
         self.sliding_window = sliding_window
 
-    def forward(
-        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, k_cache: Cache, v_cache: Cache, metadata: AttentionMetadata) -> torch.Tensor:
         # q: [num_tokens, num_heads, head_dim]; caches: [num_blocks, block_size, num_kv_heads, head_dim]
+        assert isinstance(k_cache, torch.Tensor) and isinstance(v_cache, torch.Tensor), "see select.flash_obstacle"
         out = varlen_attn(
             q,
             k_cache,

@@ -41,7 +41,7 @@ class QuickReader(gguf.GGUFReader):
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[GGUFValueType]]:
         if raw_type != GGUFValueType.ARRAY:
             return gguf.GGUFReader._get_field_parts(self, orig_offs, raw_type)
-        raw_element, count = struct.unpack_from("<IQ", self.data, orig_offs)
+        raw_element, count = struct.unpack_from("<IQ", self.data.data, orig_offs)
         element, start = GGUFValueType(raw_element), orig_offs + 12
         values: list[Any]
         if element is GGUFValueType.STRING:
@@ -61,7 +61,7 @@ class QuickReader(gguf.GGUFReader):
 
     def _strings(self, start: int, count: int) -> Iterator[tuple[str, int]]:
         """Each string of a list, and where it ends. A string is 8 bytes with its length, and UTF-8."""
-        view, size = memoryview(self.data), len(self.data)
+        view, size = self.data.data, len(self.data)
         for _ in range(count):
             (length,) = struct.unpack_from("<Q", view, start)
             start += 8

@@ -3,8 +3,8 @@
     python -m workers.engine.kernel_cache [--capabilities 80 86 89 90] [--tensor-parallel-sizes 1 2 4 8]
 
 Launches what the engine launches for a Mistral 7B in bfloat16, on CPU tensors. A server with the same files of Tramontane and Triton
-finds the results in the cache, and does not compile them when it starts. Other models, what is missing here, and Triton's launcher, which
-is linked with the driver, are compiled when they are needed.
+finds the results in the cache, and does not compile them when it starts. Other models, quantized weights, what is missing here, and
+Triton's launcher, which is linked with the driver, are compiled when they are needed.
 """
 
 import argparse

@@ -17,7 +17,7 @@ import torch
 from workers.attention.backend import AttentionMetadata
 from workers.config import EngineConfig
 from workers.engine.model_runner import ModelRunner
-from workers.kernels.quantized_kv import Cache, QuantizedKV, parts_of, quantize
+from workers.kernels.quantized_kv import Cache, QuantizedKV, parts_of
 from workers.model.mistral import MistralLayer
 from workers.sampling.logprobs import compute_logprobs
 
@@ -90,9 +90,9 @@ def _digest(runner: ModelRunner) -> bytes:
             add(tensor)
     # What the layer wrote: this rank's own keys and values.
     for cache in (keys, values):
-        for tensor in parts_of(cache):
-            if tensor is not None:
-                add(tensor)
+        for part in parts_of(cache):
+            if part is not None:
+                add(part)
     shape = (math.ceil(NUM_ELEMENTS / hidden_size), hidden_size)
     for tensor in decoder.norm(fixed(shape, "x"), fixed(shape, "residual")):
         add(tensor)
@@ -144,9 +144,7 @@ def _cache_like(cache: Cache, config: EngineConfig, name: str) -> Cache:
     fixed = _fixed((num_blocks, *cache.shape[1:]), name)
     if isinstance(cache, torch.Tensor):
         return fixed.to(cache.device, cache.dtype)
-    values, scales = quantize(fixed, cache.dtype)
-    device = cache.values.device
-    return QuantizedKV(values.to(device), scales.transpose(1, 2).contiguous().to(device))
+    return QuantizedKV.of(fixed, cache.dtype).to(cache.values.device)
 
 
 def _all_numbers(dtype: torch.dtype) -> torch.Tensor:

@@ -3,8 +3,8 @@
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import dataclass, replace
+from typing import TypedDict, get_args
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ import torch
 from workers.attention.backend import AttentionBackend, AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 from workers.attention.select import select_backend
-from workers.config import AttentionChoice
+from workers.config import AttentionChoice, KVCacheDtype
 from workers.gpu_check.report import Report
+from workers.kernels.quantized_kv import KV_DTYPES, QuantizedKV
 
 # Relative to the largest value of the specification's result, which is computed in float32 from the same bf16 inputs.
 TOLERANCE = 0.02
@@ -26,14 +27,20 @@ class Shape:
     window: int | None
     block_size: int
     num_kv_heads: int = 2
+    kv: KVCacheDtype = "auto"
 
     def __str__(self) -> str:
-        return f"GQA {self.group}, head_dim {self.head_dim}, window {self.window}, blocks of {self.block_size}"
+        form = "" if self.kv == "auto" else f", KV in {self.kv}"
+        return f"GQA {self.group}, head_dim {self.head_dim}, window {self.window}, blocks of {self.block_size}{form}"
 
 
 SHAPES = [
     Shape(group=group, head_dim=head_dim, window=window, block_size=block_size)
     for group, head_dim, window, block_size in itertools.product((1, 4, 8), (64, 128), (None, 1, 100, 4096), (16, 256))
+]
+KV_SHAPES = [
+    Shape(group=group, head_dim=head_dim, window=window, block_size=16, kv=kv)
+    for kv, group, head_dim, window in itertools.product(get_args(KVCacheDtype)[1:], (1, 4), (64, 128), (None, 100))
 ]
 # (tokens computed before, new tokens) of each sequence.
 MIXED = ((0, 1), (37, 1), (0, 70), (300, 33), (5000, 1), (0, 17), (255, 1), (256, 2))
@@ -92,16 +99,23 @@ class Case:
             max_seq_len=max(seq_lens),
         )
         q = torch.cat([self.queries[i][start:end] for i, start, end in parts]).to(device)
-        keys, values = self.caches.to(device)
+        keys, values = (cache.to(device) for cache in self.in_form())
         return list(backend.forward(q, keys, values, metadata).cpu().split(query_lens))
+
+    def in_form(self) -> list[torch.Tensor] | list[QuantizedKV]:
+        """Keys and values as the shape says."""
+        if self.shape.kv == "auto":
+            return list(self.caches)
+        return [QuantizedKV.of(cache, KV_DTYPES[self.shape.kv]) for cache in self.caches]
 
     def specification(self) -> list[torch.Tensor]:
         """In float32 on the CPU. Unused slots are zeros here: the specification's products span whole tiles."""
         shape = self.shape
         sdpa = SdpaBackend(**sizes(shape))
         exact = Case.__new__(Case)
-        exact.shape, exact.sequences, exact.tables = shape, self.sequences, self.tables
-        exact.caches, exact.queries = self.caches.float().nan_to_num(0.0), [q.float() for q in self.queries]
+        exact.shape, exact.sequences, exact.tables = replace(shape, kv="auto"), self.sequences, self.tables
+        caches = [cache if isinstance(cache, torch.Tensor) else cache.dequantize() for cache in self.in_form()]
+        exact.caches, exact.queries = torch.stack(caches).float().nan_to_num(0.0), [q.float() for q in self.queries]
         return exact.run(sdpa, torch.device("cpu"))
 
 
@@ -126,7 +140,14 @@ def selected(choice: AttentionChoice, device: torch.device) -> MakeBackend:
 
     def make(shape: Shape) -> AttentionBackend:
         dtype, block_size = torch.bfloat16, shape.block_size
-        return select_backend(device=device, dtype=dtype, block_size=block_size, choice=choice, **sizes(shape)).backend
+        return select_backend(
+            device=device,
+            dtype=dtype,
+            block_size=block_size,
+            choice=choice,
+            kv_cache_dtype=shape.kv,
+            **sizes(shape),
+        ).backend
 
     return make
 

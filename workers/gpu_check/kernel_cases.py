@@ -4,10 +4,13 @@ import torch
 
 from workers.gpu_check.report import Report
 from workers.kernels import layer_specification as specification
+from workers.kernels.quantized_kv import KV_DTYPES, QuantizedKV
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4096, 14336, 32, 8, 128, 16
 ROWS = (1, 3, 64, 257)
 EPS = 1e-5
+# Of keys in 8 bits, the share that may differ by a step.
+MOST_UNEQUAL = 0.02
 # Relative to the largest value: one rounding to bf16 is 2**-9.
 TOLERANCE = 2**-7
 
@@ -36,6 +39,13 @@ def check(report: Report, device: torch.device) -> None:
         )
         product, wide = random(6144, HIDDEN), random(rows, HIDDEN)
         _compare(errors, "fixed-tile product", (matmul(wide, product),), (specification.matmul(wide, product),))
+    for form, dtype in KV_DTYPES.items():
+        # Keys are rounded before they are written, so a few may be the number next to the specified one. Values are exactly as specified.
+        (*_, keys, values), (*_, expected_keys, expected_values) = (
+            _rotated(function, ROWS[-1], device, kv_dtype=dtype) for function in (rotary_kv, specification.rotary_kv)
+        )
+        is_right = torch.equal(values, expected_values) and (keys != expected_keys).float().mean() < MOST_UNEQUAL
+        report.check(f"KV write in {form} against torch", bool(is_right))
     for name, error in errors.items():
         report.check(f"{name} against torch", error < TOLERANCE, worst_error=error)
     x, product = random(64, HIDDEN), random(6144, HIDDEN)
@@ -44,18 +54,21 @@ def check(report: Report, device: torch.device) -> None:
     report.check("fixed-tile product: a row's bits alone and among 64", torch.equal(together, alone))
 
 
-def _rotated(function: object, rows: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def _rotated(
+    function: object, rows: int, device: torch.device, *, kv_dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, ...]:
     """Queries and both caches, from the same inputs for every function."""
     generator = torch.Generator().manual_seed(rows)
     qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM, generator=generator).bfloat16().to(device)
     angle = torch.rand(rows, 1, HEAD_DIM, generator=generator).to(device)
-    caches = tuple(
-        torch.zeros(rows // BLOCK_SIZE + 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
-        for _ in range(2)
-    )
+    zeros = [
+        torch.zeros(rows // BLOCK_SIZE + 2, BLOCK_SIZE, KV_HEADS, HEAD_DIM, device=device).bfloat16() for _ in "kv"
+    ]
+    caches = [cache if kv_dtype == cache.dtype else QuantizedKV.of(cache, kv_dtype) for cache in zeros]
     slots = (torch.randperm(rows, generator=generator) + BLOCK_SIZE).to(device)
     assert callable(function)
-    return (function(qkv, (angle.cos(), angle.sin()), kv_cache=caches, slot_mapping=slots), *caches)
+    q = function(qkv, (angle.cos(), angle.sin()), kv_cache=caches, slot_mapping=slots)
+    return (q, *(cache if isinstance(cache, torch.Tensor) else cache.dequantize() for cache in caches))
 
 
 def _compare(

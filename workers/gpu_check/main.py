@@ -99,6 +99,9 @@ def _run(report: Report, only: Sequence[str], device: torch.device) -> None:
             triton = attention_cases.selected("triton", device)
             attention_cases.check_values(report, "triton", triton, device, shapes)
             attention_cases.check_bits(report, "triton", triton, device, shapes[::6])
+            in_8_bits = attention_cases.KV_SHAPES[:: 5 if SMALL in only else 1]
+            attention_cases.check_values(report, "triton, KV in 8 bits,", triton, device, in_8_bits)
+            attention_cases.check_bits(report, "triton, KV in 8 bits", triton, device, in_8_bits[::4])
         if SMALL not in only:
             with report.section("FlashAttention"):
                 _check_flash(report, device)

@@ -48,9 +48,7 @@ class NativeLayerKernels:
         table, indices = table.contiguous(), indices.contiguous()
         out = table.new_empty((len(indices), size))
         row_bytes = size * table.element_size()
-        self._lookup(
-            out.data_ptr(), table.data_ptr(), indices.data_ptr(), len(indices), row_bytes, first, num_rows
-        )
+        self._lookup(out.data_ptr(), table.data_ptr(), indices.data_ptr(), len(indices), row_bytes, first, num_rows)
         return out
 
     def add_rms_norm(

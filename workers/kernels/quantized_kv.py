@@ -24,6 +24,19 @@ class QuantizedKV:
     values: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim], int8 or float8_e4m3fn
     scales: torch.Tensor  # [num_blocks, num_kv_heads, block_size], float32
 
+    @classmethod
+    def of(cls, cache: torch.Tensor, dtype: torch.dtype) -> "QuantizedKV":
+        """A whole cache in 8 bits. cache: [num_blocks, block_size, num_kv_heads, head_dim]."""
+        values, scales = quantize(cache, dtype)
+        return cls(values, scales.transpose(1, 2).contiguous())
+
+    def to(self, device: torch.device) -> "QuantizedKV":
+        return QuantizedKV(self.values.to(device), self.scales.to(device))
+
+    def dequantize(self) -> torch.Tensor:
+        """In float32, [num_blocks, block_size, num_kv_heads, head_dim]."""
+        return self.values.float() * self.scales.transpose(1, 2)[..., None]
+
     @property
     def shape(self) -> torch.Size:
         return self.values.shape
@@ -51,7 +64,7 @@ def parts_of(cache: Cache) -> Parts:
 
 
 def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of `dtype` and the scales [num_tokens, num_kv_heads] of x [num_tokens, num_kv_heads, head_dim].
+    """The values of `dtype` and the scales [..., num_kv_heads] of x [..., num_kv_heads, head_dim].
 
     In int8, [0.5, -1.0, 0.25] has the scale 1 / 127 and the values [64, -127, 32]: 63.5 and 31.75 are rounded, halves to even. A NaN or an
     infinity makes the scale one, and so every number of that head.

@@ -43,13 +43,15 @@ _CONTROL_IF_UNKNOWN = {TokenType.UNKNOWN: TokenType.CONTROL}
 def gguf_model(metadata: Mapping[str, Any], *, name: str) -> TokenizerModel:
     """name: of the file, for errors. Raises ConfigError for a tokenizer that does not run here, which it names."""
     kind = metadata.get(f"{_KEY}model")
-    if kind not in _DEFAULT_SPECIAL:
+    if not isinstance(kind, str) or kind not in _DEFAULT_SPECIAL:
         what = f"the tokenizer {kind!r}" if kind is not None else "no tokenizer"
         raise ConfigError(
             f"{name} has {what}, which is not supported.",
             remedy="Use a GGUF file with a tokenizer of the kind gpt2 or llama.",
         )
     tokens = _list(metadata, "tokens", name)
+    if not all(isinstance(token, str) for token in tokens):
+        raise ConfigError(f"{name} lists a token that is not text.", remedy="Download it again.")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
     types = [_type(t) for t in _list(metadata, "token_type", name, default=[TokenType.NORMAL] * len(tokens))]
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
@@ -66,7 +68,7 @@ def gguf_model(metadata: Mapping[str, Any], *, name: str) -> TokenizerModel:
 
 def _splits(metadata: Mapping[str, Any], name: str) -> Splits:
     pre = metadata.get(f"{_KEY}pre", "default")
-    if pre not in SPLITS:
+    if not isinstance(pre, str) or pre not in SPLITS:
         raise ConfigError(
             f"{name} splits words as {pre!r} (tokenizer.ggml.pre), which is not known here.",
             remedy=f"Use a file with one of {', '.join(sorted(SPLITS))}.",

@@ -36,9 +36,8 @@ class PieceTable:
 
     names: tuple[str, ...]  # as the vocabulary lists them, such as "▁the", "Ġthe", "<0xE2>" or "[INST]"
     surfaces: tuple[str, ...]  # the text; "" for control tokens and partial ones
-    partial: tuple[
-        bytes | None, ...
-    ]  # the bytes of tokens that are not whole characters, such as the byte-fallback tokens
+    # The bytes of tokens that are not whole characters, such as the byte-fallback tokens.
+    partial: tuple[bytes | None, ...]
     starts_with_space: tuple[bool, ...]  # a space that is dropped at the start of a text
     is_control: tuple[bool, ...]
     byte_level: bool = False

@@ -21,6 +21,7 @@ from workers.tokenizer_files.pieces import AddedToken, PieceTable, SpecialIds, c
 _REMEDY = (
     "Use a checkpoint whose tokenizer.json is byte-level BPE or BPE with ▁ as a space, or that has a tokenizer.model."
 )
+_MAX_TOKENS = 1 << 24
 # How many characters of a text a normalizer makes one of, at most. Unicode composes four at most; the others may remove any number.
 _ANY = 1_000_000
 _SHRINKING = {"Prepend": 1, "Lowercase": 1, "NFD": 1, "NFKD": 1, "NFC": 4, "NFKC": 4}
@@ -45,6 +46,7 @@ class TokenizerJsonModel:
                 raise ConfigError(f"{name} has a {model['type']} model, which is not supported.", remedy=_REMEDY)
             self._vocab: dict[str, int] = model["vocab"]
             self.added_tokens = read_added_tokens(spec)
+            _check_ids([*self._vocab.values(), *(token.id for token in self.added_tokens.values())])
             self._decoding = _read_decoding(spec, name)
             self.special = special or _special_ids(spec)
             self._max_shrink = max(
@@ -215,6 +217,12 @@ def _without_first_space(spec: Mapping[str, Any]) -> dict[str, Any]:
     if steps != list(steps_of(spec.get("pre_tokenizer"), "pretokenizers")):
         found["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     return found
+
+
+def _check_ids(ids: list[Any]) -> None:
+    wrong = [i for i in ids if type(i) is not int or not 0 <= i < _MAX_TOKENS]
+    if wrong:
+        raise ValueError(f"the token id {wrong[0]!r}")
 
 
 def _shrinks(step: Mapping[str, Any]) -> int:

@@ -84,7 +84,7 @@ def check_tensors(folder: Path, config: ModelConfig, tensors: Mapping[str, Tenso
             )
 
 
-def _check_tied_head(head: TensorInfo, embedding: TensorInfo) -> None:
+def _check_tied_head(head: TensorInfo | GgufTensor, embedding: TensorInfo | GgufTensor) -> None:
     """Some conversions repeat the embedding as the head. transformers 5 keeps a head that differs, transformers 4 drops it."""
     same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
     if same:

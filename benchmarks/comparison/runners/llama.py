@@ -17,7 +17,7 @@ class Llama:
     """One model with one context of `num_seqs` sequences, each of up to `max_len` tokens."""
 
     def __init__(self, path: str, *, num_seqs: int, max_len: int, num_threads: int, extra_buffers: bool = True) -> None:
-        """extra_buffers: whether weights may be laid out anew for the CPU's instructions, AMX among them."""
+        """extra_buffers: whether weights may be laid out again for the CPU's instructions, AMX among them."""
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         model_params.use_extra_bufts = extra_buffers

@@ -59,7 +59,7 @@ def _distribution(row: Row, name: str, *, with_server: bool) -> Series | None:
     ok = [o for load in row.loads for o in load.outcomes if o.failure is None]
     values = np.sort(np.asarray(times_of(ok)[TIMES.index(name)])) * 1e3
     # Events in one piece have no gap between them; a logarithm has no place for 0.
-    values = np.maximum(values, 0.01)
+    values = np.maximum(values, 0.1)
     if len(values) < 2:
         return None
     shares = np.linspace(0, 100, min(_MAX_POINTS, len(values)))

@@ -139,12 +139,12 @@ GIB = 2**30
     ],
 )
 def test_a_model_that_is_not_downloaded_yet(monkeypatch, capsys, port, answer, severity, said):
-    def download_bytes(model: str, *, revision: str | None) -> int:
+    def download_bytes(model: str, *, revision: str | None, gguf_file: str | None) -> int:
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    monkeypatch.setattr(local, "find_model", lambda model, revision: None)
+    monkeypatch.setattr(local, "find_model", lambda model, revision, gguf_file: None)
     monkeypatch.setattr(local, "download_bytes", download_bytes)
     options = [*QUICK, "owner/name", "--port", str(port), "--json"]
     assert main(options) == (severity == "problem")

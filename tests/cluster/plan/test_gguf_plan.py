@@ -49,8 +49,8 @@ def test_7b_in_q4_k_m():
     """Q4_K takes 6 bits with its float32 scales, Q6_K 18; a seventh of the layers' 6.98 billion weights is in the latter."""
     config = replace(V0_3, stored=read_stored(q4_k_m()), layout="gguf")
     engine, plan = plan_of(config, gpu="L4", context=32_768)
-    share = (67_108_864 + 939_524_096) / 6_979_321_856 / 2 * 2
-    layers, table, head = 6_979_321_856 * (6 + 12 * share / 2) / 8, 2 * 134_217_728, 134_217_728 * 18 / 8
+    share = (67_108_864 + 939_524_096) / 6_979_321_856
+    layers, table, head = 6_979_321_856 * (6 + 12 * share) / 8, 2 * 134_217_728, 134_217_728 * 18 / 8
     norms = 65 * 4096 * 2
     assert weight_bytes(engine) == round(layers + table + head + norms)
     assert plan.fits, "24 GB hold it with 32k of context"

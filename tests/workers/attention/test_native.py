@@ -4,12 +4,13 @@ import random
 
 import pytest
 import torch
-from support.attention_batches import fill_cache, make_metadata, quantized
+from support.attention_batches import fill_cache, make_metadata
 from support.native import native_library
 
 from workers.attention.native import NativeBackend
 from workers.attention.sdpa import SdpaBackend
 from workers.attention.select import native_obstacle
+from workers.kernels.quantized_kv import KV_DTYPES, QuantizedKV
 
 SHAPES = [(2, 2, 8), (4, 2, 32), (3, 1, 128), (8, 2, 80)]
 PARTS = [(0, 1), (0, 13), (9, 1), (199, 1), (67, 60), (64, 64), (130, 33)]
@@ -40,7 +41,7 @@ def attend(backend, sequences, parts, *, block_size, window, kv="auto", generato
         fill_cache([sequence[i] for sequence in sequences], metadata, block_size, sliding_window=window) for i in (1, 2)
     ]
     if kv != "auto":
-        caches = [quantized(cache, kv) for cache in caches]
+        caches = [QuantizedKV.of(cache, KV_DTYPES[kv]) for cache in caches]
     q = torch.cat(
         [sequence[0][before : before + new] for sequence, (before, new) in zip(sequences, parts, strict=True)]
     )
@@ -79,7 +80,7 @@ def test_equals_the_specification(library, shape, window, dtype, kv):
         metadata = make_metadata(PARTS, block_size)
         caches = [fill_cache([s[i] for s in sequences], metadata, block_size).nan_to_num(50.0) for i in (1, 2)]
         if kv != "auto":
-            caches = [quantized(cache, kv) for cache in caches]
+            caches = [QuantizedKV.of(cache, KV_DTYPES[kv]) for cache in caches]
         q = torch.cat([s[0][before : before + new] for s, (before, new) in zip(sequences, PARTS, strict=True)])
         expected = specification.forward(q, *caches, metadata)
         tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5

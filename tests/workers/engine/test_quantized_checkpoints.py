@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.fakes.engines import make_config
 from support.native import native_library
-from support.quantized.checkpoints import KINDS, write_quantized
+from support.quantized import packers
+from support.quantized.checkpoints import FP8, INT4, INT8, KINDS, WIDE, Kind, compressed, write_quantized
 from support.ranks.rank_threads import run_ranks
 
 from workers.attention.backend import AttentionMetadata
@@ -91,6 +92,31 @@ def test_each_shard_of_a_layer_keeps_its_own_form(tmp_path):
     """The key projection is dense, and so is an output head that the layers' scheme does not cover."""
     folder, meant = write_quantized(tmp_path, "gptq", dense=("lm_head", "k_proj", "layers.0.mlp.up_proj"))
     assert 0 < distance(logits_of(folder), logits_of(meant)) < 0.03
+
+
+def test_several_schemes_in_one_checkpoint(tmp_path):
+    """compressed-tensors' "mixed-precision": int8 for the one matrix with 128 inputs, int4 and e4m3 for the others."""
+
+    def pack(weight):
+        if weight.shape[1] == WIDE["intermediate_size"]:
+            return packers.int_quantized(weight)
+        return packers.float8(weight, per="row") if weight.shape[0] == 32 else packers.pack_quantized(weight)
+
+    fields = compressed(INT4 | {"strategy": "group", "group_size": 32}, form="mixed-precision")
+    fields["config_groups"]["group_1"] = {"targets": ["re:.*down_proj"], "weights": INT8 | {"strategy": "channel"}}
+    fields["config_groups"]["group_2"] = {"targets": ["re:.*[kv]_proj"], "weights": FP8 | {"strategy": "channel"}}
+    folder, meant = write_quantized(tmp_path, Kind(pack, {}, fields))
+    assert 0 < distance(logits_of(folder), logits_of(meant)) < 0.03
+    assert distance(logits_of(folder, size=2), logits_of(meant)) < 0.03
+
+
+@pytest.mark.parametrize("kind", ["awq", "gptq, act-order", "int-quantized, groups, asymmetric"])
+def test_three_ranks(kind, tmp_path):
+    """SmolLM2's 9 and 3 heads."""
+    sizes = {"hidden_size": 96, "intermediate_size": 288, "head_dim": 32}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 1}
+    folder, meant = write_quantized(tmp_path, kind, **sizes, **heads)
+    assert 0 < distance(logits_of(folder, size=3), logits_of(meant)) < 0.03
 
 
 def test_a_quantised_output_head(tmp_path):

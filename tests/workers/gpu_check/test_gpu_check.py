@@ -62,6 +62,19 @@ def test_bits_that_depend_on_the_batch_are_found(report):
     assert [line.status for line in report.lines] == ["ok", "wrong"]
 
 
+class ZerosForUnusedIn8Bits(SdpaBackend):
+    def forward(self, q, k_cache, v_cache, metadata):
+        return super().forward(q, *(cache.dequantize().nan_to_num(0.0) for cache in (k_cache, v_cache)), metadata)
+
+
+def test_keys_and_values_in_8_bits_are_checked(report):
+    shapes = [Shape(group=2, head_dim=16, window=100, block_size=4, kv=kv) for kv in ("int8", "fp8")]
+    attention_cases.check_values(report, "right", made_of(ZerosForUnusedIn8Bits), CPU, shapes)
+    attention_cases.check_bits(report, "right", made_of(ZerosForUnusedIn8Bits), CPU, shapes[:1])
+    attention_cases.check_values(report, "wrong", made_of(SdpaBackend), CPU, shapes)
+    assert [line.status for line in report.lines] == ["ok", "ok", "wrong"]
+
+
 def test_sampled_tokens_are_compared(report):
     sampler_cases.check(report, CPU, num_steps=2)
     assert [line.status for line in report.lines] == ["ok", "ok"], report.lines

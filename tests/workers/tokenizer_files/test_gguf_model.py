@@ -148,6 +148,8 @@ def test_a_sentencepiece_vocabulary_without_a_first_space() -> None:
         ({}, "x has no tokenizer, which is not supported"),
         ({"tokenizer.ggml.model": "t5"}, "x has the tokenizer 't5', which is not supported"),
         ({"tokenizer.ggml.model": "gpt2"}, "x has no tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [1]}, "lists a token that is not text"),
+        (byte_level_metadata("smollm") | {"tokenizer.ggml.pre": []}, r"splits words as \[\]"),
         (byte_level_metadata("unheard"), r"splits words as 'unheard' \(tokenizer.ggml.pre\), which is not known"),
         (byte_level_metadata("smollm", merges=[]), "x has no tokenizer.ggml.merges"),
         (byte_level_metadata("smollm", token_type=[1]), "lists a token twice or without a type"),

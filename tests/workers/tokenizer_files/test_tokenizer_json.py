@@ -135,6 +135,8 @@ def changed(**changes: Any) -> dict[str, Any]:
         (changed(model={"type": "BPE"}), r"not a tokenizer in Hugging Face's format \(KeyError: 'vocab'\)"),
         (changed(pre_tokenizer={"type": "Unheard"}), "not a tokenizer in Hugging Face's format"),
         ({}, "KeyError: 'model'"),
+        (changed(added_tokens=[{"id": 1 << 40, "content": "<a>"}]), r"ValueError: the token id 1099511627776"),
+        (changed(model={"type": "BPE", "vocab": {"a": "x"}, "merges": []}), "the token id 'x'"),
     ],
 )
 def test_what_cannot_be_used_is_named(spec: dict[str, Any], says: str) -> None:

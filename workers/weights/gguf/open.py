@@ -3,13 +3,17 @@
 Knows no model and no ranks.
 """
 
+import logging
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from workers.checkpoint.gguf_config import read_parts
 from workers.checkpoint.gguf_file import find_gguf
-from workers.checkpoint.gguf_types import is_supported
+from workers.checkpoint.gguf_types import EXPANDED_TYPES, is_supported
+from workers.device.memory import gigabytes
 from workers.errors import CheckpointError
 from workers.quant.forms import Form
 from workers.quant.method import WeightSource
@@ -18,6 +22,8 @@ from workers.weights.gguf.tensor import GgufWeights
 from workers.weights.gguf.types import form_of
 from workers.weights.interleaved import InterleavedRows
 from workers.weights.names import EMBEDDING, HEAD, name_in_model
+
+log = logging.getLogger(__name__)
 
 
 def open_gguf(location: str | Path, *, head_dim: int) -> dict[str, WeightSource]:
@@ -43,7 +49,22 @@ def open_gguf(location: str | Path, *, head_dim: int) -> dict[str, WeightSource]
         if INTERLEAVED.fullmatch(name) and tensor.shape[0] % head_dim == 0:
             source = InterleavedRows(source, head_dim)
         sources[known_as] = source
+    _warn_of_expanded(sources.values())
     return sources
+
+
+def _warn_of_expanded(sources: Iterable[WeightSource]) -> None:
+    """Logs what matrices without an exact form take."""
+    expanded = [s for s in sources if isinstance(s, GgufWeights) and s.dtype in EXPANDED_TYPES]
+    if expanded:
+        types, num_weights = sorted({s.dtype for s in expanded}), sum(math.prod(s.shape) for s in expanded)
+        log.warning(
+            "%d matrices of the types %s have no form of their own here: as plain numbers they take %s in 16 bits, and %s in float32.",
+            len(expanded),
+            ", ".join(types),
+            gigabytes(2 * num_weights),
+            gigabytes(4 * num_weights),
+        )
 
 
 def read_gguf_forms(location: str | Path) -> dict[str, Form]:

@@ -134,3 +134,14 @@ def test_groups_of_16_are_padded_to_32(tmp_path):
     assert values.group_size == 32 and values.shape == (8, 512)
     assert values.inputs[:48].tolist() == [*range(16), *range(16), *range(16, 32)]
     assert not values.values.view(8, -1, 2, 16)[:, :, 1].any()
+
+
+def test_types_without_a_form_are_said_with_what_they_take(tmp_path, caplog):
+    """Of a layer's seven matrices all but q and k."""
+    kinds = {"q_proj": "Q4_0", "k_proj": "Q4_0", "embed": "Q8_0", "lm_head": "Q8_0", "": "IQ2_XS"}
+    path = write_gguf(tmp_path / "model.gguf", make_tiny_model(sliding_window=None, **LARGE), dtype=kinds)
+    open_gguf(path, head_dim=32)
+    assert "5 matrices of the types IQ2_XS have no form of their own here" in caplog.text
+    caplog.clear()
+    open_gguf(write_gguf(tmp_path / "other.gguf"), head_dim=8)
+    assert caplog.text == ""
