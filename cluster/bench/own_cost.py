@@ -13,7 +13,7 @@ import numpy as np
 
 TICK_S = 0.02
 BUSY_SHARE = 0.7  # of one core; above it events wait for each other
-LATE_SHARE = 0.5  # of the median gap, as the 99th percentile of lateness
+LATE_SHARE = 0.5  # of the median time per token, as the 99th percentile of lateness
 
 
 @dataclass(slots=True)
@@ -54,16 +54,16 @@ async def _tick(late_s: list[float]) -> None:
         late_s.append(max(0.0, time.perf_counter() - due_s))
 
 
-def warning(cost: OwnCost, *, gap_p50_s: float | None) -> str | None:
+def warning(cost: OwnCost, *, gap_s: float | None) -> str | None:
     """One sentence when the client was the bottleneck, or may have been."""
     if cost.cpu_share > BUSY_SHARE:
         return (
             f"The client itself was the bottleneck: it used {cost.cpu_share:.0%} of a core. Run it on another machine, or with "
             f"fewer streams or requests a second."
         )
-    if gap_p50_s and cost.late_p99_s > LATE_SHARE * gap_p50_s:
+    if gap_s and cost.late_p99_s > LATE_SHARE * gap_s:
         return (
             f"The client had to wait for a core: 1% of its wake-ups were more than {cost.late_p99_s * 1e3:.1f} ms late, next to a "
-            f"median gap of {gap_p50_s * 1e3:.1f} ms. Run it on another machine, or leave a core to it."
+            f"median time per token of {gap_s * 1e3:.1f} ms. Run it on another machine, or leave a core to it."
         )
     return None

@@ -50,7 +50,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Summary:
-    """One run. metrics: name -> value, without those that cannot be known. Times in ms."""
+    """One run. metrics: name -> value, without those that cannot be known. Times in ms. num_joined: events that came in one
+    piece with the event before them, so that the gap between them is 0.
+    """
 
     num_ok: int
     num_cut: int
@@ -61,6 +63,7 @@ class Summary:
     num_prompt_tokens: int
     num_output_tokens: int
     num_events: int
+    num_joined: int
     num_short: int
     num_without_usage: int
     sent_late_p99_ms: float
@@ -100,6 +103,7 @@ def summarize(loaded: Loaded, *, objective: Objective | None, price_per_hour: fl
         num_prompt_tokens=num_prompt,
         num_output_tokens=num_output,
         num_events=sum(len(o.times_s) for o in ok),
+        num_joined=sum(gap == 0 for o in ok for gap in o.gaps_s),
         num_short=sum(o.num_output < o.wanted_output for o in ok),
         num_without_usage=sum(not o.has_usage for o in ok),
         sent_late_p99_ms=_percentile([(o.sent_s - o.asked_s) * 1e3 for o in loaded.outcomes], 99),

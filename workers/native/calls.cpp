@@ -52,6 +52,18 @@ TRAMONTANE_KERNEL(copy_bytes)(void* out, const void* in, int64_t num_bytes) { me
 EXPORT_BIAS(float32, float)
 EXPORT_BIAS(bfloat16, bf16)
 
+// Multiplies the first n values of each row, `stride` values apart, by the row's factor.
+#define EXPORT_SCALE(type, T)                                                                                                            \
+    TRAMONTANE_KERNEL(scale_rows_##type)(void* x, const float* factors, int64_t m, int64_t n, int64_t stride) {                           \
+        for (int64_t row = 0; row < m; row++)                                                                                            \
+            for (int64_t i = 0; i < n; i += 16) {                                                                                        \
+                T* const values = (T*)x + row * stride + i;                                                                              \
+                store_some(values, load_some((const T*)values, n - i) * set1(factors[row]), n - i);                                       \
+            }                                                                                                                            \
+    }
+EXPORT_SCALE(float32, float)
+EXPORT_SCALE(bfloat16, bf16)
+
 // bfloat16 to float32.
 TRAMONTANE_KERNEL(widen)(void* out, const void* in, int64_t num_values) {
     for (int64_t i = 0; i < num_values; i += 16) store_some((float*)out + i, load_some((const bf16*)in + i, num_values - i), num_values - i);

@@ -13,6 +13,8 @@ from cluster.bench.probe import Server
 from cluster.bench.rounds import Plan, Run
 from cluster.bench.statistics import Problem, Spread, Summary, over_rounds, ratios, summarize
 
+JOINED_SHARE = 0.1  # of events; above it the report says that gaps are misleading
+
 
 @dataclass(frozen=True)
 class Row:
@@ -147,6 +149,12 @@ def _remarks_of(row: Row) -> list[str]:
             f"{num_tokens:,} tokens came in {num_events:,} events, so a gap is often that of several tokens; "
             "the time per token after the first is not."
         )
+    num_joined = sum(r.num_joined for r in row.runs)
+    if num_joined > JOINED_SHARE * num_events:
+        remarks.append(
+            f"{num_joined / num_events:.0%} of the events came in one piece with the event before them, which makes gaps of 0; "
+            "the time per token after the first is not concerned."
+        )
     late_ms = max((r.sent_late_p99_ms for r in row.runs), default=0.0)
     if late_ms > 10:
         remarks.append(
@@ -155,6 +163,6 @@ def _remarks_of(row: Row) -> list[str]:
     num_cut, num_left = sum(r.num_cut for r in row.runs), sum(r.num_left for r in row.runs)
     if num_cut or num_left:
         remarks.append(f"{num_cut} running requests were stopped, and {num_left} were not sent.")
-    gap = row.metrics.get("gap_p50")
-    warnings = [own_cost.warning(load.cost, gap_p50_s=None if gap is None else gap.median / 1e3) for load in row.loads]
+    gap = row.metrics.get("mean_gap_p50")  # a gap itself may be 0
+    warnings = [own_cost.warning(load.cost, gap_s=None if gap is None else gap.median / 1e3) for load in row.loads]
     return remarks + [w for w in warnings if w][:1]

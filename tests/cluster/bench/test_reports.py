@@ -185,6 +185,11 @@ def test_a_level_without_any_answer_has_a_row_and_no_line_in_the_plots() -> None
     assert "cannot connect" in page(found)
 
 
+def test_gaps_of_zero_are_explained() -> None:
+    assert "80% of the events came in one piece with the event before them" in printed(results(gaps_ms=((0, 5),)))
+    assert "in one piece" not in printed(results())
+
+
 def test_points_lie_inside_the_plot() -> None:
     for chart in charts(results()):
         drawn = svg(chart)

@@ -58,6 +58,10 @@ def test_tokens_are_counted_by_usage_and_not_by_events() -> None:
     assert (summary.num_output_tokens, summary.num_events) == (5, 3)
 
 
+def test_events_of_one_piece_are_counted() -> None:
+    assert run(answer(0, 0.1, 0.2, 0.2, 0.2), answer(0, 0.3, 0.3)).num_joined == 3
+
+
 def test_goodput_counts_what_meets_the_objective_of_all_that_was_asked() -> None:
     outcomes = [
         answer(0, 0.1, 0.2),
@@ -130,5 +134,5 @@ def test_a_round_in_which_a_server_has_no_answer_has_no_ratio() -> None:
     ],
 )
 def test_a_client_that_was_the_bottleneck_says_so(cost: OwnCost, words: str | None) -> None:
-    found = warning(cost, gap_p50_s=0.01)
+    found = warning(cost, gap_s=0.01)
     assert found is None if words is None else words in str(found)

@@ -58,6 +58,10 @@ class NativeGraphRecorder:
             dtype: library.function(f"add_bias_{name}", [*_POINTERS, _SIZE, _SIZE])
             for dtype, name in DTYPE_NAMES.items()
         }
+        self._scale_rows = {
+            dtype: library.function(f"scale_rows_{name}", [*_POINTERS[:2], _SIZE, _SIZE, _SIZE])
+            for dtype, name in DTYPE_NAMES.items()
+        }
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, steps: Iterable[Step]) -> int:
@@ -95,7 +99,18 @@ class NativeGraphRecorder:
         self._add_bias[x.dtype](out.data_ptr(), x.data_ptr(), bias.data_ptr(), *x.shape)
         return out
 
+    def scale(self, x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """In place. x: [n, num_heads, head_dim], rows of any stride; factors: [n, 1, 1]."""
+        heads_lie_together = x.dim() == 3 and x.stride(2) == 1 and x.stride(1) == x.shape[2]
+        is_one_per_row = factors.shape == (len(x), 1, 1) and factors.dtype == torch.float32 and factors.is_contiguous()
+        _require(heads_lie_together and is_one_per_row and x.dtype in self._scale_rows, "products of any shape")
+        self._scale_rows[x.dtype](x.data_ptr(), factors.data_ptr(), len(x), x.shape[1] * x.shape[2], x.stride(0))
+        return x
+
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        # Python's `x[...] *= y` ends with such a copy.
+        if (target.data_ptr(), target.stride(), target.dtype) == (source.data_ptr(), source.stride(), source.dtype):
+            return target
         _require(
             target.is_contiguous() and source.is_contiguous() and target.shape == source.shape, "copies of any layout"
         )
@@ -130,6 +145,8 @@ class _Recorder(TorchDispatchMode):
             return self._kernels.gather(args[0], args[1][0], self.new)
         if func is _aten.add.Tensor and not kwargs and isinstance(args[1], torch.Tensor):
             return self._kernels.add_bias(args[0], args[1], self.new)
+        if func is _aten.mul_.Tensor and isinstance(args[1], torch.Tensor):
+            return self._kernels.scale(args[0], args[1])
         if func is _aten.copy_.default:
             return self._kernels.copy(args[0], args[1])
         if func is _aten._to_copy.default and kwargs.get("dtype") == torch.float32:

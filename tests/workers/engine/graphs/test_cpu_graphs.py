@@ -3,10 +3,12 @@
 import logging
 
 import pytest
+import torch
 from support.fakes.engines import make_config, make_request
 from support.quantized.checkpoints import write_quantized
 from support.ranks.rank_threads import run_ranks
-from support.tiny import write_tiny_checkpoint
+from support.tiny import TINY, write_tiny_checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig, Ministral3Config
 
 from workers.config import EngineConfig
 from workers.engine.build import build_runner
@@ -80,6 +82,34 @@ def test_graphs_read_the_blocks_of_each_group_of_layers(tmp_path):
     folder = write_tiny_checkpoint(tmp_path, sliding_window=8, num_hidden_layers=3, layer_types=layer_types)
     core = LLMEngine(config(folder)).core
     expected = outputs(LLMEngine(config(folder, cuda_graphs=False)).core)
+    assert outputs(core) == outputs(core) == expected
+    assert len(core.runner.graphs.captured_sizes) >= 3
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.1,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [(LlamaConfig, {"attention_bias": True, "mlp_bias": True}), (Ministral3Config, {"rope_parameters": YARN})],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_add_biases_and_scale_queries(tmp_path, kind, fields, dtype):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(kind(**{**TINY, **fields}))
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    core = LLMEngine(config(tmp_path, dtype=dtype)).core
+    expected = outputs(LLMEngine(config(tmp_path, dtype=dtype, cuda_graphs=False)).core)
     assert outputs(core) == outputs(core) == expected
     assert len(core.runner.graphs.captured_sizes) >= 3
 

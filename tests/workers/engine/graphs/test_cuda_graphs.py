@@ -17,6 +17,7 @@ from workers.attention.sdpa import SdpaBackend
 from workers.engine.batch import STOP, capture_message, dummy_batch, is_stop, size_to_capture
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
+from workers.engine.follower import run_follower
 from workers.engine.graphs.cuda_graphs import GraphRecorder
 from workers.engine.graphs.decode_padding import (
     CapturePolicy,
@@ -26,7 +27,6 @@ from workers.engine.graphs.decode_padding import (
     pad_decode,
     padded_size,
 )
-from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
 from workers.engine.model_runner import ModelRunner
 from workers.kv_cache.block_pool import NULL_BLOCK
