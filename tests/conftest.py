@@ -11,7 +11,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Files that use the same session's server: they run on one worker, in this order.
 SHARING = (
-    ("tests/clients/test_foreign.py", "tests/clients/test_lm_eval.py", "tests/clients/test_openai.py", "tests/clients/test_use_cases.py", "tests/docs/test_examples.py"),
+    ("tests/clients/test_foreign.py", "tests/clients/test_lm_eval.py", "tests/clients/test_openai.py", "tests/clients/test_use_cases.py",
+     "tests/docs/test_examples.py"),
     ("tests/system/test_ports.py", "tests/system/test_serve.py"),
     ("tests/clients/test_raw_bodies.py", "tests/clients/test_raw_http.py"),
 )  # fmt: skip

@@ -21,7 +21,8 @@ ORDER = {
     ),
     "workers": (
         "rank, gpu_check > profile > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention "
-        "> kernels > native > parallel > tokenizer_files > checkpoint, device > config > model_numbers > layer_groups, rope, stored_weights, heartbeat, process_identity, thread_priority > protocol > errors"
+        "> kernels > native > parallel > tokenizer_files > checkpoint, device > config > model_numbers "
+        "> layer_groups, rope, stored_weights, heartbeat, process_identity, thread_priority > protocol > errors"
     ),
 }
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.

@@ -182,8 +182,8 @@ def engine_line(facts: "EngineFacts | None") -> str:
     numbers = f"{describe_dtype(facts.dtype, facts.quantization)}; " if facts.dtype else ""
     return (
         f"{facts.device or 'unknown device'}: up to {facts.max_num_seqs:,} sequences and {facts.max_num_batched_tokens:,} tokens a step, "
-        f"{facts.max_background_tokens:,} of these for batches; {facts.num_blocks:,} KV blocks of {facts.block_size} tokens{_kv_form(facts)}; "
-        f"{numbers}attention {facts.attention_backend}"
+        f"{facts.max_background_tokens:,} of these for batches; {facts.num_blocks:,} KV blocks of {facts.block_size} tokens"
+        f"{_kv_form(facts)}; {numbers}attention {facts.attention_backend}"
     )
 
 

@@ -54,6 +54,8 @@ def test_a_step_that_waits_for_the_device_cannot_be_captured_and_runs_without(de
         tokens = sum(len(delta.token_ids) for delta in stream_requests(core, [make_request("a", 30, max_tokens=9)]))
     assert tokens == 9
     assert core.runner.graphs.captured_sizes == ()
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "workers.engine.graphs.cuda_graphs"]
+    (message,) = [
+        record.getMessage() for record in caplog.records if record.name == "workers.engine.graphs.cuda_graphs"
+    ]
     assert message.startswith("Decode steps of 1 sequences stay without a graph")
     assert "capturing" in message

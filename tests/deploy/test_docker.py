@@ -81,7 +81,7 @@ def test_the_wheel_has_the_kernels_for_cpus() -> None:
     steps = [i for i in ALL if i.stage == stage]
     assert any("g++" in i.value.split() for i in steps if i.name == "RUN")
     assert one("ENV", steps) == f"{REQUIRE}=1"
-    names = ["workers/native/build_mark.cpp", "workers/native/libtramontane_cpu_avx2.so"]
+    names = ["workers/native/cpp/build_mark.cpp", "workers/native/libtramontane_cpu_avx2.so"]
     assert context_files(ROOT, IGNORE, names) == names[:1]
 
 

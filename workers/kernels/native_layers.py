@@ -1,4 +1,4 @@
-"""The layers' kernels compiled for the CPU (native/layer.cpp): one call each. Shapes and rounding: see `layer_specification`.
+"""The layers' kernels compiled for the CPU (native/cpp/layer.cpp): one call each. Shapes and rounding: see `layer_specification`.
 
 A row's result is bit for bit independent of the other rows, and the same on every instruction set.
 """

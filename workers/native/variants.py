@@ -52,13 +52,13 @@ EXPORTS = "{ global: tramontane_*; local: *; };"
 
 
 def kernel_sources(folder: Path = FOLDER) -> list[Path]:
-    return sorted(folder.glob("*.cpp"))
+    return sorted(folder.rglob("*.cpp"))
 
 
 def build_id(variant: Variant, folder: Path = FOLDER) -> str:
     """16 hex digits that change with a source, a header or a flag. A library with another one was built from other sources."""
     digest = hashlib.sha256(" ".join((variant.name, *COMMON_FLAGS, *variant.compiler_flags)).encode())
-    for path in sorted([*kernel_sources(folder), *folder.glob("*.h")]):
+    for path in sorted([*kernel_sources(folder), *folder.rglob("*.h")]):
         content = path.read_bytes()
         digest.update(f"\0{path.name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()[:16]

@@ -39,8 +39,9 @@ def project(tmp_path: Path) -> Path:
     native = tmp_path / "workers" / "native"
     native.mkdir(parents=True)
     shutil.copy(ROOT / "workers" / "__init__.py", native.parent)
-    for name in ("__init__.py", "build.py", "build_hook.py", "variants.py", "build_mark.cpp", "simd.h"):
-        shutil.copy(ROOT / "workers" / "native" / name, native)
+    (native / "cpp").mkdir()
+    for name in ("__init__.py", "build.py", "build_hook.py", "variants.py", "cpp/build_mark.cpp", "cpp/simd.h"):
+        shutil.copy(ROOT / "workers" / "native" / name, native / name)
     return tmp_path
 
 
@@ -83,6 +84,6 @@ def test_without_a_compiler_the_wheel_is_for_every_platform_unless_kernels_are_r
     platform, names = wheel_names(project)
     assert platform == "any"
     assert not LIBRARIES & names
-    assert "workers/native/build_mark.cpp" in names, "they can be compiled where the package is installed"
+    assert "workers/native/cpp/build_mark.cpp" in names, "they can be compiled where the package is installed"
     failed = build(project, "wheel", CXX="no-such-compiler", TRAMONTANE_REQUIRE_NATIVE="1")
     assert failed.returncode != 0 and "There is no C++ compiler" in failed.stdout + failed.stderr

@@ -160,7 +160,8 @@ class _Recorder(TorchDispatchMode):
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         num_bytes = dtype.itemsize * torch.Size(shape).numel()
         address = self._temporaries.take(num_bytes)
-        _require(address is not None, f"more than {ARENA_BYTES >> 30} GiB of temporaries")
+        if address is None:
+            raise RuntimeError(f"it needs more than {ARENA_BYTES >> 30} GiB of temporaries")
         start = address - self._arena.data_ptr()
         return self._arena[start : start + num_bytes].view(dtype).view(shape)
 
@@ -172,7 +173,7 @@ def _collectives(tp: TensorParallel, calls: list[RecordedCall], recorder: "_Reco
         yield
         return
     all_reduce, gather = tp.all_reduce, tp.gather
-    own = {name: vars(tp)[name] for name in ("all_reduce", "gather") if name in vars(tp)}
+    own: dict[str, Any] = {name: vars(tp)[name] for name in ("all_reduce", "gather") if name in vars(tp)}
 
     def record(run: Callable[..., Any], *tensors: torch.Tensor) -> None:
         kinds = [(x.shape, x.dtype) for x in tensors]
@@ -203,12 +204,15 @@ def _collectives(tp: TensorParallel, calls: list[RecordedCall], recorder: "_Reco
         record(lambda x, whole: whole.copy_(gather(x)), x, whole)
         return whole
 
-    vars(tp).update(all_reduce=recorded_all_reduce, gather=recorded_gather)
+    recorded: dict[str, Any] = {"all_reduce": recorded_all_reduce, "gather": recorded_gather}
+    own_attributes: dict[str, Any] = vars(tp)
+    own_attributes.update(recorded)
     try:
         yield
     finally:
-        del vars(tp)["all_reduce"], vars(tp)["gather"]
-        vars(tp).update(own)
+        for name in recorded:
+            del own_attributes[name]
+        own_attributes.update(own)
 
 
 def _tensor_at(address: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
