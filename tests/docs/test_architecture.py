@@ -34,7 +34,7 @@ def real() -> set[str]:
             if (
                 path.is_dir()
                 and "__pycache__" not in name
-                and any(p.suffix in (".py", ".html") for p in path.iterdir())
+                and any(p.suffix in (".py", ".html", ".yaml", ".cpp") for p in path.iterdir())
             ):
                 found.add(f"{name}/")
         files = (p.name for p in (ROOT / package).glob("*.py") if p.stem != "__init__")

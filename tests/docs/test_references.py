@@ -23,6 +23,7 @@ PLANNED = {
 GENERATED = ("deploy/docker/.env", "deploy/prometheus/api_key", "sky/my.yaml", "build/")
 # Options of other tools that the pages mention outside of commands: option -> tool.
 FOREIGN = {
+    "--merge": "examples/finetune",
     "--array": "sbatch",
     "--entrypoint": "docker",
     "--env": "sky",

@@ -131,8 +131,8 @@ def test_float8_is_for_gpus(folder):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ("--tensor-parallel-size 3", r"Use one of 1, 2\."),
-        ("--tensor-parallel-size 0", r"Use one of 1, 2\."),
+        ("--tensor-parallel-size 3", r"Use one of 1, 2, 4\."),
+        ("--tensor-parallel-size 0", r"Use one of 1, 2, 4\."),
         ("--max-model-len 4096", r"Use at most 2048\."),
         ("--host 0.0.0.0", "add --api-key KEY, set TRAMONTANE_API_KEY"),
         ("--host ::", "tramontane keys create"),

@@ -150,7 +150,7 @@ def test_a_local_checkpoint_is_read(capsys, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert found["dtype"] == "bfloat16"  # although it is float32: see --dtype
     assert found["workload"]["context"] == 4096  # what it was made for
-    assert [p["tensor_parallel_size"] for p in found["plans"]] == [1, 2, 4]  # it has four key/value heads
+    assert [p["tensor_parallel_size"] for p in found["plans"]] == [1, 2, 4, 8]  # it has eight query heads
     next(folder.glob("model-*.safetensors")).unlink()
     assert main(["plan", str(folder), "--gpu", "L4"]) == 1
     assert "which does not exist. Download it too." in capsys.readouterr().err

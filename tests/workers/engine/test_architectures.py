@@ -218,7 +218,7 @@ def test_the_language_model_of_a_model_with_images(
     model.save_pretrained(tmp_path)
     with torch.inference_mode():
         expected = model(torch.tensor([PROMPT])).logits[0]
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", "workers.weights.safetensors")
     assert (our_logits(tmp_path) - expected).abs().max() <= TOLERANCE
     assert "tensors for images are left out" in caplog.text
     assert load_model_config(tmp_path).has_vision
