@@ -24,6 +24,7 @@ GENERATED = ("deploy/docker/.env", "deploy/prometheus/api_key", "sky/my.yaml", "
 # Options of other tools that the pages mention outside of commands: option -> tool.
 FOREIGN = {
     "--merge": "examples/finetune",
+    "--quantize": "examples/finetune",
     "--array": "sbatch",
     "--entrypoint": "docker",
     "--env": "sky",

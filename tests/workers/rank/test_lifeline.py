@@ -49,8 +49,12 @@ class RankProcessUnderTest:
         assert found["event"] == event, f"noticed {found}, not {event}"
         return found
 
-    def silent(self) -> bool:
-        return self._events.empty()
+    def noticed(self) -> list[dict]:
+        """What nobody has asked for with `next`."""
+        found = []
+        while not self._events.empty():
+            found.append(self._events.get())
+        return found
 
     def say(self, line: str) -> None:
         self.process.stdin.write(line + "\n")
@@ -99,7 +103,7 @@ def test_a_killed_follower_is_named_at_once_and_the_others_are_told_why(start, s
     tell(f"SIGKILL of a follower, seen by rank 0 after {1000 * (lost['at'] - killed_at):.1f} ms")
     leader.say("Replica r0 lost rank 1: its process died.")
     assert other.next("failed")["reason"] == "Replica r0 lost rank 1: its process died."
-    assert other.silent(), "reported once"
+    assert other.noticed() == [], "reported once"
 
 
 def test_a_process_is_dead_before_its_connections_are(start):
@@ -145,7 +149,7 @@ def test_a_rank_that_loads_may_stand_still_for_longer(start):
     follower.signal(signal.SIGCONT)
     follower.say("close")
     follower.next("closed")
-    assert leader.silent()
+    assert leader.noticed() == []
 
 
 def test_a_stall_of_this_process_is_not_the_others_silence(start):
@@ -159,7 +163,7 @@ def test_a_stall_of_this_process_is_not_the_others_silence(start):
     follower.signal(signal.SIGCONT)
     follower.say("close")
     follower.next("closed")
-    assert leader.silent(), "it took its own stall for the follower's death"
+    assert leader.noticed() == [], "it took its own stall for the follower's death"
 
 
 @pytest.mark.parametrize("leaving", [0, 1])
@@ -171,7 +175,7 @@ def test_leaving_in_order_is_not_a_death(start, leaving):
     other = ranks[1 - leaving]
     other.say("close")
     other.next("closed")
-    assert other.silent()
+    assert other.noticed() == []
 
 
 def test_a_failing_follower_says_why(start):
@@ -181,7 +185,7 @@ def test_a_failing_follower_says_why(start):
     follower.signal(signal.SIGKILL)
     leader.say("close")
     leader.next("closed")
-    assert leader.silent(), "after a rank gave a reason, its end is not reported again"
+    assert leader.noticed() == [], "after a rank gave a reason, its end is not reported again"
 
 
 @pytest.fixture
