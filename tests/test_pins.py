@@ -33,7 +33,8 @@ PINS = {
         "data_received and finish_response",
     ),
     "gguf": Pin(
-        ("workers/checkpoint/gguf_reader.py",), "GGUFReader._get_field_parts and _build_tensors, which its class overrides"
+        ("workers/checkpoint/gguf_reader.py",),
+        "GGUFReader._get_field_parts and _build_tensors, which its class overrides",
     ),
     "torch": Pin(
         ("workers/quant/dense.py", "workers/quant/pack_cuda.py", "workers/engine/graphs/cpu_graphs.py"),
