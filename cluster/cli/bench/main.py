@@ -7,9 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
-import shlex
 import signal
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -17,8 +15,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from cluster.bench.load import Clock
 from cluster.bench.probe import Server, probe
@@ -32,19 +28,12 @@ from cluster.bench.rounds import Plan, Progress, Run, Watch, run_rounds
 from cluster.cli.bench.plan import plan_of
 from cluster.cli.bench.streams import StreamClient
 from cluster.cli.client import Client
+from cluster.cli.measured_server import first_model, shown_command
 from cluster.terminal.phases import Console
 from cluster.terminal.tables import answer_console
 from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-
-class _Model(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
 
 
 def bench(args: Namespace) -> None:
@@ -93,7 +82,7 @@ async def _measure(args: Namespace, plan: Plan, fields: dict[str, Any], *, began
         objective=args.objective,
         price_per_hour=args.price_per_hour,
         began=began,
-        command=_command(),
+        command=shown_command(),
         is_whole=not stop.is_set(),
     )
 
@@ -121,7 +110,7 @@ async def _open(
     """A server that answers. Raises what `probe` and `Client` raise."""
     with Client(url, api_key=key, ca_cert=args.ca_cert) as client:
         if model is None:
-            model = await asyncio.to_thread(_first_model, client)
+            model = await asyncio.to_thread(first_model, client)
         transport = await stack.enter_async_context(StreamClient(client, ca_cert=args.ca_cert, silence_s=args.timeout))
         found = await probe(
             transport,
@@ -133,24 +122,6 @@ async def _open(
             vocab_size=args.vocab_size,
         )
     return found, transport
-
-
-def _first_model(client: Client) -> str:
-    try:
-        models = client.get("/v1/models", _Models).data
-    except ConfigError as e:
-        if e.param != "--url":
-            raise
-        raise ConfigError(
-            f"The server at {client.url} has no /v1/models in OpenAI's form.",
-            remedy="Check --url, which ends before /v1, or name the model with --model.",
-            param="--url",
-        ) from e
-    if not models:
-        raise ConfigError(
-            f"The server at {client.url} serves no model.", remedy="Load one there, or name it with --model."
-        )
-    return models[0].id
 
 
 @contextlib.contextmanager
@@ -245,16 +216,3 @@ def _fields(settings: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             fields[name] = text
     return fields
-
-
-def _command() -> str:
-    """The command line without keys."""
-    words = ["tramontane", *sys.argv[1:]]
-    for i, word in enumerate(words):
-        option, equals, _ = word.partition("=")
-        if option in ("--api-key", "--compare-api-key"):
-            if equals:
-                words[i] = f"{option}=..."
-            elif i + 1 < len(words):
-                words[i + 1] = "..."
-    return shlex.join(words)

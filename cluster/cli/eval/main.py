@@ -7,9 +7,7 @@ import contextlib
 import json
 import logging
 import re
-import shlex
 import signal
-import sys
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from cluster.cli.client import Client
 from cluster.cli.eval.served_model import ServedModel
+from cluster.cli.measured_server import first_model, shown_command
 from cluster.eval.journal import Answer, Journal
 from cluster.eval.page import page
 from cluster.eval.report import Prices, Report, as_json, result_of, table, verdicts
@@ -31,14 +28,6 @@ from cluster.terminal.tables import answer_console
 from workers.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-
-class _Named(msgspec.Struct):
-    id: str
-
-
-class _Models(msgspec.Struct):
-    data: list[_Named]
 
 
 def evaluate_command(args: Namespace) -> None:
@@ -55,7 +44,7 @@ def evaluate_command(args: Namespace) -> None:
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(_client(args.url, args))
         models = [
-            ServedModel(client, args.model or _first_model(client), uses_chat=args.endpoint == "chat", fields=fields)
+            ServedModel(client, args.model or first_model(client), uses_chat=args.endpoint == "chat", fields=fields)
         ]
         if args.baseline is not None or args.baseline_url is not None:
             other = stack.enter_context(_client(args.baseline_url or args.url, args))
@@ -87,7 +76,7 @@ def _suites(names: str | None) -> list[str]:
 
 def _baseline(args: Namespace, client: Client, model: ServedModel, fields: dict[str, Any]) -> ServedModel:
     """Shown with its address where both servers give their models the same name."""
-    name = args.baseline or _first_model(client)
+    name = args.baseline or first_model(client)
     shown = name if name != model.name else f"{name} ({client.url})"
     if shown != name and client.url == model.url:
         raise ConfigError(f"--baseline {name} is the model itself.", remedy="Name another model.", param="--baseline")
@@ -103,7 +92,7 @@ def _report(
     baseline = answers[models[1].name] if len(models) > 1 else []
     results = [result_of(models[0].name, answers[models[0].name], prices, baseline=baseline)]
     results += [result_of(model.name, answers[model.name], prices) for model in models[1:]]
-    return Report(models=results, is_whole=is_whole, command=_command(), began=began)
+    return Report(models=results, is_whole=is_whole, command=shown_command(), began=began)
 
 
 def _write(folder: Path, report: Report) -> None:
@@ -132,13 +121,6 @@ def _client(url: str, args: Namespace) -> Client:
     return Client(url, api_key=args.api_key, ca_cert=args.ca_cert, timeout_s=args.timeout)
 
 
-def _first_model(client: Client) -> str:
-    models = client.get("/v1/models", _Models).data
-    if not models:
-        raise ConfigError(f"The server at {client.url} serves no model.", remedy="Name it with --model.")
-    return models[0].id
-
-
 def _fields(pairs: Sequence[str]) -> dict[str, Any]:
     fields = {}
     for pair in pairs:
@@ -164,19 +146,6 @@ def _first_of_each(items: Sequence[Item], number: int) -> list[Item]:
         if seen[item.suite] <= number:
             kept.append(item)
     return kept
-
-
-def _command() -> str:
-    """As it was called, without keys."""
-    words = iter(sys.argv[1:])
-    shown = ["tramontane"]
-    for word in words:
-        if word == "--api-key":
-            shown += [word, "…"]
-            next(words, None)
-        else:
-            shown.append("--api-key=…" if word.startswith("--api-key=") else word)
-    return shlex.join(shown)
 
 
 @contextlib.contextmanager
