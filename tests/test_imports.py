@@ -16,13 +16,13 @@ from support.paths import ROOT
 
 ORDER = {
     "cluster": (
-        "cli > gateway > doctor, controller > replicas > ray_runtime, api > metrics, plan, profile "
-        "> batch, bench, eval, keys, config, autoscaler, router > text, system, protocol > terminal"
+        "cli > gateway > doctor, controller > replicas > ray_runtime, api > adapters, metrics, plan, profile "
+        "> batch, bench, eval, keys, config, autoscaler, router > responses > text, system, protocol > terminal"
     ),
     "workers": (
         "rank, gpu_check > profile > engine > speculative > kv_cache, sampling > model, weights > layers > quant, lora, attention "
         "> kernels > native > parallel > tokenizer_files > checkpoint, device > config > model_numbers "
-        "> layer_groups, rope, stored_weights, heartbeat, process_identity, thread_priority > protocol > errors"
+        "> layer_groups, rank_shares, rope, stored_weights, heartbeat, process_identity, thread_priority > protocol > errors"
     ),
 }
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.
@@ -41,6 +41,7 @@ SEAM = {
     "workers.device.sizes",
     "workers.errors",
     "workers.heartbeat",
+    "workers.lora.peft_folder",
     "workers.native.bfloat16",
     "workers.process_identity",
     "workers.profile.recording",
@@ -65,6 +66,7 @@ DOORS = {
         "workers.weights.completeness",
         "workers.weights.files",
         "workers.weights.header",
+        "workers.weights.left_out",
     },
     "cluster/config/dtype.py": {"workers.weights.files", "workers.weights.header"},
     "cluster/text/grammar/compiler.py": {"workers.sampling.vocabulary"},
@@ -105,6 +107,7 @@ NO_TORCH = (
     "workers/weights/completeness.py",
     "workers/weights/files.py",
     "workers/weights/header.py",
+    "workers/weights/left_out.py",
     "workers/weights/names.py",
     "workers/native/build.py",
     "workers/native/library.py",

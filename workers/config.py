@@ -3,14 +3,15 @@
 Does not know torch, weights, or what start-up learns (see protocol.EngineFacts).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from workers.errors import ConfigError
 from workers.model_numbers import Dtype as Dtype
 from workers.model_numbers import ModelConfig as ModelConfig
-from workers.stored_weights import check_shares
+from workers.rank_shares import bounds_of
+from workers.stored_weights import why_not_divided
 
 Quantization = Literal["int8", "int4", "fp8"]
 KVCacheDtype = Literal["auto", "int8", "fp8"]
@@ -20,7 +21,8 @@ DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 # one scale for each row, which is not counted.
 QUANTIZATION_GROUP_SIZE = 32
 QUANTIZATION_GROUP_BYTES: dict[Quantization, int] = {"int8": 32 + 2, "int4": 16 + 2, "fp8": 32}
-CPU_QUANTIZATIONS: tuple[Quantization, ...] = ("int8", "int4")
+# Of an adapter.
+MAX_LORA_RANK = 256
 # Of a key or value in 8 bits, in float32.
 KV_SCALE_BYTES = 4
 # Of 4 and 8 the one that keeps online requests' p99 within 1.3 times the value without a batch (benchmarks/batch.md).
@@ -42,6 +44,8 @@ class EngineConfig:
     `deterministic`: on CUDA, a token's logits do not depend on what is computed along with it, on the chunking and on the replica, at
     the price of slower products. On the CPU in float32 this is always so.
     `tokenizer_path`: the tokenizer's file, which rank 0 needs for grammars; None refuses requests with a grammar.
+    `enable_lora`: requests may name LoRA adapters. `max_loras`: on the device at a time, so distinct ones in one step. `max_lora_rank`:
+    the largest rank of an adapter, which sizes their slots on CUDA.
     """
 
     model_path: str
@@ -66,6 +70,9 @@ class EngineConfig:
     cuda_graphs: bool = True
     attention_backend: AttentionChoice = "auto"
     tokenizer_path: str | None = None
+    enable_lora: bool = False
+    max_loras: int = 8
+    max_lora_rank: int = 64
     num_threads: int | None = None  # torch threads per CPU rank; None divides the cores among the ranks
 
     @property
@@ -122,9 +129,15 @@ class EngineConfig:
         self.model.check_tensor_parallel_size(self.tensor_parallel_size)
         if self.quantization is not None:
             _check_quantization(self, self.quantization)
-        if self.model.stored is not None:
-            check_shares(self.model.stored, row_parallel_inputs(self.model, self.tensor_parallel_size))
-        for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes"):
+        check_division(self.model, self.tensor_parallel_size, quantization=self.quantization)
+        for name in (
+            "max_model_len",
+            "block_size",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_bytes",
+            "max_loras",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", remedy="Use at least 1.", param=name)
         for name in ("num_kv_blocks", "max_background_tokens"):
@@ -137,6 +150,12 @@ class EngineConfig:
                 "so running requests could not all advance in one step.",
                 remedy="Raise max_num_batched_tokens or lower max_num_seqs.",
                 param="max_num_batched_tokens",
+            )
+        if not 1 <= self.max_lora_rank <= MAX_LORA_RANK:
+            raise ConfigError(
+                f"max_lora_rank is {self.max_lora_rank}.",
+                remedy=f"Use a value from 1 to {MAX_LORA_RANK}.",
+                param="max_lora_rank",
             )
         if self.deterministic and self.device == "cuda" and self.attention_backend not in ("auto", "triton"):
             raise ConfigError(
@@ -163,38 +182,65 @@ def describe_dtype(dtype: str, quantization: str | None) -> str:
     return dtype if quantization is None else f"{quantization} weights and {dtype}"
 
 
-def row_parallel_inputs(model: ModelConfig, size: int) -> dict[str, int]:
-    """One rank's inputs of the matrices that are divided by inputs, by their names in sentences."""
-    return {
-        "attention heads' width": model.num_attention_heads * model.head_dim // size,
-        "intermediate size": model.intermediate_size // size,
+def check_division(model: ModelConfig, size: int, *, quantization: Quantization | None = None) -> None:
+    """Raises ConfigError unless `size` ranks can share this model with its weights in that form."""
+    model.check_tensor_parallel_size(size)
+    why = _why_not_divided(model, size, quantization)
+    if why is not None:
+        *others, last = map(str, sizes_that_run(model, quantization=quantization))
+        sizes = f"{', '.join(others)} or {last}" if others else last
+        more = "" if quantization is None else ", or leave out --quantization"
+        raise ConfigError(why, remedy=f"Use --tensor-parallel-size {sizes}{more}.", param="--tensor-parallel-size")
+
+
+def sizes_that_run(model: ModelConfig, *, quantization: Quantization | None = None) -> tuple[int, ...]:
+    """How many ranks can share this model with its weights in that form."""
+    return tuple(n for n in model.tensor_parallel_sizes if _why_not_divided(model, n, quantization) is None)
+
+
+def _why_not_divided(model: ModelConfig, size: int, quantization: Quantization | None) -> str | None:
+    """A sentence where ranks would cut matrices that are divided by inputs within a group."""
+    width = model.num_attention_heads * model.head_dim
+    bounds = {
+        "attention heads' width": range(0, width + 1, width // size),
+        "intermediate size": bounds_of(model.intermediate_size, size),
     }
+    if model.stored is not None:
+        return why_not_divided(model.stored, bounds)
+    return None if quantization is None or size == 1 else _why_not_in_groups(quantization, size, bounds)
+
+
+def _why_not_in_groups(quantization: Quantization, size: int, bounds: Mapping[str, Sequence[int]]) -> str | None:
+    for name, places in bounds.items():
+        cut = next((place for place in places[1:-1] if place % QUANTIZATION_GROUP_SIZE), None)
+        if cut is not None:
+            return (
+                f"--quantization {quantization} does not work with this model on {size} ranks: a rank's part of its {name} would begin at "
+                f"{cut}, which is not a multiple of {QUANTIZATION_GROUP_SIZE}."
+            )
+    return None
 
 
 def _check_quantization(config: EngineConfig, method: Quantization) -> None:
-    """Raises ConfigError for a device without such kernels, and for a row that does not divide into groups on every rank."""
-    if config.device == "cpu" and method not in CPU_QUANTIZATIONS:
-        raise ConfigError(
-            f"--quantization {method} works on CUDA only.",
-            remedy="Use int8, which takes as much memory, or --device cuda.",
-            param="--quantization",
-        )
-    model, size = config.model, config.tensor_parallel_size
+    """Raises ConfigError for a checkpoint that is quantised already, and for rows that do not divide into groups."""
+    model = config.model
     if model.stored is not None:
         raise ConfigError(
             f"--quantization {method} is for dense checkpoints, and this one has {model.stored.label} weights.",
             remedy="Leave it out.",
             param="--quantization",
         )
-    # A rank has all inputs of some matrices, and its part of those of the others.
-    inputs = {"hidden size": model.hidden_size} | row_parallel_inputs(model, size)
+    inputs = {
+        "hidden size": model.hidden_size,
+        "attention heads' width": model.num_attention_heads * model.head_dim,
+        "intermediate size": model.intermediate_size,
+    }
     for name, in_features in inputs.items():
         if in_features % QUANTIZATION_GROUP_SIZE:
-            share = "" if size == 1 or name == "hidden size" else f" on each of {size} ranks"
             raise ConfigError(
-                f"--quantization {method} does not work with this model: its {name} is {in_features}{share}, which is not a multiple "
-                f"of {QUANTIZATION_GROUP_SIZE}.",
-                remedy="Leave it out." if not share else "Leave it out, or use a smaller --tensor-parallel-size.",
+                f"--quantization {method} does not work with this model: its {name} is {in_features}, which is not a multiple of "
+                f"{QUANTIZATION_GROUP_SIZE}.",
+                remedy="Leave it out.",
                 param="--quantization",
             )
 

@@ -4,6 +4,7 @@ TramontaneError
 ├── ConfigError             a setting, or a checkpoint's configuration, that cannot work
 ├── CheckpointError         a weight file or tensor that is missing, extra, truncated or of the wrong shape
 ├── RequestError            a request that can never be served without changes
+│   └── AdapterNotLoadedError   it names an adapter that this replica does not have; another one may
 ├── GroupError              a collective failed or timed out; `ranks` are the missing ones
 ├── EngineError             the engine stopped; all its requests end with this
 │   └── CrashedError        replicas crashed while they worked on this request; `num_crashes` of them
@@ -55,6 +56,10 @@ class RequestError(TramontaneError):
     ) -> None:
         super().__init__(message, remedy=remedy, param=param)
         self.code = code
+
+
+class AdapterNotLoadedError(RequestError):
+    """A request names an adapter that this replica does not have. Another replica may have it."""
 
 
 class GroupError(TramontaneError):

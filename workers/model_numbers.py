@@ -10,6 +10,7 @@ from typing import Literal
 
 from workers.errors import ConfigError
 from workers.layer_groups import LayerGroup, group_layers
+from workers.rank_shares import largest_share, num_kv_heads_of_rank
 from workers.rope import QueryScaling, RopeScaling
 from workers.stored_weights import StoredWeights
 
@@ -127,18 +128,14 @@ class ModelConfig:
         assert len(windows) in (1, self.num_hidden_layers), "a window for each layer"
 
     def check_tensor_parallel_size(self, size: int) -> None:
-        """Raises ConfigError unless `size` ranks can share this model evenly."""
+        """Raises ConfigError unless `size` ranks can share this model. What a quantised form asks for: see EngineConfig."""
         if size in self.tensor_parallel_sizes:
             return
-        heads, kv_heads, intermediate = self.num_attention_heads, self.num_key_value_heads, self.intermediate_size
+        heads = self.num_attention_heads
         if size < 1 or heads % size:
             why = f"its {heads} attention heads do not divide evenly over the ranks"
-        elif kv_heads % size and size % kv_heads:
-            why = (
-                f"its {kv_heads} key/value heads neither divide evenly over the ranks nor are as many ranks' in common"
-            )
         else:
-            why = f"its intermediate size {intermediate} does not divide evenly over the ranks, and is not padded"
+            why = f"its intermediate size {self.intermediate_size} is less than the number of ranks"
         raise ConfigError(
             f"--tensor-parallel-size {size} does not work with this model: {why}.",
             remedy=f"Use one of {', '.join(map(str, self.tensor_parallel_sizes))}.",
@@ -147,10 +144,15 @@ class ModelConfig:
 
     @functools.cached_property
     def tensor_parallel_sizes(self) -> tuple[int, ...]:
-        """How many ranks can share this model. Where there are more ranks than key/value heads, several compute the same one."""
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        sizes = (n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0))
-        return tuple(n for n in sizes if self.intermediate_size % n == 0)
+        """How many ranks can share this model: any number that divides the query heads. See rank_shares.py for what each rank has."""
+        heads = self.num_attention_heads
+        return tuple(n for n in range(1, heads + 1) if heads % n == 0 and n <= self.intermediate_size)
 
     def kv_heads_per_rank(self, tensor_parallel_size: int) -> int:
-        return max(1, self.num_key_value_heads // tensor_parallel_size)
+        return num_kv_heads_of_rank(
+            tensor_parallel_size, num_heads=self.num_attention_heads, num_kv_heads=self.num_key_value_heads
+        )
+
+    def intermediate_per_rank(self, tensor_parallel_size: int) -> int:
+        """Of the rank with the most."""
+        return largest_share(self.intermediate_size, tensor_parallel_size)

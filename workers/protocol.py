@@ -65,7 +65,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     `output_token_ids`: tokens that another replica generated before; sampling continues after them.
     `embed`: return the mean of the prompt's last hidden states; `max_tokens` is 0 then.
-    `adapter`: the name of the adapter to apply; None for the base model.
+    `adapter`: the revision of the adapter to apply, such as "support@1f0c63d2a9b4"; None for the base model.
     """
 
     request_id: str

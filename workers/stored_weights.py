@@ -1,11 +1,8 @@
 """How a quantised checkpoint stores its matrices, as its configuration says. Knows no files, no tensors and no torch."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-from workers.errors import ConfigError
 
 # Products compute in groups of so many inputs; a larger group repeats its scale.
 SMALLEST_GROUP = 32
@@ -44,19 +41,19 @@ def grouped_bits(num_bits: int, *, has_minima: bool, wide: bool, group_size: int
     return num_bits + (32 if wide else 16) * (2 if has_minima else 1) / group_size
 
 
-def check_shares(stored: StoredWeights, inputs: Mapping[str, int]) -> None:
-    """inputs: one rank's, {name in a sentence: how many}. Raises ConfigError where a rank's part would begin within a group or block."""
-    for name, share in inputs.items():
-        group = stored.group_size
-        if stored.block_size is not None and share % stored.block_size[1]:
-            what = f"blocks of {stored.block_size[1]}"
-        elif group is not None and group % SMALLEST_GROUP == 0 and math.gcd(group, share) % SMALLEST_GROUP:
-            what = f"groups of {group}"
-        else:
-            continue
-        raise ConfigError(
-            f"The {what} inputs of the checkpoint's {stored.label} weights cannot be divided: a rank's part of the {name} is {share}, "
-            f"which cuts them in pieces that are not multiples of {SMALLEST_GROUP}.",
-            remedy="Use a smaller --tensor-parallel-size.",
-            param="--tensor-parallel-size",
-        )
+def why_not_divided(stored: StoredWeights, bounds: Mapping[str, Sequence[int]]) -> str | None:
+    """bounds: where each rank's inputs begin, and where the last one's end, by a name in a sentence. A sentence on what would be cut within
+    a group or block that has to stay whole; None if nothing is.
+    """
+    size = stored.group_size if stored.block_size is None else stored.block_size[1]
+    if size is None or size % SMALLEST_GROUP:
+        return None  # of all inputs or of few: these become dense, or keep their scale in every piece
+    what = "groups" if stored.block_size is None else "blocks"
+    for name, places in bounds.items():
+        for place in places[1:-1]:
+            if place % SMALLEST_GROUP:
+                return (
+                    f"The {what} of {size} inputs of the checkpoint's {stored.label} weights cannot be divided: a rank's part of the "
+                    f"{name} would begin at {place}, which is not a multiple of {SMALLEST_GROUP}."
+                )
+    return None

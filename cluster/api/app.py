@@ -10,14 +10,16 @@ from collections.abc import Sequence
 
 from aiohttp import hdrs, web
 
+from cluster.adapters.served import ServedAdapters
 from cluster.api import pages
 from cluster.api.context import CONTEXT, NO_BATCHES, Admin, ApiContext, Batches
 from cluster.api.endpoints import openapi
-from cluster.api.endpoints.table import ENDPOINTS
+from cluster.api.endpoints.table import ENDPOINTS, platform_paths
 from cluster.api.generation.structured import Grammars
 from cluster.api.server import auth, errors, limits, request_options
 from cluster.api.server.origin_guard import BODY_TIMEOUT_S, OriginGuard, make_body_middleware
 from cluster.api.server.sse import KEEP_ALIVE_S
+from cluster.config.platform import Platform
 from cluster.config.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
@@ -52,8 +54,11 @@ def make_app(
     sampling_defaults: SamplingDefaults = NO_DEFAULTS,
     serves_embeddings: bool = True,
     strict: bool = False,
+    public_health: bool = False,
+    platform: Platform | None = None,
     batches: Batches | None = None,
     no_batches: str = NO_BATCHES,
+    adapters: ServedAdapters | None = None,
 ) -> web.Application:
     """The OpenAI-compatible application.
 
@@ -65,6 +70,8 @@ def make_app(
     keep_alive_s: a stream that is silent for so many seconds gets a comment, so that no proxy closes it.
     sampling_defaults: for what a request does not say. strict: fields of a body that have no effect are refused instead of ignored.
     batches: the store of files and batches; without it, their endpoints respond with the error `no_batches`.
+    public_health: /health/ready and /ping need no key. platform: the one that hosts this server, whose own paths are served too.
+    adapters: those that requests can name as their model.
     """
     names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
     assert names, "make_app needs at least one served model name"
@@ -80,12 +87,16 @@ def make_app(
         sampling_defaults=sampling_defaults,
         serves_embeddings=serves_embeddings,
         strict=strict,
+        public_health=public_health,
         admin=admin,
         batches=batches,
         no_batches=no_batches,
+        adapters=adapters or ServedAdapters(),
         body_timeout_s=body_timeout_s,
     )
     keyring = keyring or Keyring(api_key=api_key)
+    ready_path = None if platform is None else platform.ready_path
+    public = {"/health/ready", "/ping", *([ready_path] if ready_path else [])} if public_health else set()
     origin_guard = OriginGuard(origins=cors_origins, guarded=keyring.guards, local_only=local_only)
     app = web.Application(
         middlewares=[
@@ -93,7 +104,7 @@ def make_app(
             _count_responses,
             errors.middleware,
             origin_guard.make_middleware(),
-            auth.make_middleware(keyring),
+            auth.make_middleware(keyring, public=public),
             limits.make_middleware(accounts or Accounts(), ledger, check_room=router.check_room),
             make_body_middleware(body_timeout_s, forms={e.path for e in ENDPOINTS if e.form is not None}),
         ],
@@ -101,13 +112,16 @@ def make_app(
     )
     app[CONTEXT] = api
     app.on_response_prepare.append(_close_connection_if_closing)
-    app.on_response_prepare.extend([request_options.add_request_id, request_options.add_ignored])
+    app.on_response_prepare.extend(
+        [request_options.add_request_id, request_options.add_ignored, request_options.add_adapter]
+    )
     app.on_response_prepare.extend([origin_guard.add_headers, limits.add_headers])
     app[openapi.OPENAPI] = openapi.render(ENDPOINTS)
+    endpoints = (*ENDPOINTS, *platform_paths(platform))
     routes = {"GET": web.get, "POST": web.post, "DELETE": web.delete}
     # Some clients put a slash at the end of a path. First, since a model's name may have slashes.
-    app.add_routes([routes[e.method](f"{e.path}/", e.handler) for e in ENDPOINTS])
-    app.add_routes([routes[e.method](e.path, e.handler) for e in ENDPOINTS])
+    app.add_routes([routes[e.method](f"{e.path}/", e.handler) for e in endpoints if e.path != "/"])
+    app.add_routes([routes[e.method](e.path, e.handler) for e in endpoints])
     app.add_routes(pages.routes())
     return app
 

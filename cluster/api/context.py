@@ -1,28 +1,34 @@
-"""What all handlers of one application share: the router, the tokenizer, the served model names.
+"""What all handlers of one application share: the router, the tokenizer, the served model names and adapters.
 
 Stored in the application under CONTEXT, so two applications in one process share nothing. Knows no endpoint; what belongs to a single
 request is in request_context.py.
 """
 
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from aiohttp import web
 
+from cluster.adapters.served import ServedAdapters
 from cluster.api.generation.structured import Grammars
 from cluster.api.request_context import RequestContext
 from cluster.api.server.errors import ModelNotFoundError
+from cluster.api.stored.service import ResponseService
 from cluster.batch.files import FileContents
 from cluster.batch.store.interface import Store
 from cluster.config.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from cluster.metrics.gateway import Metrics
+from cluster.protocol.adapters import AdapterChange, AdapterRevision, Registry
 from cluster.router.router import Router
+from cluster.system.log import request_id_var
 from cluster.text.chat.template import ChatTemplate
 from cluster.text.tokenizer import Tokenizer
-from workers.errors import RequestError
+from workers.errors import ReplicaUnavailableError, RequestError
 
+FIRST_LOAD_TIMEOUT_S = 300.0
 NO_BATCHES = "Batches are disabled on this server (--no-batches)."
 
 
@@ -35,17 +41,29 @@ class Admin(Protocol):
         Raises RequestError if there is no such replica.
         """
 
+    async def load_adapter(
+        self, name: str, source: str, *, share: float | None = None, in_place: bool = False
+    ) -> AdapterRevision:
+        """Returns the revision when every replica has it. Raises RequestError for what is refused."""
+
+    async def change_adapter(self, change: AdapterChange, name: str) -> Registry:
+        """Promotes, rolls back or unloads an adapter. Raises RequestError for what is refused."""
+
     def cluster_view(self) -> object:
         """The current state of the cluster, as a value that JSON can represent, without secrets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """What an application needs to accept batches. Call `wake` after a batch was added or cancelled."""
+    """What an application needs to accept batches. Call `wake` after a batch was added or cancelled.
+
+    `responses`: the stored responses, which are in the same store; None where responses are not stored.
+    """
 
     store: Store
     files: FileContents
     wake: Callable[[], None]
+    responses: ResponseService | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +71,7 @@ class ApiContext:
     """`keep_alive_s`: longest silence in a stream. `body_timeout_s`: time for a body to arrive, or for each piece of an upload.
 
     `no_batches`: the error message for files and batches when `batches` is None. `strict`: fields of a body without effect are refused.
+    `public_health`: who asks for readiness without a key learns no more than that.
     """
 
     router: Router
@@ -67,22 +86,42 @@ class ApiContext:
     sampling_defaults: SamplingDefaults = NO_DEFAULTS
     serves_embeddings: bool = True
     strict: bool = False
+    public_health: bool = False
     admin: Admin | None = None
     batches: Batches | None = None
     no_batches: str = NO_BATCHES
+    adapters: ServedAdapters = field(default_factory=ServedAdapters)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str, context: RequestContext) -> None:
         """Raises ModelNotFoundError if `name` is not served here, NotAllowedError if the request's API key may not use it."""
-        if name not in self.model_names:
-            served = " or ".join(repr(n) for n in self.model_names)
+        adapters = self.adapters
+        if name not in self.model_names and not adapters.knows(name) and not adapters.is_first_load(name):
+            served = " or ".join(repr(n) for n in (*self.model_names, *adapters.names))
             raise ModelNotFoundError(
-                f"The model {name!r} does not exist.",
+                adapters.why_not(name) or f"The model {name!r} does not exist.",
                 remedy=f"Use {served}.",
                 param="model",
                 code="model_not_found",
             )
-        context.check_model(name)
+        context.check_model(name if name in self.model_names else adapters.adapter_of(name))
+
+    async def use_model(self, name: str, context: RequestContext) -> str | None:
+        """The adapter revision that the request uses until its end, as `GenerateRequest.adapter`; None for the model itself.
+
+        Waits for an adapter that the server was started with and that is not loaded yet. Raises as `check_model`.
+        """
+        if name in self.model_names:
+            return None
+        adapters = self.adapters
+        await adapters.until(lambda _: not adapters.is_first_load(name), timeout_s=FIRST_LOAD_TIMEOUT_S)
+        self.check_model(name, context)
+        # Some of a client's own retries have the id of its first try.
+        revision = adapters.resolve(name, request_id_var.get() or uuid.uuid4().hex)
+        if revision is None:
+            raise ReplicaUnavailableError(adapters.why_not(name) or "", remedy="Try again in a moment.")
+        context.use_adapter(revision, adapters.using(revision))
+        return revision
 
     def ignore(self, context: RequestContext, **fields: object) -> None:
         """Notes those of a body's fields that were sent, which means not None, but can have no effect in this request.

@@ -122,7 +122,8 @@ class ApiLineExecutor:
             )
             if context.ignored:
                 log.info("Ignored fields of a batch line: %s.", context.ignored_text)
-            response = await _ENDPOINTS[endpoint].answer(self._api, request, context)
+            with context.at_end:
+                response = await _ENDPOINTS[endpoint].answer(self._api, request, context)
         except CrashedError as e:
             raise ReplicaUnavailableError(str(e), crashed=True, alone=e.alone) from e
         except (ReplicaUnavailableError, OverloadedError):
@@ -136,6 +137,12 @@ class ApiLineExecutor:
             result = _failed(line, e, usage)
         else:
             result = LineResult(number=line.number, status_code=200, body=msgspec.json.encode(response))
+        if usage.key is not NO_KEY:
+            self._api.metrics.used_by_key(
+                usage.key.name,
+                num_prompt_tokens=usage.num_prompt_tokens,
+                num_output_tokens=usage.num_output_tokens,
+            )
         if self._ledger is not None and usage.key is not NO_KEY:
             limits.record(self._ledger, usage)
         return msgspec.structs.replace(

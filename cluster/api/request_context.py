@@ -24,7 +24,8 @@ class RequestContext:
 
     `seed`: for a body without one; None: a random one. `is_batch_line`: a line of a batch, which runs after all other requests.
     `max_crashes`: give the request up after it was running on this many crashed replicas; None: the router's default.
-    `ignored`: the paths of the body's fields that had no effect; the response's header names them.
+    `ignored`: the paths of the body's fields that had no effect; the response's header names them. `adapters`: the revision that the
+    request uses, if any. `at_end`: closed when the request has ended.
     """
 
     usage: RequestUsage | None = None
@@ -32,6 +33,8 @@ class RequestContext:
     is_batch_line: bool = False
     max_crashes: int | None = None
     ignored: list[str] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
+    at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def tenant(self) -> str | None:
@@ -54,6 +57,15 @@ class RequestContext:
         if self.usage is not None:
             self.usage.model = name
             self.usage.key.check_model(name)
+
+    def use_adapter(self, revision: str, use: contextlib.AbstractContextManager[None]) -> None:
+        """The request has this revision of an adapter from now to its end."""
+        self.at_end.enter_context(use)
+        self.adapters[:] = [revision]
+
+    @property
+    def adapter(self) -> str | None:
+        return self.adapters[0] if self.adapters else None
 
     def reserve(self, num_prompt_tokens: int) -> contextlib.AbstractContextManager[None]:
         """Around a generation. Raises OverloadedError if the API key has too few tokens left this minute."""

@@ -79,6 +79,10 @@ class Client:
         """Sends `body` as JSON; the answer's JSON as `kind`."""
         return self._decoded(self._read("POST", path, json=body), kind)
 
+    def post_text(self, path: str, body: object) -> str:
+        """Sends `body` as JSON; the answer as text."""
+        return self._read("POST", path, json=body).decode()
+
     def upload(
         self,
         path: str,

@@ -7,10 +7,13 @@ import secrets
 import sys
 from argparse import Namespace
 
+import msgspec
+
 from cluster.cli.device import on_this_machine
 from cluster.cli.memory import check_memory
 from cluster.cli.options.profile_rows import profile_file
 from cluster.cli.options.settings import engine_config
+from cluster.config.adapter_location import resolve_adapter
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
 from cluster.profile.merge import Part
@@ -34,6 +37,7 @@ def generate(args: Namespace) -> None:
     for line in (dtype_reason, check_memory(config, num_started=1, num_replicas=1, memory=read_memory())):
         if line is not None:
             console.line(line)
+    adapters = [(name, resolve_adapter(source)) for name, source in args.lora or ()]
     profile = profile_file(args)
     tokenizer = load_tokenizer(folder, model_vocab_size=config.model.vocab_size)
     if args.max_tokens < 1:
@@ -57,6 +61,8 @@ def generate(args: Namespace) -> None:
 
     with console.phase("Loading the weights") as phase:
         engine = LLMEngine(config, progress=phase.progress)
+    for name, adapter in adapters:
+        request = msgspec.structs.replace(request, adapter=engine.load_adapter(name, adapter))
     detokenizer = Detokenizer(tokenizer.pieces, continues=request.prompt_token_ids)
     recorded = None
     if profile is not None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.cli.options.parser import parse
+from cluster.cli.platform import parse_here
 from cluster.system.log import setup_logging
 from workers.errors import ConfigError, TramontaneError
 
@@ -25,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             shown = os.fsencode(argument).decode(errors="backslashreplace")
             print(f"tramontane: The argument {shown} is not valid UTF-8. Rename the file or folder.", file=sys.stderr)
             return 2
-    args = parse(argv)
+    try:
+        args = parse_here(sys.argv[1:] if argv is None else argv)
+    except ConfigError as e:  # what the hosting platform gives cannot work
+        print(f"tramontane: {e}", file=sys.stderr)
+        return 2
     setup_logging(
         args.log_level, format=getattr(args, "log_format", "text"), prompts=getattr(args, "log_prompts", False)
     )

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from cluster.cli.options.check_rows import DEFAULT_CONCURRENCY, DEFAULT_CONTEXT, DEFAULT_CPU_CONCURRENCY, PLAN
+from cluster.cli.plan_finetune import plan_finetune
 from cluster.plan.catalog import known_offers
 from cluster.plan.cpu.machine import CpuMachine, assumed
 from cluster.plan.cpu.planner import CpuQuestion, make_cpu_plans
 from cluster.plan.cpu.planner import refusal as cpu_refusal
 from cluster.plan.cpu.report import cpu_json, cpu_report
-from cluster.plan.gpus import GPUS, Gpu, find_gpu
+from cluster.plan.gpus import GPUS, Gpu, find_gpus
 from cluster.plan.models import PlannedModel, describe_model
 from cluster.plan.planner import Question, make_plans, refusal
 from cluster.plan.report import as_json, report
@@ -34,22 +35,42 @@ CPU_OPTIONS = ("--memory", "--cores")
 
 def plan(args: Namespace) -> None:
     """Prints the plans. Raises ConfigError for invalid options, and if nothing fits."""
+    if args.finetune:
+        plan_finetune(args)
+        return
+    for name in ("rank", "batch_size"):
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} has no effect without --finetune.", remedy="Leave it out.", param=flag)
     is_cpu = args.gpu is not None and args.gpu.strip().lower() == CPU
     _check_options(args, is_cpu=is_cpu)
-    gpus = tuple(GPUS.values()) if args.gpu is None or is_cpu else (find_gpu(args.gpu),)
+    gpus, size = (tuple(GPUS.values()), args.tensor_parallel_size) if args.gpu is None or is_cpu else _gpus(args)
     model = describe_model(args.model, revision=args.revision, gguf_file=args.gguf_file)
     for text in model.warnings:
         print(f"warning: {text}", file=sys.stderr)
     if is_cpu:
         _plan_cpu(args, model)
     else:
-        _plan_gpus(args, model, gpus)
+        _plan_gpus(args, model, gpus, tensor_parallel_size=size)
 
 
-def _plan_gpus(args: Namespace, model: PlannedModel, gpus: Sequence[Gpu]) -> None:
+def _gpus(args: Namespace) -> tuple[Sequence[Gpu], int | None]:
+    """The GPU of --gpu, and how many of them a replica has. Raises ConfigError."""
+    gpu, count = find_gpus(args.gpu)
+    size = args.tensor_parallel_size
+    if count is not None and size is not None and size != count:
+        raise ConfigError(
+            f"--gpu {args.gpu} and --tensor-parallel-size {size} are different numbers of GPUs.",
+            remedy="Leave one of them out.",
+            param="--tensor-parallel-size",
+        )
+    return (gpu,), size if count is None else count
+
+
+def _plan_gpus(args: Namespace, model: PlannedModel, gpus: Sequence[Gpu], *, tensor_parallel_size: int | None) -> None:
     question = _question(args, model)
     offers = known_offers()
-    plans = make_plans(question, gpus=gpus, tensor_parallel_size=args.tensor_parallel_size, offers=offers)
+    plans = make_plans(question, gpus=gpus, tensor_parallel_size=tensor_parallel_size, offers=offers)
     best = plans[0]
     if args.json:
         print(json.dumps(as_json(question, plans), indent=2))

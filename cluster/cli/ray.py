@@ -113,4 +113,5 @@ def spec_of(config: ServeConfig, *, own_cluster: bool) -> ClusterSpec:
         single_host=own_cluster,
         preemption_notices=config.preemption_notices,
         log_level=config.log_level.upper(),
+        data_dir=config.data_dir,
     )

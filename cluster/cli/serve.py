@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.cli.adapters.start import check_adapters, load_adapters
 from cluster.cli.device import before_ray
 from cluster.cli.options.profile_rows import profile_file
 from cluster.cli.options.settings import serve_config
@@ -76,6 +77,7 @@ def _serve(args: Namespace, console: Console) -> None:
     if config.data_dir is not None:
         DataDir(Path(config.data_dir), model_name=config.model_name).close()
     check_checkpoint(folder, chat_template=config.chat_template)
+    check_adapters(config)
     text = load_text(folder, chat_template=config.chat_template, model_vocab_size=config.engine.model.vocab_size)
     with open_ray(console, config, device, requested=args.device, configure=configure) as (cluster, config):
         asyncio.run(_run(config, console, text, cluster, profile=profile))
@@ -149,10 +151,13 @@ async def _start(
     stack.push_async_callback(gateway.close)
     await gateway.open()
     gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
+    loading = asyncio.create_task(load_adapters(config, gateway))
+    stack.push_async_callback(cancel_all, loading)
     others = await start_gateways(config)
     drain_others = partial(stop_gateways, others, config.drain_timeout_s + 5, stop_now)
     stack.push_async_callback(drain_others)
     await startup.until_ready(gateway.router.health)
+    await loading
     return gateway, [gateway.url, *await urls_of(others)], drain_others
 
 
@@ -232,11 +237,13 @@ def _banner(
         f"  Endpoint   {url}/v1",
         *(f"             {other}/v1" for other in others),
         f"  Engine     {engine}",
+        *([f"  Platform   {config.platform}"] if config.platform is not None else []),
         *(
             ["  Images     not read: the checkpoint's encoder of images is left out"]
             if config.engine.model.has_vision
             else []
         ),
+        *([f"  Adapters   {adapters}"] if (adapters := ", ".join(name for name, _ in config.lora)) else []),
         f"  Tokenizer  {tokenizer}",
         f"  Template   {chat}",
         *([f"  Sampling   {sampling}"] if (sampling := sampling_line(config)) else []),

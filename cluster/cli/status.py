@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.cli.client import Client
+from cluster.protocol.adapters import RevisionState
 from cluster.protocol.view import ClusterView, NodeNotice, RankRecord, ReplicaRecord, ReplicaState
 from cluster.terminal.tables import answer_console, plain_table
 from workers.config import describe_dtype
@@ -151,6 +152,7 @@ def render(samples: Sequence[Sample], *, now: float) -> RenderableType:
     notes = [r.reason for r in view.replicas if r.reason] + _kinds(view)
     for replica, rate in zip(view.replicas, rates(samples), strict=True):
         _add_rows(table, replica, rate, nodes, now)
+    notes += _adapters(view)
     if view.failure is not None:
         notes.append(f"No more replicas are started: {view.failure}")
     notes += [_departure(notice, now) for notice in view.notices]
@@ -166,6 +168,19 @@ def _kinds(view: ClusterView) -> list[str]:
         if replica.facts is not None:
             kinds.setdefault(replica.facts.numerics, []).append(replica.replica_id)
     return [f"Replicas with the numerics {kind}: {', '.join(ids)}" for kind, ids in kinds.items() if len(kinds) > 1]
+
+
+def _adapters(view: ClusterView) -> list[str]:
+    """What each adapter serves, and what is on its way."""
+    notes = []
+    for adapter in view.adapters.adapters:
+        parts = [adapter.current or "nothing yet"]
+        if adapter.canary is not None:
+            parts.append(f"canary {adapter.canary} for {100 * adapter.canary_share:g} %")
+        own = [r for r in view.adapters.revisions if r.name == adapter.name]
+        parts += [f"{r.digest} {r.state.value}" for r in own if r.state is not RevisionState.READY]
+        notes.append(f"Adapter {adapter.name}: {', '.join(parts)}")
+    return notes
 
 
 def _departure(notice: NodeNotice, now: float) -> str:

@@ -41,12 +41,16 @@ _Fault = ConfigError | CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What the folder has. fingerprint: changes with the configuration, the sizes and the headers; None if these cannot be read."""
+    """What the folder has. fingerprint: changes with the configuration, the sizes and the headers; None if these cannot be read.
+
+    left_out: in words, the tensors that the language model does not need; None if it needs all.
+    """
 
     config: ModelConfig | None = None
     num_files: int = 0
     num_bytes: int = 0
     fingerprint: str | None = None
+    left_out: str | None = None
     faults: tuple[_Fault, ...] = ()
 
 
@@ -79,6 +83,7 @@ def examine_checkpoint(folder: Path, *, chat_template: str | None = "auto") -> C
         num_files=weights.num_files,
         num_bytes=weights.num_bytes,
         fingerprint=weights.fingerprint,
+        left_out=weights.left_out,
         faults=weights.faults if found is None else (*weights.faults, found),
     )
 
@@ -88,6 +93,7 @@ def _examine_weights(folder: Path, config: ModelConfig) -> Checkpoint:
     from workers.weights.completeness import check_index, check_tensors
     from workers.weights.files import weight_files
     from workers.weights.header import TensorInfo, read_header
+    from workers.weights.left_out import describe_left_out
 
     if config.layout == "gguf":
         return _examine_gguf(folder, config)
@@ -120,12 +126,14 @@ def _examine_weights(folder: Path, config: ModelConfig) -> Checkpoint:
         num_files=len(files),
         num_bytes=sum(file.stat().st_size for file in files),
         fingerprint=digest.hexdigest()[:16],
+        left_out=describe_left_out(tensors),
         faults=tuple(faults),
     )
 
 
 def _examine_gguf(location: Path, config: ModelConfig) -> Checkpoint:
     from workers.weights.completeness import check_tensors
+    from workers.weights.left_out import describe_left_out
 
     file = find_gguf(location)
     assert file is not None, "its configuration was read from it"
@@ -140,6 +148,7 @@ def _examine_gguf(location: Path, config: ModelConfig) -> Checkpoint:
         num_files=len(files),
         num_bytes=sum(part.stat().st_size for part in files),
         fingerprint=digest.hexdigest()[:16],
+        left_out=describe_left_out(header.tensors),
         faults=() if fault is None else (fault,),
     )
 

@@ -1,4 +1,4 @@
-"""What MODEL on the command line means: a folder, a Hugging Face Hub id, or nothing for the demo model.
+"""What MODEL on the command line means: a folder, a Hugging Face Hub id, the address of a bucket, or nothing for the demo model.
 
 Knows where checkpoints are; does not read them. The Hub's own cache and HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply.
 """
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
+from cluster.config.bucket_model import cache_folder, download, is_bucket
 from cluster.config.checkpoint_kinds import check_names, not_a_folder
 from cluster.config.gguf_location import all_parts_in, check_name, choose_gguf, gguf_patterns, local_gguf
 from workers.checkpoint.gguf_file import find_gguf, first_part, model_name
@@ -24,6 +25,8 @@ _HUB_FILES = [
     "config.json",
     "params.json",
     "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "adapter_config.json",
     "tokenizer.model*",
     "tokenizer.json",
@@ -44,6 +47,9 @@ def resolve_model(model: str | None, *, revision: str | None = None, gguf_file: 
 
     gguf_file: the one in the folder or repository; None where there is only one, and for other checkpoints.
     """
+    if model is not None and is_bucket(model):
+        folder = download(model, [*_HUB_FILES, "*.gguf"])
+        return local_gguf(folder, gguf_file) or folder, model.rstrip("/").rpartition("/")[2]
     location = _local(model, gguf_file)
     if location is not None:
         # A folder with one GGUF file is served under its own name.
@@ -55,6 +61,9 @@ def resolve_model(model: str | None, *, revision: str | None = None, gguf_file: 
 
 def find_model(model: str | None, *, revision: str | None = None, gguf_file: str | None = None) -> Path | None:
     """As resolve_model, but downloads nothing: None for a Hub id that is not in this machine's cache. Raises ConfigError."""
+    if model is not None and is_bucket(model):
+        folder = cache_folder(model)
+        return (local_gguf(folder, gguf_file) or folder) if folder.is_dir() else None
     location = _local(model, gguf_file)
     if location is not None:
         return location
@@ -91,7 +100,7 @@ def resolve_config(model: str, *, revision: str | None = None, gguf_file: str | 
     location = _local(model, gguf_file)
     if location is not None:
         return location
-    with _hub_errors(model, revision):
+    with hub_errors(model, revision):
         return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", "params.json"]))
 
 
@@ -100,7 +109,7 @@ def download_bytes(model: str, *, revision: str | None = None, gguf_file: str | 
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
-    with _hub_errors(model, revision):
+    with hub_errors(model, revision):
         info = HfApi().model_info(model, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT_S)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     if (file := choose_gguf(sizes, gguf_file, where=model)) is not None:
@@ -165,7 +174,7 @@ def _from_hub(model: str, revision: str | None, gguf_file: str | None) -> Path:
     def download(*, consolidated: bool) -> Path:
         return Path(snapshot_download(model, revision=revision, **hub_patterns(consolidated=consolidated)))
 
-    with _hub_errors(model, revision):
+    with hub_errors(model, revision):
         if gguf_file is not None:
             check_name(gguf_file)
             # A complete one in the cache is used without asking the Hub for its list.
@@ -187,7 +196,7 @@ def _from_hub(model: str, revision: str | None, gguf_file: str | None) -> Path:
 
 
 @contextmanager
-def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+def hub_errors(model: str, revision: str | None) -> Iterator[None]:
     """Turns the exceptions of the Hub's client into ConfigError."""
     # Late, like the Hub's client: most commands need neither.
     import httpx

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from cluster.config.platform import Platform
 from cluster.config.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from cluster.protocol.notice import PreemptionNotices
 from cluster.protocol.routing import RoutingPolicy
@@ -61,6 +62,8 @@ class ServeConfig:
     # Whether a field of a request that has no effect is refused instead of ignored.
     strict: bool = False
     serves_batches: bool = True
+    # Adapters to start with: (name, folder or Hub id).
+    lora: tuple[tuple[str, str], ...] = ()
     # None: the user's own folder, see cluster/system/data_dir.py.
     data_dir: str | None = None
     # May hold a password. None: a file in the data folder.
@@ -69,6 +72,10 @@ class ServeConfig:
     tls_cert: str | None = None
     tls_key: str | None = None
     cors_origins: tuple[str, ...] = ()
+    # Whether /health/ready and /ping answer ready or not without a key.
+    public_health: bool = False
+    # The hosting platform, which authenticates callers itself. None: there is none.
+    platform: Platform | None = None
     preemption_notices: PreemptionNotices = ClusterSpec.preemption_notices
     # Why --dtype auto has chosen the engine's dtype; a sentence for the person who starts it.
     dtype_reason: str | None = None
@@ -113,7 +120,7 @@ class ServeConfig:
                 remedy="Use printable ASCII characters only.",
                 param="--api-key",
             )
-        if not self.has_keys and not is_loopback(self.host):
+        if not self.has_keys and not is_loopback(self.host) and self.platform is None:
             raise ConfigError(
                 f"--host {self.host} would open the server to the network without a key.",
                 remedy="Make keys with `tramontane keys create NAME` and add --api-keys FILE, or add --api-key KEY, "
@@ -123,7 +130,9 @@ class ServeConfig:
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("--tls-key", "--tls-cert") if self.tls_cert is None else ("--tls-cert", "--tls-key")
             raise ConfigError(f"{given} needs {missing} too.", remedy=f"Add {missing}.", param=missing)
-        if not self.serves_batches and (self.data_dir is not None or self.batch_store is not None):
+        keeps_adapters = self.data_dir is not None and self.engine.enable_lora
+        has_effect = keeps_adapters and self.batch_store is None
+        if not (self.serves_batches or has_effect) and (self.data_dir, self.batch_store) != (None, None):
             raise ConfigError(
                 "--data-dir and --batch-store have no effect with --no-batches.",
                 remedy="Leave them out, or leave out --no-batches.",
@@ -135,6 +144,11 @@ class ServeConfig:
                 remedy="Write postgresql://USER@HOST/DATABASE.",
                 param="--batch-store",
             )
+        names = [name for name, _ in self.lora]
+        for name in names:
+            if name == self.model_name or names.count(name) > 1:
+                what = "the model's own name" if name == self.model_name else "the name of two adapters"
+                raise ConfigError(f"--lora {name}= is {what}.", remedy="Choose another name.", param="--lora")
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\[\]:-]+", origin):
                 raise ConfigError(

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,7 +16,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
+from cluster.controller.registry_store import delete_registry
 from cluster.controller.spec_store import delete_spec
+from cluster.protocol.adapters import AdapterChange, AdapterRevision, Registry
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import ClusterView
@@ -28,6 +31,8 @@ CONTROLLER_NAME = "tramontane-controller"
 HEAD_NODE = "node:__internal_head__"  # the resource that marks Ray's head node
 CALL_TIMEOUT_S = 10.0
 DOWN_TIMEOUT_S = 30.0
+LOAD_TIMEOUT_S = 330.0  # of an adapter: longer than the controller waits for its replicas
+RETRY_S = 0.5
 T = TypeVar("T")
 
 
@@ -70,6 +75,35 @@ class ControllerClient:
         """Raises RequestError for an unknown replica."""
         await self._call("drain", replica_id, grace_s)
 
+    async def load_adapter(
+        self, revision: AdapterRevision, read: Callable[[], Mapping[str, bytes]], *, in_place: bool
+    ) -> Registry:
+        """Returns when all replicas have it; asks again where the controller restarts meanwhile. read: its files, for another node.
+
+        Raises RequestError and ConfigError for what is refused, CheckpointError if a replica cannot load it.
+        """
+        again, files = False, None
+        deadline = time.monotonic() + LOAD_TIMEOUT_S
+        while True:
+            try:
+                left_s = deadline - time.monotonic()
+                load = partial(self._call, "load_adapter", revision, files, in_place=in_place, again=again)
+                registry: Registry | None = await load(timeout_s=left_s)
+            except ReplicaUnavailableError:
+                again = True
+                if deadline - time.monotonic() < RETRY_S:
+                    raise
+                await asyncio.sleep(RETRY_S)
+            else:
+                if registry is not None:
+                    return registry
+                files = await asyncio.to_thread(read)
+
+    async def change_adapter(self, change: AdapterChange, name: str) -> Registry:
+        """Raises RequestError for what is refused."""
+        registry: Registry = await self._call("change_adapter", change, name)
+        return registry
+
     async def leave(self, gateway_id: str) -> None:
         """Tells the controller that this gateway is shutting down."""
         await self._call("leave", gateway_id)
@@ -87,9 +121,10 @@ class ControllerClient:
         if (actor := self._find()) is not None:
             ray.kill(actor)
         delete_spec(self.deployment)
+        delete_registry(self.deployment)
         return remove_all(self.deployment)
 
-    async def _call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    async def _call(self, method: str, *args: Any, timeout_s: float = CALL_TIMEOUT_S, **options: Any) -> Any:
         try:
             async with asyncio.timeout(timeout_s):
                 # The lookup hangs while Ray's control store is down; the streams of this process must not.
@@ -98,7 +133,7 @@ class ControllerClient:
                     raise ReplicaUnavailableError(
                         f"The controller of {self.deployment!r} is not running on this Ray cluster."
                     )
-                return await getattr(actor, method).remote(*args)
+                return await getattr(actor, method).remote(*args, **options)
         except RayTaskError as e:
             if isinstance(e.cause, TramontaneError):
                 raise e.cause from None

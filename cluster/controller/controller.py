@@ -11,14 +11,28 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 
+from cluster.adapters.registry import EMPTY, in_state
+from cluster.adapters.store import AdapterStore, adapter_folder
+from cluster.controller.adapter_content import content_of
+from cluster.controller.adapters import AdapterHolder, AdapterKeeper
 from cluster.controller.preemption.act import PreemptionHandler
 from cluster.controller.preemption.watch import NodeWatcher
+from cluster.controller.registry_store import load_registry, save_registry
 from cluster.controller.scaling import Scaling
 from cluster.controller.spec_store import load_spec, save_spec
 from cluster.controller.supervisor import Supervisor
+from cluster.protocol.adapters import (
+    HOW_TO_ENABLE,
+    NO_ADAPTERS,
+    AdapterChange,
+    AdapterRevision,
+    Registry,
+    RevisionState,
+)
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import ClusterView, GatewayRecord, ReplicaRecord, ReplicaState
@@ -31,6 +45,7 @@ from workers.protocol import EngineFacts
 log = logging.getLogger(__name__)
 
 GATEWAY_TIMEOUT_S = 5.0
+RETURN_S = 5.0  # by then the gateways of an earlier controller have reported to this one
 SCALING_INTERVAL_S = 1.0
 SYNC_WAIT_S = 0.25
 
@@ -46,17 +61,21 @@ class _Gateway:
 class Controller:
     """Methods are called from gateways and the command line, all on the actor's event loop."""
 
-    def __init__(self, deployment: str, spec: ClusterSpec) -> None:
+    def __init__(self, deployment: str, spec: ClusterSpec, registry: Registry = EMPTY) -> None:
         logging.basicConfig(format="%(levelname)s controller %(name)s: %(message)s")
         logging.getLogger("cluster").setLevel(spec.log_level)
         self._deployment = deployment
         self._id = secrets.token_hex(4)
         self._spec = spec
-        self._version = 0
+        # Above all versions of an earlier controller, which gateways may still report as seen.
+        self._version = time.time_ns() // 1_000_000
+        self._started_at = time.monotonic()
         self._changed = asyncio.Event()
         self._gateways: dict[str, _Gateway] = {}
         self._facts: EngineFacts | None = None
         self._drain_versions: dict[str, int] = {}
+        self._retire_versions: dict[str, int] = {}
+        self.adapters = self.make_keeper(registry)
         self._scaling = Scaling(spec)
         self._supervisor = Supervisor(self.make_replica, num_streams=self._num_streams, on_change=self.note_change)
         self._supervisor.drain_timeout_s = spec.drain_timeout_s
@@ -72,7 +91,11 @@ class Controller:
         self._set_desired(self._scaling.initial(len(self._live())))
         self._preemption = PreemptionHandler(self._supervisor, self.make_watcher, self.note_change)
         self._preemption.configure(self._spec)
-        self._tasks = [asyncio.create_task(self._supervisor.run()), asyncio.create_task(self._scale_forever())]
+        self._tasks = [
+            asyncio.create_task(self._supervisor.run()),
+            asyncio.create_task(self._scale_forever()),
+            asyncio.create_task(self.adapters.run()),
+        ]
 
     async def apply(self, spec: ClusterSpec) -> None:
         """Replaces the spec. Raises ConfigError if the deployment serves another model, or the model with another engine's settings."""
@@ -130,6 +153,7 @@ class Controller:
             scaling_reason=self._scaling.reason,
             failure=self._supervisor.failure,
             facts=self._facts,
+            adapters=self.adapters.registry,
         )
 
     async def drain(self, replica_id: str, grace_s: float | None = None, reason: str | None = None) -> None:
@@ -145,6 +169,24 @@ class Controller:
         """A gateway is shutting down."""
         self._gateways.pop(gateway_id, None)
 
+    async def load_adapter(
+        self,
+        revision: AdapterRevision,
+        files: Mapping[str, bytes] | None = None,
+        *,
+        in_place: bool = False,
+        again: bool = False,
+    ) -> Registry | None:
+        """See AdapterKeeper.load. Raises ConfigError where the engine has no adapters."""
+        if not self._spec.engine.enable_lora:
+            raise ConfigError(NO_ADAPTERS, remedy=HOW_TO_ENABLE, param="--enable-lora")
+        return await self.adapters.load(revision, files, in_place=in_place, again=again)
+
+    async def change_adapter(self, change: AdapterChange, name: str) -> Registry:
+        """Raises RequestError for what is refused."""
+        keeper = self.adapters
+        return await {"promote": keeper.promote, "rollback": keeper.rollback, "unload": keeper.unload}[change](name)
+
     async def down(self) -> int:
         """Ends every replica and returns how many there were. The caller then ends this actor."""
         for task in self._tasks:
@@ -154,6 +196,7 @@ class Controller:
             await self._preemption.close()
         count = len(self._supervisor.records())
         await self._supervisor.close()
+        await self.adapters.end()
         return count
 
     async def _adopt(self) -> None:
@@ -187,7 +230,21 @@ class Controller:
             single_host=self._spec.single_host,
             log_level=self._spec.log_level,
             placement_timeout_s=self.placement_timeout_s,
+            bring_adapters=self.adapters.bring if self._spec.engine.enable_lora else None,
             on_change=self.note_change,
+        )
+
+    def make_keeper(self, registry: Registry) -> AdapterKeeper:
+        """What cares for the adapters. Tests without Ray override this."""
+        return AdapterKeeper(
+            AdapterStore(adapter_folder(self._deployment, self._spec.data_dir)),
+            registry,
+            serving=self.serving_adapters,
+            save=partial(save_registry, self._deployment),
+            on_change=self.note_change,
+            num_streams=self.num_adapter_streams,
+            may_serve_alone=self.is_scaled_to_zero,
+            content=partial(content_of, single_host=self._spec.single_host),
         )
 
     def make_watcher(self, on_notice: Callable[[], None]) -> NodeWatcher:
@@ -205,6 +262,8 @@ class Controller:
                 draining.add(record.replica_id)
         # Gateways know that a replica is draining once they have seen this version.
         self._drain_versions = {r: self._drain_versions.get(r, self._version) for r in draining}
+        retiring = in_state(self.adapters.registry, RevisionState.RETIRING)
+        self._retire_versions = {r.id: self._retire_versions.get(r.id, self._version) for r in retiring}
         self._changed.set()
 
     def _live(self) -> list[ReplicaRecord]:
@@ -218,6 +277,22 @@ class Controller:
         if any(g.seen_version < since for g in gateways):
             return None
         return sum(g.report.streams_per_replica.get(replica_id, 0) for g in gateways)
+
+    def is_scaled_to_zero(self) -> bool:
+        return self._supervisor.desired == 0 and self._facts is not None
+
+    def serving_adapters(self) -> dict[object, AdapterHolder]:
+        serving = [(replica.record(), replica.adapters) for replica in self._supervisor.serving()]
+        return {(record.replica_id, record.incarnation): adapters for record, adapters in serving}
+
+    def num_adapter_streams(self, revision_id: str) -> int | None:
+        """Requests with this revision over all gateways; None until every gateway has seen that it retires."""
+        since = self._retire_versions.get(revision_id, self._version)
+        gateways = self._gateways.values()
+        is_too_early = time.monotonic() - self._started_at < RETURN_S
+        if is_too_early or any(g.seen_version < since for g in gateways):
+            return None
+        return sum(g.report.streams_per_adapter.get(revision_id, 0) for g in gateways)
 
     def _set_desired(self, desired: int) -> None:
         if desired != self._supervisor.desired:
@@ -265,5 +340,5 @@ class ControllerActor(Controller):
 
     async def __init__(self, deployment: str, spec: ClusterSpec) -> None:  # type: ignore[misc]  # Ray awaits it
         saved = await asyncio.to_thread(load_spec, deployment)
-        super().__init__(deployment, saved or spec)
+        super().__init__(deployment, saved or spec, await asyncio.to_thread(load_registry, deployment))
         await self.start()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from cluster.controller.adapters import AdapterHolder
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import ReplicaRecord, ReplicaState, StartFailure
 from workers.errors import CheckpointError, ConfigError, TramontaneError
@@ -32,6 +33,9 @@ class ManagedReplica(Protocol):
 
     @property
     def replica_id(self) -> str: ...
+
+    @property
+    def adapters(self) -> AdapterHolder: ...
 
     def record(self) -> ReplicaRecord:
         """The current state: PLACING, STARTING or READY. The supervisor adds its own decisions."""
@@ -137,6 +141,11 @@ class Supervisor:
 
     def records(self) -> tuple[ReplicaRecord, ...]:
         return tuple(entry.record() for entry in self._entries.values())
+
+    def serving(self) -> list[ManagedReplica]:
+        """The replicas that may have requests, draining ones too."""
+        entries = [e for e in self._entries.values() if e.closing is None and e.state is not ReplicaState.LOST]
+        return [e.replica for e in entries if e.replica.record().state is ReplicaState.READY]
 
     def wake(self) -> None:
         """Runs the next round now instead of a tick later."""

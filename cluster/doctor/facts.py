@@ -122,6 +122,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
     kept_bytes: dict[str, int] = {}
     dtype: str | None = None
     fingerprint: str | None = None
+    left_out: str | None = None
     faults: tuple[Fault, ...] = ()
 
 

@@ -10,6 +10,7 @@ from cluster.doctor.amounts import format_bytes
 from cluster.doctor.findings import Finding, ok, problem, warning
 from cluster.system.net import check_port_is_free, url_of
 from workers.checkpoint.model_config import load_model_config
+from workers.config import check_division
 from workers.errors import CheckpointError, ConfigError
 
 ANSWER_TIMEOUT_S = 3.0
@@ -57,7 +58,7 @@ def judge_division(folder: Path, tensor_parallel_size: int) -> list[Finding]:
     except (ConfigError, CheckpointError):
         return []
     try:
-        config.check_tensor_parallel_size(tensor_parallel_size)
+        check_division(config, tensor_parallel_size)
     except ConfigError as e:
         return [problem("model", e.message, e.remedy or "Choose another --tensor-parallel-size.")]
     return []

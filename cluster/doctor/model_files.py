@@ -35,6 +35,7 @@ def read_model(folder: str) -> Model:
         kept_bytes=_kept_bytes(folder, found.config),
         dtype=found.config.dtype,
         fingerprint=found.fingerprint,
+        left_out=found.left_out,
         faults=faults,
     )
 

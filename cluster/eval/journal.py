@@ -17,7 +17,10 @@ from workers.errors import ConfigError
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """key: of the request, see `request_key`. error: why there is none. seconds: from the request to the end of the answer."""
+    """key: of the request, see `request_key`. error: why there is none. seconds: from the request to the end of the answer.
+
+    score: of an answer that is neither right nor wrong. logprob, is_greedy: of a request for these alone, see `model.Scored`.
+    """
 
     key: str
     model: str
@@ -28,6 +31,9 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     seconds: float = 0.0
     error: str | None = None
+    score: float | None = None
+    logprob: float | None = None
+    is_greedy: bool = False
 
 
 def request_key(*parts: Any) -> str:

@@ -1,51 +1,19 @@
 """Asks models the items of suites, several at a time, and checks the answers. Knows the journal; how a server is asked is its caller's.
 
-A request that fails because the server is busy or gone is sent again, with pauses that grow, until `patience_s` have passed. Then the item
-has an error: it counts as failed, and is asked again when the command runs again.
+An item whose request fails, also after `patience_s`, has an error: it counts as failed, and is asked again when the command runs again.
 """
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 from cluster.eval.journal import Answer, Journal, request_key
+from cluster.eval.model import Generated, Judge, Model
+from cluster.eval.patience import Patience
 from cluster.eval.suite import Item
 from workers.errors import ReplicaUnavailableError, RequestError
-
-T = TypeVar("T")
-FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generated:
-    text: str
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-
-
-class Model(Protocol):
-    """One model on one server. Methods may run in several threads; they raise ReplicaUnavailableError where a later attempt may succeed,
-    and RequestError for what the server refuses. settings: what changes its answers.
-    """
-
-    name: str
-    settings: object
-
-    def generate(self, item: Item) -> Generated: ...
-
-    def logprob(self, item: Item, option: str) -> float: ...
-
-
-class Judge(Protocol):
-    """settings: what changes its verdicts."""
-
-    settings: object
-
-    def verdict(self, item: Item, question: str, answer: str) -> bool: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,33 +25,17 @@ class Plan:
     patience_s: float = 60.0
 
 
-class _Patience:
-    """Asks again while the server is busy or gone."""
-
-    def __init__(self, patience_s: float, stop: threading.Event) -> None:
-        self._patience_s, self._stop = patience_s, stop
-
-    def ask(self, question: Callable[[], T]) -> T:
-        deadline, pause = time.monotonic() + self._patience_s, FIRST_PAUSE_S
-        while True:
-            try:
-                return question()
-            except ReplicaUnavailableError:
-                # Not all at once, where many failed together.
-                wait = pause * random.uniform(0.5, 1.0)
-                if time.monotonic() + wait > deadline or self._stop.wait(wait):
-                    raise
-                pause = min(2 * pause, MAX_PAUSE_S)
-
-
 class _Oracle:
-    """See `checks.Oracle`, for one item."""
+    """See `checks.Oracle`, for one item. prompt_tokens: of all that was asked of the model."""
 
-    def __init__(self, model: Model, judge: Judge | None, item: Item, patience: _Patience) -> None:
+    def __init__(self, model: Model, judge: Judge | None, item: Item, patience: Patience) -> None:
+        self.prompt_tokens = 0
         self._model, self._judge, self._item, self._patience = model, judge, item, patience
 
     def logprob(self, option: str) -> float:
-        return self._patience.ask(lambda: self._model.logprob(self._item, option))
+        scored = self._patience.ask(lambda: self._model.logprob(self._item, option))
+        self.prompt_tokens += scored.prompt_tokens
+        return scored.logprob
 
     def judge(self, question: str, answer: str) -> bool:
         judge = self._judge
@@ -132,12 +84,13 @@ def _answer(
     if stop.is_set():
         return None
 
-    patience = _Patience(patience_s, stop)
+    patience = Patience(patience_s, stop)
+    oracle = _Oracle(model, judge, item, patience)
     began = time.monotonic()
     try:
         generated = patience.ask(lambda: model.generate(item)) if item.check.needs_answer else Generated(text="")
         seconds = time.monotonic() - began
-        passed = item.check.passes(generated.text, _Oracle(model, judge, item, patience))
+        passed = item.check.passes(generated.text, oracle)
     except (ReplicaUnavailableError, RequestError) as e:
         if stop.is_set():
             return None
@@ -148,7 +101,7 @@ def _answer(
         item=item.name,
         text=generated.text,
         passed=passed,
-        prompt_tokens=generated.prompt_tokens,
+        prompt_tokens=generated.prompt_tokens + oracle.prompt_tokens,
         output_tokens=generated.output_tokens,
         seconds=seconds,
     )

@@ -7,6 +7,7 @@ Wald's interval with Bonett and Price's correction (2012), which holds for small
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,21 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Mean:
+    """Of scores that are neither right nor wrong, or one number for a whole task, such as a perplexity. error: its standard error."""
+
+    value: float
+    error: float | None
+    total: int
+    is_more_better: bool = True
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """By the normal distribution; None without a standard error."""
+        return None if self.error is None else (self.value - Z * self.error, self.value + Z * self.error)
+
+
+@dataclass(frozen=True)
 class Difference:
     """Of two models on the same items. better: items that only the first passed; worse: that only the second did."""
 
@@ -66,6 +82,26 @@ class Difference:
         return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
 
+@dataclass(frozen=True)
+class MeanDifference:
+    """Of two models' scores on the same items. better, worse: items on which the first has more, or less."""
+
+    better: int
+    worse: int
+    total: int
+    value: float
+    error: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.value - Z * self.error, self.value + Z * self.error
+
+    @property
+    def p_value(self) -> float:
+        """By the normal distribution: meant for some 30 items and more."""
+        return math.erfc(abs(self.value) / self.error / math.sqrt(2)) if self.error else float(not self.value)
+
+
 def share(results: Sequence[bool]) -> Share:
     return Share(sum(results), len(results))
 
@@ -78,3 +114,24 @@ def compare(first: Mapping[str, bool], second: Mapping[str, bool]) -> Difference
         worse=sum(second[name] and not first[name] for name in common),
         total=len(common),
     )
+
+
+def mean(scores: Sequence[float], *, is_more_better: bool = True) -> Mean:
+    """Worked example: 1, 2 and 3 -> 2, with a standard error of 0.577."""
+    return Mean(statistics.fmean(scores), _standard_error(scores), len(scores), is_more_better)
+
+
+def compare_scores(first: Mapping[str, float], second: Mapping[str, float]) -> MeanDifference:
+    """Of the items that both have; at least one."""
+    differences = [first[name] - second[name] for name in sorted(first.keys() & second.keys())]
+    return MeanDifference(
+        better=sum(d > 0 for d in differences),
+        worse=sum(d < 0 for d in differences),
+        total=len(differences),
+        value=statistics.fmean(differences),
+        error=_standard_error(differences) or 0.0,
+    )
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 from cluster.api.context import NO_BATCHES, Batches
+from cluster.api.server.errors import HTTPError
+from cluster.api.stored.service import Executor, ResponseService
 from cluster.batch.errors import StoreError
 from cluster.batch.files import FileContents
 from cluster.batch.records import MAX_REPLICAS_KEY, BatchRecord
@@ -34,7 +36,8 @@ class GatewayBatches:
     """Give `api` to the application, then call `start` with an executor made from the application, and `close` at the end."""
 
     def __init__(self, data_dir: DataDir, store: Store, files: FileContents, router: Router) -> None:
-        self.api = Batches(store=store, files=files, wake=self._wake)
+        self._responses = ResponseService(store.responses)
+        self.api = Batches(store=store, files=files, wake=self._wake, responses=self._responses)
         self.running: tuple[BatchRecord, ...] = ()  # of all gateways, up to a second old
         self._data_dir = data_dir
         self._store = store
@@ -43,14 +46,14 @@ class GatewayBatches:
         self._service: BatchService | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self, executor: LineExecutor) -> list[asyncio.Task[None]]:
-        """Starts to run the batches in the store. The tasks end only on an error."""
+    def start(self, executor: LineExecutor, responses: Executor | None = None) -> list[asyncio.Task[None]]:
+        """Starts to run the batches in the store, and its responses with their own executor. The tasks end only on an error."""
         service = self._service = BatchService(self._store, self._files, executor)
         self._tasks = [
             asyncio.create_task(service.run(), name="batches"),
             asyncio.create_task(self._poll(service), name="batch poll"),
         ]
-        return self._tasks
+        return self._tasks + ([] if responses is None else self._responses.start(responses))
 
     async def stop(self) -> None:
         """Abandons every line in progress; the next runner of the batch repeats it. Idempotent."""
@@ -60,9 +63,25 @@ class GatewayBatches:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._router.batches = ()
 
+    async def leave_responses(self) -> None:
+        """Leaves those that nobody here waits for to other gateways, and takes no more."""
+        await self._responses.leave()
+
+    async def stop_responses(self) -> None:
+        """Leaves the responses that still run to other gateways, or to the next start. Idempotent."""
+        await self._responses.stop(
+            HTTPError(
+                503,
+                "The server is shutting down. The response continues on another one, or after a restart.",
+                remedy="Retrieve it by its id.",
+                code="server_leaving",
+            )
+        )
+
     async def close(self) -> None:
         """Idempotent."""
         await self.stop()
+        await self.stop_responses()
         with contextlib.suppress(StoreError):
             await self._store.close()
         self._data_dir.close()

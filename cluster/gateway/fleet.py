@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from cluster.controller.preemption.decide import head_notice
@@ -49,6 +50,7 @@ class Fleet:
         gateway_id: str,
         url: str,
         on_view: Callable[[ClusterView], None] = lambda _: None,
+        adapter_streams: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self.view: ClusterView | None = None
         self._controller = controller
@@ -56,6 +58,7 @@ class Fleet:
         self._gateway_id = gateway_id
         self._url = url
         self._on_view = on_view
+        self._adapter_streams = adapter_streams
         self._clients: dict[Key, ReplicaClient] = {}
         self._connected: set[Key] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -75,7 +78,9 @@ class Fleet:
         while True:
             known = -1 if self.view is None else self.view.version
             try:
-                self._handle_view(await self._controller.sync(known, self._router.report(self._gateway_id, self._url)))
+                report = self._router.report(self._gateway_id, self._url)
+                report = replace(report, streams_per_adapter=self._adapter_streams())
+                self._handle_view(await self._controller.sync(known, report))
             except ReplicaUnavailableError as e:
                 (log.debug if is_down else log.warning)("%s Routing continues with the last view of the cluster.", e)
                 is_down = True

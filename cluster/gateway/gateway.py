@@ -13,11 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.adapters.served import ServedAdapters
 from cluster.api.app import make_app
 from cluster.api.context import CONTEXT, NO_BATCHES
 from cluster.api.line_executor import ApiLineExecutor
 from cluster.api.server.listener import Listener
+from cluster.api.stored.executor import ApiExecutor
 from cluster.config.serve import ServeConfig
+from cluster.gateway.adapters import GatewayAdapters
 from cluster.gateway.batches import GatewayBatches, open_batches
 from cluster.gateway.fleet import Fleet
 from cluster.gateway.preemption import ENDS_AHEAD_S, PreemptionShutdown, notice_for, unfinished_error
@@ -25,6 +28,7 @@ from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger, ledger_path
 from cluster.metrics.gateway import Metrics
+from cluster.protocol.adapters import AdapterChange, AdapterRevision, Registry
 from cluster.protocol.view import ClusterView, without_secrets
 from cluster.router.router import Router
 from cluster.system.tls import open_certificate
@@ -78,6 +82,11 @@ class Gateway:
             view=lambda: self.view,
             batches=None if batches is None else lambda: batches.running,
         )
+        served = self._served = ServedAdapters(on_gone=self.metrics.forget_adapters)
+        self.adapters = GatewayAdapters(config, controller, served)
+        if self._certificate is not None:
+            certificate = self._certificate
+            self.metrics.watch_certificate(lambda: certificate.expires_at)
         app = make_app(
             router=self.router,
             tokenizer=text.tokenizer,
@@ -91,12 +100,16 @@ class Gateway:
             sampling_defaults=config.sampling_defaults,
             serves_embeddings=config.serves_embeddings,
             strict=config.strict,
+            public_health=config.public_health,
+            platform=config.platform,
             metrics=self.metrics,
             admin=self,
             batches=None if batches is None else batches.api,
             no_batches=opened if isinstance(opened, str) else NO_BATCHES,
+            adapters=served,
         )
         self._executor = ApiLineExecutor(app[CONTEXT], keyring=keyring, accounts=accounts, ledger=self._ledger)
+        self._responses = ApiExecutor(app[CONTEXT], keyring=keyring, accounts=accounts, ledger=self._ledger)
         self._listener = Listener(app, tls=None if self._certificate is None else self._certificate.context)
         self._preemption = PreemptionShutdown(self.router, lambda: self.view, self.gateway_id)
         self._on_view = on_view
@@ -121,14 +134,19 @@ class Gateway:
             ) from e
         self.url = config.url(self._listener.port)
         self._fleet = Fleet(
-            self._controller, self.router, gateway_id=self.gateway_id, url=self.url, on_view=self._on_view
+            self._controller,
+            self.router,
+            gateway_id=self.gateway_id,
+            url=self.url,
+            on_view=self._handle_view,
+            adapter_streams=self._served.streams,
         )
         self._tasks = [
             asyncio.create_task(self._fleet.run(), name="fleet"),
             asyncio.create_task(self._preemption.run(), name="preemption"),
         ]
         if self._batches is not None:
-            self._tasks += self._batches.start(self._executor)
+            self._tasks += self._batches.start(self._executor, self._responses)
         if self._ledger is not None:
             self.spawn(asyncio.create_task(self._ledger.run(), name="usage ledger"))
         if self._certificate is not None:
@@ -153,10 +171,13 @@ class Gateway:
         self._preemption.stop()  # it would open or close the router on its own
         if self._batches is not None:
             await self._batches.stop()
+            await self._batches.leave_responses()
         self.router.close(SHUTTING_DOWN)
         await self._listener.stop_accepting()
         stopped = stop_now or asyncio.Event()
         await self._until_empty(min(timeout_s, self._left_s()), stopped)
+        if self._batches is not None:
+            await self._batches.stop_responses()
         if self.router.end_streams(unfinished_error(SHUTTING_DOWN)):
             await self._until_empty(ERROR_TIMEOUT_S, asyncio.Event())
 
@@ -185,7 +206,21 @@ class Gateway:
         if self._ledger is not None:
             await self._ledger.close()
 
+    def _handle_view(self, view: ClusterView) -> None:
+        self._served.update(view.adapters)
+        self._on_view(view)
+
     # The methods below serve /admin.
+
+    async def load_adapter(
+        self, name: str, source: str, *, share: float | None = None, in_place: bool = False
+    ) -> AdapterRevision:
+        """See GatewayAdapters."""
+        return await self.adapters.load(name, source, share=share, in_place=in_place)
+
+    async def change_adapter(self, change: AdapterChange, name: str) -> Registry:
+        """See GatewayAdapters."""
+        return await self.adapters.change(change, name)
 
     async def drain_replica(self, replica_id: str, grace_s: float | None) -> None:
         """Takes a replica out of service. Raises RequestError for an unknown replica."""

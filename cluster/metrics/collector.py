@@ -148,8 +148,24 @@ class StateCollector(Collector):
         replicas = {r.replica_id: r for r in sorted(view.replicas, key=lambda r: r.started_at)}.values()
         states = [((r.replica_id, s.value), float(r.state is s)) for r in replicas for s in ReplicaState]
         yield self._gauge("replica_state", "1 for the current state of the replica.", states, "engine", "state")
+        yield from self._adapters(view)
         ranks = [(r.replica_id, k.rank, k.stats) for r in replicas for k in r.ranks]
         yield from rank_families(ranks, prefix=self._prefix, model_name=self._model_name)
+
+    def _adapters(self, view: ClusterView) -> Iterator[Metric]:
+        registry = view.adapters
+        roles = ("current", "canary", "previous")
+        uses = {getattr(adapter, role): role for adapter in registry.adapters for role in roles}
+        rows = [((r.name, r.id, r.state.value, uses.get(r.id, "")), 1.0) for r in registry.revisions]
+        yield self._gauge(
+            "adapter_revision",
+            "1 for each loaded revision of an adapter.",
+            rows,
+            "adapter",
+            "revision",
+            "state",
+            "role",
+        )
 
     def _gauge(self, name: str, text: str, rows: Iterable[Row], *labels: str) -> Metric:
         family = GaugeMetricFamily(self._prefix + name, text, labels=["model_name", *labels])

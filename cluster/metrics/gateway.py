@@ -7,9 +7,9 @@ docs/monitoring.md).
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from cluster.batch.records import BatchRecord
 from cluster.config.serve import MetricsPrefix
@@ -101,15 +101,62 @@ class Metrics:
         )
         for outcome in LINE_OUTCOMES:
             self._lines.labels(model_name, outcome)
+        by_adapter = ["model_name", "adapter", "revision"]
+        self._adapter_success = Counter(
+            self._prefix + "adapter_request_success",
+            "Finished sequences of an adapter.",
+            [*by_adapter, "finished_reason"],
+            registry=r,
+        )
+        self._adapter_prompt_tokens = Counter(
+            self._prefix + "adapter_prompt_tokens", "Prompt tokens of an adapter's sequences.", by_adapter, registry=r
+        )
+        self._adapter_generation_tokens = Counter(
+            self._prefix + "adapter_generation_tokens", "Generated tokens of an adapter.", by_adapter, registry=r
+        )
         self._http = Counter(self._prefix + "http_requests", "HTTP responses.", ["path", "status"], registry=r)
+        self._key_tokens = Counter(
+            self._prefix + "key_tokens", "Tokens of an API key's requests.", ["key", "kind"], registry=r
+        )
+        self._certificate = Gauge(
+            self._prefix + "tls_certificate_expires_timestamp_seconds",
+            "Unix time at which the gateway's certificate ends.",
+            ["model_name"],
+            registry=r,
+        )
 
-    def sequence(self, *, num_prompt_tokens: int, arrived: float, is_line: bool = False) -> "SequenceMetrics":
-        """The observer of one sequence. arrived: time.monotonic() at the first byte of its request. is_line: it is a batch line."""
-        return SequenceMetrics(self, num_prompt_tokens=num_prompt_tokens, arrived=arrived, is_line=is_line)
+    def sequence(
+        self, *, num_prompt_tokens: int, arrived: float, is_line: bool = False, adapter: str | None = None
+    ) -> "SequenceMetrics":
+        """The observer of one sequence. arrived: time.monotonic() at the first byte of its request. is_line: it is a batch line.
 
-    def finished(self, reason: str) -> None:
+        adapter: the revision that it uses.
+        """
+        return SequenceMetrics(
+            self, num_prompt_tokens=num_prompt_tokens, arrived=arrived, is_line=is_line, adapter=adapter
+        )
+
+    def finished(self, reason: str, adapter: str | None = None) -> None:
         """Counts a sequence by its finish reason: stop, length, abort (the client disconnected) or error."""
         self._success.labels(self._model_name, reason).inc()
+        if adapter is not None:
+            self._adapter_success.labels(*self._adapter_labels(adapter), reason).inc()
+
+    def used_adapter(self, adapter: str, *, num_prompt_tokens: int = 0, num_tokens: int = 0) -> None:
+        """Counts tokens of a revision."""
+        labels = self._adapter_labels(adapter)
+        self._adapter_prompt_tokens.labels(*labels).inc(num_prompt_tokens)
+        self._adapter_generation_tokens.labels(*labels).inc(num_tokens)
+
+    def forget_adapters(self, revisions: Iterable[str]) -> None:
+        """Ends the series of revisions that are gone, so that reloads do not add up."""
+        for revision in revisions:
+            labels = dict(zip(("model_name", "adapter", "revision"), self._adapter_labels(revision), strict=True))
+            for counter in (self._adapter_success, self._adapter_prompt_tokens, self._adapter_generation_tokens):
+                counter.remove_by_labels(labels)
+
+    def _adapter_labels(self, revision: str) -> tuple[str, str, str]:
+        return self._model_name, revision.partition("@")[0], revision
 
     def line_answered(self, *, completed: bool) -> None:
         """Counts a batch line that has its result."""
@@ -118,6 +165,20 @@ class Metrics:
     def answered(self, path: str, status: int) -> None:
         """Counts an HTTP response. path: the pattern of the route, so unknown paths add no new series."""
         self._http.labels(path, str(status)).inc()
+
+    def used_by_key(self, name: str, *, num_prompt_tokens: int, num_output_tokens: int) -> None:
+        """Counts the tokens of one request of an API key."""
+        self._key_tokens.labels(name, "prompt").inc(num_prompt_tokens)
+        self._key_tokens.labels(name, "output").inc(num_output_tokens)
+
+    def watch_certificate(self, expires_at: Callable[[], float]) -> None:
+        """expires_at: Unix time, asked at each scrape, since a certificate may be renewed."""
+        self._certificate.labels(self._model_name).set_function(expires_at)
+
+    @property
+    def prefix(self) -> str:
+        """What the names begin with: `tramontane:` or `vllm:`."""
+        return self._prefix
 
     def render(self) -> bytes:
         """The Prometheus text format."""
@@ -137,8 +198,17 @@ class SequenceMetrics:
     Batch lines yield to online requests: their tokens count, but their times would say nothing about the service.
     """
 
-    def __init__(self, metrics: Metrics, *, num_prompt_tokens: int, arrived: float, is_line: bool = False) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        num_prompt_tokens: int,
+        arrived: float,
+        is_line: bool = False,
+        adapter: str | None = None,
+    ) -> None:
         self._metrics = metrics
+        self._adapter = adapter
         self._is_line = is_line
         self._num_prompt_tokens = num_prompt_tokens
         self._arrived = arrived
@@ -161,6 +231,13 @@ class SequenceMetrics:
         if not num_tokens:
             return
         m = self._metrics
+        if self._adapter is not None:
+            is_first = self._first is None
+            m.used_adapter(
+                self._adapter,
+                num_prompt_tokens=self._num_prompt_tokens if is_first else 0,
+                num_tokens=num_tokens,
+            )
         if self._is_line:
             m.batch_generation_tokens.inc(num_tokens)
         if self._first is None:
@@ -179,7 +256,7 @@ class SequenceMetrics:
     def ended(self, reason: str, now: float | None = None) -> None:
         """reason: stop, length, abort (the client disconnected) or error. Only stop and length count in durations and sizes."""
         m = self._metrics
-        m.finished(reason)
+        m.finished(reason, self._adapter)
         if reason not in (FinishReason.STOP, FinishReason.LENGTH) or self._is_line:
             return
         m.e2e_latency.observe((time.monotonic() if now is None else now) - self._arrived)

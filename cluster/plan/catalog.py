@@ -13,13 +13,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cluster.plan.gpus import GPUS
-from cluster.plan.offers import CLOUDS, OFFERS, Cloud, Offer, Price, Source
+from cluster.plan.offers import CLOUDS, LEFT_OUT, OFFERS, Cloud, Offer, Price, Source
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, str]
 _L4_HOSTS = {1: "g2-standard-4", 2: "g2-standard-24", 4: "g2-standard-48", 8: "g2-standard-96"}
-_GCP_FAMILIES = {"A100": "a2-highgpu", "A100-80GB": "a2-ultragpu", "H100": "a3-highgpu", "H200": "a3-ultragpu"}
+_GCP_FAMILIES = {
+    "A100": "a2-highgpu",
+    "A100-80GB": "a2-ultragpu",
+    "H100": "a3-highgpu",
+    "H200": "a3-ultragpu",
+    "B200": "a4-highgpu",
+}
 
 
 def known_offers() -> tuple[Offer, ...]:
@@ -56,7 +62,7 @@ def read_catalog(path: Path, cloud: Cloud) -> list[Offer]:
 def _cheapest(rows: list[Row], cloud: Cloud, source: Source) -> list[Offer]:
     by_type: dict[tuple[str, int, str], Offer] = {}
     for row in rows:
-        if row["AcceleratorName"] not in GPUS or not row["InstanceType"]:
+        if row["AcceleratorName"] not in GPUS or not row["InstanceType"] or (cloud, row["AcceleratorName"]) in LEFT_OUT:
             continue
         key = row["AcceleratorName"], int(float(row["AcceleratorCount"])), row["InstanceType"]
         seen = by_type.get(key)
@@ -77,9 +83,10 @@ def _cheapest(rows: list[Row], cloud: Cloud, source: Source) -> list[Offer]:
 
 
 def _lower(seen: Price | None, row: Row, column: str, source: Source) -> Price | None:
-    if not row[column]:
+    usd = float(row[column] or 0)
+    if not usd > 0:  # a machine that the catalog lists before it knows its price
         return seen
-    price = Price(float(row[column]), row["Region"], source)
+    price = Price(usd, row["Region"], source)
     return price if seen is None or price.usd_per_hour < seen.usd_per_hour else seen
 
 

@@ -3,6 +3,7 @@
 The names are SkyPilot's. Only GPUs that can run the CUDA attention kernel (Ampere and newer). Knows no model, no cloud and no price.
 """
 
+import re
 from dataclasses import dataclass, replace
 
 from workers.device.sizes import Sizes, sizes_of_gpu
@@ -28,6 +29,7 @@ class Link:
 PCIE = Link(name="PCIe 4.0 x16", bytes_per_s=10e9, latency_s=30e-6)
 NVLINK_3 = Link(name="NVLink 3", bytes_per_s=230e9, latency_s=15e-6)
 NVLINK_4 = Link(name="NVLink 4", bytes_per_s=360e9, latency_s=15e-6)
+NVLINK_5 = Link(name="NVLink 5", bytes_per_s=700e9, latency_s=15e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +133,15 @@ GPUS = {
             link=NVLINK_4,
             source="NVIDIA H200 data sheet, SXM, half of its figure with sparsity",
         ),
+        Gpu(
+            name="B200",
+            memory_bytes=int(178.3 * GIB),
+            compute_capability=(10, 0),
+            bytes_per_s=7700e9,
+            flops_per_s=2250e12,
+            link=NVLINK_5,
+            source="NVIDIA HGX B200 data sheet, half of its figure with sparsity",
+        ),
     )
 }
 
@@ -141,3 +152,16 @@ def find_gpu(name: str) -> Gpu:
         if known.lower() == name.strip().lower():
             return gpu
     raise ConfigError(f"--gpu {name} is not known.", remedy=f"Use one of {', '.join(GPUS)}, or cpu.", param="--gpu")
+
+
+def find_gpus(text: str) -> tuple[Gpu, int | None]:
+    """ "A10G" is any number of them, "A10G:4" four in one machine, as SkyPilot writes it. Raises ConfigError."""
+    name, colon, count = text.partition(":")
+    gpu = find_gpu(name)
+    if not colon:
+        return gpu, None
+    if not re.fullmatch(r"[1-9]\d?", count.strip()):
+        raise ConfigError(
+            f"--gpu {text} has no number of GPUs after the colon.", remedy=f"Write it like {gpu.name}:4.", param="--gpu"
+        )
+    return gpu, int(count)

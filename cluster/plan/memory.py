@@ -110,7 +110,7 @@ def _product_bytes(config: EngineConfig, tokens: int) -> int:
     if config.device != "cuda" or (config.quantization is None and model.stored is None):
         return 0
     if config.quantization == "fp8":
-        return tokens * model.intermediate_size // config.tensor_parallel_size
+        return tokens * model.intermediate_per_rank(config.tensor_parallel_size)
     return DEQUANTIZED_BYTES
 
 
@@ -144,7 +144,7 @@ def _layer_bytes(config: EngineConfig, tokens: int) -> int:
     # Also q, k and v as computed, the rotated queries, and what they attended to.
     attention = tokens * (qkv + 2 * q) * itemsize
     # Or gate and up, and silu(gate) * up.
-    mlp = tokens * 3 * model.intermediate_size // size * itemsize
+    mlp = tokens * 3 * model.intermediate_per_rank(size) * itemsize
     return angles + streams + max(attention, mlp)
 
 

@@ -47,7 +47,7 @@ class PlannedModel:
     """folder, checkpoint_bytes: the path of a local checkpoint, a folder or a GGUF file, and the size of its weight files; both None for a
     model on the Hub. gguf_file: the option.
 
-    warnings: what keeps the local checkpoint from being served as it is.
+    left_out: the tensors that are not loaded. warnings: what keeps the local checkpoint from being served as it is.
     """
 
     name: str
@@ -56,6 +56,7 @@ class PlannedModel:
     gguf_file: str | None = None
     folder: Path | None = None
     checkpoint_bytes: int | None = None
+    left_out: str | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -65,7 +66,8 @@ def describe_model(model: str, *, revision: str | None = None, gguf_file: str | 
         if revision is None and gguf_file is None and model in FAMILY:
             return PlannedModel(name=model, config=FAMILY[model])
         config = load_model_config(resolve_config(model, revision=revision, gguf_file=gguf_file))
-        return PlannedModel(name=model, config=config, revision=revision, gguf_file=gguf_file)
+        left_out = "the tensors for images" if config.has_vision else None
+        return PlannedModel(name=model, config=config, revision=revision, gguf_file=gguf_file, left_out=left_out)
     folder, _ = resolve_model(model, gguf_file=gguf_file)
     found = examine_checkpoint(folder)
     if found.config is None or not found.num_files:
@@ -76,5 +78,6 @@ def describe_model(model: str, *, revision: str | None = None, gguf_file: str | 
         gguf_file=gguf_file,
         folder=folder,
         checkpoint_bytes=found.num_bytes,
+        left_out=found.left_out,
         warnings=tuple(str(fault) for fault in found.faults),
     )

@@ -1,7 +1,7 @@
 """What machines with these GPUs cost: an offer is an instance type of a cloud, on demand and spot, each price with its date and source.
 
-A small table for machines without SkyPilot. If SkyPilot's catalog is on disk, it is newer and used instead (catalog.py). Spot prices
-change every day; these show the order of magnitude. Knows no model.
+A small table for machines without SkyPilot, all with Linux. If SkyPilot's catalog is on disk, it is newer and used instead (catalog.py).
+Spot prices change every day; these show the order of magnitude. Knows no model.
 """
 
 from collections.abc import Iterable
@@ -24,6 +24,9 @@ SILYBENCH = Source("github.com/tgarg01/silybench-data, from Google's billing cat
 SKYPILOT_COPY = Source("SkyPilot's hosted catalog v8, commit e385a0d348", "2025-26")
 CYCLENERD = Source("github.com/Cyclenerd/google-cloud-pricing-cost-calculator", "2025-03-06")
 LIST = Source("the cloud's list price as widely published, not looked up again", "2025")
+AWS_LIST = Source("AWS's price list of US East and US West, as quoted in public repositories", "2026-07")
+# What a cloud sells and Tramontane leaves out. The driver in Azure's image for its A10 sizes (vGPU slices) is refused by current hosts.
+LEFT_OUT: frozenset[tuple[Cloud, str]] = frozenset({("azure", "A10")})
 
 
 @dataclass(frozen=True)
@@ -107,28 +110,34 @@ OFFERS = (
     _offer("aws", "g6e.48xlarge", "L40S", 8, Price(30.13118, "us-east-1", LIST)),
     _offer("aws", "p4d.24xlarge", "A100", 8, Price(21.957642, "us-east-1", RECEIPTS)),
     _offer("aws", "p4de.24xlarge", "A100-80GB", 8, Price(27.44705, "us-east-1", RECEIPTS)),
+    _offer("aws", "p5.4xlarge", "H100", 1, Price(6.88, "us-west-2", AWS_LIST)),
     _offer("aws", "p5.48xlarge", "H100", 8, Price(55.04, "us-east-1", RECEIPTS)),
+    _offer("aws", "p5en.48xlarge", "H200", 8, Price(63.296, "us-east-1", AWS_LIST)),
+    _offer("aws", "p6-b200.48xlarge", "B200", 8, Price(113.9328, "us-east-1", AWS_LIST)),
     _offer("gcp", "g2-standard-4", "L4", 1, Price(0.7068, "us-central1", LIST)),
     _offer("gcp", "g2-standard-24", "L4", 2, Price(2.0008, "us-central1", LIST)),
     _offer("gcp", "g2-standard-48", "L4", 4, Price(4.0017, "us-central1", LIST)),
     _offer("gcp", "g2-standard-96", "L4", 8, Price(8.0033, "us-central1", LIST)),
     *map(_a2, (1, 2, 4, 8)),
     *(_offer("gcp", f"a2-ultragpu-{n}g", "A100-80GB", n, Price(5.0688 * n, "us-central1", LIST)) for n in (1, 2, 4, 8)),
-    # Machines with fewer than eight H100 are sold as spot only.
+    # Google sells machines with fewer than eight H100 as spot only.
     _offer("gcp", "a3-highgpu-1g", "H100", 1, None, Price(6.571, "us-central1", SILYBENCH)),
-    _offer("azure", "Standard_NV36ads_A10_v5", "A10", 1, Price(3.20, "eastus", LIST)),
-    _offer("azure", "Standard_NV72ads_A10_v5", "A10", 2, Price(6.52, "eastus", LIST)),
     _offer("azure", "Standard_NC24ads_A100_v4", "A100-80GB", 1, Price(3.673, "eastus", RECEIPTS)),
-    _offer("azure", "Standard_NC48ads_A100_v4", "A100-80GB", 2, Price(9.554, "eastus", RECEIPTS)),
-    _offer("azure", "Standard_NC96ads_A100_v4", "A100-80GB", 4, Price(19.108, "eastus", RECEIPTS)),
+    _offer("azure", "Standard_NC48ads_A100_v4", "A100-80GB", 2, Price(7.346, "eastus", LIST)),
+    _offer("azure", "Standard_NC96ads_A100_v4", "A100-80GB", 4, Price(14.692, "eastus", LIST)),
     _offer("azure", "Standard_ND96asr_v4", "A100", 8, Price(27.1968, "eastus", RECEIPTS)),
+    # H100 NVL: 94 GB and 3.9 TB/s each, so `plan` counts less than there is.
+    _offer("azure", "Standard_NC40ads_H100_v5", "H100", 1, Price(6.98, "eastus", LIST)),
+    _offer("azure", "Standard_NC80adis_H100_v5", "H100", 2, Price(13.96, "eastus", LIST)),
+    _offer("azure", "Standard_ND96isr_H100_v5", "H100", 8, Price(98.32, "eastus", LIST)),
 )
 
 
 def find_offers(offers: Iterable[Offer], gpu: str, count: int, *, cloud: Cloud | None, spot: bool) -> list[Offer]:
     """Machines with exactly `count` of that GPU, which is how SkyPilot searches; cheapest first, without a price last.
 
-    spot: sort by spot price. An offer without one stays in the list, because the cloud may have one.
+    spot: sort by spot price. An offer without one stays in the list, because the cloud may have one. On demand it does not: a machine
+    without such a price is not sold that way.
     """
 
     def cost(offer: Offer) -> float:
@@ -136,4 +145,4 @@ def find_offers(offers: Iterable[Offer], gpu: str, count: int, *, cloud: Cloud |
         return float("inf") if price is None else price.usd_per_hour
 
     found = [o for o in offers if o.gpu == gpu and o.count == count and cloud in (None, o.cloud)]
-    return sorted(found, key=cost)
+    return sorted((o for o in found if spot or o.on_demand is not None), key=cost)

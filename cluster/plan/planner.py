@@ -1,6 +1,7 @@
 """Makes plans from a question (model, GPU, context, concurrency): one per GPU and tensor-parallel size, the recommended one first.
 
-Pure: values in, values out. If nothing fits, it says how much is missing and what would fit.
+Where one replica cannot hold all requests, a plan has several, each on a machine of its own. Pure: values in, values out. If nothing fits,
+it says how much is missing and what would fit.
 """
 
 import bisect
@@ -20,6 +21,8 @@ from workers.errors import ConfigError
 
 # Of one machine; more have none of the clouds.
 MAX_GPUS = 8
+# Of one plan. More requests than these hold are a question for several deployments.
+MAX_REPLICAS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,10 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One kind of GPU and one tensor-parallel size. offers: the machines with exactly these GPUs, cheapest first."""
+    """One kind of GPU and one tensor-parallel size. offers: the machines with exactly these GPUs, cheapest first.
+
+    `memory` and `speed` are of one replica, with its share of the requests (`memory.num_sequences`).
+    """
 
     gpu: Gpu
     tensor_parallel_size: int
@@ -63,6 +69,7 @@ class Plan:
     speed: Speed
     offers: tuple[Offer, ...]
     spot: bool
+    num_replicas: int = 1
 
     @property
     def fits(self) -> bool:
@@ -73,13 +80,22 @@ class Plan:
         """The price of the cheapest machine, spot or on demand as the question says."""
         return next((p for o in self.offers if (p := o.price(spot=self.spot)) is not None), None)
 
+    @property
+    def tokens_per_s(self) -> float:
+        """Generated tokens of all replicas."""
+        return self.num_replicas * self.speed.tokens_per_s
+
+    def usd_per_hour(self, price: Price) -> float:
+        """Cost of all machines."""
+        return self.num_replicas * price.usd_per_hour
+
     def usd_per_million_tokens(self, price: Price) -> float:
-        """Cost of one million generated tokens, if the machine is always busy."""
-        return price.usd_per_hour / (self.speed.tokens_per_s * 3600) * 1e6
+        """Cost of one million generated tokens, if the machines are always busy."""
+        return self.usd_per_hour(price) / (self.tokens_per_s * 3600) * 1e6
 
 
 def make_plan(question: Question, gpu: Gpu, tensor_parallel_size: int, *, offers: Iterable[Offer] = ()) -> Plan:
-    """Raises ConfigError for a size by which the model cannot be divided."""
+    """One replica for all requests. Raises ConfigError for a size by which the model cannot be divided."""
     config = question.engine(tensor_parallel_size, gpu)
     found = find_offers(offers, gpu.name, tensor_parallel_size, cloud=question.cloud, spot=question.spot)
     return Plan(
@@ -92,6 +108,29 @@ def make_plan(question: Question, gpu: Gpu, tensor_parallel_size: int, *, offers
     )
 
 
+def spread(question: Question, plan: Plan) -> Plan:
+    """The plan, or if its replica cannot hold all requests, one with as many replicas as hold them; 32 requests are 7 x 5 on an A10G.
+
+    The plan as it is if a replica holds no request at all, or if MAX_REPLICAS are not enough.
+    """
+    if plan.fits:
+        return plan
+
+    def share(concurrency: int) -> Question:
+        return replace(question, workload=replace(question.workload, concurrency=concurrency))
+
+    def fits(concurrency: int) -> bool:
+        return rank_memory(share(concurrency).engine(plan.tensor_parallel_size, plan.gpu), plan.gpu).fits
+
+    concurrency = question.workload.concurrency
+    largest = _largest(concurrency, fits)
+    num_replicas = -(-concurrency // largest) if largest else 0
+    if not 1 < num_replicas <= MAX_REPLICAS:
+        return plan
+    one = make_plan(share(-(-concurrency // num_replicas)), plan.gpu, plan.tensor_parallel_size)
+    return replace(one, offers=plan.offers, num_replicas=num_replicas)
+
+
 def make_plans(
     question: Question,
     *,
@@ -101,22 +140,24 @@ def make_plans(
 ) -> list[Plan]:
     """A plan for each GPU and each size that the model allows, or for the given size. The recommended plan is first.
 
-    Sorted: plans that fit a machine on sale, by price per hour; then plans that fit but are not on sale; then the rest.
+    Sorted: plans that fit machines on sale, by their price per hour; then plans that fit but are not on sale, those with the fewest GPUs
+    first; then the rest.
     """
-    sizes = [tensor_parallel_size] if tensor_parallel_size else sizes_of(question.model.config)
+    sizes = sizes_of(question.model.config) if tensor_parallel_size is None else [tensor_parallel_size]
     plans, refusals = [], []
     for gpu, size in itertools.product(gpus, sizes):
         try:
-            plans.append(make_plan(question, gpu, size, offers=offers))
+            plans.append(spread(question, make_plan(question, gpu, size, offers=offers)))
         except ConfigError as e:  # a size by which quantised rows cannot be divided
             refusals.append(e)
     if not plans:
         raise refusals[0]
 
-    def rank(plan: Plan) -> tuple[bool, bool, float, int]:
+    def rank(plan: Plan) -> tuple[bool, bool, float, int, int]:
         price = plan.price
-        cost = float("inf") if price is None else price.usd_per_hour
-        return not plan.fits, not plan.offers, cost, plan.tensor_parallel_size
+        cost = float("inf") if price is None else plan.usd_per_hour(price)
+        num_gpus = plan.num_replicas * plan.tensor_parallel_size
+        return not plan.fits, not plan.offers, cost, num_gpus, plan.num_replicas
 
     return sorted(plans, key=rank)
 
@@ -169,10 +210,10 @@ def _remedies(question: Question, closest: Plan, offers: Sequence[Offer]) -> lis
     if question.quantization is None and question.model.config.stored is None:
         remedies += _quantizations(question, closest)
     fitting = [p for p in make_plans(question, offers=offers) if p.fits]
-    same = [p.tensor_parallel_size for p in fitting if p.gpu == closest.gpu]
+    same = [p.tensor_parallel_size for p in fitting if p.gpu == closest.gpu and p.num_replicas == 1]
     if same:
         remedies.append(f"--tensor-parallel-size {min(same)}")
-    other = next((p for p in fitting if p.gpu != closest.gpu and p.offers), None)
+    other = next((p for p in fitting if p.gpu != closest.gpu and p.offers and p.num_replicas == 1), None)
     if other is not None:
         remedies.append(f"--gpu {other.gpu.name} --tensor-parallel-size {other.tensor_parallel_size}")
     return remedies

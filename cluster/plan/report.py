@@ -29,7 +29,7 @@ def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> Rende
     fitting = [p for p in plans if p.fits]
     shown = sorted(plans, key=lambda p: p.tensor_parallel_size) if one_gpu else [p for p in fitting if p.offers]
     if shown:
-        parts += [_plan_table(shown, spot=question.spot), Text()]
+        parts += [_plan_table(shown, concurrency=question.workload.concurrency, spot=question.spot), Text()]
     if not one_gpu and len(fitting) < len(plans):
         parts += [Text(f"Too small: {', '.join(_gpus(p) for p in plans if not p.fits)}."), Text()]
     if fitting:
@@ -42,11 +42,13 @@ def report(question: Question, plans: Sequence[Plan], *, one_gpu: bool) -> Rende
 
 
 def as_json(question: Question, plans: Sequence[Plan]) -> dict[str, Any]:
-    """chosen: index of the recommended plan, or null if none fits. Memory is per rank; `source` is the origin and date of a price.
+    """chosen: index of the recommended plan, or null if none fits. Memory is per rank, speed per replica, `usd_per_hour` per machine, of
+    which each replica has one; `source` is the origin and date of a price.
     `defaults`: the sizes of `serve` on that GPU, where no option sets them.
     """
     return {
         "model": question.model.name,
+        "left_out": question.model.left_out,
         "dtype": question.dtype,
         "quantization": question.quantization,
         "workload": asdict(question.workload),
@@ -61,6 +63,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "gpu": plan.gpu.name,
         "tensor_parallel_size": plan.tensor_parallel_size,
+        "num_replicas": plan.num_replicas,
         "fits": plan.fits,
         "memory": asdict(memory) | {name: getattr(memory, name) for name in derived},
         "speed": asdict(plan.speed),
@@ -83,9 +86,10 @@ def _headline(question: Question, plan: Plan) -> str:
     form = describe_dtype(engine.dtype, engine.weight_form)
     on_disk = question.model.checkpoint_bytes
     disk = "" if on_disk is None else f", {gigabytes(on_disk)} on disk"
+    left_out = "" if question.model.left_out is None else f" Left out: {question.model.left_out}."
     return (
         f"{question.model.name}: {num_parameters(engine) / 1e9:.2f} billion parameters, {form}{disk}, "
-        f"{engine.kv_token_bytes / 1024:g} KiB of KV cache per token{kv_form}, {_attention(model)}.\n"
+        f"{engine.kv_token_bytes / 1024:g} KiB of KV cache per token{kv_form}, {_attention(model)}.{left_out}\n"
         f"{workload.concurrency} requests at a time, each with {workload.prompt_tokens:,} prompt tokens and "
         f"{workload.output_tokens:,} output tokens."
     )
@@ -104,25 +108,25 @@ def _attention(model: ModelConfig) -> str:
     return ", ".join(f"{name(window)} in {counts[window]} layers" for window in windows)
 
 
-def _plan_table(plans: Sequence[Plan], *, spot: bool) -> Table:
+def _plan_table(plans: Sequence[Plan], *, concurrency: int, spot: bool) -> Table:
     table = _table("GPU", "TP", "Weights", "KV cache", "Blocks", "KV tokens", "Requests", "Fits", "ms/token")
     for name in ("Tokens/s", "First token", "Spot $/h" if spot else "$/h", "$/1M tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:
         memory, speed, price = plan.memory, plan.speed, plan.price
         table.add_row(
-            plan.gpu.name,
+            plan.gpu.name if plan.num_replicas == 1 else f"{plan.num_replicas} x {plan.gpu.name}",
             str(plan.tensor_parallel_size),
             gigabytes(memory.weight_bytes),
             gigabytes(max(0, memory.kv_cache_bytes)),
             f"{memory.num_kv_blocks:,}",
             f"{memory.num_kv_tokens:,}",
-            str(memory.max_sequences),
+            f"{min(concurrency, plan.num_replicas * memory.max_sequences):,}",
             "yes" if plan.fits else f"{gigabytes(memory.missing_bytes)} short",
             *(
                 (
                     f"{speed.step_s * 1e3:.1f}",
-                    f"{speed.tokens_per_s:,.0f}",
+                    f"{plan.tokens_per_s:,.0f}",
                     f"{speed.prefill_s * 1e3:,.0f} ms",
                     *_costs(plan, price),
                 )
@@ -142,7 +146,7 @@ def _offer_table(plan: Plan) -> Table:
         region = next((p.region for p in (offer.price(spot=plan.spot), offer.on_demand, offer.spot) if p), _NONE)
         table.add_row(
             offer.cloud,
-            offer.instance_type,
+            offer.instance_type if plan.num_replicas == 1 else f"{plan.num_replicas} x {offer.instance_type}",
             region,
             *(*_costs(plan, offer.on_demand), _date(offer.on_demand)),
             *(*_costs(plan, offer.spot), _date(offer.spot)),
@@ -151,9 +155,15 @@ def _offer_table(plan: Plan) -> Table:
 
 
 def _machine(question: Question, plan: Plan) -> str:
-    gpus = f"{_gpus(plan)}, --tensor-parallel-size {plan.tensor_parallel_size}."
+    gpus = f"{_gpus(plan)}, --tensor-parallel-size {plan.tensor_parallel_size}"
+    if plan.num_replicas > 1:
+        each = plan.memory.num_sequences
+        gpus += f" --replicas {plan.num_replicas}: each replica on a machine of its own, with up to {each:,} requests"
+    if plan.offers:
+        return f"{gpus}."
     where = "" if question.cloud is None else f" on {question.cloud}"
-    return gpus if plan.offers else f"{gpus} No machine{where} is known to have exactly these GPUs; use your own."
+    sold = "known to have exactly these GPUs" if question.spot else "known to be sold on demand with exactly these GPUs"
+    return f"{gpus}. No machine{where} is {sold}; use your own."
 
 
 def _defaults(plan: Plan) -> str:
@@ -171,13 +181,16 @@ def _sources(plan: Plan) -> str:
 
 
 def _gpus(plan: Plan) -> str:
-    return f"{plan.tensor_parallel_size} {plan.gpu.name}"
+    gpus = f"{plan.tensor_parallel_size} {plan.gpu.name}"
+    if plan.num_replicas == 1:
+        return gpus
+    return f"{plan.num_replicas} x {plan.gpu.name if plan.tensor_parallel_size == 1 else gpus}"
 
 
 def _costs(plan: Plan, price: Price | None) -> tuple[str, str]:
     if price is None:
         return _NONE, _NONE
-    return f"{price.usd_per_hour:.2f}", f"{plan.usd_per_million_tokens(price):.2f}"
+    return f"{plan.usd_per_hour(price):.2f}", f"{plan.usd_per_million_tokens(price):.2f}"
 
 
 def _date(price: Price | None) -> str:

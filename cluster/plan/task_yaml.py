@@ -1,6 +1,7 @@
-"""Writes the SkyPilot YAML for a plan: sky/serve.yaml with the plan's machines, model and engine options.
+"""Writes the SkyPilot YAML for a plan: sky/serve.yaml with the plan's machines, model and engine options, or for several replicas
+sky/cluster.yaml.
 
-That file is in the checkout, and an installed package has a copy. Knows no arithmetic.
+These files are in the checkout, and an installed package has copies. Knows no arithmetic.
 """
 
 import shlex
@@ -18,11 +19,11 @@ from workers.errors import ConfigError
 _MOUNTED_MODEL = "~/model"
 _HEADER = """\
 # {gpus} for {model}, {concurrency} requests at a time of up to {context:,} tokens. Written by `tramontane plan`.
-# This is sky/serve.yaml with these machines and options; see that file for more. Launch it from the root of the checkout:
+# This is sky/{template} with these machines and options; see that file for more. Launch it from the root of the checkout:
 #
 #   export HF_TOKEN=...                                # from an account that has accepted the model's terms on the Hub
 #   export TRAMONTANE_API_KEY=$(openssl rand -hex 32)  # what clients send; anyone who has it can use the endpoint
-#   sky launch -c tramontane {path} --secret HF_TOKEN --secret TRAMONTANE_API_KEY
+{more}#   sky launch -c tramontane {path} --secret HF_TOKEN --secret TRAMONTANE_API_KEY{secrets}
 #   sky down tramontane                                # stops the costs
 """
 
@@ -40,8 +41,13 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 def write_task(path: Path, question: Question, plan: Plan) -> None:
     """Raises ConfigError if the file exists or cannot be written, or if no cloud is known to have such machines."""
     task = make_task(question, plan)
+    several = plan.num_replicas > 1
+    gpus = f"{plan.tensor_parallel_size} {plan.gpu.name}"
     header = _HEADER.format(
-        gpus=f"{plan.tensor_parallel_size} {plan.gpu.name}",
+        gpus=f"{plan.num_replicas} nodes with {gpus}" if several else gpus,
+        template=_template_name(plan),
+        more="#   export RAY_AUTH_TOKEN=$(openssl rand -hex 32)      # controls the whole cluster\n" if several else "",
+        secrets=" --secret RAY_AUTH_TOKEN" if several else "",
         model=question.model.name,
         concurrency=question.workload.concurrency,
         context=question.workload.context,
@@ -62,16 +68,20 @@ def write_task(path: Path, question: Question, plan: Plan) -> None:
 
 
 def make_task(question: Question, plan: Plan) -> dict[str, Any]:
-    """The task as SkyPilot reads it. Raises ConfigError if no cloud is known to have such machines."""
+    """The task as SkyPilot reads it. Raises ConfigError if no cloud is known to have such machines, or to sell them that way."""
     if not plan.offers:
+        how = "" if question.spot else " with a price on demand"
+        more = [] if question.spot else ["add --spot"]
+        more += ["remove --cloud"] if question.cloud else []
         raise ConfigError(
             f"No machine with exactly {plan.tensor_parallel_size} {plan.gpu.name} is known"
-            + (f" on {question.cloud}." if question.cloud else "."),
-            remedy="Choose another --gpu or --tensor-parallel-size"
-            + (", or remove --cloud." if question.cloud else "."),
+            + (f" on {question.cloud}{how}." if question.cloud else f"{how}."),
+            remedy=", or ".join(["Choose another --gpu or --tensor-parallel-size", *more]) + ".",
             param="--write",
         )
-    task: dict[str, Any] = yaml.safe_load(_template().read_text(encoding="utf-8"))
+    task: dict[str, Any] = yaml.safe_load(_template(_template_name(plan)).read_text(encoding="utf-8"))
+    if plan.num_replicas > 1:
+        task["num_nodes"] = plan.num_replicas
     accelerators = f"{plan.gpu.name}:{plan.tensor_parallel_size}"
     spot = {"use_spot": True} if question.spot else {}
     task["resources"]["any_of"] = [{"infra": o.cloud, "accelerators": accelerators, **spot} for o in plan.offers]
@@ -98,7 +108,7 @@ def _serve_options(question: Question, plan: Plan) -> list[str]:
     tokens of a step for their GPU as the plan does.
     """
     engine = question.engine(plan.tensor_parallel_size, plan.gpu)
-    options = ["--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(engine.max_num_seqs)]
+    options = ["--max-model-len", str(engine.max_model_len), "--max-num-seqs", str(plan.memory.num_sequences)]
     if engine.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
         options += ["--gpu-memory-utilization", f"{engine.gpu_memory_utilization:g}"]
     if engine.dtype != engine.model.dtype:
@@ -116,9 +126,13 @@ def _serve_options(question: Question, plan: Plan) -> list[str]:
     return options
 
 
-def _template() -> Path:
+def _template_name(plan: Plan) -> str:
+    return "serve.yaml" if plan.num_replicas == 1 else "cluster.yaml"
+
+
+def _template(name: str) -> Path:
     here = Path(__file__).resolve().parent
-    for path in (here.parents[1] / "sky" / "serve.yaml", here / "serve.yaml"):
+    for path in (here.parents[1] / "sky" / name, here / name):
         if path.is_file():
             return path
-    raise ConfigError("sky/serve.yaml is not part of this installation.", remedy="Install Tramontane again.")
+    raise ConfigError(f"sky/{name} is not part of this installation.", remedy="Install Tramontane again.")

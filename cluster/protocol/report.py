@@ -29,5 +29,8 @@ class GatewayReport:
     arrived_tokens_total: int = 0  # prompt tokens of all requests so far: the arrival rate is its slope
     ttft_p95_s: float | None = None  # of the last seconds; None without requests
     streams_per_replica: dict[str, int] = field(default_factory=dict)
+    streams_per_adapter: dict[str, int] = field(
+        default_factory=dict
+    )  # by revision, from a request's admission to its end
     batches: tuple[BatchDemand, ...] = ()
     batch_tokens_total: int = 0  # of answered lines, by the same estimate as `remaining_tokens`

@@ -26,3 +26,4 @@ class ClusterSpec:
     single_host: bool = False  # sockets stay on loopback, and only this machine takes part
     preemption_notices: PreemptionNotices = "auto"
     log_level: str = "WARNING"
+    data_dir: str | None = None  # None: the user's own folder

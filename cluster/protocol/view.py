@@ -8,6 +8,7 @@ import enum
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from cluster.protocol.adapters import NO_REGISTRY, Registry
 from cluster.protocol.notice import Cloud
 from cluster.protocol.spec import ClusterSpec
 from workers.protocol import EngineFacts, LoadReport
@@ -56,6 +57,7 @@ class ReplicaRecord:
     is_leaving: bool = False
     facts: EngineFacts | None = None
     load: LoadReport = field(default_factory=LoadReport)
+    adapters: tuple[str, ...] = ()  # the revisions that all of its ranks hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ class ClusterView:
     scaling_reason: str = ""
     failure: StartFailure | None = None
     facts: EngineFacts | None = None  # of the served model, known even while no replica runs
+    adapters: Registry = NO_REGISTRY
 
 
 def without_secrets(view: ClusterView) -> ClusterView:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import ray
 
 from cluster.ray_runtime.metrics import publish_rank
+from cluster.replicas.adapter_files import AdapterContent, bring
 from workers.profile.recording import Recording
 from workers.rank.reports import RankDescription, Started
 from workers.rank.worker import RankWorker
@@ -31,6 +32,10 @@ class RankActor(RankWorker):
     def describe(self) -> RankDescription:
         """As RankWorker.describe, with everything that a controller needs to adopt this rank."""
         return replace(super().describe(), node_id=ray.get_runtime_context().get_node_id())
+
+    def bring_adapter(self, content: AdapterContent) -> None:
+        """As RankWorker.load_adapter, also on a node that does not have the adapter's folder."""
+        bring(content, ray.get_runtime_context().get_node_id(), load=self.load_adapter, fetch=ray.get)
 
     # See `RankProfile`. Ray calls an actor's own methods only.
 

@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, get_placement_group
 
 from cluster.protocol.view import RankRecord, ReplicaRecord, ReplicaState
+from cluster.replicas.adapters import BringAdapters, ReplicaAdapters
 from cluster.replicas.client import ReplicaClient
 from cluster.replicas.gang import RankGang
 from cluster.replicas.placement import node_ip, place
@@ -37,7 +38,8 @@ READY_TIMEOUT_S = 60.0
 class RayReplica:
     """A `supervisor.ManagedReplica`. All on one event loop, in a process connected to Ray.
 
-    deployment: the name in front of everything this makes in Ray. on_change: called when `record` has changed.
+    deployment: the name in front of everything this makes in Ray. bring_adapters: called before it is ready; None where the engine has no
+    adapters. on_change: called when `record` has changed.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class RayReplica:
         single_host: bool = False,
         log_level: str = "WARNING",
         placement_timeout_s: float | None = None,
+        bring_adapters: BringAdapters | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.replica_id = replica_id
@@ -57,6 +60,7 @@ class RayReplica:
         self._single_host = single_host
         self._log_level = log_level
         self._placement_timeout_s = placement_timeout_s
+        self._bring_adapters = bring_adapters
         self._on_change = on_change
         incarnation = incarnation or secrets.token_hex(3)
         self._name = f"{deployment}-{replica_id}-{incarnation}"
@@ -64,6 +68,7 @@ class RayReplica:
             replica_id=replica_id, incarnation=incarnation, state=ReplicaState.PLACING, started_at=time.time()
         )
         self._gang = RankGang(replica_id, self._name, on_end=self._note_death)
+        self.adapters = ReplicaAdapters(self._gang)
         self._group: PlacementGroup | None = None
         self._poll: asyncio.Task[None] | None = None
         self._closing = False
@@ -72,9 +77,8 @@ class RayReplica:
         self._client: ReplicaClient | None = None
 
     def record(self) -> ReplicaRecord:
-        if self._client is None:
-            return self._record
-        return replace(self._record, load=self._client.load)
+        record = replace(self._record, adapters=tuple(sorted(self.adapters.held)))
+        return record if self._client is None else replace(record, load=self._client.load)
 
     async def start(self) -> None:
         """Returns after the first forward pass on all ranks. After a failure, the caller cleans up with `close`.
@@ -111,12 +115,15 @@ class RayReplica:
             await self._gang.call_all("load")
         finally:
             poll.cancel()
+        # Most of them now, while nothing waits for this replica, and below those that came in the meantime.
+        await self._adapters_are_here()
 
         self._note(phase="starting")
         started: Started = (await self._gang.call_all("start", "127.0.0.1" if self._single_host else ips[0]))[0]
         self._note(address=(started.host, started.port), token=token, facts=started.facts)
         await self._connect()
         await self._until_ready()
+        await self._adapters_are_here()
         self._note(state=ReplicaState.READY, phase=None)
 
     async def adopt(self, descriptions: Sequence[RankDescription]) -> Self:
@@ -135,6 +142,8 @@ class RayReplica:
         lead = descriptions[0]
         self._note(address=lead.address, token=lead.token, facts=lead.facts, ranks=tuple(ranks))
         await self._connect()
+        if self._bring_adapters is not None:
+            await self.adapters.ask()
         self._note(state=ReplicaState.READY)
         return self
 
@@ -170,6 +179,11 @@ class RayReplica:
             await client.close()
         group, self._group = self._group, None
         await self._gang.close(group, answers=answers and self._death is None)
+
+    async def _adapters_are_here(self) -> None:
+        """The replica holds all that the registry says, until the event loop's next step."""
+        if self._bring_adapters is not None:
+            await self._bring_adapters(self.adapters)
 
     async def _place(self) -> dict[int, str]:
         def note_group(group: PlacementGroup) -> None:

@@ -214,11 +214,13 @@ class Router:
         admission: Admission | None = None,
         trace: Trace | None = None,
         max_crashes: int | None = None,
+        numerics: str | None = None,
     ) -> AsyncGenerator[TokenDelta, None]:
         """Yields the request's deltas, the last one with a finish_reason. Closing the generator aborts the request.
 
         admission: from the caller's `admit`; without it the request is admitted here. trace: kept up to date for the caller.
         max_crashes: how many replicas may crash in all while they work on it; None: only crashes without a token in between count.
+        numerics: of the replica that generated the request's `output_token_ids`.
         Raises OverloadedError, ReplicaUnavailableError, DeadlineExceededError, CrashedError if too many replicas crashed on the request,
         and EngineError if too many were lost.
         """
@@ -227,6 +229,7 @@ class Router:
                 num_tokens = len(request.prompt_token_ids)
                 admission = stack.enter_context(self.admit(1, num_tokens, priority=request.priority))
             stream = Stream(request, order=admission.order, trace=trace, max_crashes=max_crashes)
+            stream.numerics = numerics
             if (deadline := admission.deadline) is not None:
                 stack.callback(stream.end_after(deadline - self._clock(), given_s=deadline - admission.arrived))
             while True:
@@ -269,6 +272,7 @@ class Router:
                         self._first_tokens.add(self._clock(), self._clock() - admission.arrived)
                 if stream.numerics != numerics and (delta.token_ids or delta.prompt_logprobs):
                     self.num_numerics_changes_total += stream.change_numerics(numerics, replica.replica_id)
+                    trace.numerics = numerics
                 yield stream.record(delta)
         except StopAsyncIteration:
             self._lost(stream, entry, ReplicaUnavailableError(f"Replica {replica.replica_id} ended the stream early."))

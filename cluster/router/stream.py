@@ -33,9 +33,10 @@ class StreamMovedError(Exception):
 
 @dataclass(slots=True)
 class Trace:
-    """The path of a request through the router, for the caller. `replica_id`: the newest replica."""
+    """The path of a request through the router, for the caller. `replica_id`: the newest replica. `numerics`: of the newest token's."""
 
     replica_id: str | None = None
+    numerics: str | None = None
     queue_s: float | None = None  # from admission to the first replica
     num_cached_tokens_predicted: int | None = None
     num_failovers: int = 0

@@ -71,3 +71,9 @@ def version_of(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def has_files(folder: str) -> bool:
+    """Whether the folder exists and is not empty."""
+    path = Path(folder)
+    return path.is_dir() and next(path.iterdir(), None) is not None

@@ -5,12 +5,12 @@
     python examples/finetune/finetune.py MODEL data.jsonl --output out --merge merged      # afterwards: a checkpoint to serve
 
 A line of the data: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. The conversation is written
-with the chat template that `tramontane serve` would use for MODEL, and only the answers count for the loss. Every --save-every steps the
-state goes to the output folder; the same command goes on from there after any interruption, on the same data in the same order.
+with the chat template that `tramontane serve` would use for MODEL, such as [INST] for Mistral's, and only the answers count for the loss.
+Every --save-every steps the state goes to the output folder; the same command goes on from there after any interruption, on the same data
+in the same order.
 
-Memory for Mistral 7B on one GPU of 24 GB: 14.5 GB of weights in bfloat16, 0.7 GB for 42 M parameters of LoRA of rank 16 with gradients and
-Adam's state in float32, and with gradient checkpointing about 3 GB of activations for 4 x 1,024 tokens. --quantize keeps the weights in
-4 bits: 4.1 GB (QLoRA: Dettmers et al., 2023).
+`tramontane plan MODEL --finetune` says what fits on which GPU. --quantize keeps the base in the form of `tramontane serve --quantization`,
+so that the adapter learns beside the very weights that will serve it; gradients pass through them (as in QLoRA: Dettmers et al., 2023).
 """
 
 import argparse
@@ -22,18 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    LoraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-    prepare_model_for_kbit_training,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cluster.text.chat.template import Message
 from cluster.text.load import load_text
+from workers.quant.at_load import round_to_groups
 
 IGNORED = -100  # torch's index for labels that do not count
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -49,6 +45,7 @@ class Example:
 
 def read_examples(path: Path, folder: Path, *, vocab_size: int, chat_template: str, max_length: int) -> list[Example]:
     """Raises SystemExit for a line that is not a conversation. Conversations longer than `max_length` tokens are cut at the end."""
+    num_cut = 0
     text = load_text(folder, chat_template=chat_template, model_vocab_size=vocab_size)
     print(f"Chat template: {text.choice}")
     examples = []
@@ -74,9 +71,14 @@ def read_examples(path: Path, folder: Path, *, vocab_size: int, chat_template: s
             labels += answer
         if not ids:
             raise SystemExit(f"{path}, line {number} has no message of role 'assistant', from which to learn.")
-        examples.append(Example(ids[:max_length], labels[:max_length]))
+        if all(label == IGNORED for label in labels[:max_length]):
+            num_cut += 1
+        else:
+            examples.append(Example(ids[:max_length], labels[:max_length]))
+    if num_cut:
+        print(f"{num_cut} conversations have no answer within --max-length {max_length} tokens, and are left out.")
     if not examples:
-        raise SystemExit(f"{path} has no conversations.")
+        raise SystemExit(f"{path} has no conversations from which to learn.")
     return examples
 
 
@@ -102,24 +104,72 @@ def batches(examples: list[Example], size: int, *, seed: int, start: int, device
             number += 1
 
 
-def load_model(args: argparse.Namespace, device: str) -> Any:
-    """The base with fresh adapters. In 4 bits, only the adapters are in bfloat16."""
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32}
-    if args.quantize:
-        if device != "cuda":
-            raise SystemExit("--quantize needs a GPU, because bitsandbytes does.")
-        from transformers import BitsAndBytesConfig
+class Product(torch.autograd.Function):
+    """x @ weight.T, where backward makes the plain numbers of the weight again instead of keeping them."""
 
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16,
-            bnb_4bit_use_double_quant=True,
-        )
-    base = AutoModelForCausalLM.from_pretrained(args.model, **options)
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad @ ctx.layer.weight.to(grad.dtype), None
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen matrix in the form of `tramontane serve --quantization`: whole numbers of 8 or 4 bits, with a scale for each 32 of them."""
+
+    def __init__(self, linear: nn.Linear, num_bits: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.num_bits = linear.in_features, linear.out_features, num_bits
+        self.bias = linear.bias
+        rounded = round_to_groups(linear.weight.detach(), num_bits=num_bits)
+        pairs = rounded.values.unflatten(1, (-1, 2))
+        packed = rounded.values if num_bits == 8 else (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
+        self.register_buffer("values", packed)
+        self.register_buffer("scales", rounded.scales)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        values = self.values
+        if self.num_bits == 4:  # shifts of signed bytes keep the sign
+            values = torch.stack((values << 4 >> 4, values >> 4), dim=-1).flatten(1)
+        return (values.unflatten(1, (self.scales.shape[1], -1)) * self.scales.float()[..., None]).flatten(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return Product.apply(x, self)
+
+
+def gguf_file(model: str) -> Path | None:
+    """MODEL as a GGUF file, or the one in its folder."""
+    path = Path(model)
+    found = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    return found[0] if found else None
+
+
+def load_base(model: str, dtype: Any) -> Any:
+    file = gguf_file(model)
+    if file is None:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+
+
+def load_model(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Any:
+    """The base, frozen, with fresh adapters in float32."""
+    base = load_base(args.model, dtype)
     if args.quantize:
-        base = prepare_model_for_kbit_training(base)
-    elif device == "cuda":
+        # Not a head that is the embedding, as in `serve`.
+        matrices = [
+            (name, module)
+            for name, module in base.named_modules()
+            if isinstance(module, nn.Linear) and module.weight is not base.get_input_embeddings().weight
+        ]
+        for name, module in matrices:
+            base.set_submodule(name, QuantizedLinear(module, 8 if args.quantize == "int8" else 4))
+    if device == "cuda":
         base.gradient_checkpointing_enable()
         base.enable_input_require_grads()
     base.config.use_cache = False
@@ -132,11 +182,11 @@ def load_model(args: argparse.Namespace, device: str) -> Any:
 
 def train(args: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(args, device)
-    folder = Path(args.tokenizer or args.model)
+    precision = ("bfloat16" if device == "cuda" else "float32") if args.precision == "auto" else args.precision
+    model = load_model(args, device, getattr(torch, precision))
     examples = read_examples(
         args.data,
-        folder,
+        Path(args.tokenizer or gguf_file(args.model) or args.model),
         vocab_size=model.config.vocab_size,
         chat_template=args.chat_template,
         max_length=args.max_length,
@@ -151,8 +201,14 @@ def train(args: argparse.Namespace) -> None:
     )
     losses: list[float] = []
     state_path = args.output / "state.pt"
+    settings = {name: getattr(args, name) for name in ("model", "rank", "alpha", "quantize", "seed", "batch_size")}
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
+        if changed := [name for name, value in settings.items() if state["settings"][name] != value]:
+            raise SystemExit(
+                f"{args.output} has a training with --{changed[0].replace('_', '-')} {state['settings'][changed[0]]}. "
+                "Give the same options to go on with it, or another --output."
+            )
         set_peft_model_state_dict(model, state["adapter"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -166,7 +222,7 @@ def train(args: argparse.Namespace) -> None:
         while len(losses) < args.steps:
             parts = []
             for _ in range(args.accumulate):
-                with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
                     loss = model(**next(source)).loss
                 (loss / args.accumulate).backward()
                 parts.append(loss.item())
@@ -178,7 +234,8 @@ def train(args: argparse.Namespace) -> None:
             progress.update(bar, advance=1, description=f"loss {losses[-1]:.3f}")
             if len(losses) % args.save_every == 0 or len(losses) == args.steps:
                 state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "losses": losses}
-                save(model, {**state, "adapter": get_peft_model_state_dict(model)}, args.output)
+                adapter = get_peft_model_state_dict(model)
+                save(model, {**state, "adapter": adapter, "settings": settings}, args.output)
     plot(losses, args.output / "loss.png")
     print(f"Loss {losses[0]:.3f} -> {losses[-1]:.3f}. The adapter is in {args.output}.")
 
@@ -218,6 +275,10 @@ def merge(args: argparse.Namespace) -> None:
 
     from peft import PeftModel
 
+    if gguf_file(args.model) is not None:
+        raise SystemExit(
+            "A GGUF file is not merged. Serve the adapter beside it: tramontane serve MODEL --lora NAME=OUTPUT"
+        )
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     PeftModel.from_pretrained(base, args.output).merge_and_unload().save_pretrained(args.merge)
     for path in Path(args.tokenizer or args.model).iterdir():
@@ -228,7 +289,9 @@ def merge(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a checkpoint, or an id on the Hugging Face Hub with --tokenizer")
+    parser.add_argument(
+        "model", help="folder of a checkpoint, GGUF file, or an id on the Hugging Face Hub with --tokenizer"
+    )
     parser.add_argument("data", type=Path, help="JSONL of conversations")
     parser.add_argument("--output", type=Path, required=True, help="folder of the adapter and of the state")
     parser.add_argument("--tokenizer", help="folder with the tokenizer and the chat template, if it is not MODEL")
@@ -240,7 +303,13 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=int, help="default: twice the rank")
-    parser.add_argument("--quantize", action="store_true", help="keep the base in 4 bits (CUDA)")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="keep the base in 8 or 4 bits")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the base and of products; adapters and their sums stay in float32. auto: bfloat16 on a GPU, float32 on a CPU",
+    )
     parser.add_argument("--save-every", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

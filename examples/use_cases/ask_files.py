@@ -3,11 +3,10 @@
 python examples/use_cases/ask_files.py "How do I stop the server?" docs/*.md
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
-from connection import ask, connect
+from connection import ask, connect, first_model, words
 
 NUM_BEST = 3
 MAX_CHARACTERS = 1000
@@ -16,7 +15,8 @@ BATCH = 32
 
 def embed(texts: list[str]) -> np.ndarray:
     """[len(texts), size], each of length 1."""
-    client, model = connect()
+    client, _ = connect()
+    model = first_model(client)  # adapters change answers; likeness is the base model's
     rows = []
     for start in range(0, len(texts), BATCH):
         answer = client.embeddings.create(model=model, input=texts[start : start + BATCH], encoding_format="float")
@@ -26,8 +26,8 @@ def embed(texts: list[str]) -> np.ndarray:
 
 
 def main() -> None:
-    question = sys.argv[1] if len(sys.argv) > 1 else "What is this folder about?"
-    paths = [Path(name) for name in sys.argv[2:]] or sorted(Path(__file__).parent.glob("*.py"))
+    question, *names = words() or ["What is this folder about?"]
+    paths = [Path(name) for name in names] or sorted(Path(__file__).parent.glob("*.py"))
     pieces = [
         f"{path.name}: {piece.strip()[:MAX_CHARACTERS]}"
         for path in paths

@@ -8,9 +8,8 @@ Needs a model with tools, such as Mistral-7B-Instruct-v0.3. The tool is forced, 
 import ast
 import json
 import operator
-import sys
 
-from connection import connect
+from connection import connect, words
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 TOOL = {
@@ -47,7 +46,7 @@ def evaluate(expression: str) -> float:
 
 def main() -> None:
     client, model = connect()
-    messages = [{"role": "user", "content": " ".join(sys.argv[1:]) or "What is 1234 times 5678?"}]
+    messages = [{"role": "user", "content": " ".join(words()) or "What is 1234 times 5678?"}]
     first = client.chat.completions.create(
         model=model,
         messages=messages,

@@ -1,17 +1,36 @@
-"""Where the examples find the server: OPENAI_BASE_URL, OPENAI_API_KEY and MODEL, as other programs do. Knows no example."""
+"""Where the examples find the server and the model: OPENAI_BASE_URL, OPENAI_API_KEY and MODEL, as other programs do, and --model before
+MODEL. Knows no example.
+"""
 
+import argparse
 import os
 
 from openai import OpenAI
 
 
+def _options() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", default=os.environ.get("MODEL"))
+    return parser.parse_known_args()
+
+
+def words() -> list[str]:
+    """The arguments of the command without --model and its value."""
+    return _options()[1]
+
+
 def connect() -> tuple[OpenAI, str]:
-    """A client and the name of a model: MODEL, or the first that the server lists."""
+    """A client and the name of a model, which may be an adapter: --model, MODEL, or the first that the server lists."""
     client = OpenAI(
         base_url=os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:8000/v1"),
         api_key=os.environ.get("OPENAI_API_KEY", "none"),
     )
-    return client, os.environ.get("MODEL") or next(iter(client.models.list())).id
+    return client, _options()[0].model or first_model(client)
+
+
+def first_model(client: OpenAI) -> str:
+    """The server's base model, beside which it may list adapters."""
+    return next(iter(client.models.list())).id
 
 
 def ask(question: str, *, system: str | None = None, max_tokens: int = 200, **more: object) -> str:

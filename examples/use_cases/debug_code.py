@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from connection import ask
+from connection import ask, words
 
 SAMPLE = "prices = [3, 5]\nprint(sum(prices) / count(prices))\n"
 
 
 def main() -> None:
-    source = Path(sys.argv[1]).read_text() if len(sys.argv) > 1 else SAMPLE
+    names = words()
+    source = Path(names[0]).read_text() if names else SAMPLE
     # The program is yours: do not run what you do not trust.
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=10, check=False)
     if done.returncode == 0:

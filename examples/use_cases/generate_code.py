@@ -3,13 +3,11 @@
 python examples/use_cases/generate_code.py "a function that counts the vowels in a text"
 """
 
-import sys
-
-from connection import connect
+from connection import connect, words
 
 
 def main() -> None:
-    wanted = " ".join(sys.argv[1:]) or "a function that counts the vowels in a text"
+    wanted = " ".join(words()) or "a function that counts the vowels in a text"
     client, model = connect()
     stream = client.chat.completions.create(
         model=model,

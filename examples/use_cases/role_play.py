@@ -3,15 +3,13 @@
 python examples/use_cases/role_play.py "You are the keeper of a lighthouse in 1890."
 """
 
-import sys
-
-from connection import connect
+from connection import connect, words
 
 LINES = ("Good evening! Who are you?", "What did you see last night?")
 
 
 def main() -> None:
-    part = " ".join(sys.argv[1:]) or "You are the keeper of a lighthouse in 1890. You speak in short sentences."
+    part = " ".join(words()) or "You are the keeper of a lighthouse in 1890. You speak in short sentences."
     client, model = connect()
     messages = [{"role": "system", "content": part}]
     for line in LINES:

@@ -3,17 +3,16 @@
 python examples/use_cases/summarize.py message.txt other.txt
 """
 
-import sys
 from pathlib import Path
 
-from connection import ask
+from connection import ask, words
 
 LABELS = ("complaint", "question", "praise")
 SAMPLES = ("My parcel has been on its way for two weeks. Nobody answers my emails.", "Do you deliver to Norway?")
 
 
 def main() -> None:
-    texts = [Path(name).read_text() for name in sys.argv[1:]] or SAMPLES
+    texts = [Path(name).read_text() for name in words()] or SAMPLES
     for text in texts:
         summary = ask(f"Summarize in one sentence:\n\n{text}", max_tokens=60)
         label = ask(

@@ -4,9 +4,8 @@ python examples/use_cases/text_to_json.py "Ida Berg from Volta orders 3 lamps"
 """
 
 import json
-import sys
 
-from connection import ask
+from connection import ask, words
 
 SCHEMA = {
     "type": "object",
@@ -22,7 +21,7 @@ SCHEMA = {
 
 
 def main() -> None:
-    text = " ".join(sys.argv[1:]) or "Ida Berg from Volta orders 3 lamps."
+    text = " ".join(words()) or "Ida Berg from Volta orders 3 lamps."
     answer = ask(
         f"Write the order in this text as JSON.\n\n{text}",
         max_tokens=300,

@@ -19,6 +19,8 @@ CLIENTS = (
     "autogen_client",
     "semantic_kernel_client",
     "agent_framework_client",
+    "agent_framework_responses_client",
+    "anthropic_client",
     "mistralai_client",
     "azure_client",
 )

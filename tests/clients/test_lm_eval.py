@@ -6,14 +6,20 @@ own ids, and lm-eval's formulas written out.
 
 import json
 import math
+import os
 import re
+import subprocess
+import sysconfig
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
-from support.clients.foreign_clients import DEMO_MODEL, run, write_tokenizer
+from support.clients.foreign_clients import DEMO_MODEL, OFFLINE, PYTHON, run, write_tokenizer
+from support.paths import ROOT
+from support.servers.system_server import API_KEY
 from transformers import MistralForCausalLM
 
 FOLDER = Path(__file__).parent
@@ -137,6 +143,73 @@ def test_whole_files(evaluation, reference):
     assert any(reference.next_is_end([reference.sp.bos_id(), *ids]) for ids in encoded), (
         "one file should be followed by the end token, whose entry lm-eval cuts off"
     )
+
+
+@pytest.fixture(scope="module")
+def our_command(server, tmp_path_factory) -> Callable[..., dict[str, Any]]:
+    """Runs `tramontane eval` on tasks by name, always in the same folder, and returns the model's report and the answers kept so far."""
+    out = tmp_path_factory.mktemp("eval")
+    # The clients' environment has lm-eval; what of ours it has not comes from here.
+    code = "import sys; sys.path[:0] = [sys.argv.pop(1)]; sys.path.append(sys.argv.pop(1)); "
+    code += "from cluster.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [str(PYTHON), "-c", code, str(ROOT), sysconfig.get_path("purelib"), "eval"]
+
+    def run(*names: str, options: Sequence[str] = ()) -> dict[str, Any]:
+        suites = ",".join(f"lm-eval:tramontane_{name}.yaml" for name in names)
+        done = subprocess.run(
+            [*command, suites, "--url", server.url, "--model", "demo_model", "--output", str(out), *options],
+            cwd=FOLDER / "lm_eval_task",
+            env={**os.environ, **OFFLINE, "TRAMONTANE_API_KEY": API_KEY, "HF_HOME": str(out / "hf")},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-20_000:]
+        report = json.loads((out / "report.json").read_text())["models"][0]
+        return {**report, "kept": [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]}
+
+    return run
+
+
+def test_our_command_scores_what_the_model_computes(our_command, reference):
+    """With the begin token, as any client's text is encoded."""
+    assert len(our_command("choices", options=["--max-items", "5"])["kept"]) == 15
+    found = our_command("choices", "endings", "files")
+    choices, endings, files = (found["suites"][f"tramontane_{name}"] for name in ("choices", "endings", "files"))
+    items = {
+        name: [a for a in found["kept"] if a["item"].startswith(f"tramontane_{name}/")] for name in ("choices", "files")
+    }
+    docs, bos = documents("choices.json"), reference.sp.bos_id()
+    assert len(items["choices"]) == 3 * len(docs), "what was answered before is not asked again"
+    logprobs: dict[str, float] = {a["item"]: a["logprob"] for a in items["choices"]}
+    right = 0
+    for i, doc in enumerate(docs):
+        num_context = 1 + len(reference.sp.encode(doc["code"]))
+        whole = [[bos, *reference.sp.encode(doc["code"] + choice)] for choice in doc["choices"]]
+        expected = [reference.score(ids[:num_context], ids[num_context:])[0] for ids in whole]
+        assert [logprobs[f"tramontane_choices/{i}/{n}"] for n in range(3)] == pytest.approx(expected, abs=1e-3)
+        right += max(range(3), key=expected.__getitem__) == doc["answer"]
+    assert (choices["share"]["passed"], choices["share"]["total"]) == (right, len(docs))
+    assert endings["output_tokens"] > 0 and choices["prompt_tokens"] > 0
+    texts = [d["text"] for d in documents("files.json")]
+    total = sum(reference.score_file(text) for text in texts)
+    num_words = sum(len(re.split(r"\s+", text)) for text in texts)
+    assert files["share"]["value"] == pytest.approx(math.exp(-total / num_words), rel=1e-3)
+    assert not files["share"]["is_more_better"] and "passed" not in files["share"]
+    assert found["total"]["share"]["total"] == choices["share"]["total"] + endings["share"]["total"]
+
+
+def test_our_command_scores_as_lm_eval_does(our_command, evaluation):
+    """Without the begin token, which lm-eval's own client leaves out."""
+    found, scores = (
+        our_command("choices", "endings", options=["--set", "add_special_tokens=false"]),
+        evaluation["scores"],
+    )
+    for name, metric in (("choices", "acc"), ("endings", "exact_match")):
+        assert found["suites"][f"tramontane_{name}"]["share"]["value"] == scores[f"tramontane_{name}"][f"{metric},none"]
+    norm = found["more"]["tramontane_choices"]["tramontane_choices"]["acc_norm,none"]
+    assert norm == pytest.approx(scores["tramontane_choices"]["acc_norm,none"])
 
 
 def share(values: Any) -> float:

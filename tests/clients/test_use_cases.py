@@ -8,6 +8,7 @@ import runpy
 import sys
 
 import pytest
+from openai import NotFoundError
 from support.paths import ROOT
 from support.servers.system_server import API_KEY
 
@@ -82,6 +83,15 @@ def test_calculate(run):
 
 def test_text_to_json(run):
     assert set(json.loads(run("text_to_json.py"))) == {"customer", "company", "product", "quantity"}
+
+
+def test_another_model_by_name(run):
+    """An adapter, for example."""
+    assert len(run("generate_code.py", "--model", "demo_model", "a function")) > 1
+    with pytest.raises(NotFoundError, match="nobody"):
+        run("role_play.py", "--model", "nobody")
+    with pytest.raises(NotFoundError, match="nobody"):
+        run("text_to_json.py", "Ida orders a lamp.", "--model", "nobody")
 
 
 def test_every_script_is_tested_and_listed():

@@ -20,6 +20,8 @@ DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "tramontane.json").r
 ALERTS = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text())
 PANELS = [p for p in DASHBOARD["panels"] if p["type"] != "row"]
 OF_PROMETHEUS = {"instance", "job"}  # labels the scrape adds
+# Of Ray itself and of NVIDIA's dcgm-exporter.
+OF_OTHERS = re.compile(r"\b(ray_node_\w+|DCGM_FI_DEV_\w+)")
 
 METRIC = re.compile(r"(\$\{prefix\}|tramontane:)(\w+)(?:\{([^}]*)\})?")
 MATCHER = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"[^"]*"')
@@ -31,6 +33,9 @@ Labels = dict[str, set[str]]
 def make_metrics(prefix: str = "tramontane") -> Metrics:
     metrics = Metrics(FakeRouter(), model_name="m", prefix=prefix, view=make_view)
     metrics.answered("/v1/completions", 200)
+    metrics.used_by_key("alice", num_prompt_tokens=1, num_output_tokens=1)
+    metrics.used_adapter("a@1", num_prompt_tokens=1, num_tokens=1)
+    metrics.watch_certificate(lambda: 0.0)
     return metrics
 
 
@@ -72,6 +77,9 @@ def test_every_expression_uses_metrics_and_labels_that_exist(prefix: str) -> Non
     num_metrics = 0
     for where, expression, _ in expressions():
         found = METRIC.findall(expression)
+        if OF_OTHERS.search(expression):
+            assert not found, f"{where} mixes metrics of two sources"
+            continue
         assert found or expression.startswith("up{"), f"{where} uses no metric: {expression}"
         groupings = {x.strip() for part in GROUPING.findall(expression) for x in part.split(",")} - OF_PROMETHEUS
         for _, name, matchers in found:
@@ -109,8 +117,15 @@ def test_the_dashboard_shows_what_an_operator_needs() -> None:
         *("e2e_request_latency_seconds_bucket", "prefix_cache_hits_total", "num_preemptions_total"),
         *("num_failovers_total", "num_replicas_desired", "num_replicas_ready", "replica_state"),
         *("rank_step_seconds_total", "rank_all_reduce_seconds_total", "routing_predicted_cached_tokens_total"),
+        *("http_requests_total", "key_tokens_total", "adapter_generation_tokens_total"),
+        "tls_certificate_expires_timestamp_seconds",
     ):
         assert name in used, f"no panel shows {name}"
+    others = {name for _, expression, _ in expressions() for name in OF_OTHERS.findall(expression)}
+    assert others == {
+        *("ray_node_gram_used", "ray_node_gpus_utilization", "ray_node_disk_utilization_percentage"),
+        *("DCGM_FI_DEV_GPU_TEMP", "DCGM_FI_DEV_XID_ERRORS"),
+    }
 
 
 def test_the_dashboard_uses_the_chosen_data_source() -> None:

@@ -167,6 +167,8 @@ async def test_every_panel_has_samples_from_a_real_scrape(tmp_path: Path) -> Non
         f"{panel['title']}: {target['expr']}": in_prometheus(target["expr"])
         for panel in dashboard["panels"]
         for target in panel.get("targets", [])
+        # There is no Ray, GPU, adapter or certificate here.
+        if not re.search("ray_node_|DCGM_|adapter_|tls_", target["expr"])
     }
     async with gateway() as target, prometheus(target, tmp_path) as server:
         assert (await server.targets())["tramontane"] == ("up", ""), "the scrape with the key does not work"

@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.adapters import write_adapter
 from support.documents import Fence, fences
-from support.paths import ROOT
+from support.paths import DEMO_MODEL, ROOT
 from support.servers.system_server import API_KEY, Server
+
+from workers.checkpoint.model_config import load_model_config
 
 pytestmark = pytest.mark.system
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "api.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "api.md", ROOT / "docs" / "adapters.md")
+ADAPTERS = "/srv/adapters"  # the folder of the pages' adapters
 ADDRESS = "http://127.0.0.1:8000"  # of the pages' server
 EXACT = ("object", "model", "role", "finish_reason", "type", "param", "code", "status", "name")
 # `openai` raises unless an answer is what the client expects, so Python examples run in a process of their own.
@@ -41,9 +45,23 @@ def examples(path: Path) -> Iterator[Any]:
             yield pytest.param(example, answer, id=f"{path.name}:{example.line}")
 
 
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("support", "support-v2")):
+        write_adapter(folder / name, load_model_config(DEMO_MODEL), seed=seed, strength=0.02)
+    return folder
+
+
 @pytest.mark.parametrize(("example", "answer"), [e for path in PAGES for e in examples(path)])
-def test_the_example_gives_what_the_page_prints(example: Fence, answer: Fence, server: Server, tmp_path: Path) -> None:
-    code = example.text.replace(ADDRESS, server.url).replace('api_key="none"', f'api_key="{API_KEY}"')
+def test_the_example_gives_what_the_page_prints(
+    example: Fence, answer: Fence, server: Server, adapters: Path, tmp_path: Path
+) -> None:
+    code = (
+        example.text.replace(ADDRESS, server.url)
+        .replace(ADAPTERS, str(adapters))
+        .replace('api_key="none"', f'api_key="{API_KEY}"')
+    )
     if example.kind == "python":
         command = [sys.executable, "-c", code]
     else:

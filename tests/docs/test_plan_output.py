@@ -14,7 +14,7 @@ COMMAND = Path(sys.executable).parent / "tramontane"
 # The page's commands -> the beginning of what it shows of them.
 SHOWN = {
     "--gpu A10G --context 8192 --concurrency 32": "mistralai/Mistral-7B-Instruct-v0.3: 7.25 billion",
-    "--gpu A10G --tensor-parallel-size 1": "tramontane: mistralai/Mistral-7B-Instruct-v0.3 does not fit",
+    "--gpu A10G:1 --concurrency 400": "tramontane: mistralai/Mistral-7B-Instruct-v0.3 does not fit",
 }
 
 

@@ -8,6 +8,10 @@ import pytest
 import torch
 from support.paths import DEMO_MODEL, ROOT
 
+from cluster.text.chat.template import Message
+from cluster.text.load import load_text
+from workers.quant.at_load import round_to_groups
+
 pytest.importorskip("peft")
 
 SCRIPT = ROOT / "examples" / "finetune" / "finetune.py"
@@ -89,6 +93,60 @@ def test_the_merged_checkpoint_is_the_base_with_the_adapter(data, tmp_path, monk
     for i, value in enumerate(found[1:], 1):
         # The merged weights are rounded to the checkpoint's bfloat16.
         assert value.logprob == pytest.approx(expected[i - 1, ids[i]].item(), abs=0.05)
+
+
+def test_only_answers_count_for_the_loss(data):
+    module = runpy.run_path(str(SCRIPT), run_name="recipe")
+    options = {"vocab_size": 32768, "chat_template": "auto", "max_length": 64}
+    first = module["read_examples"](data, DEMO_MODEL, **options)[0]
+    text = load_text(DEMO_MODEL, chat_template="auto", model_vocab_size=32768)
+    ids = text.chat_template.encode([Message("user", "color red")]).token_ids
+    shown = [text.tokenizer.token_text(i) for i in ids]
+    assert "[INST]" in shown and "[/INST]" in shown
+    assert first.ids[: len(ids)] == list(ids)
+    assert first.labels[: len(ids)] == [module["IGNORED"]] * len(ids)
+    assert first.labels[len(ids) :] == first.ids[len(ids) :] and first.ids[-1] == text.tokenizer.eos_token_id
+
+
+def test_an_answer_beyond_the_longest_length_is_left_out(data, tmp_path, monkeypatch, capsys):
+    long = {"messages": [{"role": "user", "content": "red " * 90}, {"role": "assistant", "content": "RED"}]}
+    data.write_text(data.read_text() + "\n" + json.dumps(long))
+    run(monkeypatch, data, "--output", tmp_path / "out", "--steps", "1", "--max-length", "40", *OPTIONS)
+    assert "1 conversations have no answer within --max-length 40 tokens" in capsys.readouterr().out
+    assert adapter(tmp_path / "out")["losses"][0] > 0
+
+
+@pytest.mark.parametrize("num_bits", [8, 4])
+def test_a_quantized_matrix_is_the_one_that_serves(num_bits):
+    module = runpy.run_path(str(SCRIPT), run_name="recipe")
+    linear = torch.nn.Linear(64, 48, bias=False)
+    quantized = module["QuantizedLinear"](linear, num_bits)
+    expected = round_to_groups(linear.weight.detach(), num_bits=num_bits).dequantize()
+    assert torch.equal(quantized.weight, expected)
+    assert quantized.values.numel() == 64 * 48 * num_bits // 8
+    x = torch.randn(5, 64, requires_grad=True)
+    y = quantized(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(y, x @ expected.T)
+    torch.testing.assert_close(x.grad, 2 * y @ expected)
+
+
+@pytest.mark.parametrize(
+    "options", [("--quantize", "int4"), ("--precision", "bfloat16"), ("--quantize", "int8", "--precision", "bfloat16")]
+)
+def test_it_learns_beside_rounded_weights_and_with_rounded_products(data, tmp_path, monkeypatch, options):
+    out = tmp_path / "out"
+    run(monkeypatch, data, "--output", out, "--steps", "8", *OPTIONS, *options)
+    state = adapter(out)
+    assert state["losses"][-1] < state["losses"][0] - 1
+    assert {tensor.dtype for tensor in state["adapter"].values()} == {torch.float32}
+
+
+def test_other_options_for_the_same_folder_are_refused(data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(monkeypatch, data, "--output", out, "--steps", "1", *OPTIONS)
+    with pytest.raises(SystemExit, match="has a training with --rank 4"):
+        run(monkeypatch, data, "--output", out, "--steps", "2", *OPTIONS, "--rank", "8")
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,13 @@ def test_a_gpu_that_is_paid_for_is_asked_for(name: str, gpus: str, options: str,
         (call,) = node.calls("tramontane", "batch", "run")
         assert make_parser().parse_args(["batch", "run", *call]).device == device
         return
+    # container.yaml finds the command there.
+    env |= {"PATH": f"{node.home / 'tramontane' / 'bin'}:{os.environ['PATH']}"}
     assert node.run(name, env | {"SERVE_OPTIONS": options}, server="stays" if name == "batch.yaml" else "0") == 0
     assert node.served().device == device
 
 
-@pytest.mark.parametrize("name", ["serve.yaml", "service.yaml", "private.yaml"])
+@pytest.mark.parametrize("name", ["serve.yaml", "service.yaml", "service-on-demand.yaml", "private.yaml"])
 @pytest.mark.parametrize(("gpus", "ranks"), [("0", 1), ("1", 1), ("4", 4)])
 def test_one_node(name: str, gpus: str, ranks: int, node: Node) -> None:
     env = {"SKYPILOT_NUM_GPUS_PER_NODE": gpus, "SERVE_OPTIONS": "--max-model-len 8192 --max-num-seqs 8"}
@@ -138,6 +140,32 @@ def test_one_node(name: str, gpus: str, ranks: int, node: Node) -> None:
     assert served.host == ("127.0.0.1" if name == "private.yaml" else "0.0.0.0") and served.port == 8000
     assert served.drain_timeout < 30, "SkyPilot kills after 30 s"
     assert (served.max_model_len, served.max_num_seqs) == (8192, 8)
+
+
+def test_a_load_balancer_needs_no_key_to_probe(node: Node) -> None:
+    assert node.run("service.yaml", {}) == 0
+    assert node.served().public_health
+
+
+def test_the_shortest_way_makes_a_key_and_keeps_it(node: Node) -> None:
+    stand_in = node.home / "tramontane" / "bin" / "tramontane"
+    stand_in.write_text('#!/bin/bash\necho "$TRAMONTANE_API_KEY ${HF_TOKEN-none}" >> "$CALLS"\n')
+    for _ in range(2):
+        assert node.run("mistral-7b-v0.1.yaml", {"TRAMONTANE_API_KEY": "", "HF_TOKEN": ""}) == 0
+    (first, token), (second, _) = (line.split() for line in node.calls_path.read_text().splitlines())
+    path = node.home / "tramontane-api-key"
+    assert first == second == path.read_text().strip() and len(first) == 64
+    assert path.stat().st_mode & 0o077 == 0, "others on the node could read it"
+    assert token == "none", "an empty token would be sent to the Hub"
+    assert node.run("mistral-7b-v0.1.yaml", {"TRAMONTANE_API_KEY": "mine", "HF_TOKEN": "t"}) == 0
+    assert node.calls_path.read_text().splitlines()[-1] == "mine t"
+
+
+def test_the_container_serves_what_is_mounted(node: Node) -> None:
+    env = {"PATH": f"{node.home / 'tramontane' / 'bin'}:{os.environ['PATH']}"}
+    assert node.run("container.yaml", env) == 0
+    served = node.served()
+    assert (served.model, served.served_model_name) == ("/weights", "mistralai/Mistral-7B-Instruct-v0.3")
 
 
 def test_the_private_address(node: Node) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import msgspec
 import numpy as np
 import torch
 
@@ -10,12 +11,14 @@ from workers.engine.batch import make_batch
 from workers.engine.core import EngineCore
 
 
-def all_logits(core: EngineCore, prompt: list[int]) -> torch.Tensor:
+def all_logits(core: EngineCore, prompt: list[int], *, adapter: str | None = None) -> torch.Tensor:
     """[num_tokens, vocab_size], in the chunks that the scheduler chooses. Other ranks run as followers."""
-    core.add_request(make_request("r", prompt, max_tokens=1))
+    core.add_request(msgspec.structs.replace(make_request("r", prompt, max_tokens=1), adapter=adapter))
     rows = []
     while core.has_work():
         scheduled = core.scheduler.schedule()
+        if core.adapters is not None:
+            assert not core.adapters.put_new(), "every rank has the adapter"
         batch = make_batch(scheduled, core.config.block_size)
         every_token = np.arange(len(batch.token_ids), dtype=np.int32)
         batch = dataclasses.replace(batch, logits_indices=every_token)

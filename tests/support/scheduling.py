@@ -15,6 +15,7 @@ def make_scheduler(
     max_num_batched_tokens=16,
     window=None,
     enable_prefix_caching=True,
+    slots=None,
 ):
     kv_cache = KVCacheManager(
         num_blocks=num_blocks,
@@ -22,10 +23,10 @@ def make_scheduler(
         windows=window if isinstance(window, tuple) else (window,),
         enable_prefix_caching=enable_prefix_caching,
     )
-    return Scheduler(kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    return Scheduler(kv_cache, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, slots=slots)
 
 
-def add(scheduler, arrival, num_tokens, *, priority=0, max_tokens=10):
+def add(scheduler, arrival, num_tokens, *, priority=0, max_tokens=10, adapter=None):
     request = Request(
         request_id=str(arrival),
         sampling=SamplingParams(max_tokens=max_tokens, seed=0),
@@ -33,6 +34,7 @@ def add(scheduler, arrival, num_tokens, *, priority=0, max_tokens=10):
         sequence=BlockSequence([arrival * 1000 + i for i in range(num_tokens)]),
         arrival=arrival,
         priority=priority,
+        adapter=adapter,
     )
     scheduler.add(request)
     return request

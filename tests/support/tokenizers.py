@@ -1,9 +1,10 @@
-"""Small BPE tokenizers, trained here, in the forms that checkpoints have; and what transformers makes of each.
+"""Small tokenizers, trained here, in the forms that checkpoints have; and what transformers makes of each.
 
 llama3     byte-level, Llama 3's regular expression, ignore_merges, BOS in front
 smollm2    byte-level, digits one by one, special tokens in the vocabulary, no BOS
 llama2     ▁ as a space, byte fallback, a space before each part of a text (Prepend), as converted by transformers 4
 metaspace  the same with a Metaspace pre-tokenizer, as saved by transformers 5
+unigram    SentencePiece's other model, also with a Metaspace pre-tokenizer and byte fallback; the others are BPE
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-KINDS = ("llama3", "smollm2", "llama2", "metaspace")
+KINDS = ("llama3", "smollm2", "llama2", "metaspace", "unigram")
 VOCAB_SIZE = 640
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. " * 3,
@@ -29,12 +30,14 @@ SPECIAL = {
     "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "llama2": ["<unk>", "<s>", "</s>"],
     "metaspace": ["<unk>", "<s>", "</s>"],
+    "unigram": ["<unk>", "<s>", "</s>"],
 }
 NAMED = {
     "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
     "smollm2": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"},
     "llama2": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "metaspace": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "unigram": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
 # Not special: it stays in the output.
 PLAIN = "<tool_call>"
@@ -47,6 +50,8 @@ def trained(kind: str) -> str:
     tokenizer = Tokenizer(
         models.BPE(ignore_merges=kind == "llama3")
         if byte_level
+        else models.Unigram()
+        if kind == "unigram"
         else models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
     special = SPECIAL[kind]
@@ -71,12 +76,17 @@ def trained(kind: str) -> str:
         )
         alphabet = ["▁"]
         listed = [*special, *(f"<0x{i:02X}>" for i in range(256))]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, special_tokens=listed, show_progress=False, limit_alphabet=300
+    common = {"vocab_size": VOCAB_SIZE, "initial_alphabet": alphabet, "special_tokens": listed, "show_progress": False}
+    trainer = (
+        trainers.UnigramTrainer(unk_token="<unk>", **common)
+        if kind == "unigram"
+        else trainers.BpeTrainer(limit_alphabet=300, **common)
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     spec = json.loads(tokenizer.to_str())
     spec["added_tokens"] = []
+    if kind == "unigram":
+        spec["model"]["byte_fallback"] = True
     tokenizer = Tokenizer.from_str(json.dumps(spec))
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     tokenizer.add_tokens([AddedToken(PLAIN, special=False, normalized=False)])

@@ -527,3 +527,41 @@ def run_shell(script: str) -> Sequence[str]:
     """What a POSIX shell's command printed, split at NUL."""
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.split("\0")
+
+
+async def test_the_cluster_view_shows_what_operators_ask_first(site: Site) -> None:
+    await site.open()
+    await site.complete()
+    await site.see("#output", "one")
+    await site.page.locator("#tab-cluster").click()
+    await site.see(".operations", "First token p50")
+    await site.see(".operations", "HTTP 200")
+    await site.see(".operations", "Failovers")
+    await site.see(".operations table", "--api-key")
+    first = await site.page.locator(".operations dd").first.inner_text()
+    assert re.fullmatch(r"[\d.]+ m?s", first), first
+
+
+async def test_quantiles_are_those_of_prometheus(site: Site) -> None:
+    await site.open()
+    asked = [[[1, 2, 4], [0, 10, 10, 10], 0.5], [[1, 2], [5, 10, 10], 0.99], [[1], [0, 4], 0.5], [[1], [0, 0], 0.5]]
+    found = await site.evaluate("operations_view.js", "(m, a) => a.map((x) => m.quantile(...x))", asked)
+    assert found == [1.5, pytest.approx(1.98), 1, None]
+    fresh = [{"counts": [1, 2, 2]}, {"counts": [1, 5, 6]}]
+    assert await site.evaluate("operations_view.js", "(m, [a, b]) => m.since(a, b)", fresh) == [0, 3, 4]
+
+
+async def test_the_selected_segment_and_the_empty_prompt(site: Site) -> None:
+    """In the dark theme the selected segment is lighter than its group; on a phone the prompt leaves room for the answer."""
+    await site.page.set_viewport_size({"width": 375, "height": 667})
+    await site.page.emulate_media(color_scheme="dark")
+    await site.open()
+    await site.page.get_by_text("Completion", exact=True).click()
+    colors = await site.page.evaluate(
+        "['.segmented', '.segmented input:checked + span'].map((s) => getComputedStyle(document.querySelector(s)).backgroundColor)"
+    )
+    group, selected = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in colors)
+    assert selected > group + 60, colors
+    height = await site.page.evaluate("document.querySelector('#prompt').getBoundingClientRect().height / innerHeight")
+    assert height < 0.2
+    await site.page.emulate_media(color_scheme=None)

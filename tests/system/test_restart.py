@@ -1,12 +1,15 @@
 """On a Ray cluster that an operator started: replicas outlive `serve`, several gateways serve them, and `down` removes everything."""
 
+import contextlib
+import http.client
+import itertools
 import json
 import re
 import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -17,6 +20,7 @@ from support.servers.system_server import API_KEY, Server
 
 from workers.device.probe import NoGpu, probe
 
+RESPONSE = {"input": "def fibonacci(n):", "seed": 7, "ignore_eos": True, "max_output_tokens": 400}
 PROMPT = {"prompt": "def fibonacci(n):", "max_tokens": 8, "temperature": 0}
 
 
@@ -62,6 +66,8 @@ def test_a_killed_server_finds_its_replicas_again(hosts):
         first.wait_ready(2)
         text = first.complete(**PROMPT)["choices"][0]["text"]
         pids = rank_pids(first)
+        whole = response_texts(stream_response(first.url, RESPONSE | {"store": False}))
+        began_response = list(itertools.islice(stream_response(first.url, RESPONSE), 30))
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
     finally:
@@ -74,6 +80,7 @@ def test_a_killed_server_finds_its_replicas_again(hosts):
         took = time.monotonic() - began
         assert rank_pids(second) == pids, "weights were loaded again"
         assert "Loading the weights" not in second.output
+        check_resumed(second.url, began_response, whole)
         print(f"first answer {took:.1f} s after the restart")
         second.process.send_signal(signal.SIGTERM)
         assert second.process.wait(60) == 0
@@ -140,6 +147,64 @@ def test_a_killed_controller_is_restarted_and_adopts_the_running_replicas(hosts,
     server.wait_ready(2)
     assert rank_pids(server) == pids, "the new controller replaced replicas instead of adopting them"
     assert server.complete(**PROMPT)["choices"][0]["text"]
+
+
+@pytest.mark.timeout(240)
+def test_a_response_outlives_its_replica_and_its_gateway(hosts, two_gateways):
+    """Both are killed while it is generated; its client goes on at the other gateway."""
+    server = two_gateways
+    urls = [line.split()[-1].removesuffix("/v1") for line in server.output.splitlines() if line.endswith("/v1")]
+    [other] = [url for url in urls if url != server.url]
+    body = RESPONSE | {"max_output_tokens": 1500}
+    whole = response_texts(stream_response(server.url, body | {"store": False}))
+    stream = stream_response(other, body)
+    seen = list(itertools.islice(stream, 20))
+    busy: list[str | None] = [None]
+    server.wait_for(
+        lambda: busy.append(busy_replica(server)) or busy[-1] is not None, timeout_s=10, what="show where it runs"
+    )
+    server.rank(busy[-1], 1).kill()
+    seen += itertools.islice(stream, 20)
+    gateways = [p for p in map(psutil.Process, hosts.processes()) if "GatewayActor" in " ".join(p.cmdline()[:1])]
+    assert len(gateways) == 1
+    gateways[0].kill()
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        seen += stream  # what had been sent
+    assert seen[-1]["type"] == "response.output_text.delta", "it had ended before its gateway was killed"
+    check_resumed(server.url, seen, whole)
+    server.wait_ready(2)
+
+
+def busy_replica(server: Server) -> str | None:
+    """The replica that generates something."""
+    return next((name for name, r in server.replicas("ready").items() if r["load"]["num_running"]), None)
+
+
+def check_resumed(url: str, seen: list[dict], whole: list[str]) -> None:
+    """The rest of a stream that broke: nothing is missing, nothing comes twice, and every piece of text is as without a failure."""
+    response_id = seen[0]["response"]["id"]
+    rest = list(stream_response(url, None, f"/{response_id}?stream=true&starting_after={seen[-1]['sequence_number']}"))
+    assert [event["sequence_number"] for event in seen + rest] == list(range(len(seen + rest)))
+    assert rest[-1]["response"]["status"] == "incomplete", "it ends at its limit of tokens"
+    assert response_texts(seen + rest) == whole
+    assert list(stream_response(url, None, f"/{response_id}?stream=true")) == seen + rest
+
+
+def response_texts(events: Iterable[dict]) -> list[str]:
+    return [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
+
+
+def stream_response(url: str, body: dict | None, path: str = "") -> Iterator[dict]:
+    """The events of a new response, or of the one at the path."""
+    request = urllib.request.Request(
+        f"{url}/v1/responses{path}",
+        data=None if body is None else json.dumps({"model": "demo_model", "stream": True, **body}).encode(),
+        headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        for line in response:
+            if line.startswith(b"data: "):
+                yield json.loads(line.removeprefix(b"data: "))
 
 
 @pytest.mark.chaos  # a node that joins takes ten seconds or more

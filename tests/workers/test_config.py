@@ -181,7 +181,8 @@ def test_mistral_fields(tmp_path: Path, changes: dict[str, object], expected: di
         (HUGGINGFACE_V01, {"hidden_size": 256.5}, "hidden_size is 256.5"),
         (HUGGINGFACE_V01, {"max_position_embeddings": 0}, "max_position_embeddings is 0"),
         (MISTRAL_V01, {"moe": {"num_experts": 8}}, "'moe'"),
-        (MISTRAL_V01, {"quantization": {"qformat_weight": "fp8_e4m3"}}, "'quantization'"),
+        (MISTRAL_V01, {"quantization": {"qformat_weight": "fp8_e5m2"}}, "weights of the format 'fp8_e5m2'"),
+        (MISTRAL_V01, {"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "ROW"}}, "by the scheme 'ROW'"),
         (MISTRAL_V01, {"model_type": "mamba"}, "model_type 'mamba'"),
         (MISTRAL_V01, {"multimodal": {"whisper_model_args": {}}}, "multimodal {'whisper_model_args': {}}"),
         (MISTRAL_V01, {"use_scaled_rope": True}, "'use_scaled_rope'"),
@@ -223,13 +224,14 @@ def test_tensor_parallel_sizes() -> None:
     for size in (-1, 0, 3, 16):
         with pytest.raises(ConfigError, match=rf"size {size} .* 8 attention heads do not .* Use one of 1, 2, 4, 8\."):
             model_config().check_tensor_parallel_size(size)
-    with pytest.raises(ConfigError, match=r"intermediate size 98 does not .* Use one of 1, 2\."):
-        model_config(intermediate_size=98).check_tensor_parallel_size(4)
+    model_config(intermediate_size=98).check_tensor_parallel_size(4)
+    with pytest.raises(ConfigError, match=r"intermediate size 3 is less than the number of ranks\. Use one of 1, 2\."):
+        model_config(intermediate_size=3).check_tensor_parallel_size(4)
 
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "sizes"),
-    [(9, 3, (1, 3, 9)), (8, 2, (1, 2, 4, 8)), (32, 8, (1, 2, 4, 8, 16, 32)), (12, 6, (1, 2, 3, 6, 12)), (5, 1, (1, 5))],
+    [(9, 3, (1, 3, 9)), (8, 2, (1, 2, 4, 8)), (32, 8, (1, 2, 4, 8, 16, 32)), (5, 1, (1, 5))],
 )
 def test_ranks_divide_the_query_heads_and_share_key_value_heads(
     heads: int, kv_heads: int, sizes: tuple[int, ...]
@@ -239,10 +241,11 @@ def test_ranks_divide_the_query_heads_and_share_key_value_heads(
     assert [model.kv_heads_per_rank(n) for n in sizes] == [max(1, kv_heads // n) for n in sizes]
 
 
-def test_key_value_heads_that_ranks_can_neither_divide_nor_share() -> None:
-    model = model_config(num_attention_heads=12, num_key_value_heads=6, intermediate_size=96)
-    with pytest.raises(ConfigError, match=r"its 6 key/value heads neither divide .* Use one of 1, 2, 3, 6, 12\."):
-        model.check_tensor_parallel_size(4)
+def test_ranks_whose_query_heads_read_parts_of_key_value_heads_have_them_more_than_once() -> None:
+    """12 query and 6 key/value heads on 4 ranks: rank 0 reads 0, 0 and 1 for its three query heads."""
+    model = model_config(num_attention_heads=12, num_key_value_heads=6)
+    assert model.tensor_parallel_sizes == (1, 2, 3, 4, 6, 12)
+    assert [model.kv_heads_per_rank(n) for n in model.tensor_parallel_sizes] == [6, 3, 2, 3, 1, 1]
 
 
 def test_steps_overlap_on_cuda_unless_an_option_says_otherwise():

@@ -1,7 +1,7 @@
-"""Paged attention compiled for the CPU (native/cpp/attention.cpp). Reads keys and values where they lie in their blocks.
+"""Paged attention compiled for the CPU (native/cpp/attention/). Reads keys and values where they lie in their blocks.
 
-A query's result is bit for bit the same whatever else is computed in the step, however its context was cut into chunks, wherever its blocks
-are, and on every instruction set. Float32 and bfloat16, with keys and values in the same type or in 8 bits.
+A query's result is bit for bit the same whatever else is computed in the step, however its context was cut into chunks, and wherever its
+blocks are; in float32 it is also the same on every instruction set. Float32 and bfloat16, with keys and values in the same type or in 8 bits.
 """
 
 import ctypes

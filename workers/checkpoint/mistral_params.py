@@ -3,12 +3,13 @@
 from typing import Any
 
 from workers.checkpoint.numbers import decimal, flag, layer_windows
+from workers.checkpoint.quantization import read_params_quantization
 from workers.checkpoint.regular_file import shown
 from workers.checkpoint.rope import read_params_rope
 from workers.config import ModelConfig
 from workers.errors import ConfigError
 
-NOT_SUPPORTED = ("moe", "quantization", "lora", "rope_scaling", "use_scaled_rope", "q_lora_rank", "kv_lora_rank")
+NOT_SUPPORTED = ("moe", "lora", "rope_scaling", "use_scaled_rope", "q_lora_rank", "kv_lora_rank")
 
 
 def model_from_params_json(fields: dict[str, Any]) -> ModelConfig:
@@ -23,7 +24,7 @@ def model_from_params_json(fields: dict[str, Any]) -> ModelConfig:
         if fields.get(name):
             raise ConfigError(
                 f"params.json has {name!r}, which is not supported.",
-                remedy="Use a dense, unquantized checkpoint.",
+                remedy="Use a dense checkpoint.",
                 param=name,
             )
     multimodal = fields.get("multimodal") or {}
@@ -58,6 +59,7 @@ def model_from_params_json(fields: dict[str, Any]) -> ModelConfig:
         dtype="bfloat16",
         layout="mistral",
         has_vision=bool(fields.get("vision_encoder") or multimodal),
+        stored=read_params_quantization(fields),
     )
 
 

@@ -7,6 +7,7 @@ from workers.checkpoint.gguf_config import load_gguf_config
 from workers.checkpoint.gguf_file import find_gguf
 from workers.checkpoint.huggingface import model_from_config_json
 from workers.checkpoint.mistral_params import model_from_params_json
+from workers.checkpoint.quantization import OLD_FILES, old_quantization
 from workers.checkpoint.regular_file import read_object
 from workers.config import ModelConfig
 from workers.errors import ConfigError
@@ -30,6 +31,9 @@ def load_model_config(folder: str | Path) -> ModelConfig:
     for name in names:
         fields = read_object(folder, name)
         if fields is not None:
+            if name == "config.json" and not (fields.get("quantization_config") or fields.get("compression_config")):
+                old = old_quantization({old_name: read_object(folder, old_name) for old_name in OLD_FILES})
+                fields = fields if old is None else {**fields, "quantization_config": old}
             generation = {} if name == "params.json" else read_object(folder, "generation_config.json")
             return _model_config(folder / name, fields, generation or {})
     raise ConfigError(

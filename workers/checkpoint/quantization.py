@@ -3,6 +3,7 @@
 Bits and group sizes are read from the tensors' shapes where these tell them (weights/quantized), because a checkpoint may have several.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from workers.checkpoint.regular_file import shown
@@ -12,6 +13,7 @@ from workers.stored_weights import SMALLEST_GROUP, StoredMethod, StoredWeights, 
 WHAT_RUNS = "GPTQ and AWQ with 4 bits, GPTQ with 8 bits, compressed-tensors with int4, int8 or float8 weights, and fp8 with e4m3 weights"
 _REMEDY = f"Use {WHAT_RUNS}, or the float32, float16 or bfloat16 weights."
 _GPTQ_METHODS: dict[str, StoredMethod] = {"gptq": "gptq", "gptq_v2": "gptq_v2"}
+OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 
 
@@ -29,6 +31,36 @@ def read_quantization(fields: dict[str, Any]) -> StoredWeights | None:
             f"The checkpoint is quantized by {shown(method) if method else 'an unknown method'}, which does not run here."
         )
     return readers[method](found)
+
+
+def read_params_quantization(fields: dict[str, Any]) -> StoredWeights | None:
+    """The same of params.json, where Mistral's own fp8 has other fields: qformat_weight and qscheme_act."""
+    found = fields.get("quantization")
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        raise _refusal(f"quantization is {shown(found)}, not a JSON object.")
+    if "qformat_weight" not in found:
+        return read_quantization({"quantization_config": found})
+    if found["qformat_weight"] != "fp8_e4m3":
+        raise _refusal(
+            f"The checkpoint has weights of the format {shown(found['qformat_weight'])}, which do not run here."
+        )
+    if (scheme := found.get("qscheme_act")) not in (None, "NO_SCALES", "TENSOR"):
+        raise _refusal(f"The checkpoint rounds inputs by the scheme {shown(scheme)}, which does not run here.")
+    return _fp8({})
+
+
+def old_quantization(files: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | None:
+    """The quantization_config of a folder whose config.json has none: AutoGPTQ and AutoAWQ wrote it to a file of its own at first.
+
+    files: {name: its object}, of OLD_FILES.
+    """
+    for name, method in OLD_FILES.items():
+        if found := files.get(name):
+            is_awq = "w_bit" in found or "q_group_size" in found
+            return {"quant_method": "awq" if is_awq else method} | found
+    return None
 
 
 def _gptq(found: dict[str, Any]) -> StoredWeights:
@@ -94,7 +126,10 @@ def _compressed_tensors(found: dict[str, Any]) -> StoredWeights:
         has_minima = not scheme.get("symmetric", True)
         # Their scales have the checkpoint's type, which is bfloat16 in most; float16 holds that only by chance.
         group_size = scheme.get("group_size") if scheme.get("strategy") == "group" else None
-        bits.append(None if kind == "float" else _memory_bits(num_bits, group_size, has_minima=has_minima, wide=True))
+        if kind == "float":
+            bits.append(_float8_bits(scheme.get("block_structure")))
+        else:
+            bits.append(_memory_bits(num_bits, group_size, has_minima=has_minima, wide=True))
     first = schemes[0]
     strategy = first.get("strategy")
     block = first.get("block_structure")
@@ -120,7 +155,7 @@ def _fp8(found: dict[str, Any]) -> StoredWeights:
     return StoredWeights(
         method="fp8",
         label="fp8",
-        layer_bits=None,
+        layer_bits=_float8_bits(block),
         file_bits=8,
         block_size=None if block is None else _block_size(block),
     )
@@ -131,6 +166,11 @@ def _memory_bits(num_bits: int, group_size: Any, *, has_minima: bool, wide: bool
     if type(group_size) is int and group_size > 0 and group_size % SMALLEST_GROUP:
         return None
     return grouped_bits(num_bits, has_minima=has_minima, wide=wide)
+
+
+def _float8_bits(block: Any) -> float:
+    """On the CPU: a scale of 32 bits for each block of a row, or for each row, which is not counted."""
+    return 8 if block is None else 8 + 32 / _block_size(block)[1]
 
 
 def _file_bits(num_bits: int, group_size: Any, *, has_zeros: bool) -> float:

@@ -23,15 +23,16 @@ def num_biases(config: EngineConfig) -> int:
         heads = model.num_attention_heads // size + 2 * model.kv_heads_per_rank(size)
         biases += heads * model.head_dim + model.hidden_size
     if model.mlp_bias:
-        biases += 2 * model.intermediate_size // size + model.hidden_size
+        biases += 2 * model.intermediate_per_rank(size) + model.hidden_size
     return model.num_hidden_layers * biases
 
 
 def num_layer_weights(config: EngineConfig) -> int:
-    """The elements of the matrices in all layers of one rank."""
+    """The elements of the matrices in all layers of the rank with the most."""
     model, size = config.model, config.tensor_parallel_size
     heads = 2 * model.num_attention_heads // size + 2 * model.kv_heads_per_rank(size)  # q, o; k, v
-    return model.num_hidden_layers * model.hidden_size * (heads * model.head_dim + 3 * model.intermediate_size // size)
+    each = heads * model.head_dim + 3 * model.intermediate_per_rank(size)
+    return model.num_hidden_layers * model.hidden_size * each
 
 
 def vocabulary_weights(config: EngineConfig) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 
 from workers.engine.request import ScheduledRequest
 from workers.kv_cache.block_pool import NULL_BLOCK
+from workers.lora.slots import NO_SLOT
 
 
 def _dims(*names: str) -> dict[str, tuple[str, ...]]:
@@ -31,6 +32,7 @@ class ForwardBatch:
     slot_mapping: np.ndarray = field(metadata=_dims("num_groups", "num_tokens"))  # for each group of layers
     query_lens: np.ndarray = field(metadata=_dims("num_seqs"))
     seq_lens: np.ndarray = field(metadata=_dims("num_seqs"))
+    adapter_slots: np.ndarray = field(metadata=_dims("num_seqs"))  # -1 for the base model
     # Flat indices of the tokens whose logits choose the next one.
     logits_indices: np.ndarray = field(metadata=_dims("num_sampling_seqs"))
     # Flat indices of the tokens whose logits give a prompt's log-probabilities.
@@ -97,6 +99,19 @@ def profile_begins(message: np.ndarray) -> bool | None:
     return bool(message[-1]) if len(message) == len(STOP) + 2 else None
 
 
+def adapter_message(slot: int, key: tuple[int, int]) -> np.ndarray:
+    """Tells followers to put an adapter into a slot; with the slot -1, to forget it."""
+    return np.concatenate([STOP, np.array([slot, *key], dtype=np.int32)])
+
+
+def adapter_to_put(message: np.ndarray) -> tuple[int, tuple[int, int]] | None:
+    """What `adapter_message` was made of; None for every other message."""
+    if len(message) != len(STOP) + 3:
+        return None
+    slot, first, second = message[-3:].tolist()
+    return slot, (first, second)
+
+
 def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> ForwardBatch:
     """Lays the scheduled tokens end to end.
 
@@ -138,6 +153,7 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
         slot_mapping=block_table[:, rows, positions // block_size] * block_size + positions % block_size,
         query_lens=query_lens,
         seq_lens=first_positions + query_lens,
+        adapter_slots=np.array([s.request.adapter_slot for s in scheduled], dtype=np.int32),
         logits_indices=np.array(logits_indices, dtype=np.int32),
         prompt_logits_indices=np.array(prompt_logits_indices, dtype=np.int32),
         block_table=block_table,
@@ -176,6 +192,7 @@ def dummy_batch(
         slot_mapping=np.zeros((num_groups, num_tokens), dtype=np.int32),
         query_lens=query_lens,
         seq_lens=num_computed_tokens + query_lens,
+        adapter_slots=np.full(len(query_lens), NO_SLOT, dtype=np.int32),
         logits_indices=np.cumsum(query_lens, dtype=np.int32) - 1,
         prompt_logits_indices=np.arange(num_prompt_logits, dtype=np.int32),
         block_table=np.full((num_groups, len(query_lens), max_blocks), NULL_BLOCK, dtype=np.int32),

@@ -12,6 +12,8 @@ from workers.engine.graphs.cpu_graphs import NativeGraphRecorder
 from workers.engine.graphs.cuda_graphs import CudaGraphRecorder, GraphRecorder
 from workers.engine.model_runner import ModelRunner
 from workers.kernels.layer_kernels import select_layer_kernels
+from workers.kernels.lora.select import select_lora
+from workers.lora.rank_adapters import RankAdapters
 from workers.model.mistral import MistralForCausalLM
 from workers.native.library import NativeLibrary, load_library
 from workers.parallel.group import TensorParallel
@@ -56,6 +58,11 @@ def build_runner(
         deterministic=config.deterministic,
     )
     backend = selection.backend
+    lora = None
+    if config.enable_lora:
+        lora = select_lora(
+            tp.device, dtype=dtype, num_slots=config.max_loras, max_rank=config.max_lora_rank, library=library
+        )
     model = MistralForCausalLM(
         model_config,
         tp=tp,
@@ -73,6 +80,7 @@ def build_runner(
             deterministic=config.deterministic,
         ),
         kernels=select_layer_kernels(tp.device, dtype=dtype, library=library),
+        lora=lora,
     )
     if load is None:
         load_weights(model, config.model_path, model_config, progress=progress)
@@ -80,6 +88,15 @@ def build_runner(
             log.info("%s", found)
     else:
         load(model)
+    adapters = None
+    if config.enable_lora:
+        adapters = RankAdapters(
+            model.lora_layers(),
+            model=model_config,
+            dtype=dtype,
+            num_slots=config.max_loras,
+            max_rank=config.max_lora_rank,
+        )
     recorder = _graph_recorder(config, tp, library=library, attention_backend=backend.name)
     return ModelRunner(
         config,
@@ -90,6 +107,7 @@ def build_runner(
         num_threads=num_threads,
         pads_decodes=tp.device.type == "cuda" or recorder is not None,
         graph_recorder=recorder,
+        adapters=adapters,
     )
 
 

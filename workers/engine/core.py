@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from workers.config import EngineConfig
+from workers.engine.adapters import EngineAdapters
 from workers.engine.advance import advance, failure
 from workers.engine.batch import STOP, ForwardBatch, capture_message, dummy_batch, make_batch
 from workers.engine.in_flight import LaunchedStep
@@ -61,6 +62,7 @@ class EngineCore:
             windows=[group.window for group in config.model.layer_groups],
             enable_prefix_caching=config.enable_prefix_caching,
         )
+        self.adapters = None if runner.adapters is None else EngineAdapters(runner, tp, runner.adapters)
         self.scheduler = Scheduler(
             self.kv_cache,
             max_num_seqs=config.max_num_seqs,
@@ -68,6 +70,7 @@ class EngineCore:
             max_background_tokens=config.background_tokens,
             # Only where steps with prompts are long, and no bits depend on the chunks.
             pace=PromptPace() if tp.device.type == "cpu" else None,
+            slots=None if self.adapters is None else self.adapters.slots,
         )
         self.max_model_len = self.kv_cache.longest_sequence(config.max_model_len, config.max_num_batched_tokens)
         if self.max_model_len < config.max_model_len:
@@ -102,6 +105,7 @@ class EngineCore:
             arrival=next(self._arrivals),
             vocab_size=self.config.model.vocab_size,
             max_model_len=self.max_model_len,
+            adapters=() if self.adapters is None else self.adapters,
         )
         request.prompt_output = make_prompt_output(message)
         if message.sampling.grammar is None:
@@ -131,7 +135,9 @@ class EngineCore:
         it, while the device computes this one. Empty without work. Raises GroupError if a rank is gone.
         """
         deltas = self._admit_compiled()
-        scheduled = self._schedule()
+        self._forget_adapters()
+        scheduled, failed = self._with_adapters(self._schedule())
+        deltas += failed
         if not scheduled:
             return deltas + (self._wait() if self._in_flight is None else self._update())
         self._capture_graph(is_idle=False)
@@ -152,6 +158,7 @@ class EngineCore:
 
     def heartbeat(self) -> None:
         """A forward pass of one dummy token on all ranks: shows that every rank works while the engine is idle."""
+        self._forget_adapters()
         self.clock.start()
         batch = dummy_batch(1, 1, self.config.block_size, num_groups=len(self.config.model.layer_groups))
         self.tp.broadcast(batch.pack())
@@ -203,6 +210,29 @@ class EngineCore:
         # Empty twice means that nothing can run: the first call may have preempted every request, the second starts from there.
         scheduled = self.scheduler.schedule()
         return scheduled if scheduled or self._in_flight is not None else self.scheduler.schedule()
+
+    def unload_adapter(self, revision: str) -> None:
+        """No further request may name it. It leaves every rank once no request uses it."""
+        if self.adapters is not None:
+            self.adapters.unload(revision)
+            self._forget_adapters()
+
+    def _forget_adapters(self) -> None:
+        if self.adapters is not None and self.adapters.has_unloaded:
+            self.adapters.forget_unused({request.adapter for request in self._requests.values()})
+
+    def _with_adapters(self, scheduled: list[ScheduledRequest]) -> tuple[list[ScheduledRequest], list[TokenDelta]]:
+        """Those whose adapters are in their slots on all ranks. Ends the others: another replica may have what a rank lacks here."""
+        if self.adapters is None or not (lacking := self.adapters.put_new()):
+            return scheduled, []
+        failed = []
+        for request in [r for r in self._requests.values() if r.adapter in lacking]:
+            self.abort(request.request_id)
+            error = f"A rank of this replica does not have the adapter {request.adapter}."
+            failed.append(failure(request.request_id, error, refused=False))
+        for adapter in lacking:
+            self.adapters.slots.remove(adapter)
+        return [s for s in scheduled if not s.request.has_ended], failed
 
     def _capture_graph(self, *, is_idle: bool) -> None:
         """One CUDA graph on every rank, if there is one to capture."""

@@ -1,4 +1,5 @@
-"""The loop of ranks 1 and up: receive a batch, compute it, repeat; capture a CUDA graph or record a profile when rank 0 says so.
+"""The loop of ranks 1 and up: receive a batch, compute it, repeat; when rank 0 says so, capture a CUDA graph, put an adapter into its slot
+or record a profile.
 
 No requests, no policy.
 """
@@ -6,7 +7,7 @@ No requests, no policy.
 import time
 from collections.abc import Callable
 
-from workers.engine.batch import ForwardBatch, is_stop, profile_begins, size_to_capture
+from workers.engine.batch import ForwardBatch, adapter_to_put, is_stop, profile_begins, size_to_capture
 from workers.engine.model_runner import ModelRunner
 from workers.parallel.group import TensorParallel
 
@@ -30,6 +31,9 @@ def run_follower(
             continue
         if (begins := profile_begins(message)) is not None:
             on_profile(begins)
+            continue
+        if (adapter := adapter_to_put(message)) is not None:
+            runner.put_adapter(*adapter)
             continue
         began = time.monotonic()
         runner.execute(ForwardBatch.unpack(message))

@@ -1,16 +1,17 @@
 """Compiles the GPU kernels ahead of time, without a GPU, into Triton's cache (TRITON_CACHE_DIR):
 
-    python -m workers.engine.kernel_cache [--capabilities 80 86 89 90] [--tensor-parallel-sizes 1 2 4 8]
+    python -m workers.engine.kernel_cache [--capabilities 80 86 89 90] [--tensor-parallel-sizes 1 2 4 8] [--forms bfloat16 int4 ...]
 
-Launches what the engine launches for a Mistral 7B in bfloat16, on CPU tensors. A server with the same files of Tramontane and Triton
-finds the results in the cache, and does not compile them when it starts. Other models, quantized weights, what is missing here, and
-Triton's launcher, which is linked with the driver, are compiled when they are needed.
+Launches what the engine launches for a Mistral 7B in bfloat16, on CPU tensors, with weights as they are and in the usual forms of 4 and 8
+bits. A server with the same files of Tramontane and Triton finds the results in the cache, and does not compile them when it starts. Other
+models, other forms, what is missing here, and Triton's launcher, which is linked with the driver, are compiled when they are needed.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -21,13 +22,27 @@ from workers.attention.triton_paged import SEGMENT, TritonBackend
 from workers.config import EngineConfig
 from workers.kernels import sample
 from workers.kernels.add_rms_norm import add_rms_norm
+from workers.kernels.grouped.dequantize import dequantize
+from workers.kernels.grouped.grouped_matmul import grouped_matmul
+from workers.kernels.grouped.packed import PackedWeight, pack
+from workers.kernels.grouped.quantize_rows import quantize_rows
 from workers.kernels.logprobs import find_logprobs
 from workers.kernels.matmul import matmul
 from workers.kernels.offline import MAX_SHARED_BYTES, compile_for
 from workers.kernels.rotary_kv import rotary_kv
 from workers.kernels.sample_specification import SamplingTable
 from workers.kernels.silu_mul import silu_mul
+from workers.quant.forms import Float8Form, GroupedForm
 
+# Of weights: as they are, what --quantization makes of them, and the usual GPTQ and AWQ checkpoints.
+FORMS: dict[str, GroupedForm | Float8Form | None] = {
+    "bfloat16": None,
+    "int4": GroupedForm(num_bits=4, group_size=32),
+    "int8": GroupedForm(num_bits=8, group_size=32),
+    "fp8": Float8Form(block_size=(1, None)),
+    "gptq": GroupedForm(num_bits=4, group_size=128),
+    "awq": GroupedForm(num_bits=4, group_size=128, has_minima=True, wide=True),
+}
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)  # of the 7B family, on one machine
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 32, 8, 128
 HIDDEN_SIZE, INTERMEDIATE_SIZE = 4096, 14_336
@@ -39,9 +54,18 @@ BLOCK_SIZE = EngineConfig.block_size
 NUM_TOKENS = 64
 
 
-def compile_kernels(capability: int, tensor_parallel_size: int) -> int:
+def compile_kernels(capability: int, tensor_parallel_size: int, form: str = "bfloat16") -> int:
     """Compiles what one rank launches. capability: 80 for compute capability 8.0. Returns the number of kernels."""
-    return len(compile_for(capability, lambda: launch_all(tensor_parallel_size)))
+    return len(compile_for(capability, lambda: launch_form(form, tensor_parallel_size)))
+
+
+def launch_form(form: str, tensor_parallel_size: int) -> None:
+    """What a form of weights adds to "bfloat16", which is everything else."""
+    stored = FORMS[form]
+    if stored is None:
+        launch_all(tensor_parallel_size)
+    else:
+        launch_quantized(stored, tensor_parallel_size)
 
 
 def launch_all(tensor_parallel_size: int) -> None:
@@ -60,14 +84,50 @@ def launch_all(tensor_parallel_size: int) -> None:
     for vocab_size in VOCAB_SIZES:
         launch_sampling(vocab_size)
     # Of --deterministic: qkv, o, gate and up, down, and the head.
-    for out_features, in_features in (
+    for out_features, in_features in matrix_shapes(tensor_parallel_size):
+        matmul(empty(NUM_TOKENS, in_features), empty(out_features, in_features))
+
+
+def matrix_shapes(tensor_parallel_size: int) -> list[tuple[int, int]]:
+    """(outputs, inputs) of qkv, o, gate and up, down, and the heads, on one rank."""
+    heads, kv_heads = NUM_HEADS // tensor_parallel_size, NUM_KV_HEADS // tensor_parallel_size
+    intermediate = INTERMEDIATE_SIZE // tensor_parallel_size
+    return [
         ((heads + 2 * kv_heads) * HEAD_DIM, HIDDEN_SIZE),
         (HIDDEN_SIZE, heads * HEAD_DIM),
         (2 * intermediate, HIDDEN_SIZE),
         (HIDDEN_SIZE, intermediate),
         *((-(-vocab_size // tensor_parallel_size), HIDDEN_SIZE) for vocab_size in VOCAB_SIZES),
-    ):
-        matmul(empty(NUM_TOKENS, in_features), empty(out_features, in_features))
+    ]
+
+
+def launch_quantized(form: GroupedForm | Float8Form, tensor_parallel_size: int) -> None:
+    """Products of few rows and of more, and what writes weights for the library's product of many."""
+    for out_features, in_features in matrix_shapes(tensor_parallel_size):
+        weight = packed_weight(form, out_features, in_features)
+        for num_rows in (1, NUM_TOKENS):
+            grouped_matmul(empty(num_rows, in_features), weight)
+        if isinstance(form, Float8Form):
+            # Of GPUs with a product of 8-bit floats, which have their inputs rounded.
+            quantize_rows(empty(NUM_TOKENS, in_features))
+        else:
+            dequantize(weight, empty(out_features, in_features))
+
+
+def packed_weight(form: GroupedForm | Float8Form, out_features: int, in_features: int) -> PackedWeight:
+    """As `pack` makes it, with values that are not read."""
+    if isinstance(form, Float8Form):
+        row = pack(torch.zeros((1, in_features)).to(torch.float8_e4m3fn), torch.ones((1, 1)), num_bits=8)
+    else:
+        scales = torch.ones((1, in_features // form.group_size), dtype=torch.float32 if form.wide else torch.float16)
+        values = torch.zeros((1, in_features), dtype=torch.int8)
+        row = pack(values, scales, scales if form.has_minima else None, num_bits=form.num_bits)
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty((tensor.shape[0], out_features, *tensor.shape[2:]))
+
+    minima = None if row.minima is None else rows(row.minima)
+    return replace(row, words=rows(row.words), scales=rows(row.scales), minima=minima)
 
 
 def launch_rotary_kv(num_heads: int = NUM_HEADS, num_kv_heads: int = NUM_KV_HEADS) -> None:
@@ -132,9 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--capabilities", type=int, nargs="+", choices=MAX_SHARED_BYTES, default=list(MAX_SHARED_BYTES))
     sizes = TENSOR_PARALLEL_SIZES
     parser.add_argument("--tensor-parallel-sizes", type=int, nargs="+", choices=sizes, default=list(sizes))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     args = parser.parse_args(arguments)
     with ProcessPoolExecutor() as pool:
-        jobs = list(product(args.capabilities, args.tensor_parallel_sizes))
+        jobs = list(product(args.capabilities, args.tensor_parallel_sizes, args.forms))
         num_kernels = sum(pool.map(compile_kernels, *zip(*jobs, strict=True)))
     sys.stderr.write(f"Triton {triton.__version__}: compiled {num_kernels} kernels into {triton.knobs.cache.dir}.\n")
 

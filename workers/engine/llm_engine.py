@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from workers.config import EngineConfig, requested_num_threads
 from workers.device.require import require_gpu
@@ -11,6 +12,7 @@ from workers.engine.build import Progress, build_runner
 from workers.engine.core import EngineCore
 from workers.engine.loop import Core
 from workers.errors import ConfigError, RequestError
+from workers.lora.peft_folder import read_adapter
 from workers.parallel.group import SingleRank
 from workers.protocol import FinishReason, GenerateRequest, TokenDelta
 
@@ -33,6 +35,18 @@ class LLMEngine:
         runner = build_runner(config, tp, progress)
         runner.allocate_kv_cache()
         self.core = EngineCore(config, runner, tp)
+
+    def load_adapter(self, name: str, folder: str | Path) -> str:
+        """Loads a PEFT adapter, and returns the revision that requests name. Raises CheckpointError for one that does not fit the model."""
+        config, adapters = self.core.config, self.core.runner.adapters
+        if adapters is None:
+            raise ConfigError(
+                "The engine serves no adapters.", remedy="Make it with enable_lora.", param="--enable-lora"
+            )
+        info = read_adapter(folder, config.model, max_rank=config.max_lora_rank)
+        revision = f"{name}@{info.digest}"
+        adapters.load(revision, folder)
+        return revision
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[list[int]]:
         """See `run_requests`."""

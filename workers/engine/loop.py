@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from workers.errors import RequestError
+from workers.errors import AdapterNotLoadedError, RequestError
 from workers.protocol import CacheEvents, FinishReason, GenerateRequest, TokenDelta
 
 Publish = Callable[[list[TokenDelta], CacheEvents | None], None]
@@ -35,7 +35,7 @@ class Core(Protocol):
 
 
 class EngineLoop:
-    """Owns the thread that owns the core. `submit`, `abort`, `use` and `stop` may be called from any thread.
+    """Owns the thread that owns the core. `submit`, `abort`, `use`, `call` and `stop` may be called from any thread.
 
     `on_failure` runs on the engine thread after an exception, kept in `failure`, has ended the loop. Requests that are in the engine
     then get no delta: the replica has ended, and the gateway continues them on another one.
@@ -53,7 +53,7 @@ class EngineLoop:
         self._publish = publish
         self._on_failure = on_failure
         self._idle_heartbeat_s = idle_heartbeat_s
-        self._inbox: queue.SimpleQueue[GenerateRequest | str | Callable[[], Core] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[GenerateRequest | str | Callable[[], Core | None] | None] = queue.SimpleQueue()
         self._stopping = False
         self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -70,6 +70,10 @@ class EngineLoop:
     def use(self, make: Callable[[], Core]) -> None:
         """Calls `make` on the engine thread, between two steps; what it returns is the core from then on: one with the same requests."""
         self._inbox.put(make)
+
+    def call(self, do: Callable[[], None]) -> None:
+        """Calls `do` on the engine thread, between two steps."""
+        self._inbox.put(do)
 
     def stop(self, timeout_s: float = 10.0) -> bool:
         """Lets the current step end and shuts the core down. False if the thread is still busy after `timeout_s`."""
@@ -107,7 +111,8 @@ class EngineLoop:
                 elif isinstance(item, str):
                     self.core.abort(item)
                 elif callable(item):
-                    self.core = item()
+                    core = item()
+                    self.core = self.core if core is None else core
                 else:
                     self._add(item)
         except queue.Empty:
@@ -117,7 +122,8 @@ class EngineLoop:
         try:
             self.core.add_request(request)
         except RequestError as e:
-            self._publish([_error(request.request_id, str(e), refused=True)], None)
+            refused = not isinstance(e, AdapterNotLoadedError)
+            self._publish([_error(request.request_id, str(e), refused=refused)], None)
         except Exception as e:  # one request must not end the engine
             log.exception("Request %s could not be added: %s", request.request_id, e)
             message = "The engine could not accept this request because of an internal error."

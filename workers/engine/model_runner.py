@@ -18,7 +18,10 @@ from workers.engine.batch import ForwardBatch, dummy_batch
 from workers.engine.graphs.cuda_graphs import DecodeGraphs, GraphRecorder, Step
 from workers.engine.graphs.decode_padding import CapturePolicy, is_decode, pad_decode, padded_size
 from workers.engine.step_upload import StepUpload, bytes_for
+from workers.kernels.lora.rows import AdapterRows, group_rows
 from workers.kv_cache import tensors as kv_cache
+from workers.lora.rank_adapters import RankAdapters
+from workers.lora.slots import NO_SLOT
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import TensorParallel
 
@@ -43,6 +46,7 @@ class _Inputs:
     token_ids: torch.Tensor  # [num_tokens] int64, as are the other indices
     positions: torch.Tensor
     metadata: StepMetadata
+    adapters: AdapterRows | None
     logits_indices: torch.Tensor
     prompt_logits_indices: torch.Tensor
 
@@ -59,15 +63,17 @@ class ModelRunner:
         num_threads: int | None,
         pads_decodes: bool = False,
         graph_recorder: GraphRecorder | None = None,
+        adapters: RankAdapters | None = None,
     ) -> None:
         """num_threads: torch threads for computing; None leaves the setting alone. graph_recorder: None runs without graphs; with one,
-        `pads_decodes` must be True.
+        `pads_decodes` must be True. adapters: None serves the base model only.
         """
         self.config = config
         self.model = model
         self.tp = tp
         self.dtype = dtype
         self.attention_backend = attention_backend
+        self.adapters = adapters
         self.num_blocks = 0
         self.kv_cache: KVCaches = []
         self._policy = CapturePolicy() if graph_recorder is None else graph_recorder.policy
@@ -81,6 +87,8 @@ class ModelRunner:
         max_blocks = -(-config.max_model_len // config.block_size)
         self._num_groups = len(config.model.layer_groups)
         sizes = [*[tokens] * (3 + self._num_groups), *[seqs + 1] * 5, *[seqs * max_blocks] * self._num_groups]
+        if adapters is not None:
+            sizes += [tokens, adapters.num_slots + 1]
         self._upload = StepUpload(bytes_for(*sizes), tp.device)
         if pads_decodes:
             # A graph reads rows of this width. Uploading them whole, for contexts of any length, would take longer than widening them.
@@ -119,7 +127,7 @@ class ModelRunner:
             return self._execute_decode(batch, prompts, sampled)
         self._last_decode_size = None
         inputs = self._to_device(batch, sampled)
-        hidden_states = self.model(inputs.token_ids, inputs.positions, self.kv_cache, inputs.metadata)
+        hidden_states = self._forward(inputs)
         if prompts is not None:
             prompts.read_hidden_states(hidden_states)
         if len(batch.prompt_logits_indices):
@@ -145,6 +153,19 @@ class ModelRunner:
     def capture(self, size: int) -> None:
         """Captures decode steps of `size` sequences, on every rank between the same two steps."""
         self.graphs.capture(size, self._decode_step(size), agree=lambda ok: bool(self.tp.min(int(ok))))
+
+    def put_adapter(self, slot: int, key: tuple[int, int]) -> bool:
+        """Puts an adapter into a slot, on every rank between the same two steps. False if a rank does not have it: the slot is empty. With
+        NO_SLOT, forgets it.
+        """
+        assert self.adapters is not None, "no adapter is put where there are none"
+        if slot == NO_SLOT:
+            self.adapters.forget(key)
+            return True
+        everywhere = bool(self.tp.min(int(self.adapters.put(slot, key))))
+        if not everywhere:
+            self.adapters.clear(slot)
+        return everywhere
 
     def mark(self) -> Callable[[], None]:
         """A function that waits until the device has computed what was begun before this call, and for nothing that begins later."""
@@ -179,8 +200,11 @@ class ModelRunner:
         return logits[:num_seqs] if all_sample else logits[inputs.logits_indices]
 
     def _compute(self, inputs: _Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden_states = self.model(inputs.token_ids, inputs.positions, self.kv_cache, inputs.metadata)
+        hidden_states = self._forward(inputs)
         return hidden_states, self.model.compute_logits(hidden_states)
+
+    def _forward(self, inputs: _Inputs) -> torch.Tensor:
+        return self.model(inputs.token_ids, inputs.positions, self.kv_cache, inputs.metadata, inputs.adapters)
 
     def _decode_step(self, size: int) -> Step:
         """What the graph of a size repeats, with inputs that touch the null block only."""
@@ -205,6 +229,7 @@ class ModelRunner:
                 *((slots, torch.int64) for slots in batch.slot_mapping),
                 (batch.seq_lens, torch.int32),
                 (cu_seqlens_q, torch.int32),
+                *((rows, torch.int32) for rows in self._adapter_rows(batch)),
                 # From here on, decode steps of one size may differ in their shapes.
                 (batch.logits_indices, torch.int64),
                 (batch.prompt_logits_indices, torch.int64),
@@ -215,8 +240,12 @@ class ModelRunner:
         )
         n = self._num_groups
         (token_ids, positions), slots, rest = tensors[:2], tensors[2 : 2 + n], tensors[2 + n :]
-        seq_lens, cu_seqlens, logits_indices, prompt_logits_indices = rest[:4]
-        tables, indices = rest[4 : 4 + n], rest[4 + n :]
+        (seq_lens, cu_seqlens), rest = rest[:2], rest[2:]
+        adapters = None
+        if self.adapters is not None:
+            adapters, rest = AdapterRows(*rest[:2]), rest[2:]
+        logits_indices, prompt_logits_indices = rest[:2]
+        tables, indices = rest[2 : 2 + n], rest[2 + n :]
         if len(unread):
             self._insert_sampled(token_ids, sampled, unread=(unread, batch.unread_rows[unread]), indices=indices)
         max_seq_len = int(batch.seq_lens.max())
@@ -240,7 +269,12 @@ class ModelRunner:
             )
             for slot_mapping, table in zip(slots, tables, strict=True)
         ]
-        return _Inputs(token_ids, positions, metadata, logits_indices, prompt_logits_indices)
+        return _Inputs(token_ids, positions, metadata, adapters, logits_indices, prompt_logits_indices)
+
+    def _adapter_rows(self, batch: ForwardBatch) -> tuple[np.ndarray, ...]:
+        if self.adapters is None:
+            return ()
+        return group_rows(np.repeat(batch.adapter_slots, batch.query_lens), self.adapters.num_slots)
 
     def _insert_sampled(
         self,

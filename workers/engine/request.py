@@ -8,8 +8,9 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from workers.errors import RequestError
+from workers.errors import AdapterNotLoadedError, RequestError
 from workers.kv_cache.sequence import BlockSequence
+from workers.lora.slots import NO_SLOT
 from workers.protocol import BATCH_PRIORITY, FinishReason, GenerateRequest, SamplingParams, root_hash
 from workers.sampling.grammar import Constraint
 
@@ -47,8 +48,9 @@ class Request:
     # Order of arrival: the tie-break between equal priorities.
     arrival: int
     priority: int = 0
-    # The name of the adapter to apply, None for the base model.
+    # The revision of the adapter to apply, None for the base model; and its slot while the request runs.
     adapter: str | None = None
+    adapter_slot: int = NO_SLOT
     # Prompt tokens found in the prefix cache at first admission, until a delta has reported them.
     num_cached_tokens: int | None = None
     num_preemptions: int = 0
@@ -168,7 +170,7 @@ class ScheduledRequest:
 def make_request(
     message: GenerateRequest, *, arrival: int, vocab_size: int, max_model_len: int, adapters: Container[str] = ()
 ) -> Request:
-    """Validates a request from the wire, so that nothing fails because of it later. `adapters`: names of the loaded ones.
+    """Validates a request from the wire, so that nothing fails because of it later. `adapters`: revisions of the loaded ones.
 
     Raises RequestError with the field as `param`.
     """
@@ -183,7 +185,7 @@ def make_request(
     _check_lists(sampling)
     _check_prompt_outputs(message)
     if message.adapter is not None and message.adapter not in adapters:
-        raise RequestError(f"No adapter named {message.adapter!r} is loaded.", param="adapter")
+        raise AdapterNotLoadedError(f"The adapter {message.adapter!r} is not loaded on this replica.", param="adapter")
     if not message.prompt_token_ids:
         raise RequestError("The prompt has no tokens.", remedy="Send at least one.", param="prompt")
     num_tokens = len(message.prompt_token_ids) + len(message.output_token_ids)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from workers.engine.prompt_pace import PromptPace
 from workers.engine.request import Request, ScheduledRequest
 from workers.kv_cache.manager import KVCacheManager
+from workers.lora.slots import NO_SLOT, AdapterSlots
 from workers.protocol import BATCH_PRIORITY
 
 # Background requests keep to their budget for this many steps after the last foreground request: another one often follows soon, and a
@@ -55,6 +56,8 @@ class _Step:
     prompt_budget: int
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     num_visited: int = 0
+    num_passed: int = 0  # of the first waiting requests: their adapters have no slot
+    draining: str | None = None  # the adapter that takes no request after the first of those
     admits_below: float = math.inf  # waiting requests of smaller priorities only
 
     def budget_for(self, request: Request) -> int:
@@ -75,7 +78,7 @@ class _Step:
 
 class Scheduler:
     """max_background_tokens: the most that background requests get of a step while foreground requests are near; None for no limit.
-    pace: bounds the prompts of a step while others decode; None for no bound.
+    pace: bounds the prompts of a step while others decode; None for no bound. slots: of adapters, where requests may have some.
     """
 
     def __init__(
@@ -86,12 +89,14 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_background_tokens: int | None = None,
         pace: PromptPace | None = None,
+        slots: AdapterSlots | None = None,
     ) -> None:
         self.kv_cache = kv_cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_background_tokens = max_background_tokens
         self.pace = pace
+        self.slots = slots
         self.num_preemptions_total = 0
         self.prefix_counts = PrefixCounts()
         # Both sorted by Request.order.
@@ -145,17 +150,32 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Removes a running or waiting request and frees its blocks."""
-        (self.running if request in self.running else self.waiting).remove(request)
-        self.kv_cache.free(request.sequence)
+        if request in self.running:
+            self._stop(request)
+        else:
+            self.waiting.remove(request)
+            self.kv_cache.free(request.sequence)
 
     def preempt_last(self) -> Request:
-        """Sends the last running request back to the queue. It keeps its tokens and computes them again later."""
-        request = self.running.pop()
-        self.kv_cache.free(request.sequence)
+        """As `preempt`, the last running request."""
+        request = self.running[-1]
+        self.preempt(request)
+        return request
+
+    def preempt(self, request: Request) -> None:
+        """Sends a running request back to the queue. It keeps its tokens and computes them again later."""
+        self._stop(request)
         request.num_preemptions += 1
         self.num_preemptions_total += 1
         self.add(request)
-        return request
+
+    def _stop(self, request: Request) -> None:
+        """It runs no longer, and holds neither blocks nor its adapter's slot."""
+        self.running.remove(request)
+        self.kv_cache.free(request.sequence)
+        if self.slots is not None and request.adapter is not None:
+            self.slots.end(request.adapter)
+            request.adapter_slot = NO_SLOT
 
     def _begin_step(self) -> _Step:
         if any(not requests[0].is_background for requests in (self.running, self.waiting) if requests):
@@ -191,7 +211,8 @@ class Scheduler:
         return running
 
     def _next_waiting(self, step: _Step) -> Request | None:
-        return self.waiting[0] if self.waiting and self.waiting[0].priority < step.admits_below else None
+        request = self.waiting[step.num_passed] if step.num_passed < len(self.waiting) else None
+        return None if request is None or request.priority >= step.admits_below else request
 
     def _grow(self, request: Request, step: _Step, budget: int) -> None:
         """A running request continues. Without room for it the last in order is preempted, which may be the request itself."""
@@ -203,6 +224,9 @@ class Scheduler:
 
     def _start(self, request: Request, step: _Step, budget: int) -> None:
         """A waiting request starts. Requests of worse priority are preempted for it, one by one from the last; equal ones are not."""
+        if not self._has_slot(request, step):
+            step.num_passed += 1
+            return
         sequence = request.sequence
         prefix = self.kv_cache.find_prefix(sequence, request.max_prefix_tokens)
         num_missing = request.num_tokens - prefix.num_blocks * self.kv_cache.block_size
@@ -213,8 +237,10 @@ class Scheduler:
                 step.admits_below = request.priority
                 return
             self._preempt_last(step)
-        # Still the first: requests preempted for it are queued after it.
-        self.waiting.pop(0)
+        # Still at this place: requests preempted for it are queued after it.
+        self.waiting.pop(step.num_passed)
+        if self.slots is not None and request.adapter is not None:
+            request.adapter_slot = self.slots.start(request.adapter)
         bisect.insort(self.running, request, key=lambda r: r.order)
         if request.num_preemptions == 0:
             request.num_cached_tokens = min(sequence.num_computed_tokens, request.num_prompt_tokens)
@@ -222,8 +248,31 @@ class Scheduler:
                 self.prefix_counts.add(request)
         step.add(request, num_new_tokens)
 
+    def _has_slot(self, request: Request, step: _Step) -> bool:
+        """Whether its adapter has a slot or can get one, if need be from requests of worse priority. See `AdapterSlots`."""
+        slots, adapter = self.slots, request.adapter
+        if slots is None or adapter is None:
+            return True
+        if adapter == step.draining:
+            return False
+        if slots.has_room(adapter):
+            return True
+        better = {r.adapter for r in self.running if r.priority <= request.priority}
+        leaving = slots.draining([other for other in slots.adapters if other not in better])
+        if leaving is None:
+            step.draining = step.draining or slots.draining()
+            return False
+        # None of them has a part in this step yet: all come after the request whose turn it is.
+        for other in [r for r in self.running if r.adapter == leaving]:
+            self._preempt(other, step)
+        return True
+
     def _preempt_last(self, step: _Step) -> Request:
-        request = self.preempt_last()
+        request = self.running[-1]
+        self._preempt(request, step)
+        return request
+
+    def _preempt(self, request: Request, step: _Step) -> None:
+        self.preempt(request)
         # Otherwise it, or another like it, would start again in this step and preempt the next one.
         step.admits_below = min(step.admits_below, request.priority)
-        return request

@@ -11,12 +11,15 @@ from torch import nn
 from workers.attention.backend import AttentionBackend, AttentionMetadata
 from workers.config import ModelConfig
 from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
+from workers.kernels.lora.rows import AdapterRows
+from workers.kernels.lora.table import NewLoraTable
 from workers.kernels.quantized_kv import Cache
 from workers.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from workers.layers.rotary import Angles
 from workers.parallel.group import TensorParallel
 from workers.quant.method import WeightMethods, WeightSource, check_shape, new_weight
 from workers.quant.quantized import dense_values
+from workers.rank_shares import bounds_of
 
 
 class RMSNorm(nn.Module):
@@ -61,6 +64,7 @@ class Attention(nn.Module):
         device: torch.device | str,
         methods: WeightMethods,
         kernels: LayerKernels,
+        lora: NewLoraTable | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads // tp.size
@@ -77,6 +81,7 @@ class Attention(nn.Module):
             device=device,
             method=methods(f"{name}.qkv_proj"),
             has_bias=config.attention_bias,
+            lora=lora,
         )
         input_size = config.num_attention_heads * config.head_dim
         self.o_proj = RowParallelLinear(
@@ -87,6 +92,7 @@ class Attention(nn.Module):
             device=device,
             method=methods(f"{name}.o_proj"),
             has_bias=config.attention_bias,
+            lora=lora,
         )
 
     def forward(
@@ -95,15 +101,16 @@ class Attention(nn.Module):
         angles: Angles,
         kv_cache: tuple[Cache, Cache],
         metadata: AttentionMetadata,
+        adapters: AdapterRows | None = None,
     ) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
         # qkv: [num_tokens, num_heads + 2 * num_kv_heads, head_dim]; q: [num_tokens, num_heads, head_dim]
-        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim)
+        qkv = self.qkv_proj(x, adapters).view(x.shape[0], -1, self.head_dim)
         if angles.query_scale is not None:
             qkv[:, : self.num_heads] *= angles.query_scale
         q = self.kernels.rotary_kv(qkv, angles[:2], kv_cache=kv_cache, slot_mapping=metadata.slot_mapping)
         out = self.backend.forward(q, *kv_cache, metadata)
-        return self.o_proj(out.reshape(x.shape[0], -1))
+        return self.o_proj(out.reshape(x.shape[0], -1), adapters)
 
 
 class MLP(nn.Module):
@@ -121,9 +128,12 @@ class MLP(nn.Module):
         methods: WeightMethods,
         kernels: LayerKernels,
         has_bias: bool = False,
+        lora: NewLoraTable | None = None,
     ) -> None:
         super().__init__()
         self.kernels = kernels
+        bounds = bounds_of(intermediate_size, tp.size)
+        share = slice(bounds[tp.rank], bounds[tp.rank + 1])
         output_sizes = [("gate", intermediate_size), ("up", intermediate_size)]
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden_size,
@@ -133,6 +143,8 @@ class MLP(nn.Module):
             device=device,
             method=methods(f"{name}.gate_up_proj"),
             has_bias=has_bias,
+            rows={"gate": [share], "up": [share]},
+            lora=lora,
         )
         self.down_proj = RowParallelLinear(
             intermediate_size,
@@ -142,10 +154,12 @@ class MLP(nn.Module):
             device=device,
             method=methods(f"{name}.down_proj"),
             has_bias=has_bias,
+            columns=share,
+            lora=lora,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, adapters: AdapterRows | None = None) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
-        # gate_up: [num_tokens, 2 * intermediate_size / size]
-        gate_up = self.gate_up_proj(x)
-        return self.down_proj(self.kernels.silu_mul(gate_up))
+        # gate_up: [num_tokens, 2 * this rank's share of intermediate_size]
+        gate_up = self.gate_up_proj(x, adapters)
+        return self.down_proj(self.kernels.silu_mul(gate_up), adapters)

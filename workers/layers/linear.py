@@ -7,15 +7,19 @@ business. Knows no checkpoint names and no files.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from workers.kernels.lora.rows import AdapterRows
+from workers.kernels.lora.table import LoraTable, NewLoraTable
 from workers.parallel.group import TensorParallel
 from workers.quant.dense import DENSE
 from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight
 from workers.quant.quantized import dense_values
+from workers.rank_shares import kv_heads_of_rank
 
 
 @runtime_checkable
@@ -29,8 +33,7 @@ class MergedColumnParallelLinear(nn.Module):
     """Several column-parallel layers with the same input, computed as one.
 
     With output_sizes [("gate", 6), ("up", 6)] and two ranks, rank 1's weight holds rows 3-5 of "gate", then rows 3-5 of "up".
-    num_parts: of the shards that are divided into fewer parts than there are ranks. With 2 parts and four ranks, ranks 0 and 1 hold the
-    same first part.
+    rows: this rank's, of the shards that are not divided evenly, or of which several ranks hold the same.
     """
 
     weight: nn.Parameter
@@ -46,20 +49,19 @@ class MergedColumnParallelLinear(nn.Module):
         device: torch.device | str,
         method: WeightMethod = DENSE,
         has_bias: bool = False,
-        num_parts: Mapping[str | None, int] | None = None,
+        rows: Mapping[str | None, Sequence[slice]] | None = None,
+        lora: NewLoraTable | None = None,
     ) -> None:
         super().__init__()
         self.tp = tp
         self.method = method
         self.input_size = input_size
         self.output_sizes = dict(output_sizes)
-        self.num_parts = {shard_id: (num_parts or {}).get(shard_id, tp.size) for shard_id, _ in output_sizes}
-        for shard_id, parts in self.num_parts.items():
-            size = self.output_sizes[shard_id]
-            assert size % parts == 0 and tp.size % parts == 0, (
-                f"{size} rows of {shard_id}, {parts} parts, {tp.size} ranks"
-            )
-        self.output_sizes_per_rank = [size // self.num_parts[shard_id] for shard_id, size in output_sizes]
+        # {shard: this rank's rows of it in the checkpoint}, which lie here one after the other.
+        self.rows: dict[str | None, tuple[slice, ...]] = {
+            shard_id: tuple((rows or {}).get(shard_id) or (even_part(size, tp),)) for shard_id, size in output_sizes
+        }
+        self.output_sizes_per_rank = [sum(map(_length, self.rows[shard_id])) for shard_id, _ in output_sizes]
         method.create(
             self,
             sum(self.output_sizes_per_rank),
@@ -70,28 +72,36 @@ class MergedColumnParallelLinear(nn.Module):
         )
         num_rows = sum(self.output_sizes_per_rank)
         self.bias = new_weight((num_rows,), self.load_bias, dtype=dtype, device=device) if has_bias else None
+        self.lora: LoraTable | None = None if lora is None else lora(input_size, self.output_sizes_per_rank)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, adapters: AdapterRows | None = None) -> torch.Tensor:
         # x: [num_tokens, input_size], the same on all ranks -> [num_tokens, sum(output_sizes_per_rank)]
-        return self.method.apply(self, x, self.bias)
+        out = self.method.apply(self, x, self.bias)
+        if self.lora is not None and adapters is not None:
+            self.lora.add(out, x, adapters)
+        return out
 
     def load_shard(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
         check_shape(source, (self.output_sizes[shard_id], self.input_size))
-        rows, target = self._rows(shard_id)
-        return self.method.load(self, source[rows], target)
+        return sum(self.method.load(self, source[rows], target) for rows, target in self.places(shard_id))
 
     def load_bias(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
         check_shape(source, (self.output_sizes[shard_id],))
-        rows, target = self._rows(shard_id)
-        parameter[target].copy_(dense_values(source[rows]))
-        return target.stop - target.start
+        for rows, target in self.places(shard_id):
+            parameter[target].copy_(dense_values(source[rows]))
+        return sum(map(_length, self.rows[shard_id]))
 
-    def _rows(self, shard_id: str | None) -> tuple[slice, slice]:
+    def places(self, shard_id: str | None) -> list[tuple[slice, slice]]:
         """This rank's rows of a shard: in the checkpoint, and here."""
         position = list(self.output_sizes).index(shard_id)
-        start, num_rows = sum(self.output_sizes_per_rank[:position]), self.output_sizes_per_rank[position]
-        part = self.tp.rank * self.num_parts[shard_id] // self.tp.size
-        return slice(part * num_rows, (part + 1) * num_rows), slice(start, start + num_rows)
+        ends = [sum(self.output_sizes_per_rank[:position])]
+        for rows in self.rows[shard_id]:
+            ends.append(ends[-1] + _length(rows))
+        return list(zip(self.rows[shard_id], [slice(*ends) for ends in pairwise(ends)], strict=True))
+
+    def share(self, shard_id: str | None) -> tuple[tuple[slice, ...], slice]:
+        """What this rank has of a shard's matrix: its rows, one part after the other, and its columns."""
+        return self.rows[shard_id], slice(None)
 
     def finish_loading(self) -> None:
         self.method.finish(self)
@@ -115,7 +125,7 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 
 class QKVParallelLinear(MergedColumnParallelLinear):
     """Query, key and value projections, shards "q", "k" and "v". Heads are divided: rank r computes the num_heads / size heads from
-    r * num_heads / size on. With more ranks than key/value heads, several ranks have the same one: of 8 query and 2 key/value heads on 4
+    r * num_heads / size on. Its key/value heads are those that they read, see `kv_heads_of_rank`: of 8 query and 2 key/value heads on 4
     ranks, rank 1 computes query heads 2 and 3 and key/value head 0.
     """
 
@@ -131,8 +141,10 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         device: torch.device | str,
         method: WeightMethod = DENSE,
         has_bias: bool = False,
+        lora: NewLoraTable | None = None,
     ) -> None:
-        parts = min(num_kv_heads, tp.size)
+        heads = kv_heads_of_rank(tp.rank, tp.size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        kv_rows = [slice(first * head_dim, stop * head_dim) for first, stop in _runs(heads)]
         output_sizes = [("q", num_heads * head_dim), ("k", num_kv_heads * head_dim), ("v", num_kv_heads * head_dim)]
         super().__init__(
             hidden_size,
@@ -142,12 +154,16 @@ class QKVParallelLinear(MergedColumnParallelLinear):
             device=device,
             method=method,
             has_bias=has_bias,
-            num_parts={"k": parts, "v": parts},
+            rows={"k": kv_rows, "v": kv_rows},
+            lora=lora,
         )
 
 
 class RowParallelLinear(nn.Module):
-    """Input features are divided, as a column-parallel layer leaves them; the ranks' partial results are summed, then a bias added."""
+    """Input features are divided, as a column-parallel layer leaves them; the ranks' partial results are summed, then a bias added.
+
+    columns: this rank's inputs, where they are not divided evenly.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -162,21 +178,28 @@ class RowParallelLinear(nn.Module):
         device: torch.device | str,
         method: WeightMethod = DENSE,
         has_bias: bool = False,
+        columns: slice | None = None,
+        lora: NewLoraTable | None = None,
     ) -> None:
         super().__init__()
-        assert input_size % tp.size == 0, f"{input_size} columns do not divide over {tp.size} ranks"
         self.tp = tp
         self.method = method
         self.input_size = input_size
         self.output_size = output_size
+        self.columns = columns or even_part(input_size, tp)
         method.create(
-            self, output_size, input_size // tp.size, weight_loader=self.load_columns, dtype=dtype, device=device
+            self, output_size, _length(self.columns), weight_loader=self.load_columns, dtype=dtype, device=device
         )
         self.bias = new_weight((output_size,), self.load_bias, dtype=dtype, device=device) if has_bias else None
+        self.lora: LoraTable | None = None if lora is None else lora(_length(self.columns), [output_size])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # x: [num_tokens, input_size / size], this rank's -> [num_tokens, output_size], the same on all ranks
-        total = self.tp.all_reduce(self.method.apply(self, x))
+    def forward(self, x: torch.Tensor, adapters: AdapterRows | None = None) -> torch.Tensor:
+        # x: [num_tokens, number of this rank's columns] -> [num_tokens, output_size], the same on all ranks
+        out = self.method.apply(self, x)
+        if self.lora is not None and adapters is not None:
+            # Of this rank's inputs, as the product itself.
+            self.lora.add(out, x, adapters)
+        total = self.tp.all_reduce(out)
         return total if self.bias is None else total + self.bias
 
     def load_bias(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
@@ -184,11 +207,35 @@ class RowParallelLinear(nn.Module):
         parameter.copy_(dense_values(source[:]))
         return self.output_size
 
+    def share(self, shard_id: str | None) -> tuple[tuple[slice, ...], slice]:
+        """What this rank has of the matrix: its rows and its columns."""
+        return (slice(None),), self.columns
+
     def load_columns(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
         check_shape(source, (self.output_size, self.input_size))
-        num_columns = self.input_size // self.tp.size
-        start = self.tp.rank * num_columns
-        return self.method.load(self, source[:, start : start + num_columns], slice(None))
+        return self.method.load(self, source[:, self.columns], slice(None))
 
     def finish_loading(self) -> None:
         self.method.finish(self)
+
+
+def even_part(size: int, tp: TensorParallel) -> slice:
+    """This rank's part of `size` rows or columns that the ranks divide evenly."""
+    assert size % tp.size == 0, f"{size} do not divide over {tp.size} ranks"
+    share = size // tp.size
+    return slice(tp.rank * share, (tp.rank + 1) * share)
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _runs(heads: Sequence[int]) -> list[tuple[int, int]]:
+    """Neighbors together: heads 0, 0, 1, 2 are those from 0 to 1 and from 0 to 3."""
+    runs: list[tuple[int, int]] = []
+    for head in heads:
+        if runs and runs[-1][1] == head:
+            runs[-1] = (runs[-1][0], head + 1)
+        else:
+            runs.append((head, head + 1))
+    return runs

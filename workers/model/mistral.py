@@ -13,10 +13,14 @@ from torch import nn
 from workers.attention.backend import AttentionBackend, AttentionMetadata, KVCaches, StepMetadata
 from workers.config import ModelConfig
 from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
+from workers.kernels.lora.rows import AdapterRows
+from workers.kernels.lora.table import NewLoraTable
 from workers.kernels.quantized_kv import Cache
 from workers.layers.decoder import MLP, Attention, RMSNorm
 from workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from workers.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from workers.layers.rotary import Angles, RotaryEmbedding
+from workers.lora.layer import LoraLayer, LoraModule
 from workers.parallel.group import TensorParallel
 from workers.quant.dense import ALL_DENSE
 from workers.quant.method import WeightMethods
@@ -42,9 +46,10 @@ class MistralForCausalLM(nn.Module):
         max_positions: int,
         methods: WeightMethods = ALL_DENSE,
         kernels: LayerKernels = TORCH_LAYER_KERNELS,
+        lora: NewLoraTable | None = None,
     ) -> None:
         """`backends` serve this rank's heads, one for each group of layers. methods: by the module's name,
-        "model.layers.0.self_attn.qkv_proj" or "lm_head".
+        "model.layers.0.self_attn.qkv_proj" or "lm_head". lora: makes the tables of adapters; None is a model without.
 
         Positions run from 0 to max_positions - 1.
         """
@@ -58,6 +63,7 @@ class MistralForCausalLM(nn.Module):
             max_positions=max_positions,
             methods=methods,
             kernels=kernels,
+            lora=lora,
         )
         head = methods("lm_head")
         tied = self.model.embed_tokens if config.tie_word_embeddings and head.shares_embedding else None
@@ -66,18 +72,35 @@ class MistralForCausalLM(nn.Module):
         )
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_caches: KVCaches, metadata: StepMetadata
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_caches: KVCaches,
+        metadata: StepMetadata,
+        adapters: AdapterRows | None = None,
     ) -> torch.Tensor:
-        """token_ids, positions: [num_tokens] int; kv_caches: of each layer; metadata: of each group of layers.
+        """token_ids, positions: [num_tokens] int; kv_caches: of each layer; metadata: of each group of layers; adapters: None where no row
+        has one.
 
         Returns hidden states [num_tokens, hidden_size], the same on all ranks.
         """
-        return self.model(token_ids, positions, kv_caches, metadata)
+        return self.model(token_ids, positions, kv_caches, metadata, adapters)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """hidden_states: [n, hidden_size], n >= 0. Returns fp32 logits [n, vocab_size] on rank 0, None elsewhere."""
         logits = self.lm_head(hidden_states)
         return None if logits is None else logits.float()
+
+    def lora_layers(self) -> list[LoraLayer]:
+        """The linear layers of the decoder that take adapters, and which part of each module they compute on this rank."""
+        found = []
+        for name, linear in self.model.layers.named_modules():
+            if isinstance(linear, MergedColumnParallelLinear | RowParallelLinear) and linear.lora is not None:
+                number, last = name.split(".")[0], name.split(".")[-1]
+                shards = self.packed_modules.get(last, {last: None})
+                modules = [LoraModule(module, *linear.share(shard)) for module, shard in shards.items()]
+                found.append(LoraLayer(int(number), tuple(modules), linear.lora))
+        return found
 
 
 class MistralModel(nn.Module):
@@ -92,6 +115,7 @@ class MistralModel(nn.Module):
         max_positions: int,
         methods: WeightMethods,
         kernels: LayerKernels,
+        lora: NewLoraTable | None = None,
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(
@@ -116,19 +140,25 @@ class MistralModel(nn.Module):
                 device=device,
                 methods=methods,
                 kernels=kernels,
+                lora=lora,
             )
             for i, group in enumerate(self.group_of_layer)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device, kernels=kernels)
 
     def forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, kv_caches: KVCaches, metadata: StepMetadata
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_caches: KVCaches,
+        metadata: StepMetadata,
+        adapters: AdapterRows | None = None,
     ) -> torch.Tensor:
         hidden_states = self.embed_tokens(token_ids)  # [num_tokens, hidden_size]
         angles = self.rotary.angles(positions)
         residual = None
         for layer, kv_cache, group in zip(self.layers, kv_caches, self.group_of_layer, strict=True):
-            hidden_states, residual = layer(hidden_states, residual, angles, kv_cache, metadata[group])
+            hidden_states, residual = layer(hidden_states, residual, angles, kv_cache, metadata[group], adapters)
         hidden_states, _ = self.norm(hidden_states, residual)
         return hidden_states
 
@@ -145,6 +175,7 @@ class MistralLayer(nn.Module):
         device: torch.device | str,
         methods: WeightMethods,
         kernels: LayerKernels,
+        lora: NewLoraTable | None = None,
     ) -> None:
         super().__init__()
 
@@ -161,6 +192,7 @@ class MistralLayer(nn.Module):
             device=device,
             methods=methods,
             kernels=kernels,
+            lora=lora,
         )
         self.post_attention_layernorm = norm()
         self.mlp = MLP(
@@ -173,6 +205,7 @@ class MistralLayer(nn.Module):
             methods=methods,
             kernels=kernels,
             has_bias=config.mlp_bias,
+            lora=lora,
         )
 
     def forward(
@@ -182,12 +215,13 @@ class MistralLayer(nn.Module):
         angles: Angles,
         kv_cache: tuple[Cache, Cache],
         metadata: AttentionMetadata,
+        adapters: AdapterRows | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual lags by one block, so that each block's output is added to it by the norm that follows, in one kernel.
 
         hidden_states: what the block before computed; its sum with the residual is this layer's input. Returns both in the same form.
         """
         hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(hidden_states, angles, kv_cache, metadata)
+        hidden_states = self.self_attn(hidden_states, angles, kv_cache, metadata, adapters)
         hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+        return self.mlp(hidden_states, adapters), residual

@@ -1,4 +1,5 @@
-"""Packed weight matrices and their product with the compiled kernels: gemm.cpp and gemm_int.cpp. Knows no layers and no checkpoints.
+"""Packed weight matrices and their product with the compiled kernels: gemm.cpp, gemm_int.cpp and gemm_float8.cpp. Knows no layers and no
+checkpoints.
 
 A row's result is bit for bit independent of the other rows. In float32 and with quantised weights it is the same on every instruction
 set, in bfloat16 it is not: AVX-512 has an instruction for pairs.
@@ -15,9 +16,11 @@ from workers.native.huge_pages import prefer_huge_pages
 from workers.native.library import NativeLibrary
 
 PANEL = 32  # output columns that are packed together; the last panel is filled up with zeros
+FLOAT8_HEADER_BYTES = 64
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTERS = [ctypes.c_void_p] * 3
 _PACK = [*_POINTERS[:2], ctypes.c_int64, ctypes.c_int64]
+_PACK_FLOAT8 = [*_POINTERS, *[ctypes.c_int64] * 3]
 _PACK_GROUPED = [*_POINTERS, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
 _GEMM = [*_POINTERS, *[ctypes.c_int64] * 5]
 
@@ -118,6 +121,29 @@ def pack_grouped(
     second_address = None if seconds is None else seconds.data_ptr()
     pack(packed.data_ptr(), values.data_ptr(), scales.data_ptr(), second_address, out_features, in_features)
     gemms = {dtype: library.function(f"gemm_{form}_{name}", _GEMM) for dtype, name in DTYPE_NAMES.items()}
+    return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
+
+
+def packs_float8(in_features: int, *, block_size: int) -> bool:
+    """Whether `pack_float8` takes such a weight: the kernel reads pairs of inputs."""
+    return in_features % 2 == 0 and (block_size % 2 == 0 or block_size >= in_features)
+
+
+def pack_float8(library: NativeLibrary, values: torch.Tensor, scales: torch.Tensor, *, block_size: int) -> PackedMatrix:
+    """values: [out_features, in_features] float8_e4m3fn; scales: [out_features, ceil(in_features / block_size)] float32. Contiguous.
+
+    `packs_float8` has said yes.
+    """
+    out_features, in_features = values.shape
+    assert scales.shape == (out_features, -(-in_features // block_size)) and scales.dtype is torch.float32
+    num_panels, scale_bytes = _num_panels(out_features), PANEL * scales.element_size()
+    panel_bytes = scales.shape[1] * scale_bytes + in_features * PANEL
+    packed = _new(FLOAT8_HEADER_BYTES + num_panels * panel_bytes, torch.uint8)
+    pack = library.function("pack_float8", _PACK_FLOAT8)
+    pack(
+        packed.data_ptr(), values.data_ptr(), scales.data_ptr(), out_features, in_features, min(block_size, in_features)
+    )
+    gemms = {dtype: library.function(f"gemm_float8_{name}", _GEMM) for dtype, name in DTYPE_NAMES.items()}
     return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
 
 

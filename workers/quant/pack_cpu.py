@@ -3,22 +3,34 @@
 Knows which forms compute as they are and which become dense; no layers and no files.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from workers.config import QUANTIZATION_GROUP_SIZE
 from workers.native.library import NativeLibrary
-from workers.native.matrices import Columns, PackedMatrix, pack_dense, pack_grouped, packs
+from workers.native.matrices import (
+    Columns,
+    PackedMatrix,
+    pack_dense,
+    pack_float8,
+    pack_grouped,
+    packs,
+    packs_float8,
+)
 from workers.quant.dense import linear, pack
 from workers.quant.grouped import multiply
-from workers.quant.quantized import QuantizedTensor, StoredValues, dense_values
-from workers.quant.stored import Matrix, Pack
+from workers.quant.quantized import Float8Tensor, QuantizedTensor, StoredValues, dense_values
+from workers.quant.stored import Matrix, Pack, note_input_scale
 
 
 def cpu_pack(library: NativeLibrary | None) -> Pack:
     """library: the compiled kernels, None without."""
 
     def pack_values(values: StoredValues, dtype: torch.dtype, device: torch.device) -> Matrix:
+        if isinstance(values, Float8Tensor):
+            return note_input_scale(_float8(values, dtype, library), values, is_used=False)
         if not isinstance(values, QuantizedTensor) or values.group_size % QUANTIZATION_GROUP_SIZE:
             return _dense(dense_values(values).to(dtype), library)
         matrix = _grouped(values.regroup(QUANTIZATION_GROUP_SIZE), library)
@@ -60,6 +72,25 @@ class _Specification:
         return multiply(x, p.values, p.scales, p.minima, zero_points=p.zero_points)
 
 
+class _Float8Specification:
+    """What the kernels compute, with other last bits: each block of inputs on its own, then its scale. Slowly, since weights of a block are
+    widened and laid out for every product.
+    """
+
+    def __init__(self, stored: Float8Tensor) -> None:
+        self.stored = stored
+        self.tensors = (stored.values, stored.scales)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        values, scales, size = self.stored.values, self.stored.scales, self.stored.block_size
+        total = x.new_zeros((x.shape[0], len(values)), dtype=torch.float32)
+        for block in range(scales.shape[1]):
+            inputs = slice(block * size, (block + 1) * size)
+            weight = pack(nn.Parameter(values[:, inputs].float(), requires_grad=False))
+            total += linear(x[:, inputs].float().contiguous(), weight) * scales[:, block]
+        return total.to(x.dtype)
+
+
 class _Reordered:
     """A matrix whose columns are those of the given inputs."""
 
@@ -78,6 +109,16 @@ def _dense(weight: torch.Tensor, library: NativeLibrary | None) -> Matrix:
     if library is not None and packs(weight.dtype, in_features=weight.shape[1]):
         return _Packed(pack_dense(library, weight.contiguous()), is_dense=True)
     return _Dense(weight)
+
+
+def _float8(stored: Float8Tensor, dtype: torch.dtype, library: NativeLibrary | None) -> Matrix:
+    if not packs_float8(stored.shape[1], block_size=stored.block_size):
+        return _dense(stored.dequantize().to(dtype), library)
+    scales = stored.scales.expand(len(stored), -1).contiguous()
+    values = stored.values.contiguous()
+    if library is None:
+        return _Float8Specification(replace(stored, values=values, scales=scales))
+    return _Packed(pack_float8(library, values, scales, block_size=stored.block_size))
 
 
 class _Parts:

@@ -11,10 +11,11 @@ from workers.kernels.grouped.dequantize import dequantize
 from workers.kernels.grouped.grouped_matmul import grouped_matmul
 from workers.kernels.grouped.packed import PackedWeight, group_size_for, pack
 from workers.kernels.grouped.quantize_rows import quantize_rows
+from workers.quant.at_load import LARGEST_FLOAT8
 from workers.quant.method import WeightMethod
 from workers.quant.pack_dense import pack_as_dense
 from workers.quant.quantized import Float8Tensor, QuantizedTensor, StoredValues, dense_values
-from workers.quant.stored import Matrix, Pack
+from workers.quant.stored import Matrix, Pack, note_input_scale
 
 # Up to so many rows the kernel that takes weights apart as it multiplies is at least as fast as the library after writing them in 16 bits.
 # By arithmetic, for a 7B model of 4 bits: the kernel needs 0.09 ms a row on an H100, where it has too few instructions a second, 0.14 on an
@@ -41,12 +42,14 @@ def cuda_pack(
     def pack_values(values: StoredValues, dtype: torch.dtype, device: torch.device) -> Matrix:
         if isinstance(values, Float8Tensor):
             if capability >= FLOAT8_CAPABILITY and not deterministic and _fits_float8(values):
-                return Float8Matrix(values, device)
+                return note_input_scale(Float8Matrix(values, device), values, is_used=True)
             values_of_groups = _in_groups(values)
             if values_of_groups is not None:
                 weight = pack(*values_of_groups, num_bits=8, device=device)
-                return GroupedMatrix(weight, deterministic=deterministic, max_fused_rows=max_fused_rows)
-        elif isinstance(values, QuantizedTensor):
+                matrix = GroupedMatrix(weight, deterministic=deterministic, max_fused_rows=max_fused_rows)
+                return note_input_scale(matrix, values, is_used=False)
+            return note_input_scale(pack_dense(values.dequantize(), dtype, device), values, is_used=False)
+        if isinstance(values, QuantizedTensor):
             size = group_size_for(values.group_size, in_features=values.shape[1], num_bits=values.num_bits)
             if size is not None:
                 v = values.regroup(size)
@@ -90,22 +93,31 @@ class GroupedMatrix:
 
 
 class Float8Matrix:
-    """See `Matrix`. The inputs, too, are rounded to 8-bit floats, each row with its own scale. Rows of one scale for each output."""
+    """See `Matrix`. The inputs, too, are rounded to 8-bit floats, each row with its own scale, or all with the checkpoint's. Each output
+    has one scale.
+    """
 
     def __init__(self, values: Float8Tensor, device: torch.device) -> None:
         assert _fits_float8(values)
         self.values = values.values.to(device).contiguous()
         self.scales = values.scales.to(device).expand(len(values), 1).T.contiguous()  # [1, out_features]
         self.tensors = (self.values, self.scales)
+        self.input_scale = None if values.input_scale is None else values.input_scale.to(device)
         self._one = torch.ones((), dtype=torch.float32, device=device)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        quantized, scales = quantize_rows(x)
+        quantized, scales = quantize_rows(x) if self.input_scale is None else round_by(x, self.input_scale)
         if x.dtype == torch.bfloat16:
             return torch._scaled_mm(quantized, self.values.T, scales, self.scales, out_dtype=torch.bfloat16)
         # With a scale for each row the library's product gives bfloat16 only.
         product = torch._scaled_mm(quantized, self.values.T, self._one, self._one, out_dtype=torch.float32)
         return (product * scales * self.scales).to(x.dtype)
+
+
+def round_by(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `quantize_rows`, with one scale for all rows: what is too large becomes the largest of the type, as in vLLM."""
+    values = (x.float() * (1.0 / scale)).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8).to(torch.float8_e4m3fn)
+    return values, scale.view(1, 1).expand(len(x), 1).contiguous()
 
 
 def _multiply_in_slices(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

@@ -100,12 +100,14 @@ class Float8Tensor:
     """weight[o, i] = values[o, i] * scales[o, i // (in_features / number of scales in a row)].
 
     values: [out_features, in_features] float8_e4m3fn. scales: float32, [1, 1] for the whole tensor, [out_features, 1], or [out_features,
-    ceil(in_features / block_size)]. block_size: the inputs that share a scale.
+    ceil(in_features / block_size)]. block_size: the inputs that share a scale. input_scale: float32, one number by which the checkpoint
+    wants the inputs of the product divided before they are rounded to 8-bit floats; None: it leaves that to the product.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     block_size: int
+    input_scale: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -130,7 +132,8 @@ class Float8Tensor:
         return self.values.float() * (self.scales if self.scales.shape[1] == 1 else scales)
 
     def is_finite(self) -> bool:
-        return is_finite(self.scales) and not bool(self.values.isnan().any())
+        has_finite_scales = is_finite(self.scales) and (self.input_scale is None or is_finite(self.input_scale))
+        return has_finite_scales and not bool(self.values.isnan().any())
 
 
 # What a `WeightSource` gives.

@@ -67,6 +67,8 @@ def select_method(
         dense = DenseMethod(library=library)
         if quantization is None:
             return dense
+        if quantization == "fp8":
+            return AtLoadMethod(quantization, cpu_pack(library), device=device, tied=dense)
         return GroupedMethod(8 if quantization == "int8" else 4, library=library, tied=dense)
     if device.type != "cuda" or not (deterministic or quantization):
         return DENSE

@@ -16,7 +16,9 @@ from workers.quant.quantized import Float8Tensor, QuantizedTensor, StoredValues
 
 
 class Matrix(Protocol):
-    """A weight [out_features, in_features] that computes. tensors: what it keeps in memory. One that is dense says so by `is_dense`."""
+    """A weight [out_features, in_features] that computes. tensors: what it keeps in memory. One that is dense says so by `is_dense`; where
+    the checkpoint has a scale for its inputs, `rounds_statically` says whether it is used.
+    """
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]: ...
@@ -118,6 +120,13 @@ def join(values: Sequence[StoredValues]) -> list[StoredValues]:
     return joined
 
 
+def note_input_scale(matrix: Matrix, values: Float8Tensor, *, is_used: bool) -> Matrix:
+    """The matrix, which says what became of the checkpoint's scale of its inputs."""
+    if values.input_scale is not None:
+        setattr(matrix, "rounds_statically", is_used)  # noqa: B010 (not of the Protocol)
+    return matrix
+
+
 def describe_stored(modules: Iterable[nn.Module]) -> str | None:
     """Sentences on what the stored weights of a model have become, and how many bytes they take; None without any."""
     matrices = [
@@ -131,6 +140,14 @@ def describe_stored(modules: Iterable[nn.Module]) -> str | None:
     if dense:
         sentences.append(
             f"{len(dense)} matrices are computed dense and take {_size(dense)}: there is no product of their form here."
+        )
+    static = [m.rounds_statically for m in matrices if hasattr(m, "rounds_statically")]
+    if any(static):
+        sentences.append(f"{sum(static)} matrices round their inputs by the checkpoint's static scales (input_scale).")
+    if not all(static):
+        sentences.append(
+            f"The static scales of inputs (input_scale) of {len(static) - sum(static)} matrices have no effect: their inputs are not "
+            "rounded to 8-bit floats here."
         )
     return " ".join(sentences) or None
 
@@ -158,7 +175,7 @@ def _concatenate(a: StoredValues, b: StoredValues) -> StoredValues | None:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return torch.cat((a, b)) if a.dtype == b.dtype else None
     if isinstance(a, Float8Tensor) and isinstance(b, Float8Tensor):
-        if a.block_size != b.block_size or a.scales.shape[1] != b.scales.shape[1]:
+        if a.block_size != b.block_size or a.scales.shape[1] != b.scales.shape[1] or not _round_inputs_alike(a, b):
             return None
         scales = torch.cat([t.scales.expand(len(t), -1) for t in (a, b)])
         return replace(
@@ -172,6 +189,12 @@ def _concatenate(a: StoredValues, b: StoredValues) -> StoredValues | None:
         return None
     minima = None if a.minima is None or b.minima is None else torch.cat((a.minima, b.minima))
     return replace(a, values=torch.cat((a.values, b.values)), scales=torch.cat((a.scales, b.scales)), minima=minima)
+
+
+def _round_inputs_alike(a: Float8Tensor, b: Float8Tensor) -> bool:
+    if a.input_scale is None or b.input_scale is None:
+        return a.input_scale is b.input_scale
+    return torch.equal(a.input_scale, b.input_scale)
 
 
 def _key(t: QuantizedTensor) -> tuple[object, ...]:

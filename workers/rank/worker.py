@@ -22,7 +22,7 @@ from workers.device.probe import CudaDevice
 from workers.device.require import find_gpu, try_gpu
 from workers.device.sizes import sized_for
 from workers.engine.loop import EngineLoop
-from workers.errors import GroupError, TramontaneError
+from workers.errors import ConfigError, GroupError, TramontaneError
 from workers.rank.lifeline import DIED, Lifeline
 from workers.rank.primitive_caches import bound_primitive_caches
 from workers.rank.profile import RankProfile
@@ -33,6 +33,7 @@ from workers.rank.server import StreamServer
 if TYPE_CHECKING:
     from workers.engine.core import EngineCore
     from workers.engine.model_runner import ModelRunner
+    from workers.lora.rank_adapters import RankAdapters
     from workers.parallel.group import TensorParallel
     from workers.parallel.timed import TimedGroup
 
@@ -176,6 +177,34 @@ class RankWorker:
         self._lifeline.expect_prompt()
         self.phase = "serving"
         return self._started
+
+    def load_adapter(self, revision: str, folder: str) -> None:
+        """Reads this rank's part of a PEFT adapter into host memory, while the engine goes on. When all ranks have returned, requests may
+        name the revision, "NAME@DIGEST". Idempotent, from any thread, after `load`. Raises CheckpointError for one that does not fit.
+        """
+        self._adapters.load(revision, folder)
+
+    def unload_adapter(self, revision: str) -> None:
+        """No further request may name it. It leaves this rank once no request uses it. Idempotent, from any thread, after `load`."""
+        core, loop = self._core, self._loop
+        self._adapters.unload(revision, at_once=self.phase == "loading")
+        if core is not None and loop is not None:
+            loop.call(lambda: core.unload_adapter(revision))
+
+    def adapters(self) -> tuple[str, ...]:
+        """The revisions that requests may name on this rank."""
+        return self._adapters.revisions()
+
+    @property
+    def _adapters(self) -> "RankAdapters":
+        assert self._runner is not None, "load comes before adapters"
+        if self._runner.adapters is None:
+            raise ConfigError(
+                f"Replica {self.replica_id} serves no adapters.",
+                remedy="Start it with --enable-lora.",
+                param="--enable-lora",
+            )
+        return self._runner.adapters
 
     def stats(self) -> RankStats:
         """This rank's own counters."""

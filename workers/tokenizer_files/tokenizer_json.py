@@ -1,11 +1,12 @@
 """A vocabulary in Hugging Face's format, a checkpoint's tokenizer.json, or one made in that format (gguf_model.py).
 
 Knows the parts of the format that say what a token adds to a text, and edits a copy of it so that no text becomes a special token: where
-those stand in a prompt is decided in cluster/text/tokenizer.py. The package `tokenizers` encodes. BPE only, which is what models of the
-Mistral and Llama families use; with bytes as characters (Llama 3, SmolLM2) or with ▁ as a space (Llama 2).
+those stand in a prompt is decided in cluster/text/tokenizer.py. The package `tokenizers` encodes. BPE with bytes as characters (Llama 3,
+SmolLM2) or with ▁ as a space (Llama 2), and unigram, which is SentencePiece's other model.
 """
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +19,7 @@ from workers.errors import ConfigError
 from workers.tokenizer_files.byte_level import to_bytes
 from workers.tokenizer_files.pieces import AddedToken, PieceTable, SpecialIds, check_unicode, split_bytes
 
-_REMEDY = (
-    "Use a checkpoint whose tokenizer.json is byte-level BPE or BPE with ▁ as a space, or that has a tokenizer.model."
-)
+_REMEDY = "Use a checkpoint whose tokenizer.json is byte-level BPE, or BPE or unigram with ▁ as a space, or that has a tokenizer.model."
 _MAX_TOKENS = 1 << 24
 # How many characters of a text a normalizer makes one of, at most. Unicode composes four at most; the others may remove any number.
 _ANY = 1_000_000
@@ -37,14 +36,13 @@ class TokenizerJsonModel:
     spec: the file's object. name: what errors call it. special: the ids that come from elsewhere; by default what `spec` says.
     """
 
-    kind = "BPE"
-
     def __init__(self, spec: Mapping[str, Any], *, name: str, special: SpecialIds | None = None) -> None:
         try:
             model = spec["model"]
-            if model.get("type", "BPE") != "BPE":
-                raise ConfigError(f"{name} has a {model['type']} model, which is not supported.", remedy=_REMEDY)
-            self._vocab: dict[str, int] = model["vocab"]
+            self.kind: str = model.get("type") or ("BPE" if "merges" in model else "Unigram")
+            if self.kind not in ("BPE", "Unigram"):
+                raise ConfigError(f"{name} has a {self.kind} model, which is not supported.", remedy=_REMEDY)
+            self._vocab = _vocabulary(model)
             self.added_tokens = read_added_tokens(spec)
             _check_ids([*self._vocab.values(), *(token.id for token in self.added_tokens.values())])
             self._decoding = _read_decoding(spec, name)
@@ -169,8 +167,20 @@ def _read_decoding(spec: Mapping[str, Any], name: str) -> _Decoding:
     return _Decoding(byte_fallback="ByteFallback" in by_type, space=space, drops_first_space=drops)
 
 
+def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
+    """A unigram model lists its pieces with their scores, in the order of their ids."""
+    listed: Any = model["vocab"]
+    return listed if isinstance(listed, dict) else {name: i for i, (name, _) in enumerate(listed)}
+
+
+def _unk_id(model: Mapping[str, Any]) -> int | None:
+    if isinstance(model["vocab"], dict):
+        name = model.get("unk_token")
+        return None if name is None else model["vocab"].get(name)
+    return model.get("unk_id")
+
+
 def _special_ids(spec: Mapping[str, Any]) -> SpecialIds:
-    unk, vocab = spec["model"].get("unk_token"), spec["model"]["vocab"]
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
     for step in steps_of(spec.get("post_processor"), "processors"):
@@ -182,7 +192,7 @@ def _special_ids(spec: Mapping[str, Any]) -> SpecialIds:
             suffix = tuple(i for part in ids[at:] for i in part)
         elif step.get("type") in ("BertProcessing", "RobertaProcessing"):
             prefix, suffix = (step["cls"][1],), (step["sep"][1],)
-    return SpecialIds(unk=None if unk is None else vocab.get(unk), prefix=prefix, suffix=suffix)
+    return SpecialIds(unk=_unk_id(spec["model"]), prefix=prefix, suffix=suffix)
 
 
 def _without_special_tokens(spec: Mapping[str, Any], added: Mapping[str, AddedToken]) -> dict[str, Any]:
@@ -191,6 +201,9 @@ def _without_special_tokens(spec: Mapping[str, Any], added: Mapping[str, AddedTo
     A model may list its special tokens in its vocabulary too, and generated merges even lead to them.
     """
     model = spec["model"]
+    if not isinstance(model["vocab"], dict):
+        plain = _unigram_without_special(model, added)
+        return {**spec, "model": plain, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     kept_name = model.get("unk_token")
     banned = {content for content, token in added.items() if token.special and content != kept_name}
     banned_and_unk = banned | ({kept_name} if kept_name in added else set())
@@ -202,6 +215,14 @@ def _without_special_tokens(spec: Mapping[str, Any], added: Mapping[str, AddedTo
         "merges": [[a, b] for a, b in merges if a + b not in banned_and_unk and a not in banned and b not in banned],
     }
     return {**spec, "model": model, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+
+
+def _unigram_without_special(model: Mapping[str, Any], added: Mapping[str, AddedToken]) -> dict[str, Any]:
+    """Special tokens keep their places, which are their ids, under names that no text can guess."""
+    nonce = secrets.token_hex(16)
+    hidden = {token.id for token in added.values() if token.special}
+    vocab = [[f"{nonce} {i}" if i in hidden else name, score] for i, (name, score) in enumerate(model["vocab"])]
+    return {**model, "type": "Unigram", "vocab": vocab}
 
 
 def _without_first_space(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def weight_files(folder: Path, layout: Layout) -> list[Path]:
     weight_map = read_index(folder, layout)
     if weight_map is not None:
         return [_weight_file(folder, name, listed_in=INDEXES[layout]) for name in sorted(set(weight_map.values()))]
-    paths = sorted(folder.glob(PATTERNS[layout]))
+    paths = sorted(folder.glob(PATTERNS[layout])) or (_other_names(folder) if layout == "huggingface" else [])
     if paths:
         return [_weight_file(folder, path.name) for path in paths]
     for pattern in UNSAFE:
@@ -33,6 +33,11 @@ def weight_files(folder: Path, layout: Layout) -> list[Path]:
         f"{folder} has no {PATTERNS[layout]}.",
         remedy="Put the weights into the same folder as the configuration file.",
     )
+
+
+def _other_names(folder: Path) -> list[Path]:
+    """AutoGPTQ's first versions wrote one file of a name of its own, gptq_model-4bit-128g.safetensors."""
+    return sorted(folder.glob("gptq_model*.safetensors"))
 
 
 def read_index(folder: Path, layout: Layout) -> dict[str, str] | None:

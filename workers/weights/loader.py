@@ -18,9 +18,10 @@ from workers.errors import CheckpointError
 from workers.layers.linear import FinishesLoading
 from workers.quant.method import Index, WeightSource
 from workers.quant.quantized import StoredValues, is_finite
+from workers.weights.interleaved import InterleavedRows
 from workers.weights.names import EMBEDDING, HEAD, expected_shapes
 from workers.weights.quantized.matrices import open_matrices
-from workers.weights.safetensors import CheckpointTensor, open_checkpoint
+from workers.weights.safetensors import open_checkpoint
 
 # Called with (bytes done, bytes in total) of this rank's parameters.
 Progress = Callable[[int, int], None]
@@ -89,12 +90,18 @@ def open_sources(location: str | Path, config: ModelConfig) -> Iterator[dict[str
 
         yield open_gguf(location, head_dim=config.head_dim)
         return
-    with open_checkpoint(location, config.layout, head_dim=config.head_dim) as tensors:
-        if config.stored is None:
-            yield {**tensors}
-        else:
-            plain = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, CheckpointTensor)}
-            yield open_matrices(plain, config.stored, expected_shapes(config))
+    with open_checkpoint(location, config.layout) as tensors:
+        sources: dict[str, WeightSource] = {**tensors}
+        if config.stored is not None:
+            sources = open_matrices(tensors, config.stored, expected_shapes(config))
+        yield {name: _in_order(name, source, config) for name, source in sources.items()}
+
+
+def _in_order(name: str, source: WeightSource, config: ModelConfig) -> WeightSource:
+    """With the rows of q and k in Hugging Face's order."""
+    is_interleaved = config.layout == "mistral" and name.endswith((".q_proj.weight", ".k_proj.weight"))
+    fits = len(source.shape) == 2 and source.shape[0] % config.head_dim == 0
+    return InterleavedRows(source, config.head_dim) if is_interleaved and fits else source
 
 
 class FiniteTensor:

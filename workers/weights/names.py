@@ -32,6 +32,8 @@ MISTRAL_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+# Of its fp8 checkpoints.
+MISTRAL_SUFFIXES = {"qscale_weight": "weight_scale", "qscale_act": "input_scale"}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -47,11 +49,15 @@ def name_in_model(name: str, layout: Layout) -> str | None:
 
 
 def huggingface_name(name: str) -> str:
-    """'layers.3.attention.wq.weight' is 'model.layers.3.self_attn.q_proj.weight'. Unknown names stay as they are."""
-    match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
+    """'layers.3.attention.wq.weight' is 'model.layers.3.self_attn.q_proj.weight'. Unknown names stay as they are.
+
+    What a quantised matrix has beside its weight keeps its name, except for Mistral's own two: 'norm.qscale_act' is 'norm.input_scale'.
+    """
+    match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(\w+)", name)
     if match is None or match[2] not in MISTRAL_NAMES:
         return name
-    return f"{'model.' + match[1] if match[1] else ''}{MISTRAL_NAMES[match[2]]}.weight"
+    suffix = MISTRAL_SUFFIXES.get(match[3], match[3])
+    return f"{'model.' + match[1] if match[1] else ''}{MISTRAL_NAMES[match[2]]}.{suffix}"
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -1,12 +1,10 @@
 """A checkpoint folder as a mapping from tensor names to tensors that are read only where they are indexed.
 
-Reads the safetensors files of either layout and gives every tensor its Hugging Face name and row order, so that only this file knows
-Mistral's own layout. Knows no model and no ranks.
+Reads the safetensors files of either layout and gives every tensor its Hugging Face name. Knows no model and no ranks.
 """
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from workers.errors import CheckpointError
 from workers.model_numbers import Layout
 from workers.quant.method import Index
 from workers.weights.files import weight_files
-from workers.weights.interleaved import InterleavedRows
-from workers.weights.names import VISION, name_in_model
+from workers.weights.left_out import describe_left_out
+from workers.weights.names import name_in_model
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +38,14 @@ class CheckpointTensor:
 
 
 @contextlib.contextmanager
-def open_checkpoint(
-    folder: str | Path, layout: Layout, *, head_dim: int
-) -> Iterator[dict[str, CheckpointTensor | InterleavedRows]]:
-    """Every tensor by its Hugging Face name. They are readable until the context ends.
+def open_checkpoint(folder: str | Path, layout: Layout) -> Iterator[dict[str, CheckpointTensor]]:
+    """Every tensor by its Hugging Face name, with its rows as they are stored. They are readable until the context ends.
 
     Raises CheckpointError if there are no weights, a file is missing, truncated or not safetensors, or a tensor appears twice.
     """
-    tensors: dict[str, CheckpointTensor | InterleavedRows] = {}
+    tensors: dict[str, CheckpointTensor] = {}
     paths: dict[str, Path] = {}
-    num_vision = 0
+    names: list[str] = []
     with contextlib.ExitStack() as stack:
         for path in weight_files(Path(folder), layout):
             try:
@@ -59,7 +55,7 @@ def open_checkpoint(
                     f"{path} is truncated or not a safetensors file ({e}).", remedy="Download it again."
                 ) from e
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                num_vision += VISION.fullmatch(name) is not None
+                names.append(name)
                 known_as = name_in_model(name, layout)
                 if known_as is None:
                     continue
@@ -68,12 +64,7 @@ def open_checkpoint(
                         f"Tensor {name!r} is in both {paths[name]} and {path.name}.", remedy="Remove one of the files."
                     )
                 paths[name] = path
-                tensor = CheckpointTensor(file, name, path)
-                is_interleaved = layout == "mistral" and re.search(r"\.attention\.w[qk]\.weight$", name)
-                if is_interleaved and len(tensor.shape) == 2 and not tensor.shape[0] % head_dim:
-                    tensors[known_as] = InterleavedRows(tensor, head_dim)
-                else:
-                    tensors[known_as] = tensor
-        if num_vision:
-            log.info("%d tensors for images are left out: this engine computes text only.", num_vision)
+                tensors[known_as] = CheckpointTensor(file, name, path)
+        if (left_out := describe_left_out(names)) is not None:
+            log.info("Left out: %s.", left_out)
         yield tensors

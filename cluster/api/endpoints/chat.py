@@ -58,9 +58,15 @@ def check(api: ApiContext, body: ChatRequest, context: RequestContext) -> None:
     _note_ignored(api, body, context)
 
 
-async def prepare(api: ApiContext, body: ChatRequest, context: RequestContext) -> Prepared:
-    """Raises RequestError for what the model cannot do, ReplicaUnavailableError while the model's facts are not known yet."""
+async def prepare(
+    api: ApiContext, body: ChatRequest, context: RequestContext, *, reads_thoughts: bool = True
+) -> Prepared:
+    """Raises RequestError for what the model cannot do, ReplicaUnavailableError while the model's facts are not known yet.
+
+    reads_thoughts: whether the formatter has a place for what the model thinks; otherwise it is text.
+    """
     facts = api.router.facts
+    adapter = await api.use_model(body.model, context)
     tools = _offered_tools(body)
     head = ChatCompletion(id=f"chatcmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
     keep = body.truncate_prompt_tokens
@@ -76,7 +82,18 @@ async def prepare(api: ApiContext, body: ChatRequest, context: RequestContext) -
     token_ids = truncate(prompt.token_ids, keep, facts=facts, num_output=_max_tokens(body))
     prompt = ChatPrompt(token_ids, prompt.continues)
     grammar = await _grammar(api, body, tools, at_start=not prompt.continues, facts=facts, tenant=context.tenant)
-    choices = _choices(api, body, prompt, context, grammar=grammar, tools=tools, facts=facts, answer_id=head.id)
+    choices = _choices(
+        api,
+        body,
+        prompt,
+        context,
+        grammar=grammar,
+        tools=tools,
+        facts=facts,
+        answer_id=head.id,
+        adapter=adapter,
+        reads_thoughts=reads_thoughts,
+    )
     return Prepared(body=body, choices=choices, formatter=ChatFormatter(api, body, head, choices))
 
 
@@ -188,6 +205,8 @@ def _choices(
     tools: Sequence[Tool],
     facts: EngineFacts,
     answer_id: str,
+    adapter: str | None,
+    reads_thoughts: bool,
 ) -> list[Choice]:
     seed = context.seed_of(body.requested_seed)
     num_tokens = sampling.resolve_max_tokens(
@@ -222,8 +241,10 @@ def _choices(
                 prompt_token_ids=prompt.token_ids,
                 continues=prompt.continues,
                 sampling=params,
+                adapter=adapter,
                 tool_calls_token_id=api.tokenizer.tool_calls_token_id if tools and call_format != "tags" else None,
                 call_tags=bool(tools) and call_format == "tags",
+                reads_thoughts=reads_thoughts,
             )
         )
     return choices

@@ -27,6 +27,7 @@ from cluster.api.schemas.chat import (
     ResponseToolCall,
     ToolCallDelta,
 )
+from cluster.api.schemas.completions import CompletionRequest
 from cluster.text.output.output_text import OutputStep, PlacedLogprob
 from cluster.text.tools.calls import ToolCallDelta as CallPiece
 from workers.protocol import FinishReason
@@ -37,7 +38,7 @@ class ChatFormatter:
     """A Formatter (generation/answering.py) for one request."""
 
     api: ApiContext
-    body: ChatRequest
+    body: ChatRequest | CompletionRequest
     head: ChatCompletion
     choices: Sequence[Choice]
     _opened: set[int] = field(default_factory=set)
@@ -46,8 +47,11 @@ class ChatFormatter:
         finished = []
         for whole in wholes:
             calls = _join_calls(whole.steps)
+            thoughts = "".join(step.thoughts for step in whole.steps)
             message = ChatResponseMessage(
-                content=None if calls and not whole.text else whole.text, tool_calls=calls or UNSET
+                content=None if (calls or thoughts) and not whole.text else whole.text,
+                tool_calls=calls or UNSET,
+                reasoning_content=thoughts or UNSET,
             )
             finished.append(
                 ChatChoice(
@@ -78,6 +82,12 @@ class ChatFormatter:
                 prompt_logprobs=self._prompt_logprobs() if first else UNSET,
                 prompt_token_ids=self._prompt_token_ids() if first else UNSET,
             )
+        if step.thoughts:
+            thought = ChatChunkChoice(
+                index=index, delta=ChatDelta(reasoning_content=step.thoughts), token_ids=token_ids
+            )
+            yield self._chunk(thought)
+            token_ids = [] if self.body.return_token_ids else UNSET
         if step.text or step.logprobs or (token_ids and not step.tool_calls):
             part = ChatChunkChoice(
                 index=index,

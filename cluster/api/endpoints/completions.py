@@ -52,7 +52,9 @@ def check(api: ApiContext, body: CompletionRequest, context: RequestContext) -> 
 async def prepare(api: ApiContext, body: CompletionRequest, context: RequestContext) -> Prepared:
     """Raises RequestError for what the model cannot do, ReplicaUnavailableError while the model's facts are not known yet."""
     head = Completion(id=f"cmpl-{uuid.uuid4().hex}", created=int(time.time()), model=body.model, choices=[])
-    choices = await _choices(api, body, context, facts=api.router.facts, answer_id=head.id)
+    facts = api.router.facts
+    adapter = await api.use_model(body.model, context)
+    choices = await _choices(api, body, context, facts=facts, answer_id=head.id, adapter=adapter)
     return Prepared(body=body, choices=choices, formatter=CompletionFormatter(api, body, head, choices))
 
 
@@ -91,6 +93,7 @@ async def _choices(
     *,
     facts: EngineFacts,
     answer_id: str,
+    adapter: str | None,
 ) -> list[Choice]:
     num_copies = body.num_copies
     choices: list[Choice] = []
@@ -144,6 +147,7 @@ async def _choices(
                     prompt_token_ids=token_ids,
                     continues=token_ids,
                     sampling=params,
+                    adapter=adapter,
                     # Clients that score a continuation with echo expect one entry for each token.
                     shows_end=True,
                 )

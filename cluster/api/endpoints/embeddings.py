@@ -64,7 +64,8 @@ async def complete(
     facts = api.router.facts
     num_dimensions = _num_dimensions(body, facts)
     answer_id = f"embd-{uuid.uuid4().hex}"
-    requests = await _requests(api, body, context, facts=facts, answer_id=answer_id)
+    adapter = await api.use_model(body.model, context)
+    requests = await _requests(api, body, context, facts=facts, answer_id=answer_id, adapter=adapter)
     with admit_inputs(api, requests, context=context, deadline=deadline) as admission:
         deltas = await run_inputs(api, requests, context=context, admission=admission, arrived=arrived)
     num_tokens = sum(len(r.prompt_token_ids) for r in requests)
@@ -79,7 +80,13 @@ async def complete(
 
 
 async def _requests(
-    api: ApiContext, body: EmbeddingRequest, context: RequestContext, *, facts: EngineFacts, answer_id: str
+    api: ApiContext,
+    body: EmbeddingRequest,
+    context: RequestContext,
+    *,
+    facts: EngineFacts,
+    answer_id: str,
+    adapter: str | None,
 ) -> list[GenerateRequest]:
     keep = body.truncate_prompt_tokens
     requests = []
@@ -95,6 +102,7 @@ async def _requests(
                 sampling=SamplingParams(max_tokens=0, seed=0),
                 priority=context.priority_of(body.priority),
                 embed=True,
+                adapter=adapter,
             )
         )
     return requests

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{model}: the names of the served model.
+"""GET /v1/models and /v1/models/{model}: the names of the served model, and its adapters.
 
 Knows the names, what the model can be used for and, once a replica has reported it, the context length.
 """
@@ -15,7 +15,7 @@ from workers.errors import ReplicaUnavailableError
 async def list_models(request: web.Request) -> web.Response:
     """All served names."""
     api = request.app[CONTEXT]
-    return json_response(ModelList(data=[_card(api, name) for name in api.model_names]))
+    return json_response(ModelList(data=[_card(api, name) for name in (*api.model_names, *api.adapters.names)]))
 
 
 async def get_model(request: web.Request) -> web.Response:
@@ -32,15 +32,21 @@ def _card(api: ApiContext, name: str) -> ModelCard:
     except ReplicaUnavailableError:
         max_model_len = None
     template = api.chat_template
+    base = api.model_names[0]
+    adapter = None if name in api.model_names else api.adapters.revision_of(name)
     return ModelCard(
         id=name,
-        created=api.created,
+        created=api.created if adapter is None else int(adapter.loaded_at or api.created),
         max_model_len=max_model_len,
         max_context_length=max_model_len,
-        aliases=[other for other in api.model_names if other != name],
+        aliases=[other for other in api.model_names if other != name] if adapter is None else [],
         capabilities=Capabilities(
             completion_chat=template is not None,
             function_calling=template is not None and template.supports_tools,
             moderation=template is not None,
+            completion_fim=api.tokenizer.control_token_id("[SUFFIX]") is not None,
         ),
+        type="base" if adapter is None else "fine-tuned",
+        root=base if adapter is None else adapter.source,
+        parent=None if adapter is None else base,
     )

@@ -45,10 +45,11 @@ async def handle(request: web.Request) -> web.Response:
     log_prompt(texts)
     facts = api.router.facts
     answer_id = f"modr-{uuid.uuid4().hex}"
+    adapter = await api.use_model(model, context)
     answers = [api.tokenizer.encode(answer, bos=False) for answer in ANSWERS]
     questions = await asyncio.to_thread(_questions, api, texts, facts=facts)
     requests = [
-        _scored(question, answer, facts=facts, request_id=f"{answer_id}-{i}-{k}")
+        _scored(question, answer, facts=facts, request_id=f"{answer_id}-{i}-{k}", adapter=adapter)
         for i, question in enumerate(questions)
         for k, answer in enumerate(answers)
     ]
@@ -65,7 +66,8 @@ async def handle(request: web.Request) -> web.Response:
 
 def _served_model(api: ApiContext, name: str | None) -> str:
     """The served model also answers for the moderation models of OpenAI and Mistral, which their clients name."""
-    if name is None or (name not in api.model_names and _MODERATION_MODEL.fullmatch(name)):
+    is_known = name in api.model_names or (name is not None and api.adapters.knows(name))
+    if name is None or (not is_known and _MODERATION_MODEL.fullmatch(name)):
         return api.model_names[0]
     return name
 
@@ -95,13 +97,15 @@ def _questions(api: ApiContext, texts: list[str], *, facts: EngineFacts) -> list
     return questions
 
 
-def _scored(question: list[int], answer: list[int], *, facts: EngineFacts, request_id: str) -> GenerateRequest:
+def _scored(
+    question: list[int], answer: list[int], *, facts: EngineFacts, request_id: str, adapter: str | None
+) -> GenerateRequest:
     """A request for the log-probabilities of the answer's tokens and of the end token."""
     token_ids = [*question, *answer, facts.eos_token_ids[0]]
     if len(token_ids) >= facts.max_model_len:
         raise too_long(len(token_ids), param="input", max_model_len=facts.max_model_len)
     sampling = SamplingParams(max_tokens=0, seed=0, prompt_logprobs=0, prompt_logprobs_start=len(question))
-    return GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling)
+    return GenerateRequest(request_id=request_id, prompt_token_ids=token_ids, sampling=sampling, adapter=adapter)
 
 
 def _score(delta: TokenDelta) -> float:

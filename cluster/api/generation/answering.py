@@ -70,23 +70,21 @@ class Prepared:
     body: GenerationRequest
     choices: Sequence[Choice]
     formatter: Formatter
+    wire: sse.Wire = sse.CHUNKS
 
 
 async def answer(
     http_request: web.Request, api: ApiContext, prepared: Prepared, *, deadline: float | None, arrived: float
 ) -> web.StreamResponse:
     """Runs the choices and sends the response. Raises what `admit` and `run` raise, until the first byte was sent."""
-    num_changes_told = 0
+    moved_note = request_options.MovedNote()
+
+    def num_changes() -> int:
+        return request_options.num_numerics_changes(prepared.choices)
 
     def headers() -> dict[str, str]:
-        moved = request_options.moved_headers(prepared.choices)
+        moved = request_options.moved_headers(num_changes())
         return moved | request_options.debug_headers(http_request, prepared.choices)
-
-    def note() -> str:
-        """The header, for streams that have sent their headers before."""
-        nonlocal num_changes_told
-        before, num_changes_told = num_changes_told, request_options.num_numerics_changes(prepared.choices)
-        return f"{request_options.MOVED}: {request_options.OTHER_NUMERICS}" if num_changes_told > before else ""
 
     def is_gone() -> bool:
         return http_request.transport is None or http_request.transport.is_closing()
@@ -100,8 +98,9 @@ async def answer(
             events,
             chunks=prepared.formatter.chunks,
             last_chunks=prepared.formatter.last_chunks,
+            wire=prepared.wire,
             headers=headers,
-            note=note,
+            note=lambda: moved_note(num_changes()),
             keep_alive_s=api.keep_alive_s,
         )
 

@@ -17,6 +17,7 @@ from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usa
 from cluster.api.server.errors import ClientGoneError
 from cluster.router.admission import Admission
 from cluster.router.stream import Trace
+from cluster.text.output.options import DEFAULT_OPTIONS, OutputOptions
 from cluster.text.output.output_text import OutputStep, OutputText, PlacedLogprob
 from workers.errors import EngineError, RequestError
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta, TokenLogprob
@@ -27,7 +28,8 @@ class Choice:
     """One sequence of a response. `copy` numbers the sequences of one prompt: 0 to n-1.
 
     `num_cached_tokens` is None until the first delta, which also brings `prompt_logprobs` if requested. `sum_logprob`: over the output's
-    tokens, where log-probabilities were requested.
+    tokens, where log-probabilities were requested. `options`: what `output` was made with. `numerics`: of the replica that generated the
+    tokens that `request` has already.
     """
 
     index: int
@@ -35,6 +37,8 @@ class Choice:
     request: GenerateRequest
     output: OutputText
     context: RequestContext
+    options: OutputOptions = DEFAULT_OPTIONS
+    numerics: str | None = None
     num_cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     sum_logprob: float = 0.0
@@ -65,19 +69,21 @@ def make_choice(
     prompt_token_ids: list[int],
     continues: Sequence[int],
     sampling: SamplingParams,
+    adapter: str | None = None,
     tool_calls_token_id: int | None = None,
     call_tags: bool = False,
     shows_end: bool = False,
+    reads_thoughts: bool = False,
 ) -> Choice:
-    """continues, tool_calls_token_id, call_tags, shows_end: see OutputText."""
+    """continues, tool_calls_token_id, call_tags, shows_end, reads_thoughts: see OutputText."""
     request = GenerateRequest(
         request_id=f"{answer_id}-{index}",
         prompt_token_ids=prompt_token_ids,
         sampling=sampling,
         priority=context.priority_of(body.priority),
+        adapter=adapter,
     )
-    output = OutputText(
-        api.tokenizer,
+    options = OutputOptions(
         continues=continues,
         stop=body.stop_strings,
         include_stop=bool(body.include_stop_str_in_output),
@@ -86,8 +92,9 @@ def make_choice(
         call_tags=call_tags,
         shows_end=shows_end,
         shows_special=body.shows_special_tokens,
+        reads_thoughts=reads_thoughts,
     )
-    return Choice(index, copy, request, output, context)
+    return Choice(index, copy, request, options.open(api.tokenizer), context, options)
 
 
 @contextlib.contextmanager
@@ -180,14 +187,21 @@ async def _run_one(
     api: ApiContext, choice: Choice, *, admission: Admission, arrived: float
 ) -> AsyncGenerator[Event, None]:
     metrics = api.metrics.sequence(
-        num_prompt_tokens=len(choice.request.prompt_token_ids), arrived=arrived, is_line=choice.context.is_batch_line
+        num_prompt_tokens=len(choice.request.prompt_token_ids),
+        arrived=arrived,
+        is_line=choice.context.is_batch_line,
+        adapter=choice.request.adapter,
     )
     trace = choice.trace
     outcome = "abort"
     is_first = True
     try:
         deltas = api.router.generate(
-            choice.request, admission=admission, trace=trace, max_crashes=choice.context.max_crashes
+            choice.request,
+            admission=admission,
+            trace=trace,
+            max_crashes=choice.context.max_crashes,
+            numerics=choice.numerics,
         )
         async with contextlib.aclosing(deltas):
             async for delta in deltas:

@@ -62,7 +62,10 @@ async def _run_one(
     api: ApiContext, request: GenerateRequest, *, context: RequestContext, admission: Admission, arrived: float
 ) -> TokenDelta:
     metrics = api.metrics.sequence(
-        num_prompt_tokens=len(request.prompt_token_ids), arrived=arrived, is_line=context.is_batch_line
+        num_prompt_tokens=len(request.prompt_token_ids),
+        arrived=arrived,
+        is_line=context.is_batch_line,
+        adapter=request.adapter,
     )
     outcome = "abort"
     try:

@@ -181,12 +181,13 @@ class ResponseToolCall(Struct, frozen=True, kw_only=True):
 
 
 class ChatResponseMessage(Struct, frozen=True, kw_only=True):
-    """`content` is null if there are only tool calls."""
+    """`content` is null if there are only tool calls or thoughts. `reasoning_content`: what a model thought, by vLLM's name."""
 
     content: str | None
     role: str = "assistant"
     refusal: None = None
     tool_calls: list[ResponseToolCall] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True, kw_only=True):
@@ -226,6 +227,7 @@ class ChatDelta(Struct, frozen=True, kw_only=True, omit_defaults=True):
     role: str | None = None
     content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
+    reasoning_content: str | None = None
 
 
 class ChatChunkChoice(Struct, frozen=True, kw_only=True):

@@ -27,6 +27,21 @@ from cluster.api.schemas.chat import (
 )
 from cluster.api.schemas.completions import CompletionRequest
 from cluster.api.schemas.embeddings import EmbeddingRequest
+from cluster.api.schemas.messages.request import (
+    MessagePrompt,
+    MessageRequest,
+    MessageTool,
+    TextBlockInput,
+    ToolResultBlockInput,
+    ToolUseBlockInput,
+)
+from cluster.api.schemas.responses.request import (
+    InputFunctionCall,
+    InputFunctionOutput,
+    InputMessage,
+    ResponseInput,
+    ResponseRequest,
+)
 from cluster.api.schemas.structured import StructuredOutputs
 
 
@@ -119,10 +134,57 @@ _MESSAGE: _Table = {
     **_no_effect("cache_control", _CACHE_MARK),
     **_refused("images", "The model reads text only.", neutral=(None, [])),
 }
-_PART: _Table = _no_effect("cache_control", _CACHE_MARK)
+_PART: _Table = {
+    **_no_effect("cache_control", _CACHE_MARK),
+    **_no_effect("annotations logprobs", "What a server told about its own text, which is an input here."),
+}
 _FUNCTION_ONLY: _Table = _refused("type", "Only tools of type 'function' are supported.", neutral=(None, "function"))
 
+_RESPONSE_INPUT: _Table = {
+    **_refused("conversation", "Send `previous_response_id`, or the whole conversation as `input`."),
+    **_refused("prompt", "The server has no prompt templates. Send `instructions` and `input`."),
+    **_refused("context_management", "Send `truncation`.", neutral=(None, [])),
+    **_no_effect("prompt_cache_key prompt_cache_retention prompt_cache_options", "A hint for OpenAI's prompt cache."),
+    **_no_effect("service_tier safety_identifier", "OpenAI's choice of a price class, or of an end user's name."),
+}
+_RESPONSE: _Table = {
+    **_RESPONSE_INPUT,
+    **_refused("moderation", "Use /v1/moderations."),
+    **_no_effect("max_tool_calls", "A limit of OpenAI's built-in tools, which this server does not have."),
+    **_no_effect("background_options access_programs", "A price class or an offer of OpenAI's."),
+    **_refused("n", "A response has one output.", neutral=(None, 1)),
+}
+_ITEM: _Table = _no_effect("created_by caller namespace async", "Another server's own data about the item.")
+
+_BLOCK: _Table = {
+    **_no_effect("cache_control", _CACHE_MARK),
+    **_no_effect("citations caller toolset_name", "Another server's own data about the block."),
+}
+_MESSAGE_PROMPT: _Table = {
+    **_no_effect("cache_control diagnostics", _CACHE_MARK),
+    **_refused("mcp_servers", "The server calls no other servers.", neutral=(None, [])),
+    **_refused("container context_management", "The server runs no code and keeps no state."),
+    **_no_effect("betas speed inference_geo user_profile_id workspace_id", "A setting of Anthropic's service."),
+}
+
 FOREIGN: dict[type[msgspec.Struct], _Table] = {
+    MessagePrompt: _MESSAGE_PROMPT,
+    MessageRequest: {**_MESSAGE_PROMPT, **_no_effect("service_tier", "Anthropic's choice of a price class.")},
+    MessageTool: _no_effect(
+        "cache_control allowed_callers defer_loading eager_input_streaming input_examples",
+        "A setting of Anthropic's own tools.",
+    ),
+    TextBlockInput: _BLOCK,
+    ToolUseBlockInput: _BLOCK,
+    ToolResultBlockInput: {
+        **_BLOCK,
+        **_no_effect("is_error", "The chat template has no place for it. The result's text says what went wrong."),
+    },
+    ResponseInput: _RESPONSE_INPUT,
+    ResponseRequest: _RESPONSE,
+    InputMessage: _ITEM,
+    InputFunctionCall: _ITEM,
+    InputFunctionOutput: _ITEM,
     CompletionRequest: _COMPLETION,
     ChatRequest: _CHAT,
     EmbeddingRequest: _no_effect("input_type metadata", "A description of the input, which the model does not read."),

@@ -21,7 +21,7 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     """OpenAI's card, `max_model_len` from vLLM's, and what Mistral's client requires.
 
     `max_model_len`, `max_context_length`: the context length in tokens; null until a replica has reported it. `aliases`: the model's other
-    names.
+    names. `root`: where an adapter was loaded from, the model's own name otherwise. `parent`: the model that an adapter belongs to.
     """
 
     id: str
@@ -32,7 +32,9 @@ class ModelCard(Struct, frozen=True, kw_only=True):
     capabilities: Capabilities
     object: str = "model"
     owned_by: str = "tramontane"
-    type: Literal["base"] = "base"
+    type: Literal["base", "fine-tuned"] = "base"
+    root: str | None = None
+    parent: str | None = None
 
 
 class ModelList(Struct, frozen=True, kw_only=True):

@@ -4,7 +4,8 @@ Fields that cannot act are found by lenient.py; structure.py bounds its depth an
 """
 
 import re
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,11 +19,16 @@ _AT = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 
 
 def parse(
-    body: bytes, kind: type[RequestT], *, model: str | None = None, strict: bool = False
+    body: bytes,
+    kind: type[RequestT],
+    *,
+    model: str | None = None,
+    strict: bool = False,
+    adapt: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[RequestT, list[str]]:
     """The validated request, and the paths of its fields that are ignored. Raises RequestError naming the field.
 
-    model: takes the place of the body's. strict: a field that would be ignored is refused.
+    model: takes the place of the body's. strict: a field that would be ignored is refused. adapt: changes the decoded body first.
     """
     check_structure(body)
     try:
@@ -33,6 +39,8 @@ def parse(
         raise RequestError("The request body must be a JSON object.", code="invalid_json")
     if model is not None:
         fields["model"] = model
+    if adapt is not None:
+        adapt(fields)
     ignored = find_ignored(fields, kind, strict=strict)
     try:
         return msgspec.convert(fields, kind, str_keys=True), ignored
@@ -56,6 +64,10 @@ def _explain(message: str) -> RequestError:
         remedy = "Use 'text', 'json_object' or 'json_schema'."
     elif re.search(r"content\[\d*\]\.type$", path):
         remedy = "Only parts of text are supported: 'text', 'input_text', 'output_text' and 'refusal'."
+    elif re.search(r"^tools\[\d*\]\.type$", path):
+        remedy = "Only functions are supported: the server has no tools of its own."
+    elif re.search(r"^input\[\d*\]\.type$", path):
+        remedy = "Use 'message', 'function_call', 'function_call_output' or 'reasoning'."
     return RequestError(
         f"Invalid value for {path or 'the request'!r}: {what}.", remedy=remedy, param=param, code="invalid_value"
     )

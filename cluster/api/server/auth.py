@@ -4,7 +4,7 @@ Only liveness and the web page's own files, which contain no data, answer withou
 Paths come from the matched route, so that every spelling of a path means the same here and in the router. There are no sessions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Middleware
@@ -16,16 +16,16 @@ from cluster.keys.keyring import Keyring
 # Not set where no key is needed.
 KEY = web.RequestKey("key", ApiKey)
 OPEN = ("/health/live", "/", "/docs", "/static/{name}")
-ADMIN = ("/admin/", "/debug/", "/metrics")
+ADMIN = ("/admin/", "/debug/", "/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
-def make_middleware(keyring: Keyring) -> Middleware:
-    """Allows every request if the keyring requires no key."""
+def make_middleware(keyring: Keyring, *, public: Collection[str] = ()) -> Middleware:
+    """Allows every request if the keyring requires no key. public: paths that also answer without one, and then say less."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         path = path_of(request)
-        if not keyring.guards or path in OPEN:
+        if not keyring.guards or path in OPEN or (path in public and not secret_of(request.headers)):
             return await handler(request)
         key = request[KEY] = _authenticate(request, keyring)
         if path.startswith(ADMIN) and not key.admin:

@@ -5,7 +5,9 @@ stream may last for an hour. cluster/api/schemas/ defines what a body may contai
 """
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from aiohttp import hdrs, web
 
@@ -50,6 +52,11 @@ def take_body(request: web.Request) -> bytes:
     return request.pop(_BODY, b"")
 
 
+def peek_body(request: web.Request) -> bytes:
+    """The decoded body, which stays for `take_body`."""
+    return request.get(_BODY, b"")
+
+
 async def _read(request: web.Request, max_bytes: int) -> bytes:
     """As `request.read`, which would keep the bytes for as long as the request lives."""
     body = bytearray()
@@ -69,13 +76,15 @@ def _too_large(max_bytes: int) -> HTTPError:
     )
 
 
-async def read_body(request: web.Request, kind: type[RequestT]) -> RequestT:
-    """The validated request; in Azure's paths, the deployment is its model. Raises RequestError naming the field.
+async def read_body(
+    request: web.Request, kind: type[RequestT], *, adapt: Callable[[dict[str, Any]], None] | None = None
+) -> RequestT:
+    """The validated request; adapt: see `parse`. In Azure's paths, the deployment is its model. Raises RequestError naming the field.
 
     Fields without effect are noted in the request's context, from where they go to the response's header.
     """
     body, model = take_body(request), request.match_info.get("deployment")
-    read = partial(parse, body, kind, model=model, strict=request.app[CONTEXT].strict)
+    read = partial(parse, body, kind, model=model, strict=request.app[CONTEXT].strict, adapt=adapt)
     value, ignored = await asyncio.to_thread(read) if len(body) > LARGE_BYTES else read()
     request[REQUEST_CONTEXT].ignore(*ignored)
     return value

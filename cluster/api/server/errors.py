@@ -28,14 +28,15 @@ log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # Endpoints of other servers that clients ask for, and what to use here.
 INSTEAD = {
-    "/v1/responses": "POST /v1/chat/completions",
-    "/v1/messages": "POST /v1/chat/completions",
-    "/v1/messages/count_tokens": "POST /tokenize with 'messages'",
-    "/v1/fim/completions": "POST /v1/completions with 'suffix'",
+    "/v1/messages/batches": "POST /v1/batches",
     "/v1/chat/moderations": "POST /v1/moderations",
     "/v1/classifications": "POST /v1/moderations",
-    "/v1/agents/completions": "POST /v1/chat/completions",
-    "/v1/conversations": "POST /v1/chat/completions",
+    "/v1/agents": "POST /v1/responses or /v1/chat/completions",
+    "/v1/agents/completions": "POST /v1/responses or /v1/chat/completions",
+    "/v1/conversations": "POST /v1/responses with 'previous_response_id'",
+    "/rerank": "POST /v1/rerank",
+    "/v2/rerank": "POST /v1/rerank",
+    "/score": "POST /v1/score",
     "/v1/batch/jobs": "POST /v1/batches",
     "/api/chat": "POST /v1/chat/completions",
     "/api/generate": "POST /v1/completions",
@@ -111,7 +112,7 @@ def describe(error: Exception) -> tuple[int, ErrorBody]:
         return 503, ErrorBody(message=message, type="service_unavailable_error", code="service_unavailable")
     if isinstance(error, BatchError):
         log.error("A request about files or batches failed: %s", error)
-        message = "Files and batches are not available now. Nothing is lost: try again later. The server's log has the reason."
+        message = "Files, batches and stored responses are not available now. Nothing is lost: try again later. The log has the reason."
         return 503, ErrorBody(message=message, type="service_unavailable_error", code="store_unavailable")
     if isinstance(error, DeadlineExceededError):
         return 504, ErrorBody(message=message, type="timeout_error", code="deadline_exceeded")
@@ -157,12 +158,34 @@ def envelope(error: ErrorBody, *, status: int, headers: Mapping[str, str] | None
     )
 
 
-def error_response(error: Exception) -> web.Response:
-    """The response for any exception, including aiohttp's."""
+# Anthropic's names of errors by status.
+_MESSAGE_ERRORS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def encode_message_error(error: Exception) -> bytes:
+    """The error as Anthropic's clients expect it."""
+    status, body = describe(error)
+    kind = _MESSAGE_ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    told = {"type": kind, "message": body.message, "param": body.param, "code": body.code}
+    return msgspec.json.encode({"type": "error", "error": told})
+
+
+def error_response(error: Exception, path: str = "") -> web.Response:
+    """The response for any exception, including aiohttp's. path: the request's."""
     if isinstance(error, web.HTTPException):
         error = _from_aiohttp(error)
     status, body = describe(error)
     response = envelope(body, status=status, headers=retry_headers(error))
+    if path.startswith("/v1/messages"):
+        response.body = encode_message_error(error)
     if status in (408, 413):  # the rest of the body may still arrive and would not be read
         response.force_close()
     return response
@@ -174,9 +197,9 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
     try:
         return await handler(request)
     except web.HTTPNotFound:
-        return error_response(_unknown_url(request.path))
+        return error_response(_unknown_url(request.path), request.path)
     except Exception as e:
-        return error_response(e)
+        return error_response(e, request.path)
 
 
 def _unknown_url(path: str) -> HTTPError:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
+from cluster.api.context import CONTEXT
 from cluster.api.request_context import REQUEST_CONTEXT, RequestContext
-from cluster.api.server.auth import KEY, path_of
+from cluster.api.server.auth import ADMIN, KEY, path_of
 from cluster.api.server.errors import Handler
 from cluster.keys.accounts import Accounts, RequestUsage
 from cluster.keys.ledger import Group, Ledger, Sums, today
@@ -26,15 +27,16 @@ def make_middleware(
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         key, path = request.get(KEY), path_of(request)
-        if key is None or request.method != "POST" or not path or path.startswith("/admin/"):
-            request[REQUEST_CONTEXT] = RequestContext()
+        if key is None or request.method != "POST" or not path or path.startswith(ADMIN):
+            context = request[REQUEST_CONTEXT] = RequestContext()
             if key is None and request.method == "POST" and _needs_room(path):
                 check_room(None)
-            return await handler(request)
+            with context.at_end:
+                return await handler(request)
         usage = accounts.usage(key, path)
         context = request[REQUEST_CONTEXT] = RequestContext(usage=usage)
         try:
-            with accounts.running(usage):
+            with accounts.running(usage), context.at_end:
                 if _needs_room(path):
                     check_room(context.tenant)
                 return await handler(request)
@@ -42,6 +44,9 @@ def make_middleware(
             usage.failed = True
             raise
         finally:
+            request.app[CONTEXT].metrics.used_by_key(
+                key.name, num_prompt_tokens=usage.num_prompt_tokens, num_output_tokens=usage.num_output_tokens
+            )
             if ledger is not None:
                 record(ledger, usage)
 
@@ -64,4 +69,5 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 def _needs_room(path: str) -> bool:
     """Whether the request runs on a replica now. Files and batches do not: their lines run later and have limits of their own."""
-    return path.startswith(("/v1/", "/openai/")) and not path.startswith(("/v1/files", "/v1/batches"))
+    runs_nothing = ("/v1/files", "/v1/batches", "/v1/responses/", "/v1/messages/", *ADMIN)
+    return path.startswith(("/v1/", "/openai/", "/invocations")) and not path.startswith(runs_nothing)

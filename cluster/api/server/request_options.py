@@ -27,6 +27,7 @@ REQUEST_ID = "X-Request-Id"
 REQUEST_TIMEOUT = "X-Request-Timeout"
 DEBUG = "X-Tramontane-Debug"
 IGNORED = "X-Tramontane-Ignored"
+ADAPTER = "X-Tramontane-Adapter"
 MOVED = "X-Tramontane-Moved"
 OTHER_NUMERICS = "other-numerics"
 _SANE_ID = re.compile(r"[!-~]{1,128}")
@@ -62,6 +63,13 @@ async def add_ignored(request: web.Request, response: web.StreamResponse) -> Non
         log.info("Ignored fields of a request: %s.", context.ignored_text)
 
 
+async def add_adapter(request: web.Request, response: web.StreamResponse) -> None:
+    """For `on_response_prepare`: which revision of an adapter the request got."""
+    context = request.get(REQUEST_CONTEXT)
+    if context is not None and context.adapter is not None:
+        response.headers[ADAPTER] = context.adapter
+
+
 def deadline(request: web.Request, *, arrived: float) -> float | None:
     """When the client stops waiting, on the clock of `arrived`; None without the header. Raises RequestError."""
     text = request.headers.get(REQUEST_TIMEOUT)
@@ -86,9 +94,20 @@ def num_numerics_changes(choices: Sequence["Choice"]) -> int:
     return sum([choice.trace.num_numerics_changes for choice in choices])
 
 
-def moved_headers(choices: Sequence["Choice"]) -> dict[str, str]:
+def moved_headers(num_changes: int) -> dict[str, str]:
     """Says that the output may differ from that of an undisturbed run; empty otherwise."""
-    return {MOVED: OTHER_NUMERICS} if num_numerics_changes(choices) else {}
+    return {MOVED: OTHER_NUMERICS} if num_changes else {}
+
+
+class MovedNote:
+    """The header, for streams that have sent their headers before: what to write as a comment, once for each change."""
+
+    def __init__(self) -> None:
+        self._num_told = 0
+
+    def __call__(self, num_changes: int) -> str:
+        before, self._num_told = self._num_told, num_changes
+        return f"{MOVED}: {OTHER_NUMERICS}" if num_changes > before else ""
 
 
 def debug_headers(request: web.Request, choices: Sequence["Choice"]) -> dict[str, str]:

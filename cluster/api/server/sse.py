@@ -1,4 +1,4 @@
-"""Server-sent events in OpenAI's format: `data: JSON`, a blank line, and `data: [DONE]` at the end.
+"""Server-sent events in OpenAI's format: `data: JSON`, a blank line, and `data: [DONE]` at the end; or as another `Wire` has it.
 
 Knows the wire format. The headers are sent with the first event, so that a failure before it has its own status. A stream that is silent
 for `keep_alive_s`, while it waits for admission or for another replica, gets a comment, which clients skip. If the comment comes before
@@ -10,11 +10,12 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 from aiohttp import hdrs, web
 
-from cluster.api.generation.generation import Event
 from cluster.api.server.errors import ClientGoneError, ErrorEnvelope, describe
 
 log = logging.getLogger(__name__)
@@ -33,34 +34,59 @@ def encode_event(value: msgspec.Struct) -> bytes:
     return b"data: " + _encoder.encode(value) + b"\n\n"
 
 
+def encode_named(value: msgspec.Struct) -> bytes:
+    """One event's bytes with its name, which is its struct's tag."""
+    name: str = value.__struct_config__.tag  # type: ignore[assignment]  # the structs of named events have texts as tags
+    return b"event: " + name.encode() + b"\n" + encode_event(value)
+
+
+def _encode_error(error: Exception) -> bytes:
+    return encode_event(ErrorEnvelope(error=describe(error)[1]))
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How a stream is written: each event, a failure after the headers, and the end."""
+
+    encode: Callable[[msgspec.Struct], bytes] = encode_event
+    error: Callable[[Exception], bytes] = _encode_error
+    end: bytes = b"data: [DONE]\n\n"
+
+
+CHUNKS = Wire()
+
+
 def encode_comment(text: str) -> bytes:
     """The bytes of a comment, which clients skip."""
     return f": {text}\n\n".encode()
 
 
+T = TypeVar("T")
+
+
 async def stream(
     request: web.Request,
-    events: AsyncGenerator[Event, None],
+    events: AsyncGenerator[T, None],
     *,
-    chunks: Callable[[Event], Iterable[msgspec.Struct]],
-    last_chunks: Callable[[], Iterable[msgspec.Struct]],
+    chunks: Callable[[T], Iterable[msgspec.Struct]],
+    last_chunks: Callable[[], Iterable[msgspec.Struct]] = tuple,
+    wire: Wire = CHUNKS,
     headers: Callable[[], Mapping[str, str]] = dict,
     note: Callable[[], str] = str,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> web.StreamResponse:
-    """Writes the chunks of every event, then the last chunks, then [DONE]. headers: called when the headers are sent. note: called for
+    """Writes the chunks of every event, then the last chunks, then the wire's end. headers: called when they are sent. note: called for
     every event; what it returns becomes a comment before the event, unless it is empty.
 
-    A failure before the headers is raised. A later one is sent as an error event, and the stream ends without [DONE].
+    A failure before the headers is raised. A later one is sent as an error event, and the stream ends without that end.
     """
     writer = _Writer(request, headers)
     try:
         async with _kept_alive(writer, keep_alive_s):
             async for event in events:
-                data = b"".join([encode_event(chunk) for chunk in chunks(event)])
+                data = b"".join([wire.encode(chunk) for chunk in chunks(event)])
                 await writer.send(encode_comment(text) + data if (text := note()) else data)
-            last = b"".join([encode_event(chunk) for chunk in last_chunks()])
-            await writer.send(last + b"data: [DONE]\n\n")
+            await writer.send(b"".join([wire.encode(chunk) for chunk in last_chunks()]) + wire.end)
         await writer.response.write_eof()
     except (ConnectionError, ClientGoneError):
         if not writer.started:
@@ -69,9 +95,8 @@ async def stream(
     except Exception as e:
         if not writer.started:
             raise
-        _, body = describe(e)
         try:
-            await writer.send(encode_event(ErrorEnvelope(error=body)))
+            await writer.send(wire.error(e))
             await writer.response.write_eof()
         except (ConnectionError, ClientGoneError):
             log.debug("A client of %s disconnected before the error could be sent.", request.path)

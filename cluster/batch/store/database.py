@@ -41,6 +41,20 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         )""",
     ),
     ("ALTER TABLE lines ADD COLUMN lone_crashes INTEGER NOT NULL DEFAULT 0",),
+    (
+        """CREATE TABLE responses (
+            seq {key}, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, status TEXT NOT NULL, expires_at BIGINT NOT NULL,
+            record {bytes} NOT NULL,
+            lease_owner TEXT, lease_fence BIGINT NOT NULL, lease_expires_at DOUBLE PRECISION NOT NULL
+        )""",
+        "CREATE INDEX responses_running ON responses (seq) WHERE status IN ('queued', 'in_progress')",
+        "CREATE INDEX responses_by_expiry ON responses (expires_at)",
+        # Apart from the records, which are written more than once: a request may be large.
+        "CREATE TABLE response_requests (response BIGINT NOT NULL PRIMARY KEY, data {bytes} NOT NULL)",
+        """CREATE TABLE response_steps (
+            response BIGINT NOT NULL, number BIGINT NOT NULL, data {bytes} NOT NULL, PRIMARY KEY (response, number)
+        ){clustered}""",
+    ),
 )
 
 

@@ -8,11 +8,57 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 from cluster.batch.records import BatchRecord, FileRecord, Lease, Line, LineError, LineResult
+from cluster.responses.records import Append, ResponseLease, ResponseRecord, Step, Stored
 
 Order = Literal["asc", "desc"]
 
 
+class ResponseStore(Protocol):
+    async def add(self, stored: Stored, *, owner: str | None, ttl_s: float, now: float) -> ResponseLease | None:
+        """owner: who runs it from the start; None: the first that takes it."""
+
+    async def get(self, response_id: str) -> Stored | None: ...
+
+    async def follow(self, response_id: str, *, after: int) -> tuple[ResponseRecord, list[Step]] | None:
+        """The record, and the steps from number `after` on, of one moment. None if there is no such response."""
+
+    async def chain(self, response_id: str, *, most: int) -> list[Stored]:
+        """The response and those that it continues, oldest first. Raises RequestError if one is missing, or if there are more."""
+
+    async def acquire(
+        self, owner: str, *, ttl_s: float, now: float, most: int, is_dead: Callable[[str], bool]
+    ) -> list[tuple[ResponseLease, Stored, list[Step]]]:
+        """Leases on responses that have not ended and that nobody runs, oldest first, with what was generated of them.
+
+        is_dead: whether another owner, whose lease has not expired, is known to be dead.
+        """
+
+    async def renew(self, leases: Sequence[ResponseLease], *, ttl_s: float, now: float) -> set[str]:
+        """Extends the leases. Returns the responses of those that are lost."""
+
+    async def release(self, lease: ResponseLease) -> None:
+        """Lets another runner have the response at once. Does nothing for a lost lease."""
+
+    async def append(self, appends: Sequence[Append]) -> set[str]:
+        """Stores steps. Returns the responses whose leases are lost: nothing of those was stored."""
+
+    async def end(
+        self, response_id: str, build: Callable[[Stored, list[Step]], ResponseRecord]
+    ) -> ResponseRecord | None:
+        """Ends a response that is running, wherever it runs: its runner's lease is lost. Returns the new record; the old one of a response
+        that has ended; None if there is none. build: pure, from the response and its steps to the new record."""
+
+    async def delete(self, response_id: str) -> bool:
+        """Returns whether it existed. A runner's lease is lost."""
+
+    async def delete_expired(self, now: float, *, limit: int) -> int:
+        """Returns how many there were."""
+
+
 class Store(Protocol):
+    @property
+    def responses(self) -> ResponseStore: ...
+
     async def add_file(self, record: FileRecord) -> None: ...
 
     async def get_file(self, file_id: str) -> FileRecord | None: ...

@@ -14,7 +14,8 @@ from cluster.batch.errors import StoreError
 from cluster.batch.records import ENDED, BatchRecord, FileRecord, Lease, Line, LineError, LineResult
 from cluster.batch.store import catalog, running
 from cluster.batch.store.database import Database, Session
-from cluster.batch.store.interface import Order
+from cluster.batch.store.interface import Order, ResponseStore
+from cluster.batch.store.responses import SqlResponses
 from cluster.batch.store.rows import decode, line_row, to_line, to_result
 from cluster.batch.store.running import VALIDATING, check_lease
 from cluster.batch.store.statements import ANSWERED, DUPLICATES, ENDED_WITH_LINES, INSERT_LINE, PENDING, PLAN, SUSPECTS
@@ -29,6 +30,7 @@ class SqlStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.responses: ResponseStore = SqlResponses(database)
 
     # Files
 

@@ -28,6 +28,7 @@ REQUEST_FIELDS = (
     "defaults",
     "part",
 )
+OF_MODEL = ("chat_template", "generation_config", "revision", "gguf_file", "served_model_name")
 NOT_KEPT = ("run", "api_key", "log_level", "source", "output", "errors", "state_dir", "overwrite", "target", "json")
 DEFAULT_ERRORS = "batch.errors.jsonl"  # for an output on stdout
 
@@ -40,6 +41,8 @@ def job_from_options(args: Namespace) -> Job:
     if args.ca_cert is not None:
         options["ca_cert"] = str(args.ca_cert.absolute())
     runs_here = args.url is None
+    if not runs_here:
+        _check_for_server(args)
     model = args.model
     if runs_here and model is not None and locations.local_path(model).exists():
         model = str(locations.local_path(model).absolute())
@@ -78,6 +81,18 @@ def job_from_options(args: Namespace) -> Job:
     )
 
 
+def _check_for_server(args: Namespace) -> None:
+    """Raises ConfigError for an option that says how a model is loaded, which a server has done."""
+    for name in OF_MODEL:
+        if getattr(args, name, None) not in (None, ServeConfig.generation_config):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} has no effect with --url: the server has its own.",
+                remedy=f"Leave it out, or start the server with {option}.",
+                param=option,
+            )
+
+
 def errors_location(output: str, errors: str | None) -> str:
     """Where lines without an answer go. errors: the option, None for the default."""
     if errors is not None:
@@ -88,21 +103,8 @@ def errors_location(output: str, errors: str | None) -> str:
 
 
 def _defaults(args: Namespace) -> dict[str, Any]:
-    defaults: dict[str, Any] = {}
-    for pair in args.set or ():
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ConfigError(
-                f"--set {pair} is not a field and a value.",
-                remedy="Write FIELD=VALUE, as in --set top_k=40.",
-                param="--set",
-            )
-        try:
-            defaults[name] = json.loads(value)
-        except ValueError:
-            defaults[name] = value  # a plain word needs no quotes
     given = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
-    return defaults | {name: value for name, value in given.items() if value is not None}
+    return dict(args.set or ()) | {name: value for name, value in given.items() if value is not None}
 
 
 def existing_job(folder: JobFolder, requested: Job, *, overwrite: bool) -> Job | None:

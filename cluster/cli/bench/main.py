@@ -5,7 +5,6 @@ Knows the options, the progress bar and where results go. Loads, statistics and 
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 import time
@@ -41,7 +40,7 @@ def bench(args: Namespace) -> None:
     if args.plots is not None:
         check_matplotlib()
     _check_targets(args)
-    plan, fields = plan_of(args), _fields(args.set or [])
+    plan, fields = plan_of(args), dict(args.set or ())
     began = datetime.now(UTC).isoformat(timespec="seconds")
     results = asyncio.run(_measure(args, plan, fields, began=began))
     answer_console().print(tables(results))
@@ -200,19 +199,3 @@ def _check_targets(args: Namespace) -> None:
         raise ConfigError(
             "--all-requests has no effect without --json.", remedy="Add --json FILE.", param="--all-requests"
         )
-
-
-def _fields(settings: list[str]) -> dict[str, Any]:
-    """`--set FIELD=VALUE`: a value that is not JSON is a string. Raises ConfigError."""
-    fields: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals or not name:
-            raise ConfigError(
-                f"--set {setting} is not FIELD=VALUE.", remedy="Write it like --set temperature=0.7.", param="--set"
-            )
-        try:
-            fields[name] = json.loads(text)
-        except json.JSONDecodeError:
-            fields[name] = text
-    return fields

@@ -10,18 +10,23 @@ import re
 import signal
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from cluster.cli.client import Client
+from cluster.cli.eval.models_report import print_models_table
 from cluster.cli.eval.served_model import ServedModel
 from cluster.cli.measured_server import first_model, shown_command
+from cluster.eval.harness.lm import Asking
+from cluster.eval.harness.scoring import score_suites
+from cluster.eval.harness.tasks import PREFIX, HarnessSuite, load_tasks
 from cluster.eval.journal import Answer, Journal
 from cluster.eval.page import page
-from cluster.eval.report import Prices, Report, as_json, result_of, table, verdicts
+from cluster.eval.report import Prices, Report, as_json, details_table, result_of, table, verdicts
 from cluster.eval.run import Plan, evaluate
+from cluster.eval.scores import Mean
 from cluster.eval.suite import Item, built_in_names, load_suite
 from cluster.terminal.phases import Console
 from cluster.terminal.tables import answer_console
@@ -32,23 +37,20 @@ log = logging.getLogger(__name__)
 
 def evaluate_command(args: Namespace) -> None:
     """Asks, prints the table and writes the files. Raises ConfigError for options that cannot work."""
-    items = [item for name in _suites(args.suites) for item in load_suite(name)]
+    if args.report:
+        print_models_table(args)
+        return
+    suites = built_in_names() if args.suites is None else [name.strip() for name in args.suites.split(",")]
+    items = [item for name in suites if not name.startswith(PREFIX) for item in load_suite(name)]
     if args.max_items is not None:
         items = _first_of_each(items, args.max_items)
-    if args.judge is None and any(item.check.needs_judge for item in items):
-        raise ConfigError(
-            "A suite has items that a judge model decides.", remedy="Name one with --judge.", param="--judge"
-        )
+    tasks = load_tasks(
+        [name.removeprefix(PREFIX) for name in suites if name.startswith(PREFIX)], num_fewshot=args.num_fewshot
+    )
+    _check(args, items, tasks)
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    fields = _fields(args.set or [])
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(_client(args.url, args))
-        models = [
-            ServedModel(client, args.model or first_model(client), uses_chat=args.endpoint == "chat", fields=fields)
-        ]
-        if args.baseline is not None or args.baseline_url is not None:
-            other = stack.enter_context(_client(args.baseline_url or args.url, args))
-            models.append(_baseline(args, other, models[0], fields))
+        models = _models(args, stack)
         judge = None
         if args.judge is not None:
             judge_client = stack.enter_context(_client(args.judge_url or args.url, args))
@@ -57,42 +59,103 @@ def evaluate_command(args: Namespace) -> None:
         journal = stack.enter_context(Journal(folder / "answers.jsonl"))
         stop = threading.Event()
         plan = Plan(items=items, concurrency=args.concurrency, patience_s=args.patience)
-        with _stopping(stop), _progress(len(items) * len(models)) as advance:
-            answers = evaluate(models, plan, journal, judge=judge, on_answer=advance, stop=stop)
-    report = _report(args, models, answers, began=began, is_whole=not stop.is_set())
+        with _stopping(stop), contextlib.closing(_Progress(len(items) * len(models))) as progress:
+            answers = evaluate(models, plan, journal, judge=judge, on_answer=progress.advance, stop=stop)
+            found = _Found(answers)
+            if tasks:
+                found.add_tasks(args, tasks, models, journal=journal, stop=stop, progress=progress)
+    report = found.report(args, models, began=began, is_whole=not stop.is_set())
     if report is None:
         raise KeyboardInterrupt
-    answer_console().print(table(report))
+    console = answer_console()
+    console.print(table(report))
+    console.print(details_table(report), end="\n")
     for sentence in verdicts(report):
-        answer_console().print(sentence)
+        console.print(sentence)
     _write(folder, report)
     if stop.is_set():
         Console().line("Stopped. The same command goes on from here.")
 
 
-def _suites(names: str | None) -> list[str]:
-    return built_in_names() if names is None else [name.strip() for name in names.split(",")]
+def _check(args: Namespace, items: Sequence[Item], tasks: Sequence[HarnessSuite]) -> None:
+    """Raises ConfigError."""
+    if args.judge is None and any(item.check.needs_judge for item in items):
+        raise ConfigError(
+            "A suite has items that a judge model decides.", remedy="Name one with --judge.", param="--judge"
+        )
+    for name in ("metric", "num_fewshot"):
+        if getattr(args, name) is not None and not tasks:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} has no effect without a suite lm-eval:TASK.", remedy="Leave it out.", param=flag)
+    for name in ("bench", "price_per_hour"):
+        if getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} has no effect without --report.", remedy="Add --report.", param=flag)
 
 
-def _baseline(args: Namespace, client: Client, model: ServedModel, fields: dict[str, Any]) -> ServedModel:
-    """Shown with its address where both servers give their models the same name."""
-    name = args.baseline or first_model(client)
-    shown = name if name != model.name else f"{name} ({client.url})"
-    if shown != name and client.url == model.url:
+def _models(args: Namespace, stack: contextlib.ExitStack) -> list[ServedModel]:
+    """The model, and the baseline if there is one."""
+    fields, uses_chat = dict(args.set or ()), args.endpoint == "chat"
+    client = stack.enter_context(_client(args.url, args))
+    model = ServedModel(client, args.model or first_model(client), uses_chat=uses_chat, fields=fields)
+    if args.baseline is None and args.baseline_url is None:
+        return [model]
+    other = stack.enter_context(_client(args.baseline_url or args.url, args))
+    name = args.baseline or first_model(other)
+    # With its address where both servers give their models the same name.
+    shown = name if name != model.name else f"{name} ({other.url})"
+    if shown != name and other.url == model.url:
         raise ConfigError(f"--baseline {name} is the model itself.", remedy="Name another model.", param="--baseline")
-    return ServedModel(client, name, shown=shown, uses_chat=args.endpoint == "chat", fields=fields)
+    return [model, ServedModel(other, name, shown=shown, uses_chat=uses_chat, fields=fields)]
 
 
-def _report(
-    args: Namespace, models: Sequence[ServedModel], answers: dict[str, list[Answer]], *, began: str, is_whole: bool
-) -> Report | None:
-    prices = Prices(prompt=args.price_prompt, output=args.price_output)
-    if not any(answers.values()):
-        return None
-    baseline = answers[models[1].name] if len(models) > 1 else []
-    results = [result_of(models[0].name, answers[models[0].name], prices, baseline=baseline)]
-    results += [result_of(model.name, answers[model.name], prices) for model in models[1:]]
-    return Report(models=results, is_whole=is_whole, command=shown_command(), began=began)
+class _Found:
+    """What came of the suites, by model."""
+
+    def __init__(self, answers: dict[str, list[Answer]]) -> None:
+        self.answers = answers
+        self.means: dict[str, dict[str, Mean]] = {}
+        self.more: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def add_tasks(
+        self,
+        args: Namespace,
+        tasks: Sequence[HarnessSuite],
+        models: Sequence[ServedModel],
+        *,
+        journal: Journal,
+        stop: threading.Event,
+        progress: "_Progress",
+    ) -> None:
+        asking = Asking(
+            journal=journal,
+            concurrency=args.concurrency,
+            patience_s=args.patience,
+            stop=stop,
+            on_requests=progress.expect,
+            on_answer=progress.advance,
+        )
+        for model in models:
+            scored = score_suites(tasks, model, asking, max_items=args.max_items, metric=args.metric)
+            self.answers[model.name] += scored.answers
+            self.means[model.name], self.more[model.name] = scored.means, scored.more
+
+    def report(self, args: Namespace, models: Sequence[ServedModel], *, began: str, is_whole: bool) -> Report | None:
+        if not any(self.answers.values()):
+            return None
+        prices = Prices(prompt=args.price_prompt, output=args.price_output)
+        results = [
+            result_of(
+                model.name,
+                self.answers[model.name],
+                prices,
+                baseline=self.answers[models[1].name] if model is models[0] and len(models) > 1 else [],
+                means=self.means.get(model.name),
+                more=self.more.get(model.name),
+            )
+            for model in models
+        ]
+        return Report(models=results, is_whole=is_whole, command=shown_command(), began=began)
 
 
 def _write(folder: Path, report: Report) -> None:
@@ -121,23 +184,6 @@ def _client(url: str, args: Namespace) -> Client:
     return Client(url, api_key=args.api_key, ca_cert=args.ca_cert, timeout_s=args.timeout)
 
 
-def _fields(pairs: Sequence[str]) -> dict[str, Any]:
-    fields = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        try:
-            fields[name] = json.loads(value)
-        except json.JSONDecodeError as e:
-            raise ConfigError(
-                f"--set {pair} is not FIELD=VALUE with a value in JSON.",
-                remedy="Write text in quotes: --set stop='\"x\"'.",
-                param="--set",
-            ) from e
-        if not equals or not name:
-            raise ConfigError(f"--set {pair} names no field.", remedy="Write FIELD=VALUE.", param="--set")
-    return fields
-
-
 def _first_of_each(items: Sequence[Item], number: int) -> list[Item]:
     seen: dict[str, int] = {}
     kept = []
@@ -148,20 +194,28 @@ def _first_of_each(items: Sequence[Item], number: int) -> list[Item]:
     return kept
 
 
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[Answer], None]]:
-    bar = Console().bar()
-    done = passed = 0
+class _Progress:
+    """A bar of answers; how many there will be may change. Close it."""
 
-    def advance(answer: Answer) -> None:
-        nonlocal done, passed
-        done, passed = done + 1, passed + answer.passed
-        bar.show(before="  items", done=done, total=total, after=f"{done} of {total}, {passed} passed")
+    def __init__(self, total: int) -> None:
+        self._bar = Console().bar()
+        self._total = total
+        self._done = self._passed = 0
 
-    try:
-        yield advance
-    finally:
-        bar.close()
+    def expect(self, number: int) -> None:
+        self._total += number
+        self._show()
+
+    def advance(self, answer: Answer) -> None:
+        self._done, self._passed = self._done + 1, self._passed + answer.passed
+        self._show()
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _show(self) -> None:
+        after = f"{self._done} of {self._total}" + (f", {self._passed} passed" if self._passed else "")
+        self._bar.show(before="  items", done=self._done, total=self._total, after=after)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from cluster.cli.options.shared_rows import (
     LOG_LEVEL,
     REVISION,
     SERVED_NAME,
+    SET,
     TENSOR_PARALLEL_SIZE,
 )
 from cluster.cli.options.values import parse_deadline, parse_positive, parse_replicas
@@ -137,12 +138,7 @@ RUN = Command(
                     help="the same seed gives the same text",
                     shown_default="a different one for each line, the same in every run",
                 ),
-                option(
-                    "--set",
-                    kind="list",
-                    metavar="FIELD=VALUE",
-                    help="any other request field, its value in JSON: --set top_k=40; may be repeated",
-                ),
+                SET,
             ),
             note="used for lines that do not set these fields themselves",
         ),

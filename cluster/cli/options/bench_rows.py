@@ -6,7 +6,7 @@ from cluster.bench.lengths import parse_lengths
 from cluster.bench.objective import parse_objective
 from cluster.bench.workload import DEFAULT_WARMUP
 from cluster.cli.options.option import Command, Group, option, switch
-from cluster.cli.options.shared_rows import API_KEY, CA_CERT, LOG_LEVEL
+from cluster.cli.options.shared_rows import API_KEY, CA_CERT, LOG_LEVEL, SET
 from cluster.cli.options.values import parse_numbers, parse_positive, parse_rate, parse_seconds, parse_whole
 from cluster.config.serve import ServeConfig
 from cluster.system.net import url_of
@@ -57,12 +57,7 @@ BENCH = Command(
                     help="size of the vocabulary: draws token ids from all but the first eighth of it",
                     shown_default="ids of common words, from the server's /tokenize",
                 ),
-                option(
-                    "--set",
-                    kind="list",
-                    metavar="FIELD=VALUE",
-                    help="any other request field, its value in JSON: --set temperature=0.7; may be repeated",
-                ),
+                SET,
                 option(
                     "--timeout",
                     parse=parse_seconds,

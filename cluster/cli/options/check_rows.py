@@ -14,13 +14,15 @@ from workers.config import EngineConfig, KVCacheDtype, Quantization
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_CONCURRENCY, DEFAULT_CPU_CONCURRENCY = 32, 4
+DEFAULT_RANK, DEFAULT_BATCH_SIZE, DEFAULT_TRAINING_CONTEXT = 16, 4, 1024  # of --finetune, as of the recipe
 
 PLAN = Command(
     name="plan",
     help="show where a model fits, how fast it can be and what that costs",
     description="Shows on which GPUs a model fits, how fast it can be there at best and what that costs, and writes the YAML that "
     "rents them. Without --gpu it compares all GPUs it knows. With --gpu cpu it compares the forms of the weights on a machine without a "
-    "GPU, and prints the `serve` command that fits. Exits with 2 when the model fits nowhere.",
+    "GPU, and prints the `serve` command that fits. With --finetune it shows what fine-tuning needs. Exits with 2 when the model fits "
+    "nowhere.",
     run="cluster.cli.plan:plan",
     groups=(
         Group(
@@ -68,13 +70,13 @@ PLAN = Command(
                 option(
                     "--gpu",
                     metavar="NAME",
-                    help=f"one of {', '.join(GPUS)}; cpu: a machine without a GPU, like this one",
+                    help=f"one of {', '.join(GPUS)}, or NAME:N for N of them in a replica; cpu: a machine without a GPU, like this one",
                     shown_default="compare all",
                 ),
                 option(
                     "--tensor-parallel-size",
                     "-tp",
-                    parse=int,
+                    parse=parse_positive,
                     metavar="N",
                     help="GPUs of a replica",
                     shown_default="compare all",
@@ -129,6 +131,29 @@ PLAN = Command(
             ),
         ),
         Group(
+            "fine-tuning",
+            (
+                switch(
+                    "--finetune",
+                    help="plan fine-tuning with LoRA on one GPU instead of serving, as examples/finetune does it",
+                ),
+                option(
+                    "--rank",
+                    parse=parse_positive,
+                    metavar="N",
+                    help="with --finetune, rank of the adapter",
+                    shown_default=str(DEFAULT_RANK),
+                ),
+                option(
+                    "--batch-size",
+                    parse=parse_positive,
+                    metavar="N",
+                    help="with --finetune, conversations in memory at a time, each of --context tokens",
+                    shown_default=f"{DEFAULT_BATCH_SIZE}; {DEFAULT_TRAINING_CONTEXT:,} tokens",
+                ),
+            ),
+        ),
+        Group(
             "output",
             (
                 option(
@@ -167,7 +192,7 @@ DOCTOR = Command(
                 option(
                     "--tensor-parallel-size",
                     "-tp",
-                    parse=int,
+                    parse=parse_positive,
                     metavar="N",
                     help="ranks per replica, placed as `serve` places them",
                     shown_default="one rank per GPU or, without GPUs, one per node",

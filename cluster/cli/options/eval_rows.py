@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cluster.cli.options.option import Command, Group, argument, option
-from cluster.cli.options.shared_rows import API_KEY, CA_CERT, LOG_LEVEL
-from cluster.cli.options.values import parse_positive, parse_rate, parse_seconds
+from cluster.cli.options.shared_rows import API_KEY, CA_CERT, LOG_LEVEL, SET
+from cluster.cli.options.values import parse_positive, parse_rate, parse_seconds, parse_whole
 from cluster.config.serve import ServeConfig
 from cluster.eval.suite import built_in_names
 from cluster.system.net import url_of
@@ -14,7 +14,8 @@ EVAL = Command(
     help="measure how well a model answers, alone or against a baseline",
     description="Asks a model on an OpenAI-compatible server the questions of some suites, checks the answers, and prints the share that "
     "is right in each suite with its 95 % interval, the cost and the speed. With --baseline, both models get the same questions, and the "
-    "difference is tested. Answers are kept as they come: after any interruption, the same command goes on.",
+    "difference is tested. Answers are kept as they come: after any interruption, the same command goes on. With --report it puts "
+    "results together in one table of models.",
     run="cluster.cli.eval.main:evaluate_command",
     groups=(
         Group(
@@ -24,7 +25,8 @@ EVAL = Command(
                     "suites",
                     metavar="SUITE,SUITE",
                     is_optional=True,
-                    help=f"{', '.join(built_in_names())}, or paths of YAML or JSONL files",
+                    help=f"{', '.join(built_in_names())}; paths of YAML or JSONL files; lm-eval:TASK, a task, a group or the path of a "
+                    "task of EleutherAI's lm-eval",
                     shown_default="all that are built in",
                 ),
             ),
@@ -46,12 +48,7 @@ EVAL = Command(
                     default="chat",
                     help="completions: for models without a chat template",
                 ),
-                option(
-                    "--set",
-                    kind="list",
-                    metavar="FIELD=VALUE",
-                    help="another request field, its value in JSON: --set top_p=0.9; may be repeated",
-                ),
+                SET,
                 option(
                     "--timeout",
                     parse=parse_seconds,
@@ -73,6 +70,24 @@ EVAL = Command(
             ),
         ),
         Group(
+            "tasks of lm-eval",
+            (
+                option(
+                    "--num-fewshot",
+                    parse=parse_whole,
+                    metavar="N",
+                    help="examples before each question",
+                    shown_default="the task's number",
+                ),
+                option(
+                    "--metric",
+                    metavar="NAME",
+                    help="the metric that counts, as lm-eval writes it: acc_norm, or exact_match,flexible-extract",
+                    shown_default="the task's first",
+                ),
+            ),
+        ),
+        Group(
             "results",
             (
                 option(
@@ -87,5 +102,31 @@ EVAL = Command(
                 LOG_LEVEL,
             ),
         ),
+        Group(
+            "table of models",
+            (
+                option(
+                    "--report",
+                    kind="list",
+                    metavar="[NAME=]DIR",
+                    help="ask nothing; print the table of the results in these folders, as Markdown; may be repeated; with --output also "
+                    "write table.md, table.json and table.html",
+                ),
+                option(
+                    "--bench",
+                    kind="list",
+                    metavar="[NAME=]FILE",
+                    help="with --report, the JSON of `tramontane bench`, whose speed stands in the row of its model; may be repeated",
+                ),
+                option(
+                    "--price-per-hour",
+                    parse=parse_rate,
+                    metavar="USD",
+                    help="with --report, price of the machine, from which the cost at the measured speed follows",
+                ),
+            ),
+        ),
     ),
 )
+# What --report reads; it refuses every other option.
+TABLE_OPTIONS = ("report", "bench", "price_per_hour", "output", "price_prompt", "price_output", "log_level")

@@ -76,7 +76,8 @@ def _add(where: Any, option: Option, environ: Mapping[str, str]) -> None:
         names = names[:1]  # argparse adds the other one
         given |= {"action": argparse.BooleanOptionalAction, "default": default, "dest": option.dest}
     elif option.kind == "list":
-        given |= {"action": "append", "metavar": option.metavar, "default": default, "dest": option.dest}
+        given |= {"action": "append", "type": _argparse_type(option.parse), "metavar": option.metavar}
+        given |= {"default": default, "dest": option.dest}
     else:
         given |= {"type": _argparse_type(option.parse), "metavar": option.metavar, "choices": option.choices or None}
         if option.kind == "value":

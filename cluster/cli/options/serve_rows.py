@@ -1,9 +1,11 @@
 """The rows of `tramontane serve` and `tramontane generate`."""
 
+import os
 from collections.abc import Sequence
 from operator import not_
 from pathlib import Path
 
+from cluster.cli.options.adapter_rows import ADAPTERS, GENERATE_ADAPTERS
 from cluster.cli.options.option import Command, Group, option, switch
 from cluster.cli.options.profile_rows import PROFILE
 from cluster.cli.options.shared_rows import (
@@ -20,6 +22,7 @@ from cluster.cli.options.shared_rows import (
     serve_field,
 )
 from cluster.cli.options.values import parse_positive, parse_replicas
+from cluster.config.platform import PLATFORM_ENV, PLATFORMS, Platform, recognize
 from cluster.config.sampling_defaults import generation_config
 from cluster.config.serve import (
     API_KEY_ENV,
@@ -32,6 +35,7 @@ from cluster.keys.file import API_KEYS_ENV
 from cluster.protocol.notice import PREEMPTION_NOTICES
 from cluster.protocol.routing import ROUTING_POLICIES
 from cluster.router.bounds import MAX_QUEUED_TOKENS, QUEUE_TIMEOUT_S
+from cluster.system.files import has_files
 from cluster.system.log import LOG_FORMATS
 from workers.errors import ConfigError
 
@@ -51,6 +55,10 @@ def chat_template(requested: str) -> str:
 
 def _absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.absolute())
+
+
+def _platform(asked: str | None) -> Platform | None:
+    return recognize(os.environ, asked=asked or "auto", has_files=has_files)
 
 
 def _tuple(values: Sequence[str] | None) -> tuple[str, ...]:
@@ -118,6 +126,19 @@ HTTP = Group(
             fills=serve_field("cors_origins", convert=_tuple),
             help="web origin whose pages may call the API; may be repeated",
         ),
+        switch(
+            "--public-health",
+            fills=serve_field("public_health"),
+            help="let /health/ready and /ping answer without a key, and then say no more than ready or not",
+        ),
+        option(
+            "--platform",
+            choices=("auto", "none", *PLATFORMS),
+            env=PLATFORM_ENV,
+            fills=serve_field("platform", convert=_platform),
+            help="hosting platform whose port, paths and model to use where nothing else is given; auto: what the environment shows",
+            shown_default="auto",
+        ),
         switch("--no-embeddings", fills=serve_field("serves_embeddings", convert=not_), help="turn off /v1/embeddings"),
         switch(
             "--strict",
@@ -145,7 +166,7 @@ BATCHES = Group(
             parse=Path,
             metavar="DIR",
             fills=serve_field("data_dir", convert=_absolute),
-            help="folder for uploaded files and batches",
+            help="folder for uploaded files, batches and stored responses",
             shown_default="tramontane/NAME in XDG_DATA_HOME or ~/.local/share",
         ),
         option(
@@ -154,14 +175,14 @@ BATCHES = Group(
             env=BATCH_STORE_ENV,
             ignore_env_with="no_batches",
             fills=serve_field("batch_store"),
-            help="PostgreSQL database, postgresql://..., for batches of gateways on several hosts; the environment variable "
+            help="PostgreSQL database, postgresql://..., for batches and responses of gateways on several hosts; the environment variable "
             "keeps it out of the process list",
             shown_default="a file in the data folder",
         ),
         switch(
             "--no-batches",
             fills=serve_field("serves_batches", convert=not_),
-            help="turn off /v1/files and /v1/batches",
+            help="turn off /v1/files and /v1/batches, and store no responses",
         ),
     ),
 )
@@ -267,6 +288,7 @@ SERVE = Command(
     groups=(
         Group(None, (MODEL, REVISION, GGUF_FILE, LOG_LEVEL)),
         HTTP,
+        ADAPTERS,
         BATCHES,
         CLUSTER,
         ROUTING,
@@ -308,6 +330,7 @@ GENERATE = Command(
                 ),
             ),
         ),
+        GENERATE_ADAPTERS,
         PROFILE,
         ENGINE,
     ),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cluster.cli.options.adapter_rows import LORA_ENGINE_ROWS
 from cluster.cli.options.option import Option
 from cluster.cli.options.serve_rows import SERVE
 from cluster.cli.options.shared_rows import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
@@ -69,7 +70,8 @@ def engine_config(
             remedy=f"Use at most {model.max_position_embeddings}.",
             param="--max-model-len",
         )
-    settings = settings_of(EngineConfig, args, (*ENGINE_ROWS, TENSOR_PARALLEL_SIZE))
+    settings = settings_of(EngineConfig, args, (*ENGINE_ROWS, *LORA_ENGINE_ROWS, TENSOR_PARALLEL_SIZE))
+    settings["enable_lora"] |= bool(getattr(args, "lora", None))
     given = {name: getattr(args, name, None) for name in DEVICE_SIZES}
     dtype = _choose_dtype(args, folder, model, device=device, cpus=cpus)
     sizes = decide(CPU if device == "cpu" else SMALLEST_GPU, **given)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from cluster.cli.options.option import Fills, Group, argument, option, switch, toggle
-from cluster.cli.options.values import parse_bytes, parse_positive, show_bytes
+from cluster.cli.options.values import parse_bytes, parse_field, parse_positive, show_bytes
 from cluster.config.engine import FLASH_BLOCK_SIZE, MAX_DEFAULT_MODEL_LEN
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.system.log import LOG_LEVELS
@@ -92,6 +92,15 @@ CA_CERT = option(
     "--ca-cert", parse=Path, metavar="FILE", help="PEM file with the certificate authority to trust for https"
 )
 
+SET = option(
+    "--set",
+    kind="list",
+    parse=parse_field,
+    metavar="FIELD=VALUE",
+    help="any other field of the requests; the value in JSON, and text where it is not JSON: --set top_k=40 --set user=me; may be "
+    "repeated",
+)
+
 URL_ROWS = (
     option("--url", default=url_of(ServeConfig.host, ServeConfig.port), help="address of a gateway"),
     CA_CERT,
@@ -113,7 +122,7 @@ ENGINE_ROWS = (
         "--quantization",
         choices=get_args(Quantization),
         fills=engine_field("quantization"),
-        help="keep weight matrices in 8 or 4 bits, with a scale for every 32 weights, or on CUDA in 8-bit floats (fp8), with a scale for "
+        help="keep weight matrices in 8 or 4 bits, with a scale for every 32 weights, or in 8-bit floats (fp8), with a scale for "
         "every row; made while loading; less memory and more tokens per second, slightly different answers",
         shown_default="none",
     ),

@@ -1,6 +1,8 @@
 """From the text of an option to its value. Every function raises ValueError with the reason, which the parser shows after the option."""
 
+import json
 import re
+from typing import Any, NoReturn
 
 from cluster.batch.records import parse_window
 from workers.errors import RequestError
@@ -84,3 +86,19 @@ def parse_rate(text: str) -> float:
 def parse_seconds(text: str) -> float:
     """A number of seconds above 0, with or without an s."""
     return parse_rate(text.strip().removesuffix("s"))
+
+
+def parse_field(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE of a request's body: the value in JSON, and what is not JSON is text. "top_k=40" is 40, "user=me" is "me"."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{text!r} is not FIELD=VALUE; write it like top_k=40")
+    try:
+        return name, json.loads(value, parse_constant=_not_json)
+    except ValueError:
+        return name, value
+
+
+def _not_json(text: str) -> NoReturn:
+    """NaN and Infinity, which Python reads and JSON has not."""
+    raise ValueError(text)

@@ -30,4 +30,5 @@ def judge_models(nodes: Sequence[Node]) -> Iterator[Finding]:
 
 def _summary(model: Model) -> str:
     files = counted(model.num_files, "weight file")
-    return f"{model.folder} is complete: {files}, {format_bytes(model.num_bytes)}, and a tokenizer"
+    left_out = "" if model.left_out is None else f". Left out: {model.left_out}"
+    return f"{model.folder} is complete: {files}, {format_bytes(model.num_bytes)}, and a tokenizer{left_out}"

@@ -46,6 +46,7 @@ def cpu_json(question: CpuQuestion, plans: Sequence[CpuPlan]) -> dict[str, Any]:
     """chosen: index of the recommended plan, or null if none fits. Bytes are those of the one rank."""
     return {
         "model": question.model.name,
+        "left_out": question.model.left_out,
         "machine": asdict(question.machine),
         "workload": asdict(question.workload),
         "chosen": 0 if plans and plans[0].fits else None,
@@ -70,8 +71,9 @@ def _headline(question: CpuQuestion, plan: CpuPlan) -> str:
     work = question.workload
     kv_form = "" if plan.engine.kv_cache_dtype == "auto" else f"; the KV cache in {plan.engine.kv_cache_dtype}"
     requests = "1 request" if work.concurrency == 1 else f"{work.concurrency} requests"
+    left_out = "" if question.model.left_out is None else f" Left out: {question.model.left_out}."
     return (
-        f"{question.model.name}: {num_parameters(plan.engine) / 1e9:.2f} billion parameters. {requests} at a time, each "
+        f"{question.model.name}: {num_parameters(plan.engine) / 1e9:.2f} billion parameters.{left_out} {requests} at a time, each "
         f"with {work.prompt_tokens:,} prompt tokens and {work.output_tokens:,} output tokens{kv_form}."
     )
 

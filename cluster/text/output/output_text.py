@@ -2,7 +2,7 @@
 
 Holds what a gateway must remember about a sequence. All of it follows from the arguments and the output ids so far, so `replay` can
 rebuild it on another gateway (except the random ids of tool calls, which were sent with the first piece of each call).
-After the token [TOOL_CALLS], or between the tags of a call, the output is tool calls: stop strings do not apply, and tokens have no
+After the token [TOOL_CALLS], between the tags of a call, and where the model thinks, stop strings do not apply, and tokens have no
 log-probabilities, which OpenAI defines for the content only. Knows no HTTP and no replica.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from cluster.text.output.detokenizer import Detokenizer
 from cluster.text.output.stop_strings import StopChecker
+from cluster.text.output.thoughts import ThoughtReader, think_token_ids
 from cluster.text.tokenizer import Tokenizer
 from cluster.text.tools.calls import ToolCallDelta, new_tool_call_id
 from cluster.text.tools.named_calls import ARGS, CALL_ID, CALLS
@@ -30,12 +31,13 @@ class PlacedLogprob:
 
 @dataclass(frozen=True, slots=True)
 class OutputStep:
-    """What one delta adds. `logprobs`: of the tokens whose text is now complete."""
+    """What one delta adds. `logprobs`: of the tokens whose text is now complete. `thoughts` come before the text."""
 
     text: str
     logprobs: list[PlacedLogprob]
     finish_reason: FinishReason | None
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    thoughts: str = ""
 
 
 class OutputText:
@@ -44,7 +46,8 @@ class OutputText:
     continues: see Detokenizer. min_tokens: stop strings apply only after this many tokens. shows_end: also return the log-probability
     of a stop token, which has no text. include_stop: show the stop string or stop token that ended the output. shows_special: special
     tokens are text too, except within tool calls. tool_calls_token_id: the token that comes before tool calls; None if no tools are
-    offered, and all output is text. call_tags: calls stand between tags instead (tools/tagged_calls.py).
+    offered, and all output is text. call_tags: calls stand between tags instead (tools/tagged_calls.py). reads_thoughts: what the model
+    thinks is kept apart, see thoughts.py; without effect on vocabularies without the tokens for it, and where special tokens are shown.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class OutputText:
         call_tags: bool = False,
         shows_end: bool = False,
         shows_special: bool = False,
+        reads_thoughts: bool = False,
         new_tool_call_id: Callable[[], str] = new_tool_call_id,
     ) -> None:
         self._pieces = tokenizer.pieces  # of tool calls
@@ -82,6 +86,8 @@ class OutputText:
         # A tag may be a control token, which has no text of its own.
         named = {tokenizer.control_token_id(tag): tag for tag in (OPEN, CLOSE)} if call_tags else {}
         self._tag_tokens = {token_id: tag for token_id, tag in named.items() if token_id is not None}
+        ids_of_thoughts = think_token_ids(tokenizer) if reads_thoughts and not shows_special else None
+        self._thoughts = None if ids_of_thoughts is None else ThoughtReader(tokenizer, token_ids=ids_of_thoughts)
         self._waiting: deque[tuple[int, PlacedLogprob]] = deque()  # (where the token's text ends, ...)
         self.num_tokens = 0
         self.num_chars = 0  # shown so far
@@ -93,6 +99,11 @@ class OutputText:
         reader = self._parser or self._tags
         return reader is not None and reader.num_calls > 0
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the output."""
+        return self._checker.stop
+
     def replay(self, token_ids: Sequence[int]) -> None:
         """Restores the state after these output ids, which were already shown and did not end the sequence."""
         step = self.push(TokenDelta(request_id="", token_ids=list(token_ids)))
@@ -103,6 +114,7 @@ class OutputText:
         assert self.finish_reason is None, "the sequence has ended"
         parts: list[str] = []
         calls: list[ToolCallDelta] = []
+        thoughts: list[str] = []
         reason = delta.finish_reason
         last = len(delta.token_ids) - 1
         shown_end = ""
@@ -117,6 +129,7 @@ class OutputText:
                     self._waiting.append((end, PlacedLogprob(delta.logprobs[i], end)))
                 break  # counted, and part of the text only if asked for
             if self._parser is None and token_id == self._tool_calls_token_id:
+                thoughts.append(self._end_thoughts())
                 if self._end_text(parts):
                     reason = FinishReason.STOP
                     break
@@ -130,6 +143,10 @@ class OutputText:
                     continue
                 self._push_calls(parts, calls, self._detokenizer.push_token(token_id)[1])
                 continue
+            thought = None if self._thoughts is None else self._thoughts.push(token_id)
+            if thought is not None:
+                thoughts.append(thought)
+                continue
             offset, text = self._detokenizer.push_token(token_id)
             if self._tags is not None:
                 text, found = self._tags.push(text + self._tag_tokens.get(token_id, ""))
@@ -142,6 +159,7 @@ class OutputText:
         if self._tags is not None and self._in_or_after_calls:
             self._drop_logprobs_of_tags(len("".join(parts)))
         if reason is not None:
+            thoughts.append(self._end_thoughts())
             if self._parser is not None:
                 self._push_calls(parts, calls, self._detokenizer.flush())
             elif self._end_text(parts):
@@ -151,7 +169,10 @@ class OutputText:
         text = "".join(parts)
         self.num_chars += len(text)
         self.finish_reason = reason
-        return OutputStep(text, self._release(), reason, calls)
+        return OutputStep(text, self._release(), reason, calls, "".join(thoughts))
+
+    def _end_thoughts(self) -> str:
+        return "" if self._thoughts is None else self._thoughts.flush()
 
     def _end_text(self, parts: list[str]) -> bool:
         """Adds the text that was held back, since no text follows. Returns whether it contains a stop string."""

@@ -3,10 +3,13 @@
 
 import { ApiError, getJson, send } from "./api.js";
 import { showCluster, showHealth, showMessage } from "./cluster_view.js";
+import { showOperations } from "./operations_view.js";
 import { onKeyChange } from "./key.js";
 import { remember } from "./rates.js";
 
 const EVERY_MS = 1000;
+const OPERATIONS_EVERY_S = 5;
+const OPERATIONS_WINDOW_S = 300; // waiting times are of about the last five minutes
 
 /** Returns {show(visible)}: call it when the panel becomes visible or hidden. */
 export function startCluster(panel) {
@@ -16,13 +19,15 @@ export function startCluster(panel) {
   let busy = false;
   let locked = false; // the user entered no key: stop asking until there is one
   let note = null; // why the view is incomplete
+  let readings = []; // of GET admin/operations: {operations, atS}, oldest first
 
   async function poll() {
     try {
       if (note === null) {
         const view = await getJson("admin/cluster", { cache: "no-store" });
         snapshots = remember(snapshots, { view, atS: performance.now() / 1000 });
-        showCluster(panel, snapshots);
+        await readOperations();
+        showCluster(panel, snapshots, showOperations(readings));
       } else {
         showHealth(panel, await health(), note);
       }
@@ -35,6 +40,13 @@ export function startCluster(panel) {
         showMessage(panel, "Enter an API key to see the cluster.", { label: "Enter key", act: unlock });
       } else showMessage(panel, `${error.message} Trying again every second.`, { keep: snapshots.length > 0 });
     }
+  }
+
+  async function readOperations() {
+    const atS = performance.now() / 1000;
+    if (readings.length && atS - readings.at(-1).atS < OPERATIONS_EVERY_S) return;
+    const operations = await getJson("admin/operations", { cache: "no-store" });
+    readings = [...readings.filter((old) => atS - old.atS < OPERATIONS_WINDOW_S), { operations, atS }];
   }
 
   function unlock() {
@@ -58,6 +70,7 @@ export function startCluster(panel) {
   document.addEventListener("visibilitychange", tick);
   onKeyChange(() => {
     snapshots = [];
+    readings = [];
     note = null;
     unlock();
   });

@@ -8,8 +8,8 @@ import { history, rateOf } from "./rates.js";
 const NOTHING = "–";
 const POINTS = 60; // of a sparkline, one per second
 
-/** snapshots: from rates.js, at least one. */
-export function showCluster(panel, snapshots) {
+/** snapshots: from rates.js, at least one. operations: what operations_view.js made. */
+export function showCluster(panel, snapshots, operations = null) {
   const { view } = snapshots.at(-1);
   const rates = view.replicas.map((replica) => rateOf(snapshots, replica));
   replace(
@@ -22,6 +22,7 @@ export function showCluster(panel, snapshots) {
       ? make("div", { class: "replicas" }, view.replicas.map((replica, i) => card(replica, rates[i], snapshots)))
       : make("p", { class: "empty" }, "No replica is running. If the deployment scales to zero, the next request starts one."),
     gateways(view.gateways),
+    operations,
   );
 }
 
@@ -116,6 +117,7 @@ function card(replica, rate, snapshots) {
     "article",
     { class: "card" },
     make("header", {}, make("h2", {}, replica.replica_id), pill(stateOf(replica), replica.state), uptime(replica)),
+    replica.facts?.device && make("p", { class: "hint" }, replica.facts.device),
     replica.reason && make("p", { class: "reason" }, replica.reason),
     replica.state === "starting" && bar(replica.progress[0], replica.progress[1], "Weights read"),
     make(

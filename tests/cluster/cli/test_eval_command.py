@@ -151,7 +151,6 @@ def test_a_judge(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--set", "a"], "FIELD=VALUE"),
         (["--baseline", "m"], "is the model itself"),
         (["--api-key", "wrong"], "Wrong key"),
     ],

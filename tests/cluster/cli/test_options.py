@@ -14,7 +14,7 @@ from cluster.cli.options.page import page
 from cluster.cli.options.parser import make_parser, parse
 from cluster.cli.options.settings import serve_defaults
 from cluster.cli.options.table import COMMANDS
-from cluster.cli.options.values import parse_bytes, parse_positive, parse_replicas, show_bytes
+from cluster.cli.options.values import parse_bytes, parse_field, parse_positive, parse_replicas, show_bytes
 from cluster.config.serve import ServeConfig
 from cluster.protocol.spec import ClusterSpec
 from cluster.router.bounds import MAX_QUEUED_TOKENS
@@ -55,6 +55,32 @@ def test_no_number_of_replicas(text):
 def test_not_a_positive_number(text):
     with pytest.raises(ValueError, match=r"less than 1|not a whole number"):
         parse_positive(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("top_k=40", ("top_k", 40)),
+        ("user=me", ("user", "me")),
+        ('user="40"', ("user", "40")),
+        ("stop=", ("stop", "")),
+        ('logit_bias={"5": 1}', ("logit_bias", {"5": 1})),
+        ("stop=a=b", ("stop", "a=b")),
+        ("top_p=NaN", ("top_p", "NaN")),
+    ],
+)
+def test_request_fields(text, expected):
+    assert parse_field(text) == expected
+
+
+@pytest.mark.parametrize("words", [("bench",), ("eval",), ("batch", "run", "in.jsonl", "-o", "out.jsonl")])
+def test_request_fields_are_read_by_one_rule(words, capsys):
+    assert parse([*words, "--set", "top_k=40", "--set", "user=me"], environ={}).set == [("top_k", 40), ("user", "me")]
+    for wrong in ("top_k", "=1"):
+        with pytest.raises(SystemExit) as e:
+            parse([*words, "--set", wrong], environ={})
+        assert e.value.code == 2
+        assert "is not FIELD=VALUE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["1GiB", "1536MiB", "3KiB", "1023", "7TiB"])

@@ -32,8 +32,10 @@ def test_a_plan_for_one_gpu(capsys):
     out = capsys.readouterr().out
     assert "7.25 billion parameters, bfloat16, 128 KiB of KV cache per token, full attention" in out
     assert "Recommended: 4 A10G, --tensor-parallel-size 4." in out
-    assert "28.5 GB short" in out  # one of them is too small, and is shown as well
-    row = next(line for line in out.splitlines() if line.startswith("A10G  4"))
+    row = next(line for line in out.splitlines() if line.startswith("A10G      4"))
+    seven = next(line for line in out.splitlines() if line.startswith("7 x A10G  1"))
+    assert " 32  yes" in seven  # the requests of all replicas
+    assert "7.04" in seven
     assert "16,384" in row
     assert "Defaults of `serve` there: up to 256 sequences, and 2,048 tokens a step, 64 of these for batches." in out
     assert "5.67" in row
@@ -76,15 +78,21 @@ def test_json_says_what_the_table_says(capsys):
     ("options", "message"),
     [
         (["--gpu", "T4"], "--gpu T4 is not known. Use one of A10G"),
-        (["--gpu", "A10G", "-tp", "1"], "28.5 GB are missing. Use one of: --concurrency 5; --context 1392"),
+        (["--gpu", "A10G", "-tp", "1", "--concurrency", "400"], "are missing. Use one of: --concurrency 5; --context"),
+        (["--gpu", "A10G:4", "-tp", "2"], "--gpu A10G:4 and --tensor-parallel-size 2 are different numbers of GPUs."),
+        (["--gpu", "A10G:x"], "--gpu A10G:x has no number of GPUs after the colon. Write it like A10G:4."),
+        (
+            ["--gpu", "H100:1", "--cloud", "gcp", "--write", "x.yaml"],
+            "No machine with exactly 1 H100 is known on gcp with a price on demand. Choose another --gpu or "
+            "--tensor-parallel-size, or add --spot, or remove --cloud.",
+        ),
         (["--context", "40000"], "--context 40000 does not work with"),
         (["--context", "100", "--prompt-tokens", "100"], "--prompt-tokens 100 leaves no room"),
         (["--concurrency", "0"], "--concurrency 0 is not a number of requests"),
         (["--tensor-parallel-size", "3"], "Use one of 1, 2, 4, 8"),
         (["--gpu-memory-utilization", "1.5"], "Use a value above 0 and up to 1."),
-        (["--gpu", "A10G", "--cloud", "gcp", "--write", "x.yaml"], "No machine with exactly 4 A10G is known on gcp"),
+        (["--gpu", "A10G:4", "--cloud", "gcp", "--write", "x.yaml"], "No machine with exactly 4 A10G is known on gcp"),
         (["--gpu", "A10G", "--dtype", "float32"], "--dtype float32 does not work on GPUs"),
-        (["--gpu", "cpu", "--quantization", "fp8"], "--quantization fp8 works on CUDA only. Use int8"),
         (["--gpu", "A10G", "--memory", "8GB"], "--memory has no effect without --gpu cpu."),
         (["--gpu", "cpu", "--write", "x.yaml"], "--write has no effect with --gpu cpu. Leave it out."),
         (["--gpu", "cpu", "--spot"], "--spot has no effect with --gpu cpu."),
@@ -100,11 +108,18 @@ def test_an_impossible_plan_is_rejected_with_a_remedy(options, message, capsys, 
     assert not list(tmp_path.glob("*.yaml"))
 
 
+def test_no_gpu_is_no_size(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", MODEL, "--gpu", "A10G", "-tp", "0"])
+    assert stopped.value.code == 2
+    assert "--tensor-parallel-size/-tp: 0 is less than 1" in capsys.readouterr().err
+
+
 def test_which_gpu_holds_7b_in_int4_with_a_context_of_32k(capsys, tmp_path):
     """One L4 holds 4 such contexts beside 4.3 GB of weights, and none but one beside the 14.5 GB of bfloat16."""
     options = ["--context", "32768", "--concurrency", "3", "--gpu", "L4", "-tp", "1"]
-    assert main(["plan", MODEL, *options]) == 2
-    assert "--quantization int4" in capsys.readouterr().err
+    assert main(["plan", MODEL, *options]) == 0
+    assert "Recommended: 3 x L4, --tensor-parallel-size 1 --replicas 3" in capsys.readouterr().out
     task = tmp_path / "task.yaml"
     assert main(["plan", MODEL, *options, "--quantization", "int4", "--write", str(task)]) == 0
     assert "int4 weights and bfloat16" in capsys.readouterr().out
@@ -162,12 +177,13 @@ def test_skypilot_accepts_what_is_written(tmp_path, capsys):
         "on_demand.yaml": [MODEL, "--gpu", "A10G"],
         "spot.yaml": [MODEL, "--gpu", "A100-80GB", "--spot", "--gpu-memory-utilization", "0.85", "--concurrency", "16"],
         "local.yaml": [str(folder), "--gpu", "L4", "-tp", "1"],
+        "seven.yaml": [MODEL, "--gpu", "A10G:1"],
     }
     for name, options in asked.items():
         assert main(["plan", *options, "--write", str(tmp_path / name)]) == 0, capsys.readouterr().err
     paths = [tmp_path / name for name in asked]
     commands = [c for path in paths for c in commands_in(opening_comment(path), "sky")]
-    assert len(commands) == 6
+    assert len(commands) == 8
     read = read_with_sky(tmp_path / "sky_home", paths, commands)
     assert set(read["commands"].values()) == {None}, read["commands"]
     tasks = read["tasks"]
@@ -175,6 +191,11 @@ def test_skypilot_accepts_what_is_written(tmp_path, capsys):
         ("aws", {"A10G": 4}, False)
     ]
     assert tasks["on_demand.yaml"]["envs"]["MODEL"] == MODEL
+    # Several replicas: sky/cluster.yaml with a node for each.
+    assert (tasks["on_demand.yaml"]["num_nodes"], tasks["seven.yaml"]["num_nodes"]) == (1, 7)
+    assert [(r["cloud"], r["accelerators"]) for r in tasks["seven.yaml"]["resources"]] == [("aws", {"A10G": 1})]
+    assert tasks["seven.yaml"]["envs"]["SERVE_OPTIONS"] == "--max-model-len 8192 --max-num-seqs 5"
+    assert "RAY_AUTH_TOKEN" in tasks["seven.yaml"]["secrets"]
     assert tasks["on_demand.yaml"]["envs"]["SERVE_OPTIONS"] == "--max-model-len 8192 --max-num-seqs 32"
     assert sorted((r["cloud"], r["use_spot"]) for r in tasks["spot.yaml"]["resources"]) == [
         ("azure", True),

@@ -10,19 +10,34 @@ from support.fakes.core import FACTS
 
 import cluster.controller.controller as controller_module
 import cluster.controller.preemption.act as act_module
+from cluster.adapters.registry import EMPTY
+from cluster.adapters.store import FILES
 from cluster.controller.controller import Controller
+from cluster.protocol.adapters import AdapterRevision, Registry, RevisionState
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import NodeNotice, RankRecord, ReplicaRecord, ReplicaState
+from cluster.replicas.adapter_files import AdapterContent
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
 from workers.protocol import EngineFacts
 
 SPEC = ClusterSpec(model_name="m", engine="engine", max_replicas=2, drain_timeout_s=20.0)  # type: ignore[arg-type]
 
 
+class FakeAdapters:
+    held: frozenset[str] = frozenset()
+
+    async def load(self, content: AdapterContent) -> None:
+        self.held |= {content.revision}
+
+    async def unload(self, revision: str) -> None:
+        self.held -= {revision}
+
+
 class FakeReplica:
     def __init__(self, replica_id: str, incarnation: str, on_change) -> None:
         self.replica_id = replica_id
+        self.adapters = FakeAdapters()
         self.closed = 0
         self._on_change = on_change
         self._record = ReplicaRecord(
@@ -92,9 +107,9 @@ class FakeWatcher:
 
 
 class World(Controller):
-    def __init__(self, spec: ClusterSpec = SPEC) -> None:
+    def __init__(self, spec: ClusterSpec = SPEC, registry: Registry = EMPTY) -> None:
         self.made: list[FakeReplica] = []
-        super().__init__("demo", spec)
+        super().__init__("demo", spec, registry)
 
     def make_replica(self, replica_id: str, incarnation: str | None = None) -> FakeReplica:
         self.made.append(FakeReplica(replica_id, incarnation or f"i{len(self.made)}", self.note_change))
@@ -119,14 +134,22 @@ class World(Controller):
 @pytest.fixture
 def ray(monkeypatch):
     """What the controller finds and stores in Ray."""
-    ray = SimpleNamespace(running={}, saved_spec=None, spared=None, draining={}, told=[])
+    ray = SimpleNamespace(running={}, saved_spec=None, saved_adapters=EMPTY, spared=None, draining={}, told=[])
 
     async def find_ranks(deployment):
         return ray.running
 
+    async def content_of(revision, store, *, single_host):
+        return AdapterContent(revision=revision.id, folder=str(store.path(revision.digest)))
+
     monkeypatch.setattr(controller_module, "find_ranks", find_ranks)
     monkeypatch.setattr(controller_module, "remove_all", lambda d, keep: setattr(ray, "spared", set(keep)))
     monkeypatch.setattr(controller_module, "save_spec", lambda d, spec: setattr(ray, "saved_spec", spec))
+    monkeypatch.setattr(
+        controller_module, "save_registry", lambda d, registry: setattr(ray, "saved_adapters", registry)
+    )
+    monkeypatch.setattr(controller_module, "content_of", content_of)
+    monkeypatch.setattr(controller_module, "RETURN_S", 0.2)
     monkeypatch.setattr(controller_module, "draining_nodes", lambda: ray.draining)
     monkeypatch.setattr(act_module, "drain_node", lambda node_id, cause, deadline: ray.told.append(node_id))
     monkeypatch.setattr(controller_module, "SCALING_INTERVAL_S", 0.02)
@@ -325,3 +348,69 @@ async def test_only_the_first_replica_waits_for_a_limited_time_where_the_cluster
         assert world.placement_timeout_s == later
     finally:
         await world.down()
+
+
+ADAPTERS = replace(SPEC, engine=SimpleNamespace(enable_lora=True), min_replicas=2)
+CONTENT = dict.fromkeys(FILES, b"x")
+REVISION = AdapterRevision(id="support@d1", name="support", source="/a", digest="d1", rank=8, num_bytes=2)
+
+
+def loads_adapters(world: World) -> list[set[str]]:
+    return [set(r.adapters.held) for r in world.made if not r.closed]
+
+
+def using(num: int) -> GatewayReport:
+    return replace(report(), streams_per_adapter={"support@d1": num} if num else {})
+
+
+async def test_an_adapter_is_in_the_view_and_leaves_when_every_gateway_has_seen_it(ray):
+    world = World(ADAPTERS)
+    await world.start()
+    try:
+        await world.ready(2)
+        await world.sync(-1, using(0))
+        assert await world.load_adapter(REVISION, CONTENT) == world.view().adapters == ray.saved_adapters
+        assert loads_adapters(world) == [{"support@d1"}] * 2
+        known = world.view().version
+        await world.change_adapter("unload", "support")
+        await asyncio.sleep(0.25)  # longer than RETURN_S
+        for seen, num in ((known, 0), (world.view().version, 1)):
+            for _ in range(2):
+                await world.sync(seen, using(num))
+            assert loads_adapters(world) == [{"support@d1"}] * 2, "a gateway may still use it"
+        await world.sync(world.view().version, using(0))
+        await world.until(lambda: loads_adapters(world) == [set()] * 2)
+    finally:
+        await world.down()
+
+
+async def test_a_restarted_controller_waits_for_the_gateways_of_the_one_before(ray, monkeypatch):
+    """Their last version means nothing to it, and their streams are not reported yet."""
+    world = World(ADAPTERS)
+    await world.start()
+    await world.ready(2)
+    await world.load_adapter(REVISION, CONTENT)
+    known = world.view().version
+    await world.change_adapter("unload", "support")
+    running = {(r.replica_id, f"i{i}"): [{}] for i, r in enumerate(world.made)}
+    world.adapters.store.close()
+    await world.down()
+    ray.running = running
+    retiring = replace(world.view().adapters, revisions=(replace(REVISION, state=RevisionState.RETIRING),))
+    again = World(ADAPTERS, retiring)
+    monkeypatch.setattr(FakeAdapters, "held", frozenset({"support@d1"}))
+    await again.start()
+    try:
+        assert again.view().version > known, "what a gateway saw before must not count as seen"
+        assert loads_adapters(again) == [{"support@d1"}] * 2
+        await asyncio.sleep(0.1)
+        assert loads_adapters(again) == [{"support@d1"}] * 2
+        await again.until(lambda: loads_adapters(again) == [set()] * 2)
+    finally:
+        await again.down()
+
+
+async def test_without_adapters_the_engine_loads_none(ray):
+    world = World(replace(SPEC, engine=SimpleNamespace(enable_lora=False)))
+    with pytest.raises(ConfigError, match=r"was started without adapters\. Start it with --enable-lora"):
+        await world.load_adapter(REVISION, CONTENT)

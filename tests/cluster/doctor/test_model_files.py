@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.config.checkpoint_location import find_model
+from cluster.doctor.facts import Node
+from cluster.doctor.judge.models import judge_models
 from cluster.doctor.model_files import read_model
+from cluster.plan.models import describe_model
 
 DEMO = find_model(None)
 
@@ -42,6 +45,20 @@ def test_a_complete_model(folder):
     assert model.faults == () and model.num_files == 2 and model.bytes_per_weight == 2
     assert model.num_bytes == sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     assert read_model(str(DEMO)).faults == ()
+
+
+def test_tensors_that_are_left_out_are_named_by_doctor_and_plan(folder):
+    path = folder / "model-00001-of-00002.safetensors"
+    more = ("vision_tower.patch_conv.weight", "vision_tower.ln_pre.weight", "multi_modal_projector.linear_1.weight")
+    buffers = ("model.layers.0.self_attn.rotary_emb.inv_freq",)
+    save_file(load_file(path) | {name: torch.ones(2) for name in (*more, *buffers)}, path)
+    says = "3 tensors for images (multi_modal_projector, vision_tower) and 1 tensor for rotary embedding, which is computed"
+    model = read_model(str(folder))
+    assert model.left_out == says and not model.faults
+    (finding,) = judge_models([Node(address="10.0.0.1", model=model)])
+    assert finding.message.endswith(f", and a tokenizer. Left out: {says}.")
+    assert describe_model(str(folder)).left_out == says
+    assert read_model(str(DEMO)).left_out is None and describe_model(str(DEMO)).left_out is None
 
 
 def test_the_fingerprint_changes_with_the_files(folder):

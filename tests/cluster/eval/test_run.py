@@ -4,9 +4,10 @@ import threading
 
 import pytest
 
-from cluster.eval import run as run_module
+from cluster.eval import patience as patience_module
 from cluster.eval.journal import Answer, Journal, request_key
-from cluster.eval.run import Generated, Plan, evaluate
+from cluster.eval.model import Generated, Scored
+from cluster.eval.run import Plan, evaluate
 from cluster.eval.suite import load_suite
 from workers.errors import ConfigError, ReplicaUnavailableError, RequestError
 
@@ -30,12 +31,12 @@ class FakeModel:
         return Generated(text="42", prompt_tokens=10, output_tokens=2)
 
     def logprob(self, item, option):
-        return -float(len(option))
+        return Scored(logprob=-float(len(option)), prompt_tokens=7)
 
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch):
-    monkeypatch.setattr(run_module, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(patience_module, "FIRST_PAUSE_S", 0.0)
 
 
 def plan(number=5, **settings):
@@ -117,6 +118,14 @@ def test_stop_leaves_out_what_is_missing(tmp_path):
         found = evaluate([Stopping()], plan(20), journal, stop=stop)["m"]
         assert len(journal.answers) == len(found)
     assert 3 <= len(found) <= 6, "those that had begun"
+
+
+def test_the_tokens_of_a_choice_count(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("items: [{id: a, prompt: Is it short, check: {choice: {options: [aye, certainly], answer: aye}}}]")
+    with Journal(tmp_path / "a.jsonl") as journal:
+        (answer,) = evaluate([FakeModel()], Plan(items=load_suite(str(path))), journal)["m"]
+    assert (answer.passed, answer.prompt_tokens, answer.output_tokens) == (True, 14, 0)
 
 
 def test_a_judge_is_asked_with_question_and_answer(tmp_path):

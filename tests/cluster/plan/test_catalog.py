@@ -44,9 +44,24 @@ def test_the_cheapest_type_and_region_of_each_gpu_and_count(home):
         ("gcp", "a2-highgpu-1g", "A100", 1): ((3.75, "us-central1"), (1.25, "us-central1")),
         ("gcp", "a2-ultragpu-1g", "A100-80GB", 1): ((5.1, "us-central1"), (2.0, "us-central1")),
         ("gcp", "g2-standard-24", "L4", 2): ((2.2, "us-central1"), (0.55, "us-central1")),
-        ("azure", "Standard_NV36ads_A10_v5", "A10", 1): ((3.2, "eastus"), (0.6, "eastus")),
         ("azure", "Standard_NC24ads_A100_v4", "A100-80GB", 1): ((3.7, "eastus"), (0.8, "eastus")),
     }
+
+
+def test_what_has_no_price_yet_has_none(home):
+    path = write_catalog(home) / "gcp" / "vms.csv"
+    with path.open("a") as file:
+        file.write("a4-highgpu-8g,224.0,3968.0,,,,us-central1,us-central1-b,0.0,0.0\n")
+        file.write(",,,B200,8.0,B200,us-central1,us-central1-b,0.0,50.0\n")
+    (offer,) = [o for o in known_offers() if o.gpu == "B200" and o.cloud == "gcp"]
+    assert offer.on_demand is None
+    assert offer.spot is not None and offer.spot.usd_per_hour == 50.0
+
+
+def test_linux_on_azure_costs_by_the_gpu():
+    """As Azure's own list does; with Windows each core costs more."""
+    prices = {o.count: o.on_demand.usd_per_hour for o in OFFERS if o.cloud == "azure" and o.gpu == "A100-80GB"}
+    assert prices == {1: 3.673, 2: 7.346, 4: 14.692}
 
 
 def test_prices_are_as_old_as_the_file(home):

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.plan.gpus import GPUS, find_gpu
+from cluster.plan.gpus import GPUS, find_gpu, find_gpus
 from cluster.plan.models import FAMILY, V0_1, PlannedModel
 from cluster.plan.offers import OFFERS
-from cluster.plan.planner import Question, make_plan, make_plans, refusal, sizes_of
+from cluster.plan.planner import MAX_REPLICAS, Question, make_plan, make_plans, refusal, sizes_of
 from cluster.plan.roofline import Workload
 from workers.errors import ConfigError
 
@@ -23,7 +23,7 @@ def question(model: str = "mistralai/Mistral-7B-v0.3", *, context: int = 8192, c
 
 def test_the_cheapest_machine_that_fits_is_recommended():
     plans = make_plans(question(), gpus=[GPUS["A10G"]], offers=OFFERS)
-    assert [(p.tensor_parallel_size, p.fits) for p in plans] == [(4, True), (8, True), (1, False), (2, False)]
+    assert [(p.tensor_parallel_size, p.num_replicas) for p in plans] == [(4, 1), (1, 7), (8, 1), (2, 2)]
     best = plans[0]
     assert [o.instance_type for o in best.offers] == ["g5.12xlarge"]
     assert best.price is not None
@@ -33,12 +33,43 @@ def test_the_cheapest_machine_that_fits_is_recommended():
 
 def test_a_plan_that_is_not_on_sale_comes_after_those_that_are():
     plans = make_plans(question(concurrency=16), gpus=[GPUS["A10G"]], offers=OFFERS)
-    assert [(p.tensor_parallel_size, p.fits) for p in plans] == [(4, True), (8, True), (2, True), (1, False)]
+    assert [(p.tensor_parallel_size, p.num_replicas) for p in plans] == [(1, 4), (4, 1), (8, 1), (2, 1)]
+    assert all(p.fits for p in plans)
+
+
+def test_replicas_hold_together_what_one_card_cannot():
+    """An A10G holds 5 requests of 8,192 tokens: 32 of them are 7 x 5."""
+    asked = question()
+    (plan,) = make_plans(asked, gpus=[GPUS["A10G"]], tensor_parallel_size=1, offers=OFFERS)
+    assert (plan.num_replicas, plan.memory.num_sequences) == (7, 5)
+    assert plan.fits
+    (price,) = [offer.on_demand for offer in plan.offers]
+    assert price is not None
+    assert plan.usd_per_hour(price) == pytest.approx(7 * 1.006)
+    alone = make_plan(question(concurrency=5), GPUS["A10G"], 1, offers=OFFERS)
+    assert plan.tokens_per_s == pytest.approx(7 * alone.speed.tokens_per_s)
+    assert plan.usd_per_million_tokens(price) == pytest.approx(alone.usd_per_million_tokens(price))
+    six = make_plan(question(concurrency=6), GPUS["A10G"], 1)
+    assert not six.fits, "fewer replicas would not do"
+    (too_many,) = make_plans(question(concurrency=5 * MAX_REPLICAS + 1), gpus=[GPUS["A10G"]], tensor_parallel_size=1)
+    assert not too_many.fits
+
+
+def test_on_demand_plans_have_prices_on_demand():
+    asked = replace(question(concurrency=4), cloud="gcp")
+    on_demand, spot = (
+        make_plans(replace(asked, spot=s), gpus=[GPUS["H100"]], tensor_parallel_size=1, offers=OFFERS)[0]
+        for s in (False, True)
+    )
+    assert on_demand.fits and on_demand.offers == ()
+    assert [o.instance_type for o in spot.offers] == ["a3-highgpu-1g"]
+    anywhere = make_plans(question(concurrency=4), gpus=[GPUS["H100"]], tensor_parallel_size=1, offers=OFFERS)[0]
+    assert [o.instance_type for o in anywhere.offers] == ["p5.4xlarge", "Standard_NC40ads_H100_v5"]
 
 
 def test_without_prices_the_fewest_gpus_are_recommended():
     plans = make_plans(question(), gpus=[GPUS["A10G"]])
-    assert [p.tensor_parallel_size for p in plans if p.fits] == [4, 8]
+    assert [(p.tensor_parallel_size, p.num_replicas) for p in plans] == [(4, 1), (2, 2), (1, 7), (8, 1)]
 
 
 def test_spot_and_cloud_decide_which_price_counts():
@@ -118,13 +149,12 @@ def test_float8_doubles_the_operations_of_newer_gpus_only():
 
 
 def test_a_size_by_which_quantised_rows_cannot_be_divided_is_left_out():
-    config = replace(
-        FAMILY["mistralai/Mistral-7B-v0.3"], intermediate_size=14_336 + 64
-    )  # 1,800 inputs on each of 8 ranks
+    config = replace(FAMILY["mistralai/Mistral-7B-v0.3"], head_dim=20)  # 80 inputs on each of 8 ranks
     asked = replace(question(), model=PlannedModel(name="m", config=config), quantization="int8")
-    assert {p.tensor_parallel_size for p in make_plans(asked, gpus=[GPUS["A100"]])} == {1, 2}
-    with pytest.raises(ConfigError, match="is 3600 on each of 4 ranks, which is not a multiple of 32"):
-        make_plans(asked, gpus=[GPUS["A100"]], tensor_parallel_size=4)
+    assert {p.tensor_parallel_size for p in make_plans(asked, gpus=[GPUS["A100"]])} == {1, 2, 4}
+    message = r"on 8 ranks: .* width would begin at 80, .* Use --tensor-parallel-size 1, 2 or 4,"
+    with pytest.raises(ConfigError, match=message):
+        make_plans(asked, gpus=[GPUS["A100"]], tensor_parallel_size=8)
 
 
 def test_no_known_gpu_is_large_enough():
@@ -146,3 +176,11 @@ def test_gpus_are_found_in_any_case_and_unknown_ones_name_the_known():
     assert find_gpu("a100-80gb") is GPUS["A100-80GB"]
     with pytest.raises(ConfigError, match=r"T4 is not known. Use one of A10G, .*H100"):
         find_gpu("T4")
+
+
+def test_gpus_and_their_number_as_skypilot_writes_them():
+    assert find_gpus("a10g:4") == (GPUS["A10G"], 4)
+    assert find_gpus("H200") == (GPUS["H200"], None)
+    for wrong in ("A10G:", "A10G:0", "A10G:four"):
+        with pytest.raises(ConfigError, match=r"Write it like A10G:4"):
+            find_gpus(wrong)

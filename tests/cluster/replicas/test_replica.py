@@ -8,6 +8,8 @@ from support.fakes.core import FACTS
 
 import cluster.replicas.replica as replica_module
 from cluster.protocol.view import ReplicaState
+from cluster.replicas.adapter_files import AdapterContent
+from cluster.replicas.adapters import ReplicaAdapters
 from cluster.replicas.replica import HANG_IS_DEATH_S, LOST_AFTER_S, RayReplica
 from workers.errors import ConfigError, ReplicaUnavailableError
 from workers.protocol import LoadReport
@@ -49,6 +51,7 @@ class FakeGang:
         self.called: list[str] = []
         self.fails: dict[str, Exception] = {}
         self.closed: list[tuple[object, bool]] = []
+        self.answers: dict[str, list[object]] = {}
 
     def actor_name(self, rank: int) -> str:
         return f"{self.name}-rank{rank}"
@@ -71,6 +74,8 @@ class FakeGang:
         return [self._answer(method, rank) for rank in range(SIZE)]
 
     def _answer(self, method: str, rank: int) -> object:
+        if method in self.answers:
+            return self.answers[method][rank]
         answers = {
             "describe": description(rank),
             "start": Started(host="10.0.0.1", port=4000, facts=FACTS) if rank == 0 else None,
@@ -111,8 +116,12 @@ class Stage:
         monkeypatch.setattr(replica_module, "place", self._place)
         monkeypatch.setattr(replica_module, "node_ip", lambda node: f"10.0.0.{node[-1]}")
         monkeypatch.setattr(replica_module, "get_placement_group", lambda name: f"group of {name}")
+        self.replica = self.make()
+
+    def make(self, **options: Any) -> RayReplica:
         config: Any = SimpleNamespace(tensor_parallel_size=SIZE)
-        self.replica = RayReplica("r0", config, deployment="demo", incarnation="abc", on_change=self._note)
+        self.replica = RayReplica("r0", config, deployment="demo", incarnation="abc", on_change=self._note, **options)
+        return self.replica
 
     def _make_gang(self, *arguments: Any, **options: Any) -> FakeGang:
         self.gang = FakeGang(*arguments, **options)
@@ -234,3 +243,29 @@ async def test_a_replica_that_does_not_answer_is_not_closed_in_order(started, tr
         setattr(started.client, name, value)
     await started.replica.close("lost")
     assert started.gang.closed == [("group", False)]
+
+
+async def test_adapters_come_after_the_weights_and_again_before_it_is_ready(stage):
+    """What was loaded during its start would be missing otherwise."""
+    steps: list[tuple[str | None, list[str]]] = []
+
+    async def bring(adapters: ReplicaAdapters) -> None:
+        steps.append((stage.replica.record().phase, stage.gang.called[-1:]))
+        await adapters.load(AdapterContent(revision=f"support@{len(steps)}", folder="/a"))
+
+    await stage.make(bring_adapters=bring).start()
+    assert steps == [("loading", ["load"]), ("starting", ["start"])]
+    assert stage.replica.adapters.held == {"support@1", "support@2"}
+    await stage.replica.adapters.unload("support@1")
+    assert stage.gang.called[-1] == "unload_adapter" and stage.replica.adapters.held == {"support@2"}
+    await stage.replica.close(None)
+
+
+async def test_an_adopted_replica_holds_what_all_of_its_ranks_hold(stage):
+    async def bring(adapters: ReplicaAdapters) -> None: ...
+
+    stage.make(bring_adapters=bring)
+    stage.gang.answers["adapters"] = [("support@1", "support@2"), ("support@2",)]
+    await stage.replica.adopt([description(0), description(1)])
+    assert stage.replica.adapters.held == {"support@2"}
+    await stage.replica.close(None)

@@ -20,19 +20,23 @@ from typing import Any
 import jsonschema
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from support.adapters import write_adapter
 from support.native import native_library
 from support.quantized.checkpoints import write_quantized
 from support.servers.live_replica import TOKEN, TOKENIZER, LiveReplica
 from support.servers.relay import CuttingRelay
 from support.tiny import write_tiny_checkpoint
 
+from cluster.adapters.served import ServedAdapters
 from cluster.api.app import make_app
+from cluster.protocol.adapters import Adapter, AdapterRevision, Registry, RevisionState
 from cluster.replicas.client import ReplicaClient
 from cluster.router.router import Availability, Router
 
 NUM_TOKENS = 64
 AT_A_TIME = 8  # streams in one batch, like streams that move together
 # These differ between any two runs, the last one because the caches fill.
+_MODEL = re.compile(rb'"model": ?"[^"]*"')
 _OWN = re.compile(rb'"(id|created|cached_tokens)": ?("[^"]*"|\d+)')
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 3},
@@ -82,7 +86,7 @@ def replicas(all_replicas: dict[str, LiveReplica]) -> list[LiveReplica]:
 
 @contextlib.asynccontextmanager
 async def serving(
-    replicas: list[LiveReplica], *, cut_after: int | None
+    replicas: list[LiveReplica], *, cut_after: int | None, adapters: ServedAdapters | None = None
 ) -> AsyncIterator[tuple[TestClient, Router, CuttingRelay]]:
     async with (
         CuttingRelay(replicas[0].address, cut_after=cut_after) as relay,
@@ -94,13 +98,15 @@ async def serving(
                 await asyncio.sleep(0.01)
         router = Router([first, second], policy="round_robin")
         router.update([first, second], Availability())
-        app = make_app(router=router, tokenizer=TOKENIZER, chat_template=None, model_name="tiny")
+        app = make_app(router=router, tokenizer=TOKENIZER, chat_template=None, model_name="tiny", adapters=adapters)
         async with TestClient(TestServer(app)) as client:
             yield client, router, relay
 
 
-async def answer(replicas: list[LiveReplica], body: dict[str, Any], *, cut_after: int | None) -> bytes:
-    async with serving(replicas, cut_after=cut_after) as (client, router, relay):
+async def answer(
+    replicas: list[LiveReplica], body: dict[str, Any], *, cut_after: int | None, adapters: ServedAdapters | None = None
+) -> bytes:
+    async with serving(replicas, cut_after=cut_after, adapters=adapters) as (client, router, relay):
         response = await client.post("/v1/completions", json=body, headers={"X-Tramontane-Debug": "1"})
         data = await response.read()
         assert response.status == 200, data
@@ -192,6 +198,52 @@ async def test_other_data_types_of_weights_and_kv_cache_keep_the_bytes_too(
     for cut in cuts:
         assert await answer(compiled_replicas, body, cut_after=cut) == undisturbed, f"it died after {cut} tokens"
     await all_is_free(compiled_replicas)
+
+
+@pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
+async def test_a_stream_of_an_adapter_continues_on_its_own_revision(
+    tmp_path: Path, settings: dict[str, Any], every: int
+) -> None:
+    """Beside streams of the base and of another revision, and while its name serves another revision already."""
+    if settings:
+        native_library("avx2")
+    folder = write_tiny_checkpoint(tmp_path / "model", vocab_size=TOKENIZER.vocab_size, sliding_window=24)
+    options = {"max_num_batched_tokens": 16, "max_num_seqs": 8, "enable_lora": True, "max_loras": 2, **settings}
+    replicas = [LiveReplica(folder, replica_id=name, **options) for name in ("r0", "r1")]
+    served, ids = ServedAdapters(), []
+    for seed in range(2):
+        source = write_adapter(tmp_path / f"a{seed}", replicas[0].core.config.model, seed=seed)
+        ids = [*ids, *{replica.load_adapter("support", source) for replica in replicas}]
+    revisions = tuple(
+        AdapterRevision(id=i, name="support", source="", digest="", rank=4, num_bytes=1, state=RevisionState.READY)
+        for i in ids
+    )
+    served.update(Registry(adapters=(Adapter(name="support", current=ids[0]),), revisions=revisions))
+    body = {"model": "support", "prompt": "def fibonacci(n):", "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    body |= {"stream": True, **SAMPLINGS["sampled"]}
+    try:
+        others = [body | {"model": name} for name in (ids[1], "tiny")]
+        undisturbed = await answer(replicas, body, cut_after=None, adapters=served)
+        alone = [await answer(replicas, other, cut_after=None, adapters=served) for other in others]
+        assert len({_MODEL.sub(b"", data) for data in (undisturbed, *alone)}) == 3, (
+            "the adapters must make a difference"
+        )
+        served.update(
+            Registry(adapters=(Adapter(name="support", current=ids[1], previous=ids[0]),), revisions=revisions)
+        )
+        body |= {"model": ids[0]}
+        for cut in [1, *range(every, NUM_TOKENS, every)]:
+            one, *beside = await asyncio.gather(
+                answer(replicas, body, cut_after=cut, adapters=served),
+                *(answer(replicas, other, cut_after=None, adapters=served) for other in others),
+            )
+            assert _MODEL.sub(b"", one) == _MODEL.sub(b"", undisturbed), f"it died after {cut} tokens"
+            assert beside == alone, "a stream beside it changed"
+        await all_is_free(replicas)
+    finally:
+        for replica in replicas:
+            replica.close()
 
 
 @pytest.mark.parametrize("kind", STRUCTURED)

@@ -24,7 +24,9 @@ _DEAD_END = "http://127.0.0.1:9"  # the discard port
 
 
 def read_with_sky(home: Path, paths: Sequence[Path], commands: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """{"tasks": {file name: what SkyPilot makes of it}, "commands": {command line: its error, or null}}"""
+    """{"tasks": {file name: what SkyPilot makes of it}, "commands": {command line: its error, or null}, "in_a_region": {file name: its
+    error, or null}}: of `sky launch FILE --region us-east-1`.
+    """
     write_catalog(home)
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     env |= {
@@ -83,16 +85,32 @@ def _describe(path: str) -> dict[str, Any]:
         "envs": task.envs,
         "secrets": sorted(names),
         "workdir": task.workdir,
+        "mounts": {there: storage.source for there, storage in task.storage_mounts.items()} | (task.file_mounts or {}),
         "resources": [
             {
                 "cloud": None if r.cloud is None else str(r.cloud).lower(),
                 "accelerators": r.accelerators,
                 "ports": r.ports,
                 "use_spot": r.use_spot,
+                "image_id": r.image_id,
             }
             for r in task.resources
         ],
     }
+
+
+def _error_in_a_region(path: str) -> str | None:
+    """Why `sky launch` does not take the file with `--region us-east-1`, or None; nothing is launched."""
+    from sky.client.cli.command import _make_task_or_dag_from_entrypoint_with_overrides as make_task
+    from sky.exceptions import NoCloudAccessError
+
+    secrets = list(SECRETS.items())
+    try:
+        task = make_task((path,), region="us-east-1", secret=secrets)
+        task.validate()
+    except (ValueError, NoCloudAccessError) as e:
+        return str(e) or type(e).__name__
+    return None
 
 
 def _error_of(command: Sequence[str]) -> str | None:
@@ -119,7 +137,8 @@ def _main() -> None:
     given: dict[str, Iterable[Any]] = json.load(sys.stdin)
     tasks = {Path(path).name: _describe(path) for path in given["paths"]}
     errors = {shlex.join(command): _error_of(command) for command in given["commands"]}
-    print(json.dumps({"tasks": tasks, "commands": errors}))
+    regions = {Path(path).name: _error_in_a_region(path) for path in given["paths"]}
+    print(json.dumps({"tasks": tasks, "commands": errors, "in_a_region": regions}))
 
 
 if __name__ == "__main__":

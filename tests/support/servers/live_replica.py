@@ -20,6 +20,7 @@ from support.paths import DEMO_MODEL
 from workers.engine.llm_engine import LLMEngine
 from workers.engine.loop import EngineLoop
 from workers.engine.numerics import fingerprint
+from workers.lora.peft_folder import read_adapter
 from workers.rank.server import StreamServer
 
 DEMO = DEMO_MODEL
@@ -43,6 +44,14 @@ class LiveReplica:
         )
         self.address = self.server.start()
         self._loop.start()
+
+    def load_adapter(self, name: str, folder: Path) -> str:
+        """As all ranks of a replica load it. Returns the revision that requests name; needs `enable_lora`."""
+        adapters = self.core.runner.adapters
+        assert adapters is not None, "enable_lora"
+        revision = f"{name}@{read_adapter(folder, self.core.config.model, max_rank=256).digest}"
+        adapters.load(revision, folder)
+        return revision
 
     def close(self) -> None:
         assert self._loop.stop()

@@ -83,8 +83,12 @@ def test_equals_the_specification(library, shape, window, dtype, kv):
             caches = [QuantizedKV.of(cache, KV_DTYPES[kv]) for cache in caches]
         q = torch.cat([s[0][before : before + new] for s, (before, new) in zip(sequences, PARTS, strict=True)])
         expected = specification.forward(q, *caches, metadata)
-        tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(torch.cat(found), expected, rtol=tolerance, atol=tolerance / 4)
+        if dtype == torch.bfloat16:
+            # Weights are rounded to bfloat16, by up to 2**-9: of values up to 4, that is 2**-7.
+            rtol, atol = 2**-7, 2**-7
+        else:
+            rtol, atol = 1e-5, 2.5e-6
+        torch.testing.assert_close(torch.cat(found), expected, rtol=rtol, atol=atol)
 
 
 @FORMS
@@ -111,24 +115,36 @@ def test_a_query_has_the_same_bits_whatever_else_is_computed(library, shape, win
             )
 
 
-@FORMS
-def test_every_instruction_set_gives_the_same_bits(dtype, kv):
+@pytest.mark.parametrize("kv", ["auto", "int8", "fp8"])
+def test_every_instruction_set_gives_the_same_bits_in_float32(kv):
+    """In bfloat16, AVX-512 and AMX have products of pairs, each with its own order of sums."""
     shape = (8, 2, 64)
-    sequences = make_sequences(shape, num_tokens=200, dtype=dtype, num=len(PARTS))
+    sequences = make_sequences(shape, num_tokens=200, dtype=torch.float32, num=len(PARTS))
+    how = {"block_size": 16, "window": 70, "kv": kv}
     results = [
         torch.cat(
             attend(
-                make_backends(native_library(name), shape, dtype=dtype, window=70)[0],
-                sequences,
-                PARTS,
-                block_size=16,
-                window=70,
-                kv=kv,
+                make_backends(native_library(name), shape, dtype=torch.float32, window=70)[0], sequences, PARTS, **how
             )
         )
         for name in ("avx512", "avx2")
     ]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["amx", "avx512", "avx2"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_a_query_that_is_not_a_number_stays_alone(name, number):
+    shape = (4, 2, 32)
+    backend, _ = make_backends(native_library(name), shape, dtype=torch.bfloat16, window=None)
+    sequences = make_sequences(shape, num_tokens=40, dtype=torch.bfloat16, num=1)
+    how = {"block_size": 16, "window": None}
+    expected = attend(backend, sequences, [(0, 40)], **how)[0]
+    sequences[0][0][21, 3, 5] = number
+    found = attend(backend, sequences, [(0, 40)], **how)[0]
+    assert found[21, 3].isnan().all()
+    found[21, 3] = expected[21, 3]
+    assert torch.equal(found, expected)
 
 
 def test_what_it_cannot_run():

@@ -34,9 +34,9 @@ def test_a_dense_checkpoint_has_none():
         ),
         (
             compressed(FP8 | {"strategy": "channel"}, form="float-quantized"),
-            ("compressed-tensors", "compressed-tensors float8", None, None),
+            ("compressed-tensors", "compressed-tensors float8", 8, None),
         ),
-        ({"quant_method": "fp8", "activation_scheme": "static"}, ("fp8", "fp8", None, None)),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, ("fp8", "fp8", 8, None)),
     ],
 )
 def test_what_the_fields_say(config, expected):

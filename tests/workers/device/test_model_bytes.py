@@ -149,7 +149,11 @@ def test_a_kv_cache_in_8_bits_is_named_where_it_would_fit():
             {},
             "--dtype bfloat16 (14.5 GB); --quantization int8 (8.1 GB); --quantization int4 (4.5 GB); a machine with more memory.",
         ),
-        (8 * GB, {"dtype": "bfloat16"}, "--quantization int4 (4.3 GB); a machine with more memory."),
+        (
+            8 * GB,
+            {"dtype": "bfloat16"},
+            "--quantization int4 (4.3 GB); --quantization fp8 (7.4 GB); a machine with more memory.",
+        ),
         (
             6 * GB,
             {"dtype": "bfloat16", "quantization": "int8"},

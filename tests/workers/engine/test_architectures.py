@@ -220,5 +220,5 @@ def test_the_language_model_of_a_model_with_images(
         expected = model(torch.tensor([PROMPT])).logits[0]
     caplog.set_level("INFO", "workers.weights.safetensors")
     assert (our_logits(tmp_path) - expected).abs().max() <= TOLERANCE
-    assert "tensors for images are left out" in caplog.text
+    assert "tensors for images (multi_modal_projector, vision_tower)." in caplog.text
     assert load_model_config(tmp_path).has_vision

@@ -75,10 +75,11 @@ def test_a_model_of_several_types_with_a_tied_head(tmp_path):
 
 
 @pytest.mark.group
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_share_every_kind_of_type(tmp_path, size):
-    """Each rank reads its rows and columns, which divide blocks of 256."""
-    model = make_tiny_model(sliding_window=None, **LARGE)
+    """Each rank reads its rows and columns, which divide blocks of 256; three ranks have 2 or 3 units of 32 of the 8 columns."""
+    heads = {"num_attention_heads": 24, "num_key_value_heads": 12} if size == 3 else {}
+    model = make_tiny_model(sliding_window=None, **LARGE, **heads)
     kinds = {"down_proj": "Q4_K", "o_proj": "Q6_K", "up_proj": "TQ2_0", "v_proj": "IQ2_XS", "": "Q5_1"}
     path = write_gguf(tmp_path / "model.gguf", model, dtype=kinds)
     exact = expected_logprobs(dequantized_model(path, model))

@@ -25,7 +25,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]
 
 def kernels() -> set[str]:
     """The Triton functions that are launched: those whose name ends so."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "workers/kernels").glob("*.py")]
+    folders = (ROOT / "workers/kernels", ROOT / "workers/kernels/grouped")
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in folder.glob("*.py")]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return {
         f.name
@@ -36,7 +37,8 @@ def kernels() -> set[str]:
 
 @pytest.mark.parametrize("size", kernel_cache.TENSOR_PARALLEL_SIZES)
 def test_every_kernel_is_compiled(launched, size):
-    kernel_cache.launch_all(size)
+    for form in kernel_cache.FORMS:
+        kernel_cache.launch_form(form, size)
     assert set(launched) == kernels(), "workers/engine/kernel_cache.py should launch each of them"
     attention = launched["attention_kernel"]
     forms = {(c["IS_SHORT"], c["IS_SPLIT"], c["WINDOW"]) for c in attention}
@@ -46,8 +48,27 @@ def test_every_kernel_is_compiled(launched, size):
     assert {(c["NUM_HEADS"], c["BLOCK_SIZE"]) for c in attention} == {(32 // size, 16)}
 
 
+@pytest.mark.parametrize(
+    ("form", "constants"),
+    [
+        ("int4", {"NUM_BITS": 4, "GROUP_SIZE": 32, "OFFSET": 8, "HAS_MINIMA": False, "HALVES": True}),
+        ("int8", {"NUM_BITS": 8, "GROUP_SIZE": 32, "OFFSET": 128, "HAS_MINIMA": False, "HALVES": True}),
+        ("gptq", {"NUM_BITS": 4, "GROUP_SIZE": 128, "OFFSET": 8, "HAS_MINIMA": False, "HALVES": True}),
+        ("awq", {"NUM_BITS": 4, "GROUP_SIZE": 128, "OFFSET": 0, "HAS_MINIMA": True, "HALVES": False}),
+        ("fp8", {"NUM_BITS": 8, "OFFSET": -1, "HAS_MINIMA": False, "HALVES": False}),
+    ],
+)
+def test_products_of_a_form_are_those_of_its_checkpoints(launched, form, constants):
+    """For 1 to 16 rows and for more, and with outputs of narrow and wide weights, as grouped_matmul.choose_tile has them."""
+    kernel_cache.launch_form(form, 1)
+    products = launched["grouped_kernel"]
+    assert all(constants.items() <= launch.items() for launch in products)
+    tiles = {(launch["IN_FEATURES"], launch["ROWS"], launch["OUTPUTS"]) for launch in products}
+    assert tiles == {(n, rows, outputs) for n, outputs in ((4096, 32), (4096, 64), (14_336, 32)) for rows in (16, 32)}
+
+
 def test_the_command_divides_the_work(monkeypatch, capfd):
-    done: list[tuple[int, int]] = []
+    done: list[tuple[int, int, str]] = []
 
     class InThisProcess:
         def __enter__(self) -> "InThisProcess":
@@ -59,6 +80,6 @@ def test_the_command_divides_the_work(monkeypatch, capfd):
 
     monkeypatch.setattr(kernel_cache, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(kernel_cache, "compile_kernels", lambda *job: done.append(job) or 3)
-    kernel_cache.main(["--capabilities", "80", "90", "--tensor-parallel-sizes", "1", "4"])
-    assert done == [(80, 1), (80, 4), (90, 1), (90, 4)]
+    kernel_cache.main(["--capabilities", "80", "90", "--tensor-parallel-sizes", "1", "4", "--forms", "bfloat16"])
+    assert done == [(80, 1, "bfloat16"), (80, 4, "bfloat16"), (90, 1, "bfloat16"), (90, 4, "bfloat16")]
     assert "compiled 12 kernels" in capfd.readouterr().err

@@ -1,25 +1,30 @@
 """Logits of quantised checkpoints beside those of the dense checkpoints that they stand for, on one rank and on two.
 
-Products of whole numbers round their inputs to 8 bits; what becomes dense does not.
+Products of whole numbers round their inputs to 8 bits; those of 8-bit floats, and what becomes dense, do not.
 """
+
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.fakes.engines import make_config
 from support.native import native_library
 from support.quantized import packers
 from support.quantized.checkpoints import FP8, INT4, INT8, KINDS, WIDE, Kind, compressed, write_quantized
 from support.ranks.rank_threads import run_ranks
+from support.tiny import write_tiny_checkpoint
 
 from workers.attention.backend import AttentionMetadata
 from workers.device.model_bytes import weight_bytes
 from workers.engine import build
 from workers.engine.build import build_runner
+from workers.errors import ConfigError
 from workers.parallel.group import SingleRank
 
 BLOCK = 16
 NUM_TOKENS = 40
-BECOME_DENSE = ("gptq, groups of 16", "float-quantized", "float-quantized, blocks", "fp8, static", "fp8, dynamic")
+NOT_ROUNDED = ("gptq, groups of 16", "float-quantized", "float-quantized, blocks", "fp8, static", "fp8, dynamic")
 
 
 def logits_of(folder, *, size=1, **settings):
@@ -61,7 +66,7 @@ def distance(logits, expected):
 def test_logits_are_those_of_the_dense_weights(kind, tmp_path):
     quantized, meant = write_quantized(tmp_path, kind)
     expected, logits = logits_of(meant), logits_of(quantized)
-    if kind in BECOME_DENSE:
+    if kind in NOT_ROUNDED:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     else:
         assert 0 < distance(logits, expected) < 0.03
@@ -81,7 +86,10 @@ def test_the_need_of_memory_is_what_is_loaded(kind, tmp_path):
         else:
             weights += parameter.nbytes
     expected = weight_bytes(config)
-    if "quantized" in kind:
+    if "float" in kind or "fp8" in kind:
+        # Tensors for a matrix begin with a header, and scales of rows are not counted.
+        assert expected <= weights <= 1.05 * expected
+    elif "quantized" in kind:
         assert 0.8 * expected < weights <= expected
     else:
         assert weights == expected
@@ -110,13 +118,91 @@ def test_several_schemes_in_one_checkpoint(tmp_path):
     assert distance(logits_of(folder, size=2), logits_of(meant)) < 0.03
 
 
-@pytest.mark.parametrize("kind", ["awq", "gptq, act-order", "int-quantized, groups, asymmetric"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "awq",
+        "gptq, act-order",
+        "gptq without groups",
+        "int-quantized, groups, asymmetric",
+        "fp8, static",
+        "fp8, dynamic",
+    ],
+)
 def test_three_ranks(kind, tmp_path):
-    """SmolLM2's 9 and 3 heads."""
-    sizes = {"hidden_size": 96, "intermediate_size": 288, "head_dim": 32}
+    """SmolLM2's 9 and 3 heads, and an intermediate size of 7 units of 32, which some ranks have one more of than others."""
+    sizes = {"hidden_size": 96, "intermediate_size": 224, "head_dim": 32}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 1}
     folder, meant = write_quantized(tmp_path, kind, **sizes, **heads)
     assert 0 < distance(logits_of(folder, size=3), logits_of(meant)) < 0.03
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_three_ranks_that_quantise_a_dense_checkpoint(quantization, tmp_path):
+    sizes = {"hidden_size": 96, "intermediate_size": 224, "head_dim": 32, "num_hidden_layers": 1}
+    folder = write_tiny_checkpoint(tmp_path, **sizes, num_attention_heads=9, num_key_value_heads=3)
+    one = logits_of(folder, quantization=quantization)
+    assert distance(one, logits_of(folder)) > 1e-3
+    # Ranks add their parts in another order, and scales are of a rank's part of a row.
+    assert distance(logits_of(folder, size=3, quantization=quantization), one) < 0.06
+
+
+@pytest.mark.parametrize("scheme", ["TENSOR", "NO_SCALES"])
+def test_mistrals_own_layout_of_fp8(scheme, tmp_path, caplog):
+    """params.json says "quantization", and a matrix has qscale_weight and, where inputs have a scale, qscale_act."""
+    for name in ("quantized", "meant"):
+        write_tiny_checkpoint(tmp_path / name, layout="mistral", **WIDE)
+    tensors, meant = {}, {}
+    for name, weight in load_file(tmp_path / "meant" / "consolidated.safetensors").items():
+        is_linear = "attention.w" in name or "feed_forward" in name
+        parts, value = packers.float8(weight) if is_linear else ({"weight": weight}, weight)
+        module = name.removesuffix(".weight")
+        names = {"weight": "weight", "weight_scale": "qscale_weight"}
+        tensors |= {f"{module}.{names[suffix]}": tensor for suffix, tensor in parts.items()}
+        if is_linear and scheme == "TENSOR":
+            tensors[f"{module}.qscale_act"] = torch.tensor(0.5)
+        meant[name] = value
+    save_file(tensors, tmp_path / "quantized" / "consolidated.safetensors")
+    save_file(meant, tmp_path / "meant" / "consolidated.safetensors")
+    params = json.loads((tmp_path / "quantized" / "params.json").read_text())
+    params["quantization"] = {"qformat_weight": "fp8_e4m3", "qscheme_act": scheme}
+    (tmp_path / "quantized" / "params.json").write_text(json.dumps(params))
+    with caplog.at_level("INFO"):
+        logits = logits_of(tmp_path / "quantized")
+    torch.testing.assert_close(logits, logits_of(tmp_path / "meant"), rtol=1e-4, atol=1e-4)
+    assert distance(logits_of(tmp_path / "quantized", size=2), logits) < 1e-4
+    said = "The static scales of inputs (input_scale) of 8 matrices have no effect" in caplog.text
+    assert said == (scheme == "TENSOR"), caplog.text
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_folders_whose_configuration_is_in_a_file_of_its_own(kind, tmp_path):
+    """As the first versions of AutoGPTQ and AutoAWQ wrote them, the former under a name of its own."""
+    folder, _ = write_quantized(tmp_path, kind)
+    expected = logits_of(folder)
+    config = json.loads((folder / "config.json").read_text())
+    found = config.pop("quantization_config")
+    found.pop("quant_method")
+    (folder / "config.json").write_text(json.dumps(config))
+    if kind == "gptq":
+        del found["checkpoint_format"]
+        (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    else:
+        found = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (folder / {"gptq": "quantize_config.json", "awq": "quant_config.json"}[kind]).write_text(json.dumps(found))
+    assert torch.equal(logits_of(folder), expected)
+
+
+def test_a_size_that_would_cut_groups_is_refused_with_those_that_run(tmp_path):
+    """Three heads of 16: two of them on each of three ranks end within a group of 32."""
+    sizes = {"hidden_size": 96, "intermediate_size": 224, "head_dim": 16, "num_hidden_layers": 1}
+    folder, _ = write_quantized(tmp_path, "awq", **sizes, num_attention_heads=6, num_key_value_heads=3)
+    assert make_config(folder, tensor_parallel_size=3).tensor_parallel_size == 3
+    message = (
+        r"groups of 32 .* AWQ int4 .* attention heads' width would begin at 48, .* Use --tensor-parallel-size 1 or 3\."
+    )
+    with pytest.raises(ConfigError, match=message):
+        make_config(folder, tensor_parallel_size=2)
 
 
 def test_a_quantised_output_head(tmp_path):

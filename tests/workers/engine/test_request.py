@@ -110,7 +110,7 @@ def test_an_unusual_request_is_accepted(prompt, params, message):
 
 
 def test_an_adapter_that_is_not_loaded_is_refused():
-    with pytest.raises(RequestError, match=r"No adapter named 'law' is loaded\.") as caught:
+    with pytest.raises(RequestError, match=r"The adapter 'law' is not loaded on this replica\.") as caught:
         admit([5], {}, adapter="law")
     assert caught.value.param == "adapter"
 

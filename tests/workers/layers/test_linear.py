@@ -86,6 +86,40 @@ def test_qkv_holds_this_ranks_heads(size):
         torch.testing.assert_close(torch.cat([result[i] for result in results], dim=-1), x @ tensor.T)
 
 
+def test_qkv_of_ranks_that_read_parts_of_key_value_heads():
+    """12 query and 4 key/value heads on 3 ranks: rank 0 holds the key/value heads 0, 0, 0 and 1."""
+    q, k, v = weight(12 * 2, 6, seed=1), weight(4 * 2, 6, seed=2), weight(4 * 2, 6, seed=3)
+
+    def program(tp):
+        layer = QKVParallelLinear(6, num_heads=12, num_kv_heads=4, head_dim=2, tp=tp, **CPU)
+        assert (
+            sum(layer.load_shard(layer.weight, Source(t), name) for name, t in (("v", v), ("q", q), ("k", k)))
+            == layer.weight.numel()
+        )
+        return layer.weight.clone().split([8, 8, 8])
+
+    held = [[0, 0, 0, 1], [1, 1, 2, 2], [2, 3, 3, 3]]
+    for rank, (own_q, own_k, own_v) in enumerate(run_ranks(3, program)):
+        assert torch.equal(own_q, q[rank * 8 : rank * 8 + 8])
+        assert torch.equal(own_k.view(4, 2, 6), k.view(4, 2, 6)[held[rank]])
+        assert torch.equal(own_v.view(4, 2, 6), v.view(4, 2, 6)[held[rank]])
+
+
+def test_parts_of_different_sizes():
+    a, b, x = weight(10, 16, seed=1), weight(7, 10, seed=2), weight(5, 16, seed=3)
+    bounds = (0, 2, 6, 10)
+
+    def program(tp):
+        share = slice(bounds[tp.rank], bounds[tp.rank + 1])
+        column = MergedColumnParallelLinear(16, [(None, 10)], tp=tp, rows={None: [share]}, **CPU)
+        row = RowParallelLinear(10, 7, tp=tp, columns=share, **CPU)
+        assert load(column, a) == column.weight.numel() and load(row, b) == row.weight.numel()
+        assert torch.equal(column.weight, a[share]) and torch.equal(row.weight, b[:, share])
+        return row(column(x))
+
+    torch.testing.assert_close(run_ranks(3, program)[0], x @ a.T @ b.T)
+
+
 def test_merged_columns_worked_example():
     """The docstring's numbers: rank 1 of 2 holds rows 3-5 of gate, then rows 3-5 of up."""
     gate, up = torch.arange(6.0).unsqueeze(1), torch.arange(10.0, 16.0).unsqueeze(1)

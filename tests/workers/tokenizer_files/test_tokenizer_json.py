@@ -79,7 +79,7 @@ def test_merges_that_lead_to_a_special_token_are_left_out() -> None:
     assert TokenizerJsonModel(spec, name="x").encode("<s>")[-2:] == [size + 2, size + 1]
 
 
-@pytest.mark.parametrize("kind", ["llama2", "metaspace"])
+@pytest.mark.parametrize("kind", ["llama2", "metaspace", "unigram"])
 def test_text_that_follows_other_text_gets_no_space(kind: str) -> None:
     model = model_of(kind)
     table = model.pieces
@@ -129,7 +129,7 @@ def changed(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        (changed(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "x has a Unigram model, which is not supported"),
+        (changed(model={"type": "WordPiece", "vocab": {"a": 0}}), "x has a WordPiece model, which is not supported"),
         (changed(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "x has the decoder WordPiece"),
         (changed(decoder=None), "x has no decoder"),
         (changed(model={"type": "BPE"}), r"not a tokenizer in Hugging Face's format \(KeyError: 'vocab'\)"),

@@ -15,8 +15,8 @@ from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank
 from workers.quant import dense
 from workers.weights import safetensors as checkpoint
+from workers.weights.interleaved import InterleavedRows
 from workers.weights.loader import load_weights
-from workers.weights.safetensors import InterleavedRows
 
 
 @pytest.fixture(autouse=True)
@@ -68,20 +68,22 @@ def assert_same(parameters, expected):
 @pytest.mark.parametrize("index", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_both_layouts_in_any_number_of_files(tmp_path, layout, num_shards, index, size):
-    write_tiny_checkpoint(tmp_path, layout=layout, num_shards=num_shards)
+    even = {"intermediate_size": 128}
+    write_tiny_checkpoint(tmp_path, layout=layout, num_shards=num_shards, **even)
     if not index:
         for path in tmp_path.glob("*.index.json"):
             path.unlink()
     results = run_ranks(size, lambda tp: load(tmp_path, tp=tp))
     for rank, parameters in enumerate(results):
-        assert_same(parameters, expected_parameters(rank=rank, size=size))
+        assert_same(parameters, expected_parameters(rank=rank, size=size, **even))
 
 
 @pytest.mark.parametrize("layout", ["huggingface", "mistral"])
 def test_eight_ranks_and_one_head_each(tmp_path, layout):
-    write_tiny_checkpoint(tmp_path, layout=layout, num_key_value_heads=8)
+    sizes = {"num_key_value_heads": 8, "intermediate_size": 256}
+    write_tiny_checkpoint(tmp_path, layout=layout, **sizes)
     for rank, parameters in enumerate(run_ranks(8, lambda tp: load(tmp_path, tp=tp))):
-        assert_same(parameters, expected_parameters(rank=rank, size=8, num_key_value_heads=8))
+        assert_same(parameters, expected_parameters(rank=rank, size=8, **sizes))
 
 
 @pytest.mark.parametrize("layout", ["huggingface", "mistral"])

@@ -12,6 +12,7 @@ import numpy as np
 
 from workers.engine.batch import ForwardBatch
 from workers.kv_cache.block_pool import NULL_BLOCK
+from workers.lora.slots import NO_SLOT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ def pad_decode(batch: ForwardBatch, size: int) -> ForwardBatch:
         slot_mapping=padded(batch.slot_mapping, NULL_BLOCK, axis=1),
         query_lens=padded(batch.query_lens, 1),
         seq_lens=padded(batch.seq_lens, 1),
+        adapter_slots=padded(batch.adapter_slots, NO_SLOT),
         logits_indices=batch.logits_indices,
         prompt_logits_indices=batch.prompt_logits_indices,
         block_table=padded(batch.block_table, NULL_BLOCK, axis=1),

@@ -3,10 +3,12 @@
     weight        [out_features, in_features] float8_e4m3fn
     weight_scale or weight_scale_inv, by which the weight is multiplied: one number, [out_features] or [out_features, 1],
                   or [ceil(out_features / rows), ceil(in_features / inputs)] of blocks
+    input_scale   one number by which inputs are divided before they are rounded, or activation_scale; not in all checkpoints
 
 Knows no other format.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +21,7 @@ from workers.weights.quantized.header import FLOATS, TensorHeader, check, requir
 from workers.weights.quantized.source import StoredTensor
 
 SCALES = ("weight_scale", "weight_scale_inv")
+INPUT_SCALES = ("input_scale", "activation_scale")
 
 
 def check_float8(
@@ -26,7 +29,7 @@ def check_float8(
 ) -> Float8Form:
     """shape: of the matrix; block_size: as the configuration says. Raises CheckpointError for what is missing or does not fit."""
     name = next((name for name in SCALES if name in tensors), SCALES[0])
-    require(module, tensors, ("weight", name))
+    require(module, tensors, ("weight", name), optional=INPUT_SCALES)
     check(tensors["weight"], dtypes=("F8_E4M3",), shape=shape)
     scales, (out_features, in_features) = tensors[name], shape
     if scales.shape in ((), (1,), (1, 1)):
@@ -44,6 +47,11 @@ def check_float8(
             remedy="Use a checkpoint whose quantization_config belongs to its weights.",
         )
     check(scales, dtypes=FLOATS, shape=scales.shape)
+    for name in INPUT_SCALES:
+        if name in tensors:
+            check(
+                tensors[name], dtypes=FLOATS, shape=tensors[name].shape if math.prod(tensors[name].shape) == 1 else ()
+            )
     return form
 
 
@@ -61,6 +69,7 @@ class Float8Matrix:
         self._form = check_float8(module, tensors, shape, block_size=block_size)
         self._weight = tensors["weight"]
         self._scales = next(tensors[name] for name in SCALES if name in tensors)
+        self._input_scale = next((tensors[name] for name in INPUT_SCALES if name in tensors), None)
         self.name = self._weight.name
         self.shape: tuple[int, ...] = shape
 
@@ -69,12 +78,16 @@ class Float8Matrix:
         rows = slice(*rows_asked.indices(self.shape[0])[:2])
         columns = slice(*columns_asked.indices(self.shape[1])[:2])
         values, scales = self._weight[rows, columns], self._scales[:].float()
+        input_scale = None if self._input_scale is None else self._input_scale[:].float().view(())
         block_rows, block_inputs = self._form.block_size
+        size = self.shape[1]
         if block_rows is None:
-            return Float8Tensor(values=values, scales=scales.view(1, 1), block_size=self.shape[1])
-        if block_inputs is None:
-            return Float8Tensor(values=values, scales=scales.view(-1, 1)[rows], block_size=self.shape[1])
-        assert columns.start % block_inputs == 0, "check_shares has refused others"
-        of_rows = scales[torch.arange(rows.start, rows.stop) // block_rows]
-        blocks = slice(columns.start // block_inputs, -(-columns.stop // block_inputs))
-        return Float8Tensor(values=values, scales=of_rows[:, blocks], block_size=block_inputs)
+            scales = scales.view(1, 1)
+        elif block_inputs is None:
+            scales = scales.view(-1, 1)[rows]
+        else:
+            of_rows = scales[torch.arange(rows.start, rows.stop) // block_rows]
+            # A part of a block keeps its scale: of blocks of 128, inputs 64 to 192 are two of 64. The last block may be shorter.
+            size = math.gcd(block_inputs, columns.start, 0 if columns.stop == size else columns.stop)
+            scales = of_rows[:, torch.arange(columns.start, columns.stop, size) // block_inputs]
+        return Float8Tensor(values=values, scales=scales, block_size=size, input_scale=input_scale)

@@ -14,7 +14,7 @@ from workers.quant.method import WeightSource
 from workers.stored_weights import StoredWeights
 from workers.weights.quantized.awq import AwqPacking, check_awq
 from workers.weights.quantized.compressed import CompressedPacking, check_compressed
-from workers.weights.quantized.float8 import Float8Matrix, check_float8
+from workers.weights.quantized.float8 import INPUT_SCALES, Float8Matrix, check_float8
 from workers.weights.quantized.gptq import GptqPacking, check_gptq
 from workers.weights.quantized.grouped import GroupedMatrix
 from workers.weights.quantized.header import TensorHeader
@@ -28,7 +28,8 @@ _OF_OTHERS = (
     *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape", "weight_g_idx"),
     "weight_global_scale",
 )
-# Of rounded inputs, and of keys and values: this engine keeps these in its dtype, which is nearer to the original.
+# Of rounded inputs, and of keys and values: this engine keeps these in its dtype, which is nearer to the original. Products of 8-bit floats
+# have a use for the scales of their inputs.
 _WITHOUT_EFFECT = re.compile(
     r".*\.(input_scale|input_zero_point|input_global_scale|activation_scale|output_scale|[qkv]_scale|[qkv]_zero_point)"
 )
@@ -48,7 +49,12 @@ def find_matrices(tensors: Mapping[str, T]) -> tuple[dict[str, T], dict[str, dic
     others = {}
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
-        if suffix in modules.get(module, ()) or _WITHOUT_EFFECT.fullmatch(name):
+        if suffix in modules.get(module, ()):
+            continue
+        if suffix in INPUT_SCALES and _is_float8(tensors.get(f"{module}.weight")):
+            modules[module][suffix] = tensor
+            continue
+        if _WITHOUT_EFFECT.fullmatch(name):
             continue
         if suffix == "weight" and module in modules:
             modules[module][suffix] = tensor
@@ -94,12 +100,17 @@ def open_matrices(
             sources[f"{module}.weight"] = Float8Matrix(module, parts, shape, block_size=stored.block_size)
         else:
             sources[f"{module}.weight"] = GroupedMatrix(CompressedPacking(module, parts, shape))
-    if dropped := sum(_WITHOUT_EFFECT.fullmatch(name) is not None for name in tensors):
+    kept = {f"{module}.{suffix}" for module, parts in modules.items() for suffix in parts}
+    if dropped := sum(_WITHOUT_EFFECT.fullmatch(name) is not None for name in tensors.keys() - kept):
         log.info(
             "%d tensors with scales of inputs, keys or values have no effect: they are computed in the engine's own type.",
             dropped,
         )
     return sources
+
+
+def _is_float8(weight: TensorHeader | None) -> bool:
+    return weight is not None and weight.dtype == "F8_E4M3"
 
 
 def _kind(module: str, tensors: Mapping[str, TensorHeader], stored: StoredWeights) -> str:

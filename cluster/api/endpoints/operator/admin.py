@@ -1,15 +1,17 @@
-"""POST /admin/replicas/{id}/drain and GET /admin/cluster. On a server with API keys they require an admin key.
+"""POST /admin/replicas/{id}/drain, GET /admin/cluster and /admin/operations. On a server with API keys they require an admin key.
 
 Knows the paths and bodies; an `Admin` does the work. Without one, these paths are answered with 404.
 """
 
 import math
+import os
 
 import msgspec
 from aiohttp import web
 
 from cluster.api.context import CONTEXT, Admin
 from cluster.api.server.body import take_body
+from cluster.metrics.operations import operations
 from workers.errors import RequestError
 
 
@@ -43,6 +45,14 @@ async def cluster(request: web.Request) -> web.Response:
     """Replicas, ranks, nodes and gateways, as the controller last reported them."""
     body = msgspec.json.encode(_admin(request).cluster_view())
     return web.Response(body=body, content_type="application/json")
+
+
+async def operate(request: web.Request) -> web.Response:
+    """What this gateway has measured since it started."""
+    grafana = os.environ.get("RAY_GRAFANA_IFRAME_HOST") or os.environ.get("RAY_GRAFANA_HOST")
+    links = {"Grafana": f"{grafana.rstrip('/')}/d/tramontane"} if grafana else {}
+    found = operations(request.app[CONTEXT].metrics, links=links)
+    return web.Response(body=msgspec.json.encode(found), content_type="application/json")
 
 
 def _admin(request: web.Request) -> Admin:

@@ -1,7 +1,8 @@
-"""GET /health, /health/ready, /health/live and /metrics: the current state, for load balancers, people and Prometheus.
+"""GET /health, /health/ready, /ping, /health/live and /metrics: the current state, for load balancers, people and Prometheus.
 
-/health and /health/ready answer 200 only if a request sent now would be served, possibly by starting a replica. /health/live answers 200
-while this process's event loop runs; it needs no key. Knows only what the router reports.
+The first three answer 200 only if a request sent now would be served, possibly by starting a replica; /ping, which hosting platforms ask,
+says no more than that, and with --public-health neither do the others to a request without a key. /health/live answers 200 while this
+process's event loop runs; it needs no key. Knows only what the router reports.
 """
 
 import msgspec
@@ -9,6 +10,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from cluster.api.context import CONTEXT
+from cluster.api.server.auth import KEY
 
 
 class ReplicaHealth(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,12 +42,27 @@ async def live(request: web.Request) -> web.Response:
     return web.Response(body=msgspec.json.encode(LiveResponse()), content_type="application/json")
 
 
+class PingResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """`status`: "ok" or "unavailable"."""
+
+    status: str
+
+
+async def ping(request: web.Request) -> web.Response:
+    """As /health/ready, without details."""
+    ready = request.app[CONTEXT].router.health().ready
+    answer = PingResponse(status="ok" if ready else "unavailable")
+    return web.Response(status=200 if ready else 503, body=msgspec.json.encode(answer), content_type="application/json")
+
+
 async def handle(request: web.Request) -> web.Response:
     """200 if a replica is ready, or if the cluster is scaled to zero and the next request starts one; otherwise 503."""
-    health = request.app[CONTEXT].router.health()
+    api = request.app[CONTEXT]
+    health = api.router.health()
+    is_brief = api.public_health and request.get(KEY) is None
     answer = HealthResponse(
         status="ok" if health.ready else "unavailable",
-        reason=health.reason,
+        reason=None if is_brief else health.reason,
         replicas=[
             ReplicaHealth(
                 id=s.replica_id,
@@ -56,7 +73,7 @@ async def handle(request: web.Request) -> web.Response:
                 reason=s.reason,
                 numerics=s.numerics,
             )
-            for s in health.replicas
+            for s in (() if is_brief else health.replicas)
         ],
     )
     return web.Response(

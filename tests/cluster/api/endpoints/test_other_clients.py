@@ -94,11 +94,10 @@ async def test_tokenizer_info(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "instead"),
     [
-        ("/v1/responses", "/v1/chat/completions"),
-        ("/v1/messages", "/v1/chat/completions"),
-        ("/v1/messages/", "/v1/chat/completions"),
-        ("/v1/messages/count_tokens", "/tokenize"),
-        ("/v1/fim/completions", "/v1/completions with 'suffix'"),
+        ("/v1/agents", "/v1/responses or /v1/chat/completions"),
+        ("/v1/agents/completions/", "/v1/responses or /v1/chat/completions"),
+        ("/v1/conversations", "'previous_response_id'"),
+        ("/v2/rerank", "/v1/rerank"),
         ("/v1/batch/jobs", "/v1/batches"),
         ("/api/chat", "/v1/chat/completions"),
         ("/chat/completions", "the base URL ends with /v1"),

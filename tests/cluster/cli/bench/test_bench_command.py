@@ -210,7 +210,6 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFi
         (("--compare-model", "x"), "--compare-model has no effect without --compare"),
         (("--all-requests",), "--all-requests has no effect without --json"),
         (("--json", "/nowhere/x.json"), "--json /nowhere/x.json cannot be written"),
-        (("--set", "x"), "--set x is not FIELD=VALUE"),
         (("--trace", "/nowhere.csv"), "--trace /nowhere.csv cannot be read"),
         (("--text", "--vocab-size", "9"), "--vocab-size has no effect on prompts that are text"),
         (("--url", "ftp://x"), "--url ftp://x is not the address of a server"),

@@ -6,10 +6,11 @@
 #include <cmath>
 
 #include "kv_tile.h"
+#include "paged_cache.h"
 
 namespace {
 
-constexpr int TILE = 64, TILE_VECTORS = TILE / 16;
+constexpr int TILE_VECTORS = TILE / 16;
 // What the registers hold: rows of scores with a tile's keys, and 6 rows of results with so many vectors.
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 6, VALUE_VECTORS = 4;

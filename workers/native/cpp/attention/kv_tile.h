@@ -2,7 +2,7 @@
 // keep their numbers; no cache, no attention.
 #pragma once
 
-#include "kv_cache.h"
+#include "../kv_cache.h"
 
 namespace {
 
@@ -45,7 +45,7 @@ INLINE void widen(const e4m3*, f32x16 units, float* out, int64_t stride) {
 
 // 16 keys of a head become columns. A null is a key of zeros. Writes rows up to a multiple of NUMBERS, those after the head with zeros.
 template <class KV>
-INLINE void transpose_keys(const KV* const (&keys)[16], int64_t head_dim, float* out, int64_t stride) {
+INLINE void transpose_keys(const KV* const* keys, int64_t head_dim, float* out, int64_t stride) {
     for (int64_t d = 0; d < head_dim; d += NUMBERS<KV>) {
         f32x16 square[16];
         for (int i = 0; i < 16; i++) square[i] = keys[i] ? load_bytes(keys[i] + d, (head_dim - d) * (int64_t)sizeof(KV)) : zero();

@@ -1,0 +1,211 @@
+"""What LoRA adapters cost: tokens/s of streams over 0, 1 and 8 adapters beside an engine without LoRA, and running streams while one loads.
+
+    python benchmarks/adapters.py [MODEL_FOLDER] [--dtype bfloat16] [--streams 32] [--rank 16] [--rounds 5] [--output FILE]
+
+Both engines are in this process and take turns. Ratios are of CPU time, which other programs on the machine disturb least.
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also runs where only torch is installed
+
+import machine  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from workers.checkpoint.model_config import load_model_config  # noqa: E402
+from workers.config import EngineConfig, ModelConfig  # noqa: E402
+from workers.engine.core import EngineCore  # noqa: E402
+from workers.engine.llm_engine import LLMEngine  # noqa: E402
+from workers.lora.peft_config import ATTENTION_MODULES, MODULES  # noqa: E402
+from workers.lora.peft_folder import module_shapes  # noqa: E402
+from workers.protocol import GenerateRequest, SamplingParams  # noqa: E402
+
+NUM_ADAPTERS = (0, 1, 8)
+TARGET = 0.8  # of the engine without LoRA, with 8 adapters
+PROMPT_TOKENS, OUTPUT_TOKENS = 64, 24
+
+
+@dataclass
+class Measured:
+    """Of each round: seconds of the clock and of the CPU for an output token; CPU seconds for a prompt's token."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    prompt_cpu: list[float] = field(default_factory=list)
+
+
+def write_adapter(folder: Path, model: ModelConfig, *, seed: int, rank: int) -> Path:
+    """On all seven modules of every layer, in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(model.num_hidden_layers):
+        for module, (outputs, inputs) in module_shapes(model).items():
+            part = "self_attn" if module in ATTENTION_MODULES else "mlp"
+            name = f"base_model.model.model.layers.{layer}.{part}.{module}"
+            for half, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                values = torch.randn(shape, generator=generator) * 0.02
+                tensors[f"{name}.lora_{half}.weight"] = values.bfloat16()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(MODULES)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def add_streams(core: EngineCore, adapters: list[str | None], *, num_streams: int, num_tokens: int) -> None:
+    rng = random.Random(num_streams)
+    for i in range(num_streams):
+        prompt = [rng.randrange(3, core.config.model.vocab_size) for _ in range(PROMPT_TOKENS)]
+        sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0, seed=i, ignore_eos=True)
+        adapter = adapters[i % len(adapters)]
+        core.add_request(
+            GenerateRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, adapter=adapter)
+        )
+
+
+def measure(core: EngineCore, adapters: list[str | None], found: Measured, *, num_streams: int) -> None:
+    add_streams(core, adapters, num_streams=num_streams, num_tokens=OUTPUT_TOKENS)
+    began, started = cpu_seconds(), set[str]()
+    while len(started) < num_streams:
+        started |= {delta.request_id for delta in core.step()}
+    found.prompt_cpu.append((cpu_seconds() - began) / (num_streams * PROMPT_TOKENS))
+    began, clock, num_tokens = cpu_seconds(), time.perf_counter(), 0
+    while core.has_work():
+        num_tokens += sum(len(delta.token_ids) for delta in core.step())
+    found.wall.append((time.perf_counter() - clock) / num_tokens)
+    found.cpu.append((cpu_seconds() - began) / num_tokens)
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Seconds of the steps of 8 streams: without a load, and while an adapter was loaded; and of each load."""
+
+    quiet: list[float]
+    beside: list[float]
+    loads: list[float]
+
+
+def gaps_beside_a_load(engine: LLMEngine, folders: list[Path], adapters: list[str | None]) -> Gaps:
+    core = engine.core
+    add_streams(core, adapters, num_streams=8, num_tokens=200)
+    for _ in range(20):
+        core.step()
+    quiet: list[float] = []
+    beside: list[float] = []
+    loads: list[float] = []
+    for i, folder in enumerate(folders):
+        quiet += [timed_step(core) for _ in range(8)]
+
+        def load(name: str = f"later{i}", folder: Path = folder) -> None:
+            began = time.perf_counter()
+            engine.load_adapter(name, folder)
+            loads.append(time.perf_counter() - began)
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        while thread.is_alive() and core.has_work():
+            beside.append(timed_step(core))
+        thread.join()
+    for request_id in range(8):
+        core.abort(str(request_id))
+    return Gaps(quiet, beside, loads)
+
+
+def timed_step(core: EngineCore) -> float:
+    began = time.perf_counter()
+    core.step()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=str(ROOT / "examples" / "demo_model"))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", default=None)
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=None)
+    args = parser.parse_args()
+    model = load_model_config(args.model)
+
+    def make_engine(**settings: int | bool) -> LLMEngine:
+        return LLMEngine(
+            EngineConfig(
+                model_path=args.model,
+                model=model,
+                dtype=args.dtype,
+                quantization=args.quantization,
+                max_num_seqs=args.streams,
+                max_model_len=1024,
+                enable_prefix_caching=False,
+                **settings,
+            )
+        )
+
+    with tempfile.TemporaryDirectory() as root:
+        folders = [write_adapter(Path(root, str(i)), model, seed=i, rank=args.rank) for i in range(12)]
+        plain, engine = make_engine(), make_engine(enable_lora=True, max_lora_rank=args.rank)
+        revisions: list[str | None] = [engine.load_adapter(f"a{i}", folder) for i, folder in enumerate(folders[:8])]
+        subjects = {"without LoRA": (plain.core, [None])} | {
+            f"{n} adapter{'s' * (n != 1)}": (engine.core, revisions[:n] or [None]) for n in NUM_ADAPTERS
+        }
+        found = {name: Measured() for name in subjects}
+        for subject in subjects.values():
+            measure(*subject, Measured(), num_streams=args.streams)  # records its graph
+        for _ in range(args.rounds):
+            for name, subject in subjects.items():
+                measure(*subject, found[name], num_streams=args.streams)
+        gaps = gaps_beside_a_load(engine, folders[8:], revisions)
+    lines = list(page(args, found, gaps))
+    print("\n".join(lines))
+    if args.output:
+        args.output.write_text("\n".join(lines) + "\n")
+
+
+def page(args: argparse.Namespace, found: dict[str, Measured], gaps: Gaps) -> Iterator[str]:
+    base = found["without LoRA"]
+    form = args.dtype if args.quantization is None else f"{args.quantization}, {args.dtype}"
+    yield f"# Adapters: {Path(args.model).name}, {form}"
+    yield ""
+    yield f"{machine.describe(torch.device('cpu'))}. {args.streams} streams, LoRA of rank {args.rank} on all seven modules,"
+    yield f"medians of {args.rounds} rounds in turns. `benchmarks/adapters.py`, {time.strftime('%F')}."
+    yield f"Target: {TARGET} of the base with 8 adapters."
+    yield ""
+    yield "| engine | tokens/s | CPU ms a token | of the base, CPU | prompt tokens a CPU second | of the base, CPU |"
+    yield "|---|---|---|---|---|---|"
+    for name, one in found.items():
+        cpu = statistics.median(one.cpu)
+        ratio = statistics.median(b / o for b, o in zip(base.cpu, one.cpu, strict=True))
+        prompts = statistics.median(b / o for b, o in zip(base.prompt_cpu, one.prompt_cpu, strict=True))
+        rates = f"{1 / statistics.median(one.wall):,.0f} | {cpu * 1000:.2f} | {ratio:.2f}"
+        yield f"| {name} | {rates} | {1 / statistics.median(one.prompt_cpu):,.0f} | {prompts:.2f} |"
+    yield ""
+    step_s, load_s = statistics.median(gaps.quiet), statistics.median(gaps.loads)
+    yield (
+        f"While an adapter loads ({load_s * 1000:.0f} ms), steps of 8 streams take {statistics.median(gaps.beside) / step_s:.2f} times the "
+        f"median without a load ({step_s * 1000:.1f} ms), and at most {max(gaps.beside) / step_s:.1f} times; without a load at most "
+        f"{max(gaps.quiet) / step_s:.1f} times."
+    )
+
+
+if __name__ == "__main__":
+    main()

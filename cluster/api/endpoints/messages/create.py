@@ -1,0 +1,58 @@
+"""POST /v1/messages and /v1/messages/count_tokens: answer a conversation, or count its tokens, as Anthropic's clients speak it.
+
+Knows the order of the steps; the prompt and the tokens come from the code of chat.
+"""
+
+import time
+import uuid
+from dataclasses import replace
+
+from aiohttp import web
+
+from cluster.api.context import CONTEXT
+from cluster.api.endpoints import chat
+from cluster.api.endpoints.messages.formatter import MessageFormatter
+from cluster.api.endpoints.messages.to_chat import CHAT_NAMES, chat_request, note_ignored, prompt_fields, to_messages
+from cluster.api.generation.answering import answer, json_response
+from cluster.api.generation.conversation import encode_conversation
+from cluster.api.generation.field_names import renamed
+from cluster.api.request_context import REQUEST_CONTEXT
+from cluster.api.schemas.messages.request import MessagePrompt, MessageRequest
+from cluster.api.schemas.messages.response import TokenCount
+from cluster.api.server import request_options, sse
+from cluster.api.server.body import read_body
+from cluster.api.server.errors import encode_message_error
+from cluster.system.log import log_prompt
+
+_WIRE = sse.Wire(
+    encode=sse.encode_named, error=lambda e: b"event: error\ndata: " + encode_message_error(e) + b"\n\n", end=b""
+)
+
+
+async def handle(request: web.Request) -> web.StreamResponse:
+    """One message, or a stream of events."""
+    api, context = request.app[CONTEXT], request[REQUEST_CONTEXT]
+    arrived = time.monotonic()
+    deadline = request_options.deadline(request, arrived=arrived)
+    body = await read_body(request, MessageRequest)
+    with renamed(CHAT_NAMES):
+        chat_body = chat_request(body)
+        chat.check(api, chat_body, context)
+        note_ignored(api, body, context)
+        log_prompt(chat_body.messages)
+        prepared = await chat.prepare(api, chat_body, context, reads_thoughts=False)
+    formatter = MessageFormatter(prepared.choices[0], message_id=f"msg_{uuid.uuid4().hex}", model=body.model)
+    prepared = replace(prepared, formatter=formatter, wire=_WIRE)
+    return await answer(request, api, prepared, deadline=deadline, arrived=arrived)
+
+
+async def count_tokens(request: web.Request) -> web.Response:
+    """How many tokens the prompt has."""
+    api, context = request.app[CONTEXT], request[REQUEST_CONTEXT]
+    body = await read_body(request, MessagePrompt)
+    api.check_model(body.model, context)
+    note_ignored(api, body, context)
+    fields = prompt_fields(body)
+    offered = [] if fields["tool_choice"] == "none" else fields["tools"] or []
+    prompt = await encode_conversation(api, to_messages(body), tools=offered)
+    return json_response(TokenCount(input_tokens=len(prompt.token_ids)))

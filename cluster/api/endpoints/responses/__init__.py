@@ -1,0 +1,1 @@
+"""/v1/responses: create, retrieve, stream again, cancel and delete responses, and list their input."""

@@ -1,0 +1,1 @@
+"""Bodies, answers and events of /v1/messages."""

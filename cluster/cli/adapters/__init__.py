@@ -1,0 +1,1 @@
+"""`tramontane adapters`: the commands, and the adapters that `serve` starts with."""

@@ -1,0 +1,36 @@
+"""The adapters of one replica: loaded on all of its ranks, and remembered.
+
+Knows the ranks. Does not decide what to load, and does not read it.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from cluster.replicas.adapter_files import AdapterContent
+from cluster.replicas.gang import RankGang
+
+
+class ReplicaAdapters:
+    """`held`: the ids of the revisions that all ranks have. Methods raise what the ranks raise, as RankGang.call does."""
+
+    def __init__(self, gang: RankGang) -> None:
+        self.held: frozenset[str] = frozenset()
+        self._gang = gang
+
+    async def ask(self) -> None:
+        """Learns what the ranks of a running replica hold."""
+        answers: list[Sequence[str]] = await self._gang.call_all("adapters")
+        self.held = frozenset.intersection(*map(frozenset, answers))
+
+    async def load(self, content: AdapterContent) -> None:
+        """Returns when all ranks have it: requests may name it from now on."""
+        await self._gang.call_all("bring_adapter", content)
+        self.held |= {content.revision}
+
+    async def unload(self, revision: str) -> None:
+        """A stream that still uses it ends on it."""
+        self.held -= {revision}
+        await self._gang.call_all("unload_adapter", revision)
+
+
+# Brings a replica all adapters that it must hold; afterwards, without another step of the event loop, nothing is missing.
+BringAdapters = Callable[[ReplicaAdapters], Awaitable[None]]

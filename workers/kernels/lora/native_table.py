@@ -1,0 +1,107 @@
+"""LoRA compiled for the CPU (native/cpp/lora.cpp). Adapters are multiplied where they lie in host memory: a slot is a few addresses.
+
+The addresses stand in a table that never moves, so a graph of kernel calls goes on while adapters come and go.
+"""
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from workers.kernels.lora.host_memory import HostMemory
+from workers.kernels.lora.rows import AdapterRows
+from workers.kernels.lora.table import LoraMatrices, Parts
+from workers.native.library import NativeLibrary
+from workers.native.matrices import DTYPE_NAMES
+
+# As lora.cpp reads them: ranks and output columns that are packed together, the last ones filled up with zeros.
+RANK_PANEL = 16
+COLUMN_PANEL = 64
+_FIELDS = 4  # of a descriptor: the addresses of a and b, the rank, the bits of the scale
+_KERNEL = [*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """descriptors: [num_shards, 4] int64. matrices: what the addresses in them belong to."""
+
+    descriptors: np.ndarray
+    matrices: tuple[torch.Tensor, ...]
+
+
+class NativeLoraTable:
+    """See `LoraTable`. dtype: float32 or bfloat16, of the matrices, the inputs and the outputs."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_sizes: Sequence[int],
+        *,
+        num_slots: int,
+        dtype: torch.dtype,
+        library: NativeLibrary,
+    ) -> None:
+        self._kernel = library.function(f"lora_{DTYPE_NAMES[dtype]}", _KERNEL)
+        self._in_features = in_features
+        self._num_slots = num_slots
+        # Where the columns of each shard begin, and where the last ones end.
+        self._columns = np.concatenate([[0], np.cumsum(out_sizes)]).astype(np.int64)
+        self._table = np.zeros((num_slots, len(out_sizes), _FIELDS), dtype=np.int64)
+        self._kept: list[_Prepared | None] = [None] * num_slots
+
+    def prepare(self, parts: Parts, memory: HostMemory) -> _Prepared:
+        descriptors = np.zeros((len(parts), _FIELDS), dtype=np.int64)
+        matrices: list[torch.Tensor] = []
+        for shard, part in enumerate(parts):
+            if part is not None:
+                a, b = memory.keep(pack_a(part.a)), memory.keep(pack_b(part.b))
+                descriptors[shard] = (a.data_ptr(), b.data_ptr(), part.a.shape[0], _bits(part))
+                matrices += (a, b)
+        return _Prepared(descriptors, tuple(matrices))
+
+    def put(self, slot: int, prepared: Any | None) -> None:
+        self._table[slot] = 0 if prepared is None else prepared.descriptors
+        self._kept[slot] = prepared
+
+    def add(self, out: torch.Tensor, x: torch.Tensor, rows: AdapterRows) -> None:
+        assert x.stride(1) == 1 and out.stride(1) == 1 and x.shape[1] == self._in_features
+        assert out.shape[1] == self._columns[-1] and len(rows.starts) == self._num_slots + 1
+        self._kernel(
+            out.data_ptr(),
+            x.data_ptr(),
+            rows.order.data_ptr(),
+            rows.starts.data_ptr(),
+            self._table.ctypes.data,
+            self._columns.ctypes.data,
+            self._num_slots,
+            len(self._columns) - 1,
+            self._in_features,
+            x.stride(0),
+            out.stride(0),
+        )
+
+
+def pack_a(a: torch.Tensor) -> torch.Tensor:
+    """[rank, k] as [ceil(rank / 16), k, 16]; in bfloat16 as [ceil(rank / 16), ceil(k / 2), 16, 2]."""
+    rank, k = a.shape
+    panels, values = -(-rank // RANK_PANEL), 4 // a.element_size()
+    steps = -(-k // values)
+    padded = functional.pad(a, (0, steps * values - k, 0, panels * RANK_PANEL - rank))
+    return padded.view(panels, RANK_PANEL, steps, values).transpose(1, 2)
+
+
+def pack_b(b: torch.Tensor) -> torch.Tensor:
+    """[n, rank] as [ceil(n / 64), rank, 64]."""
+    n, rank = b.shape
+    panels = -(-n // COLUMN_PANEL)
+    padded = functional.pad(b, (0, 0, 0, panels * COLUMN_PANEL - n))
+    return padded.view(panels, COLUMN_PANEL, rank).transpose(1, 2)
+
+
+def _bits(part: LoraMatrices) -> int:
+    return struct.unpack("<I", struct.pack("<f", part.scale))[0]
