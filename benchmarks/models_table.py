@@ -1,7 +1,7 @@
 """The table of models in the README: the demo model, and SmolLM2 135M in float32, int8 and int4, with and without an adapter.
 
     make smollm2
-    python benchmarks/models_table.py [--models demo,float32,int8,int4] [--adapter FOLDER] [--output benchmarks/results/models]
+    python benchmarks/models_table.py [--models demo,float32,int8,int4] [--adapter FOLDER] [--page benchmarks/results/models.md]
 
 Serves one model after another, asks it the built-in suites with `tramontane eval`, measures its speed with `tramontane bench`, and puts
 them together with `tramontane eval --report`. What is in the output folder is not measured again, so an interruption loses nothing. The
@@ -22,6 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import machine  # noqa: E402
+import torch  # noqa: E402
 from bench_agreement import free_port  # noqa: E402
 
 GGUF = Path.home() / ".cache/tramontane/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,7 +38,11 @@ def main() -> None:
     parser.add_argument(
         "--adapter", type=Path, help="of SmolLM2, in PEFT's format: one more row, beside the base in float32"
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "models")
+    parser.add_argument(
+        "--output", type=Path, default=Path.home() / ".cache" / "tramontane" / "models", help="answers and speeds"
+    )
+    parser.add_argument("--page", type=Path, help="write the table to this file")
+    parser.add_argument("--note", default="", help="a sentence for the page, such as what else ran")
     parser.add_argument("--suites", default=None, help="as of `tramontane eval`")
     args = parser.parse_args()
     rows = {}
@@ -56,6 +62,15 @@ def main() -> None:
     for name, (_, served, _) in rows.items():
         report += ["--report", f"{name}={args.output / served}", "--bench", f"{name}={args.output / served}.json"]
     subprocess.run(report, cwd=ROOT, check=True)
+    if args.page is not None:
+        host = f"{machine.describe(torch.device('cpu'))}, {time.strftime('%F')}."
+        head = [
+            "# Models by quality, cost and speed",
+            "",
+            f"`python benchmarks/models_table.py`, {host}",
+            *filter(None, [args.note]),
+        ]
+        args.page.write_text("\n".join([*head, "", (args.output / "table.md").read_text()]))
 
 
 def measure(model: str, served: str, more: tuple[str, ...], args: argparse.Namespace) -> None:

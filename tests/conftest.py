@@ -22,6 +22,7 @@ LONGEST = (
     "tests/system/test_failover.py",
     "tests/clients/test_raw_bodies.py",
     "tests/system/test_restart.py",
+    "tests/system/test_adapters.py",
     "tests/system/batches/test_batch_command.py",
     "tests/system/test_ports.py",
     "tests/system/batches/test_batches.py",

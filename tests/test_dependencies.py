@@ -17,7 +17,12 @@ DISTRIBUTIONS = packages_distributions()
 SHIPPED = ("cluster", "workers")
 OTHERS = ("tests", "benchmarks", "examples")
 # Run in environments of their own, see the Makefile.
-LEFT_OUT = ("tests/clients/foreign/", "tests/clients/lm_eval_task/", "benchmarks/comparison/runners/")
+LEFT_OUT = (
+    "tests/clients/foreign/",
+    "tests/clients/lm_eval_task/",
+    "tests/support/cloud/helm_render.py",
+    "benchmarks/comparison/runners/",
+)
 # Several distributions share this package; this one is meant.
 SHARED_PACKAGES = {"backports": "backports.zstd"}
 # Part of later versions of Python's library.

@@ -6,7 +6,7 @@ with `handler_cancellation=True`, so that a request ends at once if its client d
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False)
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from aiohttp import hdrs, web
 
@@ -55,6 +55,7 @@ def make_app(
     serves_embeddings: bool = True,
     strict: bool = False,
     public_health: bool = False,
+    links: Mapping[str, str] | None = None,
     platform: Platform | None = None,
     batches: Batches | None = None,
     no_batches: str = NO_BATCHES,
@@ -71,6 +72,7 @@ def make_app(
     sampling_defaults: for what a request does not say. strict: fields of a body that have no effect are refused instead of ignored.
     batches: the store of files and batches; without it, their endpoints respond with the error `no_batches`.
     public_health: /health/ready and /ping need no key. platform: the one that hosts this server, whose own paths are served too.
+    links: name -> address, which the page shows to operators.
     adapters: those that requests can name as their model.
     """
     names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
@@ -88,6 +90,7 @@ def make_app(
         serves_embeddings=serves_embeddings,
         strict=strict,
         public_health=public_health,
+        links=links or {},
         admin=admin,
         batches=batches,
         no_batches=no_batches,

@@ -6,7 +6,7 @@ request is in request_context.py.
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,7 +71,7 @@ class ApiContext:
     """`keep_alive_s`: longest silence in a stream. `body_timeout_s`: time for a body to arrive, or for each piece of an upload.
 
     `no_batches`: the error message for files and batches when `batches` is None. `strict`: fields of a body without effect are refused.
-    `public_health`: who asks for readiness without a key learns no more than that.
+    `public_health`: who asks for readiness without a key learns no more than that. `links`: name -> address, for operators.
     """
 
     router: Router
@@ -87,6 +87,7 @@ class ApiContext:
     serves_embeddings: bool = True
     strict: bool = False
     public_health: bool = False
+    links: Mapping[str, str] = field(default_factory=dict)
     admin: Admin | None = None
     batches: Batches | None = None
     no_batches: str = NO_BATCHES

@@ -1,6 +1,6 @@
 """Runs `serve` as the hosting platform wants it: its port, its paths and its model, where the command itself says nothing.
 
-Knows how a platform's wishes become options (cluster/config/platform.py knows the platforms). An option that is given wins.
+Knows how what a platform wants becomes options (cluster/config/platform.py knows the platforms). An option that is given wins.
 """
 
 import os

@@ -147,7 +147,7 @@ async def _start(
     if cluster.is_ours:
         stack.push_async_callback(controller.stop_replicas)
     await controller.start(spec_of(config, own_cluster=cluster.is_ours))
-    gateway = Gateway(config, controller, text=text, on_view=startup.handle)
+    gateway = Gateway(config, controller, text=text, on_view=startup.handle, links=_links(cluster))
     stack.push_async_callback(gateway.close)
     await gateway.open()
     gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
@@ -159,6 +159,13 @@ async def _start(
     await startup.until_ready(gateway.router.health)
     await loading
     return gateway, [gateway.url, *await urls_of(others)], drain_others
+
+
+def _links(cluster: "RayCluster") -> dict[str, str]:
+    """Where else an operator looks: Ray's dashboard, and Grafana where Ray has been told of it."""
+    grafana = os.environ.get("RAY_GRAFANA_IFRAME_HOST") or os.environ.get("RAY_GRAFANA_HOST")
+    links = {"Ray's dashboard": cluster.dashboard_url} if cluster.dashboard_url else {}
+    return links | ({"Grafana": f"{grafana.rstrip('/')}/d/tramontane"} if grafana else {})
 
 
 async def _until_stopped(stop: asyncio.Event, gateway: "Gateway") -> None:

@@ -9,7 +9,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,8 @@ ERROR_TIMEOUT_S = 1.0  # for ended streams to send their error
 
 
 class Gateway:
-    """`await Gateway(...).open()`, then `drain` and `close`. on_view: called with every view of the cluster.
+    """`await Gateway(...).open()`, then `drain` and `close`. on_view: called with every view of the cluster. links: as in
+    `make_app`.
 
     Raises ConfigError if a file of keys or certificates is missing or invalid, or if a data directory or store of batches was asked for
     and cannot be used.
@@ -58,6 +59,7 @@ class Gateway:
         *,
         text: "LoadedText",
         on_view: Callable[[ClusterView], None] = lambda _: None,
+        links: Mapping[str, str] | None = None,
     ) -> None:
         self.gateway_id = f"g-{secrets.token_hex(3)}"
         self.url = ""
@@ -101,6 +103,7 @@ class Gateway:
             serves_embeddings=config.serves_embeddings,
             strict=config.strict,
             public_health=config.public_health,
+            links=links,
             platform=config.platform,
             metrics=self.metrics,
             admin=self,

@@ -144,10 +144,12 @@ class Router:
             batch_tokens_total=self.batch_tokens_total,
         )
 
-    async def explain(self, prompt_token_ids: list[int], *, policy: RoutingPolicy | None = None) -> Explanation:
-        """Where a request with this prompt would go now, and why. Sends nothing."""
+    async def explain(
+        self, prompt_token_ids: list[int], *, policy: RoutingPolicy | None = None, adapter: str | None = None
+    ) -> Explanation:
+        """Where a request with this prompt, and this revision of an adapter, would go now, and why. Sends nothing."""
         sampling = SamplingParams(max_tokens=1, seed=0)
-        request = GenerateRequest(request_id="", prompt_token_ids=prompt_token_ids, sampling=sampling)
+        request = GenerateRequest(request_id="", prompt_token_ids=prompt_token_ids, sampling=sampling, adapter=adapter)
         stream = Stream(request, order=(0, 0))
         await self._hash_blocks(stream, Hashing())
         return explain_route(self._table, stream, policy or self._policy, num_waiting=self.num_waiting)

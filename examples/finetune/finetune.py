@@ -201,7 +201,7 @@ def train(args: argparse.Namespace) -> None:
     )
     losses: list[float] = []
     state_path = args.output / "state.pt"
-    settings = {name: getattr(args, name) for name in ("model", "rank", "alpha", "quantize", "seed", "batch_size")}
+    settings = {name: getattr(args, name) for name in ("rank", "alpha", "quantize", "seed", "batch_size")}
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
         if changed := [name for name, value in settings.items() if state["settings"][name] != value]:
@@ -255,18 +255,15 @@ def plot(losses: list[float], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    width = max(1, len(losses) // 50)
-    smooth = [
-        sum(losses[max(0, i - width) : i + 1]) / len(losses[max(0, i - width) : i + 1]) for i in range(len(losses))
-    ]
+    width = max(1, len(losses) // 25)
+    smooth = [sum(losses[max(0, i - width) : i + 1]) / min(width + 1, i + 1) for i in range(len(losses))]
     pyplot.figure(figsize=(7, 4))
     pyplot.plot(losses, color="0.8", label="loss")
     pyplot.plot(smooth, label=f"mean of {width + 1} steps")
     pyplot.xlabel("step")
     pyplot.ylabel("loss of the answers, nats a token")
     pyplot.legend()
-    pyplot.tight_layout()
-    pyplot.savefig(path, dpi=120)
+    pyplot.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -289,32 +286,30 @@ def merge(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "model", help="folder of a checkpoint, GGUF file, or an id on the Hugging Face Hub with --tokenizer"
-    )
-    parser.add_argument("data", type=Path, help="JSONL of conversations")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the adapter and of the state")
-    parser.add_argument("--tokenizer", help="folder with the tokenizer and the chat template, if it is not MODEL")
-    parser.add_argument("--chat-template", default="auto", help="as of `tramontane serve`")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=4, help="conversations in memory at a time")
-    parser.add_argument("--accumulate", type=int, default=4, help="batches for each step")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a conversation")
-    parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--alpha", type=int, help="default: twice the rank")
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="keep the base in 8 or 4 bits")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", help="folder of a checkpoint, GGUF file, or an id on the Hugging Face Hub with --tokenizer")
+    add("data", type=Path, help="JSONL of conversations")
+    add("--output", type=Path, required=True, help="folder of the adapter and of the state")
+    add("--tokenizer", help="folder with the tokenizer and the chat template, if it is not MODEL")
+    add("--chat-template", default="auto", help="as of `tramontane serve`")
+    add("--steps", type=int, default=300)
+    add("--batch-size", type=int, default=4, help="conversations in memory at a time")
+    add("--accumulate", type=int, default=4, help="batches for each step")
+    add("--max-length", type=int, default=1024, help="tokens of a conversation")
+    add("--lr", type=float, default=2e-4)
+    add("--rank", type=int, default=16)
+    add("--alpha", type=int, help="default: twice the rank")
+    add("--quantize", choices=("int8", "int4"), help="keep the base in 8 or 4 bits")
+    # Adapters and their sums stay in float32.
+    add(
         "--precision",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the base and of products; adapters and their sums stay in float32. auto: bfloat16 on a GPU, float32 on a CPU",
+        help="auto: bfloat16 on a GPU, else float32",
     )
-    parser.add_argument("--save-every", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--merge", type=Path, help="do not train: write base and adapter as one checkpoint to this folder"
-    )
+    add("--save-every", type=int, default=50)
+    add("--seed", type=int, default=0)
+    add("--merge", type=Path, help="do not train: write base and adapter as one checkpoint to this folder")
     args = parser.parse_args()
     if args.merge is not None:
         merge(args)

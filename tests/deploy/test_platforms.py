@@ -1,7 +1,7 @@
 """The files for hosting platforms, judged by the platforms' own tools where a package has them.
 
 SageMaker: botocore's model of its API, and moto's imitation. Vertex AI: its client. Baseten: Truss. Replicate: Cog's own server runs the
-predictor, with a real `tramontane serve` behind it.
+predictor, which starts a real `tramontane serve`.
 """
 
 import contextlib
@@ -141,7 +141,7 @@ def test_the_predictor_is_of_this_release() -> None:
 
 @pytest.fixture
 def cog(tmp_path: Path) -> Iterator[str]:
-    """The URL of Cog's own server with our predictor, and the demo model behind it."""
+    """The URL of Cog's own server with our predictor and the demo model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -182,11 +182,11 @@ def _health(url: str) -> str:
 @needs_tools
 @pytest.mark.system
 def test_cogs_server_runs_the_predictor(cog: str) -> None:
-    schema = httpx.get(f"{cog}/openapi.json").json()["components"]["schemas"]
-    assert set(schema["Input"]["properties"]) >= {"prompt", "max_tokens", "temperature", "seed", "raw"}
     body = {"input": {"prompt": "def fibonacci(n):", "max_tokens": 8, "temperature": 0, "raw": True}}
     first, second = (httpx.post(f"{cog}/predictions", json=body, timeout=60).json() for _ in range(2))
     assert first["status"] == "succeeded", first
     assert "".join(first["output"]) and first["output"] == second["output"]
-    too_many = {"input": {**body["input"], "max_tokens": 0}}
-    assert httpx.post(f"{cog}/predictions", json=too_many, timeout=60).status_code == 422
+    # `cog build` makes the schema that would refuse this, so here the server's own refusal is seen.
+    nothing = {"input": {**body["input"], "max_tokens": 0}}
+    refused = httpx.post(f"{cog}/predictions", json=nothing, timeout=60).json()
+    assert refused["status"] == "failed" and "'max_tokens' is 0" in refused["error"]

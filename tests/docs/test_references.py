@@ -32,6 +32,7 @@ FOREIGN = {
     "--image-id": "sky",
     "--infra": "sky",
     "--num-jobs": "sky",
+    "--region": "sky",
     "--secret": "sky",
     "--shm-size": "docker",
     "--torch-backend": "uv",

@@ -57,7 +57,7 @@ def test_from_data_to_a_promoted_adapter(tmp_path):
         "adapter",
         *OPTIONS,
     ]
-    run(sys.executable, FINETUNE / "make_data.py", "support", "--train", "360", "--items", "40", cwd=tmp_path)
+    run(sys.executable, FINETUNE / "make_data.py", "support", "--train", "360", "--items", "32", cwd=tmp_path)
     server = Server("--enable-lora")
     try:
         # Loaded early: what the first steps gave. Training then goes on from there.
@@ -85,8 +85,8 @@ def test_from_data_to_a_promoted_adapter(tmp_path):
             cwd=tmp_path,
         )
         new, base = json.loads((tmp_path / "eval" / "report.json").read_text())["models"]
-        assert new["suites"]["support"]["share"]["value"] > 0.8
-        assert base["suites"]["support"]["share"]["value"] < 0.5
+        assert new["suites"]["support"]["share"]["value"] > 0.6
+        assert base["suites"]["support"]["share"]["value"] < 0.3
         difference = new["against_baseline"]["support"]
         assert difference["low"] > 0 and difference["p_value"] < 0.001, "the interval excludes zero"
 
@@ -98,7 +98,7 @@ def test_from_data_to_a_promoted_adapter(tmp_path):
         after = [ask(server, "support", item, system=system, request_id=f"r{i}") for i, item in enumerate(items[:12])]
         assert {revision for _, revision in after} == {canary}
         right = [answer == item["check"]["exact"] for (answer, _), item in zip(after, items, strict=False)]
-        assert sum(right) >= 9
+        assert sum(right) >= 7, during
         assert ask(server, "demo_model", items[0], system=system, request_id="base")[1] is None
     finally:
         server.kill()

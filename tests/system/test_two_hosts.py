@@ -9,8 +9,12 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from support.adapters import write_adapter
+from support.paths import DEMO_MODEL
 from support.servers.ray_hosts import RayHosts, can_make_namespaces
 from support.servers.remote_server import Reader, RemoteServer, nodes_of, text_of
+
+from workers.checkpoint.model_config import load_model_config
 
 pytestmark = [
     pytest.mark.chaos,
@@ -64,3 +68,20 @@ def test_streams_survive_a_pulled_cable(cpus, options):
         assert detected < 10 and resumed < 10
         assert f"Replica {far} " in server.output, "the message does not name the replica"
         assert near in server.replicas("ready")
+
+
+@pytest.mark.timeout(300)
+def test_an_adapter_reaches_the_ranks_of_the_other_host(tmp_path):
+    """Through Ray: they cannot be expected to read the head's folder."""
+    source = write_adapter(tmp_path / "support", load_model_config(DEMO_MODEL), strength=0.05)
+    with cluster([1, 1], "--replicas", "2", "--enable-lora", "--data-dir", str(tmp_path / "data")) as (hosts, server):
+        server.wait_ready(2)
+        assert {nodes_of(r)[0] for r in server.replicas().values()} == set(hosts.ips)
+        body = {"lora_name": "support", "lora_path": str(source)}
+        assert "added successfully" in server.curl("/v1/load_lora_adapter", body).communicate(timeout=60)[0]
+        held = [tuple(r["adapters"]) for r in server.replicas("ready").values()]
+        assert len(held) == 2 and len(set(held)) == 1 and held[0][0].startswith("support@"), held
+        texts = {
+            text_of(server.curl("/v1/completions", {**BODY, "model": "support", "stream": True})) for _ in range(4)
+        }
+        assert len(texts) == 1

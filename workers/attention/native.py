@@ -1,7 +1,8 @@
 """Paged attention compiled for the CPU (native/cpp/attention/). Reads keys and values where they lie in their blocks.
 
 A query's result is bit for bit the same whatever else is computed in the step, however its context was cut into chunks, and wherever its
-blocks are; in float32 it is also the same on every instruction set. Float32 and bfloat16, with keys and values in the same type or in 8 bits.
+blocks are; in float32 it is also the same on every instruction set. For float32 and bfloat16, with keys and values in the same type or in
+8 bits.
 """
 
 import ctypes

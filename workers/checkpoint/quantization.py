@@ -115,7 +115,8 @@ def _compressed_tensors(found: dict[str, Any]) -> StoredWeights:
     ):
         raise _refusal("The checkpoint is of compressed-tensors, but its config_groups say nothing of weights.")
     schemes = [group["weights"] for group in groups.values()]
-    labels, bits = [], []
+    labels: list[str] = []
+    bits: list[float | None] = []
     for scheme in schemes:
         kind, num_bits = scheme.get("type", "int"), scheme.get("num_bits")
         if (kind, num_bits) not in (("int", 4), ("int", 8), ("float", 8)):

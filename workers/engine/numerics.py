@@ -9,15 +9,20 @@ Rounding to a half type hides all but about one in 2**16 differences of the last
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 
 from workers.attention.backend import AttentionMetadata
 from workers.config import EngineConfig
 from workers.engine.model_runner import ModelRunner
+from workers.kernels.lora.host_memory import HostMemory
+from workers.kernels.lora.rows import AdapterRows, group_rows
+from workers.kernels.lora.table import LoraMatrices
 from workers.kernels.quantized_kv import Cache, QuantizedKV, parts_of
+from workers.lora.peft_folder import module_shapes
 from workers.model.mistral import MistralLayer
 from workers.sampling.logprobs import compute_logprobs
 
@@ -32,6 +37,7 @@ MAX_CONTEXT = 150
 # In half types: of hidden states in all, if need be in further steps of at most so many rows.
 NUM_ELEMENTS = 1 << 16
 MAX_ROWS = 64
+LORA_RANK = 16
 
 
 def fingerprint(runner: ModelRunner) -> str | None:
@@ -93,12 +99,39 @@ def _digest(runner: ModelRunner) -> bytes:
         for part in parts_of(cache):
             if part is not None:
                 add(part)
+    for tensor in _adapter_outputs(runner, fixed):
+        add(tensor)
     shape = (math.ceil(NUM_ELEMENTS / hidden_size), hidden_size)
     for tensor in decoder.norm(fixed(shape, "x"), fixed(shape, "residual")):
         add(tensor)
     gates = _all_numbers(runner.dtype).to(device)
     add(layer.mlp.kernels.silu_mul(torch.cat((gates, torch.ones_like(gates)), dim=-1)))
     return found.digest()
+
+
+def _adapter_outputs(
+    runner: ModelRunner, fixed: Callable[[Sequence[int], str], torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """What a fixed adapter adds in the first layer; nothing where there are none. Leaves the slots empty, as they are."""
+    adapters = runner.adapters
+    if adapters is None:
+        return
+    for layer in (layer for layer in adapters.layers if layer.layer == 0):
+        sizes = [module.share_of(*module_shapes(runner.config.model)[module.name]) for module in layer.modules]
+        num_inputs, num_outputs = sizes[0][1], sum(outputs for outputs, _ in sizes)
+        parts = [
+            LoraMatrices(fixed((LORA_RANK, num_inputs), "a").cpu(), fixed((outputs, LORA_RANK), "b").cpu(), 0.25)
+            for outputs, _ in sizes
+        ]
+        layer.table.put(0, layer.table.prepare(parts, HostMemory()))
+        rows = (
+            torch.from_numpy(x).to(runner.tp.device)
+            for x in group_rows(np.arange(MAX_ROWS) % 2 - 1, adapters.num_slots)
+        )
+        out = fixed((MAX_ROWS, num_outputs), "out")
+        layer.table.add(out, fixed((MAX_ROWS, num_inputs), "in"), AdapterRows(*rows))
+        layer.table.put(0, None)
+        yield out
 
 
 def _steps(config: EngineConfig, *, is_half: bool) -> list[tuple[list[int], list[int]]]:

@@ -1,7 +1,7 @@
 """Products with weights of 8 or 4 bits on the GPU: right, each row's bits alone and among others, and how fast beside what is possible."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -9,7 +9,7 @@ import torch
 from workers.gpu_check.ceilings import SHAPES_7B, Ceilings, seconds
 from workers.gpu_check.report import Report
 from workers.kernels.grouped import specification
-from workers.quant.at_load import round_to_float8, round_to_groups
+from workers.quant.at_load import LARGEST_FLOAT8, round_to_float8, round_to_groups
 from workers.quant.dense import DENSE
 from workers.quant.quantized import Float8Tensor, QuantizedTensor
 from workers.quant.stored import Matrix
@@ -82,6 +82,8 @@ def stored_weights(shape: Shape, device: torch.device) -> Mapping[str, Quantized
             values=int8.values, scales=int8.scales[:, :1].float(), minima=None, num_bits=8
         ),
         "float8": float8,
+        # Of inputs up to 6 times their standard deviation.
+        "float8 with a static scale of inputs": replace(float8, input_scale=torch.tensor(6 / LARGEST_FLOAT8)),
         "float8 in blocks of 128": blocks,
     }
 

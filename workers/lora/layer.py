@@ -13,6 +13,11 @@ class LoraModule:
     rows: tuple[slice, ...]
     columns: slice
 
+    def share_of(self, outputs: int, inputs: int) -> tuple[int, int]:
+        """How many rows and columns these are, of a weight of that shape."""
+        num_rows = sum(len(range(*part.indices(outputs))) for part in self.rows)
+        return num_rows, len(range(*self.columns.indices(inputs)))
+
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:

@@ -52,7 +52,7 @@ class RankAdapters:
         self, layers: Sequence[LoraLayer], *, model: ModelConfig, dtype: torch.dtype, num_slots: int, max_rank: int
     ) -> None:
         self.num_slots = num_slots
-        self._layers = layers
+        self.layers = layers
         self._model = model
         self._dtype = dtype
         self._max_rank = max_rank
@@ -117,7 +117,7 @@ class RankAdapters:
                 f"{folder} has other content than the revision {revision}: its digest is {digest}.",
                 remedy="Load the adapter again under its name, which makes a new revision.",
             )
-        matrices = load_matrices(files, self._layers, self._dtype)
+        matrices = load_matrices(files, self.layers, self._dtype)
         with self._lock:
             self._loaded[key] = _Loaded(revision, matrices)
 
@@ -136,5 +136,5 @@ class RankAdapters:
 
     def _fill(self, slot: int, key: tuple[int, int] | None, matrices: Sequence[Any | None] | None) -> None:
         self._in_slots[slot] = key
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self.layers):
             layer.table.put(slot, None if matrices is None else matrices[i])

@@ -57,6 +57,11 @@ class RecordableKernel:
         assert len(reals) <= 1 and len(function.argtypes) - len(reals) <= MAX_ARGUMENTS
         self._real_at = reals[0] if reals else None
 
+    @property
+    def unrecorded(self) -> Callable[..., Any]:
+        """The same, for calls that are never part of a list."""
+        return cast(Callable[..., Any], self._function)
+
     def __call__(self, *arguments: Any) -> None:
         if _recording.calls is not None:
             at = self._real_at
@@ -160,17 +165,41 @@ def _lay_out(lives: dict[int, list[int]], sizes: dict[int, int]) -> tuple[dict[i
     return offsets, num_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Interruption:
+    """Calls that wait for others return from time to time before they are done. address: of a word that is not 0 then. check: raises what
+    makes it useless to go on.
+    """
+
+    address: int
+    check: Callable[[], None]
+
+
 def runner_of(
-    function: Callable[..., Any], program: Program, *, start: int, keep: Sequence[object]
+    function: Callable[..., Any],
+    program: Program,
+    *,
+    start: int,
+    keep: Sequence[object],
+    interruption: Interruption | None = None,
 ) -> Callable[[], None]:
-    """What repeats the calls, with temporaries from `start` on. function: run_calls of the library. keep: what owns the memory."""
+    """What repeats the calls, with temporaries from `start` on. function: run_calls of the library. keep: what owns the memory.
+    interruption: None if every call is done when it returns.
+    """
     calls = program.placed(start)
     size, first = calls.dtype.itemsize, calls.ctypes.data
+    pending = None if interruption is None else interruption.address
+
+    def run_some(begin: int, end: int) -> None:
+        while (begin := begin + function(first + begin * size, end - begin, pending)) < end:
+            assert interruption is not None, "only then is a call not done"
+            interruption.check()
+
     parts: list[tuple[Callable[..., None], tuple[int, ...]]] = []
     begin = 0
     for at in (*sorted(program.python), len(calls)):
         if begin < at:
-            parts.append((function, (first + begin * size, at - begin)))
+            parts.append((run_some, (begin, at)))
         begin = at + 1
         if (call := program.python.get(at)) is not None and call.python is not None:
             addresses = calls[at]["arguments"][: len(call.arguments)].tolist()

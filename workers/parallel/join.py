@@ -7,6 +7,7 @@ import torch
 
 from workers.errors import ConfigError
 from workers.parallel import shared_file
+from workers.parallel.compiled import Exchange
 from workers.parallel.distributed import DistributedGroup
 from workers.parallel.group import SingleRank, TensorParallel, rank_device
 from workers.parallel.shared_memory import SharedMemoryGroup
@@ -27,11 +28,13 @@ def join_group(
     join_timeout_s: float = 120.0,
     backend: Literal["auto", "shm", "gloo", "nccl"] = "auto",
     deterministic: bool = False,
+    exchange: Exchange | None = None,
 ) -> TensorParallel:
     """Returns when all `size` ranks have joined. `timeout_s` limits each collective, `join_timeout_s` the joining.
 
     `replica_id` must differ between incarnations of a replica. `master_address:master_port` is on rank 0's host; "shm" does not use it.
     `deterministic`: the ranks' sums have a fixed order on CUDA too, see `DistributedGroup`.
+    exchange: compiled collectives for shared memory; None does without.
     "auto" is NCCL on CUDA; on the CPU shared memory where all ranks are on one host and it works there, else Gloo.
     Raises GroupError if a rank stays away, ConfigError if backend and device do not fit.
     """
@@ -55,7 +58,14 @@ def join_group(
     if backend == "shm":
         if not same_host:
             raise ConfigError("Shared-memory collectives need all ranks on one host.", remedy="Use 'gloo'.")
-        return SharedMemoryGroup(replica_id, rank=rank, size=size, timeout_s=timeout_s, join_timeout_s=join_timeout_s)
+        return SharedMemoryGroup(
+            replica_id,
+            rank=rank,
+            size=size,
+            timeout_s=timeout_s,
+            join_timeout_s=join_timeout_s,
+            exchange=exchange,
+        )
     return DistributedGroup(
         rank=rank,
         size=size,

@@ -1,7 +1,7 @@
 """The memory-mapped file of a SharedMemoryGroup: its layout, how the leader makes it and how the followers find it.
 
     line 0         MAGIC, size, capacity_bytes
-    line 1 + r     rank r's ARRIVED, CLOSED, PID, BORN: written by rank r only
+    line 1 + r     rank r's ARRIVED, CLOSED, PID, BORN, SLEEPS, COMPILED: written by rank r only
     then           per rank two buffers, each preceded by a line that says what is in it
 
 A line is a cache line, so that ranks waiting for different ranks do not disturb each other. Knows nothing of collectives.
@@ -20,7 +20,8 @@ FOLDER = Path("/dev/shm")
 MAGIC = 0x74_72_61_6D
 WORD = 8
 LINE = 8  # words in a cache line
-ARRIVED, CLOSED, PID, BORN = range(4)  # the words of each rank's own line
+# The words of each rank's own line. SLEEPS: until another rank that arrives wakes it. COMPILED: it has compiled collectives.
+ARRIVED, CLOSED, PID, BORN, SLEEPS, COMPILED = range(6)
 
 
 def available() -> bool:

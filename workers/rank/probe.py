@@ -79,6 +79,7 @@ class ProbeRank:
             self._doing = f"is connecting to rank 0's lifeline at {at.host}:{at.lifeline_port}"
             self._lifeline.connect((at.host, at.lifeline_port))
         self._doing = "is importing torch"
+        from workers.native.exchange import native_exchange
         from workers.parallel.distributed import DistributedGroup
         from workers.parallel.interface import interface_towards
         from workers.parallel.join import join_group
@@ -94,6 +95,7 @@ class ProbeRank:
             same_host=same_host,
             timeout_s=self._timeout_s,
             join_timeout_s=self._timeout_s,
+            exchange=native_exchange() if self._device == "cpu" else None,
         )
         self._doing = "has joined the group"
         if not isinstance(tp, DistributedGroup):

@@ -23,6 +23,7 @@ from workers.device.require import find_gpu, try_gpu
 from workers.device.sizes import sized_for
 from workers.engine.loop import EngineLoop
 from workers.errors import ConfigError, GroupError, TramontaneError
+from workers.native.openmp import bound_spinning
 from workers.rank.lifeline import DIED, Lifeline
 from workers.rank.primitive_caches import bound_primitive_caches
 from workers.rank.profile import RankProfile
@@ -117,8 +118,10 @@ class RankWorker:
             # Before torch is imported: a rank that dies from here on is named.
             self._lifeline.connect((at.host, at.lifeline_port))
         bound_primitive_caches(os.environ)
+        bound_spinning(os.environ)
         if self._gpu is not None:
             try_gpu(f"Rank {self.rank} on {self.location()}", self._gpu)
+        from workers.native.exchange import native_exchange
         from workers.parallel.group import SingleRank
         from workers.parallel.join import join_group
         from workers.parallel.timed import TimedGroup
@@ -135,6 +138,7 @@ class RankWorker:
             master_port=at.port,
             same_host=same_host,
             deterministic=self.config.deterministic,
+            exchange=native_exchange() if self.config.device == "cpu" else None,
         )
         self._tp = self._timed = TimedGroup(group)
 

@@ -25,6 +25,7 @@ from workers.kernels.sample_specification import (
     fraction_of,
     token_weights,
 )
+from workers.native.largest import largest
 from workers.protocol import SamplingParams, TokenLogprob
 from workers.sampling.logprobs import compute_logprobs, list_logprobs
 
@@ -64,9 +65,10 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: 
     with_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = logits[with_logprobs].clone() if with_logprobs else None
     for i, row in enumerate(rows):
-        _adjust(logits[i], row, eos_token_ids)
+        if _is_adjusted(row):
+            _adjust(logits[i], row, eos_token_ids)
     _apply_masks(logits, rows)
-    best, token_ids = logits.max(dim=-1)
+    best, token_ids = largest(logits)
     possible, chosen = (best > -torch.inf).tolist(), token_ids.tolist()
     random = [i for i, row in enumerate(rows) if possible[i] and row.params.temperature >= MIN_TEMPERATURE]
     for some in _slices(random, max(1, LOGITS_AT_ONCE // logits.shape[-1])):
@@ -98,6 +100,20 @@ def top_p_fraction(top_p: float) -> int:
 def min_p_weight(min_p: float) -> int:
     """The smallest weight that is min_p of the largest, which is 2**WEIGHT_BITS."""
     return math.ceil(min_p * 2**WEIGHT_BITS)
+
+
+def _is_adjusted(row: SamplingRow) -> bool:
+    """Whether `_adjust` may change anything. Most rows ask for nothing, and to look costs less than their view of the logits."""
+    p = row.params
+    return bool(
+        p.repetition_penalty != 1.0
+        or p.presence_penalty
+        or p.frequency_penalty
+        or p.logit_bias
+        or p.bad_words
+        or p.min_tokens
+        or p.allowed_token_ids is not None
+    )
 
 
 def _adjust(logits: torch.Tensor, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:

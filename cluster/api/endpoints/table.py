@@ -369,7 +369,7 @@ _OWN = (
         path="/debug/route",
         handler=debug.handle,
         summary="Show which replica a prompt would be sent to, and why.",
-        query=("prompt", "prompt_token_ids", "policy"),
+        query=("prompt", "prompt_token_ids", "policy", "model"),
         errors=(400, 503),
     ),
     Endpoint(
@@ -459,7 +459,7 @@ def _azure() -> Iterator[Endpoint]:
 
 def platform_paths(platform: Platform | None) -> Iterator[Endpoint]:
     """/ping and /invocations under the paths that the hosting platform calls, where these are not endpoints of their own."""
-    own = {(endpoint.method, endpoint.path): endpoint for endpoint in ENDPOINTS}
+    own: dict[tuple[str, str], Endpoint] = {(endpoint.method, endpoint.path): endpoint for endpoint in ENDPOINTS}
     wanted = (
         ()
         if platform is None

@@ -163,7 +163,8 @@ _BLOCK: _Table = {
 _MESSAGE_PROMPT: _Table = {
     **_no_effect("cache_control diagnostics", _CACHE_MARK),
     **_refused("mcp_servers", "The server calls no other servers.", neutral=(None, [])),
-    **_refused("container context_management", "The server runs no code and keeps no state."),
+    **_refused("container", "The server runs no code and keeps no state."),
+    **_no_effect("context_management", "What Anthropic's service leaves out of a conversation that grows long."),
     **_no_effect("betas speed inference_geo user_profile_id workspace_id", "A setting of Anthropic's service."),
 }
 

@@ -230,7 +230,7 @@ class ResponseService:
                     began = time.monotonic()
                 if time.monotonic() - began > RETRY_FOR_S:
                     raise
-                log.info("Response %s waits after %d tokens: %s", run.id, len(run.output_token_ids), e)
+                log.debug("Response %s waits after %d tokens: %s", run.id, len(run.output_token_ids), e)
                 await asyncio.sleep(min(e.retry_after_s, 5) if isinstance(e, OverloadedError) else 1.0)
 
     async def _poll(self) -> None:

@@ -166,7 +166,7 @@ BATCHES = Group(
             parse=Path,
             metavar="DIR",
             fills=serve_field("data_dir", convert=_absolute),
-            help="folder for uploaded files, batches and stored responses",
+            help="folder for uploaded files, batches, stored responses and adapters",
             shown_default="tramontane/NAME in XDG_DATA_HOME or ~/.local/share",
         ),
         option(

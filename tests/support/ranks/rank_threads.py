@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from workers.native.exchange import native_exchange
 from workers.parallel.group import SingleRank, TensorParallel
 from workers.parallel.shared_memory import SharedMemoryGroup
 
@@ -20,7 +21,7 @@ def unique_name() -> str:
 def run_ranks(size: int, program: Callable[[TensorParallel], Any], **options: Any) -> list[Any]:
     """Runs `program(tp)` on every rank; returns what each returned, or raises the first rank's exception that is one.
 
-    `options` are SharedMemoryGroup's.
+    `options` are SharedMemoryGroup's. Its exchange is compiled where it can be, as in serving.
     """
     name = unique_name()
     results: list[Any] = [None] * size
@@ -28,7 +29,7 @@ def run_ranks(size: int, program: Callable[[TensorParallel], Any], **options: An
 
     def run(rank: int) -> None:
         try:
-            options_ = {"timeout_s": 20.0, "join_timeout_s": 20.0, **options}
+            options_ = {"timeout_s": 20.0, "join_timeout_s": 20.0, "exchange": native_exchange(), **options}
             tp = SingleRank() if size == 1 else SharedMemoryGroup(name, rank=rank, size=size, **options_)
             try:
                 results[rank] = program(tp)

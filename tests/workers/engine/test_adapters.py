@@ -84,11 +84,9 @@ PEFT_KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", PEFT_KINDS)
-@pytest.mark.parametrize("size", [1, 2])
-def test_logits_equal_those_of_the_weights_that_peft_merges(kind, size, folder, tmp_path):
-    merged = write_with_peft(tmp_path, make_tiny_model(sliding_window=None), **PEFT_KINDS[kind])
-    base = make_tiny_model(sliding_window=None)
+def compare_with_peft(folder, tmp_path, *, kind, size, **sizes):
+    merged = write_with_peft(tmp_path, make_tiny_model(sliding_window=None, **sizes), **PEFT_KINDS[kind])
+    base = make_tiny_model(sliding_window=None, **sizes)
     prompt = prompt_of(0, 40)
     with torch.inference_mode():
         expected, without = merged(torch.tensor([prompt])).logits[0], base(torch.tensor([prompt])).logits[0]
@@ -109,6 +107,30 @@ def test_logits_equal_those_of_the_weights_that_peft_merges(kind, size, folder, 
     (found, plain), *_ = run_ranks(size, program)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(plain, without, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_logits_equal_those_of_the_weights_that_peft_merges(kind, size, folder, tmp_path):
+    compare_with_peft(folder, tmp_path, kind=kind, size=size)
+
+
+SHAPES = {
+    "uneven shares": (3, {"hidden_size": 96, "num_attention_heads": 12, "intermediate_size": 98}),
+    "two ranks for each KV head": (4, {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ranks_that_share_heads_unevenly(shape, tmp_path):
+    size, sizes = SHAPES[shape]
+    folder = write_tiny_checkpoint(tmp_path / "model", sliding_window=None, **sizes)
+    compare_with_peft(folder, tmp_path / "adapter", kind="all modules", size=size, **sizes)
+
+
+def test_a_checkpoint_in_mistrals_own_layout_whose_rotary_rows_lie_otherwise(tmp_path):
+    folder = write_tiny_checkpoint(tmp_path / "model", sliding_window=None, layout="mistral")
+    compare_with_peft(folder, tmp_path / "adapter", kind="all modules", size=1)
 
 
 @pytest.mark.parametrize("numerics", NUMERICS)

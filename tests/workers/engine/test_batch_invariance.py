@@ -181,6 +181,7 @@ class Reference:
         ("no window", 1, "fp8 KV"),
         ("gptq, act-order, asymmetric", 1, "bfloat16"),
         ("int-quantized", 1, "float32"),
+        ("fp8, dynamic", 1, "bfloat16"),
     ],
     ids=lambda param: f"{param[0]}, {param[1]} threads, {param[2]}",
 )

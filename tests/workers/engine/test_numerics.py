@@ -12,6 +12,8 @@ from support.tiny import write_tiny_checkpoint
 from workers.engine.build import build_runner
 from workers.engine.model_runner import ModelRunner
 from workers.engine.numerics import fingerprint
+from workers.kernels.lora.native_table import NativeLoraTable
+from workers.kernels.lora.table import TorchLoraTable
 from workers.kernels.quantized_kv import parts_of
 from workers.parallel.group import SingleRank, TensorParallel
 
@@ -51,6 +53,15 @@ def test_what_computes_other_bits_has_another(folder, tmp_path) -> None:
     runners = [built(folder), built(folder, dtype="bfloat16"), built(other_weights), slightly_other]
     runners += [built(folder, kv_cache_dtype=form) for form in ("int8", "fp8")]
     assert len({fingerprint(runner) for runner in runners}) == len(runners)
+
+
+def test_the_kernels_of_adapters_count_where_there_are_some(folder, monkeypatch) -> None:
+    runner = built(folder, enable_lora=True, max_loras=1)
+    found = fingerprint(runner)
+    assert found == fingerprint(runner) == fingerprint(built(folder, enable_lora=True)) != fingerprint(built(folder))
+    monkeypatch.setattr(TorchLoraTable, "add", lambda self, out, x, rows: None)
+    monkeypatch.setattr(NativeLoraTable, "add", lambda self, out, x, rows: None)
+    assert fingerprint(runner) != found
 
 
 @pytest.mark.parametrize("max_model_len", [1, 8, 100])

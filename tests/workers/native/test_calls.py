@@ -11,10 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.native import native_library
 
-from workers.native.calls import RecordedCall, Temporaries, make_program, recorded_calls, runner_of
+from workers.native.calls import (
+    Interruption,
+    RecordedCall,
+    Temporaries,
+    make_program,
+    recorded_calls,
+    runner_of,
+)
 
 START = 1 << 40
 COPY = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+RUN = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
 
 
 def temporaries(num: int, num_bytes: int = 64) -> tuple[Temporaries, list[int]]:
@@ -64,7 +72,7 @@ def test_a_list_of_calls_computes_what_they_did(name):
     library = native_library(name)
     copy = library.function("copy_bytes", COPY)
     gather = library.function("gather_rows", [*COPY[:2], ctypes.c_void_p, *[ctypes.c_int64] * 4])
-    run = library.function("run_calls", [ctypes.c_void_p, ctypes.c_int64])
+    run = library.function("run_calls", RUN, restype=ctypes.c_int64)
     table, indices = np.arange(40, dtype=np.int64).reshape(10, 4), np.array([7, 0, 7], dtype=np.int64)
     arena, out = np.zeros(1 << 12, dtype=np.uint8), np.zeros((3, 4), dtype=np.int64)
     made = Temporaries(arena.ctypes.data, arena.nbytes)
@@ -85,7 +93,7 @@ def test_a_list_of_calls_computes_what_they_did(name):
 
 def test_python_runs_between_the_calls_before_and_after_it():
     copy = native_library("avx2").function("copy_bytes", COPY)
-    run = native_library("avx2").function("run_calls", [ctypes.c_void_p, ctypes.c_int64])
+    run = native_library("avx2").function("run_calls", RUN, restype=ctypes.c_int64)
     source, out = np.array([5], dtype=np.int64), np.zeros(1, dtype=np.int64)
     arena = np.zeros(256, dtype=np.uint8)
     made = Temporaries(arena.ctypes.data, arena.nbytes)
@@ -117,7 +125,7 @@ def test_a_float_among_the_arguments_arrives(name):
     library = native_library(name)
     pointers, size = [ctypes.c_void_p] * 5, ctypes.c_int64
     norm = library.function("add_rms_norm_float32", [*pointers, size, size, ctypes.c_float])
-    run = library.function("run_calls", [ctypes.c_void_p, size])
+    run = library.function("run_calls", RUN, restype=size)
     x, weight = np.full((1, 4), 2.0, dtype=np.float32), np.ones(4, dtype=np.float32)
     out = np.zeros((1, 4), dtype=np.float32)
     with recorded_calls() as calls:
@@ -137,3 +145,40 @@ def test_calls_of_other_threads_are_not_recorded():
         thread.join()
     assert calls == []
     assert target.all()
+
+
+def test_a_call_that_is_not_done_is_called_again_and_no_other():
+    """The second of three calls is not done: it makes the word that says so itself, from a source that the check changes."""
+    library = native_library("avx2")
+    copy, run = library.function("copy_bytes", COPY), library.function("run_calls", RUN, restype=ctypes.c_int64)
+    is_pending, pending = np.array([0], dtype=np.int64), np.array([0], dtype=np.int64)
+    source, first, last = (np.array([n], dtype=np.int64) for n in (5, 0, 0))
+    with recorded_calls() as calls:
+        copy(first.ctypes.data, source.ctypes.data, 8)
+        copy(pending.ctypes.data, is_pending.ctypes.data, 8)
+        copy(last.ctypes.data, source.ctypes.data, 8)
+    seen = []
+
+    def check() -> None:
+        seen.append((int(first[0]), int(last[0])))
+        source[0] += 1
+        is_pending[0] = len(seen) < 3
+
+    program = make_program(calls, Temporaries(START, 64))
+    interruption = Interruption(pending.ctypes.data, check)
+    repeat = runner_of(run, program, start=0, keep=(), interruption=interruption)
+    repeat()
+    assert (seen, int(last[0])) == ([], 5)
+    is_pending[0], last[0] = 1, 0
+    repeat()
+    assert seen == [(5, 0)] * 3
+    assert int(last[0]) == 8
+
+    def give_up() -> None:
+        raise OSError("in vain")
+
+    is_pending[0], last[0] = 1, 0
+    repeat = runner_of(run, program, start=0, keep=(), interruption=Interruption(pending.ctypes.data, give_up))
+    with pytest.raises(OSError, match="in vain"):
+        repeat()
+    assert last[0] == 0

@@ -1,4 +1,4 @@
-"""Shared-memory collectives: the results, many rounds at odd speeds, and every way in which a rank can be absent."""
+"""Shared-memory collectives, compiled and not: the results, many rounds at odd speeds, and every way in which a rank can be absent."""
 
 import os
 import random
@@ -7,14 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.ranks.rank_threads import run_ranks, unique_name
+from support.native import native_library
+from support.ranks import rank_threads
+from support.ranks.rank_threads import unique_name
 
 from workers.errors import GroupError
+from workers.native.exchange import native_exchange
 from workers.parallel import shared_file
 from workers.parallel.shared_memory import SharedMemoryGroup
 
@@ -27,6 +31,19 @@ def part(rank, *shape, dtype=torch.float32):
     return (torch.randn(*shape, generator=generator) * 3).to(dtype)
 
 
+@pytest.fixture(params=["python", "compiled"])
+def exchange(request):
+    if request.param == "python":
+        return None
+    native_library("avx2")  # builds all that are outdated, or skips
+    return native_exchange()
+
+
+@pytest.fixture
+def run_ranks(exchange):
+    return partial(rank_threads.run_ranks, exchange=exchange)
+
+
 @pytest.fixture(autouse=True)
 def no_file_is_left():
     yield
@@ -35,7 +52,7 @@ def no_file_is_left():
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
-def test_all_reduce_is_the_sum_in_rank_order_on_every_rank(size, dtype):
+def test_all_reduce_is_the_sum_in_rank_order_on_every_rank(run_ranks, size, dtype):
     shapes = [(1,), (3, 5), (2, 3, 4), (7, 129), (0, 4)]  # up to several rounds of the small buffer below
 
     def program(tp):
@@ -56,13 +73,13 @@ def test_all_reduce_is_the_sum_in_rank_order_on_every_rank(size, dtype):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("shape", [(2, 3), (5,), (40, 10), (0, 7)])
-def test_gather_concatenates_the_last_dimension_on_rank_0(size, shape):
+def test_gather_concatenates_the_last_dimension_on_rank_0(run_ranks, size, shape):
     results = run_ranks(size, lambda tp: tp.gather(part(tp.rank, *shape)), capacity_bytes=256)
     assert torch.equal(results[0], torch.cat([part(r, *shape) for r in range(size)], dim=-1))
     assert results[1:] == [None] * (size - 1)
 
 
-def test_broadcast_and_min():
+def test_broadcast_and_min(run_ranks):
     lengths = [0, 1, 63, 64, 65, 1000]  # a buffer holds 64
 
     def program(tp):
@@ -76,7 +93,7 @@ def test_broadcast_and_min():
         assert (smallest, smallest_large) == (8, -(1 << 41))
 
 
-def test_mixed_rounds_at_odd_speeds():
+def test_mixed_rounds_at_odd_speeds(run_ranks):
     """Ranks run ahead of each other as far as the two buffers allow; no rank may see an earlier or later round."""
     plan = random.Random(0).choices(("all_reduce", "gather", "broadcast", "broadcast_tensor", "min"), k=400)
 
@@ -103,7 +120,7 @@ def test_mixed_rounds_at_odd_speeds():
     run_ranks(4, program, capacity_bytes=128)
 
 
-def test_a_rank_that_stays_away_is_named_while_and_after_waiting():
+def test_a_rank_that_stays_away_is_named_while_and_after_waiting(run_ranks):
     seen = []
     all_here = threading.Barrier(3)
     given_up = threading.Barrier(3)
@@ -136,7 +153,7 @@ def test_a_rank_that_stays_away_is_named_while_and_after_waiting():
     assert 2 in seen[0]
 
 
-def test_different_collectives_are_distinguished():
+def test_different_collectives_are_distinguished(run_ranks):
     def program(tp):
         with pytest.raises(GroupError, match=r"every rank must run the same program|left the group"):
             tp.all_reduce(torch.ones(4)) if tp.rank == 0 else tp.min(3)
@@ -144,7 +161,7 @@ def test_different_collectives_are_distinguished():
     run_ranks(2, program)
 
 
-def test_an_idle_follower_outlasts_the_timeout_but_not_the_leader():
+def test_an_idle_follower_outlasts_the_timeout_but_not_the_leader(run_ranks):
     def program(tp):
         if tp.rank == 0:
             time.sleep(0.5)
@@ -158,7 +175,7 @@ def test_an_idle_follower_outlasts_the_timeout_but_not_the_leader():
     run_ranks(2, program, timeout_s=0.1)
 
 
-def test_close_from_another_thread_ends_the_wait():
+def test_close_from_another_thread_ends_the_wait(run_ranks):
     ended = threading.Event()
 
     def program(tp):
@@ -172,7 +189,7 @@ def test_close_from_another_thread_ends_the_wait():
     run_ranks(2, program)
 
 
-def test_a_rank_that_left_is_noticed_at_once():
+def test_a_rank_that_left_is_noticed_at_once(run_ranks):
     def program(tp):
         if tp.rank == 0:
             with pytest.raises(GroupError, match="Rank 1 left the group") as e:
@@ -185,21 +202,24 @@ def test_a_rank_that_left_is_noticed_at_once():
 VICTIM = """
 import sys, time
 import torch
+from workers.native.exchange import native_exchange
 from workers.parallel.shared_memory import SharedMemoryGroup
-follower = SharedMemoryGroup(sys.argv[1], rank=1, size=2)
-leader = SharedMemoryGroup(sys.argv[2], rank=0, size=2)
+exchange = native_exchange() if sys.argv[3] == "compiled" else None
+follower = SharedMemoryGroup(sys.argv[1], rank=1, size=2, exchange=exchange)
+leader = SharedMemoryGroup(sys.argv[2], rank=0, size=2, exchange=exchange)
 leader.all_reduce(torch.ones(1))
 print("joined", flush=True)
 time.sleep(600)
 """
 
 
-def test_a_killed_process_is_noticed_at_once():
+def test_a_killed_process_is_noticed_at_once(exchange):
     a, b = unique_name(), unique_name()
-    victim = subprocess.Popen([sys.executable, "-c", VICTIM, a, b], stdout=subprocess.PIPE, cwd=Path.cwd())
+    kind = "python" if exchange is None else "compiled"
+    victim = subprocess.Popen([sys.executable, "-c", VICTIM, a, b, kind], stdout=subprocess.PIPE, cwd=Path.cwd())
     try:
-        leader = SharedMemoryGroup(a, rank=0, size=2, timeout_s=600.0)
-        follower = SharedMemoryGroup(b, rank=1, size=2, timeout_s=600.0)
+        leader = SharedMemoryGroup(a, rank=0, size=2, timeout_s=600.0, exchange=exchange)
+        follower = SharedMemoryGroup(b, rank=1, size=2, timeout_s=600.0, exchange=exchange)
         follower.all_reduce(torch.ones(1))
         assert victim.stdout.readline() == b"joined\n"
         victim.send_signal(signal.SIGKILL)  # not waited for: a zombie is dead too
@@ -258,3 +278,75 @@ def test_another_size_is_refused():
             SharedMemoryGroup(name, rank=1, size=2, capacity_bytes=1024)
     finally:
         path.unlink()
+
+
+def test_compiled_collectives_need_all_ranks():
+    """A rank without compiled kernels takes part, and nobody waits to be woken by it."""
+    native_library("avx2")
+    name, sums = unique_name(), [None, None]
+
+    def join(rank):
+        exchange = native_exchange() if rank == 0 else None
+        group = SharedMemoryGroup(name, rank=rank, size=2, join_timeout_s=20.0, exchange=exchange)
+        assert not group.is_compiled
+        sums[rank] = group.all_reduce(torch.ones(3)).tolist()
+        group.close()
+
+    follower = threading.Thread(target=join, args=(1,))
+    follower.start()
+    join(0)
+    follower.join()
+    assert sums == [[2.0] * 3] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_sums_have_the_bits_of_the_specification(dtype):
+    """Where an order or a rounding differed, some of these values would show it; odd counts end within a vector."""
+    native_library("avx2")
+    num_ranks, num_values = 3, 4099
+
+    def parts():
+        made = [part(rank, num_values, dtype=dtype) * 10.0 ** (rank - 1) for rank in range(num_ranks)]
+        made[1][:4] = torch.tensor([float("inf"), float("-inf"), 0.0, -0.0])
+        return made
+
+    results = [
+        rank_threads.run_ranks(
+            num_ranks, lambda tp: tp.all_reduce(parts()[tp.rank]), capacity_bytes=4096, exchange=exchange
+        )
+        for exchange in (None, native_exchange())
+    ]
+    specified, compiled = ([x.view(torch.uint8).tolist() for x in result] for result in results)
+    assert compiled == specified
+    assert compiled[1:] == compiled[:1] * (num_ranks - 1)
+
+
+def test_a_sleeping_rank_is_woken():
+    """It sleeps until another arrives. Were nobody to wake it, each round would take a slice of 50 ms."""
+    native_library("avx2")
+
+    def program(tp):
+        waits = []
+        for _ in range(20):
+            if tp.rank == 0:
+                time.sleep(0.003)  # long enough for the other one to sleep
+            began = time.monotonic()
+            tp.all_reduce(torch.ones(8))
+            waits.append(time.monotonic() - began)
+        return sorted(waits)[10]
+
+    _, wait_s = rank_threads.run_ranks(2, program)
+    assert 0.002 < wait_s < 0.03
+
+
+def test_all_reduces_are_counted_with_the_seconds_they_take(run_ranks):
+    def program(tp):
+        if tp.rank == 0:
+            time.sleep(0.05)
+        for _ in range(3):
+            tp.all_reduce(torch.ones(4))
+        return tp.state.num_all_reduces, tp.state.all_reduces_ns / 1e9
+
+    _, (num, seconds) = run_ranks(2, program)
+    assert num == 3
+    assert 0.04 < seconds < 5.0

@@ -96,6 +96,27 @@ def test_the_gpus_own_product_of_float8(scales, dtype):
     assert_multiplies(matrix, randn(5, 64, seed=2).to(dtype), values.dequantize(), tolerance=0.04)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_static_scale_of_inputs(dtype):
+    """All rows are divided by it, and what is too large becomes the largest number of the type."""
+    scale, x = torch.tensor(0.01), randn(5, 64, seed=2).to(dtype)
+    x[1] *= 1000
+    values = Float8Tensor(
+        values=(randn(32, 64) * 50).to(torch.float8_e4m3fn),
+        scales=torch.tensor([[0.02]]),
+        block_size=64,
+        input_scale=scale,
+    )
+    matrix = cuda_pack(DENSE, capability=(8, 9))(values, dtype, CPU)
+    rounded = (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    assert not torch.allclose(rounded[1], x[1].float(), rtol=0.1)
+    expected = (rounded @ values.dequantize().T).to(dtype)
+    torch.testing.assert_close(matrix.multiply(x), expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
+    assert matrix.rounds_statically is True
+    older = cuda_pack(DENSE, capability=AMPERE)(values, dtype, CPU)
+    assert older.rounds_statically is False
+
+
 @pytest.mark.parametrize(
     ("capability", "deterministic", "shape", "block_size"),
     [((8, 6), False, (32, 64), 64), ((9, 0), True, (32, 64), 64), ((9, 0), False, (33, 64), 64), ((9, 0), False, (32, 64), 32)],

@@ -15,10 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from workers.engine.graphs.cuda_graphs import Step
 from workers.engine.graphs.decode_padding import CapturePolicy
-from workers.native.calls import RecordedCall, Temporaries, make_program, recorded_calls, runner_of
+from workers.native.calls import (
+    Interruption,
+    RecordedCall,
+    Temporaries,
+    make_program,
+    recorded_calls,
+    runner_of,
+)
 from workers.native.library import NativeLibrary
 from workers.native.matrices import DTYPE_NAMES
 from workers.parallel.group import TensorParallel
+from workers.parallel.shared_memory import SharedMemoryGroup
+from workers.parallel.timed import TimedGroup
 
 # Of temporaries while a step is recorded. Only what is written takes memory, and only until the end of the recording.
 ARENA_BYTES = 1 << 30
@@ -53,7 +62,7 @@ class NativeGraphRecorder:
         self._gather = library.function("gather_rows", [*_POINTERS, *[_SIZE] * 4])
         self._copy = library.function("copy_bytes", [*_POINTERS[:2], _SIZE])
         self._widen = library.function("widen", [*_POINTERS[:2], _SIZE])
-        self._run = library.function("run_calls", [ctypes.c_void_p, _SIZE])
+        self._run = library.function("run_calls", [ctypes.c_void_p, _SIZE, ctypes.c_void_p], restype=_SIZE)
         self._add_bias = {
             dtype: library.function(f"add_bias_{name}", [*_POINTERS, _SIZE, _SIZE])
             for dtype, name in DTYPE_NAMES.items()
@@ -78,7 +87,11 @@ class NativeGraphRecorder:
         if self._memory.numel() < program.num_bytes:
             # Graphs that were recorded before keep theirs.
             self._memory = torch.empty(max(program.num_bytes, 2 * self._memory.numel()), dtype=torch.uint8)
-        return runner_of(self._run, program, start=self._memory.data_ptr(), keep=(self._memory,))
+        group = _compiled_group(self._tp)
+        interruption = None if group is None else Interruption(group.state.pending_address, group.check)
+        return runner_of(
+            self._run, program, start=self._memory.data_ptr(), keep=(self._memory, group), interruption=interruption
+        )
 
     def gather(self, table: torch.Tensor, indices: torch.Tensor, new: Callable[..., torch.Tensor]) -> torch.Tensor:
         _require(
@@ -168,8 +181,8 @@ class _Recorder(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _collectives(tp: TensorParallel, calls: list[RecordedCall], recorder: "_Recorder") -> Iterator[None]:
-    """The group's collectives in a step, recorded as calls of Python with the same tensors elsewhere."""
-    if tp.size == 1:
+    """The group's collectives in a step, recorded as calls of Python with the same tensors elsewhere. Compiled ones are calls like any."""
+    if tp.size == 1 or _compiled_group(tp) is not None:
         yield
         return
     all_reduce, gather = tp.all_reduce, tp.gather
@@ -213,6 +226,11 @@ def _collectives(tp: TensorParallel, calls: list[RecordedCall], recorder: "_Reco
         for name in recorded:
             del own_attributes[name]
         own_attributes.update(own)
+
+
+def _compiled_group(tp: TensorParallel) -> SharedMemoryGroup | None:
+    group = tp.shared_memory if isinstance(tp, TimedGroup) else tp
+    return group if isinstance(group, SharedMemoryGroup) and group.is_compiled else None
 
 
 def _tensor_at(address: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

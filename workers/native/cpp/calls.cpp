@@ -20,12 +20,15 @@ using Kernel = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, in
 
 }  // namespace
 
-TRAMONTANE_KERNEL(run_calls)(const void* calls, int64_t num_calls) {
-    const Call* call = (const Call*)calls;
-    for (const Call* end = call + num_calls; call < end; call++) {
+// pending: a word that is not 0 when a call was not done and wants to be called again; null if all calls always are. Returns how many are done.
+TRAMONTANE_FUNCTION(int64_t, run_calls)(const void* calls, int64_t num_calls, const int64_t* pending) {
+    const Call* const begin = (const Call*)calls;
+    for (const Call *call = begin, *end = begin + num_calls; call < end; call++) {
         const int64_t* a = call->arguments;
         ((Kernel)call->kernel)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9], a[10], a[11], a[12], a[13], a[14], a[15], a[16], a[17], call->real);
+        if (pending && __atomic_load_n(pending, __ATOMIC_RELAXED)) return call - begin;
     }
+    return num_calls;
 }
 
 // out: [num_rows][row_bytes], row i is row indices[i] - first of the table, or zeros if it has no such row.

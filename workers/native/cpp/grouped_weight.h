@@ -45,6 +45,22 @@ INLINE i32x16 dot(i32x16 sum, Bytes w, int32_t x) { return {dot(sum.lo, w.lo, x)
 INLINE f32x16 to_float(i32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 #endif
 
+// Whole numbers from -127 to 127, or what is not a number, which becomes any.
+#ifdef __AVX512F__
+INLINE void store_bytes(int8_t* p, f32x16 low, f32x16 high) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(low.v)));
+    _mm_storeu_si128((__m128i*)(p + 16), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(high.v)));
+}
+#else
+INLINE void store_bytes(int8_t* p, f32x16 low, f32x16 high) {
+    const __m256i halves[2] = {_mm256_packs_epi32(_mm256_cvtps_epi32(low.lo), _mm256_cvtps_epi32(low.hi)),
+                               _mm256_packs_epi32(_mm256_cvtps_epi32(high.lo), _mm256_cvtps_epi32(high.hi))};
+    // Packing keeps both halves of a vector apart: eights of numbers come in the order 0 2 1 3 of fours.
+    const __m256i bytes = _mm256_packs_epi16(halves[0], halves[1]);
+    _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+#endif
+
 INLINE f32x16 load_scales(const uint16_t* p) { return load_half(p); }
 INLINE f32x16 load_scales(const float* p) { return load(p); }
 
@@ -67,14 +83,10 @@ INLINE float round_group(const T* x, int8_t* rounded, int32_t* total) {
     const float largest = max_of(max(abs(a), abs(b)));
     const float scale = largest / 127.0f;
     const f32x16 inverse = set1(largest > 0.0f ? 127.0f / largest : 0.0f);
-    float values[GROUP];
-    store(values, round_to_even(a * inverse));
-    store(values + 16, round_to_even(b * inverse));
-    *total = 0;
-    for (int i = 0; i < GROUP; i++) {
-        rounded[i] = (int8_t)values[i];
-        *total += rounded[i];
-    }
+    const f32x16 low = round_to_even(a * inverse), high = round_to_even(b * inverse);
+    store_bytes(rounded, low, high);
+    // Whole numbers, so the order changes nothing.
+    *total = (int32_t)sum(low + high);
     // 0 * x is not a number where x is not finite; `max` may have passed over it.
     const float poison = sum(a * zero() + b * zero());
     return scale + poison;

@@ -10,7 +10,8 @@
 #define TRAMONTANE_JOIN3(a, b, c) a##_##b##_##c
 #define TRAMONTANE_NAME(isa, name) TRAMONTANE_JOIN3(tramontane, isa, name)
 // The exported name of a kernel: tramontane_avx512_gemm_float32.
-#define TRAMONTANE_KERNEL(name) extern "C" __attribute__((visibility("default"))) void TRAMONTANE_NAME(TRAMONTANE_ISA, name)
+#define TRAMONTANE_FUNCTION(type, name) extern "C" __attribute__((visibility("default"))) type TRAMONTANE_NAME(TRAMONTANE_ISA, name)
+#define TRAMONTANE_KERNEL(name) TRAMONTANE_FUNCTION(void, name)
 #define INLINE static inline __attribute__((always_inline))
 
 namespace {

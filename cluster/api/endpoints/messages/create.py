@@ -7,6 +7,7 @@ import time
 import uuid
 from dataclasses import replace
 
+import msgspec
 from aiohttp import web
 
 from cluster.api.context import CONTEXT
@@ -23,6 +24,7 @@ from cluster.api.server import request_options, sse
 from cluster.api.server.body import read_body
 from cluster.api.server.errors import encode_message_error
 from cluster.system.log import log_prompt
+from workers.errors import RequestError
 
 _WIRE = sse.Wire(
     encode=sse.encode_named, error=lambda e: b"event: error\ndata: " + encode_message_error(e) + b"\n\n", end=b""
@@ -40,8 +42,21 @@ async def handle(request: web.Request) -> web.StreamResponse:
         chat.check(api, chat_body, context)
         note_ignored(api, body, context)
         log_prompt(chat_body.messages)
-        prepared = await chat.prepare(api, chat_body, context, reads_thoughts=False)
-    formatter = MessageFormatter(prepared.choices[0], message_id=f"msg_{uuid.uuid4().hex}", model=body.model)
+        fills_context = False
+        try:
+            prepared = await chat.prepare(api, chat_body, context, reads_thoughts=False)
+        except RequestError as e:
+            if (e.code, e.param) != ("context_length_exceeded", "max_tokens"):
+                raise
+            # Clients must send a limit, and many send one above the model's context.
+            fills_context, chat_body = True, msgspec.structs.replace(chat_body, max_tokens=None)
+            prepared = await chat.prepare(api, chat_body, context, reads_thoughts=False)
+    formatter = MessageFormatter(
+        prepared.choices[0],
+        message_id=f"msg_{uuid.uuid4().hex}",
+        model=body.model,
+        at_limit="model_context_window_exceeded" if fills_context else "max_tokens",
+    )
     prepared = replace(prepared, formatter=formatter, wire=_WIRE)
     return await answer(request, api, prepared, deadline=deadline, arrived=arrived)
 

@@ -31,12 +31,13 @@ from workers.protocol import FinishReason
 
 
 class MessageFormatter:
-    """A Formatter (generation/answering.py) for one request."""
+    """A Formatter (generation/answering.py) for one request. at_limit: the reason of an output that reached its limit of tokens."""
 
-    def __init__(self, choice: Choice, *, message_id: str, model: str) -> None:
+    def __init__(self, choice: Choice, *, message_id: str, model: str, at_limit: StopReason = "max_tokens") -> None:
         self._choice = choice
         self._id = message_id
         self._model = model
+        self._at_limit: StopReason = at_limit
         self._index = -1  # of the newest block
         self._open: type[TextBlock] | type[ToolUseBlock] | None = None
         self._has_started = False
@@ -114,7 +115,7 @@ class MessageFormatter:
         output = self._choice.output
         reason: StopReason = "end_turn"
         if output.finish_reason is FinishReason.LENGTH:
-            reason = "max_tokens"
+            reason = self._at_limit
         elif output.called_tools:
             reason = "tool_use"
         elif output.stop_string is not None:

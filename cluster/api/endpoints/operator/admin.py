@@ -4,7 +4,6 @@ Knows the paths and bodies; an `Admin` does the work. Without one, these paths a
 """
 
 import math
-import os
 
 import msgspec
 from aiohttp import web
@@ -49,9 +48,8 @@ async def cluster(request: web.Request) -> web.Response:
 
 async def operate(request: web.Request) -> web.Response:
     """What this gateway has measured since it started."""
-    grafana = os.environ.get("RAY_GRAFANA_IFRAME_HOST") or os.environ.get("RAY_GRAFANA_HOST")
-    links = {"Grafana": f"{grafana.rstrip('/')}/d/tramontane"} if grafana else {}
-    found = operations(request.app[CONTEXT].metrics, links=links)
+    api = request.app[CONTEXT]
+    found = operations(api.metrics, links=dict(api.links))
     return web.Response(body=msgspec.json.encode(found), content_type="application/json")
 
 

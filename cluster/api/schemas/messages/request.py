@@ -126,7 +126,7 @@ class MessagePrompt(Struct, frozen=True, kw_only=True):
 
 
 class MessageRequest(MessagePrompt, frozen=True, kw_only=True):
-    """From `seed` on, additions with vLLM's names, as in chat."""
+    """`max_tokens`: more than fits means all that fits. From `seed` on, additions with vLLM's names, as in chat."""
 
     max_tokens: Annotated[int, Meta(ge=1)]
     stream: bool | None = None

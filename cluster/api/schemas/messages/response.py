@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"]
 
 
 class TextBlock(Struct, frozen=True, kw_only=True, tag_field="type", tag="text"):

@@ -24,7 +24,7 @@ from cluster.router.router import Router
 from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from workers.errors import RequestError
-from workers.protocol import root_hash
+from workers.protocol import CacheEvents, hash_block, root_hash
 
 TOKENIZER = load_tokenizer(DEMO_MODEL)
 BODY = {"model": "support", "prompt": [3, 4, 5], "max_tokens": 2}
@@ -296,6 +296,22 @@ async def test_promote_rollback_and_list():
         listed = await (await world.client.get("/admin/adapters")).json()
         assert [a["name"] for a in listed["adapters"]] == ["support"]
         assert listed["revisions"][0]["digest"] == "a"
+
+
+async def test_the_routing_explanation_knows_the_cache_of_a_revision():
+    """A prefix that a replica has for one revision is none for another, or for the base."""
+    prompt = list(range(40))
+    cached = hash_block(root_hash("support@a"), prompt[:16])
+    async with serving(CANARY) as world:
+        await world.post("/v1/completions", BODY)
+        world.replica.say(CacheEvents(stored=[cached], reset=True))
+        ids = ",".join(map(str, prompt))
+        found = {}
+        for model in ("demo", "support@a", "support@b"):
+            response = await world.client.get(f"/debug/route?prompt_token_ids={ids}&model={model}")
+            found[model] = [r["num_cached_tokens"] for r in (await response.json())["replicas"]]
+        assert found == {"demo": [0], "support@a": [16], "support@b": [0]}
+        assert (await world.client.get(f"/debug/route?prompt_token_ids={ids}&model=other")).status == 404
 
 
 async def test_metrics_count_by_revision():

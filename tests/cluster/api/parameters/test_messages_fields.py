@@ -8,7 +8,7 @@ from support.clients.api_fields import CHAT, QUESTION, Api, Output, Row
 
 PATHS = ("/v1/messages", "/v1/messages/count_tokens")
 COUNT = PATHS[1]
-BASE = {"model": "demo", "messages": QUESTION, "max_tokens": 16, "temperature": 0}
+BASE = {"model": "demo", "messages": QUESTION, "max_tokens": 8, "temperature": 0}
 NUMBER = {
     "type": "object",
     "properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}},
@@ -155,7 +155,7 @@ ROWS = [
     Row("MessageRequest.top_k", same(**SEEDED, top_k=3), acts_as_in_chat),
     Row("MessageRequest.min_p", same(**SEEDED, min_p=0.3), acts_as_in_chat),
     Row("MessageRequest.repetition_penalty", same(repetition_penalty=5.0), acts_as_in_chat),
-    Row("MessageRequest.ignore_eos", same(ignore_eos=True, max_tokens=60), acts_as_in_chat),
+    Row("MessageRequest.ignore_eos", same(ignore_eos=True, max_tokens=30), acts_as_in_chat),
     Row("MessageRequest.metadata, MessageMetadata.user_id", {"metadata": {"user_id": "u"}}, is_accepted),
     Row("MessageRequest.priority", {"priority": 5}, is_accepted),
 ]  # fmt: skip

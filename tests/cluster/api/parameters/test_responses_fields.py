@@ -12,8 +12,8 @@ from support.clients.api_fields import CHAT, QUESTION, Api, Output, Row
 PATHS = ("/v1/responses", "/v1/responses/input_tokens")
 COUNT = PATHS[1]
 TEXT = QUESTION[0]["content"]
-BASE = {"model": "demo", "input": TEXT, "max_output_tokens": 16, "temperature": 0}
-CHAT_BASE = {"model": "demo", "messages": QUESTION, "max_tokens": 16, "temperature": 0}
+BASE = {"model": "demo", "input": TEXT, "max_output_tokens": 8, "temperature": 0}
+CHAT_BASE = {"model": "demo", "messages": QUESTION, "max_tokens": 8, "temperature": 0}
 NUMBER = {
     "type": "object",
     "properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}},
@@ -216,8 +216,8 @@ ROWS = [
     Row("ResponseRequest.presence_penalty", same(presence_penalty=2.0), acts_as_in_chat),
     Row("ResponseRequest.frequency_penalty", same(frequency_penalty=2.0), acts_as_in_chat),
     Row("ResponseRequest.stop", same(stop=["e"]), acts_as_in_chat),
-    Row("ResponseRequest.min_tokens", same(min_tokens=12, stop=["e"]), acts_as_in_chat),
-    Row("ResponseRequest.ignore_eos", ({"ignore_eos": True, "max_output_tokens": 60}, {"ignore_eos": True, "max_tokens": 60}),
+    Row("ResponseRequest.min_tokens", same(min_tokens=6, stop=["e"]), acts_as_in_chat),
+    Row("ResponseRequest.ignore_eos", ({"ignore_eos": True, "max_output_tokens": 30}, {"ignore_eos": True, "max_tokens": 30}),
         acts_as_in_chat),
     Row("ResponseRequest.user", {"user": "u"}, is_repeated),
     Row("ResponseRequest.priority", {"priority": 5}, is_accepted),

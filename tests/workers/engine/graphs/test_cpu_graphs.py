@@ -15,7 +15,9 @@ from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import LLMEngine, stream_requests
+from workers.native.exchange import native_exchange
 from workers.native.library import NativeLibrary, load_library
+from workers.parallel.timed import TimedGroup
 from workers.profile.steps import profile_core
 
 pytestmark = pytest.mark.skipif(
@@ -115,21 +117,24 @@ def test_graphs_add_biases_and_scale_queries(tmp_path, kind, fields, dtype):
 
 
 @pytest.mark.group
-def test_two_ranks_exchange_in_their_graphs(folder):
+@pytest.mark.parametrize("exchange", [None, native_exchange()], ids=["python", "compiled"])
+def test_two_ranks_exchange_in_their_graphs(folder, exchange):
     def program(tp):
+        tp = TimedGroup(tp)
         made = config(folder, tensor_parallel_size=2, dtype="bfloat16")
         runner = build_runner(made, tp)
         runner.allocate_kv_cache()
         if tp.rank:
             run_follower(runner, tp)
-            return runner.graphs.captured_sizes
+            return runner.graphs.captured_sizes, tp.num_all_reduces_total
         core = EngineCore(made, runner, tp)
         found = [outputs(core), outputs(core)]
         core.shutdown()
-        return found
+        return found, tp.num_all_reduces_total
 
-    found, captured = run_ranks(2, program)
+    (found, num_led), (captured, num_followed) = run_ranks(2, program, exchange=exchange)
     assert len(captured) >= 3
+    assert num_led == num_followed > 0
     (expected,) = run_ranks(1, lambda tp: outputs(LLMEngine(config(folder, cuda_graphs=False)).core))
     assert found[0] == found[1]
     assert found[0].keys() == expected.keys()

@@ -11,6 +11,7 @@ from support.servers.live_replica import TEMPLATE, TOKENIZER
 
 from cluster.api.app import make_app
 from cluster.router.router import Router
+from workers.protocol import FinishReason
 
 PATH = "/v1/messages"
 CALLS = [
@@ -92,7 +93,7 @@ async def test_the_prompt_is_that_of_chat(client: TestClient, replica: FakeRepli
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "invalid_request_error", "functions"),
         ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "'name'"),
         ({"max_tokens": 0}, 400, "invalid_request_error", "max_tokens"),
-        ({"max_tokens": 1000}, 400, "invalid_request_error", "context length"),
+        ({"messages": [{"role": "user", "content": "x y " * 300}]}, 400, "invalid_request_error", "context length"),
         ({"container": "c"}, 400, "invalid_request_error", "container"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, 400,
          "invalid_request_error", "output_config"),
@@ -114,3 +115,13 @@ async def test_fields_without_effect_are_named(client: TestClient) -> None:
     assert response.headers["X-Tramontane-Ignored"] == "service_tier, system[].cache_control, thinking"
     off = await client.post(PATH, json=BODY | {"thinking": {"type": "disabled"}})
     assert "X-Tramontane-Ignored" not in off.headers
+
+
+async def test_more_tokens_than_fit_mean_all_that_fit(client: TestClient, replica: FakeReplica) -> None:
+    replica.script = tokens(TOKENIZER.encode("Well", bos=False), finish=FinishReason.LENGTH)
+    answer = await (await client.post(PATH, json=BODY | {"max_tokens": 100_000})).json()
+    assert answer["stop_reason"] == "model_context_window_exceeded"
+    [request] = replica.requests
+    assert len(request.prompt_token_ids) + request.sampling.max_tokens == replica.facts.max_model_len
+    answer = await (await client.post(PATH, json=BODY)).json()
+    assert answer["stop_reason"] == "max_tokens"
