@@ -101,12 +101,21 @@ class World:
             model, job = choice.choice((*NAMES, "demo_model")), choice.randrange(len(JOBS))
             try:
                 revision, answer = await self.ask(model, job)
-            except (RuntimeError, aiohttp.ClientError) as e:
-                self.failures.append(f"{model}: {e!r}")
+            except (RuntimeError, aiohttp.ClientError, TimeoutError) as e:
+                self.failures.append(f"job {job} of {model}: {e!r}; {await self.loads()}")
                 continue
             self.served[revision] += 1
             if (revision or model).partition("@")[0] != model or answer != self.answers[_digest(revision), job]:
                 self.wrong.append(f"job {job} of {revision or model}")
+
+    async def loads(self) -> str:
+        """What replicas and gateway hold now, for the message about a request that got stuck."""
+        replicas = await asyncio.to_thread(self.server.replicas)
+        return "; ".join(
+            f"{name} {r['state']}: {r['load']['num_running']} running, {r['load']['num_waiting']} waiting, "
+            f"step {r['load']['num_steps_total']}, age {r['load']['step_age_s']}"
+            for name, r in replicas.items()
+        )
 
     async def until_ready(self) -> None:
         async with asyncio.timeout(90):
@@ -153,7 +162,7 @@ def _digest(revision: str | None) -> str | None:
 async def story(server: Server, folders: dict[str, Path], *, rounds: int) -> World:
     choice = random.Random(5)
     headers = {"Authorization": f"Bearer {API_KEY}"}
-    timeout = aiohttp.ClientTimeout(total=120)
+    timeout = aiohttp.ClientTimeout(total=100)
     async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
         world = World(server, session)
         # The new content under another name answers with the same bits.

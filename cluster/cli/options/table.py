@@ -10,7 +10,20 @@ from cluster.cli.options.operate_rows import DOWN, DRAIN, STATUS
 from cluster.cli.options.serve_rows import GENERATE, SERVE
 
 DESCRIPTION = "Serves Mistral-family models on a Ray cluster."
-COMMANDS = (SERVE, STATUS, DRAIN, DOWN, *ADAPTER_COMMANDS, *BATCH_COMMANDS, *KEYS_COMMANDS, DOCTOR, PLAN, BENCH, EVAL, GENERATE)
+COMMANDS = (
+    SERVE,
+    STATUS,
+    DRAIN,
+    DOWN,
+    *ADAPTER_COMMANDS,
+    *BATCH_COMMANDS,
+    *KEYS_COMMANDS,
+    DOCTOR,
+    PLAN,
+    BENCH,
+    EVAL,
+    GENERATE,
+)
 # First word of commands of two words -> (help, description).
 FAMILIES = {
     "adapters": (

@@ -115,17 +115,6 @@ def test_a_query_has_the_same_bits_whatever_else_is_computed(library, shape, win
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tile_without_a_new_key_changes_nothing(library, dtype):
-    """Queries 9 to 63 see the first 64 keys only, and are computed beside later ones. Enough numbers for an error of 3e-6 to show."""
-    shape = (8, 2, 128)
-    backend, _ = make_backends(library, shape, dtype=dtype, window=None)
-    sequences = make_sequences(shape, num_tokens=75, dtype=dtype, num=1)
-    how = {"block_size": 16, "window": None}
-    expected = attend(backend, sequences, [(0, 64)], **how)[0][9:]
-    assert torch.equal(attend(backend, sequences, [(9, 66)], **how)[0][: len(expected)], expected)
-
-
 @pytest.mark.parametrize("kv", ["auto", "int8", "fp8"])
 def test_every_instruction_set_gives_the_same_bits_in_float32(kv):
     """In bfloat16, AVX-512 and AMX have products of pairs, each with its own order of sums."""

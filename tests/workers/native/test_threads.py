@@ -1,4 +1,4 @@
-"""The kernels' threads, threads.cpp: right products whoever else computes at the same time, and in the child of a fork."""
+"""The kernels' threads, threads.cpp: right products while others compute too, and in the child of a fork."""
 
 import os
 import threading

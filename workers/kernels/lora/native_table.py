@@ -56,13 +56,13 @@ class NativeLoraTable:
 
     def prepare(self, parts: Parts, memory: HostMemory) -> _Prepared:
         descriptors = np.zeros((len(parts), _FIELDS), dtype=np.int64)
-        matrices: list[torch.Tensor] = []
-        for shard, part in enumerate(parts):
-            if part is not None:
-                a, b = memory.keep(pack_a(part.a)), memory.keep(pack_b(part.b))
-                descriptors[shard] = (a.data_ptr(), b.data_ptr(), part.a.shape[0], _bits(part))
-                matrices += (a, b)
-        return _Prepared(descriptors, tuple(matrices))
+        here = {shard: part for shard, part in enumerate(parts) if part is not None}
+        # In the order in which the kernel reads them, so that reading ahead goes on from one to the next.
+        a = {shard: memory.keep(pack_a(part.a)) for shard, part in here.items()}
+        b = {shard: memory.keep(pack_b(part.b)) for shard, part in here.items()}
+        for shard, part in here.items():
+            descriptors[shard] = (a[shard].data_ptr(), b[shard].data_ptr(), part.a.shape[0], _bits(part))
+        return _Prepared(descriptors, (*a.values(), *b.values()))
 
     def put(self, slot: int, prepared: Any | None) -> None:
         self._table[slot] = 0 if prepared is None else prepared.descriptors
