@@ -18,7 +18,7 @@ SHA256 = $(BIN)/python -c 'import hashlib, sys; sys.exit(hashlib.sha256(open(sys
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate native test test-gpu test-cuda-host test-chaos test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench bench-peers bench-smollm2 smollm2 demo-model clean
+.PHONY: serve generate native test test-gpu test-cuda-host test-chaos test-story test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench bench-peers bench-smollm2 smollm2 demo-model clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/python -m workers.native.build || true
@@ -57,6 +57,10 @@ test-cloud: $(VENV)/.installed-dev
 # Batches of 2,000 lines with 50 crashes, full disks, nodes that start and stop: half an hour. TRAMONTANE_CHAOS_SEED picks other moments.
 test-batch: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -s -m chaos tests/system/batches/test_batch_chaos.py tests/system/batches/test_batch_autoscaling.py tests/system/batches/test_batch_postgres.py $(ARGS)
+
+# Data, a fine-tuned adapter, its evaluation beside the base, a canary, its promotion, an answer: two minutes, alone on two cores.
+test-story: $(VENV)/.installed-dev
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -m story tests/system/test_story.py $(ARGS)
 
 # A rank killed at each of 64 tokens, nodes that start and stop, a pulled cable, then five minutes of random failures under load: 20 minutes.
 test-chaos: $(VENV)/.installed-dev

@@ -18,7 +18,6 @@ SHARING = (
 )  # fmt: skip
 # What takes longest, from 20 seconds to a minute and a half. It comes first, or one worker would run it alone at the end.
 LONGEST = (
-    "tests/system/test_story.py",
     "tests/clients/test_foreign.py",
     "tests/system/test_failover.py",
     "tests/clients/test_raw_bodies.py",

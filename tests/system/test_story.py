@@ -1,6 +1,7 @@
 """From data to a served adapter, with the commands of the README: make data, fine-tune the demo model, evaluate, load as a canary, promote.
 
-Each step is the real command in a process of its own, beside a real server. The numbers are those of a training of less than a minute.
+`make test-story` runs it. Each step is the real command in a process of its own, beside a real server. The numbers are those of a training
+of less than a minute.
 """
 
 import json
@@ -21,7 +22,7 @@ FINETUNE = ROOT / "examples" / "finetune"
 FIRST_STEPS, ALL_STEPS = 10, 45
 OPTIONS = ("--batch-size", "8", "--accumulate", "1", "--lr", "0.003", "--rank", "8", "--save-every", "10")
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.story, pytest.mark.timeout(400)]
 
 
 def run(*words: str | Path, cwd: Path) -> str:

@@ -105,14 +105,14 @@ def _compile(compiler: list[str], variant: Variant, source: Path, *, identifier:
 
 
 def _link(compiler: list[str], objects: Sequence[Path], library: Path) -> None:
-    """Without -fopenmp: threads.cpp has what the kernels use of OpenMP's runtime. What it does not have is an error here."""
+    """Without -fopenmp, so that the library names no OpenMP runtime and gets the one that torch has loaded."""
     exports = objects[0].with_suffix(".map")
     exports.write_text(EXPORTS)
     # Next to the library and renamed, because a process may have loaded the old one.
     new = library.with_suffix(f".{os.getpid()}.tmp")
     try:
-        options = ("-shared", "-Wl,--as-needed", "-Wl,-z,defs", f"-Wl,--version-script={exports}")
-        _run([*compiler, *options, *map(str, objects), "-ldl", "-lpthread", "-o", str(new)])
+        options = ("-shared", "-Wl,--as-needed", f"-Wl,--version-script={exports}")
+        _run([*compiler, *options, *map(str, objects), "-o", str(new)])
         new.replace(library)
     finally:
         new.unlink(missing_ok=True)

@@ -1,22 +1,16 @@
-"""The OpenMP runtime of torch, which also knows how many threads the kernels may use: one number for both, see threads.cpp.
+"""The OpenMP runtime that the kernels share with torch: one pool of threads, one number of threads, for both.
 
-torch's wheels bring a libgomp of their own. `torch.set_num_threads` would not reach a second one in the process.
+torch's wheels bring a libgomp of their own. A second one in the process would have its own threads, which `torch.set_num_threads`
+does not reach and which would compete with torch's for the cores.
 """
 
 import ctypes
 import importlib.util
 import os
-from collections.abc import MutableMapping
 from pathlib import Path
 
 TORCH_LIBRARY = "libtorch_cpu.so"
 ENTRY_POINT = "GOMP_parallel"  # what GCC's code calls; libiomp5 and libomp have it too
-
-
-# Polls of a thread of libgomp that waits for work, each some 50 ns, before it sleeps. The default of 300,000 keeps a core busy for 15 ms
-# after each operator of torch, and the kernels' threads, the gateway and the clients need that core.
-NUM_SPINS = 5000
-SPIN_VARIABLE = "GOMP_SPINCOUNT"
 
 
 class _SymbolInfo(ctypes.Structure):
@@ -28,12 +22,6 @@ class _SymbolInfo(ctypes.Structure):
         ("symbol_name", ctypes.c_char_p),
         ("symbol_address", ctypes.c_void_p),
     )
-
-
-def bound_spinning(environ: MutableMapping[str, str]) -> None:
-    """Call it before torch is imported. What an operator has set stays."""
-    if "OMP_WAIT_POLICY" not in environ:
-        environ.setdefault(SPIN_VARIABLE, str(NUM_SPINS))
 
 
 def load_openmp() -> str:

@@ -152,7 +152,10 @@ def test_every_form_of_weights_runs_on_both_devices(folder, device):
         ("--batch-store redis://h", "not the address of a PostgreSQL database"),
         ("--gpu-memory-utilization 1.5", "gpu_memory_utilization"),
         ("--max-num-seqs 64 --max-num-batched-tokens 8", "max_num_batched_tokens"),
-        ("--quantization int4 -tp 2", "on 2 ranks: .* attention heads' width would begin at 16, .* Use --tensor-parallel-size 1, or leave"),
+        (
+            "--quantization int4 -tp 2",
+            "on 2 ranks: .* attention heads' width would begin at 16, .* Use --tensor-parallel-size 1, or leave",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused_with_one_line(folder, capsys, options, says):

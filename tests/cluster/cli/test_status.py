@@ -1,5 +1,6 @@
 """The table of `tramontane status`, and its messages when the state of the cluster cannot be read."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -245,11 +246,19 @@ def test_on_a_terminal_it_runs_until_ctrl_c_and_through_a_restart(serve: Serve) 
             for words in ("1 of 2 replicas ready", "answered 503 Service Unavailable", "20.0"):
                 read_until(leader, words)
             process.send_signal(signal.SIGINT)
+            read_to_the_end(leader)  # a full terminal would hold it up
             _, errors = process.communicate(timeout=20)
         finally:
             process.kill()
             os.close(leader)
     assert process.returncode == 0 and "Traceback" not in errors, errors
+
+
+def read_to_the_end(fd: int) -> None:
+    """Until the other end of the terminal is closed."""
+    with contextlib.suppress(OSError):
+        while select.select([fd], [], [], 20)[0]:
+            os.read(fd, 65_536)
 
 
 def read_until(fd: int, words: str) -> None:

@@ -167,7 +167,7 @@ def test_mistrals_own_layout_of_fp8(scheme, tmp_path, caplog):
     params = json.loads((tmp_path / "quantized" / "params.json").read_text())
     params["quantization"] = {"qformat_weight": "fp8_e4m3", "qscheme_act": scheme}
     (tmp_path / "quantized" / "params.json").write_text(json.dumps(params))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="workers"):
         logits = logits_of(tmp_path / "quantized")
     torch.testing.assert_close(logits, logits_of(tmp_path / "meant"), rtol=1e-4, atol=1e-4)
     assert distance(logits_of(tmp_path / "quantized", size=2), logits) < 1e-4

@@ -40,15 +40,7 @@ def project(tmp_path: Path) -> Path:
     native.mkdir(parents=True)
     shutil.copy(ROOT / "workers" / "__init__.py", native.parent)
     (native / "cpp").mkdir()
-    for name in (
-        "__init__.py",
-        "build.py",
-        "build_hook.py",
-        "variants.py",
-        "cpp/build_mark.cpp",
-        "cpp/simd.h",
-        "cpp/threads.cpp",
-    ):
+    for name in ("__init__.py", "build.py", "build_hook.py", "variants.py", "cpp/build_mark.cpp", "cpp/simd.h"):
         shutil.copy(ROOT / "workers" / "native" / name, native / name)
     return tmp_path
 
