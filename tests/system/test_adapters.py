@@ -136,11 +136,12 @@ class World:
                     return  # the answer was lost with the controller
 
     async def kill_a_replica(self, choice: random.Random) -> None:
-        """One that lives: while the controller restarts, the view may still name a dead one."""
+        """One that works and lives: while the controller restarts, the view may still name a dead one."""
         async with asyncio.timeout(60):
             while True:
                 replicas = await asyncio.to_thread(self.server.replicas, "ready")
-                for name in choice.sample(sorted(replicas), len(replicas)):
+                busy = [name for name, replica in replicas.items() if replica["load"]["num_running"]]
+                for name in choice.sample(sorted(busy), len(busy)):
                     with contextlib.suppress(psutil.NoSuchProcess):
                         psutil.Process(replicas[name]["ranks"][0]["pid"]).kill()
                         return

@@ -100,7 +100,9 @@ async def test_no_object_is_kept_of_a_request_that_ended():
     rng = random.Random(5)
     replica = FakeReplica(tokens([300] * 40), max_num_seqs=64)
     async with connect(replica) as (client, metrics):
-        await send_many(client, rng, 16)  # what is loaded or made at its first use
+        await send_many(
+            client, rng, 64
+        )  # what is loaded or made at its first use, also for endpoints that are drawn seldom
         replica.requests.clear()
         await alive()  # counting itself makes some objects once
         before, series = await alive(), len(metrics.render().splitlines())
