@@ -122,7 +122,7 @@ def test_a_rank_killed_at_every_index_changes_no_byte(server, undisturbed):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.chaos)])
-def test_a_frozen_rank_is_named_within_seconds_and_its_streams_continue(server, undisturbed, rank):
+def test_a_frozen_rank_is_named_within_5_seconds_and_its_streams_continue(server, undisturbed, rank):
     server.wait_ready(2)
     body, answer = undisturbed["seeded"]
     victim = next(iter(server.replicas("ready")))
@@ -138,8 +138,7 @@ def test_a_frozen_rank_is_named_within_seconds_and_its_streams_continue(server, 
         assert comparable(client.answer) == comparable(answer)
     said = server.output
     assert f"Replica {victim} " in said and f"rank {rank}" in said, f"the message does not name the rank:\n{said}"
-    # After 3 s of silence, as noticed by processes that share the cores with other tests.
-    assert seen_after < 10.0, f"it took {seen_after:.1f} s"
+    assert seen_after < 5.0, f"it took {seen_after:.1f} s"
     server.wait_for(lambda: not process.is_running(), timeout_s=15, what="end the frozen process")
 
 

@@ -58,9 +58,10 @@ def test_a_mask_is_the_same_wherever_it_is_computed(masks: MatcherMasks[Matching
 
 
 def test_the_cpu_time_of_masks_is_known(masks: MatcherMasks[Matching]) -> None:
-    usual = masks.alone(new('start: "red"'))[1]
+    # The quickest of several: what else runs on the machine only adds to it.
+    usual = min(masks.alone(new('start: "red"'))[1] for _ in range(5))
     for took_s in (masks.alone(new())[1], masks.together([new()])[1], masks.together([new(), new()])[1]):
-        assert took_s > usual, f"an ambiguous grammar: {took_s}, a simple one: {usual}"
+        assert took_s > 5 * usual, f"an ambiguous grammar: {took_s}, a simple one: {usual}"
 
 
 @linux_only
