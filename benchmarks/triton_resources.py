@@ -27,6 +27,7 @@ from workers.engine.kernel_cache import (
     NUM_KV_HEADS,
     empty,
     launch_attention,
+    launch_lora,
     launch_rotary_kv,
     launch_sampling,
 )
@@ -35,8 +36,6 @@ from workers.kernels.grouped.dequantize import dequantize
 from workers.kernels.grouped.grouped_matmul import grouped_matmul
 from workers.kernels.grouped.packed import NumBits, PackedWeight, pack
 from workers.kernels.grouped.quantize_rows import quantize_rows
-from workers.kernels.lora.rows import AdapterRows
-from workers.kernels.lora.triton_table import TritonLoraTable
 from workers.kernels.matmul import matmul
 from workers.kernels.offline import MAX_SHARED_BYTES, CompiledKernel, compile_for
 from workers.kernels.silu_mul import silu_mul
@@ -87,18 +86,11 @@ LAUNCHES: dict[str, Callable[[], object]] = {
         empty(8, HIDDEN_SIZE), float8_weight(HIDDEN_SIZE, HIDDEN_SIZE)
     ),
     "int4 in 16 bits": lambda: dequantize(weight(HIDDEN_SIZE, num_bits=4), empty(HIDDEN_SIZE, HIDDEN_SIZE)),
-    "adapters, decode, qkv": lambda: launch_lora(64, HIDDEN_SIZE, [HIDDEN_SIZE, 1024, 1024]),
-    "adapters, prefill, gate_up": lambda: launch_lora(1024, HIDDEN_SIZE, [INTERMEDIATE_SIZE] * 2),
-    "adapters, decode, down": lambda: launch_lora(64, INTERMEDIATE_SIZE, [HIDDEN_SIZE]),
+    "adapters, decode, qkv": lambda: launch_lora(64, HIDDEN_SIZE, [HIDDEN_SIZE, 1024, 1024], num_slots=8),
+    "adapters, prefill, gate_up": lambda: launch_lora(1024, HIDDEN_SIZE, [INTERMEDIATE_SIZE] * 2, num_slots=8),
+    "adapters, decode, down": lambda: launch_lora(64, INTERMEDIATE_SIZE, [HIDDEN_SIZE], num_slots=8),
     "inputs in float8": lambda: quantize_rows(empty(64, INTERMEDIATE_SIZE)),
 }
-
-
-def launch_lora(num_rows: int, in_features: int, out_sizes: list[int]) -> None:
-    """8 slots for ranks up to 64."""
-    table = TritonLoraTable(in_features, out_sizes, num_slots=8, max_rank=64, dtype=DTYPE, device=torch.device("cpu"))
-    rows = AdapterRows(torch.zeros(num_rows, dtype=torch.int32), torch.zeros(9, dtype=torch.int32))
-    table.add(empty(num_rows, sum(out_sizes)), empty(num_rows, in_features), rows)
 
 
 def launch_product(num_rows: int, out_features: int, **form: Any) -> None:

@@ -29,7 +29,14 @@ LONGEST = (
     "tests/system/test_page.py",
     "tests/cluster/api/server/test_slow_clients.py",
     "tests/clients/test_schemathesis.py",
+    "tests/system/test_surroundings.py",
+    "tests/cluster/router/test_failover_exact.py",
+    "tests/workers/engine/test_tensor_parallel.py",
+    "tests/cluster/api/parameters/test_chat.py",
+    "tests/workers/engine/test_batch_invariance.py",
+    "tests/benchmarks/test_triton_resources.py",
 )
+SHARED_SERVER = pytest.StashKey[Server]()
 SCOPES = {file: files[0] for files in SHARING for file in files}
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -50,14 +57,24 @@ def _data_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """A real `tramontane serve` with the demo model and a key, for tests that do no more than send requests.
 
     In float32: lm-eval's scores are compared with those of transformers.
     """
-    server = Server("--dtype", "float32", "--enable-lora")
+    server = request.session.stash[SHARED_SERVER] = Server("--dtype", "float32", "--enable-lora")
     yield server
     server.kill()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """The shared server ends with the last test of the files that share it: the session is long, and an idle Ray takes processor time."""
+    if nextitem is None or scope_of(nextitem.nodeid) != scope_of(item.nodeid):
+        server = item.session.stash.get(SHARED_SERVER, None)
+        if server is not None:
+            del item.session.stash[SHARED_SERVER]
+            server.kill()
 
 
 def scope_of(nodeid: str) -> str:

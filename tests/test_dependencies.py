@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -60,8 +61,13 @@ def names_of(requirements: list[str]) -> set[str]:
     return {normal(re.split(r"[\[<>=!~; ]", requirement)[0]) for requirement in requirements}
 
 
-def imports_of(folder: str) -> Iterator[tuple[str, str]]:
+@cache
+def imports_of(folder: str) -> list[tuple[str, str]]:
     """(top-level module, `file:line`) of every third-party import below the folder."""
+    return list(_imports_of(folder))
+
+
+def _imports_of(folder: str) -> Iterator[tuple[str, str]]:
     own = {*SHIPPED, *OTHERS, "support"}
     for path in sorted((ROOT / folder).rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()

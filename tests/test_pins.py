@@ -9,6 +9,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -66,20 +67,38 @@ def test_the_installed_version_is_the_pinned_one(library: str) -> None:
 
 def private_uses(source: str, library: str) -> Iterator[tuple[int, str]]:
     """(line, code) of each import or attribute of the library with a leading underscore, and of private modules by another name."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+    if library not in source:
+        return
+    for node in nodes_of(source):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == library:
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Import):
             names = [part for a in node.names if a.name.split(".")[0] == library for part in a.name.split(".")]
-        elif isinstance(node, ast.Attribute) and ast.unparse(node).split(".")[0] == library:
-            names = ast.unparse(node).split(".")
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[0] == library:
+        elif isinstance(node, ast.Attribute) and names_of(node)[-1] == library:
+            names = names_of(node)
+        elif isinstance(node, ast.Call) and names_of(node.func)[-1] == library:
             names = [str(keyword.arg) for keyword in node.keywords if keyword.arg is not None]
         else:
             continue
         if any(_is_private(name) for name in names):
             yield node.lineno, ast.unparse(node)
+
+
+@cache
+def nodes_of(source: str) -> list[ast.AST]:
+    return [
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom | ast.Import | ast.Attribute | ast.Call)
+    ]
+
+
+def names_of(node: ast.expr) -> list[str]:
+    """[c, b, a] of `a.b[0].c()`. The last one is empty where an expression of another kind comes first."""
+    names = []
+    while isinstance(node, ast.Attribute | ast.Subscript | ast.Call):
+        if isinstance(node, ast.Attribute):
+            names.append(node.attr)
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return [*names, node.id if isinstance(node, ast.Name) else ""]
 
 
 def _is_private(name: str) -> bool:
@@ -109,7 +128,7 @@ def test_no_other_library_needs_a_pin() -> None:
         source = path.read_text()
         modules = {
             name.split(".")[0]
-            for node in ast.walk(ast.parse(source))
+            for node in nodes_of(source)
             if isinstance(node, ast.Import | ast.ImportFrom)
             for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
         }

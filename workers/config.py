@@ -36,7 +36,8 @@ class EngineConfig:
     `dtype`: of the weights and of everything computed from them. `quantization`: weight matrices are kept in fewer bits; the
     embedding, norms and a tied head stay in `dtype`.
     `kv_cache_dtype`: keys and values in 8 bits, with a scale for each token and KV head; auto: in `dtype`.
-    `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`.
+    `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`. `prompt_stretch`: how many
+    times as long as a step that only decodes one may take that also computes prompts, on the CPU (engine/prompt_pace.py).
     `sized_by_device`: the sizes that no option set; on CUDA each rank sets them for its GPU (device/sizes.py).
     `overlap`: whether a step is launched before the tokens of the last one are read. None: on CUDA, where the GPU would wait for the
     host otherwise.
@@ -63,6 +64,7 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 1024  # the most one step computes: long prompts are prefilled in chunks
     max_background_tokens: int | None = None
+    prompt_stretch: float = 5.0
     sized_by_device: tuple[str, ...] = ()
     enable_prefix_caching: bool = True
     deterministic: bool = False
@@ -140,6 +142,10 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}.", remedy="Use at least 1.", param=name)
+        if not self.prompt_stretch > 1:
+            raise ConfigError(
+                f"prompt_stretch is {self.prompt_stretch:g}.", remedy="Use more than 1.", param="prompt_stretch"
+            )
         for name in ("num_kv_blocks", "max_background_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

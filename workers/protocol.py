@@ -66,6 +66,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     `output_token_ids`: tokens that another replica generated before; sampling continues after them.
     `embed`: return the mean of the prompt's last hidden states; `max_tokens` is 0 then.
     `adapter`: the revision of the adapter to apply, such as "support@1f0c63d2a9b4"; None for the base model.
+    `traceparent`: the span that the replica's spans belong to, as W3C's Trace Context writes it; None for a request that is not traced.
     """
 
     request_id: str
@@ -75,6 +76,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     priority: int = 0  # smaller runs first, as in vLLM; from BATCH_PRIORITY on it is background work
     embed: bool = False
     adapter: str | None = None
+    traceparent: str | None = None
 
     @property
     def is_background(self) -> bool:
@@ -98,7 +100,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     the first delta, and so do `prompt_logprobs` (one for each prompt token from `prompt_logprobs_start` on, None for index 0),
     unless the request had output already. `embedding`: hidden_size little-endian float32 values, in a request's only delta.
     `error` is a message for the user when finish_reason is ERROR. `refused`: the request itself is the cause, and every replica would
-    refuse it.
+    refuse it. `elsewhere`: this replica alone is the cause, and another one may go on.
     """
 
     request_id: str
@@ -111,6 +113,7 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     embedding: bytes | None = None
     error: str | None = None
     refused: bool = False
+    elsewhere: bool = False
 
 
 class LoadReport(msgspec.Struct, frozen=True, kw_only=True):

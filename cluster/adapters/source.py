@@ -12,6 +12,9 @@ from cluster.protocol.adapters import AdapterRevision
 from workers.config import EngineConfig
 from workers.errors import CheckpointError
 from workers.lora.peft_folder import read_adapter
+from workers.thread_priority import Breaks
+
+WORK_SHARE = 0.25
 
 
 def take_in(
@@ -34,7 +37,9 @@ def take_in(
         )
     staged = store.stage(folder)
     try:
-        info = read_adapter(staged, engine.model, max_rank=engine.max_lora_rank)
+        # The gateway's streams go on beside it.
+        breaks = Breaks(WORK_SHARE)
+        info = read_adapter(staged, engine.model, max_rank=engine.max_lora_rank, take_break=breaks)
     except CheckpointError as e:
         # The copy is nothing that the caller knows.
         message = e.message.replace(str(staged), str(folder))

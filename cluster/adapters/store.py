@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+from cluster.protocol.names import member_of
 from cluster.system.data_dir import default_data_dir
 from workers.errors import ConfigError
 
@@ -158,7 +159,9 @@ class AdapterStore:
 
 def adapter_folder(deployment: str, data_dir: str | None) -> Path:
     """The store's folder of a deployment on this machine."""
-    return (default_data_dir(deployment) if data_dir is None else Path(data_dir)) / "adapters"
+    if data_dir is None:
+        return default_data_dir(deployment) / "adapters"
+    return Path(data_dir) / (member_of(deployment) or "") / "adapters"
 
 
 def size_of(folder: Path) -> int:

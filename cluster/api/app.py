@@ -6,7 +6,7 @@ with `handler_cancellation=True`, so that a request ends at once if its client d
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, auto_decompress=False)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from aiohttp import hdrs, web
 
@@ -16,9 +16,11 @@ from cluster.api.context import CONTEXT, NO_BATCHES, Admin, ApiContext, Batches
 from cluster.api.endpoints import openapi
 from cluster.api.endpoints.table import ENDPOINTS, platform_paths
 from cluster.api.generation.structured import Grammars
+from cluster.api.served_model import ServedModel
 from cluster.api.server import auth, errors, limits, request_options
 from cluster.api.server.origin_guard import BODY_TIMEOUT_S, OriginGuard, make_body_middleware
 from cluster.api.server.sse import KEEP_ALIVE_S
+from cluster.api.server.tracing import make_middleware as make_tracing_middleware
 from cluster.config.platform import Platform
 from cluster.config.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from cluster.keys.accounts import Accounts
@@ -28,6 +30,8 @@ from cluster.metrics.gateway import Metrics
 from cluster.router.router import Router
 from cluster.text.chat.template import ChatTemplate
 from cluster.text.tokenizer import Tokenizer
+from cluster.tracing.request import GatewayTracing
+from workers.errors import OverloadedError
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 MAX_SEQUENCES_PER_REQUEST = 128
@@ -60,6 +64,9 @@ def make_app(
     batches: Batches | None = None,
     no_batches: str = NO_BATCHES,
     adapters: ServedAdapters | None = None,
+    deployment: str | None = None,
+    others: Sequence[ServedModel] = (),
+    tracing: GatewayTracing | None = None,
 ) -> web.Application:
     """The OpenAI-compatible application.
 
@@ -74,28 +81,36 @@ def make_app(
     public_health: /health/ready and /ping need no key. platform: the one that hosts this server, whose own paths are served too.
     links: name -> address, which the page shows to operators.
     adapters: those that requests can name as their model.
+    others: further models; `deployment` is the first one's name then.
+    tracing: makes the spans of requests; None: there are none.
     """
     names = (model_name,) if isinstance(model_name, str) else tuple(model_name)
     assert names, "make_app needs at least one served model name"
-    api = ApiContext(
+    first = ServedModel(
+        names=names,
         router=router,
         tokenizer=tokenizer,
         chat_template=chat_template,
-        model_names=names,
-        max_sequences_per_request=max_sequences_per_request,
         metrics=metrics or Metrics(router, model_name=names[0]),
-        keep_alive_s=keep_alive_s,
         grammars=Grammars(tokenizer),
         sampling_defaults=sampling_defaults,
+        adapters=adapters or ServedAdapters(),
+        deployment=deployment,
+    )
+    api = ApiContext(
+        models=(first, *others),
+        model=first,
+        max_sequences_per_request=max_sequences_per_request,
+        keep_alive_s=keep_alive_s,
         serves_embeddings=serves_embeddings,
         strict=strict,
         public_health=public_health,
-        links=links or {},
+        links={} if links is None else links,
         admin=admin,
         batches=batches,
         no_batches=no_batches,
-        adapters=adapters or ServedAdapters(),
         body_timeout_s=body_timeout_s,
+        tracing=tracing,
     )
     keyring = keyring or Keyring(api_key=api_key)
     ready_path = None if platform is None else platform.ready_path
@@ -103,12 +118,12 @@ def make_app(
     origin_guard = OriginGuard(origins=cors_origins, guarded=keyring.guards, local_only=local_only)
     app = web.Application(
         middlewares=[
-            request_options.request_id_middleware,
+            request_options.request_id_middleware if tracing is None else make_tracing_middleware(tracing),
             _count_responses,
             errors.middleware,
             origin_guard.make_middleware(),
             auth.make_middleware(keyring, public=public),
-            limits.make_middleware(accounts or Accounts(), ledger, check_room=router.check_room),
+            limits.make_middleware(accounts or Accounts(), ledger, check_room=_check_room(api.models)),
             make_body_middleware(body_timeout_s, forms={e.path for e in ENDPOINTS if e.form is not None}),
         ],
         client_max_size=max_body_bytes,
@@ -127,6 +142,25 @@ def make_app(
     app.add_routes([routes[e.method](e.path, e.handler) for e in endpoints])
     app.add_routes(pages.routes())
     return app
+
+
+def _check_room(models: Sequence[ServedModel]) -> Callable[[str | None], None]:
+    """Before a body is read nobody knows its model: only if none has room is the request refused."""
+    checks = [model.router.check_room for model in models]
+    if len(checks) == 1:
+        return checks[0]
+
+    def check(tenant: str | None) -> None:
+        refusals = []
+        for check_one in checks:
+            try:
+                check_one(tenant)
+            except OverloadedError as e:
+                refusals.append(e)
+        if len(refusals) == len(checks):
+            raise min(refusals, key=lambda e: e.retry_after_s)
+
+    return check
 
 
 async def _close_connection_if_closing(request: web.Request, response: web.StreamResponse) -> None:

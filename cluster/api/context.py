@@ -1,4 +1,4 @@
-"""What all handlers of one application share: the router, the tokenizer, the served model names and adapters.
+"""What all handlers of one application share: the served models, and which of them a request goes to.
 
 Stored in the application under CONTEXT, so two applications in one process share nothing. Knows no endpoint; what belongs to a single
 request is in request_context.py.
@@ -7,7 +7,7 @@ request is in request_context.py.
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from aiohttp import web
@@ -15,17 +15,19 @@ from aiohttp import web
 from cluster.adapters.served import ServedAdapters
 from cluster.api.generation.structured import Grammars
 from cluster.api.request_context import RequestContext
+from cluster.api.served_model import ServedModel, find_model
 from cluster.api.server.errors import ModelNotFoundError
 from cluster.api.stored.service import ResponseService
 from cluster.batch.files import FileContents
 from cluster.batch.store.interface import Store
-from cluster.config.sampling_defaults import NO_DEFAULTS, SamplingDefaults
+from cluster.config.sampling_defaults import SamplingDefaults
 from cluster.metrics.gateway import Metrics
 from cluster.protocol.adapters import AdapterChange, AdapterRevision, Registry
 from cluster.router.router import Router
 from cluster.system.log import request_id_var
 from cluster.text.chat.template import ChatTemplate
 from cluster.text.tokenizer import Tokenizer
+from cluster.tracing.request import GatewayTracing
 from workers.errors import ReplicaUnavailableError, RequestError
 
 FIRST_LOAD_TIMEOUT_S = 300.0
@@ -42,9 +44,18 @@ class Admin(Protocol):
         """
 
     async def load_adapter(
-        self, name: str, source: str, *, share: float | None = None, in_place: bool = False
+        self,
+        name: str,
+        source: str,
+        *,
+        share: float | None = None,
+        in_place: bool = False,
+        base_model: str | None = None,
     ) -> AdapterRevision:
-        """Returns the revision when every replica has it. Raises RequestError for what is refused."""
+        """Returns the revision when every replica has it. base_model: the served model that it belongs to, where there are several.
+
+        Raises RequestError for what is refused.
+        """
 
     async def change_adapter(self, change: AdapterChange, name: str) -> Registry:
         """Promotes, rolls back or unloads an adapter. Raises RequestError for what is refused."""
@@ -68,22 +79,21 @@ class Batches:
 
 @dataclass(frozen=True, kw_only=True)
 class ApiContext:
-    """`keep_alive_s`: longest silence in a stream. `body_timeout_s`: time for a body to arrive, or for each piece of an upload.
+    """`models`: all that are served; the first is the default. `model`: the one that the request goes to. Handlers call `serving` as soon
+    as they know the name that a request asks for.
+
+    `keep_alive_s`: longest silence in a stream. `body_timeout_s`: time for a body to arrive, or for each piece of an upload.
 
     `no_batches`: the error message for files and batches when `batches` is None. `strict`: fields of a body without effect are refused.
     `public_health`: who asks for readiness without a key learns no more than that. `links`: name -> address, for operators.
+    `tracing`: None where nothing is traced.
     """
 
-    router: Router
-    tokenizer: Tokenizer
-    chat_template: ChatTemplate | None
-    model_names: tuple[str, ...]
+    models: tuple[ServedModel, ...]
+    model: ServedModel
     max_sequences_per_request: int
-    metrics: Metrics
     keep_alive_s: float
     body_timeout_s: float
-    grammars: Grammars
-    sampling_defaults: SamplingDefaults = NO_DEFAULTS
     serves_embeddings: bool = True
     strict: bool = False
     public_health: bool = False
@@ -91,14 +101,54 @@ class ApiContext:
     admin: Admin | None = None
     batches: Batches | None = None
     no_batches: str = NO_BATCHES
-    adapters: ServedAdapters = field(default_factory=ServedAdapters)
+    tracing: GatewayTracing | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def serving(self, name: str | None) -> "ApiContext":
+        """This, for the model that has this name; as it is for None, and for a name that none has, which `check_model` refuses."""
+        if name is None or len(self.models) == 1:
+            return self
+        model = find_model(self.models, name)
+        return self if model is None or model is self.model else replace(self, model=model)
+
+    @property
+    def router(self) -> Router:
+        return self.model.router
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return self.model.chat_template
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names of `model`, without its adapters."""
+        return self.model.names
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.model.metrics
+
+    @property
+    def grammars(self) -> Grammars:
+        return self.model.grammars
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        return self.model.sampling_defaults
+
+    @property
+    def adapters(self) -> ServedAdapters:
+        return self.model.adapters
 
     def check_model(self, name: str, context: RequestContext) -> None:
         """Raises ModelNotFoundError if `name` is not served here, NotAllowedError if the request's API key may not use it."""
         adapters = self.adapters
-        if name not in self.model_names and not adapters.knows(name) and not adapters.is_first_load(name):
-            served = " or ".join(repr(n) for n in (*self.model_names, *adapters.names))
+        if not self.model.serves(name):
+            served = " or ".join(repr(n) for m in self.models for n in (*m.names, *m.adapters.names))
             raise ModelNotFoundError(
                 adapters.why_not(name) or f"The model {name!r} does not exist.",
                 remedy=f"Use {served}.",

@@ -12,6 +12,7 @@ from aiohttp import web
 from cluster.api.generation import sampling
 from cluster.keys.accounts import RequestUsage
 from cluster.keys.key import OWN_ID
+from cluster.tracing.request import RequestTrace
 from workers.protocol import BATCH_PRIORITY
 
 # A header line of 8 KB is the limit of many proxies.
@@ -25,7 +26,7 @@ class RequestContext:
     `seed`: for a body without one; None: a random one. `is_batch_line`: a line of a batch, which runs after all other requests.
     `max_crashes`: give the request up after it was running on this many crashed replicas; None: the router's default.
     `ignored`: the paths of the body's fields that had no effect; the response's header names them. `adapters`: the revision that the
-    request uses, if any. `at_end`: closed when the request has ended.
+    request uses, if any. `at_end`: closed when the request has ended. `trace`: its spans; None where nothing is traced.
     """
 
     usage: RequestUsage | None = None
@@ -35,6 +36,12 @@ class RequestContext:
     ignored: list[str] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    trace: RequestTrace | None = None
+
+    @property
+    def traceparent(self) -> str | None:
+        """The request's span, for work that goes on after it."""
+        return None if self.trace is None else self.trace.traceparent
 
     @property
     def tenant(self) -> str | None:
@@ -54,6 +61,8 @@ class RequestContext:
 
     def check_model(self, name: str) -> None:
         """Records the model, which must be a served one. Raises NotAllowedError if the API key may not use it."""
+        if self.trace is not None:
+            self.trace.model = name
         if self.usage is not None:
             self.usage.model = name
             self.usage.key.check_model(name)

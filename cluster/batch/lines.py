@@ -25,7 +25,9 @@ PAUSE_LINES, PAUSE_S = 20, 1e-5
 CHUNK_BYTES = 4 * 1024 * 1024
 GROUP_BYTES = 256  # of a prompt's JSON that are compared; shorter common prefixes are not worth grouping
 BYTES_PER_TOKEN = 4
-DEFAULT_OUTPUT_TOKENS = {"/v1/completions": 16, "/v1/chat/completions": 256, "/v1/embeddings": 0}
+# Of an answer whose body sets no limit.
+DEFAULT_OUTPUT_TOKENS = {"/v1/completions": 16, "/v1/embeddings": 0}
+OTHER_OUTPUT_TOKENS = 256
 
 
 class _Request(msgspec.Struct, frozen=True):
@@ -42,9 +44,17 @@ class _Body(msgspec.Struct, frozen=True):
     prompt: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
     input: msgspec.Raw = msgspec.Raw()
+    system: msgspec.Raw = msgspec.Raw()
+    instructions: msgspec.Raw = msgspec.Raw()
     max_tokens: Any = None
     max_completion_tokens: Any = None
+    max_output_tokens: Any = None
     n: Any = None
+
+    @property
+    def prompt_parts(self) -> tuple[msgspec.Raw, ...]:
+        """In the order of the prompt."""
+        return self.system, self.instructions, self.prompt, self.messages, self.input
 
 
 _request = msgspec.json.Decoder(_Request)
@@ -110,16 +120,19 @@ def duplicate_error(line: Line) -> LineError:
 
 def estimate_tokens(endpoint: str, body: _Body) -> int:
     """Prompt and answer together. Token ids are counted, text goes by its length, and an answer counts with its maximum length."""
-    prompt = sum(_num_prompt_tokens(memoryview(raw)) for raw in (body.prompt, body.messages, body.input))
-    wanted = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    output = wanted if isinstance(wanted, int) and wanted >= 0 else DEFAULT_OUTPUT_TOKENS[endpoint]
+    prompt = sum(_num_prompt_tokens(memoryview(raw)) for raw in body.prompt_parts)
+    limits = (body.max_completion_tokens, body.max_output_tokens, body.max_tokens)
+    wanted = next((limit for limit in limits if limit is not None), None)
+    default = DEFAULT_OUTPUT_TOKENS.get(endpoint, OTHER_OUTPUT_TOKENS)
+    output = wanted if isinstance(wanted, int) and wanted >= 0 else default
     copies = body.n if isinstance(body.n, int) and body.n > 0 else 1
     return prompt + min(output, 1_000_000) * min(copies, 1000)
 
 
 def group_key(body: _Body) -> int:
     """A signed 64-bit number, equal for prompts of the same model that start alike."""
-    prefix = b"\0".join(bytes(memoryview(raw)[:GROUP_BYTES]) for raw in (body.prompt, body.messages, body.input))
+    parts = (bytes(memoryview(raw)[:GROUP_BYTES]) for raw in body.prompt_parts)
+    prefix = b"\0".join(part for part in parts if part)[:GROUP_BYTES]
     digest = hashlib.blake2b(prefix, digest_size=8, key=str(body.model).encode()[:64]).digest()
     return int.from_bytes(digest, "big", signed=True)
 

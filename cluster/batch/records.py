@@ -8,7 +8,7 @@ failed when a line is invalid; cancelling -> cancelled.
 import hashlib
 import re
 import uuid
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -18,7 +18,8 @@ BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
 ]
 ENDED: tuple[BatchStatus, ...] = ("completed", "failed", "expired", "cancelled")
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+BatchEndpoint = Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"]
+ENDPOINTS: tuple[BatchEndpoint, ...] = get_args(BatchEndpoint)
 MAX_REPLICAS_KEY = "max_replicas"  # in a batch's metadata: how many replicas may be added for it at most
 MAX_WINDOW_S = 365 * 86_400
 _UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -82,6 +83,8 @@ class BatchRecord(msgspec.Struct, frozen=True, kw_only=True):
     expired_at: int | None = None
     cancelling_at: int | None = None
     cancelled_at: int | None = None
+    # Of the request that created it, if that was traced.
+    traceparent: str | None = None
 
     @property
     def has_ended(self) -> bool:

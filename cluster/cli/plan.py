@@ -21,7 +21,7 @@ from cluster.plan.report import as_json, report
 from cluster.plan.roofline import Workload
 from cluster.plan.task_yaml import write_task
 from cluster.terminal.tables import answer_console
-from workers.config import Dtype
+from workers.config import Dtype, EngineConfig
 from workers.device.cpu import read_cpu
 from workers.device.memory import read_memory
 from workers.errors import ConfigError
@@ -29,7 +29,10 @@ from workers.native.bfloat16 import bfloat16_support
 
 CPU = "cpu"
 # Options that mean something for one kind of machine only.
-GPU_OPTIONS = ("--cloud", "--spot", "--write", "--gpu-memory-utilization", "--tensor-parallel-size")
+GPU_OPTIONS = (
+    *("--cloud", "--spot", "--write", "--gpu-memory-utilization", "--tensor-parallel-size"),
+    *("--enable-lora", "--max-loras", "--max-lora-rank"),
+)
 CPU_OPTIONS = ("--memory", "--cores")
 
 
@@ -127,6 +130,13 @@ def _check_options(args: Namespace, *, is_cpu: bool) -> None:
                 remedy="Leave it out." if is_cpu else "Leave it out, or add --gpu cpu.",
                 param=name,
             )
+    for name in ("--max-loras", "--max-lora-rank"):
+        if getattr(args, rows[name].dest) is not None and not args.enable_lora:
+            raise ConfigError(
+                f"{name} has no effect without --enable-lora.",
+                remedy="Leave it out, or add --enable-lora.",
+                param=name,
+            )
     if args.dtype == "float32" and not is_cpu:
         raise ConfigError(
             "--dtype float32 does not work on GPUs, because attention on CUDA cannot read it.",
@@ -145,6 +155,9 @@ def _question(args: Namespace, model: PlannedModel) -> Question:
         gpu_memory_utilization=args.gpu_memory_utilization,
         cloud=args.cloud,
         spot=args.spot,
+        enable_lora=args.enable_lora,
+        max_loras=args.max_loras or EngineConfig.max_loras,
+        max_lora_rank=args.max_lora_rank or EngineConfig.max_lora_rank,
     )
 
 

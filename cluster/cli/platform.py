@@ -22,7 +22,7 @@ def parse_here(argv: Sequence[str], *, environ: Mapping[str, str] = os.environ) 
     if platform is None:
         return args
     command, *given = argv
-    model = [] if args.model is not None else [_model(platform)]
+    model = [] if args.model is not None or args.config is not None else [_model(platform)]
     return parse([command, *platform.arguments, *given, *model], environ=environ)
 
 

@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,11 @@ from cluster.cli.memory import check_memory
 from cluster.config.dtype import Cpus, NodeCpu
 from cluster.config.engine import Device
 from cluster.config.serve import ServeConfig
+from cluster.protocol.names import server_of
 from cluster.protocol.spec import ClusterSpec
 from cluster.terminal.phases import Console
 from workers.config import describe_dtype, requested_num_threads
+from workers.device.fit import need_of
 from workers.device.memory import read_memory
 from workers.native.bfloat16 import bfloat16_support
 
@@ -37,6 +39,16 @@ def _headline(config: ServeConfig) -> str:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A deployment before Ray answers. `config`, `device`: as `before_ray` chose. `configure`: makes the configuration for a device."""
+
+    config: ServeConfig
+    device: Choice
+    requested: RequestedDevice
+    configure: Callable[[Device, Cpus], ServeConfig]
+
+
 @contextmanager
 def open_ray(
     console: Console,
@@ -46,24 +58,40 @@ def open_ray(
     requested: RequestedDevice,
     configure: Callable[[Device, Cpus], ServeConfig],
 ) -> Iterator[tuple["RayCluster", ServeConfig]]:
-    """Connects to Ray, decides where the ranks compute, and says it. Yields the cluster and the configuration for that device.
+    """`open_ray_for` one deployment."""
+    planned = Planned(config=config, device=device, requested=requested, configure=configure)
+    with open_ray_for(console, [planned]) as (cluster, configs):
+        yield cluster, configs[0]
 
-    device, config: as `before_ray` chose. In a cluster that is joined, its nodes decide, and `configure` makes the configuration again.
+
+@contextmanager
+def open_ray_for(
+    console: Console, planned: Sequence[Planned]
+) -> Iterator[tuple["RayCluster", tuple[ServeConfig, ...]]]:
+    """Connects to Ray, decides where the ranks compute, and says it. Yields the cluster and the configurations for these devices.
+
+    In a cluster that is joined, its nodes decide, and the configurations are made again.
     """
-    if config.ray_address is None:
-        _announce(console, config, device)
-        _check_memory(console, config)
-    with console.phase(f"Joining Ray at {config.ray_address}" if config.ray_address else "Starting Ray"):
+    configs = tuple(p.config for p in planned)
+    address, namespace = configs[0].ray_address, server_of(configs[0].deployment)
+    if address is None:
+        for plan in planned:
+            _announce(console, plan.config, plan.device)
+        _check_memory(console, configs)
+    with console.phase(f"Joining Ray at {address}" if address else "Starting Ray"):
         from cluster.ray_runtime.session import connect
 
-        num_ranks = config.engine.tensor_parallel_size * config.max_replicas
-        cluster = connect(config.ray_address, namespace=config.deployment, num_cpus=num_ranks)
+        num_ranks = sum(config.engine.tensor_parallel_size * config.max_replicas for config in configs)
+        cluster = connect(address, namespace=namespace, num_cpus=num_ranks)
     try:
-        if config.ray_address is not None:
-            device = in_ray_cluster(requested, num_gpus=cluster.num_gpus())
-            config = configure(device.device, lambda: _node_cpus(cluster))
-            _announce(console, config, device)
-        yield cluster, config
+        if address is not None:
+            decided = []
+            for plan in planned:
+                device = in_ray_cluster(plan.requested, num_gpus=cluster.num_gpus())
+                decided.append(plan.configure(device.device, lambda: _node_cpus(cluster)))
+                _announce(console, decided[-1], device)
+            configs = tuple(decided)
+        yield cluster, configs
     finally:
         cluster.close()
 
@@ -81,23 +109,34 @@ def _announce(console: Console, config: ServeConfig, device: Choice) -> None:
             console.line(f"  {note}")
 
 
-def _check_memory(console: Console, config: ServeConfig) -> None:
+def _check_memory(console: Console, configs: Sequence[ServeConfig]) -> None:
     """All replicas are on this machine. Raises ConfigError."""
-    num_started = max(1, config.min_replicas)
-    warning = check_memory(
-        config.engine, num_started=num_started, num_replicas=config.max_replicas, memory=read_memory()
-    )
-    if warning is not None:
-        console.line(f"  {warning}")
+    memory = read_memory()
+    for config in configs:
+        left = memory
+        if left is not None:
+            others = sum(_started_bytes(other) for other in configs if other is not config)
+            left = replace(left, available_bytes=max(0, left.available_bytes - others))
+        num_started = max(1, config.min_replicas)
+        warning = check_memory(config.engine, num_started=num_started, num_replicas=config.max_replicas, memory=left)
+        if warning is not None:
+            console.line(f"  {warning if len(configs) == 1 else f'{config.model_name}: {warning}'}")
 
 
-def spec_of(config: ServeConfig, *, own_cluster: bool) -> ClusterSpec:
-    """The deployment that the controller should run."""
+def _started_bytes(config: ServeConfig) -> int:
+    """Of this machine's memory, what its first replicas hold before the first request."""
+    if config.engine.device != "cpu":
+        return 0
+    return max(1, config.min_replicas) * config.engine.tensor_parallel_size * need_of(config.engine).loaded_bytes
+
+
+def spec_of(config: ServeConfig, *, own_cluster: bool, num_ranks: int | None = None) -> ClusterSpec:
+    """The deployment that the controller should run. num_ranks: the most that share this machine; None: those of this deployment."""
     engine = config.engine
     patience_s = None if math.isinf(config.placement_timeout_s) else config.placement_timeout_s
     if own_cluster and engine.device == "cpu" and engine.num_threads is None:
         # All replicas share this machine. Without a limit, each would use all of its cores.
-        num_ranks = engine.tensor_parallel_size * config.max_replicas
+        num_ranks = num_ranks or engine.tensor_parallel_size * config.max_replicas
         num_threads = requested_num_threads(os.environ) or max(1, (os.cpu_count() or 1) // num_ranks)
         engine = replace(engine, num_threads=num_threads)
     return ClusterSpec(
@@ -114,4 +153,5 @@ def spec_of(config: ServeConfig, *, own_cluster: bool) -> ClusterSpec:
         preemption_notices=config.preemption_notices,
         log_level=config.log_level.upper(),
         data_dir=config.data_dir,
+        tracing=config.tracing,
     )

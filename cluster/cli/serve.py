@@ -1,53 +1,50 @@
-"""`tramontane serve`: starts Ray, the controller and a gateway in this order, and stops them in the opposite one.
+"""`tramontane serve`: starts Ray, the controllers and a gateway in this order, and stops them in the opposite one.
 
-Knows the order: everything that can be wrong with the options and the checkpoint is found before Ray starts. Knows no endpoint and no
+Knows the order: everything that can be wrong with the options and the checkpoints is found before Ray starts. Knows no endpoint and no
 engine. A Ray cluster that this command started ends with it, however it ends, and leaves no process and no file. In a cluster that it
-joined, the controller and its replicas keep running, and the next `serve` finds them.
+joined, the controllers and their replicas keep running, and the next `serve` finds them.
 """
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import signal
 from argparse import Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.cli.adapters.start import check_adapters, load_adapters
-from cluster.cli.device import before_ray
+from cluster.cli.adapters.start import load_adapters
 from cluster.cli.options.profile_rows import profile_file
-from cluster.cli.options.settings import serve_config
 from cluster.cli.profile import start_profile
-from cluster.cli.ray import open_ray, spec_of
-from cluster.cli.startup import Startup
-from cluster.config.checkpoint_check import check_checkpoint
-from cluster.config.checkpoint_location import resolve_model
-from cluster.config.dtype import Cpus, this_machine
-from cluster.config.engine import Device
-from cluster.config.sampling_defaults import NO_DEFAULTS
-from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
+from cluster.cli.ray import Planned, open_ray_for, spec_of
+from cluster.cli.serving.banner import Ready, banner
+from cluster.cli.serving.models import cluster_config, models_of
+from cluster.cli.startup import Startup, all_ready
+from cluster.config.cluster import ClusterConfig
+from cluster.config.serve import DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.keys.keyring import Keyring
 from cluster.profile.file import ProfileFile
+from cluster.protocol.names import member_of, server_of
 from cluster.system.data_dir import DataDir
+from cluster.system.log import setup_logging
 from cluster.system.malloc import return_large_blocks
 from cluster.system.net import check_port_is_free
 from cluster.system.tasks import cancel_all, catch_signals
 from cluster.system.tls import open_certificate
 from cluster.terminal.phases import Console
-from cluster.text.load import load_text
-from workers.config import describe_dtype
 
 if TYPE_CHECKING:
+    from cluster.controller.client import ControllerClient
     from cluster.gateway.gateway import Gateway
     from cluster.ray_runtime.session import RayCluster
     from cluster.text.load import LoadedText
-    from workers.protocol import EngineFacts
 
 log = logging.getLogger(__name__)
+
+DASHBOARD_TIMEOUT_S = 5.0  # it is usually up before the first replica
 
 
 def serve(args: Namespace) -> None:
@@ -62,75 +59,92 @@ def serve(args: Namespace) -> None:
 
 def _serve(args: Namespace, console: Console) -> None:
     return_large_blocks()
-    folder, model_name = resolve_model(args.model, revision=args.revision, gguf_file=args.gguf_file)
-    device = before_ray(args.device, ray_address=args.ray_address, num_gpus=args.tensor_parallel_size)
-
-    def configure(device: Device, cpus: Cpus = this_machine) -> ServeConfig:
-        return serve_config(args, folder, model_name, device=device, cpus=cpus)
-
-    config = configure(device.device)
+    models = models_of(args)
+    config = cluster_config(models, [model.configure(model.device.device) for model in models])
+    server = config.server
+    if args.config is not None:  # it may say how to log
+        setup_logging(server.log_level, format=server.log_format, prompts=server.log_prompts)
     # Before the start-up, which takes minutes.
-    profile = profile_file(args)
-    Keyring(None if config.api_keys is None else Path(config.api_keys))
-    open_certificate(config.tls_cert, config.tls_key)
-    check_port_is_free(config.host, config.port, shared=config.num_gateways > 1)
-    if config.data_dir is not None:
-        DataDir(Path(config.data_dir), model_name=config.model_name).close()
-    check_checkpoint(folder, chat_template=config.chat_template)
-    check_adapters(config)
-    text = load_text(folder, chat_template=config.chat_template, model_vocab_size=config.engine.model.vocab_size)
-    with open_ray(console, config, device, requested=args.device, configure=configure) as (cluster, config):
-        asyncio.run(_run(config, console, text, cluster, profile=profile))
+    profile = profile_file(models[0].args)
+    _check_server(config)
+    for model, one in zip(models, config.deployments, strict=True):
+        model.check(one)
+    texts = [model.text(one) for model, one in zip(models, config.deployments, strict=True)]
+    planned = [
+        Planned(config=one, device=model.device, requested=model.requested, configure=model.configure)
+        for model, one in zip(models, config.deployments, strict=True)
+    ]
+    with open_ray_for(console, planned) as (cluster, configs):
+        asyncio.run(_run(ClusterConfig(configs), console, texts, cluster, profile=profile))
+
+
+def _check_server(config: ClusterConfig) -> None:
+    """Raises ConfigError for what the gateway could not use."""
+    server = config.server
+    Keyring(None if server.api_keys is None else Path(server.api_keys))
+    open_certificate(server.tls_cert, server.tls_key)
+    check_port_is_free(server.host, server.port, shared=server.num_gateways > 1)
+    if server.data_dir is not None:
+        DataDir(Path(server.data_dir), model_name=config.claim).close()
 
 
 async def _run(
-    config: ServeConfig,
+    config: ClusterConfig,
     console: Console,
-    text: "LoadedText",
+    texts: Sequence["LoadedText"],
     cluster: "RayCluster",
     *,
     profile: ProfileFile | None,
 ) -> None:
     stop, stop_now = catch_signals()
     async with contextlib.AsyncExitStack() as stack:
-        startup = Startup(console, num_ranks=config.engine.tensor_parallel_size)
-        starting = asyncio.create_task(_start(config, text, cluster, startup, stack, stop_now))
+        startups = _startups(config, console)
+        starting = asyncio.create_task(_start(config, texts, cluster, startups, stack, stop_now))
         stopping = asyncio.create_task(stop.wait())
         stack.push_async_callback(cancel_all, starting, stopping)
         await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-        startup.end()
+        for startup in startups:
+            startup.end()
         if starting.done():
             gateway, urls, drain_others = starting.result()
             finish_profile = await start_profile(profile, gateway, console=console, stack=stack, stop_now=stop_now)
-            engine = engine_line(None if gateway.view is None else gateway.view.facts)
-            chat = text.choice if text.chat_template is not None else f"WARNING: {text.choice}"
-            banner = _banner(
-                config,
-                urls,
-                cluster,
-                console.elapsed_s,
-                engine=engine,
-                tokenizer=text.tokenizer.description,
-                chat=chat,
+            views = [deployment.view for deployment in gateway.deployments]
+            ready = Ready(
+                urls=urls,
+                elapsed_s=console.elapsed_s,
+                facts=[None if view is None else view.facts for view in views],
+                texts=texts,
+                dashboard_url=cluster.dashboard_url,
+                token_path=_token_path(),
                 profile=profile,
             )
-            console.line(banner)
+            console.line(banner(config, ready))
+            _warn_of_others(config, console)
             await _until_stopped(stop, gateway)
-            grace_s = config.drain_timeout_s
+            grace_s = config.server.drain_timeout_s
             console.line(
                 f"Stopping. Running requests have {grace_s:g} s to finish; press Ctrl-C again to stop at once."
             )
             await asyncio.gather(gateway.drain(grace_s, stop_now), drain_others(), finish_profile())
         else:
             console.line("Stopping.")
-    console.line("Stopped." if cluster.is_ours else _keeps_running(config))
+    console.line("Stopped." if cluster.is_ours else _keeps_running(config.server))
+
+
+def _startups(config: ClusterConfig, console: Console) -> list[Startup]:
+    """One for each deployment. Their phases are shown one after the other, whatever happens at the same time."""
+    made: list[Startup] = []
+    for one in config.deployments:
+        title = one.model_name if len(config.deployments) > 1 else None
+        made.append(Startup(console, num_ranks=one.engine.tensor_parallel_size, title=title, after=made))
+    return made
 
 
 async def _start(
-    config: ServeConfig,
-    text: "LoadedText",
+    config: ClusterConfig,
+    texts: Sequence["LoadedText"],
     cluster: "RayCluster",
-    startup: Startup,
+    startups: Sequence[Startup],
     stack: contextlib.AsyncExitStack,
     stop_now: asyncio.Event,
 ) -> tuple["Gateway", list[str], Callable[[], Awaitable[None]]]:
@@ -140,25 +154,39 @@ async def _start(
     """
     from cluster.controller.client import ControllerClient
     from cluster.gateway.actor import start_gateways, stop_gateways, urls_of
+    from cluster.gateway.deployment import Part
     from cluster.gateway.gateway import Gateway
     from cluster.ray_runtime.metrics import publish_forever
 
-    controller = ControllerClient(config.deployment)
+    server = config.server
+    controllers = [ControllerClient(one.deployment) for one in config.deployments]
     if cluster.is_ours:
-        stack.push_async_callback(controller.stop_replicas)
-    await controller.start(spec_of(config, own_cluster=cluster.is_ours))
-    gateway = Gateway(config, controller, text=text, on_view=startup.handle, links=_links(cluster))
+        stack.push_async_callback(_stop_replicas, controllers)
+    specs = [spec_of(one, own_cluster=cluster.is_ours, num_ranks=config.num_ranks) for one in config.deployments]
+    await asyncio.gather(*(c.start(spec) for c, spec in zip(controllers, specs, strict=True)))
+    links = _links(cluster)
+    parts = [
+        Part(config=one, controller=controller, text=text, on_view=startup.handle)
+        for one, controller, text, startup in zip(config.deployments, controllers, texts, startups, strict=True)
+    ]
+    gateway = Gateway(parts, links=links)
     stack.push_async_callback(gateway.close)
     await gateway.open()
     gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
-    loading = asyncio.create_task(load_adapters(config, gateway))
-    stack.push_async_callback(cancel_all, loading)
+    loading = [asyncio.create_task(load_adapters(d.config, d.adapters)) for d in gateway.deployments]
+    stack.push_async_callback(cancel_all, *loading)
     others = await start_gateways(config)
-    drain_others = partial(stop_gateways, others, config.drain_timeout_s + 5, stop_now)
+    drain_others = partial(stop_gateways, others, server.drain_timeout_s + 5, stop_now)
     stack.push_async_callback(drain_others)
-    await startup.until_ready(gateway.router.health)
-    await loading
+    await all_ready([(s, d.router.health) for s, d in zip(startups, gateway.deployments, strict=True)])
+    await asyncio.to_thread(cluster.find_dashboard, DASHBOARD_TIMEOUT_S)
+    links |= _links(cluster)
+    await asyncio.gather(*loading)
     return gateway, [gateway.url, *await urls_of(others)], drain_others
+
+
+async def _stop_replicas(controllers: Sequence["ControllerClient"]) -> None:
+    await asyncio.gather(*(controller.stop_replicas() for controller in controllers))
 
 
 def _links(cluster: "RayCluster") -> dict[str, str]:
@@ -166,6 +194,27 @@ def _links(cluster: "RayCluster") -> dict[str, str]:
     grafana = os.environ.get("RAY_GRAFANA_IFRAME_HOST") or os.environ.get("RAY_GRAFANA_HOST")
     links = {"Ray's dashboard": cluster.dashboard_url} if cluster.dashboard_url else {}
     return links | ({"Grafana": f"{grafana.rstrip('/')}/d/tramontane"} if grafana else {})
+
+
+def _token_path() -> Path | None:
+    from cluster.ray_runtime.session import token_path
+
+    return token_path()
+
+
+def _warn_of_others(config: ClusterConfig, console: Console) -> None:
+    """Deployments of this name that an earlier command left in a cluster that was joined: nobody asked for them now."""
+    from cluster.controller.client import running_deployments
+
+    server = server_of(config.server.deployment)
+    left = set(running_deployments(server)) - {one.deployment for one in config.deployments}
+    for name in sorted(left):
+        what = f"The deployment {member_of(name)!r}" if member_of(name) else "A deployment without a name of its own"
+        console.line(
+            f"  {what} of an earlier command still runs and is not served here; "
+            f"`tramontane down --ray-address {config.server.ray_address} --name {name}` stops "
+            f"{'it' if member_of(name) else 'all of them'}."
+        )
 
 
 async def _until_stopped(stop: asyncio.Event, gateway: "Gateway") -> None:
@@ -180,89 +229,9 @@ async def _until_stopped(stop: asyncio.Event, gateway: "Gateway") -> None:
 
 
 def _keeps_running(config: ServeConfig) -> str:
-    name = "" if config.deployment == DEFAULT_DEPLOYMENT else f" --name {config.deployment}"
+    server = server_of(config.deployment)
+    name = "" if server == DEFAULT_DEPLOYMENT else f" --name {server}"
     return (
         f"Stopped. The replicas keep running on Ray at {config.ray_address}. `tramontane serve` uses them again; "
         f"`tramontane down --ray-address {config.ray_address}{name}` stops them."
     )
-
-
-def engine_line(facts: "EngineFacts | None") -> str:
-    """The sizes that the first replica runs with; "unknown" until one has reported."""
-    if facts is None:
-        return "unknown until a replica runs"
-    numbers = f"{describe_dtype(facts.dtype, facts.quantization)}; " if facts.dtype else ""
-    return (
-        f"{facts.device or 'unknown device'}: up to {facts.max_num_seqs:,} sequences and {facts.max_num_batched_tokens:,} tokens a step, "
-        f"{facts.max_background_tokens:,} of these for batches; {facts.num_blocks:,} KV blocks of {facts.block_size} tokens"
-        f"{_kv_form(facts)}; {numbers}attention {facts.attention_backend}"
-    )
-
-
-def _kv_form(facts: "EngineFacts") -> str:
-    """ " in int8, 66 KiB per token and rank": what --kv-cache-dtype changes."""
-    form = "" if facts.kv_cache_dtype == "auto" else f" in {facts.kv_cache_dtype}"
-    ranks = "" if facts.tensor_parallel_size == 1 else " and rank"
-    return f"{form}, {facts.kv_token_bytes / 1024:.3g} KiB per token{ranks}" if facts.kv_token_bytes else form
-
-
-def sampling_line(config: ServeConfig) -> str:
-    """What the model's makers chose for requests that leave it out, and from where; "" if nothing."""
-    if config.sampling_defaults == NO_DEFAULTS:
-        return ""
-    own = "the GGUF file" if config.engine.model_path.endswith(".gguf") else "the checkpoint's generation_config.json"
-    where = own if config.generation_config == "auto" else f"{config.generation_config}/generation_config.json"
-    return f"{config.sampling_defaults} where a request says nothing, from {where}"
-
-
-def _banner(
-    config: ServeConfig,
-    urls: list[str],
-    cluster: "RayCluster",
-    elapsed_s: float,
-    *,
-    engine: str,
-    tokenizer: str,
-    chat: str,
-    profile: ProfileFile | None,
-) -> str:
-    """engine: see `engine_line`. tokenizer: its kind and its file. chat: the chat template and why it is used, or why there is none."""
-    from cluster.ray_runtime.session import token_path
-
-    url, *others = urls
-    body = json.dumps({"model": config.model_name, "prompt": "def fibonacci(n):", "max_tokens": 64})
-    # The key itself is never printed. Where the environment holds it, the command can be pasted as it is.
-    is_in_environment = config.api_key is not None and os.environ.get(API_KEY_ENV) == config.api_key
-    key = (
-        f' -H "Authorization: Bearer {f"${API_KEY_ENV}" if is_in_environment else "YOUR_KEY"}"'
-        if config.has_keys
-        else ""
-    )
-    lines = [
-        "",
-        f"Ready in {elapsed_s:.1f} s.",
-        f"  Endpoint   {url}/v1",
-        *(f"             {other}/v1" for other in others),
-        f"  Engine     {engine}",
-        *([f"  Platform   {config.platform}"] if config.platform is not None else []),
-        *(
-            ["  Images     not read: the checkpoint's encoder of images is left out"]
-            if config.engine.model.has_vision
-            else []
-        ),
-        *([f"  Adapters   {adapters}"] if (adapters := ", ".join(name for name, _ in config.lora)) else []),
-        f"  Tokenizer  {tokenizer}",
-        f"  Template   {chat}",
-        *([f"  Sampling   {sampling}"] if (sampling := sampling_line(config)) else []),
-        f"  Try        curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'",
-        f"  Open       {url}/ in a browser for the playground and a live view of the cluster; {url}/docs for the API",
-        f"  Watch      tramontane status --url {url}",
-    ]
-    if profile is not None:
-        lines.append(
-            f"  Profile    the next {profile.num_steps} steps with requests are recorded and written to {profile.path}"
-        )
-    if cluster.dashboard_url:
-        path = token_path()
-        lines.append(f"  Dashboard  {cluster.dashboard_url}" + (f" (its token is in {path})" if path else ""))
-    return "\n".join([*lines, "  Stop       Ctrl-C", ""])

@@ -5,9 +5,10 @@ Knows views and the console. Raises an error when waiting is useless: a failure 
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from cluster.system.tasks import cancel_all
 from cluster.terminal.phases import Console, Phase
 from workers.errors import CheckpointError, ConfigError, ReplicaUnavailableError, TramontaneError
 
@@ -31,10 +32,17 @@ PHASES = {
 
 
 class Startup:
-    """Pass every view to `handle` and await `until_ready`. `end` closes the phase that is shown."""
+    """Pass every view to `handle` and await `until_ready`. `end` closes the phase that is shown.
 
-    def __init__(self, console: Console, *, num_ranks: int) -> None:
+    title: the model's name, where several start. after: the starts whose phases are shown first.
+    """
+
+    def __init__(
+        self, console: Console, *, num_ranks: int, title: str | None = None, after: Sequence["Startup"] = ()
+    ) -> None:
         self._console = console
+        self._title = "" if title is None else f"{title}: "
+        self._after = tuple(after)
         self._ranks = f"{num_ranks} rank{'s' * (num_ranks != 1)}"
         self._stack = contextlib.ExitStack()
         self._phase: Phase | None = None
@@ -55,8 +63,13 @@ class Startup:
             return
         self._lost |= {r.incarnation: r.reason or "" for r in view.replicas if r.state == "lost"}
         coming = [r for r in view.replicas if r.state in ("placing", "starting")]
-        if coming and not any(r.state == "ready" for r in view.replicas):
-            self._show(min(coming, key=lambda r: int(r.replica_id[1:])))
+        is_its_turn = all(startup.is_over for startup in self._after)
+        if is_its_turn and coming and not any(r.state == "ready" for r in view.replicas):
+            self._show(min(coming, key=lambda r: (len(r.replica_id), r.replica_id)))
+
+    @property
+    def is_over(self) -> bool:
+        return self._over
 
     async def until_ready(self, health: Callable[[], "Health"]) -> None:
         """Raises the controller's failure, if any, and ReplicaUnavailableError after MAX_LOST replicas were lost while starting."""
@@ -80,9 +93,24 @@ class Startup:
         if (record.incarnation, phase) != self._shown:
             self._stack.close()
             self._shown = (record.incarnation, phase)
-            self._phase = self._stack.enter_context(self._console.phase(PHASES[phase].format(ranks=self._ranks)))
+            name = self._title + PHASES[phase].format(ranks=self._ranks)
+            self._phase = self._stack.enter_context(self._console.phase(name))
         if phase == "loading" and self._phase is not None:
             self._phase.progress(*record.progress)
         if record.reason is not None and record.reason not in self._said:
             self._said.add(record.reason)
-            self._console.line(f"  {record.reason}")
+            self._console.line(f"  {self._title}{record.reason}")
+
+
+async def all_ready(starts: Sequence[tuple[Startup, Callable[[], "Health"]]]) -> None:
+    """Returns when every deployment serves. Raises the first failure, as `until_ready`."""
+
+    async def one(startup: Startup, health: Callable[[], "Health"]) -> None:
+        await startup.until_ready(health)
+        startup.end()
+
+    tasks = [asyncio.create_task(one(*start)) for start in starts]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await cancel_all(*tasks)

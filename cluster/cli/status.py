@@ -20,7 +20,7 @@ from rich.text import Text
 
 from cluster.cli.client import Client
 from cluster.protocol.adapters import RevisionState
-from cluster.protocol.view import ClusterView, NodeNotice, RankRecord, ReplicaRecord, ReplicaState
+from cluster.protocol.view import ClusterView, DeploymentRecord, NodeNotice, RankRecord, ReplicaRecord, ReplicaState
 from cluster.terminal.tables import answer_console, plain_table
 from workers.config import describe_dtype
 from workers.errors import ReplicaUnavailableError
@@ -158,16 +158,21 @@ def render(samples: Sequence[Sample], *, now: float) -> RenderableType:
     notes += [_departure(notice, now) for notice in view.notices]
     gateways = ", ".join(f"{g.url} ({g.num_running} running, {g.num_queued} queued)" for g in view.gateways)
     notes.append(f"Gateways: {gateways or 'none'}")
-    return Group(Text(_headline(view), style="bold"), table, *(Text(note) for note in notes))
+    return Group(*(Text(line, style="bold") for line in _headlines(view)), table, *(Text(note) for note in notes))
 
 
 def _kinds(view: ClusterView) -> list[str]:
-    """Which replicas compute the same bits, if not all do."""
-    kinds: dict[str, list[str]] = {}
-    for replica in view.replicas:
-        if replica.facts is not None:
-            kinds.setdefault(replica.facts.numerics, []).append(replica.replica_id)
-    return [f"Replicas with the numerics {kind}: {', '.join(ids)}" for kind, ids in kinds.items() if len(kinds) > 1]
+    """Which replicas compute the same bits, if not all of a deployment do."""
+    notes = []
+    for own in [d.replica_ids for d in view.deployments] or [tuple(r.replica_id for r in view.replicas)]:
+        kinds: dict[str, list[str]] = {}
+        for replica in view.replicas:
+            if replica.facts is not None and replica.replica_id in own:
+                kinds.setdefault(replica.facts.numerics, []).append(replica.replica_id)
+        notes += [
+            f"Replicas with the numerics {kind}: {', '.join(ids)}" for kind, ids in kinds.items() if len(kinds) > 1
+        ]
+    return notes
 
 
 def _adapters(view: ClusterView) -> list[str]:
@@ -205,13 +210,20 @@ def _node_names(view: ClusterView) -> dict[str, str]:
     return {node_id: ip if count[ip] == 1 else f"{ip} {node_id[:6]}" for node_id, ip in ips.items()}
 
 
-def _headline(view: ClusterView) -> str:
-    num_ready = sum(r.state is ReplicaState.READY for r in view.replicas)
-    name = view.spec.model_name if view.spec is not None else "no model yet"
-    if view.facts is not None and view.facts.dtype:
-        name += f" ({describe_dtype(view.facts.dtype, view.facts.quantization)})"
-    why = f". {view.scaling_reason}" if view.scaling_reason else ""
-    return f"{name}: {num_ready} of {view.num_desired} replica{'s' * (view.num_desired != 1)} ready{why}"
+def _headlines(view: ClusterView) -> list[str]:
+    """One for each deployment."""
+    if not view.deployments:
+        return [_headline(view, view.replicas)]
+    return [_headline(d, [r for r in view.replicas if r.replica_id in d.replica_ids]) for d in view.deployments]
+
+
+def _headline(of: ClusterView | DeploymentRecord, replicas: Sequence[ReplicaRecord]) -> str:
+    num_ready = sum(r.state is ReplicaState.READY for r in replicas)
+    name = of.spec.model_name if of.spec is not None else "no model yet"
+    if of.facts is not None and of.facts.dtype:
+        name += f" ({describe_dtype(of.facts.dtype, of.facts.quantization)})"
+    why = f". {of.scaling_reason}" if of.scaling_reason else ""
+    return f"{name}: {num_ready} of {of.num_desired} replica{'s' * (of.num_desired != 1)} ready{why}"
 
 
 def _add_rows(table: Table, replica: ReplicaRecord, rate: ReplicaRate, nodes: Mapping[str, str], now: float) -> None:

@@ -15,6 +15,7 @@ from cluster.system.log import LogFormat, LogLevel
 from cluster.system.net import is_loopback, url_of
 from workers.config import EngineConfig
 from workers.errors import ConfigError
+from workers.tracing.settings import TracingConfig
 
 API_KEY_ENV = "TRAMONTANE_API_KEY"
 BATCH_STORE_ENV = "TRAMONTANE_BATCH_STORE"
@@ -26,7 +27,7 @@ CHAT_TEMPLATES = ("auto", "v1", "v2", "v3", "v3-tekken", "v7", "v7-tekken", "v11
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """The settings of one deployment and of its gateways. `port` 0 picks a free one. `deployment` is its name and namespace in Ray.
+    """The settings of one deployment and of its gateways. `port` 0 picks a free one. `deployment`: its name in Ray, see protocol/names.py.
 
     A default here is the command's default. Paths are absolute: a gateway on another node reads the same files at the same place.
     """
@@ -58,6 +59,8 @@ class ServeConfig:
     log_level: LogLevel = "warning"
     log_format: LogFormat = "text"
     log_prompts: bool = False
+    # Where spans go; None: there are none.
+    tracing: TracingConfig | None = None
     serves_embeddings: bool = True
     # Whether a field of a request that has no effect is refused instead of ignored.
     strict: bool = False
@@ -108,7 +111,8 @@ class ServeConfig:
                     remedy="Use a number of seconds above 0.",
                     param=option,
                 )
-        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?", self.deployment):
+        server, *member = self.deployment.split(".", 1)
+        if any(not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?", name) for name in (server, *member)):
             raise ConfigError(
                 f"--name {self.deployment!r} is not a valid name.",
                 remedy="Use at most 42 lower-case letters, digits and hyphens.",

@@ -28,8 +28,8 @@ from workers.errors import (
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.1
-LOAD_TIMEOUT_S = 300.0  # of one load on all replicas
+TICK_S = 0.25
+LOAD_TIMEOUT_S = 300.0  # of one load on all replicas, while there are some
 RETRY_S = 1.0  # after a load on a replica that failed for another reason than the adapter
 
 
@@ -76,6 +76,7 @@ class AdapterKeeper:
         self._woken = asyncio.Event()
         self._changed = asyncio.Event()
         self._arriving: Counter[str] = Counter()  # digests of contents that no revision has yet
+        self._give_up_at: dict[str, float] = {}  # of revisions that are loading, by time.monotonic()
         self._bringing: dict[object, asyncio.Task[None]] = {}
         self._not_before: dict[object, float] = {}
 
@@ -108,13 +109,8 @@ class AdapterKeeper:
         return self.registry
 
     async def _until_loaded(self, revision: AdapterRevision) -> None:
-        try:
-            async with asyncio.timeout(LOAD_TIMEOUT_S):
-                while self._is_loading(revision):
-                    await self._changed.wait()
-        except TimeoutError:
-            reason = f"Not all replicas loaded it within {LOAD_TIMEOUT_S:.0f} s."
-            await self._commit(lambda now: transitions.failed(now, revision.id, reason))
+        while self._is_loading(revision):
+            await self._changed.wait()
         known = find_revision(self.registry, revision.id)
         if known is not None and known.state is RevisionState.FAILED:
             raise CheckpointError(f"Loading lora {revision.name} failed: {known.reason}")
@@ -185,9 +181,16 @@ class AdapterKeeper:
     async def _round(self) -> None:
         serving = dict(self._serving())
         self._bring_all(serving)
-        for revision in in_state(self.registry, RevisionState.LOADING):
+        now, loading = time.monotonic(), in_state(self.registry, RevisionState.LOADING)
+        latest = now + LOAD_TIMEOUT_S
+        # A replica that is the first to start takes the time that it takes.
+        self._give_up_at = {r.id: self._give_up_at.get(r.id, latest) if serving else latest for r in loading}
+        for revision in loading:
             if self._is_everywhere(revision.id):
                 await self._commit(partial(self._loaded, revision_id=revision.id))
+            elif now > self._give_up_at[revision.id]:
+                reason = f"Not all replicas loaded it within {LOAD_TIMEOUT_S:.0f} s."
+                await self._commit(partial(transitions.failed, revision_id=revision.id, reason=reason))
         for revision in in_state(self.registry, RevisionState.RETIRING):
             if self._num_streams(revision.id) == 0:
                 await self._commit(partial(transitions.drained, revision_id=revision.id))

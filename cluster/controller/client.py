@@ -6,6 +6,7 @@ Every method raises the controller's own TramontaneErrors, and ReplicaUnavailabl
 import asyncio
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,10 +16,12 @@ from typing import Any, TypeVar
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
+from ray.util import list_named_actors
 
 from cluster.controller.registry_store import delete_registry
 from cluster.controller.spec_store import delete_spec
 from cluster.protocol.adapters import AdapterChange, AdapterRevision, Registry
+from cluster.protocol.names import full_name, member_of
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import ClusterView
@@ -28,6 +31,7 @@ from workers.errors import ReplicaUnavailableError, TramontaneError
 log = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "tramontane-controller"
+_CONTROLLER = re.compile(re.escape(CONTROLLER_NAME) + r"(\.(?P<member>[a-z0-9-]+))?")
 HEAD_NODE = "node:__internal_head__"  # the resource that marks Ray's head node
 CALL_TIMEOUT_S = 10.0
 DOWN_TIMEOUT_S = 30.0
@@ -37,10 +41,11 @@ T = TypeVar("T")
 
 
 class ControllerClient:
-    """Use in a process connected to Ray in the deployment's namespace."""
+    """Use in a process connected to Ray in the deployment's namespace. deployment: as in protocol/names.py."""
 
     def __init__(self, deployment: str) -> None:
         self.deployment = deployment
+        self._name = _controller_name(deployment)
         self._actor: ActorHandle | None = None
 
     @property
@@ -55,7 +60,7 @@ class ControllerClient:
         self._actor = (
             ray.remote(ControllerActor)
             .options(
-                name=CONTROLLER_NAME,
+                name=self._name,
                 lifetime="detached",
                 get_if_exists=True,
                 max_restarts=-1,
@@ -68,7 +73,7 @@ class ControllerClient:
         await self._call("apply", spec, timeout_s=60.0)
 
     async def sync(self, known: int, report: GatewayReport | None) -> ClusterView:
-        """The view, as soon as it differs from version `known`, after at most a quarter of a second."""
+        """The view, as soon as it differs from version `known`, after at most a second."""
         return await self._call("sync", known, report, ray.get_runtime_context().get_node_id())
 
     async def drain(self, replica_id: str, grace_s: float | None) -> None:
@@ -76,14 +81,19 @@ class ControllerClient:
         await self._call("drain", replica_id, grace_s)
 
     async def load_adapter(
-        self, revision: AdapterRevision, read: Callable[[], Mapping[str, bytes]], *, in_place: bool
+        self,
+        revision: AdapterRevision,
+        read: Callable[[], Mapping[str, bytes]],
+        *,
+        in_place: bool,
+        timeout_s: float = LOAD_TIMEOUT_S,
     ) -> Registry:
         """Returns when all replicas have it; asks again where the controller restarts meanwhile. read: its files, for another node.
 
         Raises RequestError and ConfigError for what is refused, CheckpointError if a replica cannot load it.
         """
         again, files = False, None
-        deadline = time.monotonic() + LOAD_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while True:
             try:
                 left_s = deadline - time.monotonic()
@@ -144,8 +154,19 @@ class ControllerClient:
 
     def _find(self) -> ActorHandle | None:
         with contextlib.suppress(ValueError):
-            return ray.get_actor(CONTROLLER_NAME)
+            return ray.get_actor(self._name)
         return None
+
+
+def running_deployments(server: str) -> list[str]:
+    """The deployments of this server, by name, that have a controller in this namespace."""
+    found = (_CONTROLLER.fullmatch(name) for name in list_named_actors())
+    return sorted(full_name(server, match["member"]) for match in found if match is not None)
+
+
+def _controller_name(deployment: str) -> str:
+    member = member_of(deployment)
+    return CONTROLLER_NAME if member is None else f"{CONTROLLER_NAME}.{member}"
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:

@@ -19,7 +19,7 @@ from workers.errors import CheckpointError, ConfigError, TramontaneError
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.1
+TICK_S = 0.25
 PROVEN_AFTER_S = 10.0  # a replica that served this long did not fail to start
 MAX_BACKOFF_S = 30.0
 # By then a lost replica's resources are free. Ray looks for free resources at once, but then not again for a second.
@@ -60,9 +60,9 @@ class Drain:
     replica_id: str
 
 
-def plan(desired: int, replicas: Sequence[ReplicaRecord]) -> list[Start | Drain]:
+def plan(desired: int, replicas: Sequence[ReplicaRecord], *, prefix: str = "") -> list[Start | Drain]:
     """The actions that bring the live replicas to `desired`. New replicas take the smallest free number; the least useful are drained
-    first.
+    first. prefix: of the replicas' ids.
     """
     live = [r for r in replicas if r.state not in (ReplicaState.DRAINING, ReplicaState.LOST)]
     if len(live) > desired:
@@ -70,7 +70,8 @@ def plan(desired: int, replicas: Sequence[ReplicaRecord]) -> list[Start | Drain]
         live.sort(key=lambda r: (progress[r.state], r.load.num_running + r.load.num_waiting, -r.started_at))
         return [Drain(r.replica_id) for r in live[: len(live) - desired]]
     taken = {r.replica_id for r in replicas}
-    free = (f"r{i}" for i in range(len(taken) + desired + 1) if f"r{i}" not in taken)
+    ids = (f"{prefix}r{i}" for i in range(len(taken) + desired + 1))
+    free = (name for name in ids if name not in taken)
     return [Start(next(free)) for _ in range(desired - len(live))]
 
 
@@ -111,7 +112,8 @@ class _Entry:
 class Supervisor:
     """`await run()` in a task until cancelled; set `desired` and call `wake()`. All on one event loop.
 
-    num_streams(replica_id): how many streams gateways still have there; None if some have not reported since the drain began.
+    prefix: see `plan`. num_streams(replica_id): how many streams gateways still have there; None if some have not reported since the drain
+    began.
     on_change: called whenever a record's state may have changed.
     """
 
@@ -119,6 +121,7 @@ class Supervisor:
         self,
         make_replica: Callable[[str], ManagedReplica],
         *,
+        prefix: str = "",
         num_streams: Callable[[str], int | None] = lambda _: 0,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -129,6 +132,7 @@ class Supervisor:
         self.failure: StartFailure | None = None  # the first start cannot succeed: none is tried until `forgive`
         self.is_ending = False  # the whole cluster is about to end, so nothing is started
         self._make_replica = make_replica
+        self._prefix = prefix
         self._num_streams = num_streams
         self._on_change = on_change
         self._clock = clock
@@ -213,7 +217,7 @@ class Supervisor:
         now = self._clock()
         for replica_id, entry in list(self._entries.items()):
             self._watch(replica_id, entry, now)
-        for action in plan(self.desired, self.records()):
+        for action in plan(self.desired, self.records(), prefix=self._prefix):
             match action:
                 case Drain(replica_id):
                     self.drain(replica_id, reason=f"Replica {replica_id} is no longer needed.")

@@ -28,7 +28,10 @@ ECHO_S = 1.0  # after the first failure: other ranks may report more about it
 # Fractions of the time limit of one collective.
 NCCL_PATIENCE, CPU_PATIENCE = 0.8, 2.0
 ASK_S = 3.0  # for an answer from a rank that may hang
-_RANK = re.compile(r"(?P<deployment>.+)-(?P<replica>r\d+)-[0-9a-f]+-rank(?P<rank>\d+)")
+# The replicas of one of several deployments have its name in theirs: see cluster/protocol/names.py.
+_RANK = re.compile(
+    r"(?P<deployment>[^.]+(\.(?P<member>.+))?)-(?P<replica>(?(member)(?P=member)-|)r\d+)-[0-9a-f]+-rank(?P<rank>\d+)"
+)
 
 
 async def try_all_reduce(

@@ -17,11 +17,12 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util import list_named_actors
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.config.cluster import ClusterConfig
 from cluster.config.serve import ServeConfig
 from cluster.system.log import setup_logging
 from cluster.system.malloc import return_large_blocks
 from cluster.system.net import is_loopback
-from cluster.text.load import load_text
+from cluster.text.load import LoadedText, load_text
 from workers.errors import ReplicaUnavailableError, TramontaneError
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,9 @@ FIND_TIMEOUT_S = 5.0
 class GatewayActor:
     """Opens the gateway at once; `url` waits until it is open, and raises the error if that failed."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        setup_logging(config.log_level, format=config.log_format, prompts=config.log_prompts)
+    def __init__(self, config: ClusterConfig) -> None:
+        server = config.server
+        setup_logging(server.log_level, format=server.log_format, prompts=server.log_prompts)
         return_large_blocks()
         self._config = config
         self._opened = threading.Event()
@@ -52,7 +54,7 @@ class GatewayActor:
             raise self._failure
         return self._url
 
-    def serves(self, config: ServeConfig) -> bool:
+    def serves(self, config: ClusterConfig) -> bool:
         """Whether it serves, or is about to serve, this configuration."""
         return self._failure is None and config == self._config
 
@@ -71,36 +73,41 @@ class GatewayActor:
 
     async def _serve(self) -> None:
         from cluster.controller.client import ControllerClient
+        from cluster.gateway.deployment import Part
         from cluster.gateway.gateway import Gateway
         from cluster.ray_runtime.metrics import publish_forever
 
-        engine = self._config.engine
-        text = load_text(
-            Path(engine.model_path),
-            chat_template=self._config.chat_template,
-            model_vocab_size=engine.model.vocab_size,
-        )
-        controller = ControllerClient(self._config.deployment)
-        gateway = Gateway(self._config, controller, text=text)
+        parts = [
+            Part(config=config, controller=ControllerClient(config.deployment), text=_text_of(config))
+            for config in self._config.deployments
+        ]
+        gateway = Gateway(parts)
         try:
             await gateway.open()
             gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
             self._url = gateway.url
             self._opened.set()
             await self._stop.wait()
-            await gateway.drain(self._config.drain_timeout_s)
+            await gateway.drain(self._config.server.drain_timeout_s)
         finally:
             await gateway.close()
 
 
-async def start_gateways(config: ServeConfig) -> list[ActorHandle]:
+def _text_of(config: ServeConfig) -> LoadedText:
+    engine = config.engine
+    return load_text(
+        Path(engine.model_path), chat_template=config.chat_template, model_vocab_size=engine.model.vocab_size
+    )
+
+
+async def start_gateways(config: ClusterConfig) -> list[ActorHandle]:
     """The gateways in addition to the caller's own: spread over the nodes, or on this node if only this machine is served.
 
     Gateways left by an earlier command are kept if they serve the same configuration, and replaced if not.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    strategy = here if is_loopback(config.host) else "SPREAD"
-    names = [GATEWAY_NAME.format(i) for i in range(1, config.num_gateways)]
+    strategy = here if is_loopback(config.server.host) else "SPREAD"
+    names = [GATEWAY_NAME.format(i) for i in range(1, config.server.num_gateways)]
     kept = dict(zip(names, await asyncio.gather(*(_find(name, config) for name in names)), strict=True))
     return [
         kept[name]
@@ -118,7 +125,7 @@ async def start_gateways(config: ServeConfig) -> list[ActorHandle]:
     ]
 
 
-async def _find(name: str, config: ServeConfig) -> ActorHandle | None:
+async def _find(name: str, config: ClusterConfig) -> ActorHandle | None:
     """The gateway of this name if it serves `config`. A gateway that serves another configuration is ended."""
     try:
         actor = await asyncio.to_thread(ray.get_actor, name)

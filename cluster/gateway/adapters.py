@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DISABLED = "lora_disabled"
 SEEN_TIMEOUT_S = 5.0
+STARTUP_TIMEOUT_S = 86_400.0  # a first replica may wait for its machine; the command that starts it says so
 
 
 class GatewayAdapters:
@@ -39,9 +40,16 @@ class GatewayAdapters:
         self._store = AdapterStore(adapter_folder(config.deployment, config.data_dir))
 
     async def load(
-        self, name: str, source: str, *, share: float | None = None, in_place: bool = False
+        self,
+        name: str,
+        source: str,
+        *,
+        share: float | None = None,
+        in_place: bool = False,
+        while_starting: bool = False,
     ) -> AdapterRevision:
-        """Returns the revision when all replicas have it, and this gateway serves it.
+        """Returns the revision when all replicas have it, and this gateway serves it. while_starting: waits as long as the first replica
+        takes.
 
         Raises RequestError for what is refused, NotFoundError for a source that is not there.
         """
@@ -61,7 +69,8 @@ class GatewayAdapters:
             raise RequestError(e.message, remedy=e.remedy, param="lora_path", code="invalid_adapter") from e
         try:
             read = partial(self._store.read, revision.digest)
-            registry = await self._controller.load_adapter(revision, read, in_place=in_place)
+            more = {"timeout_s": STARTUP_TIMEOUT_S} if while_starting else {}
+            registry = await self._controller.load_adapter(revision, read, in_place=in_place, **more)
         except (CheckpointError, ConfigError) as e:
             raise RequestError(e.message, remedy=e.remedy, param="lora_path", code="invalid_adapter") from e
         finally:

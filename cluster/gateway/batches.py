@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.api.context import NO_BATCHES, Batches
@@ -21,7 +22,9 @@ from cluster.batch.run.service import BatchService
 from cluster.batch.store.interface import Store
 from cluster.batch.store.open import open_files, open_store
 from cluster.config.serve import ServeConfig
+from cluster.protocol.names import server_of
 from cluster.protocol.report import BatchDemand
+from cluster.responses.counts import ResponseCounts
 from cluster.router.router import Router
 from cluster.system.data_dir import DataDir, default_data_dir
 from cluster.system.net import is_loopback
@@ -33,7 +36,10 @@ POLL_INTERVAL_S = 1.0
 
 
 class GatewayBatches:
-    """Give `api` to the application, then call `start` with an executor made from the application, and `close` at the end."""
+    """Give `api` to the application, then call `start` with an executor made from the application, and `close` at the end.
+
+    `share`: told every second about the batches that run here, each with the model that its lines name, None for several.
+    """
 
     def __init__(self, data_dir: DataDir, store: Store, files: FileContents, router: Router) -> None:
         self._responses = ResponseService(store.responses)
@@ -43,8 +49,14 @@ class GatewayBatches:
         self._store = store
         self._files = files
         self._router = router
+        self.share: Callable[[Sequence[tuple[str | None, BatchDemand]]], None] = self._all_here
         self._service: BatchService | None = None
         self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def response_counts(self) -> ResponseCounts:
+        """Of the stored responses at this gateway, for its metrics."""
+        return self._responses.counts
 
     def start(self, executor: LineExecutor, responses: Executor | None = None) -> list[asyncio.Task[None]]:
         """Starts to run the batches in the store, and its responses with their own executor. The tasks end only on an error."""
@@ -55,13 +67,17 @@ class GatewayBatches:
         ]
         return self._tasks + ([] if responses is None else self._responses.start(responses))
 
+    async def adapters_of_responses(self) -> set[str]:
+        """The revisions that stored responses which have not ended name, at any gateway. Raises StoreError."""
+        return await self._store.responses.adapters()
+
     async def stop(self) -> None:
         """Abandons every line in progress; the next runner of the batch repeats it. Idempotent."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._router.batches = ()
+        self.share([])
 
     async def leave_responses(self) -> None:
         """Leaves those that nobody here waits for to other gateways, and takes no more."""
@@ -86,6 +102,10 @@ class GatewayBatches:
             await self._store.close()
         self._data_dir.close()
 
+    def _all_here(self, running: Sequence[tuple[str | None, BatchDemand]]) -> None:
+        """For a server with one model."""
+        self._router.batches = tuple(demand for _, demand in running)
+
     def _wake(self) -> None:
         if self._service is not None:
             self._service.wake()
@@ -97,15 +117,20 @@ class GatewayBatches:
             except StoreError as e:
                 log.debug("The running batches cannot be read now: %s", e)
             now, here = time.time(), service.batch_ids
-            self._router.batches = tuple(
-                BatchDemand(
-                    batch_id=batch.id,
-                    remaining_tokens=batch.remaining_tokens,
-                    deadline_s=max(0.0, batch.expires_at - now),
-                    max_replicas=_max_replicas(batch),
-                )
-                for batch in self.running
-                if batch.id in here and batch.remaining_tokens
+            self.share(
+                [
+                    (
+                        batch.model,
+                        BatchDemand(
+                            batch_id=batch.id,
+                            remaining_tokens=batch.remaining_tokens,
+                            deadline_s=max(0.0, batch.expires_at - now),
+                            max_replicas=_max_replicas(batch),
+                        ),
+                    )
+                    for batch in self.running
+                    if batch.id in here and batch.remaining_tokens
+                ]
             )
             await asyncio.sleep(POLL_INTERVAL_S)
 
@@ -116,9 +141,10 @@ def _max_replicas(batch: BatchRecord) -> int | None:
     return max(1, int(text)) if text.isascii() and text.isdigit() and len(text) < 6 else None
 
 
-def open_batches(config: ServeConfig, router: Router) -> GatewayBatches | str:
+def open_batches(config: ServeConfig, router: Router, *, claim: str | None = None) -> GatewayBatches | str:
     """The batches of this gateway, or one sentence for clients on why there are none.
 
+    claim: the models that the data directory is for; None for the configuration's.
     Raises ConfigError if a data directory or a store was asked for explicitly and cannot be used.
     """
     if not config.serves_batches:
@@ -135,8 +161,8 @@ def open_batches(config: ServeConfig, router: Router) -> GatewayBatches | str:
                 remedy="Add --batch-store URL and a --data-dir that all of them share, or add --no-batches.",
                 param="--batch-store",
             )
-        path = default_data_dir(config.deployment) if config.data_dir is None else Path(config.data_dir)
-        data_dir = DataDir(path, model_name=config.model_name)
+        path = default_data_dir(server_of(config.deployment)) if config.data_dir is None else Path(config.data_dir)
+        data_dir = DataDir(path, model_name=claim or config.model_name)
         try:
             return GatewayBatches(data_dir, open_store(path, database_url=config.batch_store), open_files(path), router)
         except BaseException:

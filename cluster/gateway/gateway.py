@@ -9,34 +9,29 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cluster.adapters.served import ServedAdapters
 from cluster.api.app import make_app
 from cluster.api.context import CONTEXT, NO_BATCHES
 from cluster.api.line_executor import ApiLineExecutor
 from cluster.api.server.listener import Listener
 from cluster.api.stored.executor import ApiExecutor
-from cluster.config.serve import ServeConfig
-from cluster.gateway.adapters import GatewayAdapters
+from cluster.config.cluster import ClusterConfig
+from cluster.gateway.batch_shares import BatchShares
 from cluster.gateway.batches import GatewayBatches, open_batches
-from cluster.gateway.fleet import Fleet
+from cluster.gateway.deployment import Deployment, Part, make_router
+from cluster.gateway.operator import Operator
 from cluster.gateway.preemption import ENDS_AHEAD_S, PreemptionShutdown, notice_for, unfinished_error
 from cluster.keys.accounts import Accounts
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Ledger, ledger_path
-from cluster.metrics.gateway import Metrics
-from cluster.protocol.adapters import AdapterChange, AdapterRevision, Registry
-from cluster.protocol.view import ClusterView, without_secrets
-from cluster.router.router import Router
+from cluster.protocol.names import member_of
+from cluster.protocol.view import ClusterView
+from cluster.router.routers import Routers
 from cluster.system.tls import open_certificate
-from workers.errors import ConfigError, EngineError, ReplicaUnavailableError
-
-if TYPE_CHECKING:
-    from cluster.controller.client import ControllerClient
-    from cluster.text.load import LoadedText
+from cluster.tracing.request import open_tracing
+from workers.errors import ConfigError, EngineError
 
 log = logging.getLogger(__name__)
 
@@ -45,54 +40,42 @@ ERROR_TIMEOUT_S = 1.0  # for ended streams to send their error
 
 
 class Gateway:
-    """`await Gateway(...).open()`, then `drain` and `close`. on_view: called with every view of the cluster. links: as in
-    `make_app`.
+    """`await Gateway(...).open()`, then `drain` and `close`. links: as in `make_app`.
 
+    parts: the deployments that it serves, at least one; what is about the server comes from the first one's configuration.
     Raises ConfigError if a file of keys or certificates is missing or invalid, or if a data directory or store of batches was asked for
     and cannot be used.
     """
 
-    def __init__(
-        self,
-        config: ServeConfig,
-        controller: "ControllerClient",
-        *,
-        text: "LoadedText",
-        on_view: Callable[[ClusterView], None] = lambda _: None,
-        links: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, parts: Sequence[Part], *, links: Mapping[str, str] | None = None) -> None:
+        config = parts[0].config
         self.gateway_id = f"g-{secrets.token_hex(3)}"
         self.url = ""
         self._config = config
-        self._controller = controller
-        self.router = Router(
-            policy=config.routing_policy,
-            max_queued_tokens=config.max_queued_tokens,
-            queue_timeout_s=config.queue_timeout_s,
-        )
         keys = None if config.api_keys is None else Path(config.api_keys)
         keyring = Keyring(keys, api_key=config.api_key)
         self._ledger = None if keys is None else Ledger(ledger_path(keys))
         self._certificate = open_certificate(config.tls_cert, config.tls_key)
+        tracing = self._tracing = open_tracing(config.tracing, gateway_id=self.gateway_id)
         accounts = Accounts(num_gateways=config.num_gateways)
-        opened = open_batches(config, self.router)
-        batches = self._batches = opened if isinstance(opened, GatewayBatches) else None
-        self.metrics = Metrics(
-            self.router,
-            model_name=config.model_name,
-            prefix=config.metrics_prefix,
-            view=lambda: self.view,
-            batches=None if batches is None else lambda: batches.running,
-        )
-        served = self._served = ServedAdapters(on_gone=self.metrics.forget_adapters)
-        self.adapters = GatewayAdapters(config, controller, served)
+        routers = [make_router(part.config) for part in parts]
+        self._routers = Routers(routers)
+        opened = open_batches(config, routers[0], claim=ClusterConfig(tuple(part.config for part in parts)).claim)
+        self._batches = opened if isinstance(opened, GatewayBatches) else None
+        first = Deployment(parts[0], routers[0], batches=self._batches)
+        more = [Deployment(p, r, beside=first.metrics) for p, r in zip(parts[1:], routers[1:], strict=True)]
+        self.deployments = (first, *more)
+        self.operator = Operator(self.deployments)
+        self.router, self.metrics, self.adapters = first.router, first.metrics, first.adapters
         if self._certificate is not None:
             certificate = self._certificate
             self.metrics.watch_certificate(lambda: certificate.expires_at)
+        if tracing is not None:
+            self.metrics.watch_spans(lambda: tracing.num_dropped)
         app = make_app(
-            router=self.router,
-            tokenizer=text.tokenizer,
-            chat_template=text.chat_template,
+            router=first.router,
+            tokenizer=first.text.tokenizer,
+            chat_template=first.text.chat_template,
             model_name=config.model_name,
             keyring=keyring,
             accounts=accounts,
@@ -105,24 +88,28 @@ class Gateway:
             public_health=config.public_health,
             links=links,
             platform=config.platform,
-            metrics=self.metrics,
-            admin=self,
-            batches=None if batches is None else batches.api,
+            metrics=first.metrics,
+            admin=self.operator,
+            batches=None if self._batches is None else self._batches.api,
             no_batches=opened if isinstance(opened, str) else NO_BATCHES,
-            adapters=served,
+            adapters=first.served,
+            deployment=member_of(config.deployment),
+            others=[deployment.served_model() for deployment in more],
+            tracing=tracing,
         )
-        self._executor = ApiLineExecutor(app[CONTEXT], keyring=keyring, accounts=accounts, ledger=self._ledger)
-        self._responses = ApiExecutor(app[CONTEXT], keyring=keyring, accounts=accounts, ledger=self._ledger)
+        api = app[CONTEXT]
+        if self._batches is not None and more:
+            self._batches.share = BatchShares(api.models).report
+        self._executor = ApiLineExecutor(api, keyring=keyring, accounts=accounts, ledger=self._ledger)
+        self._responses = ApiExecutor(api, keyring=keyring, accounts=accounts, ledger=self._ledger)
         self._listener = Listener(app, tls=None if self._certificate is None else self._certificate.context)
-        self._preemption = PreemptionShutdown(self.router, lambda: self.view, self.gateway_id)
-        self._on_view = on_view
-        self._fleet: Fleet | None = None
+        self._preemption = PreemptionShutdown(self._routers, lambda: self.view, self.gateway_id)
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def view(self) -> ClusterView | None:
-        """The newest view of the cluster."""
-        return None if self._fleet is None else self._fleet.view
+        """The newest view of the server."""
+        return self.operator.view
 
     async def open(self) -> "Gateway":
         """Starts to listen and to sync. Raises ConfigError if the port is in use."""
@@ -136,20 +123,11 @@ class Gateway:
                 param="--port",
             ) from e
         self.url = config.url(self._listener.port)
-        self._fleet = Fleet(
-            self._controller,
-            self.router,
-            gateway_id=self.gateway_id,
-            url=self.url,
-            on_view=self._handle_view,
-            adapter_streams=self._served.streams,
-        )
-        self._tasks = [
-            asyncio.create_task(self._fleet.run(), name="fleet"),
-            asyncio.create_task(self._preemption.run(), name="preemption"),
-        ]
+        self._tasks = [d.open(gateway_id=self.gateway_id, url=self.url) for d in self.deployments]
+        self._tasks.append(asyncio.create_task(self._preemption.run(), name="preemption"))
         if self._batches is not None:
             self._tasks += self._batches.start(self._executor, self._responses)
+            self._tasks += [d.stored_uses.watch(self._batches.adapters_of_responses) for d in self.deployments]
         if self._ledger is not None:
             self.spawn(asyncio.create_task(self._ledger.run(), name="usage ledger"))
         if self._certificate is not None:
@@ -175,13 +153,13 @@ class Gateway:
         if self._batches is not None:
             await self._batches.stop()
             await self._batches.leave_responses()
-        self.router.close(SHUTTING_DOWN)
+        self._routers.close(SHUTTING_DOWN)
         await self._listener.stop_accepting()
         stopped = stop_now or asyncio.Event()
         await self._until_empty(min(timeout_s, self._left_s()), stopped)
         if self._batches is not None:
             await self._batches.stop_responses()
-        if self.router.end_streams(unfinished_error(SHUTTING_DOWN)):
+        if self._routers.end_streams(unfinished_error(SHUTTING_DOWN)):
             await self._until_empty(ERROR_TIMEOUT_S, asyncio.Event())
 
     def _left_s(self) -> float:
@@ -191,7 +169,7 @@ class Gateway:
 
     async def _until_empty(self, timeout_s: float, stopped: asyncio.Event) -> None:
         deadline = time.monotonic() + timeout_s
-        while self.router.num_inflight_requests and time.monotonic() < deadline and not stopped.is_set():
+        while self._routers.num_inflight_requests and time.monotonic() < deadline and not stopped.is_set():
             await asyncio.sleep(0.05)
 
     async def close(self) -> None:
@@ -201,36 +179,10 @@ class Gateway:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        fleet, self._fleet = self._fleet, None
-        if fleet is not None:
-            await fleet.close()
+        await asyncio.gather(*(deployment.close() for deployment in self.deployments))
         if self._batches is not None:
             await self._batches.close()
         if self._ledger is not None:
             await self._ledger.close()
-
-    def _handle_view(self, view: ClusterView) -> None:
-        self._served.update(view.adapters)
-        self._on_view(view)
-
-    # The methods below serve /admin.
-
-    async def load_adapter(
-        self, name: str, source: str, *, share: float | None = None, in_place: bool = False
-    ) -> AdapterRevision:
-        """See GatewayAdapters."""
-        return await self.adapters.load(name, source, share=share, in_place=in_place)
-
-    async def change_adapter(self, change: AdapterChange, name: str) -> Registry:
-        """See GatewayAdapters."""
-        return await self.adapters.change(change, name)
-
-    async def drain_replica(self, replica_id: str, grace_s: float | None) -> None:
-        """Takes a replica out of service. Raises RequestError for an unknown replica."""
-        await self._controller.drain(replica_id, grace_s)
-
-    def cluster_view(self) -> ClusterView:
-        """The newest view without secrets. Raises ReplicaUnavailableError before the first."""
-        if self.view is None:
-            raise ReplicaUnavailableError("The controller has not answered yet.", remedy="Try again in a moment.")
-        return without_secrets(self.view)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)

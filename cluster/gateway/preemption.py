@@ -9,11 +9,11 @@ import enum
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from cluster.api.server.errors import HTTPError
 from cluster.controller.preemption.decide import is_due
 from cluster.protocol.view import ClusterView, NodeNotice
-from cluster.router.router import Router
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,20 @@ def notice_for(view: ClusterView, gateway_id: str, now: float) -> NodeNotice | N
     return min(notices, key=lambda n: n.deadline, default=None)
 
 
+class Closable(Protocol):
+    """A router, or all of a gateway's; see Router."""
+
+    def close(self, reason: str, *, admits: bool = False) -> None: ...
+    def reopen(self) -> None: ...
+    def end_streams(self, error: Exception) -> int: ...
+
+
 class PreemptionShutdown:
     """`await run()` in a task until cancelled. view: returns the newest view."""
 
     def __init__(
         self,
-        router: Router,
+        router: Closable,
         view: Callable[[], ClusterView | None],
         gateway_id: str,
         *,

@@ -22,5 +22,6 @@ GATEWAY_TARGETS = (
     Target(ReplicaClient, "_receive", "frame"),
     Target(OutputText, "push", "detokenize"),
     Target(sse, "encode_event", "encode chunk"),
+    Target(sse.TextEvents, "encode", "encode chunk"),
     Target(sse._Writer, "send", "write chunk"),
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cluster.keys.file import read_keys
-from cluster.keys.key import ApiKey, admin_key, digest
+from cluster.keys.key import ApiKey, NotAllowedError, admin_key, digest
 from cluster.system.files import version_of
 from workers.errors import ConfigError
 
@@ -59,6 +59,18 @@ class Keyring:
         """The key with this id, if it still exists."""
         self._reload_if_changed()
         return self._by_id.get(key_id)
+
+    def owner(self, key_id: str, thing: str) -> ApiKey | None:
+        """The key that made something some time ago; None if nobody owns it, or no key is needed here.
+
+        Raises NotAllowedError, which names the thing, if the key was revoked.
+        """
+        if not key_id or not self.guards:
+            return None
+        key = self.get(key_id)
+        if key is None:
+            raise NotAllowedError(f"The API key that made this {thing} is no longer valid.", code="api_key_revoked")
+        return key
 
     def _reload_if_changed(self) -> None:
         now = self._clock()

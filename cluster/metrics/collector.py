@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from cluster.batch.records import BatchRecord
 from cluster.metrics.ranks import rank_families
 from cluster.protocol.view import ClusterView, ReplicaState
+from cluster.responses.counts import ENDED, ResponseCounts
 from cluster.router.router import Router
 from workers.errors import ReplicaUnavailableError
 
@@ -39,6 +40,41 @@ _COUNTERS = (
 Row = tuple[Sequence[str], float]  # label values and the value
 
 
+class JoinedCollector(Collector):
+    """The samples of several collectors, one for each served model, with one family for each name."""
+
+    def __init__(self) -> None:
+        self.parts: list[Collector] = []
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for part in self.parts:
+            for family in part.collect():
+                if family.name in families:
+                    families[family.name].samples.extend(family.samples)
+                else:
+                    families[family.name] = family
+        return iter(families.values())
+
+
+class DroppedSpans(Collector):
+    """Spans of this gateway that its collector of traces has not got."""
+
+    def __init__(self, num_dropped: Callable[[], int], model_name: str, prefix: str) -> None:
+        self._num_dropped = num_dropped
+        self._model_name = model_name
+        self._prefix = prefix
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Spans that could not be sent to the collector of traces."
+        family = CounterMetricFamily(self._prefix + "trace_spans_dropped", text, labels=["model_name"])
+        family.add_metric([self._model_name], self._num_dropped())
+        yield family
+
+
 class StateCollector(Collector):
     """Samples the router and the newest view at the moment of the scrape."""
 
@@ -47,12 +83,14 @@ class StateCollector(Collector):
         router: Router,
         view: Callable[[], ClusterView | None],
         batches: Callable[[], Sequence[BatchRecord]] | None,
+        responses: ResponseCounts | None,
         model_name: str,
         prefix: str,
     ) -> None:
         self._router = router
         self._view = view
         self._batches = batches
+        self._responses = responses
         self._model_name = model_name
         self._prefix = prefix
 
@@ -64,6 +102,8 @@ class StateCollector(Collector):
         yield from self._replicas()
         if self._batches is not None:
             yield from self._backlog(self._batches())
+        if self._responses is not None:
+            yield from self._stored(self._responses)
         view = self._view()
         if view is not None:
             yield from self._cluster(view)
@@ -98,6 +138,23 @@ class StateCollector(Collector):
         yield self._gauge("num_batch_lines_pending", "Lines of running batches without an answer.", [((), lines)])
         yield self._gauge(
             "num_batch_tokens_pending", "Estimated tokens of the pending lines, answers included.", [((), tokens)]
+        )
+
+    def _stored(self, counts: ResponseCounts) -> Iterator[Metric]:
+        yield self._gauge(
+            "num_stored_responses_running", "Stored responses that this gateway runs.", [((), counts.num_running)]
+        )
+        ended = [((status,), counts.ended[status]) for status in ENDED]
+        yield self._counter("stored_responses", "Stored responses that ended at this gateway.", ended, "status")
+        yield self._counter(
+            "stored_responses_taken_over",
+            "Stored responses that this gateway went on with after another one.",
+            [((), counts.num_taken_over)],
+        )
+        yield self._counter(
+            "stored_responses_resumed",
+            "Streams of stored responses that clients asked for again.",
+            [((), counts.num_resumed)],
         )
 
     def _replicas(self) -> Iterator[Metric]:
@@ -165,6 +222,23 @@ class StateCollector(Collector):
             "revision",
             "state",
             "role",
+        )
+        if view.spec is not None and view.spec.engine.enable_lora:
+            yield self._lora_requests(view.spec.engine.max_loras)
+
+    def _lora_requests(self, max_loras: int) -> Metric:
+        """As vLLM has it, for load balancers that send requests where an adapter is in use."""
+        running, waiting = (
+            ",".join(sorted({revision.partition("@")[0] for revision in revisions}))
+            for revisions in self._router.adapters()
+        )
+        return self._gauge(
+            "lora_requests_info",
+            "Adapters of the requests at this gateway; the value is the time.",
+            [((str(max_loras), running, waiting), time.time())],
+            "max_lora",
+            "running_lora_adapters",
+            "waiting_lora_adapters",
         )
 
     def _gauge(self, name: str, text: str, rows: Iterable[Row], *labels: str) -> Metric:

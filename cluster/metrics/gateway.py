@@ -8,13 +8,15 @@ docs/monitoring.md).
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from cluster.batch.records import BatchRecord
 from cluster.config.serve import MetricsPrefix
-from cluster.metrics.collector import StateCollector
+from cluster.metrics.collector import DroppedSpans, JoinedCollector, StateCollector
 from cluster.protocol.view import ClusterView
+from cluster.responses.counts import ResponseCounts
 from cluster.router.router import Router
 from workers.protocol import FinishReason
 
@@ -37,10 +39,11 @@ LINE_OUTCOMES = ("completed", "failed")
 
 
 class Metrics:
-    """One gateway's metrics. Counts are per sequence; times are seconds as measured by the gateway.
+    """One gateway's metrics, of one served model. Counts are per sequence; times are seconds as measured by the gateway.
 
     view: returns the newest ClusterView or None; without a view there are no metrics of ranks and of replicas that are not ready.
-    batches: returns the batches that have not ended; every gateway exports all of them.
+    batches: returns the batches that have not ended; every gateway exports all of them. responses: of this gateway's stored responses.
+    beside: those of another model at this gateway; both are in one registry, with the same names and another `model_name`.
     """
 
     def __init__(
@@ -51,9 +54,15 @@ class Metrics:
         prefix: MetricsPrefix = "tramontane",
         view: Callable[[], ClusterView | None] = lambda: None,
         batches: Callable[[], Sequence[BatchRecord]] | None = None,
+        responses: ResponseCounts | None = None,
+        beside: "Metrics | None" = None,
     ) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(StateCollector(router, view, batches, model_name, f"{prefix}:"))
+        self.registry: CollectorRegistry = CollectorRegistry() if beside is None else beside.registry
+        self._families: dict[str, Any] = {} if beside is None else beside._families
+        self._sampled: JoinedCollector = JoinedCollector() if beside is None else beside._sampled
+        self._sampled.parts.append(StateCollector(router, view, batches, responses, model_name, f"{prefix}:"))
+        if beside is None:
+            self.registry.register(self._sampled)
         self._prefix = f"{prefix}:"
         self._model_name = model_name
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of all sequences.")
@@ -87,42 +96,33 @@ class Metrics:
         self.request_generation_tokens = self._histogram(
             "request_generation_tokens", "Generated tokens of a finished sequence.", NUM_TOKENS
         )
-        r = self.registry
-        self._success = Counter(
-            self._prefix + "request_success", "Finished sequences.", ["model_name", "finished_reason"], registry=r
+        self._success = self._family(
+            Counter, "request_success", "Finished sequences.", ["model_name", "finished_reason"]
         )
         for reason in FinishReason:
             self._success.labels(model_name, reason.value)  # a rate needs a zero before the first event
-        self._lines = Counter(
-            self._prefix + "batch_lines",
-            "Batch lines answered by this gateway.",
-            ["model_name", "outcome"],
-            registry=r,
+        self._lines = self._family(
+            Counter, "batch_lines", "Batch lines answered by this gateway.", ["model_name", "outcome"]
         )
         for outcome in LINE_OUTCOMES:
             self._lines.labels(model_name, outcome)
         by_adapter = ["model_name", "adapter", "revision"]
-        self._adapter_success = Counter(
-            self._prefix + "adapter_request_success",
-            "Finished sequences of an adapter.",
-            [*by_adapter, "finished_reason"],
-            registry=r,
+        self._adapter_success = self._family(
+            Counter, "adapter_request_success", "Finished sequences of an adapter.", [*by_adapter, "finished_reason"]
         )
-        self._adapter_prompt_tokens = Counter(
-            self._prefix + "adapter_prompt_tokens", "Prompt tokens of an adapter's sequences.", by_adapter, registry=r
+        self._adapter_prompt_tokens = self._family(
+            Counter, "adapter_prompt_tokens", "Prompt tokens of an adapter's sequences.", by_adapter
         )
-        self._adapter_generation_tokens = Counter(
-            self._prefix + "adapter_generation_tokens", "Generated tokens of an adapter.", by_adapter, registry=r
+        self._adapter_generation_tokens = self._family(
+            Counter, "adapter_generation_tokens", "Generated tokens of an adapter.", by_adapter
         )
-        self._http = Counter(self._prefix + "http_requests", "HTTP responses.", ["path", "status"], registry=r)
-        self._key_tokens = Counter(
-            self._prefix + "key_tokens", "Tokens of an API key's requests.", ["key", "kind"], registry=r
-        )
-        self._certificate = Gauge(
-            self._prefix + "tls_certificate_expires_timestamp_seconds",
+        self._http = self._family(Counter, "http_requests", "HTTP responses.", ["path", "status"])
+        self._key_tokens = self._family(Counter, "key_tokens", "Tokens of an API key's requests.", ["key", "kind"])
+        self._certificate = self._family(
+            Gauge,
+            "tls_certificate_expires_timestamp_seconds",
             "Unix time at which the gateway's certificate ends.",
             ["model_name"],
-            registry=r,
         )
 
     def sequence(
@@ -175,6 +175,10 @@ class Metrics:
         """expires_at: Unix time, asked at each scrape, since a certificate may be renewed."""
         self._certificate.labels(self._model_name).set_function(expires_at)
 
+    def watch_spans(self, num_dropped: Callable[[], int]) -> None:
+        """num_dropped: asked at each scrape."""
+        self.registry.register(DroppedSpans(num_dropped, self._model_name, self._prefix))
+
     @property
     def prefix(self) -> str:
         """What the names begin with: `tramontane:` or `vllm:`."""
@@ -185,11 +189,19 @@ class Metrics:
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(self._prefix + name, text, ["model_name"], registry=self.registry).labels(self._model_name)
+        counter: Counter = self._family(Counter, name, text, ["model_name"]).labels(self._model_name)
+        return counter
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        family = Histogram(self._prefix + name, text, ["model_name"], registry=self.registry, buckets=buckets)
-        return family.labels(self._model_name)
+        family = self._family(Histogram, name, text, ["model_name"], buckets=buckets)
+        histogram: Histogram = family.labels(self._model_name)
+        return histogram
+
+    def _family(self, make: Callable[..., Any], name: str, text: str, labels: Sequence[str], **more: Any) -> Any:
+        """The metric of this name, which all models share."""
+        if name not in self._families:
+            self._families[name] = make(self._prefix + name, text, labels, registry=self.registry, **more)
+        return self._families[name]
 
 
 class SequenceMetrics:

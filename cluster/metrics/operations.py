@@ -40,9 +40,12 @@ def operations(metrics: Metrics, *, links: dict[str, str]) -> Operations:
     samples = [(s.name.removeprefix(metrics.prefix), s) for f in metrics.registry.collect() for s in f.samples]
 
     def distribution(name: str) -> Distribution:
-        found = [(float(s.labels["le"]), s.value) for n, s in samples if n == f"{name}_bucket"]
-        found.sort()
-        return Distribution(bounds=[bound for bound, _ in found[:-1]], counts=[count for _, count in found])
+        found: dict[float, float] = {}  # of all models together
+        for sample in (s for n, s in samples if n == f"{name}_bucket"):
+            bound = float(sample.labels["le"])
+            found[bound] = found.get(bound, 0.0) + sample.value
+        counts = sorted(found.items())
+        return Distribution(bounds=[bound for bound, _ in counts[:-1]], counts=[count for _, count in counts])
 
     responses: dict[str, int] = {}
     keys: dict[str, dict[str, int]] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cluster.plan.gpus import GIB, Gpu
 from workers.config import DTYPE_BYTES, EngineConfig
-from workers.device.model_bytes import rotary_bytes, weight_bytes
+from workers.device.model_bytes import lora_bytes, lora_tables, rotary_bytes, weight_bytes
 
 # Assumed, because only a start on the GPU can measure it: the CUDA context with the cuBLAS workspace and the allocator's rounding, and
 # NCCL's buffers if there is more than one rank.
@@ -25,7 +25,8 @@ class RankMemory:
     """Bytes on one rank.
 
     kv_cache_bytes: negative if the weights alone do not fit; the missing amount. num_kv_blocks: what the engine will report.
-    chunk_blocks: see `chunk_blocks`. num_groups: of layers with the same window, each of which has its own blocks.
+    chunk_blocks: see `chunk_blocks`. num_groups: of layers with the same window, each of which has its own blocks. adapter_bytes: of the
+    slots for adapters.
     """
 
     total_bytes: int
@@ -41,6 +42,7 @@ class RankMemory:
     num_sequences: int
     blocks_per_sequence: int
     chunk_blocks: int
+    adapter_bytes: int = 0
 
     @property
     def needed_blocks(self) -> int:
@@ -74,7 +76,8 @@ def rank_memory(config: EngineConfig, gpu: Gpu) -> RankMemory:
     activations = activation_bytes(config) + _PROFILE_BLOCKS * config.kv_block_bytes
     nccl = NCCL_BYTES if config.tensor_parallel_size > 1 else 0
     reserved = CUDA_CONTEXT_BYTES + nccl + graph_bytes(config)
-    kv_cache = usable - weights - activations - reserved
+    adapters = lora_bytes(config)
+    kv_cache = usable - weights - adapters - activations - reserved
     return RankMemory(
         total_bytes=gpu.memory_bytes,
         usable_bytes=usable,
@@ -89,6 +92,7 @@ def rank_memory(config: EngineConfig, gpu: Gpu) -> RankMemory:
         num_sequences=config.max_num_seqs,
         blocks_per_sequence=blocks_per_sequence(config),
         chunk_blocks=chunk_blocks(config),
+        adapter_bytes=adapters,
     )
 
 
@@ -101,7 +105,16 @@ def activation_bytes(config: EngineConfig) -> int:
     embedding = stream + tokens * model.hidden_size * 8
     # In float32, and their log-softmax.
     logits = stream + max(config.max_num_seqs, PROMPT_LOGITS_AT_ONCE) * 2 * 4 * model.vocab_size
-    return max(_layer_bytes(config, tokens) + _product_bytes(config, tokens), embedding, logits)
+    layer = _layer_bytes(config, tokens) + _product_bytes(config, tokens) + _adapter_sums_bytes(config, tokens)
+    return max(layer, embedding, logits)
+
+
+def _adapter_sums_bytes(config: EngineConfig, tokens: int) -> int:
+    """A x of every row, in parts of 1,024 inputs, as workers/kernels/lora/lora_matmul.py has them."""
+    if not config.enable_lora or config.device != "cuda":
+        return 0
+    rank = -(-config.max_lora_rank // 16) * 16
+    return max(tokens * len(outputs) * -(-inputs // 1024) * rank * 4 for inputs, outputs in lora_tables(config))
 
 
 def _product_bytes(config: EngineConfig, tokens: int) -> int:

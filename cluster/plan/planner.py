@@ -37,6 +37,9 @@ class Question:
     gpu_memory_utilization: float = 0.9
     cloud: Cloud | None = None
     spot: bool = False
+    enable_lora: bool = False
+    max_loras: int = EngineConfig.max_loras
+    max_lora_rank: int = EngineConfig.max_lora_rank
 
     def engine(self, tensor_parallel_size: int, gpu: Gpu) -> EngineConfig:
         """The configuration of `tramontane serve --max-num-seqs CONCURRENCY` on such GPUs. Raises ConfigError."""
@@ -53,6 +56,9 @@ class Question:
             gpu_memory_utilization=self.gpu_memory_utilization,
             max_num_seqs=concurrency,
             max_num_batched_tokens=decide(gpu.sizes, max_num_seqs=concurrency).max_num_batched_tokens,
+            enable_lora=self.enable_lora,
+            max_loras=self.max_loras,
+            max_lora_rank=self.max_lora_rank,
         )
 
 

@@ -14,7 +14,7 @@ from cluster.plan.planner import Plan, Question
 from cluster.terminal.tables import plain_table
 from workers.config import ModelConfig, describe_dtype
 from workers.device.memory import gigabytes
-from workers.device.model_bytes import num_parameters
+from workers.device.model_bytes import lora_bytes, num_parameters
 
 _NONE = "–"
 _ASSUMED = (
@@ -91,8 +91,15 @@ def _headline(question: Question, plan: Plan) -> str:
         f"{question.model.name}: {num_parameters(engine) / 1e9:.2f} billion parameters, {form}{disk}, "
         f"{engine.kv_token_bytes / 1024:g} KiB of KV cache per token{kv_form}, {_attention(model)}.{left_out}\n"
         f"{workload.concurrency} requests at a time, each with {workload.prompt_tokens:,} prompt tokens and "
-        f"{workload.output_tokens:,} output tokens."
+        f"{workload.output_tokens:,} output tokens.{_adapters(question, plan)}"
     )
+
+
+def _adapters(question: Question, plan: Plan) -> str:
+    if not question.enable_lora:
+        return ""
+    size = gigabytes(lora_bytes(question.engine(1, plan.gpu)))
+    return f"\n{question.max_loras} adapters of rank up to {question.max_lora_rank} at a time: {size} where one GPU has all of the model."
 
 
 def _attention(model: ModelConfig) -> str:

@@ -117,6 +117,8 @@ def _serve_options(question: Question, plan: Plan) -> list[str]:
         options += ["--quantization", engine.quantization]
     if engine.kv_cache_dtype != "auto":
         options += ["--kv-cache-dtype", engine.kv_cache_dtype]
+    if engine.enable_lora:
+        options += ["--enable-lora", "--max-loras", str(engine.max_loras), "--max-lora-rank", str(engine.max_lora_rank)]
     if question.model.revision is not None:
         options += ["--revision", question.model.revision]
     if question.model.folder is None and question.model.gguf_file is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cluster.protocol.notice import PreemptionNotices
 from workers.config import EngineConfig
+from workers.tracing.settings import TracingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,3 +28,4 @@ class ClusterSpec:
     preemption_notices: PreemptionNotices = "auto"
     log_level: str = "WARNING"
     data_dir: str | None = None  # None: the user's own folder
+    tracing: TracingConfig | None = None  # of replicas that start from now on

@@ -100,8 +100,24 @@ class StartFailure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeploymentRecord:
+    """One of several deployments that share their gateways. Its replicas are those with `replica_ids`."""
+
+    name: str
+    replica_ids: tuple[str, ...]
+    num_desired: int
+    scaling_reason: str
+    spec: ClusterSpec | None
+    failure: StartFailure | None
+    facts: EngineFacts | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterView:
-    """The state of the cluster. `version` grows with every change, except changes of loads and statistics."""
+    """The state of the cluster. `version` grows with every change, except changes of loads and statistics.
+
+    `deployments`: where a gateway joins the views of several; `spec`, `scaling_reason` and `facts` are the first one's then.
+    """
 
     version: int
     controller_id: str  # changes when the controller restarts
@@ -115,8 +131,12 @@ class ClusterView:
     failure: StartFailure | None = None
     facts: EngineFacts | None = None  # of the served model, known even while no replica runs
     adapters: Registry = NO_REGISTRY
+    deployments: tuple[DeploymentRecord, ...] = ()
 
 
 def without_secrets(view: ClusterView) -> ClusterView:
-    """The view without the tokens of replicas, for display."""
-    return replace(view, replicas=tuple(replace(r, token=None) for r in view.replicas))
+    """The view without the tokens of replicas and the keys of the collector, for display."""
+    spec = view.spec
+    if spec is not None and spec.tracing is not None:
+        spec = replace(spec, tracing=spec.tracing.for_display())
+    return replace(view, spec=spec, replicas=tuple(replace(r, token=None) for r in view.replicas))

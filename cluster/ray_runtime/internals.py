@@ -3,14 +3,23 @@
 When the pin moves, check each function here: none of these parts has a stable interface. tests/test_pins.py holds the pin.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 # Waiting for a prestarted worker can block forever: Ray 2.60 does not notice when that worker dies as it starts.
 # A worker that dies as it starts is given up after 30 s; Ray's 60 s are as long as the controller is waited for.
-_SYSTEM_CONFIG = {"prestart_worker_first_driver": False, "worker_register_timeout_seconds": 30}
+# Nobody looks up tasks here, and their events would be sent every second.
+_SYSTEM_CONFIG = {
+    "prestart_worker_first_driver": False,
+    "worker_register_timeout_seconds": 30,
+    "task_events_report_interval_ms": 0,
+}
+_DASHBOARD_NICENESS = 10
+# Each is a process that takes half a percent of a core for as long as Ray runs. Without those for Ray Serve, Data and Train.
+_DASHBOARD_MODULES = ("NodeHead", "ReportHead", "StateHead", "EventHead", "JobHead", "MetricsHead", "UsageStatsHead")
 
 
 def start_options(folder: Path, *, object_store: Path) -> dict[str, Any]:
@@ -30,6 +39,57 @@ def listen_on_loopback_only() -> None:
 
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes that Ray starts
     ray_constants.ENABLE_RAY_CLUSTER = False
+
+
+@contextlib.contextmanager
+def dashboard_on_its_own() -> Iterator[None]:
+    """Around `ray.init`: it starts the dashboard and goes on, instead of waiting for it for two seconds. See `dashboard_address`.
+
+    Relies on `services.start_api_server`, which starts it with `start_ray_process` and looks for the address with `_internal_kv_get` until
+    it is there, and on the command's option for modules.
+    """
+    from ray._private import services
+    from ray.experimental import internal_kv
+
+    start, start_process, get = services.start_api_server, services.start_ray_process, internal_kv._internal_kv_get
+
+    def start_with_modules(command: list[str], *args: Any, **options: Any) -> Any:
+        started = start_process([*command, f"--modules-to-load={','.join(_DASHBOARD_MODULES)}"], *args, **options)
+        # It shares the cores with the start of everything that serves, and later with the ranks.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, started.process.pid, _DASHBOARD_NICENESS)
+        return started
+
+    def start_only(*args: Any, **options: Any) -> Any:
+        services.start_ray_process = start_with_modules
+        internal_kv._internal_kv_get = lambda *_, **__: b""
+        try:
+            return start(*args, **options)
+        finally:
+            services.start_ray_process, internal_kv._internal_kv_get = start_process, get
+
+    services.start_api_server = start_only
+    try:
+        yield
+    finally:
+        services.start_api_server = start
+
+
+def dashboard_address() -> str | None:
+    """HOST:PORT of this cluster's dashboard; None before it is up. Relies on `ray_constants` and on the driver's GCS client.
+
+    Raises RayError or RuntimeError when Ray does not answer.
+    """
+    from ray._private import ray_constants
+    from ray._private.worker import global_worker
+
+    gcs, namespace = global_worker.gcs_client, ray_constants.KV_NAMESPACE_DASHBOARD
+    found = gcs.internal_kv_get(ray_constants.DASHBOARD_ADDRESS.encode(), namespace)
+    if not found:
+        return None
+    # As Ray itself does, for processes that join.
+    gcs.internal_kv_put(b"webui:url", found, True, namespace)
+    return str(found.decode())
 
 
 def available_resources() -> Mapping[str, Mapping[str, float]]:

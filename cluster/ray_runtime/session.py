@@ -11,13 +11,19 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from cluster.ray_runtime.folder import MARK, RayFolder, make_folder, sweep
-from cluster.ray_runtime.internals import listen_on_loopback_only, start_options
+from cluster.ray_runtime.internals import (
+    dashboard_address,
+    dashboard_on_its_own,
+    listen_on_loopback_only,
+    start_options,
+)
 from cluster.ray_runtime.start_watch import watched
 from cluster.ray_runtime.surroundings import WANTED_OPEN_FILES, check_open_files, check_surroundings, ray_parent
 from cluster.system.descriptors import raise_limit
@@ -28,12 +34,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 SHUTDOWN_TIMEOUT_S = 5.0
 REACH_TIMEOUT_S = 5.0
+DASHBOARD_POLL_S = 0.05
 OBJECT_STORE_BYTES = 100 * 2**20  # tokens do not travel through Ray; this is near the smallest it accepts
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class RayCluster:
-    """A connection to Ray. `folder` is set when the cluster is ours."""
+    """A connection to Ray. `folder` is set when the cluster is ours. Then `dashboard_url` is None until `find_dashboard` finds it."""
 
     dashboard_url: str | None
     folder: RayFolder | None
@@ -41,6 +48,18 @@ class RayCluster:
     @property
     def is_ours(self) -> bool:
         return self.folder is not None
+
+    def find_dashboard(self, timeout_s: float) -> None:
+        """Waits for the dashboard of a cluster of ours, which starts while others do. After that time, `dashboard_url` stays None."""
+        deadline = time.monotonic() + timeout_s
+        while self.is_ours and self.dashboard_url is None:
+            if (address := dashboard_address()) is not None:
+                self.dashboard_url = f"http://{address}"
+            elif time.monotonic() > deadline:
+                log.warning("Ray's dashboard has not started. Its log, dashboard.log, says why.")
+                return
+            else:
+                time.sleep(DASHBOARD_POLL_S)
 
     def num_gpus(self) -> int:
         import ray
@@ -66,26 +85,28 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
     os.environ.setdefault("RAY_worker_niceness", "0")
     sweep(Path(ray_parent(os.environ)[0]))  # first: what a killed command left may be what fills the disk
     if address is None:
-        folder, dashboard = _start(namespace=namespace, num_cpus=num_cpus, log_to_driver=log_to_driver)
-    else:
-        folder, dashboard = None, _join(address, namespace=namespace, log_to_driver=log_to_driver)
-    return RayCluster(dashboard_url=f"http://{dashboard}" if dashboard else None, folder=folder)
+        folder = _start(namespace=namespace, num_cpus=num_cpus, log_to_driver=log_to_driver)
+        return RayCluster(dashboard_url=None, folder=folder)
+    dashboard = _join(address, namespace=namespace, log_to_driver=log_to_driver)
+    return RayCluster(dashboard_url=f"http://{dashboard}" if dashboard else None, folder=None)
 
 
-def _start(*, namespace: str, num_cpus: int, log_to_driver: bool) -> tuple[RayFolder, str | None]:
-    """The new cluster's folder, and its dashboard's HOST:PORT."""
+def _start(*, namespace: str, num_cpus: int, log_to_driver: bool) -> RayFolder:
+    """The new cluster's folder."""
     surroundings = check_surroundings(object_store_bytes=OBJECT_STORE_BYTES)
     sweep(surroundings.parent)
     os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster
     ensure_token()
+    # Otherwise Ray's log monitor looks for new files ten times a second, not twice.
+    os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
     folder = make_folder(surroundings.parent)
     os.environ[MARK] = str(folder.path)
     import ray
 
     listen_on_loopback_only()
     try:
-        with watched(folder.path):
-            context = ray.init(
+        with watched(folder.path), dashboard_on_its_own():
+            ray.init(
                 num_cpus=num_cpus,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=True,
@@ -99,7 +120,7 @@ def _start(*, namespace: str, num_cpus: int, log_to_driver: bool) -> tuple[RayFo
     except BaseException:
         _end_ray(folder)
         raise
-    return folder, context.dashboard_url
+    return folder
 
 
 def _join(address: str, *, namespace: str, log_to_driver: bool) -> str | None:

@@ -21,6 +21,7 @@ from cluster.replicas.placement import bundle_of
 from workers.config import EngineConfig
 from workers.errors import GroupError, ReplicaUnavailableError, TramontaneError
 from workers.rank.reports import RankEnd
+from workers.tracing.settings import TracingConfig
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,14 @@ class RankGang:
         return f"{self._name}-rank{rank}"
 
     def create(
-        self, config: EngineConfig, group: PlacementGroup, *, incarnation: str, token: str, log_level: str
+        self,
+        config: EngineConfig,
+        group: PlacementGroup,
+        *,
+        incarnation: str,
+        token: str,
+        log_level: str,
+        tracing: TracingConfig | None = None,
     ) -> None:
         """Starts an actor in each bundle of the placement group, and watches them."""
         from cluster.replicas.rank_actor import RankActor
@@ -67,7 +75,7 @@ class RankGang:
             }
             actor = ray.remote(RankActor).options(**options)
             identity = {"replica_id": self.replica_id, "incarnation": incarnation, "token": token}
-            self._actors.append(actor.remote(config, rank, **identity, log_level=log_level))
+            self._actors.append(actor.remote(config, rank, **identity, log_level=log_level, tracing=tracing))
         self._watch_all()
 
     def find(self, size: int) -> None:

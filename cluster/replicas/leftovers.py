@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util import list_named_actors
 from ray.util.placement_group import get_placement_group, placement_group_table, remove_placement_group
 
+from cluster.protocol.names import replica_prefix
 from workers.rank.reports import RankDescription
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,5 @@ async def _describe(name: str) -> RankDescription | None:
 
 
 def _pattern(deployment: str) -> re.Pattern[str]:
-    return re.compile(
-        re.escape(deployment) + r"-(?P<replica>r\d+)-(?P<incarnation>[0-9a-f]+)(-apart)?(-rank(?P<rank>\d+))?"
-    )
+    name, prefix = re.escape(deployment), re.escape(replica_prefix(deployment))
+    return re.compile(rf"{name}-(?P<replica>{prefix}r\d+)-(?P<incarnation>[0-9a-f]+)(-apart)?(-rank(?P<rank>\d+))?")

@@ -25,6 +25,7 @@ from cluster.replicas.placement import node_ip, place
 from workers.config import EngineConfig
 from workers.errors import ReplicaUnavailableError, TramontaneError
 from workers.rank.reports import LoadProgress, RankDescription, RankStats, Rendezvous, Started
+from workers.tracing.settings import TracingConfig
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class RayReplica:
         incarnation: str | None = None,
         single_host: bool = False,
         log_level: str = "WARNING",
+        tracing: TracingConfig | None = None,
         placement_timeout_s: float | None = None,
         bring_adapters: BringAdapters | None = None,
         on_change: Callable[[], None] = lambda: None,
@@ -59,6 +61,7 @@ class RayReplica:
         self._config = config
         self._single_host = single_host
         self._log_level = log_level
+        self._tracing = tracing
         self._placement_timeout_s = placement_timeout_s
         self._bring_adapters = bring_adapters
         self._on_change = on_change
@@ -97,7 +100,12 @@ class RayReplica:
         nodes = await self._place()
         assert self._group is not None, "place has reported it"
         self._gang.create(
-            self._config, self._group, incarnation=self._record.incarnation, token=token, log_level=self._log_level
+            self._config,
+            self._group,
+            incarnation=self._record.incarnation,
+            token=token,
+            log_level=self._log_level,
+            tracing=self._tracing,
         )
         ips = {rank: node_ip(node) for rank, node in nodes.items()}
         ranks = [self._rank_record(rank, nodes[rank], ips[rank]) for rank in sorted(nodes)]

@@ -92,7 +92,9 @@ class ResponseRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class ResponseLease(msgspec.Struct, frozen=True, kw_only=True):
-    """The right to run a response. `fence` grows by one with every runner, so that an older one can no longer store anything."""
+    """The right to run a response. `fence` grows by one with every runner, so that an older one can no longer store anything; the first
+    one has 1.
+    """
 
     response_id: str
     owner: str

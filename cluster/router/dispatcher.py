@@ -83,6 +83,8 @@ class Dispatcher:
         if waiter.future.done():
             return waiter.future.result()
         stream = waiter.stream
+        if stream.trace.spans is not None:
+            stream.trace.spans.queued()
         timeout_s = self._queue_timeout_s * (STARTED_TIMEOUT_FACTOR if stream.output_token_ids else 1)
         timer = asyncio.get_running_loop().call_later(timeout_s, self._time_out, waiter, timeout_s)
         try:

@@ -86,6 +86,23 @@ class Router:
         """Sequences waiting at the router for room."""
         return len(self._queue)
 
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """The revisions of the sequences that are on replicas, and of those that wait here."""
+        running = {s.request.adapter for entry in self._table for s in entry.streams}
+        waiting = {waiter.stream.request.adapter for waiter in self._queue}
+        return {a for a in running if a is not None}, {a for a in waiting if a is not None}
+
+    @property
+    def num_batch_sequences(self) -> int:
+        """Those of batches, admitted and not finished."""
+        return self._admission.batch.num_inflight_requests
+
+    @property
+    def is_scaled_to_zero(self) -> bool:
+        """Whether no replica runs, and the next request starts one."""
+        availability = self._dispatcher.availability
+        return availability.expected and availability.scaled_to_zero
+
     @property
     def num_stale(self) -> int:
         """Sequences that have left the queue and are still held in memory; bounded."""
@@ -124,7 +141,11 @@ class Router:
 
         A runner adds this to the number it has in flight.
         """
-        return max(0, self._table.background_room() - self._queue.num_background)
+        return max(0, self.batch_balance())
+
+    def batch_balance(self) -> int:
+        """The same, below 0 while more of them wait than there is room for."""
+        return self._table.background_room() - self._queue.num_background
 
     def report(self, gateway_id: str, url: str) -> GatewayReport:
         """The load of this router, for the autoscaler."""
@@ -235,6 +256,8 @@ class Router:
             if (deadline := admission.deadline) is not None:
                 stack.callback(stream.end_after(deadline - self._clock(), given_s=deadline - admission.arrived))
             while True:
+                if stream.trace.spans is not None:
+                    stream.trace.spans.begin_route()
                 if self._policy == "prefix":
                     await self._hash_blocks(stream, admission.hashing)
                 assignment = await self._dispatcher.assign(stream)
@@ -262,13 +285,21 @@ class Router:
             if self._policy == "prefix":
                 trace.num_cached_tokens_predicted = assignment.decision.num_cached_tokens
         self._admission.dispatched(admission, num_tokens)
-        deltas = replica.generate(stream.next_attempt())
+        request, spans, num_before = stream.next_attempt(), trace.spans, len(stream.output_token_ids)
+        if spans is not None:
+            num_cached = assignment.decision.num_cached_tokens
+            request = spans.begin_attempt(request, replica.replica_id, num_cached_tokens=num_cached)
+        deltas = replica.generate(request)
         is_first = True
         try:
             while True:
                 delta = await stream.interrupt.wait(deltas.__anext__)
+                if delta.elsewhere:
+                    raise ReplicaUnavailableError(f"Replica {replica.replica_id}: {delta.error}")
                 if is_first:
                     is_first = False
+                    if spans is not None:
+                        spans.first_token()
                     self._table.report_includes(entry, stream)
                     if not stream.output_token_ids and not stream.is_background:
                         self._first_tokens.add(self._clock(), self._clock() - admission.arrived)
@@ -283,15 +314,21 @@ class Router:
         except StreamMovedError as e:
             self.num_failovers_total += 1
             stream.move()
+            if spans is not None:
+                spans.moved(num_tokens=len(stream.output_token_ids))
             log.info("Request %s moves after %d tokens: %s", stream.request.request_id, len(stream.output_token_ids), e)
         finally:
             try:
                 await deltas.aclose()  # type: ignore[attr-defined]  # a Replica's generate is an async generator
             finally:
                 self._dispatcher.leave(entry, stream)
+                if spans is not None:
+                    spans.end_attempt(num_tokens=len(stream.output_token_ids) - num_before)
         self._admission.requeued(admission, num_tokens)
 
     def _lost(self, stream: Stream, entry: ReplicaEntry, error: ReplicaUnavailableError) -> None:
+        if stream.trace.spans is not None:
+            stream.trace.spans.lost(error, num_tokens=len(stream.output_token_ids))
         stream.lose(entry.replica, error, alone=self._table.was_alone(entry))
         self.num_failovers_total += 1
         log.info(

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
+from cluster.tracing.sequence import SequenceTrace
 from workers.errors import CrashedError, DeadlineExceededError, EngineError, ReplicaUnavailableError
 from workers.protocol import BATCH_PRIORITY, GenerateRequest, TokenDelta
 
@@ -43,6 +44,7 @@ class Trace:
     num_numerics_changes: int = (
         0  # of them, to a replica with other numerics than the one that produced the token before
     )
+    spans: SequenceTrace | None = None  # None for a sequence that is not traced
 
 
 class Interrupt:

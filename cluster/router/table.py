@@ -37,6 +37,7 @@ class ReplicaEntry:
         self.unreported: dict[Stream, tuple[float, int]] = {}  # (when it was sent, tokens to compute)
         self.move_timer: asyncio.TimerHandle | None = None  # while draining
         self.was_alone: bool | None = None  # whether it worked on one request when it was lost; None before
+        self.in_rows: tuple[float, ...] | None = None  # what its rows were made from; None to make them again
 
     @property
     def numerics(self) -> str | None:
@@ -235,6 +236,14 @@ class ReplicaTable:
         if slot is None:
             return
         load, unreported = entry.replica.load, entry.unreported
+        # Most frames say what the one before said, and to write a row costs as much as all else about a frame.
+        known = (
+            load.num_running, load.num_waiting, load.num_background, load.num_pending_tokens, load.num_background_pending_tokens,
+            load.tokens_per_s, load.num_used_blocks, load.num_background_blocks, load.num_blocks, len(entry.streams), entry.num_background,
+        )  # fmt: skip
+        if known == entry.in_rows:
+            return
+        entry.in_rows = None if unreported else known
         num_reported = load.num_running + load.num_waiting
         online = [tokens for stream, (_, tokens) in unreported.items() if not stream.is_background]
         num_online = num_reported - load.num_background + len(online)
@@ -263,6 +272,7 @@ class ReplicaTable:
         accepts = self._may_accept(entry, now)
         if accepts and not self._rows.has_limit(slot):
             self._rows.set_limit(slot, replica.facts.max_num_seqs)
+            entry.in_rows = None
             self._refresh_load(entry)
         self._rows.set_accepts(slot, accepts)
 

@@ -6,8 +6,8 @@
 
 A line of the data: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. The conversation is written
 with the chat template that `tramontane serve` would use for MODEL, such as [INST] for Mistral's, and only the answers count for the loss.
-Every --save-every steps the state goes to the output folder; the same command goes on from there after any interruption, on the same data
-in the same order.
+Every --save-every steps a checkpoint goes to the output folder; the same command goes on from there after any interruption, on the same
+data in the same order.
 
 `tramontane plan MODEL --finetune` says what fits on which GPU. --quantize keeps the base in the form of `tramontane serve --quantization`,
 so that the adapter learns beside the very weights that will serve it; gradients pass through them (as in QLoRA: Dettmers et al., 2023).
@@ -15,40 +15,33 @@ so that the adapter learns beside the very weights that will serve it; gradients
 
 import argparse
 import json
-import math
-import random
-from dataclasses import dataclass
+import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
 
 from cluster.text.chat.template import Message
 from cluster.text.load import load_text
-from workers.quant.at_load import round_to_groups
+from workers.quant.trainable import quantize_linears
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
 
 IGNORED = -100  # torch's index for labels that do not count
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass
-class Example:
-    """labels: the ids of the answers, and IGNORED elsewhere."""
-
-    ids: list[int]
-    labels: list[int]
+Example = dict[str, list[int]]  # input_ids, and labels: the ids of the answers, and IGNORED elsewhere
 
 
 def read_examples(path: Path, folder: Path, *, vocab_size: int, chat_template: str, max_length: int) -> list[Example]:
     """Raises SystemExit for a line that is not a conversation. Conversations longer than `max_length` tokens are cut at the end."""
-    num_cut = 0
     text = load_text(folder, chat_template=chat_template, model_vocab_size=vocab_size)
     print(f"Chat template: {text.choice}")
-    examples = []
+    examples, num_cut = [], 0
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
@@ -61,20 +54,18 @@ def read_examples(path: Path, folder: Path, *, vocab_size: int, chat_template: s
         ids: list[int] = []
         labels: list[int] = []
         for i, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            prompt = text.chat_template.encode(messages[:i]).token_ids
-            # What comes before this answer does not count again; templates may write it a little differently than before.
-            ids, labels = [*prompt], [*labels[: len(prompt)], *[IGNORED] * max(0, len(prompt) - len(labels))]
-            answer = [*text.tokenizer.encode_continuation(message.content), text.tokenizer.eos_token_id]
-            ids += answer
-            labels += answer
+            if message.role == "assistant":
+                prompt = text.chat_template.encode(messages[:i]).token_ids
+                # What comes before this answer does not count again; templates may write it a little differently than before.
+                labels = [*labels[: len(prompt)], *[IGNORED] * max(0, len(prompt) - len(labels))]
+                answer = [*text.tokenizer.encode_continuation(message.content), text.tokenizer.eos_token_id]
+                ids, labels = [*prompt, *answer], [*labels, *answer]
         if not ids:
             raise SystemExit(f"{path}, line {number} has no message of role 'assistant', from which to learn.")
         if all(label == IGNORED for label in labels[:max_length]):
             num_cut += 1
         else:
-            examples.append(Example(ids[:max_length], labels[:max_length]))
+            examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
     if num_cut:
         print(f"{num_cut} conversations have no answer within --max-length {max_length} tokens, and are left out.")
     if not examples:
@@ -82,65 +73,14 @@ def read_examples(path: Path, folder: Path, *, vocab_size: int, chat_template: s
     return examples
 
 
-def batches(examples: list[Example], size: int, *, seed: int, start: int, device: str) -> Any:
-    """Endless, in an order that depends on the seed only; from number `start` on. A batch is padded to its longest example."""
-    number = 0
-    for epoch in range(1 << 30):
-        order = random.Random(seed * 1_000_003 + epoch).sample(range(len(examples)), len(examples))
-        for begin in range(0, len(order), size):
-            if number >= start:
-                chosen = [examples[i] for i in order[begin : begin + size]]
-                width = max(len(e.ids) for e in chosen)
-                rows = [
-                    (e.ids + [0] * (width - len(e.ids)), e.labels + [IGNORED] * (width - len(e.ids)), len(e.ids))
-                    for e in chosen
-                ]
-                mask = torch.arange(width)[None] < torch.tensor([n for *_, n in rows])[:, None]
-                yield {
-                    "input_ids": torch.tensor([ids for ids, *_ in rows], device=device),
-                    "labels": torch.tensor([labels for _, labels, _ in rows], device=device),
-                    "attention_mask": mask.long().to(device),
-                }
-            number += 1
+def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """A batch, as long as its longest example."""
 
+    def padded(name: str, value: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(e[name]) for e in examples], batch_first=True, padding_value=value)
 
-class Product(torch.autograd.Function):
-    """x @ weight.T, where backward makes the plain numbers of the weight again instead of keeping them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
-        ctx.layer = layer
-        return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        return grad @ ctx.layer.weight.to(grad.dtype), None
-
-
-class QuantizedLinear(nn.Linear):
-    """A frozen matrix in the form of `tramontane serve --quantization`: whole numbers of 8 or 4 bits, with a scale for each 32 of them."""
-
-    def __init__(self, linear: nn.Linear, num_bits: int) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features, self.num_bits = linear.in_features, linear.out_features, num_bits
-        self.bias = linear.bias
-        rounded = round_to_groups(linear.weight.detach(), num_bits=num_bits)
-        pairs = rounded.values.unflatten(1, (-1, 2))
-        packed = rounded.values if num_bits == 8 else (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
-        self.register_buffer("values", packed)
-        self.register_buffer("scales", rounded.scales)
-
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        values = self.values
-        if self.num_bits == 4:  # shifts of signed bytes keep the sign
-            values = torch.stack((values << 4 >> 4, values >> 4), dim=-1).flatten(1)
-        return (values.unflatten(1, (self.scales.shape[1], -1)) * self.scales.float()[..., None]).flatten(1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return Product.apply(x, self)
+    mask = pad_sequence([torch.ones(len(e["labels"]), dtype=torch.long) for e in examples], batch_first=True)
+    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED), "attention_mask": mask}
 
 
 def gguf_file(model: str) -> Path | None:
@@ -150,40 +90,54 @@ def gguf_file(model: str) -> Path | None:
     return found[0] if found else None
 
 
-def load_base(model: str, dtype: Any) -> Any:
-    file = gguf_file(model)
-    if file is None:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-
-
-def load_model(args: argparse.Namespace, device: str, dtype: torch.dtype) -> Any:
+def load_model(args: argparse.Namespace, dtype: torch.dtype) -> Any:
     """The base, frozen, with fresh adapters in float32."""
-    base = load_base(args.model, dtype)
+    file = gguf_file(args.model)
+    source = (args.model, None) if file is None else (file.parent, file.name)
+    base = AutoModelForCausalLM.from_pretrained(source[0], gguf_file=source[1], dtype=dtype)
     if args.quantize:
         # Not a head that is the embedding, as in `serve`.
-        matrices = [
-            (name, module)
-            for name, module in base.named_modules()
-            if isinstance(module, nn.Linear) and module.weight is not base.get_input_embeddings().weight
-        ]
-        for name, module in matrices:
-            base.set_submodule(name, QuantizedLinear(module, 8 if args.quantize == "int8" else 4))
-    if device == "cuda":
-        base.gradient_checkpointing_enable()
-        base.enable_input_require_grads()
+        quantize_linears(base, num_bits=8 if args.quantize == "int8" else 4, but=base.get_input_embeddings().weight)
     base.config.use_cache = False
     torch.manual_seed(args.seed)
-    config = LoraConfig(
-        r=args.rank, lora_alpha=args.alpha or 2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
+    alpha = args.alpha or 2 * args.rank
+    return get_peft_model(
+        base, LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
     )
-    return get_peft_model(base, config).to(device)
+
+
+def last_checkpoint(args: argparse.Namespace) -> str | None:
+    """The newest whole one: trainer_state.json is written last. Raises SystemExit if it was made with other options."""
+    settings = {name: getattr(args, name) for name in ("rank", "alpha", "quantize", "seed", "batch_size")}
+    kept = args.output / "settings.json"
+    whole = [path.parent for path in args.output.glob("checkpoint-*/trainer_state.json")]
+    if not whole:
+        args.output.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(settings))
+        return None
+    before = json.loads(kept.read_text())
+    if changed := [name for name, value in settings.items() if before[name] != value]:
+        raise SystemExit(
+            f"{args.output} has a training with --{changed[0].replace('_', '-')} {before[changed[0]]}. "
+            "Give the same options to go on with it, or another --output."
+        )
+    found = max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))
+    print(f"Going on from step {found.name.rpartition('-')[2]}.")
+    return str(found)
+
+
+class Bar(ProgressCallback):
+    """The loss stands beside the bar instead of on a line for each step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if self.training_bar is not None and logs is not None and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
 def train(args: argparse.Namespace) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = ("bfloat16" if device == "cuda" else "float32") if args.precision == "auto" else args.precision
-    model = load_model(args, device, getattr(torch, precision))
+    on_gpu = torch.cuda.is_available()
+    precision = ("bfloat16" if on_gpu else "float32") if args.precision == "auto" else args.precision
+    model = load_model(args, getattr(torch, precision))
     examples = read_examples(
         args.data,
         Path(args.tokenizer or gguf_file(args.model) or args.model),
@@ -191,70 +145,43 @@ def train(args: argparse.Namespace) -> None:
         chat_template=args.chat_template,
         max_length=args.max_length,
     )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    # Linear warm-up, then half a cosine down to a tenth.
-    warmup = max(1, args.steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda s: min(1.0, (s + 1) / warmup) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, s / max(1, args.steps)))),
+    trainer = Trainer(
+        model=model,
+        train_dataset=examples,
+        data_collator=collate,
+        callbacks=[Bar],
+        args=TrainingArguments(
+            output_dir=str(args.output),
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.accumulate,
+            learning_rate=args.lr,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            warmup_steps=max(1, args.steps // 20),
+            bf16=precision == "bfloat16",
+            gradient_checkpointing=on_gpu,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            save_steps=args.save_every,
+            save_total_limit=1,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            seed=args.seed,
+            use_cpu=not on_gpu,
+            dataloader_pin_memory=on_gpu,
+            remove_unused_columns=False,
+            report_to="none",
+        ),
     )
-    losses: list[float] = []
-    state_path = args.output / "state.pt"
-    settings = {name: getattr(args, name) for name in ("rank", "alpha", "quantize", "seed", "batch_size")}
-    if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        if changed := [name for name, value in settings.items() if state["settings"][name] != value]:
-            raise SystemExit(
-                f"{args.output} has a training with --{changed[0].replace('_', '-')} {state['settings'][changed[0]]}. "
-                "Give the same options to go on with it, or another --output."
-            )
-        set_peft_model_state_dict(model, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        losses = state["losses"]
-        print(f"Going on from step {len(losses)}.")
-    source = batches(examples, args.batch_size, seed=args.seed, start=len(losses) * args.accumulate, device=device)
-    model.train()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=args.steps, completed=len(losses))
-        while len(losses) < args.steps:
-            parts = []
-            for _ in range(args.accumulate):
-                with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-                    loss = model(**next(source)).loss
-                (loss / args.accumulate).backward()
-                parts.append(loss.item())
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(sum(parts) / len(parts))
-            progress.update(bar, advance=1, description=f"loss {losses[-1]:.3f}")
-            if len(losses) % args.save_every == 0 or len(losses) == args.steps:
-                state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "losses": losses}
-                adapter = get_peft_model_state_dict(model)
-                save(model, {**state, "adapter": adapter, "settings": settings}, args.output)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args))
+    trainer.save_model(str(args.output))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     plot(losses, args.output / "loss.png")
     print(f"Loss {losses[0]:.3f} -> {losses[-1]:.3f}. The adapter is in {args.output}.")
 
 
-def save(model: Any, state: dict[str, Any], folder: Path) -> None:
-    """The state first, under another name: an interruption leaves the last one whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "state.pt.part"
-    torch.save(state, partial)
-    partial.replace(folder / "state.pt")
-    model.save_pretrained(folder)
-
-
 def plot(losses: list[float], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     width = max(1, len(losses) // 25)
     smooth = [sum(losses[max(0, i - width) : i + 1]) / min(width + 1, i + 1) for i in range(len(losses))]
     pyplot.figure(figsize=(7, 4))
@@ -268,10 +195,6 @@ def plot(losses: list[float], path: Path) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Adds the adapter to the weights, and copies what belongs to the text: a checkpoint of its own."""
-    import shutil
-
-    from peft import PeftModel
-
     if gguf_file(args.model) is not None:
         raise SystemExit(
             "A GGUF file is not merged. Serve the adapter beside it: tramontane serve MODEL --lora NAME=OUTPUT"
@@ -289,7 +212,7 @@ def main() -> None:
     add = parser.add_argument
     add("model", help="folder of a checkpoint, GGUF file, or an id on the Hugging Face Hub with --tokenizer")
     add("data", type=Path, help="JSONL of conversations")
-    add("--output", type=Path, required=True, help="folder of the adapter and of the state")
+    add("--output", type=Path, required=True, help="folder of the adapter and of the checkpoints")
     add("--tokenizer", help="folder with the tokenizer and the chat template, if it is not MODEL")
     add("--chat-template", default="auto", help="as of `tramontane serve`")
     add("--steps", type=int, default=300)
@@ -300,13 +223,8 @@ def main() -> None:
     add("--rank", type=int, default=16)
     add("--alpha", type=int, help="default: twice the rank")
     add("--quantize", choices=("int8", "int4"), help="keep the base in 8 or 4 bits")
-    # Adapters and their sums stay in float32.
-    add(
-        "--precision",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="auto: bfloat16 on a GPU, else float32",
-    )
+    precisions = ("auto", "float32", "bfloat16")
+    add("--precision", choices=precisions, default="auto", help="of products; auto: bfloat16 on a GPU, else float32")
     add("--save-every", type=int, default=50)
     add("--seed", type=int, default=0)
     add("--merge", type=Path, help="do not train: write base and adapter as one checkpoint to this folder")

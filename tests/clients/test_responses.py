@@ -173,6 +173,8 @@ def test_what_is_refused_is_refused_by_name(client):
     ):
         with pytest.raises(openai.BadRequestError, match=what):
             create(client, **fields)
+    with pytest.raises(openai.NotFoundError, match="'truncation': 'auto'"):
+        client.responses.compact(model=MODEL, input="x")
     raw = client.responses.with_raw_response.create(
         model=MODEL, input="x", max_output_tokens=1, reasoning={"effort": "high"}, extra_body={"reasoning_x": 1}
     )

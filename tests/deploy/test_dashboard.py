@@ -14,6 +14,7 @@ from support.paths import ROOT
 from cluster.config.serve import METRICS_PREFIXES
 from cluster.metrics.gateway import Metrics
 from cluster.ray_runtime.metrics import GaugeMirror
+from cluster.responses.counts import ResponseCounts
 
 DEPLOY = ROOT / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboards" / "tramontane.json").read_text())
@@ -31,7 +32,7 @@ Labels = dict[str, set[str]]
 
 
 def make_metrics(prefix: str = "tramontane") -> Metrics:
-    metrics = Metrics(FakeRouter(), model_name="m", prefix=prefix, view=make_view)
+    metrics = Metrics(FakeRouter(), model_name="m", prefix=prefix, view=make_view, responses=ResponseCounts())
     metrics.answered("/v1/completions", 200)
     metrics.used_by_key("alice", num_prompt_tokens=1, num_output_tokens=1)
     metrics.used_adapter("a@1", num_prompt_tokens=1, num_tokens=1)
@@ -118,13 +119,14 @@ def test_the_dashboard_shows_what_an_operator_needs() -> None:
         *("num_failovers_total", "num_replicas_desired", "num_replicas_ready", "replica_state"),
         *("rank_step_seconds_total", "rank_all_reduce_seconds_total", "routing_predicted_cached_tokens_total"),
         *("http_requests_total", "key_tokens_total", "adapter_generation_tokens_total"),
-        "tls_certificate_expires_timestamp_seconds",
+        *("tls_certificate_expires_timestamp_seconds", "stored_responses_total"),
+        *("rank_gpu_memory_used_bytes", "rank_gpu_temperature_celsius"),
     ):
         assert name in used, f"no panel shows {name}"
     others = {name for _, expression, _ in expressions() for name in OF_OTHERS.findall(expression)}
     assert others == {
-        *("ray_node_gram_used", "ray_node_gpus_utilization", "ray_node_disk_utilization_percentage"),
-        *("DCGM_FI_DEV_GPU_TEMP", "DCGM_FI_DEV_XID_ERRORS"),
+        *("ray_node_gpus_utilization", "ray_node_disk_utilization_percentage"),
+        "DCGM_FI_DEV_XID_ERRORS",
     }
 
 

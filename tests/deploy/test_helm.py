@@ -9,6 +9,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from support.cloud.custom_kinds import PACKAGES, judge
 from support.cloud.deployments import DEPLOY, PINS, PROJECT, linter, serve_arguments
 from support.cloud.helm_render import NAME, render
 from support.paths import ROOT
@@ -133,9 +134,30 @@ def test_kubernetes_own_schemas_accept_everything(rendered: list[Manifest], tmp_
 
 def test_kuberay_knows_every_field(rendered: list[Manifest]) -> None:
     schema = json.loads((Path(__file__).parent / "raycluster_schema.json").read_text())
-    cluster = of_kind(rendered, "RayCluster")
-    cluster["spec"].pop("gcsFaultToleranceOptions", None)  # newer than the schema
-    jsonschema.validate(cluster, schema)
+    jsonschema.validate(of_kind(rendered, "RayCluster"), schema)
+
+
+def test_custom_kinds_follow_the_schemas_of_their_projects(results: list[dict[str, Any]], tmp_path: Path) -> None:
+    full = [m for m in manifests(results[1]) if m["kind"] in PACKAGES]
+    assert {m["kind"] for m in full} == set(PACKAGES)
+    route = next(m for m in full if m["kind"] == "HTTPRoute")
+    scaled = next(m for m in full if m["kind"] == "ScaledObject")
+    misspelled = {**scaled, "spec": {**scaled["spec"], "minReplicas": 1}}
+    wrong = {**route, "spec": {**route["spec"], "rules": [{"timeouts": {"request": "soon"}}]}}
+    for name, judged, message in (("a", [misspelled], "minReplicas"), ("b", [*full, wrong], "timeouts/request")):
+        (tmp_path / name).mkdir()
+        (found,) = judge(judged, tmp_path / name)
+        assert message in found, "what is wrong with the one manifest that is wrong"
+
+
+def test_the_inference_pool_is_of_its_first_stable_version(results: list[dict[str, Any]]) -> None:
+    """No package has its schema. Written after the custom resource definition of version 1."""
+    pool = of_kind(manifests(results[1]), "InferencePool")
+    assert pool["apiVersion"] == "inference.networking.k8s.io/v1"
+    spec = pool["spec"]
+    assert set(spec) == {"selector", "targetPorts", "endpointPickerRef"} and set(spec["selector"]) == {"matchLabels"}
+    assert spec["targetPorts"] == [{"number": 8000}]
+    assert set(spec["endpointPickerRef"]) == {"name", "port"} and set(spec["endpointPickerRef"]["port"]) == {"number"}
 
 
 def test_a_replica_fits_the_smallest_nodes_with_a_gpu(results: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ from support.paths import ROOT
 
 from cluster.api.app import make_app
 from cluster.metrics.gateway import Metrics
+from cluster.responses.counts import ResponseCounts
 from cluster.router.router import Router
 from cluster.text.tokenizer import load_tokenizer
 
@@ -59,13 +60,38 @@ def test_alerts_fire_when_they_should_and_not_earlier() -> None:
     promtool("test", "rules", "alerts_test.yml", cwd=Path(__file__).parent)
 
 
+@needs_prometheus
+def test_kedas_query_counts_each_replica_once_and_works_without_one(tmp_path: Path) -> None:
+    """Two gateways, each of which tells about both replicas: 3 + 5 wait, 40 + 8 run."""
+    query = yaml.safe_load((DEPLOY / "helm" / "tramontane" / "values.yaml").read_text())["keda"]["query"]
+
+    def series(name: str, value: int, **labels: str) -> dict[str, str]:
+        inside = ",".join(f'{k}="{v}"' for k, v in labels.items())
+        return {"series": f"tramontane:{name}{{{inside}}}", "values": f"{value}x3"}
+
+    waiting = [series("num_requests_queued", n, instance=f"g{i}") for i, n in enumerate((3, 5))]
+    running = [
+        series("num_requests_running", n, instance=f"g{i}", engine=f"r{j}")
+        for i in range(2)
+        for j, n in enumerate((40, 8))
+    ]
+
+    def case(seen: list[dict[str, str]], value: float) -> dict[str, Any]:
+        expected = {"expr": query, "eval_time": "1m", "exp_samples": [{"labels": "{}", "value": value}]}
+        return {"interval": "1m", "input_series": seen, "promql_expr_test": [expected]}
+
+    (tmp_path / "query.yml").write_text(yaml.safe_dump({"tests": [case(waiting + running, 20), case(waiting, 8)]}))
+    promtool("test", "rules", "query.yml", cwd=tmp_path)
+
+
 @contextlib.asynccontextmanager
 async def gateway() -> AsyncIterator[str]:
     """host:port of an application that generates one sequence after another."""
     replica = FakeReplica(tokens([42, 43, 44, 45]), replica_id="r0")
     router = Router([replica])
     num_steps = itertools.count()
-    metrics = Metrics(router, model_name="demo", view=lambda: make_view(num_steps=next(num_steps)))
+    view = lambda: make_view(num_steps=next(num_steps))  # noqa: E731
+    metrics = Metrics(router, model_name="demo", view=view, responses=ResponseCounts())
     app = make_app(
         router=router,
         tokenizer=load_tokenizer(ROOT / "examples" / "demo_model"),

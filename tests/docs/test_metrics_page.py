@@ -1,12 +1,16 @@
 """The table of docs/monitoring.md names every metric that a gateway exports, and no other."""
 
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 from prometheus_client.parser import text_string_to_metric_families
 from support.fakes.router import FakeRouter, make_view
 from support.paths import ROOT
 
 from cluster.metrics.gateway import Metrics
+from cluster.protocol.view import ClusterView
+from cluster.responses.counts import ResponseCounts
 
 PAGE = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
 # Described with batches instead.
@@ -15,8 +19,14 @@ BATCHES = (ROOT / "docs" / "batches.md").read_text(encoding="utf-8")
 
 def exported() -> set[str]:
     """Names without prefix, counters with `_total`."""
-    metrics = Metrics(FakeRouter(), model_name="m", view=make_view, batches=tuple)
+    engine = SimpleNamespace(enable_lora=True, max_loras=1)
+
+    def view() -> ClusterView:
+        return replace(make_view(), spec=SimpleNamespace(engine=engine))  # type: ignore[arg-type]
+
+    metrics = Metrics(FakeRouter(), model_name="m", view=view, batches=tuple, responses=ResponseCounts())
     metrics.answered("/v1/completions", 200)
+    metrics.watch_spans(lambda: 0)
     families = text_string_to_metric_families(metrics.render().decode())
     names = {f.name + ("_total" if f.type == "counter" else "") for f in families if not f.name.endswith("_created")}
     return {name.removeprefix("tramontane:") for name in names}

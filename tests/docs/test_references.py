@@ -23,6 +23,7 @@ PLANNED = {
 GENERATED = ("deploy/docker/.env", "deploy/prometheus/api_key", "sky/my.yaml", "build/")
 # Options of other tools that the pages mention outside of commands: option -> tool.
 FOREIGN = {
+    "--loads-only": "benchmarks/adapters.py",
     "--merge": "examples/finetune",
     "--quantize": "examples/finetune",
     "--array": "sbatch",
@@ -89,6 +90,18 @@ def test_paths_of_this_repository_exist(page: Path) -> None:
             ):
                 missing.add(path)
     assert not missing, f"{name_of(page)} names paths that do not exist: {sorted(missing)}"
+
+
+def test_the_pages_that_other_files_name_exist() -> None:
+    """A YAML, a chart or a docstring that sends its reader to a page."""
+    folders = [ROOT / name for name in ("benchmarks", "cluster", "deploy", "examples", "sky", "workers", ".github")]
+    files = [ROOT / "Makefile", *(path for folder in folders for path in folder.rglob("*") if path.is_file())]
+    named = set()
+    for file in files:
+        if file.suffix not in (".pyc", ".so"):
+            named |= set(re.findall(rb"\bdocs/[\w/-]+\.md\b", file.read_bytes()))
+    assert len(named) > 5
+    assert sorted(name.decode() for name in named if not (ROOT / name.decode()).is_file()) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.paths import DEMO_MODEL, ROOT
 
 from cluster.text.chat.template import Message
 from cluster.text.load import load_text
-from workers.quant.at_load import round_to_groups
 
 pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 SCRIPT = ROOT / "examples" / "finetune" / "finetune.py"
 OPTIONS = ("--batch-size", "4", "--accumulate", "1", "--lr", "0.005", "--rank", "4", "--save-every", "4")
@@ -34,14 +35,16 @@ def run(monkeypatch, *arguments):
     return runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def adapter(folder):
-    return torch.load(folder / "state.pt", weights_only=True)
+def losses_of(folder):
+    """As the newest checkpoint has them."""
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return [entry["loss"] for entry in json.loads((newest / "trainer_state.json").read_text())["log_history"]]
 
 
 def test_it_learns_and_goes_on_where_it_stopped(data, tmp_path, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(monkeypatch, data, "--output", whole, "--steps", "8", *OPTIONS)
-    losses = adapter(whole)["losses"]
+    losses = losses_of(whole)
     assert losses[-1] < losses[0] - 1
     assert (whole / "loss.png").stat().st_size > 1000
     config = json.loads((whole / "adapter_config.json").read_text())
@@ -50,22 +53,24 @@ def test_it_learns_and_goes_on_where_it_stopped(data, tmp_path, monkeypatch, cap
     class Crash(Exception):
         pass
 
-    def crash_after(model, state, folder):
-        save(model, state, folder)
+    def crash_after(self, *arguments, **more):
+        save(self, *arguments, **more)
         raise Crash
 
-    module = runpy.run_path(str(SCRIPT), run_name="recipe")
-    save = module["save"]
-    module["main"].__globals__["save"] = crash_after
-    monkeypatch.setattr(
-        sys, "argv", ["finetune.py", str(DEMO_MODEL), str(data), "--output", str(parts), "--steps", "8", *OPTIONS]
-    )
-    with pytest.raises(Crash):
-        module["main"]()
-    assert len(adapter(parts)["losses"]) == 4
+    save = transformers.Trainer._save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.Trainer, "_save_checkpoint", crash_after)
+        with pytest.raises(Crash):
+            run(patch, data, "--output", parts, "--steps", "8", *OPTIONS)
+    assert len(losses_of(parts)) == 4
+    # One that was being written when another crash came.
+    (parts / "checkpoint-6").mkdir()
+    (parts / "checkpoint-6" / "adapter_model.safetensors").write_bytes(b"half")
     run(monkeypatch, data, "--output", parts, "--steps", "8", *OPTIONS)
     assert "Going on from step 4." in capsys.readouterr().out
-    assert adapter(parts)["losses"] == pytest.approx(losses, rel=1e-4)
+    assert losses_of(parts) == pytest.approx(losses, rel=1e-4)
+    found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (parts, whole))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_merged_checkpoint_is_the_base_with_the_adapter(data, tmp_path, monkeypatch):
@@ -103,9 +108,10 @@ def test_only_answers_count_for_the_loss(data):
     ids = text.chat_template.encode([Message("user", "color red")]).token_ids
     shown = [text.tokenizer.token_text(i) for i in ids]
     assert "[INST]" in shown and "[/INST]" in shown
-    assert first.ids[: len(ids)] == list(ids)
-    assert first.labels[: len(ids)] == [module["IGNORED"]] * len(ids)
-    assert first.labels[len(ids) :] == first.ids[len(ids) :] and first.ids[-1] == text.tokenizer.eos_token_id
+    found, labels = first["input_ids"], first["labels"]
+    assert found[: len(ids)] == list(ids)
+    assert labels[: len(ids)] == [module["IGNORED"]] * len(ids)
+    assert labels[len(ids) :] == found[len(ids) :] and found[-1] == text.tokenizer.eos_token_id
 
 
 def test_an_answer_beyond_the_longest_length_is_left_out(data, tmp_path, monkeypatch, capsys):
@@ -113,22 +119,7 @@ def test_an_answer_beyond_the_longest_length_is_left_out(data, tmp_path, monkeyp
     data.write_text(data.read_text() + "\n" + json.dumps(long))
     run(monkeypatch, data, "--output", tmp_path / "out", "--steps", "1", "--max-length", "40", *OPTIONS)
     assert "1 conversations have no answer within --max-length 40 tokens" in capsys.readouterr().out
-    assert adapter(tmp_path / "out")["losses"][0] > 0
-
-
-@pytest.mark.parametrize("num_bits", [8, 4])
-def test_a_quantized_matrix_is_the_one_that_serves(num_bits):
-    module = runpy.run_path(str(SCRIPT), run_name="recipe")
-    linear = torch.nn.Linear(64, 48, bias=False)
-    quantized = module["QuantizedLinear"](linear, num_bits)
-    expected = round_to_groups(linear.weight.detach(), num_bits=num_bits).dequantize()
-    assert torch.equal(quantized.weight, expected)
-    assert quantized.values.numel() == 64 * 48 * num_bits // 8
-    x = torch.randn(5, 64, requires_grad=True)
-    y = quantized(x)
-    y.square().sum().backward()
-    torch.testing.assert_close(y, x @ expected.T)
-    torch.testing.assert_close(x.grad, 2 * y @ expected)
+    assert losses_of(tmp_path / "out")[0] > 0
 
 
 @pytest.mark.parametrize(
@@ -137,9 +128,9 @@ def test_a_quantized_matrix_is_the_one_that_serves(num_bits):
 def test_it_learns_beside_rounded_weights_and_with_rounded_products(data, tmp_path, monkeypatch, options):
     out = tmp_path / "out"
     run(monkeypatch, data, "--output", out, "--steps", "8", *OPTIONS, *options)
-    state = adapter(out)
-    assert state["losses"][-1] < state["losses"][0] - 1
-    assert {tensor.dtype for tensor in state["adapter"].values()} == {torch.float32}
+    losses = losses_of(out)
+    assert losses[-1] < losses[0] - 1
+    assert {tensor.dtype for tensor in load_file(out / "adapter_model.safetensors").values()} == {torch.float32}
 
 
 def test_other_options_for_the_same_folder_are_refused(data, tmp_path, monkeypatch):

@@ -1,15 +1,19 @@
 """Real ranks are killed and frozen under running streams: clients get the same answers as without, and the gang is replaced.
 
-`make test` cuts at two points, one for each rank, and freezes rank 0; `make test-chaos` cuts at all 64 and freezes both.
+`make test` cuts at two points, one for each rank, and freezes rank 0; `make test-chaos` cuts at all 64 and freezes both. The server sends
+its traces to a collector, which gets one connected trace of a request whose replica was killed.
 """
 
+import json
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
 from support.servers.system_server import Server
+from support.servers.trace_collector import TraceCollector, tree
 
 NUM_TOKENS = 64
 REQUESTS = {
@@ -21,8 +25,15 @@ REQUESTS = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    server = Server("--replicas", "2", "--tensor-parallel-size", "2", "--drain-timeout", "5")
+def collector() -> Iterator[TraceCollector]:
+    with TraceCollector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def server(collector) -> Iterator[Server]:
+    options = ("--replicas", "2", "--tensor-parallel-size", "2", "--drain-timeout", "5")
+    server = Server(*options, "--otlp-endpoint", collector.url, "--log-level", "info", "--log-format", "json")
     try:
         server.wait_ready(2)
         yield server
@@ -109,6 +120,48 @@ def test_a_rank_killed_under_streams_changes_no_byte(server, undisturbed):
         cut(server, undisturbed, index)
     assert server.metric("num_failovers_total") > before, "no stream was interrupted, so this run shows nothing"
     assert server.metric("num_failovers_other_numerics_total") == 0, "replicas of one machine compute the same"
+
+
+def test_one_connected_trace_goes_through_a_killed_replica(server, collector):
+    server.wait_ready(2)
+    trace_id, parent, num_tokens = "5a" * 16, "b7" * 8, 500
+    body = {"prompt": "import os\n", "max_tokens": num_tokens, "seed": 3, "ignore_eos": True, "stream": True}
+    request = server.request(body)
+    request.add_header("traceparent", f"00-{trace_id}-{parent}-01")
+    request.add_header("X-Tramontane-Debug", "1")
+    leads = {replica: server.rank(replica, 0) for replica in server.replicas("ready")}
+    with urllib.request.urlopen(request, timeout=60) as response:  # the headers come with the first token
+        killed = response.headers["X-Tramontane-Replica"]
+        leads[killed].kill()
+        assert response.read().endswith(b"data: [DONE]\n\n")
+    (survivor,) = leads.keys() - {killed}
+
+    def has_all() -> bool:
+        return {"POST /v1/completions", "decode"} <= {span.name for span in collector.trace(trace_id)}
+
+    collector.wait_for(has_all, what="the trace")
+    spans = collector.trace(trace_id)
+    told = tree(spans)
+    ids = {span.span_id: span for span in spans}
+    (root,) = [span for span in spans if span.parent_id not in ids]
+    assert (root.name, root.parent_id) == ("POST /v1/completions", parent), told
+    by_name = {name: [s for s in spans if s.name == name] for name in ("attempt", "prefill", "decode", "route")}
+    first, second = by_name["attempt"]
+    assert first.attributes["tramontane.replica.id"] == killed and first.failed, told
+    assert first.attributes["tramontane.replica.spans_lost"] is True, told
+    assert second.attributes["tramontane.replica.id"] == survivor and second.links == [first.span_id], told
+    (generation,) = [s for s in spans if s.name == "text_completion demo_model"]
+    assert {s.parent_id for s in (first, second, *by_name["route"])} == {generation.span_id}, told
+    assert [name for name, _ in generation.events] == ["failover"], told
+    assert generation.attributes["gen_ai.usage.output_tokens"] == num_tokens, told
+    made = [s.attributes["tramontane.output_tokens"] for s in (first, second, *by_name["decode"])]
+    assert made[0] + made[1] == num_tokens and made[2] == made[1], told
+    for span in (*by_name["prefill"], *by_name["decode"]):
+        assert span.parent_id == second.span_id and span.instance.startswith(survivor) and span.role == "replica", told
+        assert second.begin_ns <= span.begin_ns < span.end_ns <= second.end_ns, told
+    lines = [json.loads(line) for line in server.output.splitlines() if line.startswith("{")]
+    (failover,) = [line for line in lines if line.get("trace_id") == trace_id and "continues on" in line["message"]]
+    assert failover["span_id"] == root.span_id
 
 
 @pytest.mark.chaos

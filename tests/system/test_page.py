@@ -21,13 +21,14 @@ import pytest
 import pytest_asyncio
 from aiohttp.test_utils import TestServer
 from support.fakes.replica import FakeReplica, tokens
-from support.fakes.router import LOAD, rank
+from support.fakes.router import GPU, LOAD, rank
 from support.paths import DEMO_MODEL
 
 from cluster.api.app import make_app
 from cluster.keys.file import add_key
 from cluster.keys.key import new_key
 from cluster.keys.keyring import Keyring
+from cluster.protocol.adapters import Adapter, AdapterRevision, Registry, RevisionState
 from cluster.protocol.view import ClusterView, GatewayRecord, NodeNotice, ReplicaRecord, ReplicaState
 from cluster.router.router import Router
 from cluster.text.chat.mistral_template import MistralTemplate
@@ -61,6 +62,18 @@ TOOL_CALLS_ID = TOKENIZER.tool_calls_token_id
 FIRST = TOKENIZER.decode(IDS[:4]).strip()
 
 
+def revision(digest: str, state: RevisionState = RevisionState.READY) -> AdapterRevision:
+    return AdapterRevision(
+        id=f"support@{digest}", name="support", source="/adapters", digest=digest, rank=8, num_bytes=1, state=state
+    )
+
+
+ADAPTERS = Registry(
+    adapters=(Adapter(name="support", current="support@4f2a91c0d3", canary="support@77b0", canary_share=0.05),),
+    revisions=(revision("4f2a91c0d3"), revision("77b0", RevisionState.LOADING)),
+)
+
+
 @dataclass
 class Cluster:
     """An Admin: two replicas, the first of which generates 100 tokens between two snapshots."""
@@ -78,7 +91,10 @@ class Cluster:
             replica_id="r0",
             state=ReplicaState.READY,
             ready_at=0.0,
-            ranks=(rank("r0", 0, num_steps=10 * self.num_snapshots), rank("r0", 1, num_steps=10 * self.num_snapshots)),
+            ranks=(
+                rank("r0", 0, num_steps=10 * self.num_snapshots, gpu=GPU),
+                rank("r0", 1, num_steps=10 * self.num_snapshots),
+            ),
             load=_with_tokens(100 * self.num_snapshots),
             **common,
         )
@@ -106,6 +122,7 @@ class Cluster:
             ),
             num_desired=3,
             scaling_reason="The queue is long.",
+            adapters=ADAPTERS,
         )
 
 
@@ -366,8 +383,8 @@ async def test_the_cluster_is_live(site: Site) -> None:
     ):
         await site.see("#panel-cluster", text)
     first = page.locator(".card").first
-    await site.see(".card:first-child table", "20.0 ms")
-    await site.see(".card:first-child table", "5.0 ms")
+    await site.see(".card:first-child table >> nth=0", "20.0 ms")
+    await site.see(".card:first-child table >> nth=0", "5.0 ms")
     await playwright.expect(first.get_by_role("meter")).to_have_attribute("aria-valuenow", "25")
     rate = await page.locator(".figure .value").first.inner_text()
     assert 20 <= int(rate) <= 101, rate
@@ -534,12 +551,16 @@ async def test_the_cluster_view_shows_what_operators_ask_first(site: Site) -> No
     await site.complete()
     await site.see("#output", "one")
     await site.page.locator("#tab-cluster").click()
-    await site.see(".operations", "First token p50")
+    await site.see(".operations", "To the first token")
     await site.see(".operations", "HTTP 200")
     await site.see(".operations", "Failovers")
-    await site.see(".operations table", "--api-key")
-    first = await site.page.locator(".operations dd").first.inner_text()
+    await site.see(".operations table >> nth=1", "--api-key")
+    first = await site.page.locator(".operations td").first.inner_text()
     assert re.fullmatch(r"[\d.]+ m?s", first), first
+    card = site.page.get_by_role("region", name="Adapters")
+    assert (await card.locator("tbody tr").all_inner_texts()) == ["support\t4f2a91c0\t77b0 (loading), 5 %\t–"]
+    gpus = site.page.locator(".replicas table").filter(has_text="GPU of rank")
+    assert (await gpus.locator("tbody tr").all_inner_texts()) == ["0\t21.0 of 24.0 GiB\t61 °C"]
 
 
 async def test_quantiles_are_those_of_prometheus(site: Site) -> None:

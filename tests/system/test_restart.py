@@ -15,12 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 from support.doctor_runs import messages, run_doctor
+from support.servers.postgres import new_database, postgres_server
 from support.servers.ray_hosts import BIN, RayHosts
 from support.servers.system_server import API_KEY, Server
 
 from workers.device.probe import NoGpu, probe
 
-RESPONSE = {"input": "def fibonacci(n):", "seed": 7, "ignore_eos": True, "max_output_tokens": 400}
+RESPONSE = {"input": "def fibonacci(n):", "seed": 7, "ignore_eos": True, "max_output_tokens": 250}
 PROMPT = {"prompt": "def fibonacci(n):", "max_tokens": 8, "temperature": 0}
 
 
@@ -34,9 +35,20 @@ def hosts() -> Iterator[RayHosts]:
 
 
 @pytest.fixture(scope="module")
-def two_gateways(hosts) -> Iterator[Server]:
-    """A command with two gateways."""
-    server = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2", "--gateways", "2")
+def database() -> Iterator[str | None]:
+    """Of a PostgreSQL server, which gateways on several hosts need; None where none is installed."""
+    with contextlib.ExitStack() as stack:
+        folder = None
+        with contextlib.suppress(pytest.skip.Exception):
+            folder = stack.enter_context(postgres_server())
+        yield None if folder is None else new_database(folder)
+
+
+@pytest.fixture(scope="module")
+def two_gateways(hosts, database) -> Iterator[Server]:
+    """A command with two gateways, on PostgreSQL where there is one."""
+    store = [] if database is None else ["--batch-store", database]
+    server = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2", "--gateways", "2", *store)
     yield server
     server.kill()
 
@@ -150,12 +162,12 @@ def test_a_killed_controller_is_restarted_and_adopts_the_running_replicas(hosts,
 
 
 @pytest.mark.timeout(240)
-def test_a_response_outlives_its_replica_and_its_gateway(hosts, two_gateways):
-    """Both are killed while it is generated; its client goes on at the other gateway."""
+def test_a_response_outlives_its_replica_and_its_gateway(hosts, two_gateways, database):
+    """Both are killed while it is generated; its client goes on at the other gateway, which reads what the first one stored."""
     server = two_gateways
     urls = [line.split()[-1].removesuffix("/v1") for line in server.output.splitlines() if line.endswith("/v1")]
     [other] = [url for url in urls if url != server.url]
-    body = RESPONSE | {"max_output_tokens": 1500}
+    body = RESPONSE | {"max_output_tokens": 1000}
     whole = response_texts(stream_response(server.url, body | {"store": False}))
     stream = stream_response(other, body)
     seen = list(itertools.islice(stream, 20))
@@ -171,7 +183,14 @@ def test_a_response_outlives_its_replica_and_its_gateway(hosts, two_gateways):
     with contextlib.suppress(OSError, http.client.HTTPException):
         seen += stream  # what had been sent
     assert seen[-1]["type"] == "response.output_text.delta", "it had ended before its gateway was killed"
+    response_id = seen[0]["response"]["id"]
     check_resumed(server.url, seen, whole)
+    assert server.metric("stored_responses_taken_over_total") == 1
+    if database is not None:
+        psycopg = pytest.importorskip("psycopg")
+        with psycopg.connect(database) as connection:
+            found = connection.execute("SELECT status, lease_fence FROM responses WHERE id = %s", (response_id,))
+            assert found.fetchall() == [("incomplete", 2)], "the second runner ended it, in PostgreSQL"
     server.wait_ready(2)
 
 

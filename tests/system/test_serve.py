@@ -1,6 +1,8 @@
 """End to end, as a user runs it: two tensor-parallel ranks on Ray, HTTP, the official client, then SIGTERM."""
 
 import asyncio
+import contextlib
+import http.client
 import json
 import os
 import random
@@ -9,12 +11,14 @@ import shutil
 import signal
 import subprocess
 import threading
+import urllib.request
 
 import aiohttp
 import openai
 import pytest
 from support.batch.command import BatchCommand, answers, write_lines
-from support.servers.system_server import API_KEY, COMMAND
+from support.servers.ports import listening
+from support.servers.system_server import API_KEY, COMMAND, Server
 
 MODEL = "demo_model"
 NUM_STREAMS = 200
@@ -110,6 +114,44 @@ def test_the_profile_has_the_gateway_and_every_rank_on_one_clock(server, client,
     times = [e["ts"] for e in events if e["name"] == "execute"]
     frames = [e["ts"] for e in events if e["name"] == "frame"]
     assert min(times) < max(frames) < max(times) + 1e6, "the gateway got its frames while the ranks computed"
+
+
+def test_rays_own_endpoint_shows_the_metrics_of_gateway_and_ranks(server, client):
+    client.completions.create(model=MODEL, prompt="import os\n", max_tokens=4)
+    first_tokens = server.metric("time_to_first_token_seconds_count")
+    assert first_tokens > 0
+    wanted = {
+        "kv_cache_usage_perc": ('engine="r0"', 'model_name="demo_model"'),
+        "time_to_first_token_seconds_bucket": ('le="+Inf"',),
+        "rank_step_seconds_total": ('engine="r0"', 'rank="1"'),
+    }
+
+    def shown() -> dict[str, float]:
+        found = {}
+        for line in ray_metrics(server).splitlines():
+            name, _, labels = line.partition("{")
+            name = name.removeprefix("ray_tramontane_")
+            if name in wanted and all(label in labels for label in wanted[name]):
+                found[name] = float(line.split()[-1])
+        return found
+
+    server.wait_for(
+        lambda: shown().get("time_to_first_token_seconds_bucket") == first_tokens and shown().keys() == wanted.keys(),
+        timeout_s=40,
+        what="show its metrics at Ray's endpoint",
+    )
+    assert 0 <= shown()["kv_cache_usage_perc"] <= 1 and shown()["rank_step_seconds_total"] > 0
+
+
+def ray_metrics(server: Server) -> str:
+    """What the agent of Ray's node says to Prometheus. Its other ports want a token."""
+    for _, _, port in (found for found in listening(server) if found[0] == "ray::DashboardAgent"):
+        with (
+            contextlib.suppress(OSError, http.client.HTTPException),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response,
+        ):
+            return response.read().decode()
+    return ""
 
 
 async def stream_text(session: aiohttp.ClientSession, url: str, index: int, *, cut_after: int | None) -> str | None:

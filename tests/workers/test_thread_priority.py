@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from workers.thread_priority import QUARTER, TENTH, lower_priority
+from workers.thread_priority import MAX_BREAK_S, PIECE_S, QUARTER, TENTH, Breaks, lower_priority
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux")
 
 
 def in_thread(*steps: Callable[[], None]) -> tuple[int, int]:
@@ -28,12 +28,14 @@ def in_thread(*steps: Callable[[], None]) -> tuple[int, int]:
     return found[0]
 
 
+@ON_LINUX
 def test_only_the_calling_thread_is_changed() -> None:
     before = in_thread()
     assert in_thread(lambda: lower_priority(QUARTER))[0] == min(19, before[0] + QUARTER)
     assert in_thread() == before
 
 
+@ON_LINUX
 def test_beyond_the_maximum_a_thread_may_become_idle() -> None:
     """Ray starts its workers with niceness 15."""
 
@@ -42,3 +44,17 @@ def test_beyond_the_maximum_a_thread_may_become_idle() -> None:
 
     assert in_thread(start_as_ray_does, lambda: lower_priority(QUARTER)) == (19, os.SCHED_OTHER)
     assert in_thread(start_as_ray_does, lambda: lower_priority(TENTH, or_idle=True)) == (19, os.SCHED_IDLE)
+
+
+def test_breaks_leave_three_quarters_of_the_time_to_others():
+    now, slept = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    take_break = Breaks(0.25, clock=lambda: now[0], sleep=sleep)
+    for worked_s in (PIECE_S / 2, PIECE_S / 2 + 1e-9, 0.002, 1.0):
+        now[0] += worked_s
+        take_break()
+    assert slept == pytest.approx([3 * PIECE_S, 0.006, MAX_BREAK_S], rel=1e-3), "little work takes no break of its own"

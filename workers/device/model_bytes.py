@@ -84,6 +84,30 @@ def rotary_bytes(config: EngineConfig) -> int:
     return config.max_model_len * (2 * model.head_dim + (model.query_scaling is not None)) * 4
 
 
+def lora_tables(config: EngineConfig) -> list[tuple[int, tuple[int, ...]]]:
+    """The linear layers of one decoder layer on one rank, as adapters see them: inputs, and the outputs of each matrix that it joins."""
+    model, size = config.model, config.tensor_parallel_size
+    hidden, intermediate = model.hidden_size, model.intermediate_per_rank(size)
+    q, kv = model.num_attention_heads // size * model.head_dim, model.kv_heads_per_rank(size) * model.head_dim
+    return [(hidden, (q, kv, kv)), (q, (hidden,)), (hidden, (intermediate, intermediate)), (intermediate, (hidden,))]
+
+
+def lora_bytes(config: EngineConfig) -> int:
+    """Bytes of the slots for adapters on one rank of a GPU, each as large as the largest adapter; as TritonLoraTable allocates them.
+
+    A slot for rank 64 of a 7B model has, in each layer, 64 x 81,920 numbers: in bfloat16 10.5 MB, times 32 layers 336 MB, and 8 slots
+    2.7 GB. On the CPU adapters are read where they lie on the host.
+    """
+    if not config.enable_lora or config.device != "cuda":
+        return 0
+    tables = lora_tables(config)
+    values = sum(config.max_lora_rank * (inputs + n) for inputs, outputs in tables for n in outputs)
+    matrices = sum(len(outputs) for _, outputs in tables)
+    # Where the numbers of each matrix begin, its rank and its scale; and once where its columns begin and the last ones end.
+    slot_bytes = values * DTYPE_BYTES[config.dtype] + matrices * 16
+    return config.model.num_hidden_layers * (config.max_loras * slot_bytes + (matrices + len(tables)) * 4)
+
+
 def cpu_kv_cache_bytes(config: EngineConfig) -> int:
     """Bytes of one CPU rank's KV cache when it is full, with the null block: as workers/kv_cache/tensors.py allocates it."""
     num_blocks = config.num_kv_blocks

@@ -54,9 +54,17 @@ def advance(
     return deltas
 
 
-def failure(request_id: str, error: str, *, refused: bool = True) -> TokenDelta:
-    """Ends a request. `error` is for the user. refused: for a reason of its own, which every replica would have."""
-    return TokenDelta(request_id=request_id, finish_reason=FinishReason.ERROR, error=error, refused=refused)
+def failure(request_id: str, error: str, *, elsewhere: bool = False) -> TokenDelta:
+    """Ends a request, for a reason of its own, which every replica would have, or `elsewhere`: another one may go on. `error` is for the
+    user.
+    """
+    return TokenDelta(
+        request_id=request_id,
+        finish_reason=FinishReason.ERROR,
+        error=error,
+        refused=not elsewhere,
+        elsewhere=elsewhere,
+    )
 
 
 def _append(request: Request, chosen: Sampled) -> str | None:

@@ -93,7 +93,6 @@ def build_runner(
         adapters = RankAdapters(
             model.lora_layers(),
             model=model_config,
-            dtype=dtype,
             num_slots=config.max_loras,
             max_rank=config.max_lora_rank,
         )

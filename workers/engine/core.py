@@ -26,9 +26,11 @@ from workers.engine.step_clock import StepClock
 from workers.errors import RequestError
 from workers.kv_cache.manager import KVCacheManager
 from workers.parallel.group import TensorParallel
-from workers.protocol import CacheEvents, EngineFacts, GenerateRequest, LoadReport, TokenDelta
+from workers.protocol import CacheEvents, EngineFacts, FinishReason, GenerateRequest, LoadReport, TokenDelta
 from workers.sampling.grammar import Grammars
 from workers.sampling.sampler import Sampled
+from workers.tracing.engine_spans import EngineSpans
+from workers.tracing.log import in_trace
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class EngineCore:
     """`allocate_kv_cache` must have run on every rank before.
 
     sample_tokens: None samples one token a row from its logits. Another function reads the logits at once, so there is no overlap then.
+    spans: makes those of traced requests; None where nothing is traced.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class EngineCore:
         tp: TensorParallel,
         *,
         sample_tokens: SampleTokens | None = None,
+        spans: EngineSpans | None = None,
     ) -> None:
         self.config = config
         self.runner = runner
@@ -69,7 +73,7 @@ class EngineCore:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_background_tokens=config.background_tokens,
             # Only where steps with prompts are long, and no bits depend on the chunks.
-            pace=PromptPace() if tp.device.type == "cpu" else None,
+            pace=PromptPace(stretch=config.prompt_stretch) if tp.device.type == "cpu" else None,
             slots=None if self.adapters is None else self.adapters.slots,
         )
         self.max_model_len = self.kv_cache.longest_sequence(config.max_model_len, config.max_num_batched_tokens)
@@ -87,6 +91,7 @@ class EngineCore:
         self._sampling = make_sampling(config, tp.device, sample_tokens=sample_tokens)
         self._in_flight: LaunchedStep | None = None
         self._requests: dict[str, Request] = {}
+        self._spans = spans
         self._arrivals = itertools.count()
         self._prompt_tokens_total = 0
         self._generated_tokens_total = 0
@@ -108,6 +113,8 @@ class EngineCore:
             adapters=() if self.adapters is None else self.adapters,
         )
         request.prompt_output = make_prompt_output(message)
+        if self._spans is not None:
+            request.spans = self._spans.begin(message)
         if message.sampling.grammar is None:
             self.scheduler.add(request)
         else:
@@ -121,6 +128,8 @@ class EngineCore:
         if request is None:
             return
         request.has_ended = True
+        if request.spans is not None:
+            request.spans.end(request)
         self._sampling.forget(request_id)
         if request.constraint is not None:
             request.constraint.abandon()
@@ -138,6 +147,8 @@ class EngineCore:
         self._forget_adapters()
         scheduled, failed = self._with_adapters(self._schedule())
         deltas += failed
+        if failed and not scheduled:
+            return deltas  # what waits may run now
         if not scheduled:
             return deltas + (self._wait() if self._in_flight is None else self._update())
         self._capture_graph(is_idle=False)
@@ -229,7 +240,7 @@ class EngineCore:
         for request in [r for r in self._requests.values() if r.adapter in lacking]:
             self.abort(request.request_id)
             error = f"A rank of this replica does not have the adapter {request.adapter}."
-            failed.append(failure(request.request_id, error, refused=False))
+            failed.append(failure(request.request_id, error, elsewhere=True))
         for adapter in lacking:
             self.adapters.slots.remove(adapter)
         return [s for s in scheduled if not s.request.has_ended], failed
@@ -291,6 +302,8 @@ class EngineCore:
                 self._prompt_tokens_total += request.num_prompt_tokens
             deltas += self._advance(request, sampled)
         self._generated_tokens_total += sum([len(delta.token_ids) for delta in deltas])
+        if self._spans is not None and self._spans.prefilling:
+            self._spans.after_step()
         return deltas
 
     def _is_busy(self) -> bool:
@@ -301,7 +314,9 @@ class EngineCore:
         deltas = advance(
             request, sampled, eos_token_ids=self.config.model.eos_token_ids, max_model_len=self.max_model_len
         )
-        if deltas[-1].finish_reason is not None:
+        if (reason := deltas[-1].finish_reason) is not None:
+            if request.spans is not None:
+                request.spans.end(request, reason)
             self.abort(request.request_id)
         elif request.constraint is not None:
             self.grammars.prepare_mask(request.constraint)
@@ -309,6 +324,8 @@ class EngineCore:
 
     def _fail(self, request: Request, error: str) -> TokenDelta:
         """Ends this request alone; `error` is for the user."""
+        if request.spans is not None:
+            request.spans.end(request, FinishReason.ERROR)
         self.abort(request.request_id)
         return failure(request.request_id, error)
 
@@ -327,6 +344,9 @@ class EngineCore:
         if not self.scheduler.waiting:
             return []
         request = self.scheduler.waiting[0]
-        log.error("Request %s cannot be scheduled in an otherwise empty engine and ends.", request.request_id)
+        log.error(
+            "Request %s cannot be scheduled in an otherwise empty engine and ends.", request.request_id,
+            extra=in_trace(None if request.spans is None else request.spans.traceparent),
+        )  # fmt: skip
         message = f"The request needs more KV cache than this replica has. Use fewer than {request.num_tokens} tokens."
         return [self._fail(request, message)]

@@ -3,8 +3,9 @@
     python -m workers.engine.kernel_cache [--capabilities 80 86 89 90] [--tensor-parallel-sizes 1 2 4 8] [--forms bfloat16 int4 ...]
 
 Launches what the engine launches for a Mistral 7B in bfloat16, on CPU tensors, with weights as they are and in the usual forms of 4 and 8
-bits. A server with the same files of Tramontane and Triton finds the results in the cache, and does not compile them when it starts. Other
-models, other forms, what is missing here, and Triton's launcher, which is linked with the driver, are compiled when they are needed.
+bits, and with adapters. A server with the same files of Tramontane and Triton finds the results in the cache, and does not compile them
+when it starts. Other models, other forms, what is missing here, and Triton's launcher, which is linked with the driver, are compiled when
+they are needed.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from workers.kernels.grouped.grouped_matmul import grouped_matmul
 from workers.kernels.grouped.packed import PackedWeight, pack
 from workers.kernels.grouped.quantize_rows import quantize_rows
 from workers.kernels.logprobs import find_logprobs
+from workers.kernels.lora.rows import AdapterRows
+from workers.kernels.lora.triton_table import TritonLoraTable
 from workers.kernels.matmul import matmul
 from workers.kernels.offline import MAX_SHARED_BYTES, compile_for
 from workers.kernels.rotary_kv import rotary_kv
@@ -83,6 +86,8 @@ def launch_all(tensor_parallel_size: int) -> None:
         launch_attention(lens, seq_len=seq_len, sliding_window=window, num_heads=heads, num_kv_heads=kv_heads)
     for vocab_size in VOCAB_SIZES:
         launch_sampling(vocab_size)
+    for in_features, out_sizes in adapted_layers(tensor_parallel_size):
+        launch_lora(NUM_TOKENS, in_features, out_sizes)
     # Of --deterministic: qkv, o, gate and up, down, and the head.
     for out_features, in_features in matrix_shapes(tensor_parallel_size):
         matmul(empty(NUM_TOKENS, in_features), empty(out_features, in_features))
@@ -99,6 +104,32 @@ def matrix_shapes(tensor_parallel_size: int) -> list[tuple[int, int]]:
         (HIDDEN_SIZE, intermediate),
         *((-(-vocab_size // tensor_parallel_size), HIDDEN_SIZE) for vocab_size in VOCAB_SIZES),
     ]
+
+
+def adapted_layers(tensor_parallel_size: int) -> list[tuple[int, list[int]]]:
+    """(inputs, outputs of each matrix) of qkv, o, gate and up, and down, on one rank."""
+    heads, kv_heads = NUM_HEADS // tensor_parallel_size, NUM_KV_HEADS // tensor_parallel_size
+    intermediate = INTERMEDIATE_SIZE // tensor_parallel_size
+    return [
+        (HIDDEN_SIZE, [heads * HEAD_DIM, kv_heads * HEAD_DIM, kv_heads * HEAD_DIM]),
+        (heads * HEAD_DIM, [HIDDEN_SIZE]),
+        (HIDDEN_SIZE, [intermediate] * 2),
+        (intermediate, [HIDDEN_SIZE]),
+    ]
+
+
+def launch_lora(num_rows: int, in_features: int, out_sizes: Sequence[int], *, num_slots: int = 1) -> None:
+    """For the ranks of `serve` without --max-lora-rank."""
+    table = TritonLoraTable(
+        in_features,
+        out_sizes,
+        num_slots=num_slots,
+        max_rank=EngineConfig.max_lora_rank,
+        dtype=DTYPE,
+        device=torch.device("cpu"),
+    )
+    order, starts = torch.zeros(num_rows, dtype=torch.int32), torch.zeros(num_slots + 1, dtype=torch.int32)
+    table.add(empty(num_rows, sum(out_sizes)), empty(num_rows, in_features), AdapterRows(order, starts))
 
 
 def launch_quantized(form: GroupedForm | Float8Form, tensor_parallel_size: int) -> None:

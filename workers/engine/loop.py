@@ -14,6 +14,7 @@ from typing import Protocol
 
 from workers.errors import AdapterNotLoadedError, RequestError
 from workers.protocol import CacheEvents, FinishReason, GenerateRequest, TokenDelta
+from workers.tracing.log import in_trace
 
 Publish = Callable[[list[TokenDelta], CacheEvents | None], None]
 
@@ -122,10 +123,12 @@ class EngineLoop:
         try:
             self.core.add_request(request)
         except RequestError as e:
-            refused = not isinstance(e, AdapterNotLoadedError)
-            self._publish([_error(request.request_id, str(e), refused=refused)], None)
+            elsewhere = isinstance(e, AdapterNotLoadedError)
+            self._publish([_error(request.request_id, str(e), refused=not elsewhere, elsewhere=elsewhere)], None)
         except Exception as e:  # one request must not end the engine
-            log.exception("Request %s could not be added: %s", request.request_id, e)
+            log.exception(
+                "Request %s could not be added: %s", request.request_id, e, extra=in_trace(request.traceparent)
+            )
             message = "The engine could not accept this request because of an internal error."
             self._publish([_error(request.request_id, message)], None)
 
@@ -141,5 +144,11 @@ class EngineLoop:
             self._on_failure(failure)
 
 
-def _error(request_id: str, message: str, *, refused: bool = False) -> TokenDelta:
-    return TokenDelta(request_id=request_id, finish_reason=FinishReason.ERROR, error=message, refused=refused)
+def _error(request_id: str, message: str, *, refused: bool = False, elsewhere: bool = False) -> TokenDelta:
+    return TokenDelta(
+        request_id=request_id,
+        finish_reason=FinishReason.ERROR,
+        error=message,
+        refused=refused,
+        elsewhere=elsewhere,
+    )

@@ -199,9 +199,9 @@ class ModelRunner:
         all_sample = len(batch.logits_indices) == num_seqs
         return logits[:num_seqs] if all_sample else logits[inputs.logits_indices]
 
-    def _compute(self, inputs: _Inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _compute(self, inputs: _Inputs, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden_states = self._forward(inputs)
-        return hidden_states, self.model.compute_logits(hidden_states)
+        return hidden_states, self.model.compute_logits(hidden_states, out)
 
     def _forward(self, inputs: _Inputs) -> torch.Tensor:
         return self.model(inputs.token_ids, inputs.positions, self.kv_cache, inputs.metadata, inputs.adapters)
@@ -212,10 +212,11 @@ class ModelRunner:
 
         @torch.inference_mode()
         def step() -> None:
-            hidden_states, logits = self._compute(inputs)
+            out = None if self._logits is None else self._logits[:size]
+            hidden_states, logits = self._compute(inputs, out)
             self._hidden_states[:size].copy_(hidden_states)
-            if self._logits is not None and logits is not None:
-                self._logits[:size].copy_(logits)
+            if out is not None and logits is not None and logits.data_ptr() != out.data_ptr():
+                out.copy_(logits)
 
         return step
 

@@ -13,6 +13,7 @@ from workers.kv_cache.sequence import BlockSequence
 from workers.lora.slots import NO_SLOT
 from workers.protocol import BATCH_PRIORITY, FinishReason, GenerateRequest, SamplingParams, root_hash
 from workers.sampling.grammar import Constraint
+from workers.tracing.engine_spans import RequestSpans
 
 MAX_TOP_LOGPROBS = 100
 # All of a prompt's go out in one frame: this many (token, log-probability) pairs take about 15 MB.
@@ -54,6 +55,8 @@ class Request:
     # Prompt tokens found in the prefix cache at first admission, until a delta has reported them.
     num_cached_tokens: int | None = None
     num_preemptions: int = 0
+    # Steps that computed more than one token of it.
+    num_prompt_chunks: int = 0
     # Of its newest token, while that is in flight: its row among the tokens of the step in flight. None: the host knows all tokens.
     unread_row: int | None = None
     # It has left the scheduler, because the token in flight is its last.
@@ -63,6 +66,8 @@ class Request:
     # Present once the grammar is compiled.
     constraint: Constraint | None = None
     prompt_output: PromptOutput | None = None
+    # None for a request that is not traced.
+    spans: RequestSpans | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -145,16 +150,18 @@ class ScheduledRequest:
     """A request and how many of its tokens the step computes. Never changes: it is not frozen, because that takes three times as long to
     make, and each step makes one for each of its requests.
 
-    completes: whether this step computes the request's last token, as it is now. samples: whether the logits of that token choose the
-    next one in this step.
+    num_before: its tokens that were computed before. completes: whether this step computes the request's last token, as it is now.
+    samples: whether the logits of that token choose the next one in this step.
     """
 
     request: Request
     num_new_tokens: int
+    num_before: int = field(init=False)
     completes: bool = field(init=False)
     samples: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.num_before = self.request.sequence.num_computed_tokens
         self.completes = self.num_new_tokens == self.request.num_pending_tokens
         self.samples = self.completes and self.request.sampling.max_tokens > 0
 

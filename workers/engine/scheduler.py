@@ -69,6 +69,7 @@ class _Step:
         self.budget -= num_new_tokens
         if num_new_tokens > 1:
             self.prompt_budget -= num_new_tokens
+            request.num_prompt_chunks += 1
         if request.is_background:
             self.background_budget -= num_new_tokens
         elif num_new_tokens > 1 and self.background_is_bounded:
@@ -144,9 +145,15 @@ class Scheduler:
     def took(self, scheduled: Sequence[ScheduledRequest], step_s: float) -> None:
         """A step of this scheduler took `step_s`. Later ones are bounded by what that shows."""
         if self.pace is not None:
-            counts = [s.num_new_tokens for s in scheduled]
-            num_decoding = counts.count(1)
-            self.pace.add(num_decoding=num_decoding, num_prompt_tokens=sum(counts) - num_decoding, step_s=step_s)
+            parts = [(s.num_new_tokens, s.num_before) for s in scheduled if s.num_new_tokens > 1]
+            num_prompt_tokens = sum(new for new, _ in parts)
+            pairs = sum(new * (before + new / 2) for new, before in parts)
+            self.pace.add(
+                num_decoding=len(scheduled) - len(parts),
+                num_prompt_tokens=num_prompt_tokens,
+                step_s=step_s,
+                num_before=pairs / max(1, num_prompt_tokens),
+            )
 
     def finish(self, request: Request) -> None:
         """Removes a running or waiting request and frees its blocks."""
@@ -198,9 +205,14 @@ class Scheduler:
         decoding = [r for r in self.running if r.num_pending_tokens == 1 and not r.is_held]
         if all(r.is_background for r in decoding):
             return self.max_num_batched_tokens
-        num_prompts = sum(r.num_pending_tokens > 1 and not r.is_background for r in self.running)
+        begun = [r for r in self.running if r.num_pending_tokens > 1]
+        num_prompts = sum(not r.is_background for r in begun)
         num_prompts += bisect.bisect_left(self.waiting, BATCH_PRIORITY, key=lambda r: r.priority)
-        return self.pace.max_prompt_tokens(num_decoding=len(decoding), num_prompts=num_prompts)
+        return self.pace.max_prompt_tokens(
+            num_decoding=len(decoding),
+            num_prompts=num_prompts,
+            num_before=begun[0].num_computed_tokens if begun else 0,
+        )
 
     def _next(self, step: _Step) -> Request | None:
         """Whose turn it is. All requests after it in `running` have the same or a worse priority and no part in this step yet."""
@@ -246,6 +258,8 @@ class Scheduler:
             request.num_cached_tokens = min(sequence.num_computed_tokens, request.num_prompt_tokens)
             if self.kv_cache.enable_prefix_caching:
                 self.prefix_counts.add(request)
+            if request.spans is not None:
+                request.spans.start(request)
         step.add(request, num_new_tokens)
 
     def _has_slot(self, request: Request, step: _Step) -> bool:

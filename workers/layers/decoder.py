@@ -160,6 +160,8 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor, adapters: AdapterRows | None = None) -> torch.Tensor:
         # x: [num_tokens, hidden_size]
-        # gate_up: [num_tokens, 2 * this rank's share of intermediate_size]
-        gate_up = self.gate_up_proj(x, adapters)
-        return self.down_proj(self.kernels.silu_mul(gate_up), adapters)
+        # gated: [num_tokens, this rank's share of intermediate_size]
+        gated = self.gate_up_proj.multiply_gated(x, adapters)
+        if gated is None:
+            gated = self.kernels.silu_mul(self.gate_up_proj(x, adapters))
+        return self.down_proj(gated, adapters)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
 from workers.parallel.group import TensorParallel
-from workers.quant.dense import DENSE
+from workers.quant.dense import DENSE, get_matrix
 from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight
 from workers.quant.quantized import StoredValues, dense_values, pad_rows
 
@@ -81,10 +81,16 @@ class ParallelLMHead(nn.Module):
         num_rows = _num_rows(vocab_size, tp)
         method.create(self, num_rows, hidden_size, weight_loader=self.load_rows, dtype=dtype, device=device)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        # hidden_states: [num_tokens, hidden_size] -> [num_tokens, vocab_size] on rank 0, None elsewhere
+    def forward(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        # hidden_states: [num_tokens, hidden_size] -> [num_tokens, vocab_size] float32 on rank 0, None elsewhere
+        # out: where the logits are computed if that saves a copy
+        matrix = get_matrix(self)
+        if self.tp.size == 1 and matrix is not None:
+            wide = matrix.multiply_wide(hidden_states, out)
+            if wide is not None:
+                return wide
         logits = self.tp.gather(self.method.apply(self, hidden_states))
-        return None if logits is None else logits[:, : self.vocab_size]
+        return None if logits is None else logits[:, : self.vocab_size].float()
 
     def load_rows(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
         check_shape(source, (self.vocab_size, self.hidden_size))

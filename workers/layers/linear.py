@@ -16,7 +16,7 @@ from torch import nn
 from workers.kernels.lora.rows import AdapterRows
 from workers.kernels.lora.table import LoraTable, NewLoraTable
 from workers.parallel.group import TensorParallel
-from workers.quant.dense import DENSE
+from workers.quant.dense import DENSE, get_matrix
 from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight
 from workers.quant.quantized import dense_values
 from workers.rank_shares import kv_heads_of_rank
@@ -80,6 +80,16 @@ class MergedColumnParallelLinear(nn.Module):
         if self.lora is not None and adapters is not None:
             self.lora.add(out, x, adapters)
         return out
+
+    def multiply_gated(self, x: torch.Tensor, adapters: AdapterRows | None = None) -> torch.Tensor | None:
+        """silu(gate) * up of two shards of one size, in one kernel; None where there is none, or where the product is not all.
+
+        -> [num_tokens, half of sum(output_sizes_per_rank)]
+        """
+        matrix = get_matrix(self)
+        if matrix is None or self.bias is not None or (self.lora is not None and adapters is not None):
+            return None
+        return matrix.multiply_gated(x)
 
     def load_shard(self, parameter: nn.Parameter, source: WeightSource, shard_id: str | None = None) -> int:
         check_shape(source, (self.output_sizes[shard_id], self.input_size))

@@ -8,7 +8,7 @@ The tensor base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight, [rank
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from workers.config import MAX_LORA_RANK
 from workers.errors import CheckpointError, ConfigError
 from workers.lora.peft_config import ATTENTION_MODULES, MLP_MODULES, MODULES, LoraSettings, read_settings
 from workers.model_numbers import ModelConfig
+from workers.thread_priority import no_break
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 DIGEST_HEX_DIGITS = 12
 FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 18
 _NAME = re.compile(
     r"(?:base_model\.)?(?:model\.)*(?:language_model\.)?(?:model\.)*layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_([AB])(?:\.[\w-]+)?\.weight"
 )
@@ -64,37 +65,45 @@ class AdapterFiles:
     num_bytes: int
 
 
-def read_adapter(folder: str | Path, model: ModelConfig, *, max_rank: int) -> AdapterInfo:
-    """Raises CheckpointError for an adapter that does not fit the model or asks for what is not supported."""
-    files = open_adapter(Path(folder), model, max_rank=max_rank)
+def read_adapter(
+    folder: str | Path, model: ModelConfig, *, max_rank: int, take_break: Callable[[], None] = no_break
+) -> AdapterInfo:
+    """Raises CheckpointError for an adapter that does not fit the model or asks for what is not supported.
+
+    take_break: called after each piece of work.
+    """
+    files = open_adapter(Path(folder), model, max_rank=max_rank, take_break=take_break)
     return AdapterInfo(
         rank=max(pair.rank for pair in files.pairs.values()),
         alpha=files.settings.alpha,
         modules=tuple(sorted({module for _, module in files.pairs})),
         num_bytes=files.num_bytes,
         base_model=files.settings.base_model,
-        digest=content_digest(files),
+        digest=content_digest(files, take_break),
     )
 
 
-def content_digest(files: AdapterFiles) -> str:
+def content_digest(files: AdapterFiles, take_break: Callable[[], None] = no_break) -> str:
     """Of the configuration, however it is formatted, and of every byte of the weights."""
     digest = hashlib.blake2b(json.dumps(files.settings.fields, sort_keys=True, separators=(",", ":")).encode())
     try:
         with files.weights.open("rb") as f:
             while piece := f.read(_PIECE_BYTES):
                 digest.update(piece)
+                take_break()
     except OSError as e:
         raise _unreadable(files.weights, e) from e
     return digest.hexdigest()[:DIGEST_HEX_DIGITS]
 
 
-def open_adapter(folder: Path, model: ModelConfig, *, max_rank: int) -> AdapterFiles:
-    """Which tensors the adapter has. Raises as `read_adapter`."""
+def open_adapter(
+    folder: Path, model: ModelConfig, *, max_rank: int, take_break: Callable[[], None] = no_break
+) -> AdapterFiles:
+    """Which tensors the adapter has. As `read_adapter`."""
     settings = read_settings(folder)
     weights = _weights_file(folder)
-    shapes = dict(_read_shapes(weights))
-    pairs = _pairs(weights, shapes, settings, model)
+    shapes = dict(_read_shapes(weights, take_break))
+    pairs = _pairs(weights, shapes, settings, model, take_break)
     for (layer, module), pair in pairs.items():
         if pair.rank > max_rank:
             raise CheckpointError(
@@ -138,7 +147,7 @@ def _weights_file(folder: Path) -> Path:
     return path
 
 
-def _read_shapes(weights: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], int]]]:
+def _read_shapes(weights: Path, take_break: Callable[[], None]) -> Iterator[tuple[str, tuple[tuple[int, ...], int]]]:
     """Each tensor's name, shape and bytes. Checks that they are floats."""
     try:
         with safe_open(weights, framework="np") as file:
@@ -154,6 +163,7 @@ def _read_shapes(weights: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], in
                 for size in shape:
                     num_bytes *= size
                 yield name, (shape, num_bytes)
+                take_break()
     except SafetensorError as e:
         raise CheckpointError(
             f"{weights} is not a valid safetensors file: {e}.", remedy="Download or save it again."
@@ -170,10 +180,15 @@ def _unreadable(weights: Path, error: OSError) -> CheckpointError:
 
 
 def _pairs(
-    weights: Path, shapes: Mapping[str, tuple[tuple[int, ...], int]], settings: LoraSettings, model: ModelConfig
+    weights: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], int]],
+    settings: LoraSettings,
+    model: ModelConfig,
+    take_break: Callable[[], None],
 ) -> dict[tuple[int, str], LoraPair]:
     halves: dict[tuple[int, str], dict[str, str]] = {}
     for name in shapes:
+        take_break()
         layer, module, half = _parse(weights, name, model)
         found = halves.setdefault((layer, module), {})
         if half in found:
@@ -184,7 +199,11 @@ def _pairs(
         found[half] = name
     if not halves:
         raise CheckpointError(f"{weights} has no tensors.", remedy="Save the adapter again.")
-    return {key: _pair(weights, key, found, shapes, settings, model) for key, found in sorted(halves.items())}
+    pairs = {}
+    for key, found in sorted(halves.items()):
+        take_break()
+        pairs[key] = _pair(weights, key, found, shapes, settings, model)
+    return pairs
 
 
 def _parse(weights: Path, name: str, model: ModelConfig) -> tuple[int, str, str]:

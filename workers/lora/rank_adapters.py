@@ -7,23 +7,23 @@ layers; no requests and no policy, see slots.py.
 import functools
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from workers.errors import CheckpointError
 from workers.lora.layer import LoraLayer
 from workers.lora.load import load_matrices
 from workers.lora.peft_folder import content_digest, open_adapter
 from workers.model_numbers import ModelConfig
-from workers.thread_priority import QUARTER, lower_priority
+from workers.thread_priority import QUARTER, Breaks, lower_priority, no_break
 
 # Two of them are a key: numbers of the messages between ranks are 32 bits wide, with a sign.
 KEY_BITS = 31
+# Of the time of a load beside an engine. Measured, see benchmarks/adapters.py.
+WORK_SHARE = 0.25
 
 
 def adapter_key(revision: str) -> tuple[int, int]:
@@ -48,13 +48,10 @@ class _Loaded:
 class RankAdapters:
     """max_rank: see EngineConfig.max_lora_rank."""
 
-    def __init__(
-        self, layers: Sequence[LoraLayer], *, model: ModelConfig, dtype: torch.dtype, num_slots: int, max_rank: int
-    ) -> None:
+    def __init__(self, layers: Sequence[LoraLayer], *, model: ModelConfig, num_slots: int, max_rank: int) -> None:
         self.num_slots = num_slots
         self.layers = layers
         self._model = model
-        self._dtype = dtype
         self._max_rank = max_rank
         self._loading = threading.Lock()  # one adapter at a time
         self._lock = threading.Lock()  # of what follows
@@ -62,14 +59,18 @@ class RankAdapters:
         # Of the thread that computes.
         self._in_slots: list[tuple[int, int] | None] = [None] * num_slots
 
-    def load(self, revision: str, folder: str | Path) -> None:
-        """Reads the adapter, unless it is here. Raises CheckpointError, also for a folder with other content than the revision names."""
+    def load(self, revision: str, folder: str | Path, *, beside_engine: bool = True) -> None:
+        """Reads the adapter, unless it is here; slowly, where it is `beside_engine`, so that running streams do not wait for it.
+
+        Raises CheckpointError, also for a folder with other content than the revision names.
+        """
         key = adapter_key(revision)
         with self._loading:
             if not self._is_wanted_again(key):
                 # The engine's threads come first. Of a thread of its own, because its priority never rises again.
                 with ThreadPoolExecutor(1, "adapter", functools.partial(lower_priority, QUARTER)) as pool:
-                    pool.submit(self._read, key, revision, Path(folder)).result()
+                    take_break = Breaks(WORK_SHARE) if beside_engine else no_break
+                    pool.submit(self._read, key, revision, Path(folder), take_break).result()
 
     def unload(self, revision: str, *, at_once: bool) -> None:
         """at_once: there is no engine yet that could use it. Otherwise it goes when rank 0 says so as well."""
@@ -107,17 +108,17 @@ class RankAdapters:
                 loaded.is_forgotten = True
         self._drop(key)
 
-    def _read(self, key: tuple[int, int], revision: str, folder: Path) -> None:
-        files = open_adapter(folder, self._model, max_rank=self._max_rank)
+    def _read(self, key: tuple[int, int], revision: str, folder: Path, take_break: Callable[[], None]) -> None:
+        files = open_adapter(folder, self._model, max_rank=self._max_rank, take_break=take_break)
         # Reads all of the file, so that nothing below waits for a disk while it keeps Python's lock.
-        digest = content_digest(files)
+        digest = content_digest(files, take_break)
         name, _, expected = revision.rpartition("@")
         if name and digest != expected:
             raise CheckpointError(
                 f"{folder} has other content than the revision {revision}: its digest is {digest}.",
                 remedy="Load the adapter again under its name, which makes a new revision.",
             )
-        matrices = load_matrices(files, self.layers, self._dtype)
+        matrices = load_matrices(files, self.layers, take_break=take_break)
         with self._lock:
             self._loaded[key] = _Loaded(revision, matrices)
 

@@ -86,10 +86,12 @@ class MistralForCausalLM(nn.Module):
         """
         return self.model(token_ids, positions, kv_caches, metadata, adapters)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """hidden_states: [n, hidden_size], n >= 0. Returns fp32 logits [n, vocab_size] on rank 0, None elsewhere."""
-        logits = self.lm_head(hidden_states)
-        return None if logits is None else logits.float()
+    def compute_logits(self, hidden_states: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        """hidden_states: [n, hidden_size], n >= 0. Returns fp32 logits [n, vocab_size] on rank 0, None elsewhere. out: memory for them,
+        which need not be used.
+        """
+        logits: torch.Tensor | None = self.lm_head(hidden_states, out)
+        return logits
 
     def lora_layers(self) -> list[LoraLayer]:
         """The linear layers of the decoder that take adapters, and which part of each module they compute on this rank."""

@@ -24,18 +24,30 @@ _PACK_FLOAT8 = [*_POINTERS, *[ctypes.c_int64] * 3]
 _PACK_GROUPED = [*_POINTERS, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
 _GEMM = [*_POINTERS, *[ctypes.c_int64] * 5]
 
+Gemms = dict[torch.dtype, Callable[..., Any]]  # {dtype of the inputs and of the product: its kernel}
+
 
 class PackedMatrix:
     """A weight [out_features, in_features] in the form that a kernel reads, as bytes in `packed`."""
 
     def __init__(
-        self, packed: torch.Tensor, *, out_features: int, in_features: int, gemms: dict[torch.dtype, Callable[..., Any]]
+        self,
+        packed: torch.Tensor,
+        *,
+        out_features: int,
+        in_features: int,
+        gemms: Gemms,
+        gated_gemms: Gemms | None = None,
+        wide_gemms: Gemms | None = None,
     ) -> None:
-        """gemms: {dtype of x and of the product: its kernel}."""
+        """gated_gemms, wide_gemms: of `multiply_gated` and `multiply_wide`, if there are any for weights of this form."""
         self.packed = packed
         self.out_features = out_features
         self.in_features = in_features
         self._gemms = gemms
+        # Gates and ups are in panels of their own.
+        self._gated_gemms: Gemms = (gated_gemms or {}) if out_features % (2 * PANEL) == 0 else {}
+        self._wide_gemms: Gemms = wide_gemms or {}
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """x @ weight.T. x: [num_tokens, in_features], rows of any stride -> [num_tokens, out_features] in the dtype of x."""
@@ -45,18 +57,48 @@ class PackedMatrix:
 
     def multiply_into(self, out: torch.Tensor, x: torch.Tensor) -> None:
         """The same. out: [num_tokens, out_features] in the dtype of x, rows of any stride."""
-        num_tokens, in_features = x.shape
-        assert in_features == self.in_features and x.stride(1) == 1 and out.stride(1) == 1
+        assert x.shape[1] == self.in_features and x.stride(1) == 1 and out.stride(1) == 1
         if x.dtype not in self._gemms:  # float16: the sums are in float32 in any case
             out.copy_(self.multiply(x.float()))
             return
-        self._gemms[x.dtype](
+        self._run(self._gemms[x.dtype], out, x)
+
+    def multiply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        """silu(gate) * up, where gates are the first half of the outputs and ups the second; None if there is no kernel for it. The bits
+        are those of `multiply` and then of NativeLayerKernels.silu_mul.
+
+        x: [num_tokens, in_features] -> [num_tokens, out_features / 2]
+        """
+        gemm = self._gated_gemms.get(x.dtype)
+        if gemm is None:
+            return None
+        assert x.shape[1] == self.in_features and x.stride(1) == 1
+        out = x.new_empty((x.shape[0], self.out_features // 2))
+        self._run(gemm, out, x)
+        return out
+
+    def multiply_wide(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor | None:
+        """`multiply` as float32, with the same numbers; None if there is no kernel for it. out: where it goes, [num_tokens, out_features]
+        float32; None for new memory.
+        """
+        gemm = self._wide_gemms.get(x.dtype)
+        if gemm is None:
+            return None
+        if out is None:
+            out = x.new_empty((x.shape[0], self.out_features), dtype=torch.float32)
+        assert x.shape[1] == self.in_features and x.stride(1) == 1 and out.dtype == torch.float32
+        assert out.shape == (x.shape[0], self.out_features) and out.stride(1) == 1
+        self._run(gemm, out, x)
+        return out
+
+    def _run(self, gemm: Callable[..., Any], out: torch.Tensor, x: torch.Tensor) -> None:
+        gemm(
             out.data_ptr(),
             x.data_ptr(),
             self.packed.data_ptr(),
-            num_tokens,
+            x.shape[0],
             self.out_features,
-            in_features,
+            self.in_features,
             x.stride(0),
             out.stride(0),
         )
@@ -93,7 +135,15 @@ def pack_dense(library: NativeLibrary, weight: torch.Tensor) -> PackedMatrix:
     packed = _new(_num_panels(out_features) * PANEL * in_features, weight.dtype)
     library.function(f"pack_{name}", _PACK)(packed.data_ptr(), weight.data_ptr(), out_features, in_features)
     gemms = {weight.dtype: library.function(f"gemm_{name}", _GEMM)}
-    return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
+    wide = "gemm_float32" if weight.dtype is torch.float32 else f"wide_gemm_{name}"
+    return PackedMatrix(
+        packed,
+        out_features=out_features,
+        in_features=in_features,
+        gemms=gemms,
+        gated_gemms={weight.dtype: library.function(f"gated_gemm_{name}", _GEMM)},
+        wide_gemms={weight.dtype: library.function(wide, _GEMM)},
+    )
 
 
 def pack_grouped(
@@ -121,7 +171,22 @@ def pack_grouped(
     second_address = None if seconds is None else seconds.data_ptr()
     pack(packed.data_ptr(), values.data_ptr(), scales.data_ptr(), second_address, out_features, in_features)
     gemms = {dtype: library.function(f"gemm_{form}_{name}", _GEMM) for dtype, name in DTYPE_NAMES.items()}
-    return PackedMatrix(packed, out_features=out_features, in_features=in_features, gemms=gemms)
+    gated_gemms: Gemms = {}
+    wide_gemms: Gemms = {}
+    if form in ("int8", "int4"):
+        gated_gemms = {
+            dtype: library.function(f"gated_gemm_{form}_{name}", _GEMM) for dtype, name in DTYPE_NAMES.items()
+        }
+        wide = library.function(f"wide_gemm_{form}_bfloat16", _GEMM)
+        wide_gemms = {torch.float32: gemms[torch.float32], torch.bfloat16: wide}
+    return PackedMatrix(
+        packed,
+        out_features=out_features,
+        in_features=in_features,
+        gemms=gemms,
+        gated_gemms=gated_gemms,
+        wide_gemms=wide_gemms,
+    )
 
 
 def packs_float8(in_features: int, *, block_size: int) -> bool:

@@ -5,9 +5,12 @@ does not reach and which would compete with torch's for the cores.
 """
 
 import ctypes
+import functools
 import importlib.util
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 TORCH_LIBRARY = "libtorch_cpu.so"
 ENTRY_POINT = "GOMP_parallel"  # what GCC's code calls; libiomp5 and libomp have it too
@@ -29,6 +32,21 @@ def load_openmp() -> str:
     path = _used_by_torch() or _next_to_torch() or "libgomp.so.1"
     ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     return path
+
+
+@functools.cache
+def _setter() -> Any | None:
+    """omp_set_num_threads of the runtime that torch uses."""
+    path = _used_by_torch() if sys.platform == "linux" else None
+    return None if path is None else ctypes.CDLL(path).omp_set_num_threads
+
+
+def set_threads_of_this_thread(num_threads: int) -> None:
+    """How many threads torch's products and the kernels use when the calling thread calls them. `torch.set_num_threads` would change what
+    MKL does for all threads.
+    """
+    if (set_num_threads := _setter()) is not None:
+        set_num_threads(num_threads)
 
 
 def _used_by_torch() -> str | None:

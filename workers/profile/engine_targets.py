@@ -45,6 +45,8 @@ def _shared_targets(runner: ModelRunner, tp: TensorParallel) -> Iterator[Target]
             label = f"{containers.rpartition('.')[2]}.{label}"
         if label not in ("", "layers"):
             yield Target(module, "forward", label)
+            if hasattr(module, "multiply_gated"):
+                yield Target(module, "multiply_gated", label)
         for attribute in ("backend", "kernels"):
             if (found := getattr(module, attribute, None)) is not None:
                 parts[id(found)] = found

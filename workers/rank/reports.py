@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from workers.device.sensors import GpuReading
 from workers.protocol import EngineFacts
 
 
@@ -31,12 +32,16 @@ class Started(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank's counters. Seconds are measured on the host; `all_reduce_s_total` is None where all-reduces run asynchronously (CUDA)."""
+    """One rank's counters. Seconds are measured on the host; `all_reduce_s_total` is None where all-reduces run asynchronously (CUDA).
+
+    `gpu`: what its GPU says now; None without one.
+    """
 
     num_steps_total: int = 0
     step_s_total: float = 0.0
     num_all_reduces_total: int = 0
     all_reduce_s_total: float | None = None
+    gpu: GpuReading | None = None
 
 
 class RankEnd(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from workers.config import EngineConfig
 from workers.device.memory import read_memory
 from workers.device.probe import CudaDevice
 from workers.device.require import find_gpu, try_gpu
+from workers.device.sensors import Sensors, open_sensors
 from workers.device.sizes import sized_for
 from workers.engine.loop import EngineLoop
 from workers.errors import ConfigError, GroupError, TramontaneError
@@ -29,6 +30,10 @@ from workers.rank.profile import RankProfile
 from workers.rank.reports import LoadProgress, RankDescription, RankEnd, RankStats, Rendezvous, Started
 from workers.rank.room import check_room
 from workers.rank.server import StreamServer
+from workers.tracing.engine_spans import EngineSpans
+from workers.tracing.log import TraceFormatter
+from workers.tracing.settings import TracingConfig
+from workers.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
     from workers.engine.core import EngineCore
@@ -50,7 +55,8 @@ class RankWorker:
     """One rank. Others call its methods; `progress`, `stats`, `describe`, `wait` and `has_ended` also while another call runs.
 
     incarnation: distinguishes this start of the replica from every other one on the same host. token: the replica's secret, which
-    gateways and the other ranks must know. on_broken: ends the process; replaceable for tests.
+    gateways and the other ranks must know. on_broken: ends the process; replaceable for tests. tracing: where rank 0 sends the spans of
+    requests; None: it makes none.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class RankWorker:
         incarnation: str,
         token: str,
         log_level: str = "WARNING",
+        tracing: TracingConfig | None = None,
         on_broken: Callable[[], None] = lambda: os._exit(BROKEN_EXIT_CODE),
     ) -> None:
         self.config = config
@@ -73,11 +80,14 @@ class RankWorker:
         self._incarnation = incarnation
         self._token = token
         self._on_broken = on_broken
+        self._tracing = tracing
+        self._tracer: Tracer | None = None
         self._progress = LoadProgress()
         self._num_steps_total = 0
         self._step_s_total = 0.0
         self._num_ranks_here = 1
         self._gpu: CudaDevice | None = None
+        self._sensors: Sensors | None = None
         self._tp: TensorParallel | None = None
         self._timed: TimedGroup | None = None  # the same group, where there is more than one rank
         self._runner: ModelRunner | None = None
@@ -91,7 +101,9 @@ class RankWorker:
         self._break_lock = threading.Lock()
         self._ended = threading.Event()
         self._lifeline = Lifeline(rank, token=token, on_lost=self._lost, on_failed=self._break)
-        logging.basicConfig(format=f"%(levelname)s rank {rank} %(name)s: %(message)s")
+        handler = logging.StreamHandler()
+        handler.setFormatter(TraceFormatter(f"%(levelname)s rank {rank} %(name)s: %(message)s"))
+        logging.basicConfig(handlers=[handler])
         logging.getLogger("workers").setLevel(log_level)
 
     def __repr__(self) -> str:
@@ -119,6 +131,7 @@ class RankWorker:
         bound_primitive_caches(os.environ)
         if self._gpu is not None:
             try_gpu(f"Rank {self.rank} on {self.location()}", self._gpu)
+            self._sensors = open_sensors(self._gpu.name)
         from workers.native.exchange import native_exchange
         from workers.parallel.group import SingleRank
         from workers.parallel.join import join_group
@@ -184,7 +197,7 @@ class RankWorker:
         """Reads this rank's part of a PEFT adapter into host memory, while the engine goes on. When all ranks have returned, requests may
         name the revision, "NAME@DIGEST". Idempotent, from any thread, after `load`. Raises CheckpointError for one that does not fit.
         """
-        self._adapters.load(revision, folder)
+        self._adapters.load(revision, folder, beside_engine=self.phase != "loading")
 
     def unload_adapter(self, revision: str) -> None:
         """No further request may name it. It leaves this rank once no request uses it. Idempotent, from any thread, after `load`."""
@@ -216,6 +229,7 @@ class RankWorker:
             step_s_total=self._step_s_total if core is None else core.clock.step_s_total,
             num_all_reduces_total=0 if timed is None else timed.num_all_reduces_total,
             all_reduce_s_total=0.0 if timed is None else timed.all_reduce_s_total,
+            gpu=None if self._sensors is None else self._sensors.read(),
         )
 
     def describe(self) -> RankDescription:
@@ -254,6 +268,8 @@ class RankWorker:
         self._lifeline.close()
         if self._tp is not None:
             self._tp.close()
+        if self._tracer is not None:
+            self._tracer.close()
         self.phase = "ended"
         self._ended.set()
 
@@ -263,7 +279,11 @@ class RankWorker:
     def _lead(self, host: str, runner: "ModelRunner", tp: "TensorParallel", *, numerics: str) -> Started:
         from workers.engine.core import EngineCore
 
-        core = self._core = EngineCore(self.config, runner, tp)
+        spans = None
+        if self._tracing is not None:
+            self._tracer = Tracer(self._tracing, role="replica", instance=f"{self.replica_id}-{self._incarnation}")
+            spans = EngineSpans(self._tracer)
+        core = self._core = EngineCore(self.config, runner, tp, spans=spans)
         facts = msgspec.structs.replace(
             core.facts(self.replica_id),
             device="the CPU" if self._gpu is None else self._gpu.describe(),
@@ -272,8 +292,9 @@ class RankWorker:
         loop = self._loop = EngineLoop(
             core, lambda deltas, events: server.publish(deltas, events), on_failure=self._engine_failed
         )
+        submit = loop.submit if spans is None else spans.noting_arrival(loop.submit)
         server = self._server = StreamServer(
-            facts, self._token, submit=loop.submit, abort=loop.abort, load=core.load, on_orphaned=self._orphaned
+            facts, self._token, submit=submit, abort=loop.abort, load=core.load, on_orphaned=self._orphaned
         )
         bound_host, port = server.start(host)
         loop.start()
@@ -323,5 +344,7 @@ class RankWorker:
             self._server.close(reason=reason, crashed=crashed)
         self.phase = "ended"
         self._ended.set()
+        if self._tracer is not None:
+            self._tracer.close(LAST_WORDS_S)
         time.sleep(LAST_WORDS_S)
         self._on_broken()

@@ -43,6 +43,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, ChatRequest)
+    api = api.serving(body.model)
     check(api, body, context)
     log_prompt(body.messages)
     prepared = await prepare(api, body, context)

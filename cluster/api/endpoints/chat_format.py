@@ -3,7 +3,7 @@
 Knows the response structs and how tool calls arrive in pieces; knows neither prompts nor HTTP.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -28,6 +28,7 @@ from cluster.api.schemas.chat import (
     ToolCallDelta,
 )
 from cluster.api.schemas.completions import CompletionRequest
+from cluster.api.server.sse import TextEvents
 from cluster.text.output.output_text import OutputStep, PlacedLogprob
 from cluster.text.tools.calls import ToolCallDelta as CallPiece
 from workers.protocol import FinishReason
@@ -42,6 +43,7 @@ class ChatFormatter:
     head: ChatCompletion
     choices: Sequence[Choice]
     _opened: set[int] = field(default_factory=set)
+    _texts: dict[int, TextEvents] = field(default_factory=dict)  # by choice
 
     def whole(self, wholes: Sequence[Whole]) -> ChatCompletion:
         finished = []
@@ -70,7 +72,18 @@ class ChatFormatter:
             prompt_token_ids=self._prompt_token_ids(),
         )
 
-    def chunks(self, event: Event) -> Iterator[ChatChunk]:
+    def chunks(self, event: Event) -> Iterable[ChatChunk | bytes]:
+        step, body, index = event.step, self.body, event.choice.index
+        is_open = index in self._opened
+        if not is_open or not step.is_text or body.logprobs or body.return_token_ids or body.continuous_usage:
+            return self._chunks(event)
+        if index not in self._texts:
+            self._texts[index] = TextEvents(
+                lambda text: self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(content=text)))
+            )
+        return (self._texts[index].encode(step.text),)
+
+    def _chunks(self, event: Event) -> Iterator[ChatChunk]:
         choice, step = event.choice, event.step
         index = choice.index
         token_ids = event.token_ids if self.body.return_token_ids else UNSET

@@ -3,7 +3,7 @@
 Knows the response structs; knows neither prompts nor HTTP.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -14,6 +14,7 @@ from cluster.api.generation.generation import Choice, Event, Whole, usage
 from cluster.api.generation.logprobs import EchoedPrompt, echo_prompt, render_completion, render_prompt
 from cluster.api.schemas.base import PromptLogprobs
 from cluster.api.schemas.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
+from cluster.api.server.sse import TextEvents
 from cluster.text.output.output_text import PlacedLogprob
 
 
@@ -26,6 +27,7 @@ class CompletionFormatter:
     head: Completion
     choices: Sequence[Choice]
     _echoes: dict[int, EchoedPrompt] = field(default_factory=dict)  # by choice
+    _texts: dict[int, TextEvents] = field(default_factory=dict)  # by choice
 
     def whole(self, wholes: Sequence[Whole]) -> Completion:
         kept = self._best(wholes)
@@ -47,7 +49,25 @@ class CompletionFormatter:
             )
         return msgspec.structs.replace(self.head, choices=finished, usage=usage(self.choices))
 
-    def chunks(self, event: Event) -> Iterator[Completion]:
+    def chunks(self, event: Event) -> Iterable[Completion | bytes]:
+        step, body = event.step, self.body
+        if (
+            event.is_first
+            or not step.is_text
+            or body.logprobs is not None
+            or body.return_token_ids
+            or body.continuous_usage
+        ):
+            return self._chunks(event)
+        index = event.choice.index
+        if index not in self._texts:
+            part = CompletionChoice(index=index, text="")
+            self._texts[index] = TextEvents(
+                lambda text: msgspec.structs.replace(self.head, choices=[msgspec.structs.replace(part, text=text)])
+            )
+        return (self._texts[index].encode(step.text),)
+
+    def _chunks(self, event: Event) -> Iterator[Completion]:
         choice, step = event.choice, event.step
         echoed = self._echoed(choice)
         start = len(echoed.text) if echoed else 0

@@ -33,6 +33,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, CompletionRequest)
+    api = api.serving(body.model)
     check(api, body, context)
     log_prompt(body.prompt)
     prepared = await prepare(api, body, context)

@@ -33,6 +33,7 @@ async def handle(request: web.Request) -> web.Response:
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, EmbeddingRequest)
+    api = api.serving(body.model)
     check(api, body, context)
     log_prompt(body.input)
     return json_response(await complete(api, body, context, deadline=deadline, arrived=arrived))

@@ -8,6 +8,12 @@ from aiohttp import web
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+# Statuses of errors: of any body, of a model's name, while something is generated, of files, batches and stored responses.
+BODY_ERRORS = (400, 408, 413, 415)
+MODEL_ERRORS = (403, 404)
+RUN_ERRORS = (429, 500, 503, 504)
+STORE_ERRORS = (400, 404, 503)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:

@@ -14,6 +14,7 @@ from cluster.api.endpoints.chat_format import ChatFormatter
 from cluster.api.generation.answering import Prepared, answer
 from cluster.api.generation.prompts import check_text_length, in_thread_if_long
 from cluster.api.request_context import REQUEST_CONTEXT, RequestContext
+from cluster.api.schemas.base import SampledRequest
 from cluster.api.schemas.chat import ChatCompletion
 from cluster.api.schemas.completions import CompletionRequest, FimRequest
 from cluster.api.server import request_options
@@ -29,6 +30,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, FimRequest)
+    api = api.serving(body.model)
     completions.check(api, _completion(body, body.prompt), context)
     log_prompt([body.prompt, body.suffix])
     prepared = await _prepare(api, body, context)
@@ -58,19 +60,7 @@ async def _prepare(api: ApiContext, body: FimRequest, context: RequestContext) -
 
 
 def _completion(body: FimRequest, prompt: str | list[int], *, max_tokens: int | None = None) -> CompletionRequest:
-    return CompletionRequest(
-        model=body.model,
-        prompt=prompt if isinstance(prompt, str) else list(prompt),
-        max_tokens=body.max_tokens if max_tokens is None else max_tokens,
-        stream=body.stream,
-        stream_options=body.stream_options,
-        stop=body.stop,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        random_seed=body.random_seed,
-        min_tokens=body.min_tokens,
-        ignore_eos=body.ignore_eos,
-        priority=body.priority,
-        user=body.user,
-    )
+    shared = {name: getattr(body, name) for name in SampledRequest.__struct_fields__}
+    if max_tokens is not None:
+        shared["max_tokens"] = max_tokens
+    return CompletionRequest(prompt=prompt if isinstance(prompt, str) else list(prompt), **shared)

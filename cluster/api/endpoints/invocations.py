@@ -119,10 +119,11 @@ async def _predict(
         return request.transport is None or request.transport.is_closing()
 
     async def one(kind: _Kind, body: Any) -> msgspec.Struct:
+        served = api.serving(body.model)
         if kind.prepare is None:
-            return await embeddings.complete(api, body, context, deadline=deadline, arrived=arrived)
-        prepared = await kind.prepare(api, body, context)
-        return await answering.complete(api, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone)
+            return await embeddings.complete(served, body, context, deadline=deadline, arrived=arrived)
+        prepared = await kind.prepare(served, body, context)
+        return await answering.complete(served, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -144,9 +145,10 @@ def _read_all(
                 raise RequestError("It must be an object or a text.")
             fields = {"model": api.model_names[0], **parameters, **fields}
             kind = _kind_of(fields)
+            body: Any
             body, ignored = parse(msgspec.json.encode(fields), kind.body, strict=api.strict)
             context.ignore(*ignored)
-            kind.check(api, body, context)
+            kind.check(api.serving(body.model), body, context)
             if getattr(body, "stream", None):
                 raise RequestError("It cannot be streamed.", remedy="Remove 'stream'.", param="stream")
         except RequestError as e:

@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{model}: the names of the served model, and its adapters.
+"""GET /v1/models and /v1/models/{model}: the names of the served models, and their adapters.
 
 Knows the names, what the model can be used for and, once a replica has reported it, the context length.
 """
@@ -14,14 +14,16 @@ from workers.errors import ReplicaUnavailableError
 
 async def list_models(request: web.Request) -> web.Response:
     """All served names."""
-    api = request.app[CONTEXT]
-    return json_response(ModelList(data=[_card(api, name) for name in (*api.model_names, *api.adapters.names)]))
+    served = [request.app[CONTEXT].serving(model.names[0]) for model in request.app[CONTEXT].models]
+    return json_response(
+        ModelList(data=[_card(api, name) for api in served for name in (*api.model_names, *api.adapters.names)])
+    )
 
 
 async def get_model(request: web.Request) -> web.Response:
     """One served name; 404 for any other."""
-    api = request.app[CONTEXT]
     name = request.match_info["model"]
+    api = request.app[CONTEXT].serving(name)
     api.check_model(name, request[REQUEST_CONTEXT])
     return json_response(_card(api, name))
 

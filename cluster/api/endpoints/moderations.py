@@ -39,6 +39,7 @@ async def handle(request: web.Request) -> web.Response:
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, ModerationRequest)
+    api = api.serving(body.model)
     model = _served_model(api, body.model)
     api.check_model(model, context)
     texts = _texts(body)

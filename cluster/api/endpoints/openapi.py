@@ -4,7 +4,7 @@ Knows OpenAPI's format; all facts come from the table of endpoints (table.py) an
 """
 
 import re
-from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -37,8 +37,9 @@ async def handle(request: web.Request) -> web.Response:
     return web.Response(body=request.app[OPENAPI], content_type="application/json")
 
 
-def render(endpoints: Sequence[Endpoint]) -> bytes:
-    """The document for these endpoints."""
+@cache
+def render(endpoints: tuple[Endpoint, ...]) -> bytes:
+    """The document for these endpoints. It takes 25 ms and never changes, and a process may have several applications."""
     types = [ErrorEnvelope, *(t for e in endpoints for t in (e.body, e.form, e.response, e.chunk) if t is not None)]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REF)
     schema_of = dict(zip(map(id, types), schemas, strict=True))

@@ -102,7 +102,7 @@ async def _score(
     params: tuple[str, str],
     arrived: float,
 ) -> tuple[list[float], InputUsage, str]:
-    api, context = request.app[CONTEXT], request[REQUEST_CONTEXT]
+    api, context = request.app[CONTEXT].serving(body.model), request[REQUEST_CONTEXT]
     deadline = request_options.deadline(request, arrived=arrived)
     api.check_model(body.model, context)
     is_similarity = body.scoring != "logprob"

@@ -30,6 +30,7 @@ async def tokenize(request: web.Request) -> web.Response:
     """The token ids of a prompt or a conversation."""
     api = request.app[CONTEXT]
     body = await read_body(request, TokenizeRequest)
+    api = api.serving(body.model)
     if body.model is not None:
         api.check_model(body.model, request[REQUEST_CONTEXT])
     if (body.prompt is None) == (body.messages is None):
@@ -66,6 +67,7 @@ async def detokenize(request: web.Request) -> web.Response:
     """The text of token ids. Control tokens add nothing."""
     api = request.app[CONTEXT]
     body = await read_body(request, DetokenizeRequest)
+    api = api.serving(body.model)
     if body.model is not None:
         api.check_model(body.model, request[REQUEST_CONTEXT])
     check_token_ids(body.tokens, param="tokens", vocab_size=api.router.facts.vocab_size)
@@ -73,8 +75,11 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def tokenizer_info(request: web.Request) -> web.Response:
-    """The tokenizer's settings under the names of transformers, as lm-eval's remote tokenizer reads them."""
-    api = request.app[CONTEXT]
+    """The tokenizer's settings under the names of transformers, as lm-eval's remote tokenizer reads them. ?model=NAME chooses the model."""
+    name = request.query.get("model")
+    api = request.app[CONTEXT].serving(name)
+    if name is not None:
+        api.check_model(name, request[REQUEST_CONTEXT])
     facts, tokenizer, name_of = api.router.facts, api.tokenizer, api.tokenizer.token_text
     return json_response(
         TokenizerInfo(

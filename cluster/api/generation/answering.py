@@ -29,8 +29,8 @@ class Formatter(Protocol):
     def whole(self, wholes: Sequence[Whole]) -> msgspec.Struct:
         """The response in one piece."""
 
-    def chunks(self, event: Event) -> Iterable[msgspec.Struct]:
-        """The chunks of a stream for one delta."""
+    def chunks(self, event: Event) -> Iterable[msgspec.Struct | bytes]:
+        """The chunks of a stream for one delta. Bytes: one that is encoded already."""
 
     def last_chunks(self) -> Iterable[msgspec.Struct]:
         """The chunks before the end of a stream."""

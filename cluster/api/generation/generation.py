@@ -193,7 +193,10 @@ async def _run_one(
         adapter=choice.request.adapter,
     )
     trace = choice.trace
+    if choice.context.trace is not None:
+        trace.spans = choice.context.trace.sequence(choice.request)
     outcome = "abort"
+    error: Exception | None = None
     is_first = True
     try:
         deltas = api.router.generate(
@@ -230,12 +233,22 @@ async def _run_one(
                 is_first = False
                 if step.finish_reason is not None:
                     return
-    except Exception:
-        outcome = "error"
+        # `_merge` would wait for this one for ever.
+        raise EngineError("The sequence ended without a reason.")
+    except Exception as e:
+        outcome, error = "error", e
         choice.context.mark_failed()
         raise
     finally:
         metrics.ended(outcome)
+        if trace.spans is not None:
+            trace.spans.end(
+                outcome,
+                num_prompt_tokens=len(choice.request.prompt_token_ids),
+                num_cached_tokens=choice.num_cached_tokens or 0,
+                num_output_tokens=choice.output.num_tokens,
+                error=error,
+            )
 
 
 async def _merge(

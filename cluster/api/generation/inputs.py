@@ -12,6 +12,7 @@ from cluster.api.context import ApiContext
 from cluster.api.generation.generation import raise_if_failed
 from cluster.api.request_context import RequestContext
 from cluster.router.admission import Admission
+from cluster.router.stream import Trace
 from workers.errors import EngineError
 from workers.protocol import GenerateRequest, TokenDelta
 
@@ -67,19 +68,31 @@ async def _run_one(
         is_line=context.is_batch_line,
         adapter=request.adapter,
     )
-    outcome = "abort"
+    outcome, num_cached_tokens = "abort", 0
+    error: Exception | None = None
+    spans = None if context.trace is None else context.trace.sequence(request)
     try:
-        generating = api.router.generate(request, admission=admission, max_crashes=context.max_crashes)
+        generating = api.router.generate(
+            request, admission=admission, trace=Trace(spans=spans), max_crashes=context.max_crashes
+        )
         async with contextlib.aclosing(generating) as deltas:
             async for delta in deltas:
                 raise_if_failed(delta)
                 if delta.finish_reason is not None:
-                    outcome = delta.finish_reason.value
-                    context.add_cached_tokens(delta.num_cached_tokens or 0)
+                    outcome, num_cached_tokens = delta.finish_reason.value, delta.num_cached_tokens or 0
+                    context.add_cached_tokens(num_cached_tokens)
                     return delta
         raise EngineError("The engine ended this request before it was complete.")
-    except Exception:
-        outcome = "error"
+    except Exception as e:
+        outcome, error = "error", e
         raise
     finally:
         metrics.ended(outcome)
+        if spans is not None:
+            spans.end(
+                outcome,
+                num_prompt_tokens=len(request.prompt_token_ids),
+                num_cached_tokens=num_cached_tokens,
+                num_output_tokens=0,
+                error=error,
+            )

@@ -36,18 +36,14 @@ class StreamOptions(Struct, frozen=True, kw_only=True):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(Struct, frozen=True, kw_only=True):
-    """The fields that completions and chat share. As with OpenAI, null means the default. `user` is written to the log.
+class SampledRequest(Struct, frozen=True, kw_only=True):
+    """The fields of every prompt that is continued. As with OpenAI, null means the default. `user` is written to the log.
 
-    `top_p`: 0 takes the likeliest token. `random_seed`: Mistral's name for `seed`. `top_k`: -1 and 0 mean no limit.
-    `include_stop_str_in_output`: also shows what ended the output. `skip_special_tokens`: false shows special tokens, such as `</s>`.
-    `truncate_prompt_tokens`: keeps the last n tokens; -1 keeps as many as fit. `priority`: requests with smaller numbers run first.
-    `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`: older names for the fields of `structured_outputs`.
+    `top_p`: 0 takes the likeliest token. `random_seed`: Mistral's name for `seed`. `priority`: requests with smaller numbers run first.
     """
 
     model: str
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
-    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: (
@@ -57,20 +53,32 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     ) = None
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
     top_p: Fraction | None = None
+    seed: Int64 | None = None
+    random_seed: Int64 | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    priority: Priority | None = None
+    user: UserName | None = None
+
+
+class GenerationRequest(SampledRequest, frozen=True, kw_only=True):
+    """The fields that completions and chat share.
+
+    `top_k`: -1 and 0 mean no limit. `include_stop_str_in_output`: also shows what ended the output. `skip_special_tokens`: false shows
+    special tokens, such as `</s>`. `truncate_prompt_tokens`: keeps the last n tokens; -1 keeps as many as fit.
+    `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`: older names for the fields of `structured_outputs`.
+    """
+
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[int, Bias], Meta(max_length=1024)] | None = None
-    seed: Int64 | None = None
-    random_seed: Int64 | None = None
-    user: UserName | None = None
     response_format: ResponseFormat | None = None
     # Additions to OpenAI's API, with vLLM's names.
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Fraction | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100.0)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0)] | None = None
     stop_token_ids: Annotated[list[int], Meta(max_length=128)] | None = None
-    ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] | None = None
@@ -83,7 +91,6 @@ class GenerationRequest(Struct, frozen=True, kw_only=True):
     guided_regex: Pattern | None = None
     guided_choice: Choices | None = None
     guided_grammar: Pattern | None = None
-    priority: Priority | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

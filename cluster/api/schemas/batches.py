@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from cluster.batch.records import BatchRecord, BatchStatus, FileRecord
+from cluster.batch.records import BatchEndpoint, BatchRecord, BatchStatus, FileRecord
 
 MAX_FILES_PER_PAGE = 10_000
 MAX_BATCHES_PER_PAGE = 100
@@ -70,7 +70,7 @@ class BatchRequest(Struct, frozen=True, kw_only=True):
     """`completion_window`: a number with a unit (s, m, h or d). Lines that are not answered by then expire."""
 
     input_file_id: str
-    endpoint: Literal["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]
+    endpoint: BatchEndpoint
     completion_window: str
     metadata: (
         Annotated[

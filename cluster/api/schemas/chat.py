@@ -120,6 +120,13 @@ class Tool(Struct, frozen=True, kw_only=True):
     type: Literal["function"] | None = None
 
 
+def function_tool(
+    name: str, parameters: dict[str, Any] | None, *, description: str | None, strict: bool | None
+) -> Tool:
+    """A tool from the flat form that other APIs have. `parameters`: a JSON schema."""
+    return Tool(function=FunctionDefinition(name=name, description=description, parameters=parameters, strict=strict))
+
+
 class FunctionChoice(Struct, frozen=True, kw_only=True):
     name: FunctionName
 

@@ -6,18 +6,11 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from cluster.api.schemas.base import (
     MAX_N,
-    MAX_STOP_CHARS,
-    MAX_STOP_STRINGS,
-    Fraction,
     GenerationRequest,
-    Int64,
     NumLogprobs,
-    Priority,
     PromptLogprobs,
-    StopString,
-    StreamOptions,
+    SampledRequest,
     Usage,
-    UserName,
 )
 
 
@@ -40,28 +33,12 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
         return self.best_of or self.n or 1
 
 
-class FimRequest(Struct, frozen=True, kw_only=True):
-    """Mistral's body: the model writes what comes between `prompt` and `suffix`."""
+class FimRequest(SampledRequest, frozen=True, kw_only=True):
+    """Mistral's body: the model writes what comes between `prompt` and `suffix`. `max_tokens`: all that fits by default."""
 
-    model: str
     prompt: str
     suffix: str | None = None
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    stop: (
-        Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
-        | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
-        | None
-    ) = None
-    temperature: Annotated[float, Meta(ge=0.0, le=2.0)] | None = None
-    top_p: Fraction | None = None
-    seed: Int64 | None = None
-    random_seed: Int64 | None = None
-    min_tokens: Annotated[int, Meta(ge=0)] | None = None
-    ignore_eos: bool | None = None
-    priority: Priority | None = None
-    user: UserName | None = None
 
 
 class CompletionLogprobs(Struct, frozen=True, kw_only=True):

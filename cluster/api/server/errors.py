@@ -34,6 +34,7 @@ INSTEAD = {
     "/v1/agents": "POST /v1/responses or /v1/chat/completions",
     "/v1/agents/completions": "POST /v1/responses or /v1/chat/completions",
     "/v1/conversations": "POST /v1/responses with 'previous_response_id'",
+    "/v1/responses/compact": "POST /v1/responses with 'truncation': 'auto', or with a summary as 'input'",
     "/rerank": "POST /v1/rerank",
     "/v2/rerank": "POST /v1/rerank",
     "/score": "POST /v1/score",
@@ -198,8 +199,22 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
         return await handler(request)
     except web.HTTPNotFound:
         return error_response(_unknown_url(request.path), request.path)
+    except web.HTTPMethodNotAllowed as e:
+        if request.headers.get(hdrs.UPGRADE, "").lower() == "websocket":
+            return error_response(_NO_WEBSOCKETS, request.path)
+        # A path may look like that of something with an id, which has other methods.
+        known = request.path.rstrip("/") in INSTEAD
+        return error_response(_unknown_url(request.path) if known else e, request.path)
     except Exception as e:
         return error_response(e, request.path)
+
+
+_NO_WEBSOCKETS = HTTPError(
+    400,
+    "This server does not speak WebSocket.",
+    remedy="Send POST requests, with 'stream': true for events as they come.",
+    code="websocket_unsupported",
+)
 
 
 def _unknown_url(path: str) -> HTTPError:

@@ -12,6 +12,7 @@ from cluster.api.context import CONTEXT
 from cluster.api.request_context import REQUEST_CONTEXT, RequestContext
 from cluster.api.server.auth import ADMIN, KEY, path_of
 from cluster.api.server.errors import Handler
+from cluster.api.server.tracing import TRACE
 from cluster.keys.accounts import Accounts, RequestUsage
 from cluster.keys.ledger import Group, Ledger, Sums, today
 
@@ -28,13 +29,13 @@ def make_middleware(
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         key, path = request.get(KEY), path_of(request)
         if key is None or request.method != "POST" or not path or path.startswith(ADMIN):
-            context = request[REQUEST_CONTEXT] = RequestContext()
+            context = request[REQUEST_CONTEXT] = RequestContext(trace=request.get(TRACE))
             if key is None and request.method == "POST" and _needs_room(path):
                 check_room(None)
             with context.at_end:
                 return await handler(request)
         usage = accounts.usage(key, path)
-        context = request[REQUEST_CONTEXT] = RequestContext(usage=usage)
+        context = request[REQUEST_CONTEXT] = RequestContext(usage=usage, trace=request.get(TRACE))
         try:
             with accounts.running(usage), context.at_end:
                 if _needs_room(path):

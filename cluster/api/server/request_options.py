@@ -36,8 +36,7 @@ _SANE_ID = re.compile(r"[!-~]{1,128}")
 @web.middleware
 async def request_id_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
     """The outermost middleware: puts the request's id into the response and into the log records of this request and its tasks."""
-    given = request.headers.get(REQUEST_ID, "")
-    request_id = given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    request_id = request_id_of(request)
     token = request_id_var.set(request_id)
     try:
         response = await handler(request)
@@ -46,6 +45,12 @@ async def request_id_middleware(request: web.Request, handler: Handler) -> web.S
     if not response.prepared:
         response.headers[REQUEST_ID] = request_id
     return response
+
+
+def request_id_of(request: web.Request) -> str:
+    """The client's own, or a new one."""
+    given = request.headers.get(REQUEST_ID, "")
+    return given if _SANE_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:

@@ -8,6 +8,7 @@ the first event, the headers are sent with it, and later errors are sent as even
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import msgspec
 from aiohttp import hdrs, web
 
 from cluster.api.server.errors import ClientGoneError, ErrorEnvelope, describe
+from cluster.api.server.http_connection import write_chunk
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,21 @@ class Wire:
 CHUNKS = Wire()
 
 
+class TextEvents:
+    """Events in OpenAI's format that differ in one text: what is around it is encoded once. Most events of most streams are such.
+
+    make: the event of a text.
+    """
+
+    def __init__(self, make: Callable[[str], msgspec.Struct]) -> None:
+        text = secrets.token_hex(16)  # nothing else in the event is the same
+        self._before, self._after = encode_event(make(text)).split(_encoder.encode(text))
+
+    def encode(self, text: str) -> bytes:
+        """The same bytes as `encode_event` gives."""
+        return b"%b%b%b" % (self._before, _encoder.encode(text), self._after)
+
+
 def encode_comment(text: str) -> bytes:
     """The bytes of a comment, which clients skip."""
     return f": {text}\n\n".encode()
@@ -68,15 +85,16 @@ async def stream(
     request: web.Request,
     events: AsyncGenerator[T, None],
     *,
-    chunks: Callable[[T], Iterable[msgspec.Struct]],
+    chunks: Callable[[T], Iterable[msgspec.Struct | bytes]],
     last_chunks: Callable[[], Iterable[msgspec.Struct]] = tuple,
     wire: Wire = CHUNKS,
     headers: Callable[[], Mapping[str, str]] = dict,
     note: Callable[[], str] = str,
     keep_alive_s: float = KEEP_ALIVE_S,
 ) -> web.StreamResponse:
-    """Writes the chunks of every event, then the last chunks, then the wire's end. headers: called when they are sent. note: called for
-    every event; what it returns becomes a comment before the event, unless it is empty.
+    """Writes the chunks of every event, then the last chunks, then the wire's end. Chunks that are bytes are encoded already.
+    headers: called when they are sent. note: called for every event; what it returns becomes a comment before the event, unless it is
+    empty.
 
     A failure before the headers is raised. A later one is sent as an error event, and the stream ends without that end.
     """
@@ -84,7 +102,7 @@ async def stream(
     try:
         async with _kept_alive(writer, keep_alive_s):
             async for event in events:
-                data = b"".join([wire.encode(chunk) for chunk in chunks(event)])
+                data = b"".join([chunk if isinstance(chunk, bytes) else wire.encode(chunk) for chunk in chunks(event)])
                 await writer.send(encode_comment(text) + data if (text := note()) else data)
             await writer.send(b"".join([wire.encode(chunk) for chunk in last_chunks()]) + wire.end)
         await writer.response.write_eof()
@@ -116,6 +134,10 @@ class _Writer:
 
     async def send(self, data: bytes) -> None:
         """Waits for a client that reads slowly; the listener closes the connection of one that is too slow."""
+        # The usual case, at a tenth of the cost of what follows.
+        if data and self.started and not self._lock.locked() and write_chunk(self.response, data):
+            self.last_sent = time.monotonic()
+            return
         async with self._lock:
             if not self.started:
                 self.started = True

@@ -13,16 +13,18 @@ import msgspec
 from cluster.api.context import ApiContext
 from cluster.api.generation.generation import Choice, admit, run
 from cluster.api.request_context import RequestContext
-from cluster.api.server.errors import describe
+from cluster.api.server.errors import ModelNotFoundError, describe
 from cluster.api.stored.run import Entered, Run
 from cluster.api.stored.steps import to_step
 from cluster.keys.accounts import Accounts, RequestUsage
-from cluster.keys.key import NotAllowedError
 from cluster.keys.keyring import Keyring
 from cluster.keys.ledger import Group, Ledger, Sums, today
 from cluster.responses.items import ResponseError
 from cluster.responses.records import Step
+from cluster.system.log import trace_ids_var
+from cluster.tracing.request import RequestTrace
 from workers.errors import OverloadedError, RequestError
+from workers.tracing.attributes import Value
 
 
 class ApiExecutor:
@@ -45,25 +47,26 @@ class ApiExecutor:
         with contextlib.ExitStack() as stack:
             if entered is not None:
                 stack.push(entered.stack)
+            api = self._model_of(run_)
             usage = self._new_usage(run_)
             if usage is not None:
                 stack.callback(self._record, usage)
             adapter = run_.stored.request.generate.adapter
             if adapter is not None:
-                stack.enter_context(self._api.adapters.using(adapter))
-            choice = _choice(self._api, run_, RequestContext(usage=usage))
+                stack.enter_context(api.adapters.using(adapter))
+            choice = _choice(api, run_, RequestContext(usage=usage, trace=self._trace(run_, stack, entered)))
             is_continued = not run_.is_fresh
             if entered is None:
-                admission = stack.enter_context(admit(self._api, [choice], deadline=None))
+                admission = stack.enter_context(admit(api, [choice], deadline=None))
                 if usage is not None and is_continued:
                     usage.num_prompt_tokens = 0  # charged to the first runner's request
             else:
                 admission = entered.admission
             arrived = time.monotonic() if entered is None else entered.arrived
-            async with contextlib.aclosing(run(self._api, [choice], admission=admission, arrived=arrived)) as events:
+            async with contextlib.aclosing(run(api, [choice], admission=admission, arrived=arrived)) as events:
                 async for event in events:
                     step = to_step(
-                        self._api,
+                        api,
                         event.step,
                         token_ids=event.token_ids,
                         num_cached_tokens=choice.num_cached_tokens if run_.is_fresh else None,
@@ -78,14 +81,42 @@ class ApiExecutor:
         code = "invalid_prompt" if isinstance(error, RequestError) else "server_error"
         return ResponseError(code=code, message=body.message)  # type: ignore[arg-type]  # one of the two
 
+    def _trace(self, run_: Run, stack: contextlib.ExitStack, entered: Entered | None) -> RequestTrace | None:
+        """Part of the trace of the client that waits, or one of its own, which a gateway that takes over makes as well."""
+        request, tracing = run_.stored.request, self._api.tracing
+        if tracing is None:
+            return None
+        created_by = request.generate.traceparent
+        trace = None
+        if entered is not None and created_by is not None:
+            trace = tracing.continuing(created_by, endpoint=request.endpoint)
+        if trace is None:
+            attributes: dict[str, Value] = {
+                "gen_ai.response.id": run_.id,
+                "tramontane.resumed_tokens": len(run_.output_token_ids),
+            }
+            trace = tracing.background(
+                "stored response", endpoint=request.endpoint, attributes=attributes, created_by=created_by
+            )
+            stack.callback(trace.end, {})
+        trace_ids_var.set(trace.ids)  # in the task of this response
+        trace.model = request.asked.model
+        return trace
+
+    def _model_of(self, run_: Run) -> ApiContext:
+        """Raises ModelNotFoundError if this server has several models and no longer that of the response."""
+        request = run_.stored.request
+        name = request.generate.adapter or request.asked.model
+        api = self._api.serving(name)
+        if len(api.models) > 1 and not api.model.knows(name):
+            raise ModelNotFoundError(f"The model {name!r} is no longer served.", code="model_not_found")
+        return api
+
     def _new_usage(self, run_: Run) -> RequestUsage | None:
         """Raises NotAllowedError if the key that made the response was revoked."""
-        owner = run_.record.owner
-        if not owner or not self._keyring.guards:
-            return None
-        key = self._keyring.get(owner)
+        key = self._keyring.owner(run_.record.owner, "response")
         if key is None:
-            raise NotAllowedError("The API key that made this response is no longer valid.", code="api_key_revoked")
+            return None
         usage = self._accounts.usage(key, run_.stored.request.endpoint)
         usage.model = run_.stored.request.asked.model
         return usage
@@ -107,6 +138,7 @@ def _choice(api: ApiContext, run_: Run, context: RequestContext) -> Choice:
         # New each time: a replica may still have the request of another runner.
         request_id=f"{run_.id}-{uuid.uuid4().hex[:8]}",
         output_token_ids=list(run_.output_token_ids),
+        traceparent=None,
     )
     output = request.output.open(api.tokenizer)
     if run_.output_token_ids:

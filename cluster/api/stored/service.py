@@ -16,6 +16,7 @@ from cluster.api.stored.journal import Journal
 from cluster.api.stored.run import MAX_PENDING, Entered, Run
 from cluster.batch.errors import StoreError
 from cluster.batch.store.interface import ResponseStore
+from cluster.responses.counts import ResponseCounts
 from cluster.responses.items import ResponseError
 from cluster.responses.records import ResponseLease, ResponseRecord, Step, Stored
 from cluster.system.process import is_dead, new_owner
@@ -57,12 +58,13 @@ class Executor(Protocol):
 
 
 class ResponseService:
-    """`start` it with an executor, and `stop` it. `store` may be used for whatever needs no runner."""
+    """`start` it with an executor, and `stop` it. `store` may be used for whatever needs no runner. `counts`: for the metrics."""
 
     def __init__(
         self, store: ResponseStore, *, lease_ttl_s: float = LEASE_TTL_S, poll_every_s: float = POLL_EVERY_S
     ) -> None:
         self.store = store
+        self.counts = ResponseCounts()
         self._lease_ttl_s = lease_ttl_s
         self._poll_every_s = poll_every_s
         self._owner = new_owner()
@@ -157,7 +159,15 @@ class ResponseService:
 
     async def end(self, response_id: str, end: Callable[[Stored, list[Step]], ResponseRecord]) -> ResponseRecord | None:
         """Ends a response wherever it runs; see ResponseStore.end."""
-        record = await self.store.end(response_id, end)
+        made: list[ResponseRecord] = []
+
+        def build(stored: Stored, steps: list[Step]) -> ResponseRecord:
+            made[:] = [end(stored, steps)]  # again, if the transaction is repeated
+            return made[0]
+
+        record = await self.store.end(response_id, build)
+        if made and record is made[0]:
+            self.counts.ended[record.status] += 1
         self._lose(response_id)
         return record
 
@@ -174,12 +184,16 @@ class ResponseService:
 
     def _begin(self, run: Run, entered: Entered | None) -> None:
         self._runs[run.id] = run
+        self.counts.num_running = len(self._runs)
         run.task = asyncio.create_task(self._run(run, entered), name=run.id)
         run.task.add_done_callback(lambda _: self._ended(run))
 
     def _ended(self, run: Run) -> None:
         if self._runs.get(run.id) is run:
             del self._runs[run.id]
+        self.counts.num_running = len(self._runs)
+        if run.feed.record is not None:
+            self.counts.ended[run.feed.record.status] += 1
         self._wake.set()
 
     async def _run(self, run: Run, entered: Entered | None) -> None:
@@ -268,4 +282,5 @@ class ResponseService:
         )
         for lease, stored, steps in taken:
             log.info("Response %s: continues here after %d steps.", stored.record.id, len(steps))
+            self.counts.num_taken_over += lease.fence > 1
             self._begin(Run(stored, lease, steps), None)

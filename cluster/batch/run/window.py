@@ -18,6 +18,7 @@ from cluster.batch.run.executor import LineExecutor
 from cluster.batch.run.feed import Feed, Work
 from cluster.batch.run.suspects import Patience, Suspects, Trials
 from cluster.batch.store.interface import Store
+from cluster.tracing.origin import Origin, origin_var
 from workers.errors import DeadlineExceededError, OverloadedError, ReplicaUnavailableError, TramontaneError
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class Window:
 
     async def _answer(self, work: Work) -> None:
         line = work.line
+        origin_var.set(Origin(self._batch.id, self._batch.traceparent))
         try:
             result = await self._executor.execute(
                 line,

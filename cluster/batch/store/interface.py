@@ -33,6 +33,9 @@ class ResponseStore(Protocol):
         is_dead: whether another owner, whose lease has not expired, is known to be dead.
         """
 
+    async def adapters(self) -> set[str]:
+        """The revisions that responses which have not ended name."""
+
     async def renew(self, leases: Sequence[ResponseLease], *, ttl_s: float, now: float) -> set[str]:
         """Extends the leases. Returns the responses of those that are lost."""
 

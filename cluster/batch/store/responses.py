@@ -37,18 +37,20 @@ class SqlResponses:
         record = stored.record
         request = _request_encoder.encode(stored.request)
 
+        fence = 0 if owner is None else 1
+
         def work(s: Session) -> None:
             expires_at = 0.0 if owner is None else s.clock(now) + ttl_s
             s.execute(
                 "INSERT INTO responses (id, owner, status, expires_at, record, lease_owner, lease_fence, lease_expires_at) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (record.id, record.owner, record.status, record.expires_at, _encode(record), owner, 1, expires_at),
+                (record.id, record.owner, record.status, record.expires_at, _encode(record), owner, fence, expires_at),
             )
             seq = _seq(s, record.id)
             s.execute("INSERT INTO response_requests VALUES (?, ?)", (seq, request))
 
         await self._database.write(work)
-        return None if owner is None else ResponseLease(response_id=record.id, owner=owner, fence=1)
+        return None if owner is None else ResponseLease(response_id=record.id, owner=owner, fence=fence)
 
     async def get(self, response_id: str) -> Stored | None:
         return await self._database.read(lambda s: _find(s, response_id))
@@ -117,6 +119,15 @@ class SqlResponses:
 
         # Most of the time there is nothing to take, and a reader delays no writer.
         return await self._database.write(work) if await self._database.read(look) else []
+
+    async def adapters(self) -> set[str]:
+        sql = f"SELECT q.data FROM responses r JOIN response_requests q ON q.response = r.seq WHERE {_RUNNING}"
+
+        def work(s: Session) -> set[str]:
+            requests = [_request_decoder.decode(bytes(data)) for (data,) in s.execute(sql)]
+            return {r.generate.adapter for r in requests if r.generate.adapter is not None}
+
+        return await self._database.read(work)
 
     async def renew(self, leases: Sequence[ResponseLease], *, ttl_s: float, now: float) -> set[str]:
         def work(s: Session) -> set[str]:

@@ -39,6 +39,8 @@ def load(args: Namespace) -> None:
     body = {"lora_name": args.adapter, "lora_path": source, "load_inplace": True}
     if args.canary is not None:
         body["canary"] = args.canary
+    if args.base_model is not None:
+        body["base_model_name"] = args.base_model
     with _client(args, timeout_s=LOAD_TIMEOUT_S) as client:
         client.post_text("/v1/load_lora_adapter", body)
         adapter = _find(client, args.adapter)

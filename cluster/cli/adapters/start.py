@@ -10,7 +10,7 @@ from workers.errors import CheckpointError, RequestError
 from workers.lora.peft_folder import read_adapter
 
 if TYPE_CHECKING:
-    from cluster.gateway.gateway import Gateway
+    from cluster.gateway.adapters import GatewayAdapters
 
 
 def check_adapters(config: ServeConfig) -> None:
@@ -24,9 +24,9 @@ def check_adapters(config: ServeConfig) -> None:
             raise CheckpointError(f"--lora {name}={source}: {e.message}", remedy=e.remedy) from e
 
 
-async def load_adapters(config: ServeConfig, gateway: "Gateway") -> None:
+async def load_adapters(config: ServeConfig, adapters: "GatewayAdapters") -> None:
     """Returns when all replicas have them. Raises CheckpointError for one that a replica cannot load."""
-    loads = [gateway.adapters.load(name, source, in_place=True) for name, source in config.lora]
+    loads = [adapters.load(name, source, in_place=True, while_starting=True) for name, source in config.lora]
     try:
         await asyncio.gather(*loads)
     except RequestError as e:

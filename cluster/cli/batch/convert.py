@@ -1,9 +1,9 @@
 """Converts JSON lines, CSV and Parquet into the lines of a batch file, as a stream. Does not check whether a request is valid.
 
-The row's field decides what it becomes: `prompt` a completion, `messages` a conversation, `input` an embedding. A row that already is a
-request of a batch file stays as it is. From tables, only columns named like request fields are used; a template may build the text and the
-custom_id from columns. Rows without a `custom_id` or `id` are named by their number. Each line has its row's number; a skipped row becomes
-an empty line.
+The row's field decides what it becomes, unless the endpoint is given: `prompt` a completion, `messages` a conversation, `input` an
+embedding. A row that already is a request of a batch file stays as it is. From tables, only columns named like request fields are used; a
+template may build the text and the custom_id from columns. Rows without a `custom_id` or `id` are named by their number. Each line has its
+row's number; a skipped row becomes an empty line.
 """
 
 import csv
@@ -30,6 +30,8 @@ _ENDINGS: dict[str, Format] = {
     ".pq": "parquet",
 }
 _BY_FIELD = {"messages": "/v1/chat/completions", "prompt": "/v1/completions", "input": "/v1/embeddings"}
+_RESPONSES = "/v1/responses"
+_FIELD_OF = {path: name for name, path in _BY_FIELD.items()} | {_RESPONSES: "input", "/v1/messages": "messages"}
 _ID_COLUMNS = ("custom_id", "id")
 _PARQUET_ROWS = 1024
 # Columns of a table that are request parameters, and how their text is parsed.
@@ -132,7 +134,7 @@ def _request(row: dict[str, Any], number: int, template: LineTemplate, *, is_tab
         endpoint = endpoint or "/v1/completions"
         text = _fill(template.text, row, number)
         body = {k: v for k, v in body.items() if k not in _BY_FIELD}
-        name = next(name for name, path in _BY_FIELD.items() if path == endpoint)
+        name = _FIELD_OF[endpoint]
         body[name] = [{"role": "user", "content": text}] if name == "messages" else text
     names = [name for name in _BY_FIELD if body.get(name) not in (None, "")]
     if len(names) != 1:
@@ -142,16 +144,15 @@ def _request(row: dict[str, Any], number: int, template: LineTemplate, *, is_tab
             if not names
             else f"Row {number} has {' and '.join(repr(n) for n in names)}, but only one of them is allowed."
         )
-    if endpoint is not None and _BY_FIELD[names[0]] != endpoint:
-        if names[0] != "prompt" or endpoint == "/v1/completions":
+    if endpoint is not None and (wanted := _FIELD_OF[endpoint]) != names[0]:
+        if names[0] != "prompt":
             raise RequestError(f"Row {number} has {names[0]!r}, which {endpoint} does not accept.")
-        # The other two endpoints accept a plain prompt under another name.
+        # A plain prompt has another name there.
         text = body.pop("prompt")
-        if endpoint == "/v1/embeddings":
-            body["input"] = text
-        else:
-            body["messages"] = [{"role": "user", "content": text}]
+        body[wanted] = text if wanted == "input" else [{"role": "user", "content": text}]
     endpoint = endpoint or _BY_FIELD[names[0]]
+    if endpoint == _RESPONSES and "max_tokens" in body:
+        body.setdefault("max_output_tokens", body.pop("max_tokens"))
     line = {"custom_id": ids[0] if ids else f"line-{number}", "method": "POST", "url": endpoint, "body": body}
     return endpoint, msgspec.json.encode(line) + b"\n"
 

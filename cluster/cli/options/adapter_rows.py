@@ -73,6 +73,12 @@ LOAD = Command(
                     metavar="SHARE",
                     help="give only this share of new requests to the new revision, such as 10%, until `promote` or `rollback`",
                 ),
+                option(
+                    "--base-model",
+                    metavar="NAME",
+                    help="served model that the adapter is for, on a server with several",
+                    shown_default="the only one with adapters",
+                ),
                 *URL_ROWS,
             ),
         ),

@@ -128,6 +128,21 @@ PLAN = Command(
                     default=EngineConfig.gpu_memory_utilization,
                     help="share of a GPU's memory to use, from 0 to 1",
                 ),
+                switch("--enable-lora", help="leave room for LoRA adapters, as `serve` does"),
+                option(
+                    "--max-loras",
+                    parse=parse_positive,
+                    metavar="N",
+                    help="with --enable-lora, adapters on the GPU at a time",
+                    shown_default=str(EngineConfig.max_loras),
+                ),
+                option(
+                    "--max-lora-rank",
+                    parse=parse_positive,
+                    metavar="N",
+                    help="with --enable-lora, largest rank of an adapter",
+                    shown_default=str(EngineConfig.max_lora_rank),
+                ),
             ),
         ),
         Group(

@@ -4,6 +4,7 @@ import argparse
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,26 @@ def parse(argv: Sequence[str] | None = None, *, environ: Mapping[str, str] = os.
     """The arguments of one command; `run` is its Command. Exits with 2 and a message for a command line that cannot be read."""
     args = make_parser(environ=environ).parse_args(argv)
     read_environment(args, args.run.options, environ=environ)
+    if getattr(args, "config", None) is not None:
+        args.given = _given(argv, args.run.options, environ=environ)
     return args
 
 
-def make_parser(*, environ: Mapping[str, str] = os.environ) -> argparse.ArgumentParser:
-    """The parser of all commands."""
+def _given(argv: Sequence[str] | None, options: Iterable[Option], *, environ: Mapping[str, str]) -> frozenset[str]:
+    """The attributes that the command line or the environment sets, where a file has the rest."""
+    named = vars(make_parser(environ=environ, has_defaults=False).parse_args(argv))
+    return frozenset(named) | {option.dest for option in options if option.env and environ.get(option.env)}
+
+
+def make_parser(*, environ: Mapping[str, str] = os.environ, has_defaults: bool = True) -> argparse.ArgumentParser:
+    """The parser of all commands. has_defaults: whether options that are not given have their default, or are missing."""
+    required = (option.env for command in COMMANDS for option in command.options if option.is_required and option.env)
+    return _make_parser(frozenset(name for name in required if environ.get(name)), has_defaults)
+
+
+@cache  # it takes 10 ms, and a process may read several command lines
+def _make_parser(variables: frozenset[str], has_defaults: bool) -> argparse.ArgumentParser:
+    """variables: those that are set and stand for a required option."""
     parser = argparse.ArgumentParser(prog="tramontane", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"tramontane {version('tramontane')}")
     top = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -34,7 +50,12 @@ def make_parser(*, environ: Mapping[str, str] = os.environ) -> argparse.Argument
             members = top.add_parser(family, help=about, description=description)
             families[family] = members.add_subparsers(required=True, metavar="COMMAND")
         where = families[family] if family else top
-        _fill(where.add_parser(name, help=command.help, description=_escaped(command.description)), command, environ)
+        _fill(
+            where.add_parser(name, help=command.help, description=_escaped(command.description)),
+            command,
+            variables,
+            has_defaults,
+        )
     return parser
 
 
@@ -56,20 +77,20 @@ def help_text(option: Option) -> str:
     return f"{option.help} ({'; '.join(notes)})" if notes else option.help
 
 
-def _fill(parser: argparse.ArgumentParser, command: Command, environ: Mapping[str, str]) -> None:
+def _fill(parser: argparse.ArgumentParser, command: Command, variables: frozenset[str], has_defaults: bool) -> None:
     parser.set_defaults(run=command, **dict(command.constants))
     for group in command.groups:
         where: Any = parser
         if group.title is not None:
             where = parser.add_argument_group(group.title, group.note)
         for option in group.options:
-            _add(where, option, environ)
+            _add(where, option, variables, has_default=has_defaults and not option.is_remembered)
 
 
-def _add(where: Any, option: Option, environ: Mapping[str, str]) -> None:
+def _add(where: Any, option: Option, variables: frozenset[str], *, has_default: bool) -> None:
     given: dict[str, Any] = {"help": _escaped(help_text(option))}
     names = option.names
-    default = argparse.SUPPRESS if option.is_remembered else option.default
+    default = option.default if has_default else argparse.SUPPRESS
     if option.kind == "switch":
         given |= {"action": "store_true", "default": default, "dest": option.dest}
     elif option.kind == "toggle":
@@ -81,10 +102,10 @@ def _add(where: Any, option: Option, environ: Mapping[str, str]) -> None:
     else:
         given |= {"type": _argparse_type(option.parse), "metavar": option.metavar, "choices": option.choices or None}
         if option.kind == "value":
-            is_required = option.is_required and not (option.env and environ.get(option.env))
+            is_required = option.is_required and option.env not in variables
             given |= {"default": default, "dest": option.dest, "required": is_required}
         elif option.kind == "optional argument":
-            given |= {"nargs": "?"}
+            given |= {"nargs": "?", "default": default}
     where.add_argument(*names, **given)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from operator import not_
 from pathlib import Path
 
-from cluster.cli.options.adapter_rows import ADAPTERS, GENERATE_ADAPTERS
+from cluster.cli.options.adapter_rows import ADAPTERS, GENERATE_ADAPTERS, LORA, LORA_ENGINE_ROWS
 from cluster.cli.options.option import Command, Group, option, switch
 from cluster.cli.options.profile_rows import PROFILE
 from cluster.cli.options.shared_rows import (
@@ -37,7 +37,9 @@ from cluster.protocol.routing import ROUTING_POLICIES
 from cluster.router.bounds import MAX_QUEUED_TOKENS, QUEUE_TIMEOUT_S
 from cluster.system.files import has_files
 from cluster.system.log import LOG_FORMATS
+from cluster.tracing.settings import tracing_config
 from workers.errors import ConfigError
+from workers.tracing.settings import TracingConfig
 
 
 def chat_template(requested: str) -> str:
@@ -61,9 +63,21 @@ def _platform(asked: str | None) -> Platform | None:
     return recognize(os.environ, asked=asked or "auto", has_files=has_files)
 
 
+def _tracing(endpoint: str | None) -> TracingConfig | None:
+    return tracing_config(endpoint, os.environ)
+
+
 def _tuple(values: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(values or ())
 
+
+CONFIG = option(
+    "--config",
+    parse=Path,
+    metavar="FILE",
+    help="YAML file that names several models to serve at this address, with options of this command for each and for all; see "
+    "docs/several-models.md",
+)
 
 CHAT_TEMPLATE = option(
     "--chat-template",
@@ -187,18 +201,34 @@ BATCHES = Group(
     ),
 )
 
+REPLICAS = option(
+    "--replicas",
+    parse=parse_replicas,
+    metavar="N|MIN:MAX",
+    default=(ServeConfig.min_replicas, ServeConfig.max_replicas),
+    fills=serve_field("min_replicas", "max_replicas"),
+    help="copies of the model; with MIN:MAX the load decides how many run, and MIN may be 0",
+    shown_default=str(ServeConfig.min_replicas),
+)
+SCALE_DOWN_AFTER = option(
+    "--scale-down-after",
+    parse=float,
+    metavar="S",
+    fills=serve_field("scale_down_after_s"),
+    help="seconds a replica must be idle before it is removed",
+)
+TTFT_OBJECTIVE = option(
+    "--ttft-objective",
+    parse=float,
+    metavar="S",
+    fills=serve_field("ttft_objective_s"),
+    help="time to first token, in seconds, that scaling aims for",
+)
+
 CLUSTER = Group(
     "cluster",
     (
-        option(
-            "--replicas",
-            parse=parse_replicas,
-            metavar="N|MIN:MAX",
-            default=(ServeConfig.min_replicas, ServeConfig.max_replicas),
-            fills=serve_field("min_replicas", "max_replicas"),
-            help="copies of the model; with MIN:MAX the load decides how many run, and MIN may be 0",
-            shown_default=str(ServeConfig.min_replicas),
-        ),
+        REPLICAS,
         TENSOR_PARALLEL_SIZE,
         JOIN_RAY,
         PLACEMENT_TIMEOUT,
@@ -216,20 +246,8 @@ CLUSTER = Group(
             fills=serve_field("preemption_notices"),
             help="which cloud's preemption notices to act on; auto: those of the cloud this machine runs in",
         ),
-        option(
-            "--scale-down-after",
-            parse=float,
-            metavar="S",
-            fills=serve_field("scale_down_after_s"),
-            help="seconds a replica must be idle before it is removed",
-        ),
-        option(
-            "--ttft-objective",
-            parse=float,
-            metavar="S",
-            fills=serve_field("ttft_objective_s"),
-            help="time to first token, in seconds, that scaling aims for",
-        ),
+        SCALE_DOWN_AFTER,
+        TTFT_OBJECTIVE,
     ),
 )
 
@@ -277,7 +295,32 @@ MONITORING = Group(
             help="format of the log; json: one object per line",
         ),
         switch("--log-prompts", fills=serve_field("log_prompts"), help="write prompts into the log, at level info"),
+        option(
+            "--otlp-endpoint",
+            "--otlp-traces-endpoint",
+            metavar="URL",
+            fills=serve_field("tracing", convert=_tracing),
+            help="OpenTelemetry collector to send traces to, over OTLP/HTTP; OpenTelemetry's own variables work too, such as "
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            shown_default="no traces",
+        ),
     ),
+)
+
+# What each deployment in the file of --config may say for itself; all others are about the server.
+OWN_OPTIONS = (MODEL, REVISION, GGUF_FILE, SERVED_NAME, LORA)  # only there
+DEPLOYMENT_OPTIONS = (
+    *OWN_OPTIONS,
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    *LORA_ENGINE_ROWS,
+    REPLICAS,
+    TENSOR_PARALLEL_SIZE,
+    PLACEMENT_TIMEOUT,
+    SCALE_DOWN_AFTER,
+    TTFT_OBJECTIVE,
+    *ROUTING.options,
+    *ENGINE.options,
 )
 
 SERVE = Command(
@@ -286,7 +329,7 @@ SERVE = Command(
     description="Starts Ray (or joins a running one), the model's ranks and an OpenAI-compatible HTTP endpoint.",
     run="cluster.cli.serve:serve",
     groups=(
-        Group(None, (MODEL, REVISION, GGUF_FILE, LOG_LEVEL)),
+        Group(None, (MODEL, CONFIG, REVISION, GGUF_FILE, LOG_LEVEL)),
         HTTP,
         ADAPTERS,
         BATCHES,

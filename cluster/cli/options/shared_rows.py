@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import get_args
 
 from cluster.cli.options.option import Fills, Group, argument, option, switch, toggle
-from cluster.cli.options.values import parse_bytes, parse_field, parse_positive, show_bytes
+from cluster.cli.options.values import parse_bytes, parse_field, parse_positive, parse_rate, show_bytes
 from cluster.config.engine import FLASH_BLOCK_SIZE, MAX_DEFAULT_MODEL_LEN
 from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.system.log import LOG_LEVELS
@@ -160,6 +160,14 @@ ENGINE_ROWS = (
         help="most tokens computed in one step",
         shown_default=f"{EngineConfig.max_num_batched_tokens} on the CPU; on CUDA {SMALLEST_GPU.max_num_batched_tokens} to "
         f"{LARGEST_GPU.max_num_batched_tokens}, by the GPU's memory and speed",
+    ),
+    option(
+        "--prompt-stretch",
+        parse=parse_rate,
+        metavar="F",
+        fills=engine_field("prompt_stretch"),
+        help="on the CPU, a step that computes prompts next to running streams takes at most F times as long as one without; the prompts "
+        "then take F / (F - 1) times as long as alone: 5 keeps time to first token short, 2 keeps gaps short",
     ),
     option(
         "--block-size",

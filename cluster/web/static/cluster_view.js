@@ -1,9 +1,11 @@
 // Draws a ClusterView: figures, one card per replica with its ranks, the gateways. Drawn again with each snapshot; it is small.
 // Knows the JSON of GET /admin/cluster and of /health/ready. Sends no requests.
 
+import { showAdapters } from "./adapters_view.js";
 import { make } from "./dom.js";
 import { bar, sparkline } from "./gauges.js";
 import { history, rateOf } from "./rates.js";
+import { table } from "./table.js";
 
 const NOTHING = "–";
 const POINTS = 60; // of a sparkline, one per second
@@ -21,6 +23,7 @@ export function showCluster(panel, snapshots, operations = null) {
     view.replicas.length
       ? make("div", { class: "replicas" }, view.replicas.map((replica, i) => card(replica, rates[i], snapshots)))
       : make("p", { class: "empty" }, "No replica is running. If the deployment scales to zero, the next request starts one."),
+    showAdapters(view.adapters),
     gateways(view.gateways),
     operations,
   );
@@ -73,14 +76,21 @@ function leaving({ node_ip: ip, is_head: isHead, cause, deadline }) {
   return make("p", { class: "notice error" }, `${what} stops in ${left}: ${cause}`);
 }
 
+/** One line for the model, or for each of several. */
 function head(view) {
-  const numReady = view.replicas.filter((r) => r.state === "ready").length;
-  const plural = view.num_desired === 1 ? "" : "s";
+  if (!view.deployments?.length) return headOf(view, view.replicas);
+  const own = ({ replica_ids: ids }) => view.replicas.filter((r) => ids.includes(r.replica_id));
+  return make("div", {}, ...view.deployments.map((deployment) => headOf(deployment, own(deployment))));
+}
+
+function headOf({ spec, num_desired: numDesired, scaling_reason: reason }, replicas) {
+  const numReady = replicas.filter((r) => r.state === "ready").length;
+  const plural = numDesired === 1 ? "" : "s";
   return make(
     "div",
     { class: "panel-head" },
-    make("h1", {}, view.spec?.model_name ?? "No model yet"),
-    make("p", {}, `${numReady} of ${view.num_desired} replica${plural} ready`, view.scaling_reason && ` · ${view.scaling_reason}`),
+    make("h1", {}, spec?.model_name ?? "No model yet"),
+    make("p", {}, `${numReady} of ${numDesired} replica${plural} ready`, reason && ` · ${reason}`),
   );
 }
 
@@ -132,46 +142,42 @@ function card(replica, rate, snapshots) {
     make("div", { class: "kv" }, make("span", {}, "KV cache"), make("span", {}, load.num_blocks ? kv : NOTHING)),
     bar(load.num_used_blocks, load.num_blocks, `KV cache of ${replica.replica_id}`),
     replica.ranks.length > 0 && ranks(replica, rate),
+    gpus(replica),
   );
 }
 
 function ranks(replica, rate) {
   const rows = replica.ranks.map((rank, i) => {
     const stuck = replica.load.stuck_ranks.includes(rank.rank);
-    return make(
-      "tr",
-      { class: stuck && "stuck" },
-      make("th", { scope: "row" }, stuck ? `${rank.rank} stuck` : rank.rank),
-      make("td", {}, rank.node_ip),
-      make("td", {}, milliseconds(rate.ranks[i]?.stepS)),
-      make("td", {}, milliseconds(rate.ranks[i]?.allReduceS)),
-    );
+    const row = [
+      stuck ? `${rank.rank} stuck` : rank.rank,
+      rank.node_ip,
+      milliseconds(rate.ranks[i]?.stepS),
+      milliseconds(rate.ranks[i]?.allReduceS),
+    ];
+    row.class = stuck && "stuck";
+    return row;
   });
-  const names = ["Rank", "Node", "Step", "All-reduce"];
-  return make(
-    "table",
-    {},
-    make("thead", {}, make("tr", {}, names.map((name) => make("th", { scope: "col" }, name)))),
-    make("tbody", {}, rows),
-  );
+  return table(["Rank", "Node", "Step", "All-reduce"], rows);
+}
+
+/** What the drivers say, of the ranks that have a GPU. */
+function gpus(replica) {
+  const gib = (bytes) => (bytes / 2 ** 30).toFixed(1);
+  const rows = replica.ranks
+    .filter((rank) => rank.stats.gpu)
+    .map(({ rank, stats: { gpu } }) => [
+      rank,
+      `${gib(gpu.used_bytes)} of ${gib(gpu.total_bytes)} GiB`,
+      gpu.temperature_c === null ? NOTHING : `${gpu.temperature_c} °C`,
+    ]);
+  return rows.length > 0 && table(["GPU of rank", "Memory", "Temperature"], rows);
 }
 
 function gateways(list) {
   if (!list.length) return null;
-  const names = ["Gateway", "Running", "Queued"];
-  const rows = list.map((g) =>
-    make("tr", {}, make("th", { scope: "row" }, g.url), make("td", {}, count(g.num_running)), make("td", {}, count(g.num_queued))),
-  );
-  return make(
-    "section",
-    { class: "card gateways" },
-    make(
-      "table",
-      {},
-      make("thead", {}, make("tr", {}, names.map((name) => make("th", { scope: "col" }, name)))),
-      make("tbody", {}, rows),
-    ),
-  );
+  const rows = list.map((g) => [g.url, count(g.num_running), count(g.num_queued)]);
+  return make("section", { class: "card gateways" }, table(["Gateway", "Running", "Queued"], rows));
 }
 
 function pill(text, state) {
@@ -212,5 +218,6 @@ function duration(seconds) {
   const s = Math.max(Math.floor(seconds), 0);
   if (s < 60) return `${s} s`;
   if (s < 3600) return `${Math.floor(s / 60)} min`;
-  return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
+  if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
+  return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
 }

@@ -2,6 +2,7 @@
 // Knows the JSON of GET /admin/operations and the arithmetic of histograms. Sends no requests.
 
 import { make } from "./dom.js";
+import { table } from "./table.js";
 
 const NOTHING = "–";
 
@@ -13,14 +14,13 @@ export function showOperations(readings) {
   return make(
     "section",
     { class: "card operations", "aria-label": "This gateway" },
-    make("header", {}, make("h2", {}, "This gateway"), make("span", { class: "hint" }, "waiting times of the last minutes, counts since its start")),
-    make(
-      "dl",
-      { class: "facts" },
-      fact("First token p50", time(before.first_token, operations.first_token, 0.5)),
-      fact("p99", time(before.first_token, operations.first_token, 0.99)),
-      fact("Between tokens p50", time(before.between_tokens, operations.between_tokens, 0.5)),
-      fact("p99", time(before.between_tokens, operations.between_tokens, 0.99)),
+    make("header", {}, make("h2", {}, "This gateway"), make("span", { class: "hint" }, "times of the last minutes, counts since its start")),
+    table(
+      ["Time", "p50", "p99"],
+      [
+        ["To the first token", ...times(before.first_token, operations.first_token)],
+        ["Between tokens", ...times(before.between_tokens, operations.between_tokens)],
+      ],
     ),
     make(
       "dl",
@@ -56,6 +56,10 @@ export function since(before, after) {
   return counts.at(-1) > 0 ? counts : after.counts;
 }
 
+function times(before, after) {
+  return [0.5, 0.99].map((q) => time(before, after, q));
+}
+
 function time(before, after, q) {
   const seconds = quantile(after.bounds, since(before, after), q);
   if (seconds === null) return NOTHING;
@@ -63,22 +67,8 @@ function time(before, after, q) {
 }
 
 function keys(list) {
-  const names = ["Key", "Prompt tokens", "Output tokens"];
-  const rows = list.slice(0, 10).map((key) =>
-    make(
-      "tr",
-      {},
-      make("th", { scope: "row" }, key.name),
-      make("td", {}, key.num_prompt_tokens.toLocaleString("en")),
-      make("td", {}, key.num_output_tokens.toLocaleString("en")),
-    ),
-  );
-  return make(
-    "table",
-    {},
-    make("thead", {}, make("tr", {}, names.map((name) => make("th", { scope: "col" }, name)))),
-    make("tbody", {}, rows),
-  );
+  const rows = list.slice(0, 10).map((key) => [key.name, key.num_prompt_tokens.toLocaleString("en"), key.num_output_tokens.toLocaleString("en")]);
+  return table(["Key", "Prompt tokens", "Output tokens"], rows);
 }
 
 function fact(name, value) {

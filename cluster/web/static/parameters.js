@@ -44,7 +44,7 @@ export class ParameterError extends Error {
 export function startParameters() {
   const form = $("parameter-form");
   form.append(
-    make("div", { class: "field wide" }, make("label", { for: "model" }, "Model"), make("select", { id: "model" })),
+    make("div", { class: "field tall" }, make("label", { for: "model" }, "Model"), make("select", { id: "model" })),
     ...GROUPS.map((group) => makeGroup(group)),
     makeStop(),
     makeFormat(),

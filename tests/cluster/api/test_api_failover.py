@@ -93,6 +93,24 @@ async def test_each_of_several_sequences_resumes_on_its_own() -> None:
         assert replicas[1].requests
 
 
+@pytest.mark.parametrize("num", [1, 2])
+async def test_a_sequence_without_an_end_is_an_error_that_nobody_waits_for(monkeypatch, num: int) -> None:
+    """Which the router prevents: it continues such a stream on another replica."""
+    whole = Router.generate
+
+    async def without_end(self: Router, *arguments: Any, **more: Any) -> AsyncIterator[Any]:
+        async with contextlib.aclosing(whole(self, *arguments, **more)) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason is None:
+                    yield delta
+
+    monkeypatch.setattr(Router, "generate", without_end)
+    async with serving([replica("a")]) as (client, _), asyncio.timeout(10):
+        response = await client.post("/v1/completions", json={"model": "demo", "prompt": "x", "n": num, "seed": 1})
+        assert response.status == 500
+        assert (await response.json())["error"]["message"] == "The sequence ended without a reason."
+
+
 async def test_a_failure_is_a_status_before_the_first_event_and_an_event_later() -> None:
     body = {"model": "demo", "prompt": "x", "stream": True}
     async with serving([replica("a", lose_after=0)]) as (client, _):

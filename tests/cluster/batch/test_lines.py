@@ -102,6 +102,8 @@ def test_a_file_is_read_in_chunks():
         ("/v1/chat/completions", {"messages": [], "max_completion_tokens": 9}, 9),
         ("/v1/chat/completions", {"messages": []}, 256),
         ("/v1/embeddings", {"input": "x" * 98}, 25),
+        ("/v1/responses", {"input": "x" * 98, "instructions": "x" * 38, "max_output_tokens": 7}, 25 + 10 + 7),
+        ("/v1/messages", {"system": "x" * 38, "messages": []}, 10 + 256),
         ("/v1/completions", {"prompt": "", "max_tokens": -3, "n": "many"}, 16),
     ],
 )

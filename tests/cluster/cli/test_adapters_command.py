@@ -38,7 +38,13 @@ class Admin:
         self.served = served
 
     async def load_adapter(
-        self, name: str, source: str, *, share: float | None = None, in_place: bool = False
+        self,
+        name: str,
+        source: str,
+        *,
+        share: float | None = None,
+        in_place: bool = False,
+        base_model: str | None = None,
     ) -> AdapterRevision:
         if "missing" in source:
             raise NotFoundError(f"The adapter folder {source} does not exist.", param="lora_path")

@@ -48,6 +48,20 @@ def test_a_plan_with_the_kv_cache_in_8_bits(capsys):
     assert "66 KiB of KV cache per token in int8, full attention" in capsys.readouterr().out
 
 
+def test_a_plan_with_adapters_leaves_room_for_their_slots(capsys):
+    options = ["plan", MODEL, "--gpu", "A10G:1", "--concurrency", "2", "--json"]
+    assert main(options) == 0
+    without = json.loads(capsys.readouterr().out)["plans"][0]["memory"]
+    assert main([*options, "--enable-lora", "--max-loras", "4"]) == 0
+    memory = json.loads(capsys.readouterr().out)["plans"][0]["memory"]
+    assert without["adapter_bytes"] == 0 and 1.34e9 < memory["adapter_bytes"] < 1.35e9
+    assert memory["kv_cache_bytes"] < without["kv_cache_bytes"] - 1.3e9
+    assert main(["plan", MODEL, "--gpu", "A10G", "--enable-lora", "--max-lora-rank", "16"]) == 0
+    assert (
+        "8 adapters of rank up to 16 at a time: 0.67 GB where one GPU has all of the model." in capsys.readouterr().out
+    )
+
+
 def test_without_a_gpu_option_all_gpus_are_compared_cheapest_first(capsys):
     assert main(["plan", MODEL, "--concurrency", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -96,6 +110,8 @@ def test_json_says_what_the_table_says(capsys):
         (["--gpu", "A10G", "--memory", "8GB"], "--memory has no effect without --gpu cpu."),
         (["--gpu", "cpu", "--write", "x.yaml"], "--write has no effect with --gpu cpu. Leave it out."),
         (["--gpu", "cpu", "--spot"], "--spot has no effect with --gpu cpu."),
+        (["--gpu", "cpu", "--enable-lora"], "--enable-lora has no effect with --gpu cpu."),
+        (["--max-loras", "4"], "--max-loras has no effect without --enable-lora."),
         (["--gpu", "cpu", "-tp", "2"], "--tensor-parallel-size has no effect with --gpu cpu."),
         (["--gpu", "cpu", "--memory", "4GB"], "does not fit in 4.0 GB of memory with 4 x 8,192 tokens"),
         (["--gpu", "cpu", "--concurrency", "0"], "--concurrency 0 is not a number of requests"),

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from support.fakes.core import FACTS
 
-from cluster.cli.serve import engine_line
+from cluster.cli.serving.banner import engine_line
 from cluster.cli.startup import MAX_LOST, Startup
 from cluster.protocol.view import ClusterView, ReplicaRecord, ReplicaState, StartFailure
 from cluster.router.router import Health

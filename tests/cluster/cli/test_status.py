@@ -26,6 +26,7 @@ from cluster.cli.status import Sample, poll, rates, render, status, to_json
 from cluster.protocol.spec import ClusterSpec
 from cluster.protocol.view import (
     ClusterView,
+    DeploymentRecord,
     GatewayRecord,
     NodeNotice,
     RankRecord,
@@ -97,6 +98,23 @@ def test_the_form_of_the_weights_is_named(quantization: str | None, name: str) -
     facts = msgspec.structs.replace(FACTS, dtype="bfloat16", quantization=quantization)
     (line, *_) = show(Sample(replace(VIEW, facts=facts), 0.0))
     assert line.startswith(f"{name}: 1 of 2 replicas")
+
+
+def test_each_of_several_deployments_has_a_line() -> None:
+    records = [
+        DeploymentRecord(
+            name=name,
+            replica_ids=ids,
+            num_desired=desired,
+            scaling_reason="",
+            spec=replace(VIEW.spec, model_name=name),
+            failure=None,
+            facts=None,
+        )
+        for name, ids, desired in (("chat", ("chat-r0",), 2), ("code", (), 0))
+    ]
+    view = replace(VIEW, replicas=(replace(READY, replica_id="chat-r0"),), deployments=tuple(records))
+    assert show(Sample(view, 0.0))[:2] == ["chat: 1 of 2 replicas ready", "code: 0 of 0 replicas ready"]
 
 
 def test_a_preempted_node_is_named_with_its_reason() -> None:

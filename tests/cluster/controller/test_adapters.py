@@ -9,7 +9,7 @@ import pytest
 from cluster.adapters.registry import EMPTY, find_adapter, find_revision
 from cluster.adapters.store import FILES, AdapterStore
 from cluster.controller.adapters import AdapterKeeper
-from cluster.protocol.adapters import AdapterRevision, Registry
+from cluster.protocol.adapters import Adapter, AdapterRevision, Registry
 from cluster.replicas.adapter_files import AdapterContent
 from workers.errors import CheckpointError, ReplicaUnavailableError, RequestError
 
@@ -115,6 +115,36 @@ async def test_an_adapter_serves_only_when_all_replicas_have_it(world):
     await loading
     assert world.roles() == ("support@a", None, None) and world.held() == [{"a"}, {"a"}]
     assert world.saved == world.seen, "what is seen was saved before"
+
+
+async def test_a_load_that_takes_too_long_is_given_up_and_a_first_replica_is_waited_for(world, monkeypatch):
+    monkeypatch.setattr("cluster.controller.adapters.LOAD_TIMEOUT_S", 0.05)
+    serving, world.serving = world.serving, {}
+    loading = asyncio.create_task(world.load("a"))
+    await asyncio.sleep(0.15)
+    assert not loading.done() and find_revision(world.keeper.registry, "support@a").state == "loading"
+    serving["r1"].gate.clear()
+    world.serving = serving
+    with pytest.raises(CheckpointError, match="Not all replicas loaded it within 0 s"):
+        async with asyncio.timeout(5):
+            await loading
+    assert find_revision(world.keeper.registry, "support@a").state == "failed"
+    serving["r1"].gate.set()
+    await world.until(lambda: world.held() == [set(), set()])
+
+
+async def test_a_load_whose_caller_is_gone_ends_too(tmp_path, monkeypatch):
+    """The controller that it asked has died, and so has its gateway."""
+    monkeypatch.setattr("cluster.controller.adapters.LOAD_TIMEOUT_S", 0.05)
+    world = World(tmp_path, Registry(adapters=(Adapter(name="support"),), revisions=(revision("a"),)))
+    world.serving["r0"].gate.clear()
+    running = asyncio.create_task(world.keeper.run())
+    try:
+        await world.until(lambda: find_revision(world.keeper.registry, "support@a").state == "failed")
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await world.keeper.end()
 
 
 async def test_a_replica_that_becomes_ready_meanwhile_is_waited_for(world):

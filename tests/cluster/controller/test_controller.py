@@ -312,6 +312,24 @@ async def test_sync_returns_changes_at_once_and_waits_without(world):
     assert (await waiting).version > view.version
 
 
+async def test_gateways_report_rarely_while_nothing_depends_on_their_reports(world, monkeypatch):
+    monkeypatch.setattr(controller_module, "SYNC_WAIT_S", 0.0)
+    monkeypatch.setattr(controller_module, "STEADY_SYNC_WAIT_S", 60.0)
+    await world.ready(1)
+    # The autoscaler needs them.
+    await world.sync(world.view().version, report())
+    await world.apply(replace(SPEC, max_replicas=1))
+    await world.ready(1)
+    waiting = asyncio.create_task(world.sync(world.view().version, report()))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    await world.drain("r0", grace_s=60.0)
+    await waiting
+    # A replica that drains ends once no gateway has a stream on it.
+    await world.sync(world.view().version, report(r0=1))
+    assert "draining" in world.states().values()
+
+
 async def test_down_ends_every_replica(ray):
     world = World(replace(SPEC, min_replicas=2))
     await world.start()
@@ -403,8 +421,12 @@ async def test_a_restarted_controller_waits_for_the_gateways_of_the_one_before(r
     try:
         assert again.view().version > known, "what a gateway saw before must not count as seen"
         assert loads_adapters(again) == [{"support@d1"}] * 2
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.3)  # longer than RETURN_S
+        assert loads_adapters(again) == [{"support@d1"}] * 2, "a gateway that is late may have a stream on it"
+        await again.sync(again.view().version, using(1))
+        await again.sync(again.view().version, using(1))
         assert loads_adapters(again) == [{"support@d1"}] * 2
+        await again.sync(again.view().version, using(0))
         await again.until(lambda: loads_adapters(again) == [set()] * 2)
     finally:
         await again.down()

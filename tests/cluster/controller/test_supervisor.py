@@ -36,6 +36,10 @@ def test_plan(desired, replicas, expected):
     assert plan(desired, replicas) == expected
 
 
+def test_the_ids_of_one_of_several_deployments_begin_with_its_name():
+    assert plan(2, [], prefix="chat-") == [Start("chat-r0"), Start("chat-r1")]
+
+
 def test_backoff_grows_and_is_bounded():
     waits = [backoff_s(n) for n in range(12)]
     assert waits[:5] == [0, 0, 1, 2, 4]

@@ -11,6 +11,7 @@ from support.paths import DEMO_MODEL
 
 from cluster.cli.options.parser import make_parser
 from cluster.cli.options.settings import serve_config
+from cluster.gateway.deployment import Part
 from cluster.gateway.gateway import Gateway
 from cluster.router.replica import Availability
 from cluster.text.load import load_text
@@ -33,7 +34,8 @@ async def gateway(monkeypatch) -> AsyncIterator[Gateway]:
     monkeypatch.delenv("TRAMONTANE_API_KEY", raising=False)
     args = make_parser().parse_args(["serve", "--port", "0", "--no-batches"])
     config = serve_config(args, MODEL, "demo", device="cpu")
-    gateway = Gateway(config, AbsentController(), text=load_text(MODEL, chat_template="auto", model_vocab_size=4096))
+    text = load_text(MODEL, chat_template="auto", model_vocab_size=4096)
+    gateway = Gateway([Part(config=config, controller=AbsentController(), text=text)])
     await gateway.open()
     try:
         yield gateway

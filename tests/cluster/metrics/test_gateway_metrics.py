@@ -2,13 +2,14 @@
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.fakes.router import FakeRouter, make_view
 
 from cluster.metrics.gateway import Metrics
-from cluster.protocol.view import NodeNotice, ReplicaState
+from cluster.protocol.view import ClusterView, NodeNotice, ReplicaState
 from workers.errors import ReplicaUnavailableError
 from workers.rank.reports import RankStats
 
@@ -107,6 +108,10 @@ def test_replicas_and_ranks_are_sampled_at_the_scrape(router: FakeRouter, metric
     assert value(metrics, "replica_state", engine="r1", state="ready") == 0
     assert value(metrics, "rank_step_seconds_total", engine="r1", rank="1") == 0.2
     assert value(metrics, "rank_all_reduce_seconds_total", engine="r0", rank="0") == 0.05
+    gpu = {"engine": "r1", "rank": "1", "gpu": "NVIDIA A10G"}
+    assert value(metrics, "rank_gpu_memory_used_bytes", **gpu) == 21 << 30
+    assert value(metrics, "rank_gpu_memory_bytes", **gpu) == 24 << 30
+    assert value(metrics, "rank_gpu_temperature_celsius", **gpu) == 61
     assert value(metrics, "num_requests_queued") == 1
     assert value(metrics, "num_queued_tokens") == 128
     assert value(metrics, "num_failovers_total") == 2
@@ -114,6 +119,20 @@ def test_replicas_and_ranks_are_sampled_at_the_scrape(router: FakeRouter, metric
     assert value(metrics, "numerics_info", engine="r1", numerics="float32-sdpa-tp2-0123456789abcdef") == 1
     router.ready = frozenset({"r0", "r1"})
     assert value(metrics, "num_replicas_ready") == 2
+
+
+def test_the_adapters_of_requests_are_named_as_vllm_does_it(router: FakeRouter) -> None:
+    engine = SimpleNamespace(enable_lora=True, max_loras=3)
+
+    def view() -> ClusterView:
+        return replace(make_view(), spec=SimpleNamespace(engine=engine))  # type: ignore[arg-type]
+
+    metrics = Metrics(router, model_name="m", view=view)
+    router.used_adapters = {"sql@2", "docs@1", "sql@1"}, {"crm@1"}
+    labels = {"max_lora": "3", "running_lora_adapters": "docs,sql", "waiting_lora_adapters": "crm"}
+    assert abs(value(metrics, "lora_requests_info", **labels) - time.time()) < 60
+    engine.enable_lora = False
+    assert "tramontane:lora_requests_info" not in samples(metrics)
 
 
 def test_a_preempted_node_is_one_series(router: FakeRouter) -> None:

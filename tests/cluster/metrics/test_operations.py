@@ -34,3 +34,15 @@ def test_the_numbers_of_a_gateway(prefix):
     assert (found.first_token.counts[at - 2], found.first_token.counts[at]) == (0, 1), "about 30 ms"
     assert len(found.first_token.counts) == len(found.first_token.bounds) + 1
     assert found.links == {"Grafana": "http://g"}
+
+
+def test_the_waiting_times_of_several_models_count_together():
+    first = Metrics(FakeRouter(), model_name="a")
+    second = Metrics(FakeRouter(), model_name="b", beside=first)
+    now = time.monotonic()
+    for metrics in (first, second, second):
+        metrics.sequence(num_prompt_tokens=1, arrived=now - 0.03).produced(1, now)
+    found = operations(first, links={})
+    assert found.first_token.counts[-1] == 3
+    assert len(set(found.first_token.bounds)) == len(found.first_token.bounds)
+    assert found.num_failovers == 4

@@ -142,3 +142,40 @@ def test_weights_alone_too_large():
     planned = memory.rank_memory(engine(V0_3), tiny)
     assert planned.kv_cache_bytes < 0
     assert (planned.num_kv_blocks, planned.max_sequences, planned.fits) == (0, 0, False)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_slots_for_adapters_are_as_large_as_those_that_the_engine_makes(size, tmp_path):
+    """Of a tiny model, whose tables Triton's form has on the CPU as well; and by hand for a 7B."""
+    from support.ranks.rank_threads import run_ranks
+    from support.tiny import write_tiny_checkpoint
+
+    from workers.checkpoint.model_config import load_model_config
+    from workers.kernels.lora.triton_table import TritonLoraTable
+    from workers.model.mistral import MistralForCausalLM
+
+    model = load_model_config(write_tiny_checkpoint(tmp_path))
+    settings = {"dtype": "float16", "enable_lora": True, "max_loras": 3, "max_lora_rank": 5, "max_model_len": 64}
+    config = engine(model, size, **settings)
+
+    def table(in_features, out_sizes):
+        return TritonLoraTable(
+            in_features, out_sizes, num_slots=3, max_rank=5, dtype=torch.float16, device=torch.device("cpu")
+        )
+
+    def held(tp) -> int:
+        made = MistralForCausalLM(
+            model, tp=tp, backends=[None], dtype=torch.float16, device=torch.device("cpu"), max_positions=64, lora=table
+        )
+        tensors = [v for layer in made.lora_layers() for v in vars(layer.table).values() if isinstance(v, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    assert max(run_ranks(size, held)) == memory.lora_bytes(config), "of the rank with the largest share"
+    assert memory.lora_bytes(replace(config, enable_lora=False)) == 0
+    of_7b = engine(V0_3, enable_lora=True, max_num_batched_tokens=2048)
+    # 64 x 81,920 numbers of 2 bytes in each slot and layer.
+    numbers = 32 * 8 * 64 * 81_920 * 2
+    assert numbers < memory.lora_bytes(of_7b) < numbers + 100_000
+    with_them, without = (memory.rank_memory(c, GPUS["A10G"]) for c in (of_7b, replace(of_7b, enable_lora=False)))
+    sums = 2048 * 1 * 14 * 64 * 4  # of down, in steps of 2,048 tokens
+    assert with_them.kv_cache_bytes == without.kv_cache_bytes - memory.lora_bytes(of_7b) - sums

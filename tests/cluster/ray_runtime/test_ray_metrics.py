@@ -1,49 +1,13 @@
-"""The registry as Ray gauges: pure against a recording gauge, and once through a real Ray's own endpoint."""
+"""The registry as Ray gauges, against a recording gauge. A real Ray's own endpoint: tests/system/test_serve.py."""
 
 import asyncio
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from support.fakes.router import LOAD, FakeRouter, make_view
-from support.paths import ROOT
 
 from cluster.metrics.gateway import Metrics
 from cluster.ray_runtime.metrics import GaugeMirror, RayMetrics, publish_forever
-
-REAL_RAY = """
-import asyncio, time, urllib.request, ray
-from support.fakes.router import FakeRouter, make_view
-from cluster.metrics.gateway import Metrics
-from cluster.ray_runtime.metrics import RayMetrics, publish_rank
-
-ray.init(num_cpus=1, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
-
-@ray.remote(num_cpus=0)
-class Rank:
-    def start(self):
-        publish_rank("r0", 1, lambda: make_view().replicas[0].ranks[1].stats)
-
-rank = Rank.remote()
-ray.get(rank.start.remote())
-metrics = RayMetrics(Metrics(FakeRouter(), model_name="m", view=make_view).registry)
-wanted = ("ray_tramontane_kv_cache_usage_perc{", "ray_tramontane_time_to_first_token_seconds_bucket{",
-          "ray_tramontane_rank_step_seconds_total{")
-node = ray.nodes()[0]
-deadline = time.monotonic() + 40
-text = ""
-while not all(name in text for name in wanted) and time.monotonic() < deadline:
-    asyncio.run(metrics.push())  # again, as the gateway does: Ray may lose what it gets while it starts
-    try:
-        with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics") as r:
-            text = r.read().decode()
-    except OSError:
-        pass
-    time.sleep(0.2)
-print(text)
-"""
 
 
 class RecordingGauge:
@@ -90,30 +54,6 @@ async def test_series_of_an_ended_replica_become_zero_and_come_back(gauges: Any)
     router.loads = {"r0": LOAD}
     await push()
     assert running == {("m", "r0"): 3, ("m", "r1"): 0}
-
-
-@pytest.mark.system
-def test_rays_own_endpoint_shows_them() -> None:
-    settings = {"RAY_metrics_report_interval_ms": "500", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    done = subprocess.run(
-        [sys.executable, "-c", REAL_RAY],
-        env={**os.environ, **settings, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ray_tramontane_")]
-    for name, labels, value in (
-        ("kv_cache_usage_perc", ('engine="r0"', 'model_name="m"'), 0.25),
-        ("time_to_first_token_seconds_bucket", ('le="+Inf"',), 0.0),
-        ("rank_step_seconds_total", ('engine="r0"', 'rank="1"'), 0.2),
-    ):
-        found = [
-            line for line in lines if line.startswith(f"ray_tramontane_{name}{{") and all(x in line for x in labels)
-        ]
-        assert [float(line.split()[-1]) for line in found] == [value], f"{name}: {found} among {len(lines)} series"
 
 
 async def test_a_push_that_fails_is_logged_and_retried(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,7 @@
 """What a stream's reader may leave unread, with times passed in."""
 
+import asyncio
+
 import pytest
 
 from cluster.replicas.inbox import LAG_PATIENCE_S, MAX_LAG_BYTES, StreamInbox
@@ -35,6 +37,19 @@ async def test_a_reader_that_lags_for_too_long_gets_the_error_and_nothing_is_kep
     with pytest.raises(RequestError, match="Read faster") as error:
         await inbox.get()
     assert error.value.code == "slow_reader"
+
+
+async def test_a_canceled_reader_takes_nothing():
+    inbox = StreamInbox()
+    reader = asyncio.create_task(inbox.get())
+    await asyncio.sleep(0)
+    # The delta has woken the reader when it is canceled.
+    inbox.put(SMALL, 0.0)
+    reader.cancel()
+    assert (await asyncio.gather(reader, return_exceptions=True))[0].__class__ is asyncio.CancelledError
+    inbox.end(ReplicaUnavailableError("It is lost."))
+    assert await inbox.get() == SMALL
+    assert len(inbox) == 1
 
 
 async def test_a_reader_that_catches_up_is_forgiven():

@@ -23,6 +23,22 @@ def test_names(name, ours):
     assert is_ours(name, "demo") is ours
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("team.chat-chat-r0-a1b2c3", True),
+        ("team.chat-chat-r1-a1b2c3-rank0", True),
+        ("team.chat-r0-a1b2c3", False),
+        ("team.chat-chat-chat-r0-a1b2c3", False),  # of the deployment team.chat-chat
+        ("team-r0-a1b2c3", False),
+        ("team.code-code-r0-a1b2c3", False),
+    ],
+)
+def test_names_of_one_of_several(name, ours):
+    assert is_ours(name, "team.chat") is ours
+    assert is_ours(name, "team") is (name == "team-r0-a1b2c3")
+
+
 def test_replicas_to_keep_are_named_by_their_incarnation():
     keep = {("r0", "a1b2c3")}
     assert not is_ours("demo-r0-a1b2c3-rank0", "demo", keep)

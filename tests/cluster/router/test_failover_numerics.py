@@ -25,7 +25,7 @@ from workers.protocol import GenerateRequest, TokenDelta
 
 pytestmark = pytest.mark.group
 
-NUM_TOKENS, CUT_AFTER = 40, 13
+NUM_TOKENS, CUT_AFTER = 24, 13
 PROMPT = "def fibonacci(n):\n    a, b = 0, 1\n    while n:"
 ONEDNN, TORCH, OURS = "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "TRAMONTANE_CPU_ISA"
 OLD_CPU = {ONEDNN: "SSE41", TORCH: "default", OURS: "none"}

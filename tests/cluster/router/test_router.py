@@ -111,6 +111,25 @@ async def test_hashes_are_shared_and_extended_and_omit_the_last_token() -> None:
     assert len(second.block_hashes) == 599
 
 
+async def test_the_adapters_of_sequences_on_replicas_and_of_those_that_wait() -> None:
+    replica = FakeReplica(tokens([5, 6]), max_num_seqs=1, hold_after=0)
+    replica.load = LoadReport(num_blocks=100, tokens_per_s=1000.0)
+    router = Router([replica])
+
+    async def run(number: int, adapter: str | None) -> None:
+        assert [_ async for _ in router.generate(request(f"r{number}", adapter=adapter))]
+
+    # One more than the replica has room for at a time, so that its scheduler has a next one.
+    tasks = [asyncio.create_task(run(i, adapter)) for i, adapter in enumerate(("law@1", None, "code@1", "law@2"))]
+    async with asyncio.timeout(5):
+        while router.num_waiting < 2:
+            await asyncio.sleep(0)
+    assert router.adapters() == ({"law@1"}, {"code@1", "law@2"})
+    replica.release.set()
+    await asyncio.gather(*tasks)
+    assert router.adapters() == (set(), set())
+
+
 async def test_two_adapters_share_no_prefix() -> None:
     """The same prompt has other keys and values under another adapter, so a replica's blocks count for one adapter only."""
     replicas = [idle(f"r{i}") for i in range(3)]

@@ -11,7 +11,7 @@ from support.fakes.replica import FakeReplica, tokens
 import cluster.router.stream
 from cluster.router.router import Availability, Router, Trace
 from workers.errors import DeadlineExceededError, EngineError, OverloadedError, ReplicaUnavailableError
-from workers.protocol import GenerateRequest, LoadReport, SamplingParams, TokenDelta
+from workers.protocol import FinishReason, GenerateRequest, LoadReport, SamplingParams, TokenDelta
 
 OUTPUT = list(range(100, 164))
 
@@ -110,6 +110,29 @@ async def test_a_stream_that_ends_without_a_reason_is_resumed_on_another_replica
     deltas = await collect(Router([forgetful, good], policy="round_robin"))
     assert [i for d in deltas for i in d.token_ids] == OUTPUT
     assert len(forgetful.requests) == 1, "it is still ready, but others are tried first"
+
+
+async def test_what_one_replica_alone_cannot_do_goes_to_another() -> None:
+    """It lacks an adapter: the others have it."""
+
+    def lacks(req: GenerateRequest) -> list[TokenDelta | Exception]:
+        error = "The adapter 'a@1' is not loaded on this replica."
+        return [TokenDelta(request_id=req.request_id, finish_reason=FinishReason.ERROR, error=error, elsewhere=True)]
+
+    lacking, good = FakeReplica(lacks, replica_id="a"), FakeReplica(tokens(OUTPUT), replica_id="b")
+    deltas = await collect(Router([lacking, good], policy="round_robin"))
+    assert [i for d in deltas for i in d.token_ids] == OUTPUT
+    assert len(lacking.requests) == 1 and len(good.requests) == 1
+
+
+async def test_what_no_replica_can_do_ends(monkeypatch) -> None:
+    monkeypatch.setattr(cluster.router.stream, "FIRST_PAUSE_S", 1e-6)
+
+    def lacks(req: GenerateRequest) -> list[TokenDelta | Exception]:
+        return [TokenDelta(request_id=req.request_id, finish_reason=FinishReason.ERROR, error="No.", elsewhere=True)]
+
+    with pytest.raises(EngineError, match=r"20 replicas in a row .* Replica a: No\."):
+        await collect(Router([FakeReplica(lacks, replica_id="a")]))
 
 
 async def test_an_error_other_than_a_lost_replica_is_not_retried() -> None:

@@ -37,7 +37,7 @@ async def batch_app(
     """Yields a client of the application. runs: whether batches are run, or only accepted. options: for make_app."""
     router = Router(replicas, numerics_wait_s=numerics_wait_s)
     batching = GatewayBatches(DataDir(data_dir, model_name="demo"), open_store(data_dir), open_files(data_dir), router)
-    metrics = Metrics(router, model_name="demo", batches=lambda: batching.running)
+    metrics = Metrics(router, model_name="demo", batches=lambda: batching.running, responses=batching.response_counts)
     arguments = {"tokenizer": TOKENIZER, "chat_template": TEMPLATE, "model_name": "demo", "metrics": metrics, **options}
     accounts = Accounts()
     app = make_app(router=router, keyring=keyring, accounts=accounts, ledger=ledger, batches=batching.api, **arguments)

@@ -17,6 +17,7 @@ from support.paths import ROOT
 
 DEPLOY = ROOT / "deploy"
 LINTERS = ROOT / ".venv-linters" / "bin"
+NODE_MODULES = LINTERS.parent / "node_modules"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = {
     re.sub(r"[-_.]+", "-", name).lower(): release

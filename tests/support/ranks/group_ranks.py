@@ -1,9 +1,8 @@
-"""What the ranks of test_distributed.py run, each in a process of its own. Prints what it saw as one line of JSON."""
+"""What the ranks of test_distributed.py run, each in a process of its own. Sends what it saw."""
 
-import json
-import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ TIMEOUT_S = 2.0
 MESSAGE_LENGTHS = (0, 1, 1023, 1024, 1025, 5000)  # around what fits in one Gloo message
 
 
-def main(rank: int, size: int, port: int) -> dict[str, object]:
+def main(rank: int, size: int, port: int, result: Connection) -> None:
     torch.set_num_threads(1)
     tp = join_group(
         rank=rank,
@@ -49,8 +48,7 @@ def main(rank: int, size: int, port: int) -> dict[str, object]:
     seen["after idling"] = tp.broadcast(None if rank else np.array([5], np.int32)).tolist()
 
     if rank == size - 1:
-        sys.stdout.write(json.dumps(seen) + "\n")
-        sys.stdout.flush()
+        result.send(seen)
         time.sleep(600)  # stuck, until the test kills it
     waiting: list[tuple[int, ...]] = []
     watcher = threading.Timer(0.7 * TIMEOUT_S, lambda: waiting.append(tp.waiting_for()))
@@ -66,8 +64,4 @@ def main(rank: int, size: int, port: int) -> dict[str, object]:
     except GroupError as e:
         seen["afterwards"] = str(e)
     tp.close()
-    return seen
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(*map(int, sys.argv[1:]))) + "\n")
+    result.send(seen)

@@ -1,6 +1,7 @@
 """Runs a tensor-parallel engine over real processes, one per rank, without Ray."""
 
 import socket
+import sys
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import run_requests
+from workers.native.exchange import native_exchange
 from workers.parallel.join import join_group
 from workers.protocol import GenerateRequest
 
@@ -59,6 +61,7 @@ def _rank(
             master_port=port,
             same_host=True,
             backend=backend,
+            exchange=native_exchange(),
         )
         runner = build_runner(config, tp)
         runner.allocate_kv_cache()
@@ -70,6 +73,8 @@ def _rank(
             core.shutdown()
         else:
             run_follower(runner, tp)
+        # An answer would wait for it, more than a second of CPU time on each rank.
+        assert "torch._dynamo" not in sys.modules, "a step has imported torch's compiler"
         # No rank leaves while another may still read from it.
         results.put((rank, outputs))
         tp.close()

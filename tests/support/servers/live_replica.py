@@ -17,8 +17,10 @@ from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from support.fakes.engines import make_config
 from support.paths import DEMO_MODEL
+from workers.config import EngineConfig
 from workers.engine.llm_engine import LLMEngine
 from workers.engine.loop import EngineLoop
+from workers.engine.model_runner import ModelRunner
 from workers.engine.numerics import fingerprint
 from workers.lora.peft_folder import read_adapter
 from workers.rank.server import StreamServer
@@ -29,14 +31,31 @@ TEMPLATE = MistralTemplate(TOKENIZER)
 TOKEN = "secret"
 
 
+_numerics: dict[str, str] = {}  # of the demo model, by the configuration
+
+
+def _numerics_of(config: EngineConfig, runner: ModelRunner) -> str:
+    """It takes as long as everything else that starts, and for the same weights it is the same."""
+    if config.model_path != str(DEMO):
+        return _known(fingerprint(runner))
+    name = repr(config)
+    if name not in _numerics:
+        _numerics[name] = _known(fingerprint(runner))
+    return _numerics[name]
+
+
+def _known(numerics: str | None) -> str:
+    assert numerics is not None, "rank 0 has one"
+    return numerics
+
+
 class LiveReplica:
     """Serves from the start at `address`, until `close`. settings: EngineConfig fields."""
 
     def __init__(self, folder: Path = DEMO, *, replica_id: str = "r0", **settings: Any) -> None:
         config = make_config(folder, **({"tokenizer_path": str(TOKENIZER.path)} | settings))
         self.core = LLMEngine(config).core
-        numerics = fingerprint(self.core.runner)
-        assert numerics is not None, "rank 0 has one"
+        numerics = _numerics_of(config, self.core.runner)
         self.facts = msgspec.structs.replace(self.core.facts(replica_id), numerics=numerics)
         self._loop = EngineLoop(self.core, lambda deltas, events: self.server.publish(deltas, events))
         self.server = StreamServer(

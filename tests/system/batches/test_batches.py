@@ -13,7 +13,7 @@ import openai
 import pytest
 from support.servers.system_server import API_KEY, Server
 
-NUM_LINES = 240
+NUM_LINES = 120
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 

@@ -282,8 +282,29 @@ def test_a_rank_without_the_adapter_ends_its_requests_alone(folder, adapters):
         "1": FinishReason.ERROR,
         "2": FinishReason.LENGTH,
     }
-    assert "does not have the adapter on one" in ends["1"].error and not ends["1"].refused
+    assert "does not have the adapter on one" in ends["1"].error and ends["1"].elsewhere and not ends["1"].refused
     assert len(again[0]) == 16
+
+
+def test_what_waits_behind_an_adapter_that_a_rank_lacks_runs(folder, adapters):
+    """Only that request could run, and it ends. The next one runs then."""
+
+    def program(tp):
+        config = make_config(folder, tensor_parallel_size=2, **LORA, max_num_seqs=1)
+        runner = build_runner(config, tp)
+        runner.allocate_kv_cache()
+        if tp.rank:
+            return run_follower(runner, tp)
+        runner.adapters.load("on one", adapters[1])
+        core = EngineCore(config, runner, tp)
+        core.add_request(request_with("0", "on one"))
+        core.add_request(request_with("1", None, max_tokens=2))
+        ends = {d.request_id: d.finish_reason for d in iter_steps(core) if d.finish_reason is not None}
+        core.shutdown()
+        return ends
+
+    ends, _ = run_ranks(2, program)
+    assert ends == {"0": FinishReason.ERROR, "1": FinishReason.LENGTH}
 
 
 def test_graphs_go_on_while_adapters_come_and_go(folder, adapters):

@@ -71,7 +71,7 @@ def test_a_cache_too_small_for_the_longest_request_says_so(folder, caplog):
 @pytest.mark.group
 @pytest.mark.parametrize("size", [2, 8])
 def test_every_size_gives_the_tokens_of_one(folder, size):
-    requests = [make_request(str(n), list(range(3, 3 + n)), temperature=0.0, max_tokens=30) for n in (1, 20, 70)]
+    requests = [make_request(str(n), list(range(3, 3 + n)), temperature=0.0, max_tokens=12) for n in (1, 20, 70)]
     expected = make_engine(folder).generate(requests)
     config = make_config(folder, tensor_parallel_size=size)
     assert generate_on_ranks(config, requests, backend="shm") == expected

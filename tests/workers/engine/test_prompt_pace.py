@@ -24,12 +24,44 @@ def test_the_worked_example():
     assert pace.max_prompt_tokens(num_decoding=8, num_prompts=16) == 400
 
 
+def test_tokens_that_attend_to_more_take_longer():
+    """Two prompts of 2,000 tokens, each token 0.35 ms and 0.15 us for each before it. Then no step exceeds the bound, and each uses it."""
+    pace = PromptPace()
+    pace.add(num_decoding=8, num_prompt_tokens=0, step_s=DECODE_S)
+    for _ in range(2):
+        steps, done = [], 0
+        while done < 2000:
+            num = min(2000 - done, pace.max_prompt_tokens(num_decoding=8, num_prompts=1, num_before=done))
+            num_before = done + num / 2
+            steps.append(DECODE_S + num * (0.00035 + 0.15e-6 * num_before))
+            pace.add(num_decoding=8, num_prompt_tokens=num, step_s=steps[-1], num_before=num_before)
+            done += num
+    assert max(steps) <= 1.1 * STRETCH * DECODE_S
+    assert min(steps[:-1]) >= 0.8 * STRETCH * DECODE_S
+
+
+def test_steps_without_requests_that_decode_say_less_than_those_with_some():
+    """In parts of thousands a prompt's tokens take half as long as in small ones."""
+    pace = measured_pace()
+    for _ in range(20):
+        pace.add(num_decoding=0, num_prompt_tokens=2000, step_s=DECODE_S + 2000 * TOKEN_S / 2)
+    assert pace.max_prompt_tokens(num_decoding=8, num_prompts=1) == 160
+
+
 def test_where_decoding_is_slow_gaps_grow_less():
     """Steps of 0.4 s become 0.8 s, not 2 s; steps of 0.1 s become 0.25 s."""
     pace = measured_pace(decode_s=0.4, token_s=0.01)
     assert pace.max_prompt_tokens(num_decoding=8, num_prompts=1) == 40
     pace = measured_pace(decode_s=0.1, token_s=0.01)
     assert pace.max_prompt_tokens(num_decoding=8, num_prompts=1) == 15
+
+
+def test_a_smaller_stretch_makes_shorter_steps():
+    for stretch, num_tokens in ((2.0, 40), (1.5, 20)):
+        pace = PromptPace(stretch=stretch)
+        pace.add(num_decoding=8, num_prompt_tokens=0, step_s=DECODE_S)
+        pace.add(num_decoding=8, num_prompt_tokens=100, step_s=DECODE_S + 100 * TOKEN_S)
+        assert pace.max_prompt_tokens(num_decoding=8, num_prompts=1) == num_tokens
 
 
 def test_before_anything_is_measured_the_bound_is_small_and_grows_with_those_who_wait():

@@ -16,10 +16,10 @@ def folder(tmp_path_factory):
     return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), sliding_window=WINDOW)
 
 
-def greedy_requests():
+def greedy_requests(max_tokens=12):
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 256) for _ in range(n)] for n in (1, 5, WINDOW, 40, 83)]
-    greedy = [make_request(str(i), p, temperature=0.0, max_tokens=24) for i, p in enumerate(prompts)]
+    greedy = [make_request(str(i), p, temperature=0.0, max_tokens=max_tokens) for i, p in enumerate(prompts)]
     return [*greedy, make_request("sampled", prompts[1], seed=5, top_p=0.9, logprobs=3)]
 
 
@@ -56,7 +56,7 @@ def test_a_replica_of_uneven_ranks_continues_the_streams_of_another(tmp_path):
     """Byte for byte: seven units of 32 columns on three ranks, and a prompt that is read in other chunks."""
     sizes = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 224}
     folder = write_tiny_checkpoint(tmp_path, sliding_window=WINDOW, **sizes)
-    requests = greedy_requests()
+    requests = greedy_requests(max_tokens=20)
     whole = generate_on_ranks(make_config(folder, tensor_parallel_size=3), requests, backend="shm")
     continued = [replace(r, output_token_ids=tokens[:10]) for r, tokens in zip(requests, whole, strict=True)]
     other = make_config(folder, tensor_parallel_size=3, max_num_batched_tokens=16, max_num_seqs=16)

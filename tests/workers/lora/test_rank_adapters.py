@@ -21,9 +21,9 @@ def model(tmp_path_factory):
 
 
 def make_adapters(model, dtype=torch.float32):
-    table = TorchLoraTable(64, [64], num_slots=2, device=torch.device("cpu"))
+    table = TorchLoraTable(64, [64], num_slots=2, dtype=dtype, device=torch.device("cpu"))
     layer = LoraLayer(0, (LoraModule("q_proj", *WHOLE),), table)
-    return RankAdapters([layer], model=model, dtype=dtype, num_slots=2, max_rank=8)
+    return RankAdapters([layer], model=model, num_slots=2, max_rank=8)
 
 
 @pytest.mark.parametrize(

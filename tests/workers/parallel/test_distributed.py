@@ -1,15 +1,11 @@
 """Gloo between processes: the results, a rank that hangs, and how `join_group` chooses."""
 
-import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.ranks import group_ranks
+from support.ranks.forked import forking
 from support.ranks.rank_threads import unique_name
 
 from workers.errors import ConfigError, GroupError
@@ -30,27 +26,23 @@ def free_port():
 
 @pytest.mark.group
 def test_collectives_and_a_rank_that_hangs():
-    port = free_port()
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    port, context = free_port(), forking()
+    pipes = [context.Pipe(duplex=False) for _ in range(SIZE)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, group_ranks.__file__, str(rank), str(SIZE), str(port)],
-            stdout=subprocess.PIPE,
-            cwd=Path.cwd(),
-            env=env,
-        )
-        for rank in range(SIZE)
+        context.Process(target=group_ranks.main, args=(rank, SIZE, port, pipes[rank][1])) for rank in range(SIZE)
     ]
+    for process in processes:
+        process.start()
     try:
-        outputs = [process.communicate(timeout=100)[0] for process in processes[:-1]]
-        processes[-1].kill()
-        outputs += [processes[-1].communicate()[0]]
+        assert all(ours.poll(100) for ours, _ in pipes), "a rank said nothing"
+        seen = [ours.recv() for ours, _ in pipes]
+        for process in processes[:-1]:
+            process.join(20)
+        assert [process.exitcode for process in processes[:-1]] == [0] * (SIZE - 1)
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-    assert [process.returncode for process in processes[:-1]] == [0] * (SIZE - 1)
-    seen = [json.loads(output) for output in outputs]
+            process.join()
     for rank, saw in enumerate(seen):
         assert saw["all_reduce"] == [[3.0 * i + 30 for i in row] for row in ([0, 1, 2], [3, 4, 5])]
         assert not saw["rows depend on others"], "the order of a row's sum depends on where it is in the batch"
@@ -60,8 +52,8 @@ def test_collectives_and_a_rank_that_hangs():
         assert saw["broadcast"] is True
         assert saw["after idling"] == [5]
     for saw in seen[:-1]:
-        assert saw["missing"] == [SIZE - 1]
-        assert saw["waiting_for"] == [SIZE - 1]
+        assert saw["missing"] == (SIZE - 1,)
+        assert saw["waiting_for"] == (SIZE - 1,)
         assert "closed" in saw["afterwards"]
 
 

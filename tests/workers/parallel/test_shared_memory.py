@@ -1,14 +1,11 @@
 """Shared-memory collectives, compiled and not: the results, many rounds at odd speeds, and every way in which a rank can be absent."""
 
+import multiprocessing
 import os
 import random
-import signal
-import subprocess
-import sys
 import threading
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,30 +196,27 @@ def test_a_rank_that_left_is_noticed_at_once(run_ranks):
     run_ranks(2, program)
 
 
-VICTIM = """
-import sys, time
-import torch
-from workers.native.exchange import native_exchange
-from workers.parallel.shared_memory import SharedMemoryGroup
-exchange = native_exchange() if sys.argv[3] == "compiled" else None
-follower = SharedMemoryGroup(sys.argv[1], rank=1, size=2, exchange=exchange)
-leader = SharedMemoryGroup(sys.argv[2], rank=0, size=2, exchange=exchange)
-leader.all_reduce(torch.ones(1))
-print("joined", flush=True)
-time.sleep(600)
-"""
+def be_in_two_groups(follows, leads, exchange, joined):
+    follower = SharedMemoryGroup(follows, rank=1, size=2, exchange=exchange)
+    leader = SharedMemoryGroup(leads, rank=0, size=2, exchange=exchange)
+    leader.all_reduce(torch.ones(1))
+    joined.set()
+    time.sleep(600)  # until it is killed
+    follower.close()
 
 
 def test_a_killed_process_is_noticed_at_once(exchange):
     a, b = unique_name(), unique_name()
-    kind = "python" if exchange is None else "compiled"
-    victim = subprocess.Popen([sys.executable, "-c", VICTIM, a, b, kind], stdout=subprocess.PIPE, cwd=Path.cwd())
+    context = multiprocessing.get_context("fork")  # a new interpreter would import torch, for seconds
+    joined = context.Event()
+    victim = context.Process(target=be_in_two_groups, args=(a, b, exchange, joined))
+    victim.start()
     try:
         leader = SharedMemoryGroup(a, rank=0, size=2, timeout_s=600.0, exchange=exchange)
         follower = SharedMemoryGroup(b, rank=1, size=2, timeout_s=600.0, exchange=exchange)
         follower.all_reduce(torch.ones(1))
-        assert victim.stdout.readline() == b"joined\n"
-        victim.send_signal(signal.SIGKILL)  # not waited for: a zombie is dead too
+        assert joined.wait(60)
+        victim.kill()  # not waited for: a zombie is dead too
         with pytest.raises(GroupError, match="Rank 1 died") as e:
             leader.all_reduce(torch.ones(1))
         assert e.value.ranks == (1,)
@@ -234,8 +228,7 @@ def test_a_killed_process_is_noticed_at_once(exchange):
         follower.close()
     finally:
         victim.kill()
-        victim.wait()
-        victim.stdout.close()
+        victim.join()
 
 
 def test_joining_alone_names_the_others_and_leaves_no_file():

@@ -11,19 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from workers.kernels.lora.host_memory import HostMemory
 from workers.kernels.lora.rows import AdapterRows
-from workers.kernels.lora.table import LoraMatrices, Parts
+from workers.kernels.lora.table import LoraMatrices, NumbersError, Parts
 from workers.native.library import NativeLibrary
 from workers.native.matrices import DTYPE_NAMES
 
 # As lora.cpp reads them: ranks and output columns that are packed together, the last ones filled up with zeros.
 RANK_PANEL = 16
 COLUMN_PANEL = 64
+# What lora_pack.cpp reads, by the numbers that it has for them.
+STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_TOO_LARGE = 2  # what it returns
 _FIELDS = 4  # of a descriptor: the addresses of a and b, the rank, the bits of the scale
 _KERNEL = [*[ctypes.c_void_p] * 6, *[ctypes.c_int64] * 5]
+_PACK = [*[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,10 @@ class NativeLoraTable:
         dtype: torch.dtype,
         library: NativeLibrary,
     ) -> None:
-        self._kernel = library.function(f"lora_{DTYPE_NAMES[dtype]}", _KERNEL)
+        name = DTYPE_NAMES[dtype]
+        self._kernel = library.function(f"lora_{name}", _KERNEL)
+        self._packs = {h: library.function(f"lora_pack_{h}_{name}", _PACK, restype=ctypes.c_int64) for h in "ab"}
+        self._dtype = dtype
         self._in_features = in_features
         self._num_slots = num_slots
         # Where the columns of each shard begin, and where the last ones end.
@@ -58,11 +64,27 @@ class NativeLoraTable:
         descriptors = np.zeros((len(parts), _FIELDS), dtype=np.int64)
         here = {shard: part for shard, part in enumerate(parts) if part is not None}
         # In the order in which the kernel reads them, so that reading ahead goes on from one to the next.
-        a = {shard: memory.keep(pack_a(part.a)) for shard, part in here.items()}
-        b = {shard: memory.keep(pack_b(part.b)) for shard, part in here.items()}
+        a = {shard: self._packed("a", part.a, shard, memory) for shard, part in here.items()}
+        b = {shard: self._packed("b", part.b, shard, memory) for shard, part in here.items()}
         for shard, part in here.items():
             descriptors[shard] = (a[shard].data_ptr(), b[shard].data_ptr(), part.a.shape[0], _bits(part))
         return _Prepared(descriptors, (*a.values(), *b.values()))
+
+    def _packed(self, half: str, values: torch.Tensor, shard: int, memory: HostMemory) -> torch.Tensor:
+        """Python's lock is free meanwhile."""
+        if values.stride(1) != 1:
+            values = values.contiguous()
+        packed = memory.new(packed_shape(half, values.shape, self._dtype), self._dtype)
+        found = self._packs[half](
+            packed.data_ptr(),
+            values.data_ptr(),
+            STORED_DTYPES.index(values.dtype),
+            *values.shape,
+            values.stride(0) * values.element_size(),
+        )
+        if found:
+            raise NumbersError(shard, half.upper(), too_large_for=self._dtype if found == _TOO_LARGE else None)
+        return packed
 
     def put(self, slot: int, prepared: Any | None) -> None:
         self._table[slot] = 0 if prepared is None else prepared.descriptors
@@ -86,21 +108,15 @@ class NativeLoraTable:
         )
 
 
-def pack_a(a: torch.Tensor) -> torch.Tensor:
-    """[rank, k] as [ceil(rank / 16), k, 16]; in bfloat16 as [ceil(rank / 16), ceil(k / 2), 16, 2]."""
-    rank, k = a.shape
-    panels, values = -(-rank // RANK_PANEL), 4 // a.element_size()
-    steps = -(-k // values)
-    padded = functional.pad(a, (0, steps * values - k, 0, panels * RANK_PANEL - rank))
-    return padded.view(panels, RANK_PANEL, steps, values).transpose(1, 2)
+def packed_shape(half: str, shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Of A [rank, k]: [ceil(rank / 16), k, 16], in bfloat16 [ceil(rank / 16), ceil(k / 2), 16, 2].
 
-
-def pack_b(b: torch.Tensor) -> torch.Tensor:
-    """[n, rank] as [ceil(n / 64), rank, 64]."""
-    n, rank = b.shape
-    panels = -(-n // COLUMN_PANEL)
-    padded = functional.pad(b, (0, 0, 0, panels * COLUMN_PANEL - n))
-    return padded.view(panels, COLUMN_PANEL, rank).transpose(1, 2)
+    Of B [n, rank]: [ceil(n / 64), rank, 64].
+    """
+    if half == "b":
+        return (-(-shape[0] // COLUMN_PANEL), shape[1], COLUMN_PANEL)
+    values = 4 // dtype.itemsize
+    return (-(-shape[0] // RANK_PANEL), -(-shape[1] // values), RANK_PANEL, values)
 
 
 def _bits(part: LoraMatrices) -> int:

@@ -39,6 +39,6 @@ def select_lora(
         log.warning("Adapters are computed row by row, slowly, because Triton cannot run: %s.", obstacle)
 
     def in_torch(in_features: int, out_sizes: Sequence[int]) -> LoraTable:
-        return TorchLoraTable(in_features, out_sizes, num_slots=num_slots, device=device)
+        return TorchLoraTable(in_features, out_sizes, num_slots=num_slots, dtype=dtype, device=device)
 
     return in_torch

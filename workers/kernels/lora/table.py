@@ -15,11 +15,27 @@ from workers.kernels.lora.rows import AdapterRows
 
 @dataclass(frozen=True, slots=True)
 class LoraMatrices:
-    """What an adapter adds to this rank's part of one module's weight: scale * b @ a. On the host, in the layer's dtype, contiguous."""
+    """What an adapter adds to this rank's part of one module's weight: scale * b @ a. On the host, as its file has them: floats of any
+    type, and rows at any distance.
+    """
 
     a: torch.Tensor  # [rank, in_features]
     b: torch.Tensor  # [out_features, rank]
     scale: float
+
+
+class NumbersError(Exception):
+    """What is wrong with an adapter's numbers. shard, half: whose, "A" or "B". too_large_for: the layer's dtype; None: they are infinite,
+    or no numbers.
+    """
+
+    def __init__(self, shard: int, half: str, *, too_large_for: torch.dtype | None) -> None:
+        what = "infinite numbers or NaN"
+        if too_large_for is not None:
+            what = f"numbers too large for {str(too_large_for).removeprefix('torch.')}"
+        super().__init__(what)
+        self.shard = shard
+        self.half = half
 
 
 # One adapter in one layer: for each of its shards the matrices, None where the adapter leaves that one alone.
@@ -34,7 +50,7 @@ class LoraTable(Protocol):
     """
 
     def prepare(self, parts: Parts, memory: HostMemory) -> Any:
-        """The form on the host from which `put` is quick. memory: of this adapter, for what is read where it lies."""
+        """The form on the host from which `put` is quick, in the layer's dtype. memory: of this adapter. Raises NumbersError."""
         ...
 
     def put(self, slot: int, prepared: Any | None) -> None:
@@ -57,13 +73,21 @@ class TorchLoraTable:
     host.
     """
 
-    def __init__(self, in_features: int, out_sizes: Sequence[int], *, num_slots: int, device: torch.device) -> None:
+    def __init__(
+        self, in_features: int, out_sizes: Sequence[int], *, num_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.out_sizes = list(out_sizes)
+        self._dtype = dtype
         self._device = device
         self._slots: list[Parts | None] = [None] * num_slots
 
     def prepare(self, parts: Parts, memory: HostMemory) -> Parts:
-        return [None if p is None else LoraMatrices(p.a.to(self._device), p.b.to(self._device), p.scale) for p in parts]
+        return [
+            None
+            if (found := convert(part, shard, self._dtype)) is None
+            else LoraMatrices(found.a.to(self._device), found.b.to(self._device), found.scale)
+            for shard, part in enumerate(parts)
+        ]
 
     def put(self, slot: int, prepared: Any | None) -> None:
         self._slots[slot] = prepared
@@ -84,3 +108,18 @@ class TorchLoraTable:
 def _columns(out_sizes: Sequence[int]) -> list[slice]:
     ends = [sum(out_sizes[: i + 1]) for i in range(len(out_sizes))]
     return [slice(end - size, end) for end, size in zip(ends, out_sizes, strict=True)]
+
+
+def convert(part: LoraMatrices | None, shard: int, dtype: torch.dtype) -> LoraMatrices | None:
+    """The same in another type, contiguous. Raises NumbersError."""
+    if part is None:
+        return None
+    a, b = (_converted(values, dtype, shard, half) for values, half in ((part.a, "A"), (part.b, "B")))
+    return LoraMatrices(a, b, part.scale)
+
+
+def _converted(values: torch.Tensor, dtype: torch.dtype, shard: int, half: str) -> torch.Tensor:
+    converted = values.to(dtype).contiguous()
+    if not torch.isfinite(converted).all():
+        raise NumbersError(shard, half, too_large_for=dtype if torch.isfinite(values).all() else None)
+    return converted

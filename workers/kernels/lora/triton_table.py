@@ -9,7 +9,7 @@ import torch
 from workers.kernels.lora.host_memory import HostMemory
 from workers.kernels.lora.lora_matmul import add_lora
 from workers.kernels.lora.rows import AdapterRows
-from workers.kernels.lora.table import Parts
+from workers.kernels.lora.table import Parts, convert
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class TritonLoraTable:
         device: torch.device,
     ) -> None:
         num_shards, self._pins = len(out_sizes), device.type == "cuda"
+        self._dtype = dtype
         self._max_rank = max_rank
         self._max_outputs = max(out_sizes)
         slot_size = sum(max_rank * (in_features + n) for n in out_sizes)
@@ -44,17 +45,23 @@ class TritonLoraTable:
         self._kept: list[_Prepared | None] = [None] * num_slots
 
     def prepare(self, parts: Parts, memory: HostMemory) -> _Prepared:
-        pieces: list[torch.Tensor] = []
-        table = torch.zeros((len(parts), 3), dtype=torch.int32)
-        num_values = 0
-        for shard, part in enumerate(parts):
-            if part is not None:
-                begin_b = num_values + part.a.numel()
-                table[shard] = torch.tensor([num_values, begin_b, part.a.shape[0]])
-                num_values = begin_b + part.b.numel()
-                pieces += (part.a.flatten(), part.b.flatten())
-        scales = torch.tensor([0.0 if part is None else part.scale for part in parts])
-        return _Prepared(*(x.pin_memory() if self._pins else x for x in (torch.cat(pieces), table, scales)))
+        here = {
+            shard: found for shard, part in enumerate(parts) if (found := convert(part, shard, self._dtype)) is not None
+        }
+        num_values = sum(part.a.numel() + part.b.numel() for part in here.values())
+        # All in a few pinned pieces: to pin one makes the driver wait.
+        values = memory.new((num_values,), self._dtype, pins=self._pins)
+        table = memory.new((len(parts), 3), torch.int32, pins=self._pins).zero_()
+        scales = memory.new((len(parts),), torch.float32, pins=self._pins).zero_()
+        end = 0
+        for shard, part in here.items():
+            begin, middle = end, end + part.a.numel()
+            end = middle + part.b.numel()
+            values[begin:middle].copy_(part.a.flatten())
+            values[middle:end].copy_(part.b.flatten())
+            table[shard] = torch.tensor([begin, middle, part.a.shape[0]])
+            scales[shard] = part.scale
+        return _Prepared(values, table, scales)
 
     def put(self, slot: int, prepared: Any | None) -> None:
         self._kept[slot] = prepared

@@ -11,13 +11,15 @@ namespace {
 constexpr int64_t STEP = 32;  // inputs
 constexpr int64_t TILE_VALUES = TILE_ROWS * STEP, STEP_BYTES = PANEL * STEP * 2;
 
-// What is read next while a step is computed: `bytes` of the weights in each.
+// What is read next while a step is computed: `bytes` of the weights in each, up to `end`, and then on from `then`.
 struct Ahead {
     const char* next;
     int64_t bytes;
+    const char *end = nullptr, *then = nullptr;
 
     template <int CACHE>
     void fetch() {
+        if (next == end) next = then;
         for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(next + i, (_mm_hint)CACHE);
         next += bytes;
     }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "buffer.h"
 #include "panels.h"
 
 namespace {
@@ -58,14 +59,21 @@ struct BFloat16 {
 #endif
 };
 
+// What is read for later while a panel is multiplied: `bytes` with each step.
+struct NextPanel {
+    const char* place;
+    int64_t bytes;
+};
+
 // Columns [first, first + 16 * COLUMNS) of a panel for ROWS rows; sums: [ROWS][PANEL].
 template <class Type, int ROWS, int COLUMNS>
-void tile(const char* w, const uint32_t* x, int64_t steps, float* sums, int first) {
+void tile(const char* w, const uint32_t* x, int64_t steps, NextPanel next, float* sums, int first) {
     f32x16 acc[ROWS][COLUMNS];
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < COLUMNS; c++) acc[r][c] = zero();
     w += first * 4;
-    for (int64_t step = 0; step < steps; step++, w += PANEL * 4, x += ROWS) {
+    for (int64_t step = 0; step < steps; step++, w += PANEL * 4, x += ROWS, next.place += next.bytes) {
+        if (next.bytes) _mm_prefetch(next.place, _MM_HINT_T1);
         _mm_prefetch(w + PREFETCH_BYTES, _MM_HINT_T0);
         if (COLUMNS == 2) _mm_prefetch(w + PREFETCH_BYTES + 64, _MM_HINT_T0);
 #pragma GCC unroll 16
@@ -78,29 +86,43 @@ void tile(const char* w, const uint32_t* x, int64_t steps, float* sums, int firs
 }
 
 template <class Type, int ROWS>
-void panel_of_rows(const char* w, const uint32_t* x, int64_t steps, float* sums) {
+void panel_of_rows(const char* w, const uint32_t* x, int64_t steps, NextPanel next, float* sums) {
 #ifdef __AVX512F__
-    tile<Type, ROWS, 2>(w, x, steps, sums, 0);
+    tile<Type, ROWS, 2>(w, x, steps, next, sums, 0);
 #else
     if constexpr (ROWS <= 2) {
-        tile<Type, ROWS, 2>(w, x, steps, sums, 0);
+        tile<Type, ROWS, 2>(w, x, steps, next, sums, 0);
     } else {
-        tile<Type, ROWS, 1>(w, x, steps, sums, 0);
-        tile<Type, ROWS, 1>(w, x, steps, sums, 16);
+        tile<Type, ROWS, 1>(w, x, steps, next, sums, 0);
+        tile<Type, ROWS, 1>(w, x, steps, next, sums, 16);
     }
 #endif
 }
 
 template <class Type, int ROWS = MAX_ROWS>
-void panel(int rows, const char* w, const uint32_t* x, int64_t steps, float* sums) {
+void panel(int rows, const char* w, const uint32_t* x, int64_t steps, NextPanel next, float* sums) {
     if constexpr (ROWS > 1) {
-        if (rows < ROWS) return panel<Type, ROWS - 1>(rows, w, x, steps, sums);
+        if (rows < ROWS) return panel<Type, ROWS - 1>(rows, w, x, steps, next, sums);
     }
-    panel_of_rows<Type, ROWS>(w, x, steps, sums);
+    panel_of_rows<Type, ROWS>(w, x, steps, next, sums);
 }
 
-template <class Type>
-void gemm(typename Type::Value* out, const typename Type::Value* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride,
+// `num` rows of `steps` units of 4 bytes, `row_bytes` apart -> [steps][num], num at most 16.
+INLINE void transpose_rows(float* out, const char* x, int64_t num, int64_t steps, int64_t row_bytes) {
+    float* const end = out + steps * num;
+    for (int64_t s = 0; s < steps; s += 16) {
+        f32x16 square[16];
+        for (int64_t r = 0; r < 16; r++) square[r] = r < num ? load_some((const float*)(x + r * row_bytes) + s, steps - s) : zero();
+        transpose(square);
+        // A vector's surplus is where the next one goes.
+        for (int64_t i = 0; i < std::min<int64_t>(16, steps - s); i++, out += num) store_some(out, square[i], end - out >= 16 ? 16 : num);
+    }
+}
+
+// GATED: the first half of the columns are gates, the second ups; n counts both and is a multiple of 2 * PANEL, out has half of them. Out: the type
+// of inputs, or float32, in which the same numbers are stored.
+template <class Type, bool GATED, class Out>
+void gemm(Out* out, const typename Type::Value* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride,
           int64_t out_stride) {
     const int64_t steps = k / Type::KSTEP, panels = (n + PANEL - 1) / PANEL, blocks = (m + MAX_ROWS - 1) / MAX_ROWS;
     static thread_local std::vector<uint32_t> buffer;
@@ -108,11 +130,7 @@ void gemm(typename Type::Value* out, const typename Type::Value* x, const char* 
     uint32_t* const rows = m > 1 ? buffer.data() : (uint32_t*)x;
     const auto repack = [=](int64_t b) {
         const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
-        uint32_t* target = rows + first * steps;
-        for (int64_t r = 0; r < num; r++) {
-            const char* row = (const char*)(x + (first + r) * x_stride);
-            for (int64_t s = 0; s < steps; s++) memcpy(target + s * num + r, row + s * 4, 4);
-        }
+        transpose_rows((float*)rows + first * steps, (const char*)(x + first * x_stride), num, steps, x_stride * (int64_t)sizeof *x);
     };
     // The threads need not meet for little.
     const bool alone = n * k * m < PARALLEL_WEIGHTS, repack_here = m > 1 && m * steps < SERIAL_STEPS;
@@ -124,14 +142,32 @@ void gemm(typename Type::Value* out, const typename Type::Value* x, const char* 
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < blocks; b++) repack(b);
         }
-#pragma omp for schedule(dynamic, std::max<int64_t>(1, panels / 32))
-        for (int64_t p = 0; p < panels; p++) {
-            const char* w = packed + p * steps * PANEL * 4;
+        const int64_t tasks = GATED ? panels / 2 : panels, panel_bytes = steps * PANEL * 4;
+        static thread_local Buffer<float> buffer_of_gates;
+        float* const gates = GATED ? buffer_of_gates.reserve(m * PANEL) : nullptr;
+        // Reading the next panel is spread over all blocks: the first one alone would wait for memory, which would then wait for the others.
+        // With a row or two, nothing waits but memory.
+        const int64_t ahead = m > 2 ? PANEL * 4 / blocks : 0;
+        // Calls use(first row, number of rows, their sums) for panel p. kept: where the sums of all rows go, or null.
+        const auto multiply = [&](int64_t p, int64_t next, float* kept, auto use) {
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
-                float sums[MAX_ROWS * PANEL];
-                panel<Type>((int)num, w, rows + first * steps, steps, sums);
-                store_panel(out + first * out_stride, sums, num, p, n, out_stride);
+                alignas(64) float room[MAX_ROWS * PANEL];
+                float* const sums = kept ? kept + first * PANEL : room;
+                panel<Type>((int)num, packed + p * panel_bytes, rows + first * steps, steps, {packed + next * panel_bytes + b * steps * ahead, ahead}, sums);
+                use(first, num, sums);
+            }
+        };
+#pragma omp for schedule(dynamic, std::max<int64_t>(1, tasks / 32))
+        for (int64_t p = 0; p < tasks; p++) {
+            if constexpr (GATED) {
+                multiply(p, p + tasks, gates, [](int64_t, int64_t, const float*) {});
+                multiply(p + tasks, p + 1, nullptr, [&](int64_t first, int64_t num, const float* sums) {
+                    store_gated(out + first * out_stride, gates + first * PANEL, sums, num, p, out_stride);
+                });
+            } else {
+                multiply(p, p + 1, nullptr,
+                         [&](int64_t first, int64_t num, const float* sums) { store_panel<typename Type::Value>(out + first * out_stride, sums, num, p, n, out_stride); });
             }
         }
     }
@@ -159,11 +195,16 @@ TRAMONTANE_KERNEL(pack_float32)(void* packed, const void* weight, int64_t n, int
 TRAMONTANE_KERNEL(pack_bfloat16)(void* packed, const void* weight, int64_t n, int64_t k) { pack<BFloat16>((char*)packed, (const bf16*)weight, n, k); }
 
 // out: [m, n]; x: [m, k]; packed: as `pack` left [n, k]. Strides of rows in values; k is even for bfloat16.
-TRAMONTANE_KERNEL(gemm_float32)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
-    gemm<Float32>((float*)out, (const float*)x, (const char*)packed, m, n, k, x_stride, out_stride);
-}
+// gated: n is a multiple of 64, the first half of the product are gates, the second ups; out: [m, n / 2], silu(gate) * up.
+// wide: rounded to the type of x, and stored as float32.
+#define EXPORT(name, Type, T, GATED, Out)                                                                                                     \
+    TRAMONTANE_KERNEL(name)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) { \
+        gemm<Type, GATED>((Out*)out, (const T*)x, (const char*)packed, m, n, k, x_stride, out_stride);                                          \
+    }
+EXPORT(gemm_float32, Float32, float, false, float)
+EXPORT(gated_gemm_float32, Float32, float, true, float)
 #ifndef __AMX_BF16__  // then gemm_amx.cpp has it
-TRAMONTANE_KERNEL(gemm_bfloat16)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
-    gemm<BFloat16>((bf16*)out, (const bf16*)x, (const char*)packed, m, n, k, x_stride, out_stride);
-}
+EXPORT(gemm_bfloat16, BFloat16, bf16, false, bf16)
+EXPORT(gated_gemm_bfloat16, BFloat16, bf16, true, bf16)
+EXPORT(wide_gemm_bfloat16, BFloat16, bf16, false, float)
 #endif

@@ -207,7 +207,7 @@ void gemm(typename Type::Value* out, const typename Type::Value* x, const char* 
                     }
                 },
                 [&](const float* scales, bool is_first) { add_block(totals, sums, scales, Type::FACTOR, m, is_first); });
-            store_panel(out, totals, m, p, n, out_stride);
+            store_panel<std::remove_pointer_t<decltype(out)>>(out, totals, m, p, n, out_stride);
         }
     }
 }
@@ -253,7 +253,7 @@ void gemm_of_tiles(bf16* out, const bf16* x, const char* packed, int64_t m, int6
                     }
                 },
                 [&](const float* scales, bool is_first) { add_block(totals, sums, scales, 1.0f, m, is_first); });
-            store_panel(out, totals, m, p, n, out_stride);
+            store_panel<std::remove_pointer_t<decltype(out)>>(out, totals, m, p, n, out_stride);
         }
     }
 }

@@ -111,10 +111,11 @@ void panel(int rows, const char* w, Rows x, int64_t groups, float* sums) {
     }
 }
 
-template <class Form, class T>
-void gemm(T* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
+// GATED, Out: see gemm.cpp.
+template <class Form, bool GATED, class T, class Out>
+void gemm(Out* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
 #ifdef __AMX_INT8__
-    if (m >= TILES_MIN_ROWS) return gemm_of_tiles<Form>(out, x, packed, m, n, k, x_stride, out_stride);
+    if (m >= TILES_MIN_ROWS) return gemm_of_tiles<Form, GATED>(out, x, packed, m, n, k, x_stride, out_stride);
 #endif
     const int64_t groups = k / GROUP, panels = (n + PANEL - 1) / PANEL, blocks = (m + MAX_ROWS - 1) / MAX_ROWS;
     static thread_local std::vector<int32_t> quads, totals;
@@ -145,16 +146,22 @@ void gemm(T* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t 
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < m; row++) round_row(row);
         }
-#pragma omp for schedule(dynamic, std::max<int64_t>(1, panels / 32))
-        for (int64_t p = 0; p < panels; p++) {
-            const char* w = packed + p * groups * Form::GROUP_BYTES;
+        const int64_t tasks = GATED ? panels / 2 : panels;
+#pragma omp for schedule(dynamic, std::max<int64_t>(1, tasks / 32))
+        for (int64_t p = 0; p < tasks; p++)
             for (int64_t b = 0; b < blocks; b++) {
                 const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
-                float sums[MAX_ROWS * PANEL];
-                panel<Form>((int)num, w, {all_quads + first * groups * QUADS, all_scales + first * groups, all_totals + first * groups}, groups, sums);
-                store_panel(out + first * out_stride, sums, num, p, n, out_stride);
+                const Rows block{all_quads + first * groups * QUADS, all_scales + first * groups, all_totals + first * groups};
+                const auto multiply = [&](int64_t p, float* sums) { panel<Form>((int)num, packed + p * groups * Form::GROUP_BYTES, block, groups, sums); };
+                float sums[GATED ? 2 : 1][MAX_ROWS * PANEL];
+                multiply(p, sums[0]);
+                if constexpr (GATED) {
+                    multiply(p + tasks, sums[1]);
+                    store_gated(out + first * out_stride, sums[0], sums[1], num, p, out_stride);
+                } else {
+                    store_panel<T>(out + first * out_stride, sums[0], num, p, n, out_stride);
+                }
             }
-        }
     }
 }
 
@@ -188,18 +195,22 @@ void pack(char* packed, const int8_t* values, const typename Form::Scale* scales
 }  // namespace
 
 // out: [m, n]; x: [m, k]; packed: as `pack` left [n, k]. Strides of rows in values; k is a multiple of 32. seconds is null where there are none.
-#define EXPORT_GEMM(name, Form, type, T)                                                                                                           \
-    TRAMONTANE_KERNEL(gemm_##name##_##type)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride,       \
-                                            int64_t out_stride) {                                                                                  \
-        gemm<Form, T>((T*)out, (const T*)x, (const char*)packed, m, n, k, x_stride, out_stride);                                                   \
+// gated, wide: as in gemm.cpp, for weights that are quantized at load.
+#define EXPORT_GEMM(name, Form, T, GATED, Out)                                                                                                \
+    TRAMONTANE_KERNEL(name)(void* out, const void* x, const void* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) { \
+        gemm<Form, GATED>((Out*)out, (const T*)x, (const char*)packed, m, n, k, x_stride, out_stride);                                          \
     }
-#define EXPORT(name, bits, second, Scale)                                                                                                          \
-    using name##_form = Weight<bits, second, Scale>;                                                                                               \
-    EXPORT_GEMM(name, name##_form, float32, float)                                                                                                 \
-    EXPORT_GEMM(name, name##_form, bfloat16, bf16)                                                                                                 \
-    TRAMONTANE_KERNEL(pack_##name)(void* packed, const void* values, const void* scales, const void* seconds, int64_t n, int64_t k) {              \
-        pack<name##_form>((char*)packed, (const int8_t*)values, (const Scale*)scales, (const Scale*)seconds, n, k);                                \
+#define EXPORT(name, bits, second, Scale)                                                                                                      \
+    using name##_form = Weight<bits, second, Scale>;                                                                                           \
+    EXPORT_GEMM(gemm_##name##_float32, name##_form, float, false, float)                                                                       \
+    EXPORT_GEMM(gemm_##name##_bfloat16, name##_form, bf16, false, bf16)                                                                        \
+    TRAMONTANE_KERNEL(pack_##name)(void* packed, const void* values, const void* scales, const void* seconds, int64_t n, int64_t k) {          \
+        pack<name##_form>((char*)packed, (const int8_t*)values, (const Scale*)scales, (const Scale*)seconds, n, k);                            \
     }
+#define EXPORT_FUSED(name)                                                      \
+    EXPORT_GEMM(gated_gemm_##name##_float32, name##_form, float, true, float)   \
+    EXPORT_GEMM(gated_gemm_##name##_bfloat16, name##_form, bf16, true, bf16)    \
+    EXPORT_GEMM(wide_gemm_##name##_bfloat16, name##_form, bf16, false, float)
 EXPORT(int8, 8, NOTHING, uint16_t)
 EXPORT(int4, 4, NOTHING, uint16_t)
 EXPORT(int8_minima, 8, MINIMUM, uint16_t)
@@ -209,3 +220,5 @@ EXPORT(int8_wide, 8, NOTHING, float)
 EXPORT(int4_wide, 4, NOTHING, float)
 EXPORT(int8_minima_wide, 8, MINIMUM, float)
 EXPORT(int4_minima_wide, 4, MINIMUM, float)
+EXPORT_FUSED(int8)
+EXPORT_FUSED(int4)

@@ -147,8 +147,8 @@ void panel_of_tiles(const char* w, RoundedTiles x, int64_t num_rows, int64_t gro
 }
 
 // See gemm_int.cpp.
-template <class Form, class T>
-void gemm_of_tiles(T* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
+template <class Form, bool GATED, class T, class Out>
+void gemm_of_tiles(Out* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
     const int64_t groups = k / GROUP, panels = (n + PANEL - 1) / PANEL, tiles = (m + TILE_ROWS - 1) / TILE_ROWS, rows = tiles * TILE_ROWS;
     static thread_local Buffer<int8_t> values;
     static thread_local Buffer<float> scales, totals;
@@ -159,7 +159,7 @@ void gemm_of_tiles(T* out, const T* x, const char* packed, int64_t m, int64_t n,
     {
         const Tiles configured(GROUP, GROUP / 4);
         static thread_local Buffer<float> buffer;
-        float* const sums = buffer.reserve(rows * PANEL);
+        float* const sums = buffer.reserve((GATED ? 2 : 1) * rows * PANEL);
         // Rows beyond m keep what was there: whole numbers, whose sums nobody reads.
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < m; row++)
@@ -169,10 +169,18 @@ void gemm_of_tiles(T* out, const T* x, const char* packed, int64_t m, int64_t n,
                 all_scales[place] = round_group(x + row * x_stride + g * GROUP, all_values + place * GROUP, &total);
                 all_totals[place] = (float)total;
             }
-#pragma omp for schedule(dynamic, std::max<int64_t>(1, panels / 32))
-        for (int64_t p = 0; p < panels; p++) {
-            panel_of_tiles<Form>(packed + p * groups * Form::GROUP_BYTES, rounded, m, groups, sums);
-            store_panel(out, sums, m, p, n, out_stride);
+        const int64_t tasks = GATED ? panels / 2 : panels;
+        const auto multiply = [&](int64_t p, float* sums) { panel_of_tiles<Form>(packed + p * groups * Form::GROUP_BYTES, rounded, m, groups, sums); };
+#pragma omp for schedule(dynamic, std::max<int64_t>(1, tasks / 32))
+        for (int64_t p = 0; p < tasks; p++) {
+            multiply(p, sums);
+            if constexpr (GATED) {
+                float* const ups = sums + rows * PANEL;
+                multiply(p + tasks, ups);
+                store_gated(out, sums, ups, m, p, out_stride);
+            } else {
+                store_panel<T>(out, sums, m, p, n, out_stride);
+            }
         }
     }
 }

@@ -3,7 +3,8 @@
 // instruction set; in bfloat16 A x is computed as in gemm.cpp, in pairs.
 //
 // A is packed as [ceil(rank / 16)][k][16], in bfloat16 as [ceil(rank / 16)][ceil(k / 2)][16][2], and B as [ceil(n / 64)][rank][64], filled up
-// with zeros. Rows of one adapter are computed in blocks, so that its matrices are read once for several rows.
+// with zeros. Rows of one adapter are computed in blocks, so that its matrices are read once for several rows. lora_pack.cpp
+// packs them.
 #include <algorithm>
 #include <vector>
 

@@ -1,5 +1,5 @@
 // Vectors of 16 floats with one meaning on every instruction set: the AVX-512 and the AVX2 form of a kernel give the same bits, because every
-// operation here rounds once, as IEEE 754 says, and sums are added in the same order. Knows no kernel.
+// operation here rounds once, as IEEE 754 says (to bfloat16 without numbers below 2^-126), and sums are added in the same order. Knows no kernel.
 #pragma once
 
 #include <immintrin.h>
@@ -38,7 +38,9 @@ INLINE f32x16 operator+(f32x16 a, f32x16 b) { return {_mm512_add_ps(a.v, b.v)}; 
 INLINE f32x16 operator-(f32x16 a, f32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 INLINE f32x16 operator*(f32x16 a, f32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 INLINE f32x16 operator/(f32x16 a, f32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+// Of two of which one is not a number, the second.
 INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 // a * b + c, rounded once.
 INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 INLINE f32x16 round_to_even(f32x16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -47,6 +49,9 @@ INLINE f32x16 abs(f32x16 a) { return {_mm512_abs_ps(a.v)}; }
 INLINE f32x16 exp2_of_integer(f32x16 n) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
 }
+// a less the whole number below it, and b times 2 to that whole number, which is from -126 to 127.
+INLINE f32x16 fraction(f32x16 a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
+INLINE f32x16 times_exp2_of_floor(f32x16 b, f32x16 a) { return {_mm512_scalef_ps(b.v, a.v)}; }
 // 0 where x < limit, and `a` elsewhere, also where x is not a number.
 INLINE f32x16 where_not_below(f32x16 x, f32x16 limit, f32x16 a) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), a.v)};
@@ -54,18 +59,13 @@ INLINE f32x16 where_not_below(f32x16 x, f32x16 limit, f32x16 a) {
 INLINE f32x16 load(const bf16* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))};
 }
-INLINE void store(bf16* p, f32x16 a) {
-    __m512i u = _mm512_castps_si512(a.v);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16);
-    __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0));
-    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(rounded));
-}
+// To the nearest, of two to the even one; what is smaller than 2^-126 becomes 0.
+INLINE void store(bf16* p, f32x16 a) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(a.v)); }
 INLINE f32x16 load_half(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
 // Of the bits of each number.
 INLINE f32x16 bits_left(f32x16 a, int n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), n))}; }
 INLINE f32x16 bits_right(f32x16 a, int n) { return {_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(a.v), n))}; }
+INLINE f32x16 bits_minus(uint32_t bits, f32x16 a) { return {_mm512_castsi512_ps(_mm512_sub_epi32(_mm512_set1_epi32((int)bits), _mm512_castps_si512(a.v)))}; }
 INLINE f32x16 bits_and(f32x16 a, uint32_t mask) { return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32((int)mask)))}; }
 INLINE f32x16 bits_xor(f32x16 a, f32x16 b) { return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))}; }
 INLINE f32x16 load(const int8_t* p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))}; }
@@ -118,6 +118,7 @@ INLINE f32x16 operator-(f32x16 a, f32x16 b) { return {_mm256_sub_ps(a.lo, b.lo),
 INLINE f32x16 operator*(f32x16 a, f32x16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 INLINE f32x16 operator/(f32x16 a, f32x16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
 INLINE f32x16 max(f32x16 a, f32x16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+INLINE f32x16 min(f32x16 a, f32x16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
 INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
 INLINE f32x16 round_to_even(f32x16 a) {
     return {_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -130,6 +131,9 @@ INLINE __m256 exp2_of_integer(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 INLINE f32x16 exp2_of_integer(f32x16 n) { return {exp2_of_integer(n.lo), exp2_of_integer(n.hi)}; }
+INLINE f32x16 floor(f32x16 a) { return {_mm256_floor_ps(a.lo), _mm256_floor_ps(a.hi)}; }
+INLINE f32x16 fraction(f32x16 a) { return a - floor(a); }
+INLINE f32x16 times_exp2_of_floor(f32x16 b, f32x16 a) { return b * exp2_of_integer(floor(a)); }
 INLINE f32x16 where_not_below(f32x16 x, f32x16 limit, f32x16 a) {
     return {_mm256_and_ps(_mm256_cmp_ps(x.lo, limit.lo, _CMP_NLT_UQ), a.lo), _mm256_and_ps(_mm256_cmp_ps(x.hi, limit.hi, _CMP_NLT_UQ), a.hi)};
 }
@@ -142,7 +146,10 @@ INLINE __m256i rounded_to_bf16(__m256 a) {
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, odd), _mm256_set1_epi32(0x7fff)), 16);
     __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    // As AVX-512 does it: of what is smaller than 2^-126, only the sign is left.
+    __m256i is_tiny = _mm256_cmpeq_epi32(_mm256_and_si256(u, _mm256_set1_epi32(0x7f800000)), _mm256_setzero_si256());
+    return _mm256_andnot_si256(_mm256_and_si256(is_tiny, _mm256_set1_epi32(0x7fff)), rounded);
 }
 INLINE void store(bf16* p, f32x16 a) {
     __m256i packed = _mm256_packus_epi32(rounded_to_bf16(a.lo), rounded_to_bf16(a.hi));
@@ -167,6 +174,8 @@ INLINE __m256 bits_left(__m256 a, int n) { return _mm256_castsi256_ps(_mm256_sll
 INLINE __m256 bits_right(__m256 a, int n) { return _mm256_castsi256_ps(_mm256_srli_epi32(_mm256_castps_si256(a), n)); }
 INLINE f32x16 bits_left(f32x16 a, int n) { return {bits_left(a.lo, n), bits_left(a.hi, n)}; }
 INLINE f32x16 bits_right(f32x16 a, int n) { return {bits_right(a.lo, n), bits_right(a.hi, n)}; }
+INLINE __m256 bits_minus(uint32_t bits, __m256 a) { return _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32((int)bits), _mm256_castps_si256(a))); }
+INLINE f32x16 bits_minus(uint32_t bits, f32x16 a) { return {bits_minus(bits, a.lo), bits_minus(bits, a.hi)}; }
 INLINE f32x16 bits_and(f32x16 a, uint32_t mask) {
     const __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32((int)mask));
     return {_mm256_and_ps(a.lo, all), _mm256_and_ps(a.hi, all)};

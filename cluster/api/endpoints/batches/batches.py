@@ -20,6 +20,7 @@ from cluster.api.endpoints.batches.access import (
 )
 from cluster.api.endpoints.embeddings import NO_EMBEDDINGS
 from cluster.api.generation.answering import json_response
+from cluster.api.request_context import REQUEST_CONTEXT
 from cluster.api.schemas.batches import (
     DEFAULT_BATCHES_PER_PAGE,
     MAX_BATCHES_PER_PAGE,
@@ -62,6 +63,7 @@ async def create(request: web.Request) -> web.Response:
         owner=owner_of(request),
         metadata=body.metadata,
         output_expires_after_s=None if body.output_expires_after is None else body.output_expires_after.seconds,
+        traceparent=request[REQUEST_CONTEXT].traceparent,
     )
     await batches.store.add_batch(record)
     batches.wake()

@@ -10,14 +10,15 @@ from dataclasses import replace
 import msgspec
 from aiohttp import web
 
-from cluster.api.context import CONTEXT
+from cluster.api.context import CONTEXT, ApiContext
 from cluster.api.endpoints import chat
 from cluster.api.endpoints.messages.formatter import MessageFormatter
 from cluster.api.endpoints.messages.to_chat import CHAT_NAMES, chat_request, note_ignored, prompt_fields, to_messages
-from cluster.api.generation.answering import answer, json_response
+from cluster.api.generation.answering import Prepared, answer, json_response
 from cluster.api.generation.conversation import encode_conversation
 from cluster.api.generation.field_names import renamed
-from cluster.api.request_context import REQUEST_CONTEXT
+from cluster.api.request_context import REQUEST_CONTEXT, RequestContext
+from cluster.api.schemas.chat import ChatRequest
 from cluster.api.schemas.messages.request import MessagePrompt, MessageRequest
 from cluster.api.schemas.messages.response import TokenCount
 from cluster.api.server import request_options, sse
@@ -37,12 +38,27 @@ async def handle(request: web.Request) -> web.StreamResponse:
     arrived = time.monotonic()
     deadline = request_options.deadline(request, arrived=arrived)
     body = await read_body(request, MessageRequest)
+    api = api.serving(body.model)
+    chat_body = check(api, body, context)
+    log_prompt(chat_body.messages)
+    prepared = await prepare(api, body, context)
+    return await answer(request, api, prepared, deadline=deadline, arrived=arrived)
+
+
+def check(api: ApiContext, body: MessageRequest, context: RequestContext) -> ChatRequest:
+    """The request that chat would get, after all checks that need no replica. Raises RequestError."""
     with renamed(CHAT_NAMES):
         chat_body = chat_request(body)
         chat.check(api, chat_body, context)
         note_ignored(api, body, context)
-        log_prompt(chat_body.messages)
-        fills_context = False
+    return chat_body
+
+
+async def prepare(api: ApiContext, body: MessageRequest, context: RequestContext) -> Prepared:
+    """Raises what chat.prepare raises."""
+    fills_context = False
+    with renamed(CHAT_NAMES):
+        chat_body = chat_request(body)
         try:
             prepared = await chat.prepare(api, chat_body, context, reads_thoughts=False)
         except RequestError as e:
@@ -57,14 +73,14 @@ async def handle(request: web.Request) -> web.StreamResponse:
         model=body.model,
         at_limit="model_context_window_exceeded" if fills_context else "max_tokens",
     )
-    prepared = replace(prepared, formatter=formatter, wire=_WIRE)
-    return await answer(request, api, prepared, deadline=deadline, arrived=arrived)
+    return replace(prepared, formatter=formatter, wire=_WIRE)
 
 
 async def count_tokens(request: web.Request) -> web.Response:
     """How many tokens the prompt has."""
     api, context = request.app[CONTEXT], request[REQUEST_CONTEXT]
     body = await read_body(request, MessagePrompt)
+    api = api.serving(body.model)
     api.check_model(body.model, context)
     note_ignored(api, body, context)
     fields = prompt_fields(body)

@@ -15,14 +15,13 @@ from cluster.api.schemas.chat import (
     ChatRequest,
     FunctionCall,
     FunctionChoice,
-    FunctionDefinition,
     NamedToolChoice,
     SystemMessage,
     TextPart,
-    Tool,
     ToolCall,
     ToolMessage,
     UserMessage,
+    function_tool,
 )
 from cluster.api.schemas.messages.request import (
     DocumentBlockInput,
@@ -70,11 +69,7 @@ def prompt_fields(body: MessagePrompt) -> dict[str, Any]:
     return {
         "model": body.model,
         "tools": [
-            Tool(
-                function=FunctionDefinition(
-                    name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
-                )
-            )
+            function_tool(tool.name, tool.input_schema, description=tool.description, strict=tool.strict)
             for tool in body.tools or []
         ]
         or None,

@@ -11,6 +11,7 @@ from aiohttp import web
 from cluster.adapters.registry import find_adapter
 from cluster.api.context import CONTEXT, Admin
 from cluster.api.generation.answering import json_response
+from cluster.api.request_context import REQUEST_CONTEXT
 from cluster.api.server.body import read_body, take_body
 from cluster.api.server.request_options import ADAPTER
 from cluster.protocol.adapters import Adapter, AdapterRevision
@@ -19,13 +20,15 @@ from workers.errors import RequestError
 
 class LoadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True):
     """`lora_path`: a folder on the server, or a Hub id. `load_inplace`: replace the revision that serves. `canary`: the share of new
-    requests that get it beside that revision, such as 0.1 or "10%".
+    requests that get it beside that revision, such as 0.1 or "10%". `base_model_name`: the served model that it belongs to, where the
+    server has several.
     """
 
     lora_name: str
     lora_path: str
     load_inplace: bool = False
     canary: float | str | None = None
+    base_model_name: str | None = None
 
 
 class UnloadAdapterRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +49,12 @@ async def load(request: web.Request) -> web.Response:
     if not body.lora_name or not body.lora_path:
         raise RequestError("Both 'lora_name' and 'lora_path' must be provided.", param="lora_name")
     share = None if body.canary is None else parse_share(body.canary)
-    revision = await admin.load_adapter(body.lora_name, body.lora_path, share=share, in_place=body.load_inplace)
+    base = body.base_model_name
+    if base is not None:
+        request.app[CONTEXT].serving(base).check_model(base, request[REQUEST_CONTEXT])
+    revision = await admin.load_adapter(
+        body.lora_name, body.lora_path, share=share, in_place=body.load_inplace, base_model=base
+    )
     text = f"Success: LoRA adapter '{body.lora_name}' added successfully."
     return web.Response(text=text, headers={ADAPTER: revision.id})
 
@@ -62,8 +70,13 @@ async def unload(request: web.Request) -> web.Response:
 async def list_adapters(request: web.Request) -> web.Response:
     """All adapters and their revisions, as this gateway knows them."""
     _admin(request)
-    registry = request.app[CONTEXT].adapters.registry
-    return json_response(AdapterList(adapters=registry.adapters, revisions=registry.revisions))
+    registries = [model.adapters.registry for model in request.app[CONTEXT].models]
+    return json_response(
+        AdapterList(
+            adapters=tuple(adapter for registry in registries for adapter in registry.adapters),
+            revisions=tuple(revision for registry in registries for revision in registry.revisions),
+        )
+    )
 
 
 async def promote(request: web.Request) -> web.Response:

@@ -3,7 +3,7 @@
 import msgspec
 from aiohttp import web
 
-from cluster.api.context import CONTEXT
+from cluster.api.context import CONTEXT, ApiContext
 from cluster.api.generation.prompts import encode_prompt
 from cluster.api.request_context import REQUEST_CONTEXT
 from cluster.protocol.routing import ROUTING_POLICIES
@@ -12,8 +12,8 @@ from workers.errors import RequestError
 
 
 async def handle(request: web.Request) -> web.Response:
-    """?prompt=TEXT or ?prompt_token_ids=1,2,3, optionally with &policy=NAME, and &model=NAME for an adapter."""
-    api = request.app[CONTEXT]
+    """?prompt=TEXT or ?prompt_token_ids=1,2,3, optionally with &policy=NAME, and &model=NAME for another model or an adapter."""
+    api = request.app[CONTEXT].serving(request.query.get("model"))
     prompt = _prompt(request)
     policy = request.query.get("policy")
     chosen_policy = next((p for p in ROUTING_POLICIES if p == policy), None)
@@ -22,13 +22,13 @@ async def handle(request: web.Request) -> web.Response:
             f"There is no policy {policy!r}.", remedy=f"Use one of {', '.join(ROUTING_POLICIES)}.", param="policy"
         )
     token_ids = await encode_prompt(api.tokenizer, prompt, facts=api.router.facts)
-    explanation = await api.router.explain(token_ids, policy=chosen_policy, adapter=_adapter(request))
+    explanation = await api.router.explain(token_ids, policy=chosen_policy, adapter=_adapter(request, api))
     return web.Response(body=msgspec.json.encode(explanation), content_type="application/json")
 
 
-def _adapter(request: web.Request) -> str | None:
+def _adapter(request: web.Request, api: ApiContext) -> str | None:
     """The revision that a request with this model would get; None for the model itself. Raises RequestError."""
-    api, name = request.app[CONTEXT], request.query.get("model")
+    name = request.query.get("model")
     if name is None:
         return None
     api.check_model(name, request[REQUEST_CONTEXT])

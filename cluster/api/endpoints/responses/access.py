@@ -4,7 +4,7 @@ import re
 
 from aiohttp import web
 
-from cluster.api.context import CONTEXT
+from cluster.api.context import CONTEXT, ApiContext
 from cluster.api.endpoints.batches.access import view_of
 from cluster.api.schemas.responses.request import ResponseInput
 from cluster.api.server.errors import NotFoundError
@@ -18,7 +18,12 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 def service_of(request: web.Request) -> ResponseService:
     """Raises RequestError if this server stores no responses."""
-    batches = request.app[CONTEXT].batches
+    return responses_of(request.app[CONTEXT])
+
+
+def responses_of(api: ApiContext) -> ResponseService:
+    """Raises RequestError if this server stores no responses."""
+    batches = api.batches
     if batches is None or batches.responses is None:
         raise RequestError(
             "This server stores no responses: it has no store for batches.",
@@ -37,12 +42,12 @@ async def find_response(request: web.Request) -> Stored:
     return stored
 
 
-async def find_chain(request: web.Request, body: ResponseInput) -> list[Stored]:
-    """The conversation before this response, oldest first. Raises RequestError."""
+async def find_chain(api: ApiContext, body: ResponseInput, *, view: str | None) -> list[Stored]:
+    """The conversation before this response, oldest first. view: the key whose responses may be seen, None: all. Raises RequestError."""
     previous = body.previous_response_id or ""
-    chain = await service_of(request).store.chain(previous, most=MAX_CHAIN)
+    chain = await responses_of(api).store.chain(previous, most=MAX_CHAIN)
     last = chain[-1].record
-    if view_of(request) not in (None, last.owner):
+    if view not in (None, last.owner):
         raise RequestError(
             f"The previous response {previous[:80]!r} does not exist.",
             remedy="Send the whole conversation as 'input'.",

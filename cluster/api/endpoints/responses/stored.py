@@ -36,6 +36,7 @@ async def get(request: web.Request) -> web.StreamResponse:
             code="invalid_value",
         )
     if streams:
+        service_of(request).counts.num_resumed += 1
         return await stream_stored(request, stored, starting_after=-1 if after is None else int(after))
     headers = request_options.moved_headers(stored.record.num_numerics_changes)
     return json_response(show(stored.record, stored.request.asked), headers=headers)

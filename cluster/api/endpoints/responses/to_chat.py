@@ -14,9 +14,8 @@ from cluster.api.schemas.chat import (
     ChatMessage,
     ChatRequest,
     FunctionChoice,
-    FunctionDefinition,
     NamedToolChoice,
-    Tool,
+    function_tool,
 )
 from cluster.api.schemas.responses.request import (
     AllowedTools,
@@ -79,14 +78,7 @@ def prompt_fields(body: ResponseInput) -> dict[str, Any]:
         tools = [tool for tool in tools if tool.name in allowed]
     return {
         "model": body.model,
-        "tools": [
-            Tool(
-                function=FunctionDefinition(
-                    name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
-                )
-            )
-            for tool in tools
-        ]
+        "tools": [function_tool(t.name, t.parameters, description=t.description, strict=t.strict) for t in tools]
         or None,
         "tool_choice": NamedToolChoice(function=FunctionChoice(name=choice.name))
         if isinstance(choice, FunctionToolChoice)

@@ -59,7 +59,7 @@ class FakeAdmin:
         self.error: Exception | None = None
         self._served = served
 
-    async def load_adapter(self, name, source, *, share=None, in_place=False):
+    async def load_adapter(self, name, source, *, share=None, in_place=False, base_model=None):
         self.asked.append(("load", name, source, share, in_place))
         if self.error is not None:
             raise self.error

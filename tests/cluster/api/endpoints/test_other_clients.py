@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from support.fakes.replica import FakeReplica, tokens
@@ -111,6 +112,17 @@ async def test_an_unknown_path_says_what_to_use(client: TestClient, path: str, i
         error = (await response.json())["error"]
         assert (response.status, error["code"]) == (404, "unknown_url")
         assert instead in error["message"]
+
+
+async def test_what_openais_client_has_besides_is_refused_by_name(client: TestClient) -> None:
+    response = await client.post("/v1/responses/compact", json={"model": "demo", "input": "x"})
+    error = (await response.json())["error"]
+    assert (response.status, error["code"]) == (404, "unknown_url") and "'truncation': 'auto'" in error["message"]
+    with pytest.raises(aiohttp.WSServerHandshakeError, match="400"):
+        await client.ws_connect("/v1/responses")
+    response = await client.get("/v1/responses", headers={"Upgrade": "websocket", "Connection": "Upgrade"})
+    assert "does not speak WebSocket" in (await response.json())["error"]["message"]
+    assert (await client.get("/v1/responses")).status == 405
 
 
 def test_every_endpoint_that_is_recommended_exists() -> None:

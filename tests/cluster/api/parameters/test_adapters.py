@@ -20,8 +20,10 @@ class RecordingAdmin:
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
 
-    async def load_adapter(self, name: str, source: str, *, share: float | None, in_place: bool) -> AdapterRevision:
-        self.asked.append((name, source, share, in_place))
+    async def load_adapter(
+        self, name: str, source: str, *, share: float | None, in_place: bool, base_model: str | None
+    ) -> AdapterRevision:
+        self.asked.append((name, source, share, in_place, base_model))
         return AdapterRevision(id=f"{name}@d", name=name, source=source, digest="d", rank=8, num_bytes=1)
 
     async def change_adapter(self, change: str, name: str) -> Registry:
@@ -42,27 +44,38 @@ async def api(replica: LiveReplica, path: str) -> AsyncIterator[Api]:
 async def is_named(api: Api, name: str) -> None:
     response = await api.client.post(api.path, json=BODY | {"lora_name": name})
     assert response.status == 200 and name in await response.text()
-    assert ADMIN.asked == [(name, "/a", None, False) if api.path == LOAD else ("unload", name)]
+    assert ADMIN.asked == [(name, "/a", None, False, None) if api.path == LOAD else ("unload", name)]
 
 
 async def is_the_source(api: Api, source: str) -> None:
     await api.client.post(api.path, json=BODY | {"lora_path": source})
-    assert ADMIN.asked == [("support", source, None, False)]
+    assert ADMIN.asked == [("support", source, None, False, None)]
 
 
 async def replaces(api: Api, in_place: bool) -> None:
     await api.client.post(api.path, json=BODY | {"load_inplace": in_place})
-    assert ADMIN.asked == [("support", "/a", None, in_place)]
+    assert ADMIN.asked == [("support", "/a", None, in_place, None)]
 
 
 async def is_a_tenth(api: Api, canary: Any) -> None:
     await api.client.post(api.path, json=BODY | {"canary": canary})
-    assert ADMIN.asked == [("support", "/a", 0.1, False)]
+    assert ADMIN.asked == [("support", "/a", 0.1, False, None)]
 
 
 async def is_no_canary(api: Api, canary: None) -> None:
     await api.client.post(api.path, json=BODY | {"canary": canary})
-    assert ADMIN.asked == [("support", "/a", None, False)]
+    assert ADMIN.asked == [("support", "/a", None, False, None)]
+
+
+async def is_the_parent(api: Api, base: str) -> None:
+    await api.client.post(api.path, json=BODY | {"base_model_name": base})
+    assert ADMIN.asked == [("support", "/a", None, False, base)]
+
+
+async def is_no_parent(api: Api, base: str) -> None:
+    response = await api.client.post(api.path, json=BODY | {"base_model_name": base})
+    assert response.status == 404 and "does not exist" in await response.text()
+    assert ADMIN.asked == []
 
 
 async def is_refused(api: Api, canary: Any) -> None:
@@ -80,6 +93,8 @@ LOAD_ROWS = [
     Row("LoadAdapterRequest.canary", None, is_no_canary),
     Row("LoadAdapterRequest.canary", 1.5, is_refused),
     Row("LoadAdapterRequest.canary", "half", is_refused),
+    Row("LoadAdapterRequest.base_model_name", "demo", is_the_parent),
+    Row("LoadAdapterRequest.base_model_name", "other", is_no_parent),
 ]
 UNLOAD_ROWS = [Row("UnloadAdapterRequest.lora_name", "support", is_named)]
 ROWS = [*LOAD_ROWS, *UNLOAD_ROWS]

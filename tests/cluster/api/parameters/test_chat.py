@@ -93,7 +93,7 @@ async def goes_to_the_template(api: Api, variables: dict[str, Any]) -> None:
 async def binds_the_text_while_tools_bind_the_calls(api: Api, response_format: dict[str, Any]) -> None:
     fields = {"tools": [ADD], "response_format": response_format, "temperature": 1.5, "max_tokens": 100}
     bias = {"logit_bias": {str(TOKENIZER.tool_calls_token_id): 100}}
-    for seed in range(3):
+    for seed in range(2):
         text = (await api.run(**fields, seed=seed)).choice["message"]["content"]
         assert json.loads(text)["a"] in range(10)
         message = (await api.run(**fields, **bias, seed=seed)).choice["message"]
@@ -131,7 +131,7 @@ async def adds_the_safety_prompt(api: Api, safe_prompt: bool) -> None:
 
 
 async def is_called(api: Api, tool: dict[str, Any]) -> None:
-    for seed in range(3):
+    for seed in range(2):
         (call,) = await calls_of(api, tools=[tool], temperature=1, seed=seed)
         assert call["type"] == "function"
         assert call["function"]["name"] == tool["function"]["name"]

@@ -1,5 +1,6 @@
 """The fields that completions and chat share: each row is sent to both endpoints."""
 
+import json
 import logging
 from typing import Any
 
@@ -41,6 +42,14 @@ async def sends_the_same_text_in_chunks(api: Api, stream: bool) -> None:
     assert len(chunks) > 3
     assert "".join(text_of(chunk["choices"][0]) for chunk in chunks) == await api.text()
     assert all(chunk["usage"] is None for chunk in chunks)
+    # Chunks with a text and nothing else are encoded in a way of their own; these have more.
+    *others, _ = await api.chunks(stream=stream, stream_options=USAGE | {"continuous_usage_stats": True})
+    assert [without_what_differs(chunk) for chunk in chunks] == [without_what_differs(chunk) for chunk in others]
+
+
+def without_what_differs(chunk: dict[str, Any]) -> str:
+    """A chunk's fields in their order; those that are different in each answer are empty."""
+    return json.dumps(chunk | {"id": "", "created": 0, "usage": None})
 
 
 async def adds_the_usage_at_the_end(api: Api, options: Any) -> None:
@@ -262,25 +271,25 @@ async def reaches_the_engine(api: Api, priority: int) -> None:
 
 
 ROWS = [
-    Row("GenerationRequest.model", {"model": "gpt-4"}, refused("does not exist", status=404)),
-    Row("GenerationRequest.max_tokens", 1, generates_exactly),
-    Row("GenerationRequest.max_tokens", 5, generates_exactly),
-    Row("GenerationRequest.max_tokens", 0, generates_nothing_but_scores_the_prompt),
+    Row("SampledRequest.model", {"model": "gpt-4"}, refused("does not exist", status=404)),
+    Row("SampledRequest.max_tokens", 1, generates_exactly),
+    Row("SampledRequest.max_tokens", 5, generates_exactly),
+    Row("SampledRequest.max_tokens", 0, generates_nothing_but_scores_the_prompt),
     Row("GenerationRequest.n", 3, gives_different_choices),
-    Row("GenerationRequest.stream", True, sends_the_same_text_in_chunks),
-    Row("GenerationRequest.stream_options, StreamOptions.include_usage", USAGE, adds_the_usage_at_the_end),
+    Row("SampledRequest.stream", True, sends_the_same_text_in_chunks),
+    Row("SampledRequest.stream_options, StreamOptions.include_usage", USAGE, adds_the_usage_at_the_end),
     Row("StreamOptions.continuous_usage_stats", True, adds_the_usage_to_every_chunk),
-    Row("GenerationRequest.stop", slice(6, 9), ends_before_the_stop_string),
-    Row("GenerationRequest.stop", slice(6, 9), ends_before_the_last_of_16_stop_strings),
-    Row("GenerationRequest.stop", {"stop": list("abcdefghijklmnopq")}, refused("length <= 16")),
-    Row("GenerationRequest.stop", "[INST]", ends_after_the_special_token_of_that_name),
+    Row("SampledRequest.stop", slice(6, 9), ends_before_the_stop_string),
+    Row("SampledRequest.stop", slice(6, 9), ends_before_the_last_of_16_stop_strings),
+    Row("SampledRequest.stop", {"stop": list("abcdefghijklmnopq")}, refused("length <= 16")),
+    Row("SampledRequest.stop", "[INST]", ends_after_the_special_token_of_that_name),
     Row("GenerationRequest.include_stop_str_in_output", slice(6, 9), keeps_the_stop_string),
     Row("GenerationRequest.skip_special_tokens", False, shows_special_tokens),
-    Row("GenerationRequest.temperature", 1.5, is_random),
-    Row("GenerationRequest.temperature", 0.001, is_greedy),
-    Row("GenerationRequest.top_p", {"top_p": 1e-9}, leaves_the_likeliest_token_only),
-    Row("GenerationRequest.top_p", {"top_p": 0}, leaves_the_likeliest_token_only),
-    Row("GenerationRequest.top_p", {"top_p": 1}, leaves_all_tokens),
+    Row("SampledRequest.temperature", 1.5, is_random),
+    Row("SampledRequest.temperature", 0.001, is_greedy),
+    Row("SampledRequest.top_p", {"top_p": 1e-9}, leaves_the_likeliest_token_only),
+    Row("SampledRequest.top_p", {"top_p": 0}, leaves_the_likeliest_token_only),
+    Row("SampledRequest.top_p", {"top_p": 1}, leaves_all_tokens),
     Row("GenerationRequest.top_k", {"top_k": 1}, leaves_the_likeliest_token_only),
     Row("GenerationRequest.top_k", {"top_k": 0}, leaves_all_tokens),
     Row("GenerationRequest.top_k", {"top_k": -1}, leaves_all_tokens),
@@ -292,21 +301,21 @@ ROWS = [
     Row("GenerationRequest.repetition_penalty", 100, repeats_nothing),
     Row("GenerationRequest.logit_bias", {"77": 100}, forces_the_token),
     Row("GenerationRequest.logit_bias", -100, forbids_the_token),
-    Row("GenerationRequest.seed", 5, repeats_the_output),
-    Row("GenerationRequest.random_seed", 5, is_the_seed),
-    Row("GenerationRequest.random_seed", {"random_seed": 5}, refused("differ", seed=6)),
-    Row("GenerationRequest.user", "u-1", is_logged),
-    Row("GenerationRequest.user", {"user": 5}, refused("str")),
-    Row("GenerationRequest.min_tokens", 8, is_never_chosen_before),
+    Row("SampledRequest.seed", 5, repeats_the_output),
+    Row("SampledRequest.random_seed", 5, is_the_seed),
+    Row("SampledRequest.random_seed", {"random_seed": 5}, refused("differ", seed=6)),
+    Row("SampledRequest.user", "u-1", is_logged),
+    Row("SampledRequest.user", {"user": 5}, refused("str")),
+    Row("SampledRequest.min_tokens", 8, is_never_chosen_before),
     Row("GenerationRequest.stop_token_ids", 4, ends_after_the_token),
-    Row("GenerationRequest.ignore_eos", True, continues_after_the_end_token),
+    Row("SampledRequest.ignore_eos", True, continues_after_the_end_token),
     Row("GenerationRequest.bad_words", 0, avoids_the_word),
     Row("GenerationRequest.allowed_token_ids", [70, 71, 72], allows_only),
     Row("GenerationRequest.truncate_prompt_tokens", 4, keeps_the_last_tokens_of_the_prompt),
     Row("GenerationRequest.truncate_prompt_tokens", -1, keeps_what_fits),
     Row("GenerationRequest.prompt_logprobs", 2, scores_every_prompt_token),
     Row("GenerationRequest.return_token_ids", True, adds_the_token_ids),
-    Row("GenerationRequest.priority", -4, reaches_the_engine),
+    Row("SampledRequest.priority", -4, reaches_the_engine),
 ]
 
 

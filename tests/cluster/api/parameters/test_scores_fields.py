@@ -87,7 +87,7 @@ async def is_checked(api: Api, fields: dict[str, Any]) -> None:
 
 
 ROWS = [
-    Row("ScoreRequest.model, RerankRequest.model, FimRequest.model", "x", must_be_served),
+    Row("ScoreRequest.model, RerankRequest.model, SampledRequest.model", "x", must_be_served),
     Row("ScoreRequest.text_1, ScoreRequest.text_2", TEXTS, pairs_are_scored),
     Row("ScoreRequest.scoring, RerankRequest.scoring", "similarity", decides_the_score),
     Row("ScoreRequest.scoring, RerankRequest.scoring", "logprob", decides_the_score),
@@ -99,17 +99,17 @@ ROWS = [
     Row("RerankRequest.top_n", 2, limits_the_results),
     Row("RerankRequest.top_n", 0, limits_the_results),
     Row("RerankRequest.return_documents", False, hides_the_documents),
-    Row("FimRequest.prompt, FimRequest.suffix, FimRequest.max_tokens", {"suffix": "x"}, acts_as_in_completions),
-    Row("FimRequest.stream, FimRequest.stream_options", {"stream": True, "stream_options": {"include_usage": True}},
+    Row("FimRequest.prompt, FimRequest.suffix, SampledRequest.max_tokens", {"suffix": "x"}, acts_as_in_completions),
+    Row("SampledRequest.stream, SampledRequest.stream_options", {"stream": True, "stream_options": {"include_usage": True}},
         acts_as_in_completions),
-    Row("FimRequest.temperature, FimRequest.top_p, FimRequest.seed", {"temperature": 1, "top_p": 0.9, "seed": 1},
+    Row("SampledRequest.temperature, SampledRequest.top_p, SampledRequest.seed", {"temperature": 1, "top_p": 0.9, "seed": 1},
         acts_as_in_completions),
-    Row("FimRequest.random_seed", {"temperature": 1, "random_seed": 1}, acts_as_in_completions),
-    Row("FimRequest.random_seed", {"random_seed": 1, "seed": 2}, is_checked),
-    Row("FimRequest.stop, FimRequest.min_tokens", {"stop": "e", "min_tokens": 2}, acts_as_in_completions),
-    Row("FimRequest.ignore_eos, FimRequest.priority, FimRequest.user", {"ignore_eos": True, "priority": 1, "user": "u"},
+    Row("SampledRequest.random_seed", {"temperature": 1, "random_seed": 1}, acts_as_in_completions),
+    Row("SampledRequest.random_seed", {"random_seed": 1, "seed": 2}, is_checked),
+    Row("SampledRequest.stop, SampledRequest.min_tokens", {"stop": "e", "min_tokens": 2}, acts_as_in_completions),
+    Row("SampledRequest.ignore_eos, SampledRequest.priority, SampledRequest.user", {"ignore_eos": True, "priority": 1, "user": "u"},
         acts_as_in_completions),
-    Row("FimRequest.stop", {"stop": ["x", ""]}, is_checked),
+    Row("SampledRequest.stop", {"stop": ["x", ""]}, is_checked),
 ]  # fmt: skip
 
 

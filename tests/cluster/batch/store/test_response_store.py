@@ -1,5 +1,6 @@
 """The store of responses, in SQLite and PostgreSQL: leases and their fences, steps, ends, and what is deleted."""
 
+import msgspec
 import pytest
 
 from cluster.responses.items import Asked
@@ -62,6 +63,19 @@ async def test_what_is_stored_comes_back(store):
         record, found = await responses.follow("resp_1", after=after)
         assert (record, found) == (stored.record, steps(10, 11, 12)[after:])
     assert await responses.follow("resp_2", after=0) is None
+
+
+async def test_the_adapters_of_responses_that_have_not_ended(store):
+    responses = store.responses
+    assert await responses.adapters() == set()
+    lease = await responses.add(a_response(), owner="me", ttl_s=9, now=1)
+    await responses.add(a_response("resp_2"), owner=None, ttl_s=9, now=1)
+    assert await responses.adapters() == {"a@1"}
+    await responses.delete("resp_2")
+    ended = msgspec.structs.replace(a_response().record, status="completed")
+    assert await responses.adapters() == {"a@1"}
+    await responses.append([append(lease, 0, record=ended)])
+    assert await responses.adapters() == set()
 
 
 async def test_a_lease_is_taken_over_and_the_first_runner_stores_nothing_more(store):

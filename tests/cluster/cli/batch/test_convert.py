@@ -56,11 +56,19 @@ def test_the_row_decides_the_endpoint(row, endpoint, body):
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "q"}]}),
         ("/v1/embeddings", {"input": "q"}),
         ("/v1/completions", {"prompt": "q"}),
+        ("/v1/responses", {"input": "q"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "q"}]}),
     ],
 )
 def test_a_prompt_serves_every_endpoint(endpoint, body):
     [line] = converted(b'{"prompt": "q"}', template=LineTemplate(model="demo", endpoint=endpoint))
     assert (line["url"], line["body"]) == (endpoint, {"model": "demo", **body})
+
+
+def test_the_limit_of_tokens_has_another_name_in_responses():
+    template = LineTemplate(model="demo", endpoint="/v1/responses", defaults={"max_tokens": 9})
+    found = converted(b'{"input": "q"}\n{"input": "q", "max_output_tokens": 3}', template=template)
+    assert [line["body"] for line in found] == [{"model": "demo", "input": "q", "max_output_tokens": n} for n in (9, 3)]
 
 
 def test_lines_of_a_batch_file_stay_as_they_are():

@@ -9,7 +9,7 @@ from support.native import native_library
 from workers.kernels.lora.host_memory import HostMemory
 from workers.kernels.lora.native_table import NativeLoraTable
 from workers.kernels.lora.rows import AdapterRows, group_rows
-from workers.kernels.lora.table import LoraMatrices, TorchLoraTable
+from workers.kernels.lora.table import LoraMatrices, NumbersError, TorchLoraTable
 from workers.native.variants import VARIANTS
 
 triton_interpreter.install()
@@ -25,7 +25,7 @@ def randn(*shape, seed):
 
 def make_table(kind, in_features, out_sizes, *, num_slots, dtype, max_rank=40):
     if kind == "torch":
-        return TorchLoraTable(in_features, out_sizes, num_slots=num_slots, device=torch.device("cpu"))
+        return TorchLoraTable(in_features, out_sizes, num_slots=num_slots, dtype=dtype, device=torch.device("cpu"))
     if kind == "triton":
         from workers.kernels.lora.triton_table import TritonLoraTable
 
@@ -131,6 +131,41 @@ def test_all_numbers_of_threads_give_the_same_bits_and_in_float32_all_instructio
             assert torch.equal(found.setdefault(group, out), out), variant.name
     if not found:
         pytest.skip("no compiled kernels here")
+
+
+@KINDS
+@DTYPES
+def test_numbers_of_a_file_are_rounded_once_as_torch_does_it(kind, dtype):
+    """Whatever their type, and wherever the rows lie: here in a larger matrix, of which a rank has some columns."""
+    in_features, out_sizes, rank = 301, [70], 19
+    a, b = randn(rank, in_features + 9, seed=1).double(), randn(70, rank + 4, seed=2).double()
+    x = randn(3, in_features, seed=3).to(dtype)
+    for stored in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        inside = LoraMatrices(a.to(stored)[:, 4 : in_features + 4], b.to(stored)[:, 2 : rank + 2], 0.5)
+        apart = LoraMatrices(inside.a.to(dtype).contiguous(), inside.b.to(dtype).contiguous(), 0.5)
+        table = make_table(kind, in_features, out_sizes, num_slots=2, dtype=dtype)
+        put_all(table, [[inside], [apart]], range(2))
+        found, expected = torch.zeros(2, 3, 70, dtype=dtype)
+        table.add(found, x, rows_of([0, 0, 0], 2))
+        table.add(expected, x, rows_of([1, 1, 1], 2))
+        assert expected.any() and torch.equal(found, expected), stored
+
+
+@KINDS
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_numbers_that_cannot_be_used_are_named(kind, half):
+    for value, stored, dtype, message in (
+        (float("nan"), torch.bfloat16, torch.bfloat16, "infinite numbers or NaN"),
+        (float("-inf"), torch.float16, torch.float32, "infinite numbers or NaN"),
+        (3.4e38, torch.float32, torch.bfloat16, "numbers too large for bfloat16"),
+        (-1e39, torch.float64, torch.float32, "numbers too large for float32"),
+    ):
+        parts = [LoraMatrices(randn(5, 40, seed=i).to(stored), randn(66, 5, seed=i).to(stored), 1.0) for i in (0, 1)]
+        (parts[1].a if half == "A" else parts[1].b)[-1, -1] = value
+        table = make_table(kind, 40, [66, 66], num_slots=1, dtype=dtype)
+        with pytest.raises(NumbersError, match=message) as found:
+            table.prepare(parts, HostMemory())
+        assert (found.value.shard, found.value.half) == (1, half)
 
 
 @KINDS

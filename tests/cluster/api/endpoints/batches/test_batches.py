@@ -16,6 +16,8 @@ from support.batch.app import batch_app
 from support.fakes.replica import FakeReplica, tokens
 from support.servers.live_replica import TOKEN, TOKENIZER, LiveReplica
 
+from cluster.api.line_endpoints import LINE_ENDPOINTS
+from cluster.batch.records import ENDPOINTS
 from cluster.keys.file import add_key, revoke_key
 from cluster.keys.key import Limits, new_key
 from cluster.keys.keyring import Keyring
@@ -299,6 +301,52 @@ async def test_embeddings_where_they_are_disabled(tmp_path: Path, replica: FakeR
         assert (status, answer["error"]["code"]) == (400, "embeddings_disabled")
 
 
+def test_every_endpoint_that_lines_may_name_is_there() -> None:
+    assert tuple(LINE_ENDPOINTS) == ENDPOINTS
+
+
+async def test_responses_and_messages_as_lines(tmp_path: Path) -> None:
+    """The same answers as over HTTP, and a response may go on from a stored one."""
+    replica = FakeReplica(tokens(TOKENIZER.encode("Fine", bos=False), stop_token_id=2), max_model_len=256)
+    path, bodies = "/v1/responses", [{"input": "Hi", "seed": 3}, {"input": "And?", "max_output_tokens": 9}]
+
+    def without_ids(answer: dict[str, Any]) -> dict[str, Any]:
+        output = [{k: v for k, v in item.items() if k != "id"} for item in answer.get("output", [])]
+        return {k: v for k, v in answer.items() if k not in ("id", "created_at", "completed_at")} | {"output": output}
+
+    async def directly(path: str, body: dict[str, Any]) -> dict[str, Any]:
+        response = await api.client.post(path, json=body)
+        assert response.status == 200, await response.text()
+        return await response.json()
+
+    async with batch_app(tmp_path, [replica]) as client:
+        api = Api(client)
+        first = await directly(path, {"model": "demo", "input": "Hello"})
+        bodies = [{"model": "demo", "previous_response_id": first["id"], **body} for body in bodies]
+        batch = await api.run(lines(bodies, path), path)
+        assert batch["request_counts"] == {"total": 2, "completed": 2, "failed": 0}, batch
+        found = await api.results(batch)
+        for i, body in enumerate(bodies):
+            answer = found[str(i)]["response"]["body"]
+            assert answer["output"][0]["content"][0]["text"] == "Fine" and answer["store"] is False
+            assert without_ids(answer) == without_ids(await directly(path, body | {"store": False}))
+            assert (await client.get(f"{path}/{answer['id']}")).status == 404, "it is in the output file only"
+        prompts = {tuple(request.prompt_token_ids) for request in replica.requests}
+        assert len(prompts) == 3, "with what was said before"
+
+        refused = await api.run(lines([bodies[0] | {"store": True}, bodies[0] | {"background": True}], path), path)
+        assert [error["param"] for error in refused["errors"]["data"]] == ["store", "background"]
+
+        path = "/v1/messages"
+        body = {"model": "demo", "max_tokens": 9, "system": "Be kind.", "messages": [{"role": "user", "content": "Hi"}]}
+        batch = await api.run(lines([body, {k: v for k, v in body.items() if k != "max_tokens"}], path), path)
+        assert [(e["line"], e["param"]) for e in batch["errors"]["data"]] == [(2, "max_tokens")]
+        batch = await api.run(lines([body], path), path)
+        answer = (await api.results(batch))["0"]["response"]["body"]
+        assert (answer["content"], answer["stop_reason"]) == ([{"type": "text", "text": "Fine"}], "end_turn")
+        assert without_ids(answer) == without_ids(await directly(path, body))
+
+
 async def test_pages(tmp_path: Path, replica: FakeReplica) -> None:
     async with batch_app(tmp_path, [replica], runs=False) as client:
         api = Api(client)
@@ -335,6 +383,16 @@ async def test_lines_are_charged_to_their_key_and_its_models_apply(tmp_path: Pat
     await ledger.close()
     used = {(group.key_name, group.endpoint): sums for group, sums in read_usage(tmp_path / "usage.db")}
     assert used["a", "/v1/completions (batch)"] == Sums(10, 30, 10, 20, 0)
+    # Another key's response is not a conversation to go on with.
+    async with batch_app(tmp_path / "data", [FakeReplica()], keyring=Keyring(path, api_key="own")) as client:
+        response = await client.post(
+            "/v1/responses", json={"model": "demo", "input": "x"}, headers={"Authorization": "Bearer own"}
+        )
+        line = {"model": "demo", "input": "y", "previous_response_id": (await response.json())["id"]}
+        api = Api(client, headers["a"])
+        batch = await api.run(lines([line], "/v1/responses"), "/v1/responses")
+        error = (await api.results(batch, "error"))["0"]["response"]["body"]["error"]
+        assert error["code"] == "previous_response_not_found"
     # If a key is revoked while its batch waits, nothing is charged.
     async with batch_app(tmp_path / "data", [FakeReplica()], keyring=Keyring(path), runs=False) as client:
         waiting = await Api(client, headers["c"]).start(lines([BODY]))

@@ -1,10 +1,12 @@
 """A stored response outlives its connection, its replica and its gateway: the same events, none twice, none missing."""
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import TestClient
 from support.batch.app import batch_app
 from support.fakes.replica import FakeReplica, tokens
 from support.responses import PATH, again, create_stream, post, read
@@ -22,6 +24,15 @@ def replica(name: str = "a", **options: Any) -> FakeReplica:
     return FakeReplica(tokens(OUTPUT, stop_token_id=2), replica_id=name, max_model_len=512, **options)
 
 
+async def metrics_of(client: TestClient) -> dict[str, float]:
+    """What /metrics says of stored responses, by name and status."""
+    text = await (await client.get("/metrics")).text()
+    found = re.findall(
+        r'^tramontane:(\w*stored_responses\w*)\{model_name="demo"(?:,status="(\w+)")?\} (\S+)$', text, re.MULTILINE
+    )
+    return {f"{name} {status}".strip(): float(value) for name, status, value in found}
+
+
 async def test_reading_again_from_any_event_gives_the_same_bytes(tmp_path: Path) -> None:
     async with batch_app(tmp_path, [replica()]) as client:
         events = [event async for event in create_stream(client, BODY)]
@@ -34,6 +45,8 @@ async def test_reading_again_from_any_event_gives_the_same_bytes(tmp_path: Path)
             assert await again(client, response_id, after=after) == events[after + 1 :], f"after {after}"
         whole = await (await client.get(f"{PATH}/{response_id}")).json()
         assert whole == last["response"]
+        counts = await metrics_of(client)
+        assert counts["stored_responses_total completed"] == 1 and counts["stored_responses_resumed_total"] >= 6
 
 
 async def test_a_response_goes_on_without_its_client(tmp_path: Path) -> None:
@@ -46,6 +59,7 @@ async def test_a_response_goes_on_without_its_client(tmp_path: Path) -> None:
         running = await (await client.get(f"{PATH}/{response_id}")).json()
         assert (running["status"], running["usage"]) == ("in_progress", None)
         reading = asyncio.create_task(again(client, response_id, after=5))
+        assert (await metrics_of(client))["num_stored_responses_running"] == 1
         holding.release.set()
         rest = await reading
         assert [read(event)["sequence_number"] for event in seen + rest] == list(range(len(seen + rest)))
@@ -116,6 +130,8 @@ async def test_a_gateway_that_stops_leaves_its_responses_to_the_next(tmp_path: P
     assert holding.num_open == 0
     async with batch_app(tmp_path, [replica("b")]) as client:
         events = [read(event) for event in await again(client, created["id"])]
+        counts = await metrics_of(client)
+    assert (counts["stored_responses_taken_over_total"], counts["stored_responses_total completed"]) == (1, 1)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert [event["type"].removeprefix("response.") for event in events[:3]] == ["created", "queued", "in_progress"]
     assert events[-1]["response"]["output"][0]["content"][0]["text"] == TEXT
@@ -135,6 +151,8 @@ async def test_two_gateways_on_one_store(tmp_path: Path) -> None:
         assert events[-1]["response"] == cancelled
         assert events[-1]["type"] == "response.incomplete"
         assert await (await first.get(f"{PATH}/{created['id']}")).json() == cancelled
+        counts = [await metrics_of(client) for client in (first, second)]
+        assert [count["stored_responses_total cancelled"] for count in counts] == [0, 1]
         holding.release.set()
         async with asyncio.timeout(10):
             while holding.num_open:

@@ -1,0 +1,138 @@
+"""The rows of health, metrics, adapters and /admin in the table of endpoints."""
+
+from cluster.api.endpoints import openapi
+from cluster.api.endpoints.endpoint import BODY_ERRORS, MODEL_ERRORS, Endpoint
+from cluster.api.endpoints.operator import adapters, admin, debug, health, version
+from cluster.metrics.operations import Operations
+from cluster.protocol.adapters import Adapter
+
+OPERATOR = (
+    Endpoint(
+        method="GET",
+        path="/version",
+        handler=version.handle,
+        summary="Get the server's version.",
+        response=version.VersionResponse,
+    ),
+    Endpoint(
+        method="GET",
+        path="/health",
+        handler=health.handle,
+        summary="Check whether a request sent now would be served.",
+        response=health.HealthResponse,
+        query=("model",),
+        errors=(404, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/health/ready",
+        handler=health.handle,
+        summary="Check readiness; the same as /health.",
+        response=health.HealthResponse,
+        query=("model",),
+        errors=(404, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/ping",
+        handler=health.ping,
+        summary="Check readiness without details, as hosting platforms do.",
+        response=health.PingResponse,
+        query=("model",),
+        errors=(404, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/health/live",
+        handler=health.live,
+        summary="Check whether the server is running. Needs no API key.",
+        response=health.LiveResponse,
+        is_open=True,
+    ),
+    Endpoint(
+        method="GET",
+        path="/metrics",
+        handler=health.metrics,
+        summary="Get metrics in the Prometheus text format.",
+        content_type="text/plain",
+    ),
+    Endpoint(
+        method="GET",
+        path="/openapi.json",
+        handler=openapi.handle,
+        summary="Get this OpenAPI document.",
+    ),
+    Endpoint(
+        method="GET",
+        path="/debug/route",
+        handler=debug.handle,
+        summary="Show which replica a prompt would be sent to, and why.",
+        query=("prompt", "prompt_token_ids", "policy", "model"),
+        errors=(400, 503),
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/load_lora_adapter",
+        handler=adapters.load,
+        summary="Load an adapter on all replicas, or a new revision of one.",
+        body=adapters.LoadAdapterRequest,
+        content_type="text/plain",
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 503),
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/unload_lora_adapter",
+        handler=adapters.unload,
+        summary="Unload an adapter. Running requests end on it.",
+        body=adapters.UnloadAdapterRequest,
+        content_type="text/plain",
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/admin/adapters",
+        handler=adapters.list_adapters,
+        summary="List the adapters and their revisions.",
+        response=adapters.AdapterList,
+        errors=(404,),
+    ),
+    Endpoint(
+        method="POST",
+        path="/admin/adapters/{name:.+}/promote",
+        handler=adapters.promote,
+        summary="Make an adapter's canary its current revision.",
+        response=Adapter,
+        errors=(*BODY_ERRORS, 404, 503),
+    ),
+    Endpoint(
+        method="POST",
+        path="/admin/adapters/{name:.+}/rollback",
+        handler=adapters.rollback,
+        summary="End an adapter's canary, or return to its previous revision.",
+        response=Adapter,
+        errors=(*BODY_ERRORS, 404, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/admin/cluster",
+        handler=admin.cluster,
+        summary="Show the cluster's replicas, ranks, nodes and gateways.",
+        errors=(404, 503),
+    ),
+    Endpoint(
+        method="GET",
+        path="/admin/operations",
+        handler=admin.operate,
+        summary="Show what this gateway has measured: waiting times, responses by status, tokens by key.",
+        response=Operations,
+    ),
+    Endpoint(
+        method="POST",
+        path="/admin/replicas/{replica_id}/drain",
+        handler=admin.drain,
+        summary="Take a replica out of service without interrupting any stream.",
+        body=admin.DrainRequest,
+        success=202,
+        errors=(*BODY_ERRORS, 404, 503),
+    ),
+)

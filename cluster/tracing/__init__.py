@@ -1,0 +1,1 @@
+"""The spans of a gateway: of requests, of their sequences, and of each attempt on a replica."""
