@@ -9,11 +9,19 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 TORCH_LIBRARY = "libtorch_cpu.so"
 ENTRY_POINT = "GOMP_parallel"  # what GCC's code calls; libiomp5 and libomp have it too
+
+
+# Polls of a thread of libgomp that waits for the others, each some 50 ns, before it sleeps. With the default of 300,000, which is 15 ms,
+# waiting threads use up their share of a core that another program wants, too, and do not get it when there is work again: with one of
+# two cores taken, a stream is slower by a factor of ten.
+NUM_SPINS = 5000
+SPIN_VARIABLE = "GOMP_SPINCOUNT"
 
 
 class _SymbolInfo(ctypes.Structure):
@@ -25,6 +33,12 @@ class _SymbolInfo(ctypes.Structure):
         ("symbol_name", ctypes.c_char_p),
         ("symbol_address", ctypes.c_void_p),
     )
+
+
+def bound_spinning(environ: MutableMapping[str, str]) -> None:
+    """Call it before torch is imported. What an operator has set stays."""
+    if "OMP_WAIT_POLICY" not in environ:
+        environ.setdefault(SPIN_VARIABLE, str(NUM_SPINS))
 
 
 def load_openmp() -> str:

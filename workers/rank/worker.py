@@ -24,6 +24,7 @@ from workers.device.sensors import Sensors, open_sensors
 from workers.device.sizes import sized_for
 from workers.engine.loop import EngineLoop
 from workers.errors import ConfigError, GroupError, TramontaneError
+from workers.native.openmp import bound_spinning
 from workers.rank.lifeline import DIED, Lifeline
 from workers.rank.primitive_caches import bound_primitive_caches
 from workers.rank.profile import RankProfile
@@ -129,6 +130,7 @@ class RankWorker:
             # Before torch is imported: a rank that dies from here on is named.
             self._lifeline.connect((at.host, at.lifeline_port))
         bound_primitive_caches(os.environ)
+        bound_spinning(os.environ)
         if self._gpu is not None:
             try_gpu(f"Rank {self.rank} on {self.location()}", self._gpu)
             self._sensors = open_sensors(self._gpu.name)

@@ -257,7 +257,13 @@ FULL: dict[str, dict[str, Any]] = {
         "output_expires_after": {"anchor": "created_at", "seconds": 3600},
     },
     "/admin/replicas/{replica_id}/drain": {"grace_s": 1.0},
-    "/v1/load_lora_adapter": {"lora_name": "x", "lora_path": "/no/such/folder", "load_inplace": False, "canary": "10%"},
+    "/v1/load_lora_adapter": {
+        "lora_name": "x",
+        "lora_path": "/no/such/folder",
+        "load_inplace": False,
+        "canary": "10%",
+        "base_model_name": "m",
+    },
     "/v1/unload_lora_adapter": {"lora_name": "x"},
 }
 # Fragments that replace a value: other types, numbers out of range, invalid text, and invalid JSON.
