@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACES_S = {1: 0.01, 64: 0.05, 512: 0.2}  # about what a 7B model needs for a step of that many sequences
@@ -105,8 +106,8 @@ def run_engine(link: Connection, max_num_seqs: int = 1024) -> None:
     server.close()
 
 
-def run_gateway(link: Connection, address: tuple[str, int]) -> None:
-    """Process 2: sends its port, then its CPU seconds on each request."""
+def run_gateway(link: Connection, address: tuple[str, int], **options: Any) -> None:
+    """Process 2: sends its port, then its CPU seconds on each request. options: more for the application."""
     from cluster.api.app import make_app
     from cluster.api.server.listener import Listener
     from cluster.replicas.client import ReplicaClient
@@ -119,7 +120,7 @@ def run_gateway(link: Connection, address: tuple[str, int]) -> None:
         async with ReplicaClient("fake", address, "secret") as client:
             router = Router()
             router.update([client], Availability())
-            app = make_app(router=router, tokenizer=tokenizer, chat_template=None, model_name=MODEL)
+            app = make_app(router=router, tokenizer=tokenizer, chat_template=None, model_name=MODEL, **options)
             listener = await Listener(app).open("127.0.0.1", 0)
             link.send(listener.port)
             while await asyncio.to_thread(link.recv):

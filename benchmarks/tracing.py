@@ -12,15 +12,15 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from gateway import MODEL, ROOT, read_stream, run_engine
+from gateway import read_stream, run_engine, run_gateway
 
 PACE_S = 0.02
 
@@ -41,8 +41,6 @@ def run_collector(link: Connection) -> None:
 
         def log_message(self, *_: object) -> None: ...
 
-    import threading
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     link.send(f"http://127.0.0.1:{server.server_address[1]}/v1/traces")
@@ -50,40 +48,19 @@ def run_collector(link: Connection) -> None:
         link.send(num_bytes)
 
 
-def run_gateway(link: Connection, address: tuple[str, int], collector: str | None, tree: str | None) -> None:
-    """Sends its port, then its CPU seconds on each request."""
+def run_traced(link: Connection, address: tuple[str, int], collector: str | None, tree: str | None) -> None:
+    """A gateway that sends its spans there, or makes none, with the code of that tree."""
     if tree is not None:
         sys.path.insert(0, tree)
         for name in [name for name in sys.modules if name.split(".")[0] in ("cluster", "workers")]:
             del sys.modules[name]
-    from cluster.api.app import make_app
-    from cluster.api.server.listener import Listener
-    from cluster.replicas.client import ReplicaClient
-    from cluster.router.replica import Availability
-    from cluster.router.router import Router
-    from cluster.text.tokenizer import load_tokenizer
+    if collector is None:
+        run_gateway(link, address)
+        return
+    from cluster.tracing.request import GatewayTracing
+    from workers.tracing.settings import TracingConfig
 
-    options = {}
-    if collector is not None:
-        from cluster.tracing.request import GatewayTracing
-        from workers.tracing.settings import TracingConfig
-
-        options["tracing"] = GatewayTracing(TracingConfig(url=collector), gateway_id="bench")
-
-    async def main() -> None:
-        tokenizer = load_tokenizer(str(ROOT / "examples" / "demo_model"), version=None, model_vocab_size=None)
-        async with ReplicaClient("fake", address, "secret") as client:
-            router = Router()
-            router.update([client], Availability())
-            app = make_app(router=router, tokenizer=tokenizer, chat_template=None, model_name=MODEL, **options)
-            listener = await Listener(app).open("127.0.0.1", 0)
-            link.send(listener.port)
-            while await asyncio.to_thread(link.recv):
-                usage = resource.getrusage(resource.RUSAGE_SELF)
-                link.send(usage.ru_utime + usage.ru_stime)
-            await listener.close()
-
-    asyncio.run(main())
+    run_gateway(link, address, tracing=GatewayTracing(TracingConfig(url=collector), gateway_id="bench"))
 
 
 async def load(port: int, *, num_streams: int, num_tokens: int, num_requests: int) -> None:
@@ -122,7 +99,7 @@ def main() -> None:
     plans = {"off": (None, None), "on": (url, None)} | ({"absent": (None, args.tree)} if args.tree else {})
     for name, (to, tree) in plans.items():
         link, there = spawn.Pipe()
-        spawn.Process(target=run_gateway, args=(there, address, to, tree), daemon=True).start()
+        spawn.Process(target=run_traced, args=(there, address, to, tree), daemon=True).start()
         variants[name] = (link, link.recv())
     engine.send(args.pace)
     engine.recv()

@@ -75,8 +75,6 @@ class StreamInbox:
 def _size_of(delta: TokenDelta) -> int:
     """In bytes, roughly; log-probabilities are what can make it large."""
     size = 400 + 36 * len(delta.token_ids)
-    if delta.logprobs is None and delta.prompt_logprobs is None:
-        return size
     for entries in (delta.logprobs, delta.prompt_logprobs):
         if entries:
             size += sum(200 + 100 * len(entry.top) for entry in entries if entry is not None)
