@@ -51,8 +51,9 @@ class Server:
     def output(self) -> str:
         return "".join(self._lines)
 
-    def get(self, path: str) -> tuple[int, str]:
-        request = urllib.request.Request(self.url + path, headers={"Authorization": f"Bearer {API_KEY}"})
+    def get(self, path: str, *, url: str | None = None) -> tuple[int, str]:
+        """From the first gateway, or from the one at `url`."""
+        request = urllib.request.Request((url or self.url) + path, headers={"Authorization": f"Bearer {API_KEY}"})
         try:
             with urllib.request.urlopen(request, timeout=10) as response:
                 return response.status, response.read().decode()
@@ -116,9 +117,9 @@ class Server:
             headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
         )
 
-    def metric(self, name: str) -> float:
-        """The sum over replicas."""
-        _, text = self.get("/metrics")
+    def metric(self, name: str, *, url: str | None = None) -> float:
+        """The sum over replicas, as the first gateway counts it, or the one at `url`."""
+        _, text = self.get("/metrics", url=url)
         values = [float(line.split()[-1]) for line in text.splitlines() if re.match(rf"tramontane:{name}[ {{]", line)]
         assert values, f"/metrics has no {name}"
         return sum(values)
