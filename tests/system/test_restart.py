@@ -185,7 +185,9 @@ def test_a_response_outlives_its_replica_and_its_gateway(hosts, two_gateways, da
     assert seen[-1]["type"] == "response.output_text.delta", "it had ended before its gateway was killed"
     response_id = seen[0]["response"]["id"]
     check_resumed(server.url, seen, whole)
-    assert sum(taken_over(server, url) for url in urls) == 1, "by the gateway that is left, or by the killed one's successor"
+    assert sum(taken_over(server, url) for url in urls) == 1, (
+        "by the gateway that is left, or by the killed one's successor"
+    )
     if database is not None:
         psycopg = pytest.importorskip("psycopg")
         with psycopg.connect(database) as connection:
