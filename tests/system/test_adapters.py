@@ -135,6 +135,16 @@ class World:
                 if next(a for a in adapters if a["name"] == REPLACED)["canary"] is None:
                     return  # the answer was lost with the controller
 
+    async def until_all_served(self) -> None:
+        """Every name has answered, the replaced one with both revisions."""
+        async with self.session.get(f"{self.server.url}/admin/adapters") as response:
+            adapters = (await response.json())["adapters"]
+        wanted = {a["current"] for a in adapters} | {a["previous"] for a in adapters if a["name"] == REPLACED}
+        assert len(wanted) == len(NAMES) + 1, adapters
+        async with asyncio.timeout(60):
+            while not wanted <= {revision for revision, count in self.served.items() if count}:
+                await asyncio.sleep(0.05)
+
     async def kill_a_replica(self, choice: random.Random) -> None:
         """One that works and lives: while the controller restarts, the view may still name a dead one."""
         async with asyncio.timeout(60):
@@ -183,8 +193,7 @@ async def story(server: Server, folders: dict[str, Path], *, rounds: int) -> Wor
             (await asyncio.to_thread(controller_of, server)).kill()
             await world.until_promoted()
             await world.until_ready()
-        # Under the promoted revision, everywhere.
-        await asyncio.sleep(0.5)
+        await world.until_all_served()
         world.stop.set()
         await asyncio.gather(*clients)
         return world
@@ -203,8 +212,11 @@ def test_nothing_is_lost_while_replicas_die_and_an_adapter_is_replaced(server, f
     assert all(sum(world.served[r] for r in world.served if (r or "").startswith(name)) for name in NAMES)
     held = sorted(r["id"] for r in registry["revisions"] if r["state"] in ("ready", "loading", "retiring"))
     assert {digest for _, _, digest in (r.partition("@") for r in held)} == set(_digests(world))
-    for replica_id, replica in server.replicas("ready").items():
-        assert sorted(replica["adapters"]) == held, f"{replica_id} lacks adapters"
+    server.wait_for(
+        lambda: all(sorted(replica["adapters"]) == held for replica in server.replicas("ready").values()),
+        timeout_s=30,
+        what=f"have exactly the adapters {held} on every replica",
+    )
     assert server.metric("num_failovers_total") > 0, "no stream was interrupted, so this run shows nothing"
 
 

@@ -36,7 +36,7 @@ METHODS = (
 
 def answer(port: int) -> str:
     """What this port of loopback says to a stranger."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
         first = connection.recv(64)
     if first.startswith(b"HTTP/"):
@@ -53,14 +53,14 @@ def rpc_answer(port: int) -> str:
 
 def code_of(channel: grpc.Channel, method: str) -> str:
     try:
-        channel.unary_unary(method)(b"", timeout=10)
+        channel.unary_unary(method)(b"", timeout=30)
     except grpc.RpcError as e:
         return str(e.code().name)
     return "OK"
 
 
 def status(url_port: int, path: str) -> int:
-    connection = http.client.HTTPConnection("127.0.0.1", url_port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", url_port, timeout=30)
     try:
         connection.request("GET", path)
         return connection.getresponse().status

@@ -113,7 +113,7 @@ def test_the_profile_has_the_gateway_and_every_rank_on_one_clock(server, client,
     assert {"frame", "detokenize"} <= found["gateway"]
     times = [e["ts"] for e in events if e["name"] == "execute"]
     frames = [e["ts"] for e in events if e["name"] == "frame"]
-    assert min(times) < max(frames) < max(times) + 1e6, "the gateway got its frames while the ranks computed"
+    assert min(times) < max(frames) < max(times) + 20e6, "the gateway got its frames while the ranks computed"
 
 
 def test_rays_own_endpoint_shows_the_metrics_of_gateway_and_ranks(server, client):
@@ -126,21 +126,19 @@ def test_rays_own_endpoint_shows_the_metrics_of_gateway_and_ranks(server, client
         "rank_step_seconds_total": ('engine="r0"', 'rank="1"'),
     }
 
-    def shown() -> dict[str, float]:
-        found = {}
+    found: dict[str, float] = {}
+
+    def all_shown() -> bool:
+        """Over several reads: Ray's agent leaves out a gauge that was not reported for some seconds, as on a busy machine."""
         for line in ray_metrics(server).splitlines():
             name, _, labels = line.partition("{")
             name = name.removeprefix("ray_tramontane_")
             if name in wanted and all(label in labels for label in wanted[name]):
                 found[name] = float(line.split()[-1])
-        return found
+        return found.keys() == wanted.keys() and found["time_to_first_token_seconds_bucket"] == first_tokens
 
-    server.wait_for(
-        lambda: shown().get("time_to_first_token_seconds_bucket") == first_tokens and shown().keys() == wanted.keys(),
-        timeout_s=40,
-        what="show its metrics at Ray's endpoint",
-    )
-    assert 0 <= shown()["kv_cache_usage_perc"] <= 1 and shown()["rank_step_seconds_total"] > 0
+    server.wait_for(all_shown, timeout_s=80, what="show its metrics at Ray's endpoint")
+    assert 0 <= found["kv_cache_usage_perc"] <= 1 and found["rank_step_seconds_total"] > 0
 
 
 def ray_metrics(server: Server) -> str:
@@ -188,13 +186,14 @@ async def stream_text(session: aiohttp.ClientSession, url: str, index: int, *, c
 async def run_streams(url: str, cuts: dict[int, int]) -> list[str | None]:
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     headers = {"Authorization": f"Bearer {API_KEY}"}
-    timeout = aiohttp.ClientTimeout(total=100)
+    timeout = aiohttp.ClientTimeout(total=250)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
         return await asyncio.gather(
             *(stream_text(session, url, i, cut_after=cuts.get(i)) for i in range(NUM_STREAMS)),
         )
 
 
+@pytest.mark.timeout(300)
 async def test_200_streams_of_which_a_third_disconnect_leave_nothing_and_do_not_change_the_others(server):
     undisturbed = await run_streams(server.url, {})
     assert all(text is not None for text in undisturbed)
@@ -208,7 +207,7 @@ async def test_200_streams_of_which_a_third_disconnect_leave_nothing_and_do_not_
             assert texts[i] is None
     gauges = ("num_requests_inflight", "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
     await asyncio.to_thread(
-        server.wait_for, lambda: not any(map(server.metric, gauges)), timeout_s=10, what="become empty"
+        server.wait_for, lambda: not any(map(server.metric, gauges)), timeout_s=60, what="become empty"
     )
     assert server.health()[0] == 200
 
@@ -232,7 +231,7 @@ def test_the_batch_command_in_two_parts_and_merged(server, tmp_path):
         for i in range(2)
     ]
     try:
-        codes = [part.wait(60) for part in parts]
+        codes = [part.wait(80) for part in parts]
     finally:
         for part in parts:
             part.close()
@@ -268,7 +267,7 @@ def test_sigterm_lets_a_stream_finish_refuses_new_ones_and_leaves_nothing(server
     threading.Thread(target=lambda: (server.process.wait(), done.set()), daemon=True).start()
     chunks = [first, *stream]
     assert chunks[-1].choices[0].finish_reason == "length", "the running stream was cut off"
-    assert done.wait(40), server.output
+    assert done.wait(80), server.output
     assert server.process.returncode == 0, server.output
     assert server.left_over() == []
     assert "Traceback" not in server.output

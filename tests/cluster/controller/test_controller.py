@@ -223,7 +223,7 @@ async def test_a_node_with_a_notice_is_drained_at_once(world, ray):
     await world.until(lambda: world.watcher.nodes == {"node-of-r0"})
     world.watcher.say("node-of-r0", 120.0)
     assert world.states()["r0"] == "draining", "nothing waits for the next round"
-    assert _drain_until(world) == pytest.approx(time.time() + 110.0, abs=1.0)
+    assert _drain_until(world) == pytest.approx(time.time() + 110.0, abs=9.0)
     record = next(r for r in world.view().replicas if r.replica_id == "r0")
     assert record.is_leaving and "10.0.0.2 will be removed" in record.reason
     await world.until(lambda: world.states() == {"r0": "draining", "r1": "ready"})
@@ -300,11 +300,13 @@ async def test_another_model_is_refused_while_there_are_replicas_or_gateways(wor
     assert world.view().facts is None, "requests would be checked against the model that was served before"
 
 
-async def test_sync_returns_changes_at_once_and_waits_without(world):
+async def test_sync_returns_changes_at_once_and_waits_without(world, monkeypatch):
+    monkeypatch.setattr(controller_module, "SYNC_WAIT_S", 60.0)
+    monkeypatch.setattr(controller_module, "STEADY_SYNC_WAIT_S", 60.0)
     await world.until(lambda: any(r.ready_at for r in world.view().replicas))
     began = time.monotonic()
     view = await world.sync(-1, None)
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 20.0
     waiting = asyncio.create_task(world.sync(view.version, None))
     await asyncio.sleep(0.01)
     assert not waiting.done()

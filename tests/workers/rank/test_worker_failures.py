@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import sys
 import time
@@ -12,12 +13,21 @@ from support.fakes.engines import make_config, make_request
 from support.ranks.worker_ranks import TOKEN, RankProcesses
 from support.tiny import write_tiny_checkpoint
 
-from workers.protocol import Ending, FromReplica, Heartbeat, Hello, StepFrame, Submit, encode_frame
+from workers.protocol import (
+    SILENCE_IS_DEATH_S,
+    Ending,
+    FromReplica,
+    Heartbeat,
+    Hello,
+    StepFrame,
+    Submit,
+    encode_frame,
+)
 from workers.rank.worker import BROKEN_EXIT_CODE
 
 pytestmark = pytest.mark.group
 
-ENDING_WITHIN_S = 1.0  # measured: some ten milliseconds; the rest is a busy machine's
+ENDING_WITHIN_S = SILENCE_IS_DEATH_S  # measured: some ten milliseconds; the rest is a busy machine's
 decoder = msgspec.msgpack.Decoder(FromReplica)
 
 
@@ -98,8 +108,8 @@ async def test_a_frozen_follower_is_named_and_does_not_survive(config, tell):
         stopped_at = time.monotonic()
         os.kill(ranks.processes[1].pid, signal.SIGSTOP)
         reason, at = await gateway.ending()
-        assert reason.startswith("Replica r0 lost rank 1: it has given no sign of life for 3.")
-        assert at - stopped_at < 5.0
+        assert re.match(r"Replica r0 lost rank 1: it has given no sign of life for [3-7]\.\d s", reason)
+        assert at - stopped_at < SILENCE_IS_DEATH_S + 5.0
         tell(f"SIGSTOP of rank 1 to Ending: {at - stopped_at:.2f} s")
         assert ranks.exit_codes() == [BROKEN_EXIT_CODE, -signal.SIGKILL]
 
@@ -109,7 +119,7 @@ def test_a_follower_does_not_survive_rank_0(config):
         began = time.monotonic()
         ranks.processes[0].kill()
         assert ranks.exit_codes() == [-signal.SIGKILL, BROKEN_EXIT_CODE]
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 20.0
 
 
 def test_a_rank_that_dies_before_serving_ends_the_others(config):
@@ -117,4 +127,4 @@ def test_a_rank_that_dies_before_serving_ends_the_others(config):
         began = time.monotonic()
         ranks.processes[1].kill()
         assert ranks.exit_codes() == [BROKEN_EXIT_CODE, -signal.SIGKILL]
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 20.0

@@ -37,10 +37,11 @@ async def answer(form: str, version: str, headers: str) -> tuple[bytes, bool]:
     async with open_listener(cors_origins=["http://a.example"]) as listener:
         client = await deaf_client(listener.port, FORMS[form](version, headers))
         received, is_open = bytearray(), False
-        client.settimeout(0.5)
+        client.settimeout(20)
         try:
             while chunk := await asyncio.to_thread(client.recv, 65536):
                 received += chunk
+                client.settimeout(1.0)
         except TimeoutError:
             is_open = True
         client.close()
