@@ -19,8 +19,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
@@ -29,12 +29,11 @@ from cluster.text.chat.template import Message
 from cluster.text.load import load_text
 from workers.quant.trainable import quantize_linears
 
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 IGNORED = -100  # torch's index for labels that do not count
+PADDING = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-Example = dict[str, list[int]]  # input_ids, and labels: the ids of the answers, and IGNORED elsewhere
+# input_ids, labels: the ids of the answers, and IGNORED elsewhere, and attention_mask.
+Example = dict[str, list[int]]
 
 
 def read_examples(path: Path, folder: Path, *, vocab_size: int, chat_template: str, max_length: int) -> list[Example]:
@@ -48,9 +47,8 @@ def read_examples(path: Path, folder: Path, *, vocab_size: int, chat_template: s
         try:
             messages = [Message(m["role"], m["content"]) for m in json.loads(line)["messages"]]
         except (ValueError, KeyError, TypeError) as e:
-            raise SystemExit(
-                f"{path}, line {number} is not a conversation: {e!r}. Each line needs 'messages' with role and content."
-            ) from e
+            why = f"is not a conversation: {e!r}. Each line needs 'messages' with role and content."
+            raise SystemExit(f"{path}, line {number} {why}") from e
         ids: list[int] = []
         labels: list[int] = []
         for i, message in enumerate(messages):
@@ -62,10 +60,11 @@ def read_examples(path: Path, folder: Path, *, vocab_size: int, chat_template: s
                 ids, labels = [*prompt, *answer], [*labels, *answer]
         if not ids:
             raise SystemExit(f"{path}, line {number} has no message of role 'assistant', from which to learn.")
-        if all(label == IGNORED for label in labels[:max_length]):
+        ids, labels = ids[:max_length], labels[:max_length]
+        if all(label == IGNORED for label in labels):
             num_cut += 1
         else:
-            examples.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+            examples.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
     if num_cut:
         print(f"{num_cut} conversations have no answer within --max-length {max_length} tokens, and are left out.")
     if not examples:
@@ -76,11 +75,10 @@ def read_examples(path: Path, folder: Path, *, vocab_size: int, chat_template: s
 def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
     """A batch, as long as its longest example."""
 
-    def padded(name: str, value: int) -> torch.Tensor:
-        return pad_sequence([torch.tensor(e[name]) for e in examples], batch_first=True, padding_value=value)
+    def padded(name: str) -> torch.Tensor:
+        return pad_sequence([torch.tensor(e[name]) for e in examples], batch_first=True, padding_value=PADDING[name])
 
-    mask = pad_sequence([torch.ones(len(e["labels"]), dtype=torch.long) for e in examples], batch_first=True)
-    return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORED), "attention_mask": mask}
+    return {name: padded(name) for name in PADDING}
 
 
 def gguf_file(model: str) -> Path | None:
@@ -93,17 +91,16 @@ def gguf_file(model: str) -> Path | None:
 def load_model(args: argparse.Namespace, dtype: torch.dtype) -> Any:
     """The base, frozen, with fresh adapters in float32."""
     file = gguf_file(args.model)
-    source = (args.model, None) if file is None else (file.parent, file.name)
-    base = AutoModelForCausalLM.from_pretrained(source[0], gguf_file=source[1], dtype=dtype)
+    folder, name = (args.model, None) if file is None else (file.parent, file.name)
+    base = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
     if args.quantize:
         # Not a head that is the embedding, as in `serve`.
         quantize_linears(base, num_bits=8 if args.quantize == "int8" else 4, but=base.get_input_embeddings().weight)
     base.config.use_cache = False
     torch.manual_seed(args.seed)
     alpha = args.alpha or 2 * args.rank
-    return get_peft_model(
-        base, LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
-    )
+    config = LoraConfig(r=args.rank, lora_alpha=alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
 
 
 def last_checkpoint(args: argparse.Namespace) -> str | None:
@@ -117,12 +114,10 @@ def last_checkpoint(args: argparse.Namespace) -> str | None:
         return None
     before = json.loads(kept.read_text())
     if changed := [name for name, value in settings.items() if before[name] != value]:
-        raise SystemExit(
-            f"{args.output} has a training with --{changed[0].replace('_', '-')} {before[changed[0]]}. "
-            "Give the same options to go on with it, or another --output."
-        )
-    found = max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))
-    print(f"Going on from step {found.name.rpartition('-')[2]}.")
+        what = f"{args.output} has a training with --{changed[0].replace('_', '-')} {before[changed[0]]}."
+        raise SystemExit(f"{what} Give the same options to go on with it, or another --output.")
+    step, found = max((int(folder.name.rpartition("-")[2]), folder) for folder in whole)
+    print(f"Going on from step {step}.")
     return str(found)
 
 
@@ -138,42 +133,20 @@ def train(args: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available()
     precision = ("bfloat16" if on_gpu else "float32") if args.precision == "auto" else args.precision
     model = load_model(args, getattr(torch, precision))
-    examples = read_examples(
-        args.data,
-        Path(args.tokenizer or gguf_file(args.model) or args.model),
-        vocab_size=model.config.vocab_size,
-        chat_template=args.chat_template,
-        max_length=args.max_length,
-    )
-    trainer = Trainer(
-        model=model,
-        train_dataset=examples,
-        data_collator=collate,
-        callbacks=[Bar],
-        args=TrainingArguments(
-            output_dir=str(args.output),
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch_size,
-            gradient_accumulation_steps=args.accumulate,
-            learning_rate=args.lr,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.1},
-            warmup_steps=max(1, args.steps // 20),
-            bf16=precision == "bfloat16",
-            gradient_checkpointing=on_gpu,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            save_steps=args.save_every,
-            save_total_limit=1,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            seed=args.seed,
-            use_cpu=not on_gpu,
-            dataloader_pin_memory=on_gpu,
-            remove_unused_columns=False,
-            report_to="none",
-        ),
-    )
-    trainer.remove_callback(ProgressCallback)
+    tokenizer, vocab_size = Path(args.tokenizer or gguf_file(args.model) or args.model), model.config.vocab_size
+    limits = {"vocab_size": vocab_size, "max_length": args.max_length}
+    examples = read_examples(args.data, tokenizer, chat_template=args.chat_template, **limits)
+    learning = {"learning_rate": args.lr, "warmup_steps": max(1, args.steps // 20), "bf16": precision == "bfloat16"}
+    schedule = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    batches = {"per_device_train_batch_size": args.batch_size, "gradient_accumulation_steps": args.accumulate}
+    memory = {"gradient_checkpointing": on_gpu, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    device = {"use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu, "remove_unused_columns": False}
+    saving = {"output_dir": str(args.output), "save_steps": args.save_every, "save_total_limit": 1}
+    logging = {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": "none"}
+    options: dict[str, Any] = learning | schedule | batches | memory | device | saving | logging
+    settings = TrainingArguments(max_steps=args.steps, seed=args.seed, **options)
+    trainer = Trainer(model, settings, data_collator=collate, train_dataset=examples, callbacks=[Bar])
+    trainer.remove_callback(ProgressCallback)  # Bar stands in for it
     trainer.train(resume_from_checkpoint=last_checkpoint(args))
     trainer.save_model(str(args.output))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -184,21 +157,19 @@ def train(args: argparse.Namespace) -> None:
 def plot(losses: list[float], path: Path) -> None:
     width = max(1, len(losses) // 25)
     smooth = [sum(losses[max(0, i - width) : i + 1]) / min(width + 1, i + 1) for i in range(len(losses))]
-    pyplot.figure(figsize=(7, 4))
-    pyplot.plot(losses, color="0.8", label="loss")
-    pyplot.plot(smooth, label=f"mean of {width + 1} steps")
-    pyplot.xlabel("step")
-    pyplot.ylabel("loss of the answers, nats a token")
-    pyplot.legend()
-    pyplot.savefig(path, dpi=120, bbox_inches="tight")
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    axes.plot(losses, color="0.8", label="loss")
+    axes.plot(smooth, label=f"mean of {width + 1} steps")
+    axes.set(xlabel="step", ylabel="loss of the answers, nats a token")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def merge(args: argparse.Namespace) -> None:
     """Adds the adapter to the weights, and copies what belongs to the text: a checkpoint of its own."""
     if gguf_file(args.model) is not None:
-        raise SystemExit(
-            "A GGUF file is not merged. Serve the adapter beside it: tramontane serve MODEL --lora NAME=OUTPUT"
-        )
+        raise SystemExit("A GGUF file is not merged. Serve the adapter beside it: serve MODEL --lora NAME=OUTPUT")
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     PeftModel.from_pretrained(base, args.output).merge_and_unload().save_pretrained(args.merge)
     for path in Path(args.tokenizer or args.model).iterdir():
@@ -223,16 +194,12 @@ def main() -> None:
     add("--rank", type=int, default=16)
     add("--alpha", type=int, help="default: twice the rank")
     add("--quantize", choices=("int8", "int4"), help="keep the base in 8 or 4 bits")
-    precisions = ("auto", "float32", "bfloat16")
-    add("--precision", choices=precisions, default="auto", help="of products; auto: bfloat16 on a GPU, else float32")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs only")
     add("--save-every", type=int, default=50)
     add("--seed", type=int, default=0)
     add("--merge", type=Path, help="do not train: write base and adapter as one checkpoint to this folder")
     args = parser.parse_args()
-    if args.merge is not None:
-        merge(args)
-    else:
-        train(args)
+    (train if args.merge is None else merge)(args)
 
 
 if __name__ == "__main__":
