@@ -175,8 +175,10 @@ class ReplicaClient:
             connection.abort()
             await connection.lost()
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
-        """Yields the request's deltas until one has a finish_reason. Closing it early aborts the request.
+    async def generate(
+        self, request: GenerateRequest, *, take: Callable[[TokenDelta], bool] | None = None
+    ) -> AsyncIterator[TokenDelta]:
+        """Yields the request's deltas until one has a finish_reason. Closing it early aborts the request. take: see Replica.generate.
 
         Raises ReplicaUnavailableError when the replica is lost; the deltas yielded so far stand. Raises RequestError when the caller
         reads too slowly (see StreamInbox).
@@ -184,7 +186,7 @@ class ReplicaClient:
         if self._connection is None or self._condemned is not None:
             raise ReplicaUnavailableError(self.not_ready_reason(time.monotonic()) or "The replica is lost.")
         assert request.request_id not in self._streams, f"request id {request.request_id} is already in use"
-        inbox = self._streams[request.request_id] = StreamInbox()
+        inbox = self._streams[request.request_id] = StreamInbox(take)
         try:
             self._send(Submit(request=request))
             while True:

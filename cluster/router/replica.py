@@ -52,9 +52,13 @@ class Replica(Protocol):
     def unhealthy_reason(self, now: float) -> str | None:
         """The same for /health, with the patience that a busy machine needs: None as well while it may be ready again in a moment."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
+    def generate(
+        self, request: GenerateRequest, *, take: Callable[[TokenDelta], bool] | None = None
+    ) -> AsyncIterator[TokenDelta]:
         """An async generator of deltas, the last one with a finish_reason. Closing it aborts the request.
 
+        take: asked about each delta that arrives while the generator's reader waits for it. A delta that it takes (True) is not yielded,
+        which saves the switch to the reader's task. What it raises, the generator raises.
         Raises ReplicaUnavailableError when the replica is lost.
         """
 

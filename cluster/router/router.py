@@ -238,12 +238,15 @@ class Router:
         trace: Trace | None = None,
         max_crashes: int | None = None,
         numerics: str | None = None,
+        take: Callable[[TokenDelta], bool] | None = None,
     ) -> AsyncGenerator[TokenDelta, None]:
         """Yields the request's deltas, the last one with a finish_reason. Closing the generator aborts the request.
 
         admission: from the caller's `admit`; without it the request is admitted here. trace: kept up to date for the caller.
         max_crashes: how many replicas may crash in all while they work on it; None: only crashes without a token in between count.
         numerics: of the replica that generated the request's `output_token_ids`.
+        take: see Replica.generate; never asked about the first delta of a replica and the last one of the request. The ids of requests in
+        these deltas are those of attempts.
         Raises OverloadedError, ReplicaUnavailableError, DeadlineExceededError, CrashedError if too many replicas crashed on the request,
         and EngineError if too many were lost.
         """
@@ -262,7 +265,7 @@ class Router:
                     await self._hash_blocks(stream, admission.hashing)
                 assignment = await self._dispatcher.assign(stream)
                 assigned_at = self._clock()
-                async with contextlib.aclosing(self._stream(assignment, stream, admission)) as deltas:
+                async with contextlib.aclosing(self._stream(assignment, stream, admission, take)) as deltas:
                     async for delta in deltas:
                         yield delta
                         if delta.finish_reason is not None:
@@ -273,7 +276,11 @@ class Router:
                     await stream.interrupt.wait(lambda: asyncio.sleep(pause_s))
 
     async def _stream(
-        self, assignment: Assignment, stream: Stream, admission: Admission
+        self,
+        assignment: Assignment,
+        stream: Stream,
+        admission: Admission,
+        take: Callable[[TokenDelta], bool] | None,
     ) -> AsyncGenerator[TokenDelta, None]:
         """The deltas of one replica; ends without a finish_reason if another replica must continue."""
         entry, num_tokens = assignment.entry, len(stream.request.prompt_token_ids)
@@ -289,8 +296,19 @@ class Router:
         if spans is not None:
             num_cached = assignment.decision.num_cached_tokens
             request = spans.begin_attempt(request, replica.replica_id, num_cached_tokens=num_cached)
-        deltas = replica.generate(request)
         is_first = True
+
+        def take_here(delta: TokenDelta) -> bool:
+            # What happens once, and what ends something, is for the loop below.
+            if is_first or delta.finish_reason is not None or stream.numerics != numerics:
+                return False
+            assert take is not None
+            if not take(delta):
+                return False
+            stream.record(delta)
+            return True
+
+        deltas = replica.generate(request, take=None if take is None else take_here)
         try:
             while True:
                 delta = await stream.interrupt.wait(deltas.__anext__)

@@ -55,6 +55,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self._error: Exception | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # to ask for it is a system call
         self._task: asyncio.Task[object] | None = None
         self._cancelled = False
 
@@ -76,7 +77,9 @@ class Interrupt:
         """The result of what `start` begins. Raises the error given to `set`; a result that arrives during that is not lost."""
         if self._error is not None:
             raise self._pop_error()
-        task = asyncio.current_task()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        task = asyncio.current_task(self._loop)
         assert task is not None
         num_cancels = task.cancelling()
         self._task = task

@@ -92,7 +92,9 @@ async def answer(
     if not prepared.body.stream:
         value = await complete(api, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone)
         return json_response(value, headers=headers())
-    async with _running(api, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone) as events:
+    shortcut: sse.Shortcut[Event] = sse.Shortcut()
+    running = _running(api, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone, shortcut=shortcut)
+    async with running as events:
         return await sse.stream(
             http_request,
             events,
@@ -102,6 +104,7 @@ async def answer(
             headers=headers,
             note=lambda: moved_note(num_changes()),
             keep_alive_s=api.keep_alive_s,
+            shortcut=shortcut,
         )
 
 
@@ -126,12 +129,13 @@ async def _running(
     deadline: float | None,
     arrived: float,
     is_gone: Callable[[], bool] | None,
+    shortcut: sse.Shortcut[Event] | None = None,
 ) -> AsyncIterator[AsyncGenerator[Event, None]]:
     choices = prepared.choices
     if prepared.body.user is not None:
         log.info("Request of user %r: %d sequences.", prepared.body.user, len(choices))
     with admit(api, choices, deadline=deadline) as admission:
-        events = run(api, choices, admission=admission, arrived=arrived, is_gone=is_gone)
+        events = run(api, choices, admission=admission, arrived=arrived, is_gone=is_gone, shortcut=shortcut)
         async with contextlib.aclosing(events):
             yield events
 

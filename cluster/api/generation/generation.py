@@ -15,6 +15,7 @@ from cluster.api.context import ApiContext
 from cluster.api.request_context import RequestContext
 from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usage
 from cluster.api.server.errors import ClientGoneError
+from cluster.api.server.sse import Shortcut
 from cluster.router.admission import Admission
 from cluster.router.stream import Trace
 from cluster.text.output.options import DEFAULT_OPTIONS, OutputOptions
@@ -133,16 +134,18 @@ async def run(
     admission: Admission,
     arrived: float,
     is_gone: Callable[[], bool] | None = None,
+    shortcut: Shortcut[Event] | None = None,
 ) -> AsyncGenerator[Event, None]:
     """Yields what each delta adds until every choice has finished.
 
-    arrived: time.monotonic() at the request's first byte. is_gone: whether the client has disconnected.
+    arrived: time.monotonic() at the request's first byte. is_gone: whether the client has disconnected. shortcut: where it is free, most
+    events are written there and not yielded.
     Raises what the router raises, EngineError if the engine gave up a sequence, ClientGoneError if the client has disconnected.
     """
     events = (
-        _run_one(api, choices[0], admission=admission, arrived=arrived)
+        _run_one(api, choices[0], admission=admission, arrived=arrived, shortcut=shortcut)
         if len(choices) == 1
-        else _merge(api, choices, admission=admission, arrived=arrived)
+        else _merge(api, choices, admission=admission, arrived=arrived, shortcut=shortcut)
     )
     async with contextlib.aclosing(events):
         async for event in events:
@@ -184,7 +187,7 @@ async def collect(events: AsyncGenerator[Event, None], choices: Sequence[Choice]
 
 
 async def _run_one(
-    api: ApiContext, choice: Choice, *, admission: Admission, arrived: float
+    api: ApiContext, choice: Choice, *, admission: Admission, arrived: float, shortcut: Shortcut[Event] | None
 ) -> AsyncGenerator[Event, None]:
     metrics = api.metrics.sequence(
         num_prompt_tokens=len(choice.request.prompt_token_ids),
@@ -198,6 +201,24 @@ async def _run_one(
     outcome = "abort"
     error: Exception | None = None
     is_first = True
+
+    def push(delta: TokenDelta) -> Event:
+        num_before = choice.output.num_tokens
+        step = choice.output.push(delta)
+        num_new = choice.output.num_tokens - num_before
+        if delta.logprobs is not None:
+            choice.sum_logprob += sum(entry.logprob for entry in delta.logprobs[:num_new])
+        metrics.produced(num_new, time.monotonic())
+        choice.context.add_output_tokens(num_new)
+        return Event(choice, step, delta.token_ids[:num_new], is_first)
+
+    def take(delta: TokenDelta) -> bool:
+        assert shortcut is not None
+        if not shortcut.is_free():
+            return False
+        shortcut.write(push(delta))
+        return True
+
     try:
         deltas = api.router.generate(
             choice.request,
@@ -205,6 +226,8 @@ async def _run_one(
             trace=trace,
             max_crashes=choice.context.max_crashes,
             numerics=choice.numerics,
+            # What may end with any of its tokens is for the loop below.
+            take=take if shortcut is not None and choice.output.is_only_text else None,
         )
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
@@ -220,18 +243,12 @@ async def _run_one(
                         )
                 if delta.prompt_logprobs is not None:
                     choice.prompt_logprobs = delta.prompt_logprobs
-                num_before = choice.output.num_tokens
-                step = choice.output.push(delta)
-                num_new = choice.output.num_tokens - num_before
-                if delta.logprobs is not None:
-                    choice.sum_logprob += sum(entry.logprob for entry in delta.logprobs[:num_new])
-                metrics.produced(num_new, time.monotonic())
-                choice.context.add_output_tokens(num_new)
-                if step.finish_reason is not None:
-                    outcome = step.finish_reason.value
-                yield Event(choice, step, delta.token_ids[:num_new], is_first)
-                is_first = False
-                if step.finish_reason is not None:
+                event = push(delta)
+                is_first, reason = False, event.step.finish_reason
+                if reason is not None:
+                    outcome = reason.value
+                yield event
+                if reason is not None:
                     return
         # `_merge` would wait for this one for ever.
         raise EngineError("The sequence ended without a reason.")
@@ -252,14 +269,29 @@ async def _run_one(
 
 
 async def _merge(
-    api: ApiContext, choices: Sequence[Choice], *, admission: Admission, arrived: float
+    api: ApiContext,
+    choices: Sequence[Choice],
+    *,
+    admission: Admission,
+    arrived: float,
+    shortcut: Shortcut[Event] | None,
 ) -> AsyncGenerator[Event, None]:
     # Bounded, so that a slow client slows down the streams it reads from.
     queue: asyncio.Queue[Event | Exception] = asyncio.Queue(maxsize=len(choices))
+    is_yielding = False
+    past_queue: Shortcut[Event] | None = None
+    if shortcut is not None:
+        past_queue, ahead = Shortcut(), shortcut
+        past_queue.open(
+            is_free=lambda: not is_yielding and queue.empty() and ahead.is_free(),
+            write=lambda event: ahead.write(event),
+        )
 
     async def pump(choice: Choice) -> None:
         try:
-            async with contextlib.aclosing(_run_one(api, choice, admission=admission, arrived=arrived)) as events:
+            async with contextlib.aclosing(
+                _run_one(api, choice, admission=admission, arrived=arrived, shortcut=past_queue)
+            ) as events:
                 async for event in events:
                     await queue.put(event)
         except Exception as e:
@@ -274,7 +306,9 @@ async def _merge(
                 raise event
             if event.step.finish_reason is not None:
                 num_open -= 1
+            is_yielding = True
             yield event
+            is_yielding = False
     finally:
         for task in tasks:
             task.cancel()

@@ -183,28 +183,37 @@ class HTTPConnection(web.RequestHandler):
         return finished
 
 
-def write_chunk(response: web.StreamResponse, data: bytes) -> bool:
-    """Writes a part of a response without the layers of `response.write`, which cost more than all else about a short event.
+class ChunkWriter:
+    """Writes parts of a response that has begun without the layers of `response.write`, which cost more than all else about a short event.
 
-    False where these have something to do: the response has not begun or is not sent in chunks, or much is unsent and `write` would wait.
+    Call `write` where `is_free`: there is a client, and what is unsent is so little that `response.write` would not wait.
     """
+
+    __slots__ = ("_protocol", "_writer")
+
+    def __init__(self, writer: StreamWriter) -> None:
+        self._writer = writer
+        self._protocol = writer.protocol
+
+    @property
+    def is_free(self) -> bool:
+        transport = self._protocol.transport
+        return transport is not None and self._writer.buffer_size <= MAX_BUFFERED_BYTES and not transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        chunk = b"%x\r\n%b\r\n" % (len(data), data)
+        writer, size = self._writer, len(chunk)
+        writer.buffer_size += size
+        writer.output_size += size
+        self._protocol.transport.write(chunk)  # type: ignore[union-attr]  # `is_free` was asked
+
+
+def chunk_writer(response: web.StreamResponse) -> ChunkWriter | None:
+    """None where only `response.write` will do: its headers are not written yet, or it is compressed or not sent in chunks."""
     writer = response._payload_writer
-    if (
-        not isinstance(writer, StreamWriter)
-        or not writer.chunked
-        or writer._compress is not None
-        or not writer._headers_written
-        or writer.buffer_size > MAX_BUFFERED_BYTES
-    ):
-        return False
-    transport = writer.transport
-    if transport is None or transport.is_closing():
-        return False
-    chunk = b"%x\r\n%b\r\n" % (len(data), data)
-    writer.buffer_size += len(chunk)
-    writer.output_size += len(chunk)
-    transport.write(chunk)
-    return True
+    if not isinstance(writer, StreamWriter) or not writer.chunked or writer._compress is not None:
+        return None
+    return ChunkWriter(writer) if writer._headers_written else None
 
 
 def _ends_with_the_connection(request: web.BaseRequest, response: web.StreamResponse) -> bool:

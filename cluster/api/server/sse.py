@@ -12,13 +12,13 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 from aiohttp import hdrs, web
 
 from cluster.api.server.errors import ClientGoneError, ErrorEnvelope, describe
-from cluster.api.server.http_connection import write_chunk
+from cluster.api.server.http_connection import ChunkWriter, chunk_writer
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,32 @@ def encode_comment(text: str) -> bytes:
 T = TypeVar("T")
 
 
+class Shortcut(Generic[T]):
+    """For who makes the events of a stream: one that is written here needs no switch to the task that reads them.
+
+    Call `write` where `is_free`: all events before are written, and the client is not slow.
+    """
+
+    def __init__(self) -> None:
+        self.close()
+
+    def open(self, *, is_free: Callable[[], bool], write: Callable[[T], None]) -> None:
+        self.is_free, self.write = is_free, write
+
+    def close(self) -> None:
+        """It is not free from now on."""
+        self.is_free: Callable[[], bool] = _never
+        self.write: Callable[[T], None] = _refuse
+
+
+def _never() -> bool:
+    return False
+
+
+def _refuse(event: object) -> None:
+    raise AssertionError("the shortcut is not free")
+
+
 async def stream(
     request: web.Request,
     events: AsyncGenerator[T, None],
@@ -91,18 +117,25 @@ async def stream(
     headers: Callable[[], Mapping[str, str]] = dict,
     note: Callable[[], str] = str,
     keep_alive_s: float = KEEP_ALIVE_S,
+    shortcut: Shortcut[T] | None = None,
 ) -> web.StreamResponse:
     """Writes the chunks of every event, then the last chunks, then the wire's end. Chunks that are bytes are encoded already.
-    headers: called when they are sent. note: called for every event; what it returns becomes a comment before the event, unless it is
-    empty.
+    headers: called when they are sent. note: called for every event of `events`; what it returns becomes a comment before the event,
+    unless it is empty. shortcut: opened for who makes the events; the first one, and those with a note, do not come that way.
 
     A failure before the headers is raised. A later one is sent as an error event, and the stream ends without that end.
     """
     writer = _Writer(request, headers)
+
+    def encoded(event: T) -> bytes:
+        return b"".join([chunk if isinstance(chunk, bytes) else wire.encode(chunk) for chunk in chunks(event)])
+
+    if shortcut is not None:
+        shortcut.open(is_free=writer.is_free, write=lambda event: writer.send_now(encoded(event)))
     try:
         async with _kept_alive(writer, keep_alive_s):
             async for event in events:
-                data = b"".join([chunk if isinstance(chunk, bytes) else wire.encode(chunk) for chunk in chunks(event)])
+                data = encoded(event)
                 await writer.send(encode_comment(text) + data if (text := note()) else data)
             await writer.send(b"".join([wire.encode(chunk) for chunk in last_chunks()]) + wire.end)
         await writer.response.write_eof()
@@ -113,11 +146,16 @@ async def stream(
     except Exception as e:
         if not writer.started:
             raise
+        if shortcut is not None:
+            shortcut.close()
         try:
             await writer.send(wire.error(e))
             await writer.response.write_eof()
         except (ConnectionError, ClientGoneError):
             log.debug("A client of %s disconnected before the error could be sent.", request.path)
+    finally:
+        if shortcut is not None:
+            shortcut.close()
     return writer.response
 
 
@@ -131,12 +169,24 @@ class _Writer:
         self._request = request
         self._headers = headers
         self._lock = asyncio.Lock()
+        self._chunks: ChunkWriter | None = None  # once it has begun, if it is sent in chunks
+
+    def is_free(self) -> bool:
+        """Whether `send` would write at once."""
+        return self._chunks is not None and not self._lock.locked() and self._chunks.is_free
+
+    def send_now(self, data: bytes) -> None:
+        """As `send`, where `is_free`."""
+        if data:
+            assert self._chunks is not None
+            self._chunks.write(data)
+            self.last_sent = time.monotonic()
 
     async def send(self, data: bytes) -> None:
         """Waits for a client that reads slowly; the listener closes the connection of one that is too slow."""
         # The usual case, at a tenth of the cost of what follows.
-        if data and self.started and not self._lock.locked() and write_chunk(self.response, data):
-            self.last_sent = time.monotonic()
+        if self.is_free():
+            self.send_now(data)
             return
         async with self._lock:
             if not self.started:
@@ -146,6 +196,8 @@ class _Writer:
             if data:
                 self.last_sent = time.monotonic()
                 await self.response.write(data)
+                if self._chunks is None:
+                    self._chunks = chunk_writer(self.response)
 
 
 @contextlib.asynccontextmanager

@@ -104,6 +104,11 @@ class OutputText:
         self.finish_reason: FinishReason | None = None
 
     @property
+    def is_only_text(self) -> bool:
+        """Whether only a delta with a finish_reason can end it."""
+        return self._only_text
+
+    @property
     def called_tools(self) -> bool:
         """Whether the output so far calls a tool."""
         reader = self._parser or self._tags

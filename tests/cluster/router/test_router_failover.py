@@ -102,7 +102,7 @@ async def test_a_deadline_ends_the_pause_between_two_attempts(monkeypatch) -> No
 
 async def test_a_stream_that_ends_without_a_reason_is_resumed_on_another_replica() -> None:
     class Forgetful(FakeReplica):
-        async def generate(self, req):
+        async def generate(self, req, *, take=None):
             self.requests.append(req)
             yield tokens(OUTPUT)(req)[0]
 

@@ -131,7 +131,9 @@ class FakeReplica:
         if self.on_frame is not None:
             self.on_frame(StepFrame(deltas=[], load=self.load, cache=cache))
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
+    async def generate(
+        self, request: GenerateRequest, *, take: Callable[[TokenDelta], bool] | None = None
+    ) -> AsyncIterator[TokenDelta]:
         self.requests.append(request)
         self.num_open += 1
         ended = False
@@ -149,7 +151,8 @@ class FakeReplica:
                     ended = True
                     raise delta
                 ended = delta.finish_reason is not None
-                yield delta
+                if take is None or not take(delta):
+                    yield delta
                 if ended:
                     return
             ended = True

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ PAGE = b"GET /static/playground.js HTTP/1.1\r\nHost: x\r\n\r\n"
 class Endless(FakeReplica):
     """Streams without an end. num_open: streams that are open."""
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenDelta]:
+    async def generate(
+        self, request: GenerateRequest, *, take: Callable[[TokenDelta], bool] | None = None
+    ) -> AsyncIterator[TokenDelta]:
         self.num_open += 1
         try:
             while True:
                 await asyncio.sleep(0)
-                yield TokenDelta(request_id=request.request_id, token_ids=[300], num_cached_tokens=0)
+                delta = TokenDelta(request_id=request.request_id, token_ids=[300], num_cached_tokens=0)
+                if take is None or not take(delta):
+                    yield delta
         finally:
             self.num_open -= 1
             self.closed.set()
