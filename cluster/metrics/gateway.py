@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from cluster.batch.records import BatchRecord
 from cluster.config.serve import MetricsPrefix
 from cluster.metrics.collector import DroppedSpans, JoinedCollector, StateCollector
+from cluster.metrics.token_counts import TokenCounts
 from cluster.protocol.view import ClusterView
 from cluster.responses.counts import ResponseCounts
 from cluster.router.router import Router
@@ -60,13 +61,16 @@ class Metrics:
         self.registry: CollectorRegistry = CollectorRegistry() if beside is None else beside.registry
         self._families: dict[str, Any] = {} if beside is None else beside._families
         self._sampled: JoinedCollector = JoinedCollector() if beside is None else beside._sampled
-        self._sampled.parts.append(StateCollector(router, view, batches, responses, model_name, f"{prefix}:"))
+        self.tokens = TokenCounts(model_name=model_name, prefix=f"{prefix}:", bounds=PER_TOKEN_S)
+        self._sampled.parts += (
+            StateCollector(router, view, batches, responses, model_name, f"{prefix}:"),
+            self.tokens,
+        )
         if beside is None:
             self.registry.register(self._sampled)
         self._prefix = f"{prefix}:"
         self._model_name = model_name
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of all sequences.")
-        self.generation_tokens = self._counter("generation_tokens", "Generated tokens of all sequences.")
         self.batch_prompt_tokens = self._counter("batch_prompt_tokens", "Prompt tokens of batch lines.")
         self.batch_generation_tokens = self._counter("batch_generation_tokens", "Generated tokens of batch lines.")
         self.predicted_cached_tokens = self._counter(
@@ -75,9 +79,6 @@ class Metrics:
         self.cached_tokens = self._counter("routing_cached_tokens", "Prompt tokens that were in the replica's cache.")
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "Seconds from the request to its first token.", FIRST_TOKEN_S
-        )
-        self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds", "Seconds between two tokens of a sequence.", PER_TOKEN_S
         )
         self.time_per_output_token = self._histogram(
             "request_time_per_output_token_seconds",
@@ -260,10 +261,10 @@ class SequenceMetrics:
             else:
                 m.time_to_first_token.observe(now - self._arrived)
         elif not self._is_line:
-            m.inter_token_latency.observe((now - self._last) / num_tokens)
+            m.tokens.add_gap((now - self._last) / num_tokens)
         self._last = now
         self._num_tokens += num_tokens
-        m.generation_tokens.inc(num_tokens)
+        m.tokens.num_tokens += num_tokens
 
     def ended(self, reason: str, now: float | None = None) -> None:
         """reason: stop, length, abort (the client disconnected) or error. Only stop and length count in durations and sizes."""

@@ -18,6 +18,7 @@ from cluster.api.generation.generation import Choice, Event, Whole, admit, colle
 from cluster.api.request_context import RequestContext
 from cluster.api.schemas.base import GenerationRequest
 from cluster.api.server import request_options, sse
+from cluster.api.server.shortcut import Shortcut
 from workers.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ async def answer(
     if not prepared.body.stream:
         value = await complete(api, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone)
         return json_response(value, headers=headers())
-    shortcut: sse.Shortcut[Event] = sse.Shortcut()
+    shortcut: Shortcut[Event] = Shortcut()
     running = _running(api, prepared, deadline=deadline, arrived=arrived, is_gone=is_gone, shortcut=shortcut)
     async with running as events:
         return await sse.stream(
@@ -129,7 +130,7 @@ async def _running(
     deadline: float | None,
     arrived: float,
     is_gone: Callable[[], bool] | None,
-    shortcut: sse.Shortcut[Event] | None = None,
+    shortcut: Shortcut[Event] | None = None,
 ) -> AsyncIterator[AsyncGenerator[Event, None]]:
     choices = prepared.choices
     if prepared.body.user is not None:

@@ -15,7 +15,7 @@ from cluster.api.context import ApiContext
 from cluster.api.request_context import RequestContext
 from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usage
 from cluster.api.server.errors import ClientGoneError
-from cluster.api.server.sse import Shortcut
+from cluster.api.server.shortcut import Shortcut
 from cluster.router.admission import Admission
 from cluster.router.stream import Trace
 from cluster.text.output.options import DEFAULT_OPTIONS, OutputOptions

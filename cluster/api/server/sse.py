@@ -12,13 +12,14 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import msgspec
 from aiohttp import hdrs, web
 
 from cluster.api.server.errors import ClientGoneError, ErrorEnvelope, describe
 from cluster.api.server.http_connection import ChunkWriter, chunk_writer
+from cluster.api.server.shortcut import Shortcut
 
 log = logging.getLogger(__name__)
 
@@ -81,32 +82,6 @@ def encode_comment(text: str) -> bytes:
 T = TypeVar("T")
 
 
-class Shortcut(Generic[T]):
-    """For who makes the events of a stream: one that is written here needs no switch to the task that reads them.
-
-    Call `write` where `is_free`: all events before are written, and the client is not slow.
-    """
-
-    def __init__(self) -> None:
-        self.close()
-
-    def open(self, *, is_free: Callable[[], bool], write: Callable[[T], None]) -> None:
-        self.is_free, self.write = is_free, write
-
-    def close(self) -> None:
-        """It is not free from now on."""
-        self.is_free: Callable[[], bool] = _never
-        self.write: Callable[[T], None] = _refuse
-
-
-def _never() -> bool:
-    return False
-
-
-def _refuse(event: object) -> None:
-    raise AssertionError("the shortcut is not free")
-
-
 async def stream(
     request: web.Request,
     events: AsyncGenerator[T, None],
@@ -130,8 +105,8 @@ async def stream(
     def encoded(event: T) -> bytes:
         return b"".join([chunk if isinstance(chunk, bytes) else wire.encode(chunk) for chunk in chunks(event)])
 
-    if shortcut is not None:
-        shortcut.open(is_free=writer.is_free, write=lambda event: writer.send_now(encoded(event)))
+    shortcut = shortcut or Shortcut()
+    shortcut.open(is_free=writer.is_free, write=lambda event: writer.send_now(encoded(event)))
     try:
         async with _kept_alive(writer, keep_alive_s):
             async for event in events:
@@ -146,16 +121,14 @@ async def stream(
     except Exception as e:
         if not writer.started:
             raise
-        if shortcut is not None:
-            shortcut.close()
+        shortcut.close()
         try:
             await writer.send(wire.error(e))
             await writer.response.write_eof()
         except (ConnectionError, ClientGoneError):
             log.debug("A client of %s disconnected before the error could be sent.", request.path)
     finally:
-        if shortcut is not None:
-            shortcut.close()
+        shortcut.close()
     return writer.response
 
 

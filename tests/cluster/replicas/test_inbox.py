@@ -52,6 +52,43 @@ async def test_a_canceled_reader_takes_nothing():
     assert len(inbox) == 1
 
 
+async def test_who_takes_deltas_is_asked_while_the_reader_waits_and_never_out_of_order():
+    taken: list[TokenDelta] = []
+    wanted = [True]
+
+    def take(delta: TokenDelta) -> bool:
+        if wanted[0]:
+            taken.append(delta)
+        return wanted[0]
+
+    first, second, third, fourth = (TokenDelta(request_id="r", token_ids=[i]) for i in range(4))
+    inbox = StreamInbox(take)
+    inbox.put(first, 0.0)
+    assert await inbox.get() == first, "nobody waited for it"
+    reader = asyncio.create_task(inbox.get())
+    await asyncio.sleep(0)
+    inbox.put(second, 0.0)
+    assert taken == [second]
+    wanted[0] = False
+    inbox.put(third, 0.0)
+    wanted[0] = True
+    inbox.put(fourth, 0.0)
+    assert taken == [second], "the third delta waits, and the fourth must not pass it"
+    assert [await reader, await inbox.get()] == [third, fourth]
+
+
+async def test_the_reader_gets_what_taking_raises():
+    def take(delta: TokenDelta) -> bool:
+        raise ValueError("It cannot be encoded.")
+
+    inbox = StreamInbox(take)
+    reader = asyncio.create_task(inbox.get())
+    await asyncio.sleep(0)
+    inbox.put(SMALL, 0.0)
+    with pytest.raises(ValueError, match="cannot be encoded"):
+        await reader
+
+
 async def test_a_reader_that_catches_up_is_forgiven():
     inbox = StreamInbox()
     for _ in range(8):

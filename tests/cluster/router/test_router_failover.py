@@ -48,6 +48,23 @@ async def test_a_replica_lost_anywhere_changes_no_delta(lost_after: int) -> None
     assert first.num_open == second.num_open == 0
 
 
+async def test_what_is_taken_on_the_way_counts_as_output_and_first_and_last_deltas_are_not_offered() -> None:
+    first = FakeReplica(tokens(OUTPUT), replica_id="a", lose_after=40)
+    second = FakeReplica(tokens(OUTPUT), replica_id="b")
+    taken: list[int] = []
+
+    def take(delta: TokenDelta) -> bool:
+        taken.extend(delta.token_ids)
+        return True
+
+    router = Router([first], policy="round_robin")
+    router.update([first, second], Availability())
+    yielded = [i async for delta in router.generate(request(), take=take) for i in delta.token_ids]
+    assert yielded == [OUTPUT[0], OUTPUT[40], OUTPUT[-1]]
+    assert sorted(yielded + taken) == OUTPUT
+    assert second.requests[0].output_token_ids == OUTPUT[:40]
+
+
 async def test_repeated_losses_with_progress_in_between() -> None:
     replicas = [FakeReplica(tokens(OUTPUT), replica_id=f"r{i}", lose_after=4) for i in range(15)]
     last = FakeReplica(tokens(OUTPUT), replica_id="last")
