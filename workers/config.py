@@ -35,6 +35,8 @@ class EngineConfig:
 
     `dtype`: of the weights and of everything computed from them. `quantization`: weight matrices are kept in fewer bits; the
     embedding, norms and a tied head stay in `dtype`.
+    `narrow_weights`: matrices in float32 take two bytes for a weight, because the checkpoint is in bfloat16, and the compiled kernels keep
+    a matrix that bfloat16 holds exactly as that. For the arithmetic of memory only: they see themselves which they can keep so.
     `kv_cache_dtype`: keys and values in 8 bits, with a scale for each token and KV head; auto: in `dtype`.
     `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`. `prompt_stretch`: how many
     times as long as a step that only decodes one may take that also computes prompts, on the CPU (engine/prompt_pace.py).
@@ -54,6 +56,7 @@ class EngineConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Dtype = "float32"
     quantization: Quantization | None = None
+    narrow_weights: bool = False
     kv_cache_dtype: KVCacheDtype = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int = 4096

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from cluster.cli.options.check_rows import DEFAULT_CONCURRENCY, DEFAULT_CONTEXT, DEFAULT_CPU_CONCURRENCY, PLAN
 from cluster.cli.plan_finetune import plan_finetune
+from cluster.config.dtype import keeps_narrow, stored_dtype
 from cluster.plan.catalog import known_offers
 from cluster.plan.cpu.machine import CpuMachine, assumed
 from cluster.plan.cpu.planner import CpuQuestion, make_cpu_plans
@@ -87,6 +88,7 @@ def _plan_gpus(args: Namespace, model: PlannedModel, gpus: Sequence[Gpu], *, ten
 
 
 def _plan_cpu(args: Namespace, model: PlannedModel) -> None:
+    stored = model.config.dtype if model.folder is None else stored_dtype(model.folder, model.config)
     question = CpuQuestion(
         model=model,
         machine=_machine(args),
@@ -94,6 +96,7 @@ def _plan_cpu(args: Namespace, model: PlannedModel) -> None:
         dtype=None if args.dtype == "auto" else args.dtype,
         quantization="all" if args.quantization is None else None if args.quantization == "none" else args.quantization,
         kv_cache_dtype=args.kv_cache_dtype,
+        keeps_narrow=keeps_narrow("float32", device="cpu", stored=stored, model=model.config),
     )
     plans = make_cpu_plans(question)
     if args.json:

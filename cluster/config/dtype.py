@@ -12,7 +12,7 @@ from typing import Literal
 from cluster.config.engine import Device
 from workers.config import Dtype, ModelConfig
 from workers.errors import CheckpointError
-from workers.native.bfloat16 import Bfloat16Support, bfloat16_support
+from workers.native.bfloat16 import Bfloat16Support, bfloat16_support, keeps_narrow_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,13 @@ def keeps_more_in_float32(model: ModelConfig) -> bool:
     whole numbers compute them.
     """
     return model.layout == "gguf" and model.stored is not None
+
+
+def keeps_narrow(dtype: Dtype, *, device: Device, stored: Dtype, model: ModelConfig) -> bool:
+    """EngineConfig.narrow_weights: ranks that find no compiled kernels on their own machine correct it. stored: the type of the weights."""
+    if device != "cpu" or dtype != "float32" or stored != "bfloat16" or model.stored is not None:
+        return False
+    return keeps_narrow_weights()
 
 
 def stored_dtype(folder: Path, model: ModelConfig) -> Dtype:

@@ -110,7 +110,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 class Model(msgspec.Struct, frozen=True, kw_only=True):
     """A checkpoint folder, or GGUF file, as one node sees it.
 
-    kept_bytes: of a quantised checkpoint, {dtype: what its weights take on a CPU that computes in it}; empty for a dense one.
+    kept_bytes: {dtype: what the weights take on a CPU that computes in it}, unless a weight takes just the bytes of the dtype.
     bytes_per_weight, dtype: as the configuration says; None if it cannot be read. fingerprint: of file names, sizes and headers; equal
     on two nodes if the files are the same.
     """

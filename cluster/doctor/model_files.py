@@ -6,7 +6,7 @@ cluster/config/checkpoint_check.py knows what is checked.
 from pathlib import Path
 
 from cluster.config.checkpoint_check import REMEDY, examine_checkpoint
-from cluster.config.dtype import keeps_more_in_float32
+from cluster.config.dtype import keeps_more_in_float32, keeps_narrow, stored_dtype
 from cluster.doctor.facts import Fault, Model
 from workers.checkpoint.gguf_file import SUFFIX
 from workers.config import DTYPE_BYTES, Dtype, EngineConfig, ModelConfig
@@ -43,6 +43,17 @@ def read_model(folder: str) -> Model:
 def _kept_bytes(folder: str, config: ModelConfig) -> dict[str, int]:
     """In each dtype that --dtype auto may choose."""
     if config.stored is None:
-        return {}
+        stored = stored_dtype(Path(folder), config)
+        if not keeps_narrow("float32", device="cpu", stored=stored, model=config):
+            return {}
+        return {
+            "float32": _weight_bytes(folder, config, dtype="float32", narrow_weights=True),
+            "bfloat16": _weight_bytes(folder, config, dtype="bfloat16"),
+        }
     dtypes: set[Dtype] = {"float32"} if keeps_more_in_float32(config) else {"float32", config.dtype}
-    return {dtype: need_of(EngineConfig(model_path=folder, model=config, dtype=dtype)).weight_bytes for dtype in dtypes}
+    return {dtype: _weight_bytes(folder, config, dtype=dtype) for dtype in dtypes}
+
+
+def _weight_bytes(folder: str, config: ModelConfig, *, dtype: Dtype, narrow_weights: bool = False) -> int:
+    engine = EngineConfig(model_path=folder, model=config, dtype=dtype, narrow_weights=narrow_weights)
+    return need_of(engine).weight_bytes

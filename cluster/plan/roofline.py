@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cluster.plan.gpus import Link
 from workers.config import DTYPE_BYTES, EngineConfig
-from workers.device.model_bytes import has_own_head, num_parameters, vocabulary_weights, weight_bytes
+from workers.device.model_bytes import has_own_head, head_bytes, num_parameters, vocabulary_weights, weight_bytes
 
 
 class Processor(Protocol):
@@ -85,6 +85,8 @@ def _step_s(config: EngineConfig, processor: Processor, *, num_tokens: int, num_
     untied = 0 if model.tie_word_embeddings else head
     table = head if has_own_head(config) else untied
     matrices = weight_bytes(config) - table * itemsize
+    if model.tie_word_embeddings and not has_own_head(config):
+        matrices += head_bytes(config) - head * itemsize  # the copy that computes
     kv = num_sequences * seen * config.kv_layer_bytes
     # Two FLOPs per weight and token, and two per query-key and per probability-value product.
     heads = model.num_attention_heads // size

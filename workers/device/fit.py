@@ -65,7 +65,7 @@ def check_fits(
         return None
     free = f"{where} has {gigabytes(memory.available_bytes)} of {gigabytes(memory.total_bytes)} of memory available"
     ranks = "" if num_ranks == 1 else f"{num_ranks} ranks: "
-    kind = describe_dtype(config.dtype, config.weight_form)
+    kind = describe_dtype(config.dtype, config.weight_form) + " (kept as bfloat16)" * config.narrow_weights
     needed = f"{ranks}weights in {kind} {gigabytes(num_ranks * need.weight_bytes)}"
     if num_ranks * need.loaded_bytes > memory.available_bytes:
         choices = list(_smaller_forms(config, num_ranks=num_ranks, memory=memory, has_started=has_started))

@@ -1,4 +1,6 @@
-"""Whether ranks on this machine compute bfloat16 fast and with the same bits on every replica: what --dtype auto asks every node."""
+"""Whether ranks on this machine compute bfloat16 fast and with the same bits on every replica: what --dtype auto asks every node. And
+whether they keep weights in float32 as bfloat16.
+"""
 
 from dataclasses import dataclass
 
@@ -18,6 +20,11 @@ class Bfloat16Support:
 def bfloat16_support() -> Bfloat16Support:
     """This machine's. Raises ConfigError as `load_library`."""
     return judge_support(read_cpu(), load_library())
+
+
+def keeps_narrow_weights() -> bool:
+    """Whether ranks on this machine keep matrices in float32 as bfloat16, where that holds them exactly: all compiled kernels do."""
+    return isinstance(load_library(), NativeLibrary)
 
 
 def judge_support(cpu: CpuFacts, library: NativeLibrary | NoNativeLibrary) -> Bfloat16Support:

@@ -1,8 +1,9 @@
-"""Packed weight matrices and their product with the compiled kernels: gemm.cpp, gemm_int.cpp and gemm_float8.cpp. Knows no layers and no
-checkpoints.
+"""Packed weight matrices and their product with the compiled kernels: gemm.cpp, gemm_amx.cpp, gemm_amx_split.cpp, gemm_int.cpp and
+gemm_float8.cpp. Knows no layers and no checkpoints.
 
 A row's result is bit for bit independent of the other rows. In float32 and with quantised weights it is the same on every instruction
-set, in bfloat16 it is not: AVX-512 has an instruction for pairs.
+set, but for AMX, which computes weights in float32 that bfloat16 holds exactly in another order. In bfloat16 it is not: AVX-512 has an
+instruction for pairs.
 """
 
 import ctypes
@@ -129,7 +130,30 @@ def packs(dtype: torch.dtype, *, in_features: int) -> bool:
 
 
 def pack_dense(library: NativeLibrary, weight: torch.Tensor) -> PackedMatrix:
-    """weight: [out_features, in_features], contiguous, which `packs`."""
+    """weight: [out_features, in_features], contiguous, which `packs`. One in float32 takes half of its bytes if bfloat16 holds it exactly."""
+    return _pack_narrow(library, weight) or _pack_as_it_is(library, weight)
+
+
+def _pack_narrow(library: NativeLibrary, weight: torch.Tensor) -> PackedMatrix | None:
+    out_features, in_features = weight.shape
+    if weight.dtype is not torch.float32 or in_features % 2:
+        return None
+    packed = _new(_num_panels(out_features) * PANEL * in_features, torch.bfloat16)
+    pack = library.function("pack_narrow_float32", _PACK, restype=ctypes.c_int64)
+    if not pack(packed.data_ptr(), weight.data_ptr(), out_features, in_features):
+        return None
+    gemms = {torch.float32: library.function("gemm_narrow_float32", _GEMM)}
+    return PackedMatrix(
+        packed,
+        out_features=out_features,
+        in_features=in_features,
+        gemms=gemms,
+        gated_gemms={torch.float32: library.function("gated_gemm_narrow_float32", _GEMM)},
+        wide_gemms=gemms,
+    )
+
+
+def _pack_as_it_is(library: NativeLibrary, weight: torch.Tensor) -> PackedMatrix:
     out_features, in_features = weight.shape
     name = DTYPE_NAMES[weight.dtype]
     packed = _new(_num_panels(out_features) * PANEL * in_features, weight.dtype)

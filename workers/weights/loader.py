@@ -5,7 +5,6 @@ where tensors are. Knows no architecture.
 """
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -51,7 +50,8 @@ def load_weights(
     parameters = dict(model.named_parameters())
     num_bytes = sum(parameter.nbytes for parameter in parameters.values())
     num_bytes_done = 0
-    filled: Counter[str] = Counter()
+    num_missing = {name: parameter.numel() for name, parameter in parameters.items()}
+    unfinished = _Unfinished(model)
     with open_sources(folder, config) as sources:
         # Some files repeat the embedding here.
         repeated = sources.pop(HEAD, None) if config.tie_word_embeddings else None
@@ -67,19 +67,44 @@ def load_weights(
             parameter_name, shard_id = targets[name]
             parameter = parameters[parameter_name]
             num_elements = parameter.weight_loader(parameter, FiniteTensor(source), shard_id)  # type: ignore[attr-defined]
-            filled[parameter_name] += num_elements
+            num_missing[parameter_name] -= num_elements
             num_bytes_done += num_elements * parameter.element_size()
             if progress is not None:
                 progress(num_bytes_done, num_bytes)
+            if num_missing[parameter_name] == 0 and parameter_name != EMBEDDING:
+                # Not to hold it any longer than its layer does.
+                del parameter, parameters[parameter_name]
+                unfinished.is_filled(parameter_name)
         if repeated is not None:
             _check_repeated(parameters[EMBEDDING], repeated)
-    for name, parameter in parameters.items():
-        assert filled[name] == parameter.numel(), (
-            f"{name} has {parameter.numel()} elements, but {filled[name]} were filled"
-        )
-    for module in model.modules():
-        if isinstance(module, FinishesLoading):
+    for name, number in num_missing.items():
+        assert number == 0, f"of the elements of {name}, {number} were not filled"
+    unfinished.is_filled(EMBEDDING)
+    unfinished.check()
+
+
+class _Unfinished:
+    """Lets each layer prepare its weight as soon as its parameters are filled. So only one layer at a time takes the memory of the form that
+    is loaded, which may be twice that of the form that computes.
+    """
+
+    def __init__(self, model: CheckpointModel) -> None:
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._waiting: list[tuple[FinishesLoading, set[str]]] = [
+            (module, {names[id(parameter)] for parameter in module.parameters(recurse=False)})
+            for module in model.modules()
+            if isinstance(module, FinishesLoading)
+        ]
+
+    def is_filled(self, name: str) -> None:
+        for _, missing in self._waiting:
+            missing.discard(name)
+        for module in [module for module, missing in self._waiting if not missing]:
             module.finish_loading()
+        self._waiting = [waiting for waiting in self._waiting if waiting[1]]
+
+    def check(self) -> None:
+        assert not self._waiting, "every parameter is filled"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from cluster.cli.options.option import Option
 from cluster.cli.options.serve_rows import SERVE
 from cluster.cli.options.shared_rows import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
 from cluster.config.checkpoint_kinds import check_kind
-from cluster.config.dtype import Cpus, DtypeChoice, choose_dtype, keeps_more_in_float32, stored_dtype, this_machine
+from cluster.config.dtype import Cpus, choose_dtype, keeps_more_in_float32, keeps_narrow, stored_dtype, this_machine
 from cluster.config.engine import MAX_DEFAULT_MODEL_LEN, Device, default_block_size
 from cluster.config.sampling_defaults import read_sampling_defaults
 from cluster.config.serve import ServeConfig
@@ -73,7 +73,9 @@ def engine_config(
     settings = settings_of(EngineConfig, args, (*ENGINE_ROWS, *LORA_ENGINE_ROWS, TENSOR_PARALLEL_SIZE))
     settings["enable_lora"] |= bool(getattr(args, "lora", None))
     given = {name: getattr(args, name, None) for name in DEVICE_SIZES}
-    dtype = _choose_dtype(args, folder, model, device=device, cpus=cpus)
+    stored = model.dtype if device == "cuda" else stored_dtype(folder, model)
+    keeps_more = keeps_more_in_float32(model)
+    dtype = choose_dtype(args.dtype, device=device, stored=stored, cpus=cpus, keeps_more=keeps_more)
     sizes = decide(CPU if device == "cpu" else SMALLEST_GPU, **given)
     settings |= {
         "model_path": str(folder),
@@ -81,6 +83,7 @@ def engine_config(
         "model": model,
         "device": device,
         "dtype": dtype.dtype,
+        "narrow_weights": keeps_narrow(dtype.dtype, device=device, stored=stored, model=model),
         "max_model_len": max_model_len,
         "block_size": args.block_size or default_block_size(settings["attention_backend"]),
         "max_num_seqs": sizes.max_num_seqs,
@@ -108,9 +111,3 @@ def _tokenizer_path(folder: Path) -> str | None:
         return str(find_tokenizer(folder))
     except ConfigError:  # loading the text raises it again; requests with token ids work without
         return None
-
-
-def _choose_dtype(args: Namespace, folder: Path, model: ModelConfig, *, device: Device, cpus: Cpus) -> DtypeChoice:
-    stored = model.dtype if device == "cuda" else stored_dtype(folder, model)
-    keeps_more = keeps_more_in_float32(model)
-    return choose_dtype(args.dtype, device=device, stored=stored, cpus=cpus, keeps_more=keeps_more)

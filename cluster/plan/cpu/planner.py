@@ -24,7 +24,9 @@ USABLE_SHARE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class CpuQuestion:
-    """dtype None: what `serve` would choose, and bfloat16. quantization "all": weights as they are, in 8 and in 4 bits."""
+    """dtype None: what `serve` would choose, and bfloat16. quantization "all": weights as they are, in 8 and in 4 bits. keeps_narrow:
+    EngineConfig.narrow_weights in float32.
+    """
 
     model: PlannedModel
     machine: CpuMachine
@@ -32,6 +34,7 @@ class CpuQuestion:
     dtype: Dtype | None = None
     quantization: Quantization | Literal["all"] | None = "all"
     kv_cache_dtype: KVCacheDtype = "auto"
+    keeps_narrow: bool = False
 
     @property
     def default_dtype(self) -> Dtype:
@@ -50,6 +53,7 @@ class CpuQuestion:
             model=self.model.config,
             dtype=dtype,
             quantization=quantization,
+            narrow_weights=self.keeps_narrow and dtype == "float32",
             kv_cache_dtype=self.kv_cache_dtype,
             max_model_len=work.context,
             max_num_seqs=work.concurrency,

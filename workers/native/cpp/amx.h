@@ -1,4 +1,4 @@
-// The configuration of AMX's tiles: 0 to 3 for sums, 4 and 5 for inputs, 6 and 7 for weights. The process must have asked the kernel for them
+// The configuration of AMX's tiles: 0 to 3 for sums, from 4 on for inputs, and the last ones for weights. The process must have asked the kernel for them
 // (amx.py).
 #pragma once
 
@@ -16,8 +16,9 @@ inline void stores_are_done() { __asm__ volatile("" ::: "memory"); }
 // Tiles are configured for the calling thread as long as this lives. Released tiles need not be saved when the thread is switched out.
 class Tiles {
    public:
-    // input_bytes: of a row of inputs in a tile. weight_rows: of 4 bytes for each of 16 columns.
-    Tiles(uint16_t input_bytes, uint8_t weight_rows) {
+    // input_bytes: of a row of inputs in a tile. weight_rows: of 4 bytes for each of 16 columns. rows: of inputs and sums.
+    // first_weights: the first tile for weights.
+    Tiles(uint16_t input_bytes, uint8_t weight_rows, uint8_t rows = TILE_ROWS, int first_weights = 6) {
         alignas(64) struct {
             uint8_t palette, start_row, reserved[14];
             uint16_t row_bytes[16];
@@ -25,8 +26,8 @@ class Tiles {
         } config = {};
         config.palette = 1;
         for (int i = 0; i < 8; i++) {
-            config.row_bytes[i] = i == 4 || i == 5 ? input_bytes : 64;
-            config.rows[i] = i >= 6 ? weight_rows : TILE_ROWS;
+            config.row_bytes[i] = i >= 4 && i < first_weights ? input_bytes : 64;
+            config.rows[i] = i >= first_weights ? weight_rows : rows;
         }
         static_assert(sizeof config == 64, "the processor reads 64 bytes");
         stores_are_done();

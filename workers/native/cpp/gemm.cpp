@@ -1,10 +1,11 @@
-// x @ weight.T for weights of float32 or bfloat16: every output is one chain of multiply-adds along the inputs, in order, whatever the number
+// x @ weight.T for weights of float32 or bfloat16, and of float32 that bfloat16 holds exactly: every output is one chain of multiply-adds along the inputs, in order, whatever the number
 // of rows. So a row's bits do not depend on the rows beside it.
 //
 // The packed weight has panels of 32 output columns: [ceil(n / 32)][k / KSTEP][32][KSTEP]. A step of a panel is 128 bytes in either type: one
-// float or a pair of bfloat16 for each column. Rows of x are repacked in blocks of up to MAX_ROWS, [k / KSTEP][rows], so that a block's
+// float or a pair of bfloat16 for each column. Rows of x are repacked in blocks of up to MAX_ROWS, [k / KSTEP * XSTEP][rows], so that a block's
 // values of one step lie together. The blocked product is Goto and van de Geijn's, "Anatomy of High-Performance Matrix Multiplication".
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "buffer.h"
@@ -12,21 +13,37 @@
 
 namespace {
 
-constexpr int64_t SERIAL_STEPS = 1 << 13;
+constexpr int64_t SERIAL_UNITS = 1 << 13;
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 12;
 #else
 constexpr int MAX_ROWS = 6;
 #endif
 
+// KSTEP: inputs in a step. XSTEP: in how many units of 4 bytes they are. mac<I> adds the products of unit I.
 struct Float32 {
     using Value = float;
-    static constexpr int KSTEP = 1;
+    static constexpr int KSTEP = 1, XSTEP = 1;
 
+    template <int I>
     INLINE f32x16 mac(f32x16 sum, const char* w, const uint32_t* x) {
         float value;
         memcpy(&value, x, 4);
         return fma(load((const float*)w), set1(value), sum);
+    }
+};
+
+// Weights packed as bfloat16, inputs of float32: the chain of Float32, and so its bits, from half of the memory.
+struct NarrowFloat32 {
+    using Value = float;
+    static constexpr int KSTEP = 2, XSTEP = 2;
+
+    template <int I>
+    INLINE f32x16 mac(f32x16 sum, const char* w, const uint32_t* x) {
+        const f32x16 both = load((const float*)w);
+        float value;
+        memcpy(&value, x, 4);
+        return fma(I == 0 ? bits_left(both, 16) : bits_and(both, 0xffff0000u), set1(value), sum);
     }
 };
 
@@ -40,9 +57,10 @@ INLINE uint32_t pair(const uint32_t* x) {
 // On AVX-512 the processor's own dot product of pairs, elsewhere two multiply-adds of widened values: other bits.
 struct BFloat16 {
     using Value = bf16;
-    static constexpr int KSTEP = 2;
+    static constexpr int KSTEP = 2, XSTEP = 1;
 
 #ifdef __AVX512BF16__
+    template <int I>
     INLINE f32x16 mac(f32x16 sum, const char* w, const uint32_t* x) {
         return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(pair(x)))};
     }
@@ -53,6 +71,7 @@ struct BFloat16 {
         sum = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), x0, sum);
         return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000u))), x1, sum);
     }
+    template <int I>
     INLINE f32x16 mac(f32x16 sum, const char* w, const uint32_t* x) {
         return {mac(sum.lo, _mm256_loadu_si256((const __m256i*)w), pair(x)), mac(sum.hi, _mm256_loadu_si256((const __m256i*)(w + 32)), pair(x))};
     }
@@ -65,6 +84,14 @@ struct NextPanel {
     int64_t bytes;
 };
 
+template <class Type, int I, int ROWS, int COLUMNS>
+INLINE void add_unit(f32x16 (&acc)[ROWS][COLUMNS], const char* w, const uint32_t* x) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+        for (int c = 0; c < COLUMNS; c++) acc[r][c] = Type::template mac<I>(acc[r][c], w + c * 64, x + r);
+}
+
 // Columns [first, first + 16 * COLUMNS) of a panel for ROWS rows; sums: [ROWS][PANEL].
 template <class Type, int ROWS, int COLUMNS>
 void tile(const char* w, const uint32_t* x, int64_t steps, NextPanel next, float* sums, int first) {
@@ -72,14 +99,12 @@ void tile(const char* w, const uint32_t* x, int64_t steps, NextPanel next, float
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < COLUMNS; c++) acc[r][c] = zero();
     w += first * 4;
-    for (int64_t step = 0; step < steps; step++, w += PANEL * 4, x += ROWS, next.place += next.bytes) {
+    for (int64_t step = 0; step < steps; step++, w += PANEL * 4, x += ROWS * Type::XSTEP, next.place += next.bytes) {
         if (next.bytes) _mm_prefetch(next.place, _MM_HINT_T1);
         _mm_prefetch(w + PREFETCH_BYTES, _MM_HINT_T0);
         if (COLUMNS == 2) _mm_prefetch(w + PREFETCH_BYTES + 64, _MM_HINT_T0);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-            for (int c = 0; c < COLUMNS; c++) acc[r][c] = Type::mac(acc[r][c], w + c * 64, x + r);
+        add_unit<Type, 0, ROWS, COLUMNS>(acc, w, x);
+        if constexpr (Type::XSTEP == 2) add_unit<Type, 1, ROWS, COLUMNS>(acc, w, x + ROWS);
     }
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < COLUMNS; c++) store(sums + r * PANEL + first + c * 16, acc[r][c]);
@@ -124,16 +149,16 @@ INLINE void transpose_rows(float* out, const char* x, int64_t num, int64_t steps
 template <class Type, bool GATED, class Out>
 void gemm(Out* out, const typename Type::Value* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride,
           int64_t out_stride) {
-    const int64_t steps = k / Type::KSTEP, panels = (n + PANEL - 1) / PANEL, blocks = (m + MAX_ROWS - 1) / MAX_ROWS;
+    const int64_t steps = k / Type::KSTEP, units = steps * Type::XSTEP, panels = (n + PANEL - 1) / PANEL, blocks = (m + MAX_ROWS - 1) / MAX_ROWS;
     static thread_local std::vector<uint32_t> buffer;
-    if (m > 1 && (int64_t)buffer.size() < m * steps) buffer.resize(m * steps);
+    if (m > 1 && (int64_t)buffer.size() < m * units) buffer.resize(m * units);
     uint32_t* const rows = m > 1 ? buffer.data() : (uint32_t*)x;
     const auto repack = [=](int64_t b) {
         const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
-        transpose_rows((float*)rows + first * steps, (const char*)(x + first * x_stride), num, steps, x_stride * (int64_t)sizeof *x);
+        transpose_rows((float*)rows + first * units, (const char*)(x + first * x_stride), num, units, x_stride * (int64_t)sizeof *x);
     };
     // The threads need not meet for little.
-    const bool alone = n * k * m < PARALLEL_WEIGHTS, repack_here = m > 1 && m * steps < SERIAL_STEPS;
+    const bool alone = n * k * m < PARALLEL_WEIGHTS, repack_here = m > 1 && m * units < SERIAL_UNITS;
     if (repack_here)
         for (int64_t b = 0; b < blocks; b++) repack(b);
 #pragma omp parallel if (!alone)
@@ -154,7 +179,7 @@ void gemm(Out* out, const typename Type::Value* x, const char* packed, int64_t m
                 const int64_t first = first_row(b, m, blocks), num = first_row(b + 1, m, blocks) - first;
                 alignas(64) float room[MAX_ROWS * PANEL];
                 float* const sums = kept ? kept + first * PANEL : room;
-                panel<Type>((int)num, packed + p * panel_bytes, rows + first * steps, steps, {packed + next * panel_bytes + b * steps * ahead, ahead}, sums);
+                panel<Type>((int)num, packed + p * panel_bytes, rows + first * units, steps, {packed + next * panel_bytes + b * steps * ahead, ahead}, sums);
                 use(first, num, sums);
             }
         };
@@ -189,12 +214,55 @@ void pack(char* packed, const typename Type::Value* weight, int64_t n, int64_t k
         }
 }
 
+// The upper halves of 32 numbers, and all the bits that are not in them.
+INLINE uint32_t narrow(uint16_t* out, const uint32_t* in) {
+    uint32_t rest = 0;
+    for (int i = 0; i < 32; i++) {
+        out[i] = (uint16_t)(in[i] >> 16);
+        rest |= in[i] & 0xffffu;
+    }
+    return rest;
+}
+
+// False, and `packed` is of no use, if some weight needs more bits than bfloat16 has. k is even.
+bool pack_narrow(char* packed, const uint32_t* weight, int64_t n, int64_t k) {
+    const int64_t steps = k / 2, panels = (n + PANEL - 1) / PANEL;
+    std::atomic<bool> is_exact{true};
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; p++) {
+        uint32_t rest = 0;
+        for (int64_t s = 0; s < steps && rest == 0 && is_exact.load(std::memory_order_relaxed); s += 16) {
+            const int64_t num = std::min<int64_t>(16, steps - s);
+            for (int64_t half = 0; half < PANEL; half += 16) {
+                alignas(64) uint16_t pairs[16][32] = {};
+                for (int64_t c = 0; c < 16 && p * PANEL + half + c < n; c++) {
+                    const uint32_t* const from = weight + (p * PANEL + half + c) * k + s * 2;
+                    uint32_t some[32] = {};
+                    if (num < 16) memcpy(some, from, num * 8);
+                    rest |= narrow(pairs[c], num < 16 ? some : from);
+                }
+                f32x16 square[16];
+                for (int c = 0; c < 16; c++) square[c] = load((const float*)pairs[c]);
+                transpose(square);
+                for (int64_t i = 0; i < num; i++) store((float*)packed + ((p * steps + s + i) * PANEL + half), square[i]);
+            }
+        }
+        if (rest != 0) is_exact.store(false, std::memory_order_relaxed);
+    }
+    return is_exact;
+}
+
 }  // namespace
+
+// Returns 1, or 0 if the weight has no such form.
+TRAMONTANE_FUNCTION(int64_t, pack_narrow_float32)(void* packed, const void* weight, int64_t n, int64_t k) {
+    return pack_narrow((char*)packed, (const uint32_t*)weight, n, k);
+}
 
 TRAMONTANE_KERNEL(pack_float32)(void* packed, const void* weight, int64_t n, int64_t k) { pack<Float32>((char*)packed, (const float*)weight, n, k); }
 TRAMONTANE_KERNEL(pack_bfloat16)(void* packed, const void* weight, int64_t n, int64_t k) { pack<BFloat16>((char*)packed, (const bf16*)weight, n, k); }
 
-// out: [m, n]; x: [m, k]; packed: as `pack` left [n, k]. Strides of rows in values; k is even for bfloat16.
+// out: [m, n]; x: [m, k]; packed: as `pack` left [n, k]. Strides of rows in values; k is even but for float32 as such.
 // gated: n is a multiple of 64, the first half of the product are gates, the second ups; out: [m, n / 2], silu(gate) * up.
 // wide: rounded to the type of x, and stored as float32.
 #define EXPORT(name, Type, T, GATED, Out)                                                                                                     \
@@ -203,7 +271,9 @@ TRAMONTANE_KERNEL(pack_bfloat16)(void* packed, const void* weight, int64_t n, in
     }
 EXPORT(gemm_float32, Float32, float, false, float)
 EXPORT(gated_gemm_float32, Float32, float, true, float)
-#ifndef __AMX_BF16__  // then gemm_amx.cpp has it
+#ifndef __AMX_BF16__  // then gemm_amx.cpp and gemm_amx_split.cpp have them
+EXPORT(gemm_narrow_float32, NarrowFloat32, float, false, float)
+EXPORT(gated_gemm_narrow_float32, NarrowFloat32, float, true, float)
 EXPORT(gemm_bfloat16, BFloat16, bf16, false, bf16)
 EXPORT(gated_gemm_bfloat16, BFloat16, bf16, true, bf16)
 EXPORT(wide_gemm_bfloat16, BFloat16, bf16, false, float)
