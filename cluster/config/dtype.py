@@ -48,7 +48,7 @@ def choose_dtype(
     keeps_more: bool = False,
 ) -> DtypeChoice:
     """auto: on CUDA the checkpoint's own type. On the CPU bfloat16 if the checkpoint has it and every CPU supports it, else float32:
-    without instructions bfloat16 takes half of the memory, but computes more slowly.
+    without instructions bfloat16 computes more slowly, and float32 needs little more memory (EngineConfig.narrow_weights).
 
     stored: the type of the checkpoint's weights. keeps_more: see `keeps_more_in_float32`. cpus: called only if they decide; empty where no
     node is known yet.

@@ -84,8 +84,8 @@ def load_weights(
 
 
 class _Unfinished:
-    """Lets each layer prepare its weight as soon as its parameters are filled. So only one layer at a time takes the memory of the form that
-    is loaded, which may be twice that of the form that computes.
+    """Lets each layer prepare its weight as soon as its parameters are filled. So only one layer at a time takes the memory of the form
+    that is loaded, which may be twice that of the form that computes.
     """
 
     def __init__(self, model: CheckpointModel) -> None:

@@ -1,13 +1,15 @@
 """What --dtype auto means, from the checkpoint and the CPUs; and the checkpoint's type, from its files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from support.gguf_files import write_gguf
 from support.tiny import write_tiny_checkpoint
 
-from cluster.config.dtype import NodeCpu, choose_dtype, keeps_more_in_float32, stored_dtype, this_machine
+from cluster.config import dtype as dtype_module
+from cluster.config.dtype import NodeCpu, choose_dtype, keeps_more_in_float32, keeps_narrow, stored_dtype, this_machine
 from workers.checkpoint.model_config import load_model_config
 from workers.native.bfloat16 import Bfloat16Support
 
@@ -60,6 +62,19 @@ def test_the_type_is_that_of_the_files(tmp_path, layout, dtype, name):
     """params.json names none."""
     folder = write_tiny_checkpoint(tmp_path, layout=layout, dtype=dtype, num_shards=2)
     assert stored_dtype(folder, load_model_config(folder)) == name
+
+
+def test_weights_of_bfloat16_take_half_of_float32_with_the_compiled_kernels(tmp_path, monkeypatch):
+    model = load_model_config(write_tiny_checkpoint(tmp_path))
+    quantised = replace(model, stored=load_model_config(write_gguf(tmp_path / "model.gguf", dtype="Q4_0")).stored)
+    for has_kernels in (True, False):
+        monkeypatch.setattr(dtype_module, "keeps_narrow_weights", lambda has=has_kernels: has)
+        assert keeps_narrow("float32", device="cpu", stored="bfloat16", model=model) == has_kernels
+    monkeypatch.setattr(dtype_module, "keeps_narrow_weights", lambda: True)
+    assert not keeps_narrow("float32", device="cpu", stored="float32", model=model)
+    assert not keeps_narrow("bfloat16", device="cpu", stored="bfloat16", model=model)
+    assert not keeps_narrow("float32", device="cuda", stored="bfloat16", model=model)
+    assert not keeps_narrow("float32", device="cpu", stored="bfloat16", model=quantised)
 
 
 def test_the_configuration_counts_where_the_files_cannot_be_read(tmp_path):

@@ -7,16 +7,22 @@ from typing import Any
 import pytest
 import torch
 
+from support.fakes.engines import make_config
+from support.native import native_library
+from support.tiny import write_tiny_checkpoint
+
 from workers.attention.sdpa import SdpaBackend
 from workers.config import EngineConfig, ModelConfig
 from workers.device.fit import PROCESS_BYTES, check_fits, need_of
 from workers.device.memory import Memory
 from workers.device.model_bytes import cpu_kv_cache_bytes, num_parameters, rotary_bytes, weight_bytes
+from workers.engine.build import build_runner
 from workers.errors import ConfigError
 from workers.gpu_check.models import MISTRAL_7B
 from workers.kernels.quantized_kv import parts_of
 from workers.kv_cache.tensors import allocate, num_blocks_that_fit
 from workers.model.mistral import MistralForCausalLM
+from workers.parallel.group import SingleRank
 from workers.rope import QueryScaling
 
 GB = 10**9
@@ -57,6 +63,24 @@ def test_ranks_share_everything_but_the_norms():
 def test_a_tied_head_stays_in_the_dtype():
     quantized = engine(TIED, quantization="int4", dtype="bfloat16")
     assert weight_bytes(quantized) == 32 * 218_103_808 // 32 * 18 + (1003 * 4096 + 266_240) * 2
+
+
+def test_float32_takes_little_more_than_bfloat16_where_that_holds_the_weights():
+    """The embedding's 134,217,728 numbers and the norms' 266,240 take four bytes."""
+    config = engine(dtype="float32", narrow_weights=True)
+    assert weight_bytes(config) == 7_113_539_584 * 2 + 134_483_968 * 4
+    with pytest.raises(ConfigError, match=r"weights in float32 \(kept as bfloat16\) 14\.8 GB"):
+        check(8 * GB, narrow_weights=True)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_in_float32_take_what_their_numbers_need(tmp_path, dtype, is_tied):
+    native_library("avx2")  # skips where there can be none
+    folder = write_tiny_checkpoint(tmp_path, dtype=dtype, tie_word_embeddings=is_tied)
+    config = make_config(folder, num_threads=1, narrow_weights=dtype is torch.bfloat16)
+    built = build_runner(config, SingleRank()).model
+    assert need_of(config).weight_bytes == sum(t.nbytes for t in (*built.parameters(), *built.buffers()))
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 16])

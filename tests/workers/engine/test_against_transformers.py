@@ -1,22 +1,30 @@
-"""Our logits against transformers' MistralForCausalLM on tiny random fp32 checkpoints, with the engine's scheduler, blocks and runner."""
+"""Our fp32 logits against transformers' MistralForCausalLM on tiny random checkpoints, with the engine's scheduler, blocks and runner."""
 
 import pytest
 import torch
 from support.fakes.engines import make_engine, make_request
 from support.logits import all_logits
 from support.tiny import make_tiny_model, write_tiny_checkpoint
+from transformers import MistralForCausalLM
 
 WINDOW = 16
 TOLERANCE = 2e-4
 LENGTHS = (WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW, 5 * WINDOW + 3)
 
 
-@pytest.fixture(scope="module", params=[WINDOW, None], ids=["window", "full"])
+CHECKPOINTS = {
+    "window": {"sliding_window": WINDOW},
+    "full": {"sliding_window": None},
+    "bfloat16": {"sliding_window": WINDOW, "dtype": torch.bfloat16},  # whose matrices have kernels of their own in fp32
+}
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
 def checkpoint(request, tmp_path_factory):
-    """(folder, transformers model) with and without a sliding window."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    write_tiny_checkpoint(folder, sliding_window=request.param)
-    return folder, make_tiny_model(sliding_window=request.param)
+    """(folder, transformers model in fp32) with and without a sliding window."""
+    settings = CHECKPOINTS[request.param]
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"), **settings)
+    return folder, MistralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("chunk", [1, 7, WINDOW, 128], ids=["token by token", "7", "W", "whole"])

@@ -10,7 +10,7 @@ from workers.config import EngineConfig
 from workers.device.fit import need_of
 from workers.device.memory import Memory
 from workers.errors import ConfigError, ReplicaUnavailableError
-from workers.rank import worker
+from workers.rank import room, worker
 from workers.rank.reports import Rendezvous
 from workers.rank.room import check_room
 
@@ -35,6 +35,16 @@ def test_what_could_never_fit_ends_the_start_and_what_may_fit_later_is_tried_aga
         check(config, total=need, available=need - 1)
     with pytest.raises(ReplicaUnavailableError, match="2 ranks: "):
         check(config, total=2 * need, available=2 * need - 1, num_ranks=2)
+
+
+def test_weights_take_all_their_bytes_on_a_host_without_the_compiled_kernels(config, monkeypatch):
+    narrow = replace(config, narrow_weights=True)
+    whole, half = (need_of(c, has_started=True).loaded_bytes for c in (config, narrow))
+    monkeypatch.setattr(room, "keeps_narrow_weights", lambda: True)
+    check(narrow, total=whole - 1, available=half)
+    monkeypatch.setattr(room, "keeps_narrow_weights", lambda: False)
+    with pytest.raises(ConfigError, match="The model does not fit"):
+        check(narrow, total=whole - 1, available=half)
 
 
 def test_what_is_not_known_and_gpus_are_not_checked(config):

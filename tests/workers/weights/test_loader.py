@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from workers.checkpoint.model_config import load_model_config
 from workers.errors import CheckpointError
+from workers.layers.linear import RowParallelLinear
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank
 from workers.quant import dense
@@ -187,6 +188,16 @@ def test_a_rank_reads_no_more_than_its_part(tmp_path, layout, monkeypatch):
         sum(p.numel() for p in parameters.values()) for parameters in run_ranks(4, lambda tp: load(tmp_path, tp=tp))
     ]
     assert sum(num_read) == sum(sizes)
+
+
+def test_a_layer_gets_its_final_form_as_soon_as_it_is_loaded(tmp_path, monkeypatch):
+    """Else a model would take the memory of both forms at a time."""
+    write_tiny_checkpoint(tmp_path)
+    progress, finished = [0], []
+    monkeypatch.setattr(RowParallelLinear, "finish_loading", lambda layer: finished.append(progress[-1]))
+    load(tmp_path, progress=lambda done, total: progress.append(done))
+    assert len(finished) == 4, "two in each layer"
+    assert len(set(finished)) == 4 and all(0 < done < progress[-1] for done in finished)
 
 
 def test_progress_counts_this_ranks_bytes(tmp_path):

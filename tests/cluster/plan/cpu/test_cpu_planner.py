@@ -50,6 +50,10 @@ def test_without_bfloat16_the_default_is_float32():
     ]
     plan = make_cpu_plans(question(instructions=None))[0]
     assert "--dtype bfloat16" in plan.command
+    narrow = replace(question(instructions=None), keeps_narrow=True)
+    plan = make_cpu_plans(narrow)[0]
+    assert plan.name == "float32" and plan.fits and "--dtype" not in plan.command
+    assert 14.7 * GB < plan.weight_bytes < 14.8 * GB, "half of that, but for the embedding and the norms"
 
 
 def test_a_form_that_is_asked_for_is_the_only_one():
