@@ -130,7 +130,7 @@ def packs(dtype: torch.dtype, *, in_features: int) -> bool:
 
 
 def pack_dense(library: NativeLibrary, weight: torch.Tensor) -> PackedMatrix:
-    """weight: [out_features, in_features], contiguous, which `packs`. In float32 it takes half of its bytes if bfloat16 holds it exactly."""
+    """weight: [out_features, in_features], contiguous, which `packs`. In float32 it takes half of its bytes if bfloat16 holds it."""
     return _pack_narrow(library, weight) or _pack_as_it_is(library, weight)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from support.fakes.engines import make_config
 from support.native import native_library
 from support.tiny import write_tiny_checkpoint

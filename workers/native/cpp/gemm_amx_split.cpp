@@ -25,8 +25,8 @@ constexpr int64_t SLICE = 4, BLOCK_TILES = 16;
 constexpr int64_t CACHE_BYTES = 1 << 20;
 // Pairs of panels of a task: their parts of a row of outputs are stored together, as they lie in memory.
 constexpr int64_t PAIRS_AT_ONCE = 8;
-// Fewer inputs are split by the calling thread: the others need not wait for each other twice.
-constexpr int64_t SERIAL_VALUES = 1 << 15;
+// Fewer inputs are split by the calling thread: the others need not wait for each other twice. More are split in parts of so many steps.
+constexpr int64_t SERIAL_VALUES = 1 << 13, SPLIT_STEPS = 16;
 
 // The weights of two panels.
 struct PanelPair {
@@ -48,10 +48,12 @@ INLINE __m512 without_upper_half(__m512 a) {
     return _mm512_maskz_sub_ps(has_rest, a, bits_and({a}, 0xffff0000u).v);
 }
 
-// 32 inputs each of the rows from 16 * t on, split: tiles [k / 32][a3, a2, a1][16][32]. A row that is not there stays as it is: no other sees it.
-INLINE void split_rows(bf16* tiles, const float* x, int64_t t, int64_t m, int64_t k, int64_t x_stride) {
+// 32 inputs each of the rows from 16 * t on, split: tiles [k / 32][a3, a2, a1][16][32], of which it writes those of `steps` steps from `first_step` on.
+// A row that is not there stays as it is: no other sees it.
+INLINE void split_rows(bf16* tiles, const float* x, int64_t t, int64_t first_step, int64_t steps, int64_t m, int64_t k, int64_t x_stride) {
     const int64_t num = std::min<int64_t>(TILE_ROWS, m - t * TILE_ROWS);
-    for (int64_t s = 0; s * STEP < k; s++, tiles += STEP_VALUES) {
+    tiles += first_step * STEP_VALUES;
+    for (int64_t s = first_step; s < std::min(first_step + steps, (k + STEP - 1) / STEP); s++, tiles += STEP_VALUES) {
         const int64_t inputs = std::min<int64_t>(STEP, k - s * STEP);
         const __mmask16 first = inputs >= 16 ? 0xffff : (1u << inputs) - 1, second = inputs == STEP ? 0xffff : inputs > 16 ? (1u << (inputs - 16)) - 1 : 0;
         const float* from = x + t * TILE_ROWS * x_stride + s * STEP;
@@ -159,8 +161,10 @@ void gemm(float* out, const float* x, const char* packed, int64_t m, int64_t n, 
     bf16* const split = buffer.reserve(tiles * x_tile);
     // The threads need not meet for little.
     const bool alone = n * k * m < PARALLEL_WEIGHTS, split_here = m * k < SERIAL_VALUES;
+    const int64_t parts = (steps + SPLIT_STEPS - 1) / SPLIT_STEPS;
+    const auto split_part = [=](int64_t i) { split_rows(split + i / parts * x_tile, x, i / parts, i % parts * SPLIT_STEPS, SPLIT_STEPS, m, k, x_stride); };
     if (split_here)
-        for (int64_t t = 0; t < tiles; t++) split_rows(split + t * x_tile, x, t, m, k, x_stride);
+        for (int64_t i = 0; i < tiles * parts; i++) split_part(i);
     const int64_t blocks = (tiles + BLOCK_TILES - 1) / BLOCK_TILES, block_tiles = (tiles + blocks - 1) / blocks;
     // Gates and ups, or neighbors, of which the last may have none.
     const int64_t pairs = (panels + 1) / 2, panel_bytes = k * PANEL * 2;
@@ -182,7 +186,7 @@ void gemm(float* out, const float* x, const char* packed, int64_t m, int64_t n, 
         float* const room = sums.reserve(at_once * block_tiles * PAIR_SUMS);
         if (!split_here) {
 #pragma omp for schedule(static)
-            for (int64_t t = 0; t < tiles; t++) split_rows(split + t * x_tile, x, t, m, k, x_stride);
+            for (int64_t i = 0; i < tiles * parts; i++) split_part(i);
         }
 #pragma omp for schedule(dynamic, std::max<int64_t>(1, tasks / 32))
         for (int64_t i = 0; i < tasks * blocks; i++) {
