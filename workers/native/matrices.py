@@ -1,9 +1,9 @@
 """Packed weight matrices and their product with the compiled kernels: gemm.cpp, gemm_amx.cpp, gemm_amx_split.cpp, gemm_int.cpp and
 gemm_float8.cpp. Knows no layers and no checkpoints.
 
-A row's result is bit for bit independent of the other rows. In float32 and with quantised weights it is the same on every instruction
-set, but for AMX, which computes weights in float32 that bfloat16 holds exactly in another order. In bfloat16 it is not: AVX-512 has an
-instruction for pairs.
+A row's result is bit for bit independent of the other rows. In float32 it is the same on every instruction set, but for AMX, which
+computes weights that bfloat16 holds exactly in another order. In bfloat16 it is not: AVX-512 has an instruction for pairs, AMX one for
+tiles. With weights in groups, only AMX differs in bfloat16.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from workers.native.huge_pages import prefer_huge_pages
 from workers.native.library import NativeLibrary
 
 PANEL = 32  # output columns that are packed together; the last panel is filled up with zeros
-FLOAT8_HEADER_BYTES = 64
+HEADER_BYTES = 64  # of a packed quantised matrix
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTERS = [ctypes.c_void_p] * 3
 _PACK = [*_POINTERS[:2], ctypes.c_int64, ctypes.c_int64]
@@ -188,7 +188,7 @@ def pack_grouped(
     out_features, in_features = values.shape
     header_bytes = scales.element_size() * (1 if seconds is None else 2)
     num_bytes = in_features * num_bits // 8 + in_features // QUANTIZATION_GROUP_SIZE * header_bytes
-    packed = _new(_num_panels(out_features) * PANEL * num_bytes, torch.uint8)
+    packed = _new(HEADER_BYTES + _num_panels(out_features) * PANEL * num_bytes, torch.uint8)
     second = "_zeros" if zero_points is not None else "" if minima is None else "_minima"
     form = f"int{num_bits}{second}{'_wide' if scales.dtype is torch.float32 else ''}"
     pack = library.function(f"pack_{form}", _PACK_GROUPED)
@@ -227,7 +227,7 @@ def pack_float8(library: NativeLibrary, values: torch.Tensor, scales: torch.Tens
     assert scales.shape == (out_features, -(-in_features // block_size)) and scales.dtype is torch.float32
     num_panels, scale_bytes = _num_panels(out_features), PANEL * scales.element_size()
     panel_bytes = scales.shape[1] * scale_bytes + in_features * PANEL
-    packed = _new(FLOAT8_HEADER_BYTES + num_panels * panel_bytes, torch.uint8)
+    packed = _new(HEADER_BYTES + num_panels * panel_bytes, torch.uint8)
     pack = library.function("pack_float8", _PACK_FLOAT8)
     pack(
         packed.data_ptr(), values.data_ptr(), scales.data_ptr(), out_features, in_features, min(block_size, in_features)

@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parent
 COMMON_FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     # GCC 12 warns of its own AVX-512 headers: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
-    *("-Wall", "-Wno-maybe-uninitialized"),
+    *("-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     # Same bits in every build: a product and a sum become one instruction only where the source says so.
     *("-ffp-contract=off", "-fno-math-errno"),
 )
@@ -41,7 +41,7 @@ AVX512 = Variant(
 )
 AMX = Variant(
     name="amx",
-    cpu_flags=("amx_tile", "amx_bf16", "amx_int8", *AVX512.cpu_flags),
+    cpu_flags=("amx_tile", "amx_bf16", "amx_int8", "avx512_fp16", *AVX512.cpu_flags),
     compiler_flags=("-mamx-tile", "-mamx-bf16", "-mamx-int8", *AVX512.compiler_flags),
 )
 # The best one first.

@@ -2,24 +2,25 @@
 // a row are rounded to 8 bits in the same groups, with float32 scales; the sums within a group are whole numbers and exact, and groups are added
 // in order:
 // sum = sum + float(dot) * (weight scale * input scale), rounded after each operation. So the bits depend neither on the number of rows nor
-// on the instruction set, and workers/quant/grouped.py computes the same in torch. Where a group has a minimum, its weights are
+// on the instruction set, and workers/quant/grouped.py computes the same in torch; only bfloat16 with AMX is different, see
+// gemm_expanded_amx.h. Where a group has a minimum, its weights are
 // value * scale + minimum, and sum = sum + float(sum of the inputs) * (minimum * input scale) follows. Where it has a zero point, a whole number
 // that half precision holds, its weights are (value - zero point) * scale, and the dot is less zero point * sum of the inputs, which is exact.
 //
-// The packed weight has panels of 32 output columns: [ceil(n / 32)][k / 32] groups. A group is 32 scales, 32 minima or zero points of the same
-// type if there are any, then for 8 bits [8 quads][32 columns][4 inputs] unsigned bytes, value + 128, and for 4 bits [4][32][4] bytes, value + 8,
+// The packed weight is a header, then panels of 32 output columns: [ceil(n / 32)][k / 32] groups. A group is 32 scales, 32 minima or zero points
+// of the same type if there are any, then for 8 bits [8 quads][32 columns][4 inputs] unsigned bytes, value + 128, and for 4 bits [4][32][4] bytes, value + 8,
 // with quad q in the low and quad q + 4 in the high halves. With minima or zero points, values of 4 bits are unsigned, and stored as they are.
 #include <algorithm>
 #include <vector>
 
 #ifdef __AMX_INT8__
+#include "gemm_expanded_amx.h"
 #include "gemm_int_amx.h"
 #endif
 #include "grouped_weight.h"
 
 namespace {
 
-constexpr int QUADS = GROUP / 4;
 constexpr int64_t SERIAL_GROUPS = 256;
 #ifdef __AVX512F__
 constexpr int MAX_ROWS = 8;
@@ -115,8 +116,10 @@ void panel(int rows, const char* w, Rows x, int64_t groups, float* sums) {
 template <class Form, bool GATED, class T, class Out>
 void gemm(Out* out, const T* x, const char* packed, int64_t m, int64_t n, int64_t k, int64_t x_stride, int64_t out_stride) {
 #ifdef __AMX_INT8__
-    if (m >= TILES_MIN_ROWS) return gemm_of_tiles<Form, GATED>(out, x, packed, m, n, k, x_stride, out_stride);
+    if constexpr (std::is_same_v<T, bf16>) return gemm_of_expanded<Form, GATED>(out, x, packed, m, n, k, x_stride, out_stride);
+    if (m >= TILES_MIN_ROWS) return gemm_of_tiles<Form, GATED>(out, x, packed + sizeof(Header), m, n, k, x_stride, out_stride);
 #endif
+    packed += sizeof(Header);
     const int64_t groups = k / GROUP, panels = (n + PANEL - 1) / PANEL, blocks = (m + MAX_ROWS - 1) / MAX_ROWS;
     static thread_local std::vector<int32_t> quads, totals;
     static thread_local std::vector<float> scales;
@@ -171,6 +174,17 @@ void pack(char* packed, const int8_t* values, const typename Form::Scale* scales
     constexpr int BITS = Form::BITS;
     constexpr int64_t SCALE_BYTES = sizeof(typename Form::Scale);
     const int64_t groups = k / GROUP, panels = (n + PANEL - 1) / PANEL;
+    float largest = 0.0f;
+    for (int64_t i = 0; i < n * groups; i++) {
+        const float scale = std::abs(one_scale(scales[i])), second = Form::SECOND == NOTHING ? 0.0f : std::abs(one_scale(seconds[i]));
+        const float weight = Form::SECOND == ZERO_POINT ? scale * std::max(second, 15.0f) : scale * (BITS == 8 ? 128 : 16) + second;
+        // Not `max`: what is not a number stays.
+        if (!(weight <= largest)) largest = weight;
+        if (std::isnan(largest)) break;
+    }
+    const Header header = header_for(largest);
+    memcpy(packed, &header, sizeof header);
+    packed += sizeof header;
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < panels; p++)
         for (int64_t g = 0; g < groups; g++) {

@@ -2,11 +2,13 @@
 // both.
 #pragma once
 
+#include <cmath>
+
 #include "panels.h"
 
 namespace {
 
-constexpr int GROUP = 32;
+constexpr int GROUP = 32, QUADS = GROUP / 4;
 
 // 16 whole numbers.
 #ifdef __AVX512F__
@@ -64,6 +66,10 @@ INLINE void store_bytes(int8_t* p, f32x16 low, f32x16 high) {
 INLINE f32x16 load_scales(const uint16_t* p) { return load_half(p); }
 INLINE f32x16 load_scales(const float* p) { return load(p); }
 
+// One of them, as float.
+INLINE float one_scale(uint16_t x) { return _cvtsh_ss(x); }
+INLINE float one_scale(float x) { return x; }
+
 // What a group has besides a scale.
 enum Second { NOTHING, MINIMUM, ZERO_POINT };
 
@@ -75,6 +81,21 @@ struct Weight {
     static constexpr int BITS = BITS_, ZERO = BITS == 8 ? 128 : SECOND == NOTHING ? 8 : 0;
     static constexpr int64_t HEADER_BYTES = PANEL * (SECOND == NOTHING ? 1 : 2) * sizeof(Scale), GROUP_BYTES = HEADER_BYTES + PANEL * GROUP * BITS / 8;
 };
+
+// What a packed matrix begins with, for expand_amx.h; 64 bytes, so that groups stay in whole cache lines. shift: weights by 2^shift use the range
+// of half precision.
+struct alignas(64) Header {
+    int32_t shift, is_finite;
+};
+
+// largest: the largest weight, or a little more. Scales by 2^(shift - 3) must stay in half precision.
+inline Header header_for(float largest) {
+    int exponent;
+    if (!(largest < 0x1p26f)) return {0, false};
+    if (!(largest > 0.0f)) return {0, true};
+    std::frexp(largest, &exponent);
+    return {std::min(15 - exponent, 18), true};
+}
 
 // Rounds 32 inputs to 8 bits: scale = largest / 127. Not-a-number and infinite inputs give a scale that makes the whole row not a number.
 template <class T>
