@@ -57,7 +57,7 @@ def _table(results: Results, subjects: Sequence[Subject], part: Part) -> Iterato
         records = results.of(part.name, subject.name)
         cells = [subject.name, *(_cell(results, part.name, subject.name, metric=metric) for metric in metrics)]
         if shows_limit:
-            limit = bandwidth_limit(results, subject.number_format)
+            limit = bandwidth_limit(results, subject)
             cells.append(f"{limit:,.0f}" if limit else "")
         error = results.error(part.name, subject.name) or "not measured"
         cells.append(str(len(records)) if records else error.replace("|", "/").replace("\n", " "))

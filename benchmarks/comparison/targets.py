@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from comparison import models
 from comparison.results import MACHINE, Results
+from comparison.subjects import Subject
 
 Value = Callable[[str, str, str], float]
 
@@ -53,8 +54,13 @@ def outcomes(results: Results) -> list[Outcome]:
     return found
 
 
-def bandwidth_limit(results: Results, number_format: str) -> float | None:
-    """Tokens/s of one stream if a step only read its weights once, at the machine's read bandwidth."""
+def bandwidth_limit(results: Results, subject: Subject) -> float | None:
+    """Tokens/s of one stream if a step only read its weights once, at the machine's read bandwidth.
+
+    The checkpoints are in bfloat16, and ours reads no more than that of them in float32.
+    """
+    is_narrow = subject.engine == "ours" and subject.number_format == "float32"
+    number_format = "bfloat16" if is_narrow else subject.number_format
     bandwidth = results.median(MACHINE, MACHINE, "read_bandwidth")
     return bandwidth / (models.LARGE.num_read_by_a_step * BYTES[number_format]) if bandwidth else None
 

@@ -14,6 +14,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from torch import nn
 
 from workers.attention.backend import AttentionMetadata
 from workers.config import EngineConfig
@@ -22,6 +23,7 @@ from workers.kernels.lora.host_memory import HostMemory
 from workers.kernels.lora.rows import AdapterRows, group_rows
 from workers.kernels.lora.table import LoraMatrices
 from workers.kernels.quantized_kv import Cache, QuantizedKV, parts_of
+from workers.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from workers.lora.peft_folder import module_shapes
 from workers.model.mistral import MistralLayer
 from workers.sampling.logprobs import compute_logprobs
@@ -99,6 +101,8 @@ def _digest(runner: ModelRunner) -> bytes:
         for part in parts_of(cache):
             if part is not None:
                 add(part)
+    for linear in _linears_of_other_forms(model, layer):
+        add(linear.method.apply(linear, fixed((MAX_ROWS, _num_inputs(linear)), "other form")))
     for tensor in _adapter_outputs(runner, fixed):
         add(tensor)
     shape = (math.ceil(NUM_ELEMENTS / hidden_size), hidden_size)
@@ -107,6 +111,30 @@ def _digest(runner: ModelRunner) -> bytes:
     gates = _all_numbers(runner.dtype).to(device)
     add(layer.mlp.kernels.silu_mul(torch.cat((gates, torch.ones_like(gates)), dim=-1)))
     return found.digest()
+
+
+Linear = MergedColumnParallelLinear | RowParallelLinear
+
+
+def _linears_of_other_forms(model: nn.Module, first: nn.Module) -> Iterator[Linear]:
+    """The first of each form of weights that the first layer does not have, with kernels of its own: the numbers of a matrix may decide its
+    form. None in most models.
+    """
+
+    def form(linear: Linear) -> tuple[torch.dtype, ...]:
+        return tuple(parameter.dtype for parameter in linear.parameters(recurse=False))
+
+    seen = {form(linear) for linear in first.modules() if isinstance(linear, Linear)}
+    for linear in (linear for linear in model.modules() if isinstance(linear, Linear)):
+        if form(linear) not in seen:
+            seen.add(form(linear))
+            yield linear
+
+
+def _num_inputs(linear: Linear) -> int:
+    if isinstance(linear, MergedColumnParallelLinear):
+        return linear.input_size
+    return len(range(*linear.columns.indices(linear.input_size)))
 
 
 def _adapter_outputs(

@@ -3,12 +3,17 @@
 What limits of instruction sets do to it is in tests/cluster/router/test_failover_numerics.py.
 """
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.fakes.engines import make_config
+from support.native import native_library
 from support.ranks.rank_threads import run_ranks
 from support.tiny import write_tiny_checkpoint
 
+from workers.engine import build
 from workers.engine.build import build_runner
 from workers.engine.model_runner import ModelRunner
 from workers.engine.numerics import fingerprint
@@ -62,6 +67,23 @@ def test_the_kernels_of_adapters_count_where_there_are_some(folder, monkeypatch)
     monkeypatch.setattr(TorchLoraTable, "add", lambda self, out, x, rows: None)
     monkeypatch.setattr(NativeLoraTable, "add", lambda self, out, x, rows: None)
     assert fingerprint(runner) != found
+
+
+@pytest.mark.parametrize("whole", ["first layer and head", "all"])
+def test_weights_that_only_some_layers_have_count(whole, folder, tmp_path, monkeypatch) -> None:
+    """Of the two instruction sets, AMX multiplies weights in float32 that bfloat16 holds in its own way, and all others as AVX-512."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if whole == "first layer and head" and "layers.1" in name and "norm" not in name:
+            tensors[name] = tensor.bfloat16().float()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(folder / "config.json", tmp_path)
+    names = []
+    for variant in ("amx", "avx512"):
+        library = native_library(variant)
+        monkeypatch.setattr(build, "load_library", lambda library=library: library)
+        names.append(fingerprint(built(tmp_path)))
+    assert (names[0] == names[1]) == (whole == "all")
 
 
 @pytest.mark.parametrize("max_model_len", [1, 8, 100])
