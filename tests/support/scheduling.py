@@ -33,6 +33,7 @@ def add(scheduler, arrival, num_tokens, *, priority=0, max_tokens=10, adapter=No
         num_prompt_tokens=num_tokens,
         sequence=BlockSequence([arrival * 1000 + i for i in range(num_tokens)]),
         arrival=arrival,
+        max_num_tokens=num_tokens + max_tokens,
         priority=priority,
         adapter=adapter,
     )

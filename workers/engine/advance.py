@@ -11,9 +11,27 @@ from workers.protocol import FinishReason, TokenDelta
 from workers.sampling.sampler import Sampled
 
 
-def advance(
-    request: Request, sampled: Sequence[Sampled], *, eos_token_ids: tuple[int, ...], max_model_len: int
-) -> list[TokenDelta]:
+def advance_plainly(request: Request, sampled: Sequence[Sampled], eos_token_ids: tuple[int, ...]) -> TokenDelta | None:
+    """`advance` for a request that goes on with one token and has nothing else to report, which most do in most steps. None, without
+    effect, for any other.
+    """
+    if len(sampled) != 1 or request.num_cached_tokens is not None or request.constraint is not None:
+        return None
+    (token_id, logprob), token_ids = sampled[0], request.sequence.token_ids
+    if (
+        token_id is None
+        or logprob is not None
+        or token_id in eos_token_ids
+        or token_id in request.sampling.stop_token_ids
+    ):
+        return None
+    if len(token_ids) + 1 >= request.max_num_tokens or request.prompt_output is not None:
+        return None
+    token_ids.append(token_id)
+    return TokenDelta(request_id=request.request_id, token_ids=[token_id])
+
+
+def advance(request: Request, sampled: Sequence[Sampled], eos_token_ids: tuple[int, ...]) -> list[TokenDelta]:
     """Adds one step's tokens to a request. The last of the deltas says whether it ended; tokens after its end are dropped.
 
     `sampled` is empty for a request that samples nothing and only reads its prompt. Usually there is one delta; a failure after other
@@ -22,7 +40,7 @@ def advance(
     token_ids, logprobs = [], []
     reason, error = None, None
     if not sampled:
-        reason = request.finish_reason(eos_token_ids=eos_token_ids, max_model_len=max_model_len)
+        reason = request.finish_reason(eos_token_ids)
     for chosen in sampled:
         error = _append(request, chosen)
         if error is not None or chosen.token_id is None:
@@ -30,7 +48,7 @@ def advance(
         token_ids.append(chosen.token_id)
         if chosen.logprob is not None:
             logprobs.append(chosen.logprob)
-        reason = request.finish_reason(eos_token_ids=eos_token_ids, max_model_len=max_model_len)
+        reason = request.finish_reason(eos_token_ids)
         if reason is not None:
             break
     deltas = []

@@ -124,6 +124,16 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
     for s in scheduled:
         request, sequence, num_new_tokens = s.request, s.request.sequence, s.num_new_tokens
         start = sequence.num_computed_tokens
+        starts.append(start)
+        lens.append(num_new_tokens)
+        if (
+            num_new_tokens == 1 and request.unread_row is None and request.prompt_output is None
+        ):  # most requests in most steps
+            if s.samples:
+                logits_indices.append(len(token_ids))
+            token_ids.append(sequence.token_ids[start])
+            unread_rows.append(-1)
+            continue
         if request.prompt_output is not None and request.prompt_output.needs_logits:
             prompt_logits_indices += [len(token_ids) + p - start for p in s.prompt_rows]
         known = sequence.token_ids[start : start + num_new_tokens]
@@ -133,8 +143,6 @@ def make_batch(scheduled: Sequence[ScheduledRequest], block_size: int) -> Forwar
             assert request.unread_row is not None and len(known) == num_new_tokens - 1, "one token may be in flight"
             token_ids.append(0)
             unread_rows.append(request.unread_row)
-        starts.append(start)
-        lens.append(num_new_tokens)
         if s.samples:
             logits_indices.append(len(token_ids) - 1)
     num_groups = len(scheduled[0].request.sequence.tables)

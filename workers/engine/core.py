@@ -12,7 +12,7 @@ import torch
 
 from workers.config import EngineConfig
 from workers.engine.adapters import EngineAdapters
-from workers.engine.advance import advance, failure
+from workers.engine.advance import advance, advance_plainly, failure
 from workers.engine.batch import STOP, ForwardBatch, capture_message, dummy_batch, make_batch
 from workers.engine.in_flight import LaunchedStep
 from workers.engine.model_runner import ModelRunner
@@ -276,10 +276,12 @@ class EngineCore:
             step.tokens = no_tokens(self.runner.mark())
             return
         assert logits is not None, "rank 0 gathers the logits"
-        step.tokens = self._sampling.sample(rows_of(logits, rows), [step.sampling[i] for i in rows], masks)
+        all_sample = len(rows) == len(step.sampling)
+        requests = step.sampling if all_sample else [step.sampling[i] for i in rows]
+        step.tokens = self._sampling.sample(rows_of(logits, rows), requests, masks)
 
     def _launched(self, step: LaunchedStep) -> None:
-        for request in step.commit(self.kv_cache, max_model_len=self.max_model_len):
+        for request in step.commit(self.kv_cache):
             # Others get its place in the next step already.
             self.scheduler.finish(request)
             request.has_left = True
@@ -297,7 +299,12 @@ class EngineCore:
         if step.shows_speed:
             self.clock.add_speed(step.num_tokens)
         deltas = []
+        eos_token_ids = self.config.model.eos_token_ids
         for request, sampled in found:
+            delta = advance_plainly(request, sampled, eos_token_ids)
+            if delta is not None:
+                deltas.append(delta)
+                continue
             if request.num_output_tokens == 0:
                 self._prompt_tokens_total += request.num_prompt_tokens
             deltas += self._advance(request, sampled)
@@ -311,9 +318,7 @@ class EngineCore:
 
     def _advance(self, request: Request, sampled: Sequence[Sampled]) -> list[TokenDelta]:
         """`sampled` is empty for a request that samples nothing and only reads its prompt."""
-        deltas = advance(
-            request, sampled, eos_token_ids=self.config.model.eos_token_ids, max_model_len=self.max_model_len
-        )
+        deltas = advance(request, sampled, self.config.model.eos_token_ids)
         if (reason := deltas[-1].finish_reason) is not None:
             if request.spans is not None:
                 request.spans.end(request, reason)

@@ -83,8 +83,10 @@ class LaunchedStep:
 
     def begin_masks(self, grammars: Grammars) -> None:
         """Starts to compute the masks for the next tokens, on other threads. All earlier tokens must be known."""
-        constraints = {r.request_id: r.constraint for r in self.sampling if not r.has_ended}
-        self.masks = grammars.begin_masks({name: c for name, c in constraints.items() if c is not None})
+        constraints = {
+            r.request_id: r.constraint for r in self.sampling if r.constraint is not None and not r.has_ended
+        }
+        self.masks = grammars.begin_masks(constraints)
 
     def take_masks(self, synchronize: Callable[[], None]) -> Masks:
         """Call it when the logits are begun. Some of the requests are `late` from now on. synchronize: waits until they are computed."""
@@ -97,32 +99,43 @@ class LaunchedStep:
 
     def rows_to_sample(self) -> list[int]:
         """The rows of the logits, one for each of `sampling`, whose request is still there and has its mask."""
-        return [i for i, r in enumerate(self.sampling) if not r.has_ended and r.request_id not in self.late]
+        late = self.late
+        return [i for i, r in enumerate(self.sampling) if not r.has_ended and not (late and r.request_id in late)]
 
-    def commit(self, kv_cache: KVCacheManager, *, max_model_len: int) -> list[Request]:
+    def commit(self, kv_cache: KVCacheManager) -> list[Request]:
         """The step counts as computed from now on, and its next tokens are in flight. All tokens that it computes must be known.
 
         Returns the requests that end with the token in flight, or with their prompt: they compute nothing any more.
         """
         assert self.tokens is not None, "a step is sampled before it counts"
+        late = self.late
         for s in self.scheduled:
-            if not s.request.has_ended:
-                is_late = s.request.request_id in self.late
-                kv_cache.commit(s.request.sequence, s.num_new_tokens - is_late)
+            request = s.request
+            if not request.has_ended:
+                is_late = bool(late) and request.request_id in late
+                kv_cache.commit(request.sequence, s.num_new_tokens - is_late)
         for row, request in enumerate(self.tokens.requests):
             request.unread_row = row
-        here = [r for r in self.completing if not r.has_ended and r.request_id not in self.late]
-        return [r for r in here if r.is_at_limit(max_model_len)]
+        # Hardly any passes the first test, which costs least.
+        near = [r for r in self.completing if len(r.sequence.token_ids) + 1 >= r.max_num_tokens]
+        return [r for r in self._arrived(near) if r.is_at_limit()] if near else near
 
     def read(self) -> list[tuple[Request, Sequence[Sampled]]]:
         """The requests whose newest token the step has computed, in its order, with their next tokens: none for one that only reads its
         prompt. Waits until the device has computed the step.
         """
         assert self.tokens is not None, "a step is sampled before it is read"
-        rows = self.tokens.read()
-        sampled = {request.request_id: row for request, row in zip(self.tokens.requests, rows, strict=True)}
-        # Others were aborted in the meantime, or an earlier token ended them and this one was launched for nothing.
-        here = [r for r in self.completing if not r.has_ended and r.request_id not in self.late]
+        rows, here = self.tokens.read(), self._arrived(self.completing)
         for request in here:
             request.unread_row = None
+        if here == self.tokens.requests:  # the usual step
+            return list(zip(here, rows, strict=True))
+        sampled = {request.request_id: row for request, row in zip(self.tokens.requests, rows, strict=True)}
         return [(request, sampled.get(request.request_id, ())) for request in here]
+
+    def _arrived(self, completing: Sequence[Request]) -> list[Request]:
+        """Those that have their newest token. Others were aborted in the meantime, or an earlier token ended them and this one was launched
+        for nothing.
+        """
+        late = self.late
+        return [r for r in completing if not r.has_ended and not (late and r.request_id in late)]

@@ -93,7 +93,7 @@ class ModelRunner:
         if pads_decodes:
             # A graph reads rows of this width. Uploading them whole, for contexts of any length, would take longer than widening them.
             shape = (self._num_groups, seqs, max_blocks)
-            self._block_table = torch.zeros(shape, dtype=torch.int32, device=tp.device)
+            self._block_tables = list(torch.zeros(shape, dtype=torch.int32, device=tp.device))
         if graph_recorder is not None:
             # What graphs write, so that their own memory is free again at their end.
             hidden_size, vocab_size = config.model.hidden_size, config.model.vocab_size
@@ -253,9 +253,9 @@ class ModelRunner:
         if self._pads_decodes and is_decode(batch):
             # What a graph takes for given must be the same without it.
             num_seqs, width = tables[0].shape
-            for table, wide in zip(tables, self._block_table, strict=True):
+            for table, wide in zip(tables, self._block_tables, strict=True):
                 wide[:num_seqs, :width].copy_(table)
-            tables, max_seq_len = [wide[:num_seqs] for wide in self._block_table], self.config.max_model_len
+            tables, max_seq_len = [wide[:num_seqs] for wide in self._block_tables], self.config.max_model_len
         query_lens, context_lens = batch.query_lens.tolist(), batch.seq_lens.tolist()
         metadata = [
             AttentionMetadata(

@@ -4,6 +4,7 @@ Knows requests and the two samplers, whose tokens are the same. Knows no schedul
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,15 +45,28 @@ class HostSampling:
     def __init__(self, config: EngineConfig, sample_tokens: SampleTokens | None = None) -> None:
         self._eos_token_ids = config.model.eos_token_ids
         self._sample_tokens = sample_tokens or self._sample_one_each
+        # By request id. All but the mask of a row stays the same, its list of tokens too.
+        self._rows: dict[str, SamplingRow] = {}
 
     def sample(self, logits: torch.Tensor, requests: Sequence[Request], masks: Masks) -> NextTokens:
         """logits: [len(requests), vocab_size] float32; may be overwritten."""
-        rows = [SamplingRow(r.sampling, r.token_ids, r.num_prompt_tokens, masks.get(r.request_id)) for r in requests]
+        known = self._rows
+        rows = [known.get(r.request_id) or self._add(r) for r in requests]
+        if masks:
+            rows = [
+                row if (mask := masks.get(r.request_id)) is None else replace(row, mask=mask)
+                for r, row in zip(requests, rows, strict=True)
+            ]
         sampled = self._sample_tokens(logits, rows)
         return NextTokens(requests, lambda: sampled)
 
     def forget(self, request_id: str) -> None:
-        """Nothing is kept of a request."""
+        """Frees what is kept of a request."""
+        self._rows.pop(request_id, None)
+
+    def _add(self, request: Request) -> SamplingRow:
+        row = SamplingRow(request.sampling, request.token_ids, request.num_prompt_tokens)
+        return self._rows.setdefault(request.request_id, row)
 
     def _sample_one_each(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[list[Sampled]]:
         return [[one] for one in sample(logits, rows, eos_token_ids=self._eos_token_ids)]

@@ -104,11 +104,13 @@ class PromptReader:
         self._logits: list[tuple[PromptLogprobs, range]] = []
         begin = 0
         for s in scheduled:
-            output, rows = s.request.prompt_output, s.prompt_rows
-            if rows and isinstance(output, MeanEmbedding):
-                self._pooled.append((output, rows, begin + rows.start - s.request.num_computed_tokens))
-            elif rows and isinstance(output, PromptLogprobs):
-                self._logits.append((output, rows))
+            output = s.request.prompt_output
+            if output is not None:
+                rows = s.prompt_rows
+                if rows and isinstance(output, MeanEmbedding):
+                    self._pooled.append((output, rows, begin + rows.start - s.request.num_computed_tokens))
+                elif rows and isinstance(output, PromptLogprobs):
+                    self._logits.append((output, rows))
             begin += s.num_new_tokens
 
     def read_hidden_states(self, hidden_states: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from workers.config import EngineConfig
 from workers.engine.scheduler import Scheduler
 from workers.engine.step_clock import StepClock
 from workers.parallel.group import TensorParallel
-from workers.protocol import EngineFacts, LoadReport
+from workers.protocol import BATCH_PRIORITY, EngineFacts, LoadReport
 
 # A step that runs this long is suspicious: the report then names the ranks it waits for.
 SLOW_STEP_S = 1.0
@@ -32,16 +32,21 @@ def load_report(
     # Copies: the engine thread changes the lists.
     running, waiting = list(scheduler.running), list(scheduler.waiting)
     requests = running + waiting
-    background = [r for r in requests if r.is_background]
-    num_foreground_blocks = sum(r.sequence.num_held_blocks for r in running if not r.is_background)
+    background = [r for r in requests if r.priority >= BATCH_PRIORITY]
+    num_background_blocks = 0
+    if background:
+        num_foreground_blocks = sum(r.sequence.num_held_blocks for r in running if not r.is_background)
+        num_background_blocks = -(-max(0, pool.num_used - num_foreground_blocks) // num_groups)
     step_age_s = clock.step_age_s()
     return LoadReport(
         num_running=len(running) + num_leaving,
         num_waiting=len(waiting) + num_compiling,
-        num_pending_tokens=sum(r.num_pending_tokens for r in requests),
+        num_pending_tokens=sum(
+            [len(r.sequence.token_ids) - r.sequence.num_computed_tokens + (r.unread_row is not None) for r in requests]
+        ),
         num_background=len(background),
         num_background_pending_tokens=sum(r.num_pending_tokens for r in background),
-        num_background_blocks=-(-max(0, pool.num_used - num_foreground_blocks) // num_groups),
+        num_background_blocks=num_background_blocks,
         tokens_per_s=clock.tokens_per_s,
         num_blocks=pool.num_blocks // num_groups,
         num_used_blocks=min(pool.num_blocks // num_groups, -(-pool.num_used // num_groups)),

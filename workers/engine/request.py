@@ -5,7 +5,7 @@ Knows no torch and no scheduling policy.
 
 import math
 from collections.abc import Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from workers.errors import AdapterNotLoadedError, RequestError
@@ -48,6 +48,8 @@ class Request:
     sequence: BlockSequence
     # Order of arrival: the tie-break between equal priorities.
     arrival: int
+    # It ends with as many tokens, prompt and output together, whatever the last one is.
+    max_num_tokens: int
     priority: int = 0
     # The revision of the adapter to apply, None for the base model; and its slot while the request runs.
     adapter: str | None = None
@@ -130,25 +132,24 @@ class Request:
         stops = token in sampling.stop_token_ids or (token in eos_token_ids and not sampling.ignore_eos)
         return stops and self.num_output_tokens > sampling.min_tokens
 
-    def finish_reason(self, *, eos_token_ids: tuple[int, ...], max_model_len: int) -> FinishReason | None:
+    def finish_reason(self, eos_token_ids: tuple[int, ...]) -> FinishReason | None:
         """Why the request ends with its last token, or with its prompt when it samples none; None if it goes on."""
         sampling = self.sampling
         if sampling.max_tokens and self.stops(eos_token_ids):
             return FinishReason.STOP
         if self.constraint is not None and self.constraint.is_finished:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.is_at_limit(max_model_len) else None
+        return FinishReason.LENGTH if self.is_at_limit() else None
 
-    def is_at_limit(self, max_model_len: int) -> bool:
+    def is_at_limit(self) -> bool:
         """Whether it ends with its last token, the one in flight included, whatever that token is."""
-        num_tokens = len(self.sequence.token_ids) + (self.unread_row is not None)
-        return num_tokens - self.num_prompt_tokens >= self.sampling.max_tokens or num_tokens >= max_model_len
+        return len(self.sequence.token_ids) + (self.unread_row is not None) >= self.max_num_tokens
 
 
 @dataclass(slots=True)
 class ScheduledRequest:
     """A request and how many of its tokens the step computes. Never changes: it is not frozen, because that takes three times as long to
-    make, and each step makes one for each of its requests.
+    make, and each step makes one for each of its requests. `of` finds out what follows from the request.
 
     num_before: its tokens that were computed before. completes: whether this step computes the request's last token, as it is now.
     samples: whether the logits of that token choose the next one in this step.
@@ -156,14 +157,15 @@ class ScheduledRequest:
 
     request: Request
     num_new_tokens: int
-    num_before: int = field(init=False)
-    completes: bool = field(init=False)
-    samples: bool = field(init=False)
+    num_before: int
+    completes: bool
+    samples: bool
 
-    def __post_init__(self) -> None:
-        self.num_before = self.request.sequence.num_computed_tokens
-        self.completes = self.num_new_tokens == self.request.num_pending_tokens
-        self.samples = self.completes and self.request.sampling.max_tokens > 0
+    @classmethod
+    def of(cls, request: Request, num_new_tokens: int) -> "ScheduledRequest":
+        completes = num_new_tokens == request.num_pending_tokens
+        num_before = request.sequence.num_computed_tokens
+        return cls(request, num_new_tokens, num_before, completes, completes and request.sampling.max_tokens > 0)
 
     @property
     def prompt_rows(self) -> range:
@@ -212,6 +214,7 @@ def make_request(
         num_prompt_tokens=len(message.prompt_token_ids),
         sequence=BlockSequence([*message.prompt_token_ids, *message.output_token_ids], root_hash(message.adapter)),
         arrival=arrival,
+        max_num_tokens=min(len(message.prompt_token_ids) + sampling.max_tokens, max_model_len),
         priority=message.priority,
         adapter=message.adapter,
     )

@@ -53,7 +53,7 @@ class _Step:
     budget: int
     background_budget: int
     background_is_bounded: bool
-    prompt_budget: int
+    prompt_budget: int = 0
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     num_visited: int = 0
     num_passed: int = 0  # of the first waiting requests: their adapters have no slot
@@ -64,7 +64,7 @@ class _Step:
         return min(self.budget, self.background_budget) if request.is_background else self.budget
 
     def add(self, request: Request, num_new_tokens: int) -> None:
-        self.scheduled.append(ScheduledRequest(request, num_new_tokens))
+        self.scheduled.append(ScheduledRequest.of(request, num_new_tokens))
         self.num_visited += 1
         self.budget -= num_new_tokens
         if num_new_tokens > 1:
@@ -121,6 +121,10 @@ class Scheduler:
         first waiting request can never run.
         """
         step = self._begin_step()
+        self._grow_decoding(step)
+        if not self.waiting and step.num_visited == len(self.running):
+            return step.scheduled
+        step.prompt_budget = self._prompt_budget()
         while (request := self._next(step)) is not None and (budget := step.budget_for(request)) > 0:
             if budget > step.prompt_budget and request.num_pending_tokens > 1:
                 budget = step.prompt_budget
@@ -195,7 +199,6 @@ class Scheduler:
             budget,
             budget if bound is None else bound,
             background_is_bounded=bound is not None,
-            prompt_budget=self._prompt_budget(),
         )
 
     def _prompt_budget(self) -> int:
@@ -213,6 +216,27 @@ class Scheduler:
             num_prompts=num_prompts,
             num_before=begun[0].num_computed_tokens if begun else 0,
         )
+
+    def _grow_decoding(self, step: _Step) -> None:
+        """The first of the running requests, up to one that `schedule` has to look at more closely: what it would do for them, in a small
+        part of its time. Each computes one token, and needs nothing that another one has.
+        """
+        scheduled, grow, has_room = step.scheduled, self.kv_cache.grow, self.kv_cache.has_room
+        best_waiting = self.waiting[0].priority if self.waiting else math.inf
+        best_bounded = BATCH_PRIORITY if step.background_is_bounded else math.inf
+        for request in self.running[: step.budget]:
+            sequence, priority = request.sequence, request.priority
+            num_before = sequence.num_computed_tokens
+            num_pending = len(sequence.token_ids) - num_before + (request.unread_row is not None)
+            if num_pending != 1 or priority > best_waiting or priority >= best_bounded:
+                break
+            if request.constraint is not None and request.is_held:
+                break
+            if not has_room(sequence) and not grow(sequence, 1):
+                break
+            scheduled.append(ScheduledRequest(request, 1, num_before, True, request.sampling.max_tokens > 0))
+        step.num_visited = len(scheduled)
+        step.budget -= len(scheduled)
 
     def _next(self, step: _Step) -> Request | None:
         """Whose turn it is. All requests after it in `running` have the same or a worse priority and no part in this step yet."""

@@ -85,6 +85,10 @@ class KVCacheManager:
         sequence.num_computed_tokens = num_computed
         return True
 
+    def has_room(self, sequence: BlockSequence) -> bool:
+        """Whether a running sequence can compute one more token without `grow`: its last block is not full, and there is no window."""
+        return sequence.num_computed_tokens % self.block_size != 0 and not self._has_window
+
     def grow(self, sequence: BlockSequence, num_new_tokens: int) -> bool:
         """Makes room for the next tokens of a running sequence; False if too few blocks are free. Releases first what the window
         has passed.

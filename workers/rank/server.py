@@ -115,20 +115,28 @@ class StreamServer:
         with self._lock:
             if events is not None:
                 self._remember(events)
-            batches: dict[str, list[TokenDelta]] = {}
+            batches: dict[Connection, list[TokenDelta]] = {}
+            connections, replace = self._connections, msgspec.structs.replace
+            prefix, connection, batch = "", None, []
             for delta in deltas:
-                number, _, request_id = delta.request_id.partition("/")
-                connection = self._connections.get(number + "/")
+                own_id = delta.request_id
+                if not prefix or not own_id.startswith(prefix):  # most come from one gateway
+                    prefix = own_id[: own_id.index("/") + 1]
+                    connection, batch = connections.get(prefix), []
+                    if connection is not None:
+                        batch = batches.setdefault(connection, [])
+                request_id = own_id[len(prefix) :]
                 if connection is None or request_id not in connection.requests:
                     continue  # aborted or disconnected a moment ago
                 if delta.finish_reason is not None:
                     connection.requests.discard(request_id)
-                batches.setdefault(connection.prefix, []).append(msgspec.structs.replace(delta, request_id=request_id))
-            if batches:
+                batch.append(replace(delta, request_id=request_id))
+            if any(batches.values()):
                 now = time.monotonic()
                 load = self._report(now)
-                for prefix, batch in batches.items():
-                    self._connections[prefix].send_deltas(batch, load, now)
+                for connection, batch in batches.items():
+                    if batch:
+                        connection.send_deltas(batch, load, now)
 
     def close(self, timeout_s: float = 5.0, *, reason: str | None = None, crashed: bool = True) -> None:
         """Sends what is queued and then Ending, if there is a reason, closes every connection and ends the thread. Idempotent."""

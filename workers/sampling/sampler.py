@@ -11,7 +11,7 @@ import math
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -46,6 +46,13 @@ class SamplingRow:
     token_ids: Sequence[int]
     num_prompt_tokens: int
     mask: np.ndarray | None = None
+    # Whether its token is the one with the largest logit, and nothing else is asked for.
+    is_plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        p = self.params
+        is_plain = p.temperature < MIN_TEMPERATURE and p.logprobs is None and self.mask is None and not _is_adjusted(p)
+        object.__setattr__(self, "is_plain", is_plain)
 
     @property
     def position(self) -> int:
@@ -62,10 +69,16 @@ class Sampled(NamedTuple):
 @torch.inference_mode()
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow], *, eos_token_ids: Sequence[int]) -> list[Sampled]:
     """logits: [len(rows), vocab_size] float32; may be overwritten. For the CPU: on a GPU, every row would wait for the device."""
+    if all(row.is_plain for row in rows):
+        best, places = largest(logits)
+        are_possible = (best > -torch.inf).tolist()
+        return [
+            Sampled(t if possible else None, None) for t, possible in zip(places.tolist(), are_possible, strict=True)
+        ]
     with_logprobs = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     raw = logits[with_logprobs].clone() if with_logprobs else None
     for i, row in enumerate(rows):
-        if _is_adjusted(row):
+        if _is_adjusted(row.params):
             _adjust(logits[i], row, eos_token_ids)
     _apply_masks(logits, rows)
     best, token_ids = largest(logits)
@@ -102,9 +115,8 @@ def min_p_weight(min_p: float) -> int:
     return math.ceil(min_p * 2**WEIGHT_BITS)
 
 
-def _is_adjusted(row: SamplingRow) -> bool:
+def _is_adjusted(p: SamplingParams) -> bool:
     """Whether `_adjust` may change anything. Most rows ask for nothing, and to look costs less than their view of the logits."""
-    p = row.params
     return bool(
         p.repetition_penalty != 1.0
         or p.presence_penalty

@@ -11,7 +11,7 @@ from support.paths import DEMO_MODEL
 from support.tiny import write_tiny_checkpoint
 
 from workers.engine import request as engine_request
-from workers.engine.advance import advance
+from workers.engine.advance import advance, advance_plainly
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.llm_engine import stream_requests
@@ -60,7 +60,7 @@ def run(request: engine_request.Request, sampled: list[Sampled], chunks: list[in
     for num_tokens in chunks:
         if not sampled or (deltas and deltas[-1].finish_reason is not None):
             break
-        deltas += advance(request, sampled[:num_tokens], eos_token_ids=EOS, max_model_len=20)
+        deltas += advance(request, sampled[:num_tokens], EOS)
         sampled = sampled[num_tokens:]
     return deltas
 
@@ -93,8 +93,7 @@ def test_a_failure_after_other_tokens_of_the_step_is_a_delta_of_its_own():
     found = advance(
         new_request({"max_tokens": 9}, None),
         [Sampled(8, None), Sampled(None, None)],
-        eos_token_ids=EOS,
-        max_model_len=20,
+        EOS,
     )
     assert [(d.token_ids, d.finish_reason) for d in found] == [([8], None), ([], FinishReason.ERROR)]
 
@@ -131,3 +130,23 @@ def test_an_engine_whose_sampler_gives_several_tokens(tmp_path, num_at_once, sli
     assert core.load().generated_tokens_total == plain.core.load().generated_tokens_total
     assert core.clock.num_steps_total < plain.core.clock.num_steps_total
     assert core.num_requests == core.kv_cache.pool.num_used == 0
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, {"max_tokens": 30, "stop_token_ids": (9,)}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "sampled", [[Sampled(8, None)], [Sampled(9, None)], [Sampled(2, None)], [Sampled(None, None)], []]
+)
+@pytest.mark.parametrize("num_before", [0, 1, 2, 17])
+def test_a_request_that_goes_on_plainly_gets_the_delta_that_any_other_would(params, sampled, num_before):
+    one, other = new_request(params, None), new_request(params, None)
+    for request in (one, other):
+        request.sequence.token_ids += [7] * num_before
+        request.num_cached_tokens = None
+    expected = advance(one, sampled, EOS)
+    plain = advance_plainly(other, sampled, EOS)
+    goes_on = len(expected) == len(sampled) == 1 and expected[0].finish_reason is None
+    assert (plain is None) == (not goes_on)
+    if plain is not None:
+        assert [plain] == expected and other.token_ids == one.token_ids
+    else:
+        assert other.num_tokens == 2 + num_before, "without effect"
