@@ -61,20 +61,46 @@ INLINE void rescale(float* out, f32x16 factors, int64_t dim) {
     }
 }
 
+// Whether keys are multiplied where they lie: for one query, whose heads share a tile, and where 16 keys lie in one block.
+template <class KV>
+INLINE bool takes_keys_in_place(const Work& work, const Shape& s) {
+    return HAS_KEYS_IN_PLACE && std::is_same_v<KV, bf16> && work.num == 1 && s.group() <= TILE_OF_ROWS && s.head_dim % CHUNK == 0 &&
+           s.block_size % TILE_OF_ROWS == 0;
+}
+
+// The first of each 16 keys of a tile, as places in the cache.
+INLINE void find_groups(const bf16* cache, const Step& step, const Work& work, const Shape& s, int64_t num_groups, const bf16** groups) {
+    for (int64_t g = 0; g < num_groups; g++) {
+        const int64_t key = step.start + g * TILE_OF_ROWS, slot = work.blocks[key / s.block_size] * s.block_size + key % s.block_size;
+        groups[g] = cache + (slot * s.num_kv_heads + step.kv_head) * s.head_dim;
+    }
+}
+
 // One KV head and one tile of keys for all rows. queries, out: [tiles.num][tiles.size()].
 template <class KV>
-void attend_tile_in_pairs(const TilePlaces<KV>& places, const Step& step, const Work& work, const Shape& s, const RowTiles& tiles, const bf16* queries,
+void attend_tile_in_pairs(const Cache<KV>& k, const TilePlaces<KV>& places, const Step& step, const Work& work, const Shape& s, const RowTiles& tiles, const bf16* queries,
                           float* out, RowStates* states, PairScratch& scratch) {
     const int64_t chunks = tiles.dim / CHUNK, start = step.start;
+    const int64_t num_groups = (step.last_key() - start + 15) / 16;
+    const bool in_place = takes_keys_in_place<KV>(work, s);
     bf16 *const keys = scratch.keys.reserve(4 * chunks * UNIT), *const values = scratch.values.reserve(4 * chunks * UNIT);
-    pack_keys(places.keys, (step.last_key() - start + 15) / 16, s.head_dim, keys);
+    if (!in_place) pack_keys(places.keys, num_groups, s.head_dim, keys);
     pack_values(places.values, s.head_dim, values);
     // Rows are in the order of their queries, so those that see something of this tile lie together.
     const auto query_of = [&](int64_t row) { return work.position + row / s.group(); };
     int64_t t = 0, end = tiles.num;
     while (t < end && query_of(t * TILE_OF_ROWS + tiles.rows_of(t) - 1) < start) t++;
     while (t < end && s.window && query_of((end - 1) * TILE_OF_ROWS) - s.window + 1 >= start + TILE) end--;
-    const auto multiply = [&](int64_t t) { multiply_keys(tiles.rows_of(t), queries + t * tiles.size(), keys, chunks, scratch.scores[t % 2]); };
+    const auto multiply = [&](int64_t t) {
+        if constexpr (std::is_same_v<KV, bf16>) {
+            if (in_place) {
+                const bf16* groups[TILE / TILE_OF_ROWS];
+                find_groups(k.values, step, work, s, num_groups, groups);
+                return multiply_keys_in_place(tiles.rows_of(t), queries, groups, num_groups, s.num_kv_heads * s.head_dim, chunks, scratch.scores[t % 2]);
+            }
+        }
+        multiply_keys(tiles.rows_of(t), queries + t * tiles.size(), keys, chunks, scratch.scores[t % 2]);
+    };
     if (t < end) multiply(t);
     for (; t < end; t++) {
         // Computed beside the softmax of this one.
@@ -107,7 +133,12 @@ void attend_pairs(bf16* out, const bf16* q, const Cache<KV>& k, const Cache<KV>&
                 use((work.token + r / group) * stride + ((item.first_head + head) * group + r % group) * s.head_dim, head * tiles.num + r / TILE_OF_ROWS,
                     r % TILE_OF_ROWS);
     };
-    for_each_row(q_stride, [&](int64_t place, int64_t tile, int64_t r) { pack_query(q + place, r, s.head_dim, queries + tile * tiles.size()); });
+    if (takes_keys_in_place<KV>(work, s)) {
+        for (int64_t head = 0; head < item.num_heads; head++)
+            pack_queries_in_columns(q + work.token * q_stride + (item.first_head + head) * group * s.head_dim, group, s.head_dim, queries + head * tiles.size());
+    } else {
+        for_each_row(q_stride, [&](int64_t place, int64_t tile, int64_t r) { pack_query(q + place, r, s.head_dim, queries + tile * tiles.size()); });
+    }
     std::fill(acc, acc + all_tiles * tiles.size(), 0.0f);
     for (int64_t i = 0; i < all_tiles; i++) {
         std::fill_n(states[i].largest, TILE_OF_ROWS, LOWEST);
@@ -116,7 +147,7 @@ void attend_pairs(bf16* out, const bf16* q, const Cache<KV>& k, const Cache<KV>&
     for_each_step(k, v, work, item.first_head, item.num_heads, s, [&](const Step& step) {
         const TilePlaces<KV> places(k, v, step, work, s);
         const int64_t first = (step.kv_head - item.first_head) * tiles.num;
-        attend_tile_in_pairs(places, step, work, s, tiles, queries + first * tiles.size(), acc + first * tiles.size(), states + first, scratch);
+        attend_tile_in_pairs(k, places, step, work, s, tiles, queries + first * tiles.size(), acc + first * tiles.size(), states + first, scratch);
     });
     for_each_row(out_stride, [&](int64_t place, int64_t tile, int64_t r) {
         const f32x16 sum = set1(states[tile].sums[r]);

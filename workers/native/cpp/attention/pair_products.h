@@ -19,6 +19,8 @@ class PairUnits {
     const Tiles configured{CHUNK * 2, CHUNK / 2};
 };
 
+constexpr bool HAS_KEYS_IN_PLACE = true;
+
 // The number of a tile is part of its instruction.
 #define PRODUCT_WITH_KEYS(sum, key, group)                                \
     _tile_loadd(key, keys + (c * 4 + group) * UNIT, 64);                  \
@@ -64,6 +66,36 @@ INLINE void add_values(int, const bf16* weights, const bf16* values, int64_t til
     stores_are_done();
 }
 
+// The scores of few rows, with keys where they lie in the cache: they are the inputs here, and the queries the weights. So keys need not become columns,
+// which takes longer than these products. A sum adds the same products in the same order as above.
+// queries: [chunks][16 pairs][16 rows], see pack_queries_in_columns. keys: the first of each 16, `key_stride` numbers apart from the next.
+INLINE void multiply_keys_in_place(int num_rows, const bf16* queries, const bf16* const* keys, int64_t num_groups, int64_t key_stride, int64_t chunks,
+                                   float* scores) {
+    alignas(64) float columns[TILE_OF_ROWS * TILE_OF_ROWS];
+    for (int64_t g = 0; g < num_groups; g++) {
+        stores_are_done();
+        _tile_zero(0);
+        for (int64_t c = 0; c < chunks; c++) {
+            _tile_loadd(6, queries + c * UNIT, 64);
+            _tile_loadd(4, keys[g] + c * CHUNK, key_stride * 2);
+            _tile_dpbf16ps(0, 4, 6);
+        }
+        _tile_stored(0, columns, 64);
+        stores_are_done();
+        for (int r = 0; r < num_rows; r += 4) {
+            f32x16 four[4];
+            for (int i = 0; i < 4; i++) {
+                __m512 part = _mm512_broadcast_f32x4(_mm_load_ps(columns + i * 16 + r));
+                part = _mm512_mask_broadcast_f32x4(part, 0x00f0, _mm_load_ps(columns + (4 + i) * 16 + r));
+                part = _mm512_mask_broadcast_f32x4(part, 0x0f00, _mm_load_ps(columns + (8 + i) * 16 + r));
+                four[i].v = _mm512_mask_broadcast_f32x4(part, 0xf000, _mm_load_ps(columns + (12 + i) * 16 + r));
+            }
+            transpose_quarters(four);
+            for (int i = 0; i < 4; i++) store(scores + (r + i) * TILE + g * 16, four[i]);
+        }
+    }
+}
+
 #undef PRODUCT_WITH_KEYS
 #undef PRODUCT_WITH_VALUES
 
@@ -73,6 +105,10 @@ class PairUnits {
    public:
     PairUnits() {}
 };
+
+constexpr bool HAS_KEYS_IN_PLACE = false;
+
+INLINE void multiply_keys_in_place(int, const bf16*, const bf16* const*, int64_t, int64_t, int64_t, float*) {}
 
 // Rows whose sums with four vectors fit into the registers.
 constexpr int PAIR_ROWS = 6;

@@ -53,6 +53,32 @@ void pack_values(const KV* const* values, int64_t head_dim, bf16* out) {
         }
 }
 
+// In each quarter of 4 vectors, 4 rows of 4 numbers become columns.
+INLINE void transpose_quarters(f32x16 (&r)[4]) {
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[0].v, r[1].v)), b = _mm512_castps_pd(_mm512_unpackhi_ps(r[0].v, r[1].v));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r[2].v, r[3].v)), d = _mm512_castps_pd(_mm512_unpackhi_ps(r[2].v, r[3].v));
+    r[0].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)), r[1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    r[2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)), r[3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+}
+
+// num queries, which lie next to each other -> columns of [chunks of the head][16 pairs of numbers][16 queries]. Columns after them, which no sum of theirs
+// reads, stay as they are. head_dim: a multiple of 32.
+INLINE void pack_queries_in_columns(const bf16* q, int64_t num, int64_t head_dim, bf16* out) {
+    for (int64_t d = 0; d < head_dim; d += CHUNK)
+        for (int64_t r = 0; r < num; r += 4) {
+            f32x16 four[4];
+            for (int i = 0; i < 4; i++) four[i] = r + i < num ? f32x16{_mm512_castsi512_ps(load_chunk(q + (r + i) * head_dim + d, CHUNK))} : zero();
+            transpose_quarters(four);
+            float* const target = (float*)(out + d / CHUNK * UNIT) + r;
+            for (int i = 0; i < 4; i++) {
+                _mm_store_ps(target + i * 16, _mm512_castps512_ps128(four[i].v));
+                _mm_store_ps(target + (4 + i) * 16, _mm512_extractf32x4_ps(four[i].v, 1));
+                _mm_store_ps(target + (8 + i) * 16, _mm512_extractf32x4_ps(four[i].v, 2));
+                _mm_store_ps(target + (12 + i) * 16, _mm512_extractf32x4_ps(four[i].v, 3));
+            }
+        }
+}
+
 // A query -> row r of [chunks of the head][16 rows][32 numbers].
 INLINE void pack_query(const bf16* q, int64_t r, int64_t head_dim, bf16* out) {
     for (int64_t d = 0; d < head_dim; d += CHUNK) _mm512_store_si512(out + d / CHUNK * UNIT + r * CHUNK, load_chunk(q + d, head_dim - d));
