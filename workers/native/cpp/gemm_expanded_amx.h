@@ -14,8 +14,8 @@
 
 namespace {
 
-// Groups in a slice, tiles of rows in a block, what stays in the second cache, and groups that a thread takes at least, if it is few rows.
-constexpr int64_t SLICE = 8, BLOCK_TILES = 32, CACHE_BYTES = 1 << 20, CHUNK_GROUPS = 128;
+// Groups in a slice, tiles of rows in a block, what stays in the second cache, and how many groups a thread takes at once of few rows.
+constexpr int64_t SLICE = 8, BLOCK_TILES = 32, CACHE_BYTES = 1 << 20, CHUNK_GROUPS = 256;
 constexpr int64_t EXPANDED_BYTES = PANEL * GROUP * 2, PAIR_SUMS = 2 * TILE_ROWS * PANEL;
 
 // Rows from 16 * t on in tiles [k / 32][tile_rows][32], multiplied by a power of two. Of four inputs, the second and the third change places, as
