@@ -3,10 +3,14 @@
 Knows the ranks. Does not decide what to load, and does not read it.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from cluster.replicas.adapter_files import AdapterContent
 from cluster.replicas.gang import RankGang
+from workers.errors import ReplicaUnavailableError
+
+ASK_TIMEOUT_S = 3.0
 
 
 class ReplicaAdapters:
@@ -17,8 +21,14 @@ class ReplicaAdapters:
         self._gang = gang
 
     async def ask(self) -> None:
-        """Learns what the ranks of a running replica hold."""
-        answers: list[Sequence[str]] = await self._gang.call_all("adapters")
+        """Learns what the ranks of a running replica hold. Raises ReplicaUnavailableError also for a frozen rank, which never answers."""
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                answers: list[Sequence[str]] = await self._gang.call_all("adapters")
+        except TimeoutError as e:
+            raise ReplicaUnavailableError(
+                f"Replica {self._gang.replica_id} did not say within {ASK_TIMEOUT_S:g} s which adapters it holds."
+            ) from e
         self.held = frozenset.intersection(*map(frozenset, answers))
 
     async def load(self, content: AdapterContent) -> None:

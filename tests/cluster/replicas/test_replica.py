@@ -1,11 +1,13 @@
 """How a Ray replica starts, when it counts as lost, and how it is ended; placement, actors and client are fakes, Ray is not started."""
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.fakes.core import FACTS
 
+import cluster.replicas.adapters as adapters_module
 import cluster.replicas.replica as replica_module
 from cluster.protocol.view import ReplicaState
 from cluster.replicas.adapter_files import AdapterContent
@@ -43,13 +45,17 @@ class FakeClient:
 
 
 class FakeGang:
-    """Plays all ranks. `fails`: method -> what it raises. `closed`: (placement group, whether the ranks were to be closed in order)."""
+    """Plays all ranks. `fails`: method -> what it raises. `frozen`: methods that a rank never answers. `closed`: (placement group, whether
+    the ranks were to be closed in order).
+    """
 
     def __init__(self, replica_id: str, name: str, *, on_end: Any) -> None:
+        self.replica_id = replica_id
         self.name = name
         self.end = on_end
         self.called: list[str] = []
         self.fails: dict[str, Exception] = {}
+        self.frozen: set[str] = set()
         self.closed: list[tuple[object, bool]] = []
         self.answers: dict[str, list[object]] = {}
 
@@ -71,6 +77,8 @@ class FakeGang:
             self.called.append(method)
         if method in self.fails:
             raise self.fails[method]
+        if method in self.frozen:
+            await asyncio.Event().wait()
         return [self._answer(method, rank) for rank in range(SIZE)]
 
     def _answer(self, method: str, rank: int) -> object:
@@ -268,4 +276,17 @@ async def test_an_adopted_replica_holds_what_all_of_its_ranks_hold(stage):
     stage.gang.answers["adapters"] = [("support@1", "support@2"), ("support@2",)]
     await stage.replica.adopt([description(0), description(1)])
     assert stage.replica.adapters.held == {"support@2"}
+    await stage.replica.close(None)
+
+
+async def test_a_rank_that_freezes_while_it_is_adopted_is_not_waited_for(stage, monkeypatch):
+    """A controller that waited for it would report nothing: gateways would go on with the view of before, and requests wait for ever."""
+
+    async def bring(adapters: ReplicaAdapters) -> None: ...
+
+    monkeypatch.setattr(adapters_module, "ASK_TIMEOUT_S", 0.01)
+    stage.make(bring_adapters=bring)
+    stage.gang.frozen.add("adapters")
+    with pytest.raises(ReplicaUnavailableError, match="Replica r0 did not say within"):
+        await stage.replica.adopt([description(0), description(1)])
     await stage.replica.close(None)
