@@ -61,4 +61,5 @@ def _record(name: str, view: ClusterView) -> DeploymentRecord:
         spec=view.spec,
         failure=view.failure,
         facts=view.facts,
+        adapters=tuple(adapter.name for adapter in view.adapters.adapters),
     )

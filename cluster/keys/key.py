@@ -53,10 +53,14 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
             raise ValueError("sha256 must be 64 hexadecimal digits in lower case")
 
+    def may_use(self, name: str) -> bool:
+        """Whether the key's models include this one, or are all."""
+        return self.limits.models is None or name in self.limits.models
+
     def check_model(self, name: str) -> None:
         """Raises NotAllowedError if the key may not use the model."""
         models = self.limits.models
-        if models is not None and name not in models:
+        if models is not None and not self.may_use(name):
             yours = ", ".join(repr(model) for model in models) or "none"
             raise NotAllowedError(
                 f"This API key may not use the model {name!r}.",

@@ -101,7 +101,7 @@ class StartFailure:
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentRecord:
-    """One of several deployments that share their gateways. Its replicas are those with `replica_ids`."""
+    """One of several deployments that share their gateways. Its replicas are those with `replica_ids`. `adapters`: names."""
 
     name: str
     replica_ids: tuple[str, ...]
@@ -110,6 +110,7 @@ class DeploymentRecord:
     spec: ClusterSpec | None
     failure: StartFailure | None
     facts: EngineFacts | None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -198,7 +198,7 @@ def test_a_node_with_a_notice_is_drained_in_time_and_no_request_fails(cloud, has
     leave(cloud, has_spare=has_spare)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_single_server_announces_its_preemption_and_ends_remaining_streams_with_an_error_event():
     with metadata_service("gcp", "127.0.0.1", 0) as url:
         env = {**os.environ, "TRAMONTANE_METADATA_URL": url, "HTTP_PROXY": "http://127.0.0.1:1"}

@@ -61,7 +61,7 @@ def rank_pids(server: Server) -> list[int]:
     return sorted(rank["pid"] for r in server.replicas("ready").values() for rank in r["ranks"])
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_doctor_starts_real_ranks_where_nothing_runs_yet(hosts):
     """First in this file."""
     status, report = run_doctor(hosts, "--tensor-parallel-size", "2")
@@ -71,7 +71,7 @@ def test_doctor_starts_real_ranks_where_nothing_runs_yet(hosts):
     assert 0 < report["all_reduce"]["latency_s"] < 1
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_killed_server_finds_its_replicas_again(hosts):
     first = serve(hosts, "--replicas", "2", "--tensor-parallel-size", "2")
     try:
@@ -102,7 +102,7 @@ def test_a_killed_server_finds_its_replicas_again(hosts):
     assert all(psutil.pid_exists(pid) for pid in pids), "a gateway that stopped in order ended the replicas"
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_doctor_takes_nothing_from_replicas_that_use_everything(hosts):
     status, report = run_doctor(hosts)
     assert status == 0, report
@@ -113,7 +113,7 @@ def test_doctor_takes_nothing_from_replicas_that_use_everything(hosts):
     assert "Not tried, because running replicas use the resources." in messages(report, "all-reduce", "ok")[0]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_another_model_under_the_same_name_is_refused(hosts):
     command = [str(BIN / "tramontane"), "serve", "--port", "0", "--ray-address", hosts.address, "--block-size", "32"]
     done = subprocess.run(command, env=hosts.env, capture_output=True, text=True, timeout=100, check=False)
@@ -121,7 +121,7 @@ def test_another_model_under_the_same_name_is_refused(hosts):
     assert "tramontane down" in done.stderr and "--name" in done.stderr
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_several_gateways_serve_the_same_replicas(two_gateways):
     server = two_gateways
     urls = [line.split()[-1].removesuffix("/v1") for line in server.output.splitlines() if line.endswith("/v1")]
@@ -143,7 +143,7 @@ def test_several_gateways_serve_the_same_replicas(two_gateways):
     )
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_killed_controller_is_restarted_and_adopts_the_running_replicas(hosts, two_gateways):
     server = two_gateways
     pids = rank_pids(server)
@@ -161,7 +161,7 @@ def test_a_killed_controller_is_restarted_and_adopts_the_running_replicas(hosts,
     assert server.complete(**PROMPT)["choices"][0]["text"]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_a_response_outlives_its_replica_and_its_gateway(hosts, two_gateways, database):
     """Both are killed while it is generated; its client goes on at the other gateway, which reads what the first one stored."""
     server = two_gateways
@@ -236,7 +236,7 @@ def stream_response(url: str, body: dict | None, path: str = "") -> Iterator[dic
 
 
 @pytest.mark.chaos  # a node that joins takes ten seconds or more
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(not isinstance(probe(), NoGpu), reason="this machine has a GPU")
 def test_a_rank_waits_for_a_gpu_and_never_computes_on_the_cpu_in_its_place(hosts, tmp_path):
     """The node that joins later only claims to have one."""
@@ -264,7 +264,7 @@ def wait_for(condition: Callable[[], bool], server: subprocess.Popen, timeout_s:
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_down_removes_everything(hosts, two_gateways):
     """Last in this file."""
     two_gateways.kill()

@@ -162,7 +162,7 @@ HELD: dict[str, tuple[str, dict[str, str | None], str, tuple[str, ...]]] = {
 
 
 @pytest.mark.attack
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", HELD)
 def test_a_server_works_and_leaves_nothing(name: str) -> None:
     setup, changes, before, options = HELD[name]

@@ -9,15 +9,16 @@ from cluster.api.context import CONTEXT, ApiContext
 from cluster.api.generation.answering import json_response
 from cluster.api.request_context import REQUEST_CONTEXT
 from cluster.api.schemas.models import Capabilities, ModelCard, ModelList
+from cluster.api.server.auth import KEY
 from workers.errors import ReplicaUnavailableError
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """All served names."""
+    """All served names that the API key may use."""
+    key = request.get(KEY)
     served = [request.app[CONTEXT].serving(model.names[0]) for model in request.app[CONTEXT].models]
-    return json_response(
-        ModelList(data=[_card(api, name) for api in served for name in (*api.model_names, *api.adapters.names)])
-    )
+    names = [(api, name) for api in served for name in (*api.model_names, *api.adapters.names)]
+    return json_response(ModelList(data=[_card(api, name) for api, name in names if key is None or key.may_use(name)]))
 
 
 async def get_model(request: web.Request) -> web.Response:

@@ -38,8 +38,11 @@ export async function getJson(path, options) {
   return response.json();
 }
 
-/** The parsed events of a streamed response to `body`. Throws ApiError, also for an error event in mid-stream. */
-export async function* streamJson(path, body, signal) {
+/**
+ * The parsed events of a streamed response to `body`. `onHeaders(headers)` before the first.
+ * Throws ApiError, also for an error event in mid-stream.
+ */
+export async function* streamJson(path, body, { signal, onHeaders }) {
   const response = await send(path, {
     method: "POST",
     headers: { "Content-Type": "application/json" },
@@ -47,6 +50,7 @@ export async function* streamJson(path, body, signal) {
     signal,
   });
   if (!response.ok) throw await errorOf(response);
+  onHeaders(response.headers);
   if (!response.headers.get("Content-Type")?.startsWith("text/event-stream")) {
     yield await response.json(); // the user requested a response in one piece
     return;

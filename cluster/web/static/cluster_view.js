@@ -23,7 +23,7 @@ export function showCluster(panel, snapshots, operations = null) {
     view.replicas.length
       ? make("div", { class: "replicas" }, view.replicas.map((replica, i) => card(replica, rates[i], snapshots)))
       : make("p", { class: "empty" }, "No replica is running. If the deployment scales to zero, the next request starts one."),
-    showAdapters(view.adapters),
+    showAdapters(view.adapters, view.deployments),
     gateways(view.gateways),
     operations,
   );
@@ -31,12 +31,13 @@ export function showCluster(panel, snapshots, operations = null) {
 
 /** The health only, for keys that cannot see the cluster. note: the reason. */
 export function showHealth(panel, health, note) {
-  const replicas = health.replicas ?? [];
+  const replicas = (health.replicas ?? []).toSorted((a, b) => a.id.localeCompare(b.id, "en", { numeric: true }));
+  const isReady = health.status === "ok";
   replace(
     panel,
-    make("div", { class: "panel-head" }, make("h1", {}, health.status === "ok" ? "Ready" : "Not ready")),
+    make("div", { class: "panel-head" }, make("h1", {}, isReady ? "Ready" : "Not ready")),
     make("p", { class: "notice" }, note),
-    health.reason && make("p", { class: "notice error" }, health.reason),
+    health.models ? make("div", { class: "heads" }, health.models.map(modelHealth)) : health.reason && make("p", { class: isReady ? "notice" : "notice error" }, health.reason),
     make(
       "div",
       { class: "replicas" },
@@ -51,6 +52,12 @@ export function showHealth(panel, health, note) {
       ),
     ),
   );
+}
+
+/** One of several models. A ready one with a reason sleeps. */
+function modelHealth({ model, ready, reason }) {
+  const state = !ready ? "not ready" : reason ? "asleep" : "ready";
+  return make("div", { class: "panel-head" }, make("h2", {}, model), pill(state, state.replace(" ", "_")), reason && make("p", {}, reason));
 }
 
 /** A message instead of the view; with `keep`, above the last view. */
@@ -80,18 +87,30 @@ function leaving({ node_ip: ip, is_head: isHead, cause, deadline }) {
 function head(view) {
   if (!view.deployments?.length) return headOf(view, view.replicas);
   const own = ({ replica_ids: ids }) => view.replicas.filter((r) => ids.includes(r.replica_id));
-  return make("div", {}, ...view.deployments.map((deployment) => headOf(deployment, own(deployment))));
+  return make("div", { class: "heads" }, ...view.deployments.map((deployment) => headOf(deployment, own(deployment))));
 }
 
-function headOf({ spec, num_desired: numDesired, scaling_reason: reason }, replicas) {
+function headOf({ spec, num_desired: numDesired, scaling_reason: reason, failure }, replicas) {
   const numReady = replicas.filter((r) => r.state === "ready").length;
   const plural = numDesired === 1 ? "" : "s";
+  const state = stateOfModel({ spec, numDesired, numReady, failure });
+  const says = state === "asleep" ? ["no replica runs, the next request starts one"] : [`${numReady} of ${numDesired} replica${plural} ready`];
+  if (spec && spec.min_replicas !== spec.max_replicas) says.push(`scales from ${spec.min_replicas} to ${spec.max_replicas}`);
+  if (reason && !/^\d+ replicas? wanted\.$/.test(reason)) says.push(reason); // which says no more than the numbers
   return make(
     "div",
     { class: "panel-head" },
     make("h1", {}, spec?.model_name ?? "No model yet"),
-    make("p", {}, `${numReady} of ${numDesired} replica${plural} ready`, reason && ` · ${reason}`),
+    pill(state, state.replace(" ", "_")),
+    make("p", {}, says.join(" · ")),
   );
+}
+
+function stateOfModel({ spec, numDesired, numReady, failure }) {
+  if (numReady) return "ready";
+  if (failure) return "failed";
+  if (!numDesired) return "asleep";
+  return spec?.min_replicas === 0 ? "waking" : "not ready";
 }
 
 function figures(view, rates, snapshots) {

@@ -2,7 +2,7 @@
 
 import { $, make } from "./dom.js";
 
-const NAMES = { user: "You", assistant: "Model", tool: "Result" };
+const NAMES = { user: "You", tool: "Result" };
 
 /** The messages so far. A response is added empty and then grows. */
 export class Conversation {
@@ -57,10 +57,10 @@ export class Conversation {
     return content;
   }
 
-  /** A response to write: {write(text), writeToolCall(delta), close(note), remove(), isEmpty}. */
-  addAnswer() {
+  /** A response of `model` to write: {write(text), writeToolCall(delta), close(note), remove(), isEmpty}. */
+  addAnswer(model) {
     const message = { role: "assistant", content: "" };
-    const text = this.#add(message);
+    const text = this.#add(message, model);
     const item = message.item;
     const node = text.appendChild(document.createTextNode(""));
     item.classList.add("writing");
@@ -100,11 +100,11 @@ export class Conversation {
   }
 
   /** message: {role, content, tool_calls, item}; `item` is its element in the list. */
-  #add(message) {
+  #add(message, who = NAMES[message.role]) {
     this.#messages.push(message);
     this.#empty.hidden = true;
     const text = make("div", { class: "text" }, message.role !== "assistant" && message.content);
-    message.item = make("li", { class: message.role }, make("p", { class: "who" }, NAMES[message.role]), text);
+    message.item = make("li", { class: message.role }, make("p", { class: "who" }, who), text);
     this.#list.append(message.item);
     return text;
   }

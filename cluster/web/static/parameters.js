@@ -51,6 +51,7 @@ export function startParameters() {
     makeMore(),
   );
   form.addEventListener("submit", (event) => event.preventDefault());
+  $("model").addEventListener("change", showChosen);
 }
 
 /** names: the models to choose from. */
@@ -58,6 +59,12 @@ export function showModels(names) {
   const before = $("model").value;
   $("model").replaceChildren(...names.map((name) => make("option", { value: name }, name)));
   if (names.includes(before)) $("model").value = before;
+  showChosen();
+}
+
+/** The model's name, where the form is closed. */
+function showChosen() {
+  $("chosen").textContent = $("model").value;
 }
 
 /** The body without its prompt. Throws ParameterError. */

@@ -2,12 +2,14 @@
 // Knows the elements of its panel. run.js sends requests, parameters.js has the parameters, conversation.js the messages.
 
 import { getJson } from "./api.js";
+import { shortRevision } from "./adapters_view.js";
 import { Conversation } from "./conversation.js";
 import { $, copy, make, toast } from "./dom.js";
 import { currentKey, onKeyChange } from "./key.js";
 import { ParameterError, readParameters, showModels, startParameters } from "./parameters.js";
 import { run, speed } from "./run.js";
 import { asCurl, asPython } from "./snippets.js";
+import { Waiting } from "./waiting.js";
 
 const WIDE = matchMedia("(min-width: 900px)");
 const STAGE_MARGIN_PX = 24;
@@ -122,7 +124,7 @@ function whole(read) {
 }
 
 async function answer({ path, body }) {
-  const target = conversation.addAnswer();
+  const target = conversation.addAnswer(body.model);
   const outcome = await perform(path, body, {
     write: (text) => target.write(text),
     onToolCall: (delta) => following(() => target.writeToolCall(delta)),
@@ -167,8 +169,13 @@ async function perform(path, body, { write, onToolCall, again }) {
   controller = new AbortController();
   hideOutcome();
   showRunning(true);
+  const waiting = new Waiting($("waiting"), body.model);
+  const arrived = (use) => (piece) => {
+    waiting.end();
+    use?.(piece);
+  };
   try {
-    const outcome = await run(path, body, { signal: controller.signal, onText: text.add, onToolCall });
+    const outcome = await run(path, body, { signal: controller.signal, onText: arrived(text.add), onToolCall: arrived(onToolCall) });
     text.flush();
     following(() => showStats(outcome));
     return outcome;
@@ -180,6 +187,7 @@ async function perform(path, body, { write, onToolCall, again }) {
     });
     return null;
   } finally {
+    waiting.end();
     controller = null;
     showRunning(false);
   }
@@ -238,11 +246,12 @@ function showRunning(running) {
 }
 
 function showStats(outcome) {
-  const { usage, numPieces, firstTextS, finishReason } = outcome;
+  const { adapter, usage, numPieces, firstTextS, finishReason } = outcome;
   const cached = usage?.prompt_tokens_details?.cached_tokens;
   const rate = speed(outcome);
   const rows = [
     ["Finish", FINISH[finishReason] ?? finishReason],
+    ["Adapter", adapter && shortRevision(adapter)],
     ["Tokens", usage ? usage.completion_tokens : `about ${numPieces}`],
     ["Prompt", usage && `${usage.prompt_tokens}${cached ? `, ${cached} cached` : ""}`],
     ["Speed", rate && `${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`],

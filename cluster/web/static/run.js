@@ -5,15 +5,17 @@ import { streamJson } from "./api.js";
 
 /**
  * Streams `body`; `onText(text)` for each piece, `onToolCall(delta)` for pieces of tool calls.
- * Returns {finishReason, usage, numPieces, firstTextS, totalS, textS}: finishReason is "stopped" after an abort; seconds since the start,
- * textS from the first piece to the last; firstTextS is null without any text. Throws ApiError; `error.outcome` has the result so far.
+ * Returns {finishReason, adapter, usage, numPieces, firstTextS, totalS, textS}: finishReason is "stopped" after an abort; adapter is the
+ * revision that answered, or null; seconds since the start, textS from the first piece to the last; firstTextS is null without any text.
+ * Throws ApiError; `error.outcome` has the result so far.
  */
 export async function run(path, body, { signal, onText, onToolCall }) {
   const startedAt = performance.now();
-  const outcome = { finishReason: null, usage: null, numPieces: 0, firstTextS: null, textS: 0, totalS: 0 };
+  const outcome = { finishReason: null, adapter: null, usage: null, numPieces: 0, firstTextS: null, textS: 0, totalS: 0 };
   const seconds = () => (performance.now() - startedAt) / 1000;
   try {
-    for await (const event of streamJson(path, body, signal)) {
+    const onHeaders = (headers) => (outcome.adapter = headers.get("X-Tramontane-Adapter"));
+    for await (const event of streamJson(path, body, { signal, onHeaders })) {
       outcome.usage = event.usage ?? outcome.usage;
       const choice = event.choices?.find((c) => c.index === 0);
       if (!choice) continue;

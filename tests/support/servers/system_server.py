@@ -38,7 +38,7 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         try:
-            self.wait_for(lambda: "Stop  " in self.output, timeout_s=100, what="become ready")
+            self.wait_for(lambda: "Stop  " in self.output, timeout_s=200, what="become ready")
             self.url = re.search(r"http://[\d.]+:\d+(?=/v1\n)", self.output)[0]
             self.descendants = self.all_descendants()
             folders = [f for f in map(_ray_folder, self.descendants) if f is not None]

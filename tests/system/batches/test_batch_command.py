@@ -47,7 +47,7 @@ def test_a_killed_batch_resumes_and_answers_every_line_once(tmp_path: Path, comm
     assert not store.exists(), "the store is removed after delivery"
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_ctrl_c_says_how_to_resume(tmp_path: Path, commands: list[BatchCommand]) -> None:
     write_lines(tmp_path / "in.jsonl", 2, max_tokens=4)
     command = BatchCommand("run", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", log=tmp_path / "log")
