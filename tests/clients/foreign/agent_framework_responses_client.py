@@ -27,7 +27,7 @@ def client(url, key):
 @pytest.mark.parametrize("streams", [False, True])
 async def test_an_agent_uses_its_tool(client, streams):
     agent = Agent(client=client, name="Weather", instructions="You are a helpful weather agent.", tools=[get_weather])
-    asked = {"max_tokens": 300, "tool_choice": "required", "allow_multiple_tool_calls": False}
+    asked = {"max_tokens": 2000, "tool_choice": "required", "allow_multiple_tool_calls": False}
     if streams:
         stream = agent.run("What's the weather like in Oslo?", stream=True, options=asked)
         answer = await stream.get_final_response()
