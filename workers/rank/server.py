@@ -117,11 +117,13 @@ class StreamServer:
                 self._remember(events)
             batches: dict[Connection, list[TokenDelta]] = {}
             connections, replace = self._connections, msgspec.structs.replace
-            prefix, connection, batch = "", None, []
+            prefix = ""
+            connection: Connection | None = None
+            batch: list[TokenDelta] = []
             for delta in deltas:
                 own_id = delta.request_id
                 if not prefix or not own_id.startswith(prefix):  # most come from one gateway
-                    prefix = own_id[: own_id.index("/") + 1]
+                    prefix = own_id.partition("/")[0] + "/"
                     connection, batch = connections.get(prefix), []
                     if connection is not None:
                         batch = batches.setdefault(connection, [])
