@@ -18,6 +18,7 @@ import pytest
 from support.ranks import lifeline_rank
 
 from workers.errors import GroupError
+from workers.heartbeat import TICK_S
 from workers.protocol import SILENCE_IS_DEATH_S
 from workers.rank import lifeline
 from workers.rank.lifeline import Lifeline
@@ -160,7 +161,7 @@ def test_a_stall_of_this_process_is_not_the_others_silence(start):
     follower.signal(signal.SIGSTOP)
     leader.say("stall")
     leader.next("stalled")
-    time.sleep(1.0)  # rank 0 has found 4 s of its clock gone and nothing to read
+    time.sleep(2 * TICK_S)  # rank 0 has found 4 s of its clock gone and nothing to read
     follower.signal(signal.SIGCONT)
     follower.say("close")
     follower.next("closed")
