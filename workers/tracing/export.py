@@ -32,8 +32,7 @@ _EXPORTERS_LOGGER = "opentelemetry.exporter.otlp.proto.http"
 class Delivery(SpanExporter):
     """Sends batches over OTLP/HTTP. `num_taken`: spans it was given; `num_dropped`: of these, those that did not arrive.
 
-    make: the SDK's span of what is in the queue. It is called here, many times in a row: between two tokens, its code would have to be
-    read from memory for each span.
+    make: the SDK's span of what is in the queue. It is called here, so that the event loop does not wait for it.
     """
 
     def __init__(self, url: str, *, shown_url: str, make: "Callable[[Span], ReadableSpan]") -> None:
