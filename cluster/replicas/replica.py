@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, get_placement_group
@@ -24,6 +24,7 @@ from cluster.replicas.gang import RankGang
 from cluster.replicas.placement import node_ip, place
 from workers.config import EngineConfig
 from workers.errors import ReplicaUnavailableError, TramontaneError
+from workers.rank.lifeline import LOADING_SILENCE_S
 from workers.rank.reports import LoadProgress, RankDescription, RankStats, Rendezvous, Started
 from workers.tracing.settings import TracingConfig
 
@@ -118,16 +119,12 @@ class RayReplica:
         descriptions: list[RankDescription] = await self._gang.call_all("describe")
         ranks = [replace(r, pid=d.pid) for r, d in zip(ranks, descriptions, strict=True)]
         self._note(phase="loading", ranks=tuple(ranks))
-        poll = asyncio.create_task(self._poll_progress())
-        try:
-            await self._gang.call_all("load")
-        finally:
-            poll.cancel()
+        await self._watched("load")
         # Most of them now, while nothing waits for this replica, and below those that came in the meantime.
         await self._adapters_are_here()
 
         self._note(phase="starting")
-        started: Started = (await self._gang.call_all("start", "127.0.0.1" if self._single_host else ips[0]))[0]
+        started: Started = (await self._watched("start", "127.0.0.1" if self._single_host else ips[0]))[0]
         self._note(address=(started.host, started.port), token=token, facts=started.facts)
         await self._connect()
         await self._until_ready()
@@ -234,11 +231,34 @@ class RayReplica:
             self._client.condemn(self._death)
         self._on_change()
 
-    async def _poll_progress(self) -> None:
-        with contextlib.suppress(RayError, TramontaneError):  # `load` reports it
-            while True:
-                await asyncio.sleep(POLL_INTERVAL_S)
-                parts: list[LoadProgress] = await self._gang.call_all("progress")
+    async def _watched(self, method: str, *arguments: Any) -> list[Any]:
+        """`call_all`, while the ranks say how far they are. Raises ReplicaUnavailableError if one of them no longer does.
+
+        A rank that is alone in its replica has no other one that notices that it is frozen.
+        """
+        work = asyncio.create_task(self._gang.call_all(method, *arguments))
+        watch = asyncio.create_task(self._watch_progress())
+        try:
+            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+            return await (work if work.done() else watch)
+        finally:
+            work.cancel()
+            watch.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+
+    async def _watch_progress(self) -> NoReturn:
+        while True:
+            await asyncio.sleep(POLL_INTERVAL_S)
+            try:
+                async with asyncio.timeout(LOADING_SILENCE_S):
+                    parts: list[LoadProgress] = await self._gang.call_all("progress")
+            except TimeoutError:
+                raise ReplicaUnavailableError(
+                    f"A rank of replica {self.replica_id} has given no sign of life for {LOADING_SILENCE_S:g} s while it starts."
+                ) from None
+            except (RayError, TramontaneError):  # what the ranks work on reports it
+                continue
+            if self._record.phase == "loading":
                 self._note(progress=(sum(p.num_bytes_read for p in parts), sum(p.num_bytes_total for p in parts)))
 
     async def _poll_stats(self) -> None:

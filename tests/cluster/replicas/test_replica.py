@@ -290,3 +290,28 @@ async def test_a_rank_that_freezes_while_it_is_adopted_is_not_waited_for(stage, 
     with pytest.raises(ReplicaUnavailableError, match="Replica r0 did not say within"):
         await stage.replica.adopt([description(0), description(1)])
     await stage.replica.close(None)
+
+
+@pytest.mark.parametrize("phase", ["load", "start"])
+async def test_a_rank_that_freezes_while_it_starts_is_not_waited_for(stage, monkeypatch, phase):
+    """Alone in its replica, it has no other rank that would notice."""
+    monkeypatch.setattr(replica_module, "LOADING_SILENCE_S", 0.01)
+    monkeypatch.setattr(replica_module, "POLL_INTERVAL_S", 0.0)
+    stage.gang.frozen |= {phase, "progress"}
+    with pytest.raises(ReplicaUnavailableError, match="no sign of life"):
+        await stage.replica.start()
+    await stage.replica.close(None)
+
+
+async def test_ranks_may_load_for_long_while_they_say_how_far_they_are(stage, monkeypatch):
+    monkeypatch.setattr(replica_module, "LOADING_SILENCE_S", 0.01)
+    monkeypatch.setattr(replica_module, "POLL_INTERVAL_S", 0.0)
+    stage.gang.frozen.add("load")
+    start = asyncio.create_task(stage.replica.start())
+    for _ in range(20):  # many times as long as a silence may be
+        await asyncio.sleep(0.005)
+        assert not start.done()
+    assert stage.replica.record().progress == (SIZE, 2 * SIZE)
+    start.cancel()
+    await asyncio.gather(start, return_exceptions=True)
+    await stage.replica.close(None)

@@ -159,7 +159,12 @@ def make_core(folder, *, recorder=None, pads=True, tensor_attention=False, tp=No
         graph_recorder=recorder,
     )
     runner.allocate_kv_cache()
-    return EngineCore(config, runner, tp) if tp.rank == 0 else runner
+    if tp.rank:
+        return runner
+    core = EngineCore(config, runner, tp)
+    # As on CUDA. Otherwise the chunks of prompts would follow the machine's speed, and the bits of TensorAttention depend on them.
+    core.scheduler.pace = None
+    return core
 
 
 def requests():
