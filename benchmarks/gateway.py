@@ -113,7 +113,7 @@ def run_gateway(link: Connection, address: tuple[str, int], **options: Any) -> N
     from cluster.replicas.client import ReplicaClient
     from cluster.router.replica import Availability
     from cluster.router.router import Router
-    from cluster.system.garbage import search_rarely
+    from cluster.system.garbage import collect_garbage_rarely
     from cluster.text.tokenizer import load_tokenizer
 
     async def main() -> None:
@@ -123,7 +123,7 @@ def run_gateway(link: Connection, address: tuple[str, int], **options: Any) -> N
             router.update([client], Availability())
             app = make_app(router=router, tokenizer=tokenizer, chat_template=None, model_name=MODEL, **options)
             listener = await Listener(app).open("127.0.0.1", 0)
-            search_rarely()  # as the command does
+            collect_garbage_rarely()  # as the command does
             link.send(listener.port)
             while await asyncio.to_thread(link.recv):
                 usage = resource.getrusage(resource.RUSAGE_SELF)

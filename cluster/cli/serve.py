@@ -29,7 +29,7 @@ from cluster.keys.keyring import Keyring
 from cluster.profile.file import ProfileFile
 from cluster.protocol.names import member_of, server_of
 from cluster.system.data_dir import DataDir
-from cluster.system.garbage import search_rarely
+from cluster.system.garbage import collect_garbage_rarely
 from cluster.system.log import setup_logging
 from cluster.system.malloc import return_large_blocks
 from cluster.system.net import check_port_is_free
@@ -119,7 +119,7 @@ async def _run(
                 token_path=_token_path(),
                 profile=profile,
             )
-            search_rarely()
+            collect_garbage_rarely()
             console.line(banner(config, ready))
             _warn_of_others(config, console)
             await _until_stopped(stop, gateway)

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.cluster import ClusterConfig
 from cluster.config.serve import ServeConfig
-from cluster.system.garbage import search_rarely
+from cluster.system.garbage import collect_garbage_rarely
 from cluster.system.log import setup_logging
 from cluster.system.malloc import return_large_blocks
 from cluster.system.net import is_loopback
@@ -86,7 +86,7 @@ class GatewayActor:
         try:
             await gateway.open()
             gateway.spawn(asyncio.create_task(publish_forever(gateway.metrics.registry)))
-            search_rarely()
+            collect_garbage_rarely()
             self._url = gateway.url
             self._opened.set()
             await self._stop.wait()

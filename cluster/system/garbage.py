@@ -1,16 +1,16 @@
-"""How often Python looks for objects that refer to each other in circles. Knows Python's collector, and no object.
+"""How often Python's cyclic garbage collector runs. Knows no object of ours.
 
-A full search passes over all that was imported, and the event loop waits for it. With 64 streams the searches were 7 % of the samples of a
-gateway's profile.
+A full collection visits every object of every imported module, and the event loop waits for it. With 64 streams, collections were 7 % of
+the samples in a profile of the gateway.
 """
 
 import gc
 
-# Of objects made and not freed since the last search; Python's own is 700.
+# Objects made and not freed since the last collection; Python's own threshold is 700.
 NEW_OBJECTS = 10_000
 
 
-def search_rarely() -> None:
-    """For the whole process, once it has started: what exists now is never searched again, and the rest less often."""
+def collect_garbage_rarely() -> None:
+    """Call this once the process has started: what exists now is never visited again, and collections become rarer."""
     gc.freeze()
     gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])

@@ -1,11 +1,11 @@
-"""The collector of circles after a start."""
+"""Garbage collection after a start."""
 
 import gc
 import weakref
 
 import pytest
 
-from cluster.system.garbage import NEW_OBJECTS, search_rarely
+from cluster.system.garbage import NEW_OBJECTS, collect_garbage_rarely
 
 
 class Node:
@@ -21,9 +21,9 @@ def as_before():
     gc.set_threshold(*thresholds)
 
 
-def test_what_existed_is_not_searched_again_and_later_circles_are_freed():
+def test_what_existed_is_not_visited_again_and_later_cycles_are_freed():
     before = weakref.ref(Node())
-    search_rarely()
+    collect_garbage_rarely()
     after = weakref.ref(Node())
     gc.collect()
     assert before() is not None
