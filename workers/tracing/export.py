@@ -7,7 +7,6 @@ first of an outage is logged with its reason, and the end of it.
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -18,9 +17,6 @@ from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode
 
 from workers.tracing.attributes import Attributes
 
-if TYPE_CHECKING:
-    from workers.tracing.tracer import Span
-
 log = logging.getLogger(__name__)
 
 MAX_QUEUED_SPANS = 8192
@@ -30,13 +26,9 @@ _EXPORTERS_LOGGER = "opentelemetry.exporter.otlp.proto.http"
 
 
 class Delivery(SpanExporter):
-    """Sends batches over OTLP/HTTP. `num_taken`: spans it was given; `num_dropped`: of these, those that did not arrive.
+    """Sends batches over OTLP/HTTP. `num_taken`: spans it was given; `num_dropped`: of these, those that did not arrive."""
 
-    make: the SDK's span of what is in the queue. It is called here, so that the event loop does not wait for it.
-    """
-
-    def __init__(self, url: str, *, shown_url: str, make: "Callable[[Span], ReadableSpan]") -> None:
-        self._make = make
+    def __init__(self, url: str, *, shown_url: str) -> None:
         self._url = shown_url
         self._exporter = OTLPSpanExporter(endpoint=url)
         self._fails = False
@@ -50,10 +42,10 @@ class Delivery(SpanExporter):
         self.num_taken = 0
         self.num_dropped = 0
 
-    def export(self, spans: "Sequence[Span]") -> SpanExportResult:  # type: ignore[override]  # what `SpanQueue.on_end` was given
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Called on the queue's thread. Tries again for as long as OTEL_EXPORTER_OTLP_TIMEOUT says."""
         self.num_taken += len(spans)
-        result = self._exporter.export([self._make(span) for span in spans])
+        result = self._exporter.export(spans)
         if result is not SpanExportResult.SUCCESS:
             self.num_dropped += len(spans)
         elif self._fails:
@@ -95,12 +87,12 @@ class SpanQueue(BatchSpanProcessor):
             schedule_delay_millis=_number("OTEL_BSP_SCHEDULE_DELAY", SEND_EVERY_MS),
         )
 
-    def on_end(self, span: "Span") -> None:  # type: ignore[override]  # the queue looks at its `context` only
+    def on_end(self, span: ReadableSpan) -> None:
         """When it is full, the oldest span makes room."""
         self._num_ended += 1
         if self._num_ended - self._delivery.num_taken - self.num_dropped > self._max_spans:
             self.num_dropped += 1
-        super().on_end(span)  # type: ignore[arg-type]
+        super().on_end(span)
 
 
 class SpanMaker:

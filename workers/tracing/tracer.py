@@ -2,7 +2,7 @@
 
 Knows OpenTelemetry's SDK, which it imports when a tracer is made, because that takes a third of a second. Knows no request and no HTTP.
 A collector that is slow or gone delays nothing: the queue is bounded, and what does not fit is dropped and counted (export.py).
-A span is a plain object that becomes one of the SDK's when it is sent: those of its `Tracer` cost three times as much CPU time.
+A span is a plain object that becomes one of the SDK's when it ends: those of its `Tracer` cost three times as much CPU time.
 """
 
 import os
@@ -19,7 +19,6 @@ from workers.tracing.attributes import Attributes, Value, text
 from workers.tracing.settings import TracingConfig
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.trace import Link, SpanContext
 
 # At the end, for what is still in the queue.
@@ -36,7 +35,6 @@ class Span:
 
     __slots__ = (
         "_attributes",
-        "_end_ns",
         "_events",
         "_failure",
         "_kind",
@@ -65,7 +63,6 @@ class Span:
         self._name = name
         self._kind = kind
         self._start_ns = start_ns
-        self._end_ns = 0
         self._attributes: dict[str, Value] = {} if attributes is None else dict(attributes)
         self._links = links
         self._events: list[tuple[str, Attributes, int]] = []
@@ -98,8 +95,7 @@ class Span:
         """Sends it soon. end_ns: None: now. Idempotent."""
         tracer, self._tracer = self._tracer, None
         if tracer is not None:
-            self._end_ns = time.time_ns() if end_ns is None else end_ns
-            tracer._ended(self)
+            tracer._ended(self, time.time_ns() if end_ns is None else end_ns)
 
 
 class Tracer:
@@ -109,7 +105,7 @@ class Tracer:
     """
 
     def __init__(self, config: TracingConfig, *, role: str, instance: str) -> None:
-        from opentelemetry import context, trace
+        from opentelemetry import trace
         from opentelemetry.sdk.trace import TracerProvider
 
         from workers.tracing.export import Delivery, SpanMaker, SpanQueue, resource
@@ -127,7 +123,7 @@ class Tracer:
         }
         with _environment(config.environ):
             try:
-                self._delivery = Delivery(config.url, shown_url=config.shown_url, make=self._sdk_span)
+                self._delivery = Delivery(config.url, shown_url=config.shown_url)
                 self._queue = SpanQueue(self._delivery)
                 made_of = resource(ours)
                 self._provider = TracerProvider(resource=made_of, shutdown_on_exit=False)
@@ -136,10 +132,6 @@ class Tracer:
                     f"OpenTelemetry does not accept its settings: {e}", remedy="Look at the variables OTEL_*."
                 ) from e
         self._make = SpanMaker(made_of, version("tramontane"))
-        # To import them again where they are used costs more than what they do there.
-        self._new_context, self._flags = trace.SpanContext, trace.TraceFlags
-        self._nothing, self._context_of = context.Context(), trace.set_span_in_context
-        self._as_span = trace.NonRecordingSpan
         self._sampler, self._ids = self._provider.sampler, self._provider.id_generator
         self._is_closed = False
 
@@ -154,13 +146,15 @@ class Tracer:
         links: "Sequence[Link]" = (),
     ) -> Span:
         """The caller ends it. parent: another span's `context`, or `remote_parent`; None begins a new trace. start_ns: None: now."""
+        from opentelemetry.trace import SpanContext
+
         begin_ns = time.time_ns() if start_ns is None else start_ns
         if parent is None or parent.is_remote:
             trace_id = self._ids.generate_trace_id() if parent is None else parent.trace_id
             flags, state = self._sample(name, parent, trace_id, kind, attributes, links)
         else:
             trace_id, flags, state = parent.trace_id, parent.trace_flags, parent.trace_state
-        context = self._new_context(trace_id, self._ids.generate_span_id(), False, flags, state)
+        context = SpanContext(trace_id, self._ids.generate_span_id(), False, flags, state)
         return Span(self if flags.sampled else None, context, parent, name, kind, begin_ns, attributes, links)
 
     @property
@@ -188,36 +182,39 @@ class Tracer:
         links: "Sequence[Link]",
     ) -> tuple:  # type: ignore[type-arg]  # of TraceFlags and TraceState, which are imported late
         """As OTEL_TRACES_SAMPLER says: for the first span of a trace in this process. The others follow it."""
-        context = self._nothing if parent is None else self._context_of(self._as_span(parent), self._nothing)
+        from opentelemetry.context import Context
+        from opentelemetry.trace import NonRecordingSpan, TraceFlags, set_span_in_context
+
+        context = Context() if parent is None else set_span_in_context(NonRecordingSpan(parent), Context())
         result = self._sampler.should_sample(context, trace_id, name, self._kinds[kind], attributes, links)
-        flags = self._flags.SAMPLED if result.decision.is_sampled() else self._flags.DEFAULT
-        return self._flags(flags), result.trace_state
+        return TraceFlags(
+            TraceFlags.SAMPLED if result.decision.is_sampled() else TraceFlags.DEFAULT
+        ), result.trace_state
 
-    def _ended(self, span: Span) -> None:
+    def _ended(self, span: Span, end_ns: int) -> None:
         if not self._is_closed:
-            self._queue.on_end(span)
-
-    def _sdk_span(self, span: Span) -> "ReadableSpan":
-        return self._make(
-            span._name,
-            span.context,
-            span._parent,
-            kind=self._kinds[span._kind],
-            times=(span._start_ns, span._end_ns),
-            attributes=span._attributes,
-            events=span._events,
-            links=span._links,
-            failure=span._failure,
-        )
+            self._queue.on_end(
+                self._make(
+                    span._name,
+                    span.context,
+                    span._parent,
+                    kind=self._kinds[span._kind],
+                    times=(span._start_ns, end_ns),
+                    attributes=span._attributes,
+                    events=span._events,
+                    links=span._links,
+                    failure=span._failure,
+                )
+            )
 
 
 def remote_parent(traceparent: str | None, tracestate: str | None = None) -> "SpanContext | None":
     """As a parent: the span that another process names in the headers of W3C's Trace Context. None if there is none, or it is malformed."""
-    if not traceparent:
-        return None
     from opentelemetry.trace import get_current_span
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+    if not traceparent:
+        return None
     carrier = {"traceparent": traceparent} | ({"tracestate": tracestate} if tracestate else {})
     context = get_current_span(TraceContextTextMapPropagator().extract(carrier)).get_span_context()
     return context if context.is_valid else None
