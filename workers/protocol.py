@@ -235,6 +235,7 @@ FromReplica = EngineFacts | StepFrame | Ending | Refused
 
 HEARTBEAT_INTERVAL_S = 0.5
 SILENCE_IS_DEATH_S = 3.0
+LOADING_SILENCE_S = 60.0  # the same for a rank that starts
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 
 FRAME_HEADER_BYTES = 4

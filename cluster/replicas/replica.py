@@ -24,7 +24,7 @@ from cluster.replicas.gang import RankGang
 from cluster.replicas.placement import node_ip, place
 from workers.config import EngineConfig
 from workers.errors import ReplicaUnavailableError, TramontaneError
-from workers.rank.lifeline import LOADING_SILENCE_S
+from workers.protocol import LOADING_SILENCE_S
 from workers.rank.reports import LoadProgress, RankDescription, RankStats, Rendezvous, Started
 from workers.tracing.settings import TracingConfig
 

@@ -29,12 +29,11 @@ import msgspec
 from workers.errors import GroupError
 from workers.heartbeat import TICK_S, PeerClock
 from workers.process_identity import ProcessIdentity, is_alive, is_here
-from workers.protocol import SILENCE_IS_DEATH_S
+from workers.protocol import LOADING_SILENCE_S, SILENCE_IS_DEATH_S
 from workers.rank.process import RankProcess, kill_if_here, this_rank
 
 log = logging.getLogger(__name__)
 
-LOADING_SILENCE_S = 60.0
 POLL_S = 0.05
 MAX_LINE_BYTES = 16 * 1024
 HELLO_TIMEOUT_S = 3.0

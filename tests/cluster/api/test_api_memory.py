@@ -10,6 +10,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator
 
+import pytest
 from aiohttp import ClientSession
 from aiohttp.test_utils import TestServer
 from support.clients.fuzz_bodies import other_bodies
@@ -96,6 +97,19 @@ def traced_bytes() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
+async def growth(client, rng: random.Random, replica: FakeReplica) -> Counter[str]:
+    """By type, how many more objects there are after another NUM_ROUNDS of requests."""
+    before = await alive()
+    statuses = await send_many(client, rng, NUM_ROUNDS)
+    assert statuses[200] > NUM_ROUNDS and statuses[400] > NUM_ROUNDS / 2, statuses
+    assert statuses[401] == NUM_ROUNDS and statuses[404] >= 2 * NUM_ROUNDS, statuses
+    replica.requests.clear()  # which the fake keeps
+    deadline = time.monotonic() + 5
+    while max((grown := await alive() - before).values(), default=0) >= NUM_ROUNDS and time.monotonic() < deadline:
+        await asyncio.sleep(0.1)  # abandoned streams end a moment later
+    return grown
+
+
 async def test_no_object_is_kept_of_a_request_that_ended():
     rng = random.Random(5)
     replica = FakeReplica(tokens([300] * 40), max_num_seqs=64)
@@ -105,17 +119,14 @@ async def test_no_object_is_kept_of_a_request_that_ended():
         )  # what is loaded or made at its first use, also for endpoints that are drawn seldom
         replica.requests.clear()
         await alive()  # counting itself makes some objects once
-        before, series = await alive(), len(metrics.render().splitlines())
-        statuses = await send_many(client, rng, NUM_ROUNDS)
-        assert statuses[200] > NUM_ROUNDS and statuses[400] > NUM_ROUNDS / 2, statuses
-        assert statuses[401] == NUM_ROUNDS and statuses[404] >= 2 * NUM_ROUNDS, statuses
-        replica.requests.clear()  # which the fake keeps
-        deadline = time.monotonic() + 10
-        while max((grown := await alive() - before).values(), default=0) >= NUM_ROUNDS and time.monotonic() < deadline:
-            await asyncio.sleep(0.1)  # abandoned streams end a moment later
-        assert max(grown.values(), default=0) < NUM_ROUNDS, (
-            f"one of a kind is kept for each round of requests: {grown.most_common(5)}"
-        )
+        series = len(metrics.render().splitlines())
+        # Caches of libraries fill once, whenever a kind of request is first drawn. What is kept for each request grows every time.
+        for _ in range(3):
+            grown = await growth(client, rng, replica)
+            if max(grown.values(), default=0) < NUM_ROUNDS:
+                break
+        else:
+            pytest.fail(f"one of a kind is kept for each round of requests: {grown.most_common(5)}")
         # A status that did not occur before may add a line; a name of a client may not.
         assert len(metrics.render().splitlines()) - series < 30
 

