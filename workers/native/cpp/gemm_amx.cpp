@@ -19,7 +19,6 @@
 
 namespace {
 
-constexpr int64_t PAIR_SUMS = 2 * TILE_ROWS * PANEL;
 // Steps whose weights stay in the first cache while the rows of a block pass, pairs of tiles of rows in a block, and what stays in the second cache.
 constexpr int64_t SLICE = 8, BLOCK_PAIRS = 16, CACHE_BYTES = 1 << 20;
 // With so few pairs of tiles, reading weights again costs less than leaving sums behind and taking them up again.
@@ -56,18 +55,8 @@ INLINE void store_gated(bf16* out, const float* gates, const float* ups, int64_t
     }
 }
 
-// What a task multiplies with a block of rows: `num` panels from `first` on, and with GATED as many from `second` on.
-struct Panels {
-    const char* packed;
-    int64_t bytes, first, num, second;
-
-    const char* operator[](int64_t i) const { return packed + (i < num ? first + i : second + i - num) * bytes; }
-};
-
 // x: the tiles of `rows` rows. next: the weights that the next task begins with. sums: room for those of all panels and tiles.
 // Calls store(panel, first row, number of rows, sums), where the sums of a panel before it lie panel_sums(rows) values before.
-int64_t panel_sums(int64_t rows) { return (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS) * PAIR_SUMS; }
-
 template <class Store>
 void multiply_panels(const Panels& panels, int64_t num_panels, const char* next, const bf16* x, int64_t x_tile, int64_t rows, int64_t k, float* sums,
                      Store store) {

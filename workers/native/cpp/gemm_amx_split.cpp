@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int64_t PARTS = 3, STEP_VALUES = PARTS * TILE_VALUES, PAIR_SUMS = 2 * TILE_ROWS * PANEL;
+constexpr int64_t PARTS = 3, STEP_VALUES = PARTS * TILE_VALUES;
 // Steps of two panels whose weights stay in the first cache while the tiles of rows of a block pass, and the most tiles in a block.
 constexpr int64_t SLICE = 4, BLOCK_TILES = 16;
 // Of the inputs of a block, what stays in the second cache, and as much of its sums.
@@ -71,19 +71,7 @@ INLINE void split_rows(bf16* tiles, const float* x, int64_t t, int64_t first_ste
 // All three parts of the inputs are in tiles of their own, and each tile of weights is read once for them.
 template <int CACHE>
 void add_split_steps(PanelPair w, const bf16* x, int64_t steps, bool is_first, Ahead& ahead0, Ahead& ahead1, float* sums) {
-    constexpr int64_t ROW = PANEL * 4, TILE = TILE_ROWS * PANEL;
-    stores_are_done();
-    if (is_first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, ROW);
-        _tile_loadd(1, sums + 16, ROW);
-        _tile_loadd(2, sums + TILE, ROW);
-        _tile_loadd(3, sums + TILE + 16, ROW);
-    }
+    begin_sums<2>(is_first, sums);
     for (int64_t s = 0; s < steps; s++, w.first += STEP_BYTES, w.second += STEP_BYTES, x += STEP_VALUES) {
         ahead0.template fetch<CACHE>();
         ahead1.template fetch<CACHE>();
@@ -107,11 +95,7 @@ void add_split_steps(PanelPair w, const bf16* x, int64_t steps, bool is_first, A
         _tile_dpbf16ps(3, 5, 7);
         _tile_dpbf16ps(3, 6, 7);
     }
-    _tile_stored(0, sums, ROW);
-    _tile_stored(1, sums + 16, ROW);
-    _tile_stored(2, sums + TILE, ROW);
-    _tile_stored(3, sums + TILE + 16, ROW);
-    stores_are_done();
+    end_sums<2>(sums);
 }
 
 // Multiplies `num` pairs of panels with a block of rows. x: the tiles of `rows` rows, `x_tile` values apart. pair(i): the weights of one, up to those that

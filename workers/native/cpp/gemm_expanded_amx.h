@@ -16,7 +16,7 @@ namespace {
 
 // Groups in a slice, tiles of rows in a block, what stays in the second cache, and how many groups a thread takes at once of few rows.
 constexpr int64_t SLICE = 8, BLOCK_TILES = 32, CACHE_BYTES = 1 << 20, CHUNK_GROUPS = 256;
-constexpr int64_t EXPANDED_BYTES = PANEL * GROUP * 2, PAIR_SUMS = 2 * TILE_ROWS * PANEL;
+constexpr int64_t EXPANDED_BYTES = PANEL * GROUP * 2;
 
 // Rows from 16 * t on in tiles [k / 32][tile_rows][32], multiplied by a power of two. Of four inputs, the second and the third change places, as
 // in expanded weights.
@@ -38,37 +38,6 @@ INLINE void repack_scaled(bf16* tiles, const bf16* x, int64_t t, int64_t tile_ro
             _mm512_storeu_si512(tiles + (s * tile_rows + r) * STEP, inputs);
         }
     }
-}
-
-// The sums of NUM tiles of rows and a panel, [NUM * 16][PANEL], in tiles 0 to 3.
-template <int NUM>
-INLINE void begin_sums(bool is_first, const float* sums) {
-    constexpr int64_t ROW = PANEL * 4, TILE = TILE_ROWS * PANEL;
-    stores_are_done();
-    if (is_first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, ROW);
-        _tile_loadd(1, sums + 16, ROW);
-        if (NUM > 1) {
-            _tile_loadd(2, sums + TILE, ROW);
-            _tile_loadd(3, sums + TILE + 16, ROW);
-        }
-    }
-}
-template <int NUM>
-INLINE void end_sums(float* sums) {
-    constexpr int64_t ROW = PANEL * 4, TILE = TILE_ROWS * PANEL;
-    _tile_stored(0, sums, ROW);
-    _tile_stored(1, sums + 16, ROW);
-    if (NUM > 1) {
-        _tile_stored(2, sums + TILE, ROW);
-        _tile_stored(3, sums + TILE + 16, ROW);
-    }
-    stores_are_done();
 }
 
 // Adds the products of the first or the second tile of an expanded group. x: tiles of inputs, x_tile values apart.
@@ -152,19 +121,9 @@ void add_slice(const char* w, const bf16* x, int64_t x_tile, int64_t groups, boo
     end_sums<NUM>(sums);
 }
 
-// Panels of a task: `num` from `first` on, and with gates as many from `second` on.
-struct TaskPanels {
-    const char* packed;
-    int64_t bytes, first, num, second;
-
-    const char* operator[](int64_t i) const { return packed + (i < num ? first + i : second + i - num) * bytes; }
-};
-
-int64_t panel_sums(int64_t rows) { return (rows + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS) * PAIR_SUMS; }
-
 // x: the tiles of `rows` rows. sums: room for those of all panels. Calls store(panel, first row, number of rows, sums).
 template <class Form, class Store>
-void multiply_panels(const TaskPanels& panels, int64_t num_panels, const char* next, const char*& begun, const Expansion<Form>& expansion, const bf16* x, int64_t x_tile,
+void multiply_panels(const Panels& panels, int64_t num_panels, const char* next, const char*& begun, const Expansion<Form>& expansion, const bf16* x, int64_t x_tile,
                      int64_t rows, int64_t groups, float* sums, Store store) {
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, passes = (tiles + 1) / 2;
     if (passes == 1) {
@@ -238,7 +197,7 @@ void gemm_of_expanded(Out* out, const bf16* x, const char* packed, int64_t m, in
             const int64_t b = i / tasks, task = i % tasks, first = b * pairs / blocks * 2 * TILE_ROWS, end = (b + 1) * pairs / blocks * 2 * TILE_ROWS;
             const int64_t p = task * outputs / tasks, num = (task + 1) * outputs / tasks - p, rows = std::min(end, m) - first;
             Out* const target = out + first * out_stride;
-            const TaskPanels some{packed, groups * Form::GROUP_BYTES, p, num, p + outputs};
+            const Panels some{packed, groups * Form::GROUP_BYTES, p, num, p + outputs};
             const auto multiply = [&](int64_t num_panels, auto store) {
                 const char* const next = packed + (p + num) * groups * Form::GROUP_BYTES;
                 multiply_panels<Form>(some, num_panels, next, begun, expansion, repacked + first / TILE_ROWS * x_tile, x_tile, rows, groups, room, store);
