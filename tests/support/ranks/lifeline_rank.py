@@ -1,13 +1,14 @@
 """One rank of test_lifeline.py with nothing but its lifeline, in a process of its own: reports as lines of JSON what it notices, and when.
 
 Arguments: rank, rank 0's port (0 on rank 0 itself), whether silence is measured as in a serving replica. Commands come by line:
-`close`, `stall` (stands still for 4 s without letting its threads run), `fork` (leaves its connections to a child),
-`expect prompt`, and anything else is the reason of a failure.
+`close`, `stall PID` (stands still for 4 s without letting its threads run, then wakes the stopped process PID), `fork` (leaves its
+connections to a child), `expect prompt`, and anything else is the reason of a failure.
 """
 
 import ctypes
 import json
 import os
+import signal
 import sys
 import time
 
@@ -36,20 +37,21 @@ def main(rank: int, port: int, serving: bool) -> None:
         lifeline.connect(("127.0.0.1", port))
     say(event="ready", port=port)
     for line in sys.stdin:
-        match line.strip():
-            case "stall":
+        match line.split():
+            case ["stall", pid]:
                 ctypes.PyDLL(None).sleep(4)  # PyDLL keeps Python's lock
+                os.kill(int(pid), signal.SIGCONT)
                 say(event="stalled")
-            case "fork":
+            case ["fork"]:
                 if (child := os.fork()) == 0:
                     time.sleep(60)
                     os._exit(0)
                 say(event="forked", child=child)
-            case "expect prompt":
+            case ["expect", "prompt"]:
                 lifeline.expect_prompt()
                 say(event="prompt")
-            case reason:
-                lifeline.close(None if reason == "close" else reason)
+            case words:
+                lifeline.close(None if words == ["close"] else " ".join(words))
                 say(event="closed")
 
 
