@@ -6,6 +6,7 @@ connections to a child), `expect prompt`, and anything else is the reason of a f
 """
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -56,4 +57,5 @@ def main(rank: int, port: int, serving: bool) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "serving")

@@ -46,9 +46,18 @@ class RankProcessUnderTest:
             self._events.put(json.loads(line))
 
     def next(self, event: str, timeout_s: float = 60.0) -> dict:
-        found = self._events.get(timeout=timeout_s)
+        try:
+            found = self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            pytest.fail(f"noticed nothing, not {event}; its process: {self._state()}")
         assert found["event"] == event, f"noticed {found}, not {event}"
         return found
+
+    def _state(self) -> str:
+        if self.process.poll() is not None:
+            return f"ended with {self.process.returncode}"
+        self.process.send_signal(signal.SIGUSR1)  # writes what each of its threads does to stderr
+        return Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii")
 
     def noticed(self) -> list[dict]:
         """What nobody has asked for with `next`."""
