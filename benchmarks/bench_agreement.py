@@ -1,12 +1,16 @@
 """Whether `tramontane bench`, `vllm bench serve` and `guidellm` measure the same on the same server.
 
     python benchmarks/bench_agreement.py [--servers paced,demo_model] [--rounds 5] [--streams 4] [--requests 40]
-        [--vllm-python .venv-vllm/bin/python] [--guidellm .venv-guidellm/bin/guidellm] [--output benchmarks/results/bench_agreement.md]
+        [--share-cores] [--vllm-python .venv-vllm/bin/python] [--guidellm .venv-guidellm/bin/guidellm]
+        [--output benchmarks/results/bench_agreement.md]
 
 Starts each server, lets the tools take turns in a closed loop with prompts and answers of the same lengths, and writes the medians over
 the rounds next to each other. `paced` is a server of a known pace that says when it wrote each token; `demo_model` and the path of any
 other model are served by Tramontane. A tool that is not installed is left out. Each needs an environment of its own:
 `pip install guidellm`; vLLM's is that of `make bench-peers`. Run nothing else at the same time.
+
+The server has one half of the cores and the tool the other: on shared cores a tool slows the server that it measures, each by another
+amount. `--share-cores` measures that.
 """
 
 import argparse
@@ -30,6 +34,7 @@ sys.path += [str(ROOT)]
 
 import machine  # noqa: E402
 import torch  # noqa: E402
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from cluster.bench.prompts import WORDS  # noqa: E402
 
@@ -41,10 +46,19 @@ METRICS = {
     **{f"gap_p{p}": f"gap between tokens p{p}, ms" for p in (50, 90, 99)},
     **{f"mean_gap_p{p}": f"time per token after the first p{p}, ms" for p in (50, 90)},
     **{f"e2e_p{p}": f"end to end p{p}, ms" for p in (50, 90)},
+    "ttft_mean": "TTFT mean, ms",
+    "mean_gap_mean": "time per token after the first mean, ms",
+    "e2e_mean": "end to end mean, ms",
     "tokens_per_s": "generated tokens/s",
     "requests_per_s": "requests/s",
 }
-OURS, VLLM, GUIDELLM, WRITTEN = "tramontane bench", "vllm bench serve", "guidellm", "as written by the server"
+# The histograms in which a Tramontane server has these means.
+HISTOGRAMS = {
+    "ttft_mean": "time_to_first_token_seconds",
+    "mean_gap_mean": "request_time_per_output_token_seconds",
+    "e2e_mean": "e2e_request_latency_seconds",
+}
+OURS, VLLM, GUIDELLM, SERVER = "tramontane bench", "vllm bench serve", "guidellm", "as the server says"
 # vLLM's entry point asks for the version of the distribution `vllm`; its CPU build has another name.
 VLLM_MAIN = (
     "import importlib.metadata as m, sys; version = m.version; "
@@ -65,6 +79,24 @@ def fetch(url: str) -> bytes:
         return bytes(answer.read())
 
 
+def cores(args: argparse.Namespace) -> tuple[set[int], set[int]]:
+    """Those of the server and those of the tool."""
+    every = sorted(os.sched_getaffinity(0))
+    half = len(every) // 2
+    return (set(every),) * 2 if args.share_cores or not half else (set(every[:half]), set(every[half:]))
+
+
+@contextlib.contextmanager
+def on_cores(chosen: set[int]) -> Iterator[None]:
+    """Processes that start meanwhile stay on these cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, chosen)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 @contextlib.contextmanager
 def running(server: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """(address, model) of a server that answers; it is ended by its process id."""
@@ -76,9 +108,11 @@ def running(server: str, args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         command += [] if server == "demo_model" else [server, "--served-model-name", Path(server).name]
     # Ray starts its workers with niceness 15: on a busy machine the ranks would wait for every other process.
     env = {**os.environ, "RAY_worker_niceness": "0"}
-    if args.threads:
-        env["OMP_NUM_THREADS"] = str(args.threads)
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server_cores, _ = cores(args)
+    if not args.share_cores:
+        env["OMP_NUM_THREADS"] = str(len(server_cores))
+    with on_cores(server_cores):
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 180
@@ -118,10 +152,16 @@ def run_ours(url: str, model: str, args: argparse.Namespace, folder: Path, seed:
     # The others send text, so ours does too.
     command += ["--text", "--prompt-tokens", str(args.prompt_tokens), "--output-tokens", str(NUM_OUTPUT)]
     command += ["--concurrency", str(args.streams), "--requests", str(args.requests), "--warmup", str(WARMUP)]
-    run([*command, "--seed", str(seed), "--json", str(out)])
+    run([*command, "--seed", str(seed), "--json", str(out), "--all-requests"])
     (level,) = json.loads(out.read_text())["levels"]
     assert level["failed"] == 0, level["problems"]
-    return {name: level["metrics"][name]["median"] for name in METRICS}
+    requests = [(r["asked_s"], r["events_s"]) for r in level["rounds"][0]["requests"]]
+    means = {
+        "ttft_mean": statistics.mean(events[0] - asked for asked, events in requests) * 1e3,
+        "mean_gap_mean": statistics.mean((e[-1] - e[0]) / (NUM_OUTPUT - 1) for _, e in requests) * 1e3,
+        "e2e_mean": statistics.mean(events[-1] - asked for asked, events in requests) * 1e3,
+    }
+    return {name: level["metrics"][name]["median"] for name in METRICS if name not in means} | means
 
 
 def run_vllm(url: str, model: str, args: argparse.Namespace, folder: Path, seed: int) -> Found:
@@ -137,6 +177,7 @@ def run_vllm(url: str, model: str, args: argparse.Namespace, folder: Path, seed:
     assert found["failed"] == 0, found
     theirs = {"ttft": "ttft", "gap": "itl", "mean_gap": "tpot", "e2e": "e2el"}
     metrics = {f"{n}_p{p}": found[f"p{p}_{theirs[n]}_ms"] for n in theirs for p in (50, 90, 99)}
+    metrics |= {f"{n}_mean": found[f"mean_{theirs[n]}_ms"] for n in theirs}
     return metrics | {"tokens_per_s": found["output_throughput"], "requests_per_s": found["request_throughput"]}
 
 
@@ -144,7 +185,10 @@ def run_guidellm(url: str, model: str, args: argparse.Namespace, folder: Path, s
     file, out = folder / "guidellm.jsonl", folder / "guidellm.json"
     prompts(file, args.requests, round(args.prompt_tokens / TOKENS_PER_WORD.get(model, 1.0)), 2_000 + seed)
     command = [args.guidellm, "run", "--disable-console", "--data", f"kind=json_file,path={file}"]
-    command += ["--backend", f"kind=openai_http,target={url},model={model},request_format=/v1/completions"]
+    backend = {"kind": "openai_http", "target": url, "model": model, "request_format": "/v1/completions"}
+    # What the other tools send; without it answers are sampled, and each event has the usage so far.
+    body = {"temperature": 0, "stream_options": {"include_usage": True, "continuous_usage_stats": False}}
+    command += ["--backend", json.dumps(backend | {"extras": {"body": body}})]
     command += ["--profile", f"kind=concurrent,streams={args.streams}"]
     command += ["--constraint", f"kind=max_requests,count={args.requests}", "--output", f"kind=json,path={out}"]
     # Its data loader keeps datasets in the home folder otherwise.
@@ -152,17 +196,47 @@ def run_guidellm(url: str, model: str, args: argparse.Namespace, folder: Path, s
     metrics = json.loads(out.read_text())["benchmarks"][0]["metrics"]
     assert metrics["request_totals"]["errored"] == 0, metrics["request_totals"]
 
-    def at(name: str, percentile: int) -> float:
-        return float(metrics[name]["successful"]["percentiles"][f"p{percentile}"])
-
     found = {}
-    for p in (50, 90, 99):
-        found[f"ttft_p{p}"] = at("time_to_first_token_ms", p)
-        found[f"mean_gap_p{p}"] = at("inter_token_latency_ms", p)
-        found[f"e2e_p{p}"] = at("request_latency", p) * 1e3
+    theirs = {
+        "ttft": ("time_to_first_token_ms", 1),
+        "mean_gap": ("inter_token_latency_ms", 1),
+        "e2e": ("request_latency", 1e3),
+    }
+    for name, (their_name, scale) in theirs.items():
+        values = metrics[their_name]["successful"]
+        found |= {f"{name}_p{p}": values["percentiles"][f"p{p}"] * scale for p in (50, 90, 99)}
+        found[f"{name}_mean"] = values["mean"] * scale
     found["tokens_per_s"] = metrics["output_tokens_per_second"]["successful"]["mean"]
     found["requests_per_s"] = metrics["requests_per_second"]["successful"]["mean"]
     return found
+
+
+def histograms(url: str) -> dict[str, tuple[float, float]]:
+    """Sum in seconds and number of the values in each histogram of HISTOGRAMS."""
+    found: dict[str, dict[str, float]] = {name: {"sum": 0.0, "count": 0.0} for name in HISTOGRAMS}
+    for family in text_string_to_metric_families(fetch(f"{url}/metrics").decode()):
+        for sample in family.samples:
+            for name, histogram in HISTOGRAMS.items():
+                for kind in ("sum", "count"):
+                    if sample.name.endswith(f":{histogram}_{kind}"):
+                        found[name][kind] += sample.value
+    return {name: (values["sum"], values["count"]) for name, values in found.items()}
+
+
+@contextlib.contextmanager
+def seen_by(server: str, url: str, found: dict[str, list[Found]], tool: str) -> Iterator[None]:
+    """Adds what the server says of what it did meanwhile. That includes a tool's warm-up, which has the same pace."""
+    key = f"{SERVER}: {tool}"
+    if server == "paced":
+        fetch(f"{url}/written")
+        yield
+        found.setdefault(key, []).append(json.loads(fetch(f"{url}/written")))
+        return
+    before = histograms(url)
+    yield
+    after = histograms(url)
+    means = {name: (after[name][0] - before[name][0]) / (after[name][1] - before[name][1]) * 1e3 for name in HISTOGRAMS}
+    found.setdefault(key, []).append(means)
 
 
 TOOLS = {OURS: run_ours, VLLM: run_vllm, GUIDELLM: run_guidellm}
@@ -171,18 +245,15 @@ TOOLS = {OURS: run_ours, VLLM: run_vllm, GUIDELLM: run_guidellm}
 def measure(server: str, tools: list[str], args: argparse.Namespace) -> dict[str, list[Found]]:
     """What each tool found in each round."""
     found: dict[str, list[Found]] = {tool: [] for tool in tools}
+    _, tool_cores = cores(args)
     with running(server, args) as (url, model), tempfile.TemporaryDirectory() as folder:
         for round_ in range(args.rounds):
             # A different one begins in each round.
             shift = round_ % len(tools)
             for tool in [*tools[shift:], *tools[:shift]]:
-                if server == "paced":
-                    fetch(f"{url}/written")
-                measured = TOOLS[tool](url, model, args, Path(folder), 100 * round_ + args.seed)
+                with on_cores(tool_cores), seen_by(server, url, found, tool):
+                    measured = TOOLS[tool](url, model, args, Path(folder), 100 * round_ + args.seed)
                 found[tool].append(measured)
-                if server == "paced":
-                    # Includes the warm-up, which has the same pace.
-                    found.setdefault(f"{WRITTEN}: {tool}", []).append(json.loads(fetch(f"{url}/written")))
                 print(
                     f"{server}, round {round_ + 1}, {tool}: {json.dumps({n: round(v, 2) for n, v in measured.items()})}",
                     flush=True,
@@ -206,6 +277,11 @@ def ratio_cell(rounds: list[Found], base: list[Found], metric: str) -> str:
     return f"{statistics.median(ratios):.3f} [{min(ratios):.3f} to {max(ratios):.3f}]"
 
 
+def division(args: argparse.Namespace) -> str:
+    mine, theirs = cores(args)
+    return "server and tool share them" if mine == theirs else f"{len(mine)} for the server, {len(theirs)} for the tool"
+
+
 def section(server: str, found: dict[str, list[Found]], tools: list[str]) -> list[str]:
     lines = [f"## {server}", "", f"| metric | {' | '.join(tools)} |", f"|---|{'---|' * len(tools)}"]
     lines += [f"| {title} | {' | '.join(cell(found[t], name) for t in tools)} |" for name, title in METRICS.items()]
@@ -222,14 +298,13 @@ def section(server: str, found: dict[str, list[Found]], tools: list[str]) -> lis
             f"| {title} | {' | '.join(ratio_cell(found[t], found[OURS], name) for t in others)} |"
             for name, title in METRICS.items()
         ]
-    if f"{WRITTEN}: {tools[0]}" in found:
-        lines += ["", "Ratio of what a tool says to what the server wrote during its run:", ""]
-        lines += [f"| metric | {' | '.join(tools)} |", f"|---|{'---|' * len(tools)}"]
-        lines += [
-            f"| {title} | {' | '.join(ratio_cell(found[t], found[f'{WRITTEN}: {t}'], name) for t in tools)} |"
-            for name, title in METRICS.items()
-            if not name.endswith("_per_s")
-        ]
+    lines += ["", "Ratio of what a tool says to what the server says of its run:", ""]
+    lines += [f"| metric | {' | '.join(tools)} |", f"|---|{'---|' * len(tools)}"]
+    lines += [
+        f"| {title} | {' | '.join(ratio_cell(found[t], found[f'{SERVER}: {t}'], name) for t in tools)} |"
+        for name, title in METRICS.items()
+        if not name.endswith("_per_s") and name in found[f"{SERVER}: {tools[0]}"][0]
+    ]
     return [*lines, ""]
 
 
@@ -241,9 +316,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=40)
     parser.add_argument("--prompt-tokens", type=int, default=64, help="of a prompt")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--threads", type=int, default=0, help="of the rank, fewer than cores where other things run; 0: its default"
-    )
+    parser.add_argument("--share-cores", action="store_true", help="server and tool run on all cores")
     parser.add_argument("--vllm-python", default=str(ROOT / ".venv-vllm/bin/python"))
     parser.add_argument("--tokenizer", default=str(ROOT / "examples/demo_model"), help="of vLLM's prompts: a folder")
     parser.add_argument("--guidellm", default=str(ROOT / ".venv-guidellm/bin/guidellm"))
@@ -257,7 +330,7 @@ def main() -> None:
     lines = [
         "# Three benchmarks of one server",
         "",
-        f"{host}; server and tool share them. `python benchmarks/bench_agreement.py`, {time.strftime('%F')}.",
+        f"{host}; {division(args)}. `python benchmarks/bench_agreement.py`, {time.strftime('%F')}.",
         f"{args.rounds} rounds in which the tools take turns; each sends {args.requests} requests of about {args.prompt_tokens} tokens",
         f"with {args.streams} streams, {NUM_OUTPUT} tokens out. Medians over the rounds; in brackets the lowest and the highest.",
         *([args.note] if args.note else []),

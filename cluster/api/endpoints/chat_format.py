@@ -75,11 +75,14 @@ class ChatFormatter:
     def chunks(self, event: Event) -> Iterable[ChatChunk | bytes]:
         step, body, index = event.step, self.body, event.choice.index
         is_open = index in self._opened
-        if not is_open or not step.is_text or body.logprobs or body.return_token_ids or body.continuous_usage:
+        if not is_open or not step.is_text or body.logprobs or body.return_token_ids:
             return self._chunks(event)
         if index not in self._texts:
             self._texts[index] = TextEvents(
-                lambda text: self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(content=text)))
+                lambda text, usage: msgspec.structs.replace(
+                    self._chunk(ChatChunkChoice(index=index, delta=ChatDelta(content=text))), usage=usage
+                ),
+                (lambda: usage(self.choices)) if body.continuous_usage else None,
             )
         return (self._texts[index].encode(step.text),)
 

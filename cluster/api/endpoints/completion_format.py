@@ -51,19 +51,15 @@ class CompletionFormatter:
 
     def chunks(self, event: Event) -> Iterable[Completion | bytes]:
         step, body = event.step, self.body
-        if (
-            event.is_first
-            or not step.is_text
-            or body.logprobs is not None
-            or body.return_token_ids
-            or body.continuous_usage
-        ):
+        if event.is_first or not step.is_text or body.logprobs is not None or body.return_token_ids:
             return self._chunks(event)
         index = event.choice.index
         if index not in self._texts:
-            part = CompletionChoice(index=index, text="")
             self._texts[index] = TextEvents(
-                lambda text: msgspec.structs.replace(self.head, choices=[msgspec.structs.replace(part, text=text)])
+                lambda text, usage: msgspec.structs.replace(
+                    self.head, choices=[CompletionChoice(index=index, text=text)], usage=usage
+                ),
+                (lambda: usage(self.choices)) if body.continuous_usage else None,
             )
         return (self._texts[index].encode(step.text),)
 

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import hdrs, web
@@ -60,18 +60,29 @@ CHUNKS = Wire()
 
 
 class TextEvents:
-    """Events in OpenAI's format that differ in one text: what is around it is encoded once. Most events of most streams are such.
+    """Events in OpenAI's format that differ in one text, and in the usage where they have it: what is around these is encoded once.
+    Most events of most streams are such.
 
-    make: the event of a text.
+    make: the event of a text and a usage, in that order in its JSON. usage: that of now; None where events have none.
     """
 
-    def __init__(self, make: Callable[[str], msgspec.Struct]) -> None:
-        text = secrets.token_hex(16)  # nothing else in the event is the same
-        self._before, self._after = encode_event(make(text)).split(_encoder.encode(text))
+    def __init__(
+        self, make: Callable[[str, Any], msgspec.Struct], usage: Callable[[], msgspec.Struct] | None = None
+    ) -> None:
+        # Nothing else in the event is the same as these.
+        text, tail = _encoder.encode(secrets.token_hex(16)), _encoder.encode(secrets.token_hex(16))
+        whole = encode_event(make(msgspec.json.decode(text), None if usage is None else msgspec.Raw(tail)))
+        self._before, self._after = whole.split(text)
+        self._usage = usage
+        if usage is not None:
+            self._between, self._after = self._after.split(tail)
 
     def encode(self, text: str) -> bytes:
         """The same bytes as `encode_event` gives."""
-        return b"%b%b%b" % (self._before, _encoder.encode(text), self._after)
+        if self._usage is None:
+            return b"%b%b%b" % (self._before, _encoder.encode(text), self._after)
+        usage = _encoder.encode(self._usage())
+        return b"%b%b%b%b%b" % (self._before, _encoder.encode(text), self._between, usage, self._after)
 
 
 def encode_comment(text: str) -> bytes:
