@@ -92,7 +92,8 @@ class Lifeline:
         self._peers: list[_Peer] = []
         self._listener: socket.socket | None = None
         self._over = False  # the owner has been told: everything after that is a consequence
-        self._closing = threading.Event()
+        self._closing = threading.Event()  # nothing is an end from now on
+        self._parting = threading.Event()  # and our last line is on its way
         self._wake_receiver, self._wake_sender = socket.socketpair()
         self._selector.register(self._wake_receiver, selectors.EVENT_READ, self._closing.is_set)
         self._thread = threading.Thread(target=self._run, name="lifeline", daemon=True)
@@ -146,6 +147,7 @@ class Lifeline:
         line = _BYE if reason is None else _FAILED + " ".join(reason.split()).encode()[: MAX_LINE_BYTES // 2] + b"\n"
         for peer in list(self._peers):
             peer.send(line, time.monotonic())
+        self._parting.set()
         with contextlib.suppress(OSError):  # the thread has ended by itself
             self._wake_sender.send(b"x")
         if self._thread.ident is None:
@@ -156,7 +158,7 @@ class Lifeline:
     def _run(self) -> None:
         try:
             next_tick = time.monotonic()
-            while not self._closing.is_set():
+            while not self._parting.is_set():
                 for key, _ in self._selector.select(POLL_S):
                     key.data()
                 self._check_processes()

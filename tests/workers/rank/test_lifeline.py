@@ -176,6 +176,23 @@ def test_a_stall_of_this_process_is_not_the_others_silence(start):
     assert leader.noticed() == [], "it took its own stall for the follower's death"
 
 
+def test_the_connection_stays_open_until_the_last_line_is_sent(listening, monkeypatch):
+    """Closed before it, a rank that leaves in order looks like a dead one, and is killed."""
+    _, port, noticed = listening
+    member = follower(1)
+    member.connect(("127.0.0.1", port))
+    send = lifeline._Peer.send
+
+    def late(peer, line: bytes, now: float) -> None:
+        if line == b"bye\n":
+            time.sleep(4 * lifeline.POLL_S)  # the thread that waits for this one would have ended by then
+        send(peer, line, now)
+
+    monkeypatch.setattr(lifeline._Peer, "send", late)
+    member.close()  # returns when rank 0 has closed its end too
+    assert noticed == []
+
+
 @pytest.mark.parametrize("leaving", [0, 1])
 def test_leaving_in_order_is_not_a_death(start, leaving):
     ranks = start(2)
