@@ -38,7 +38,7 @@ PINS = {
         "GGUFReader._get_field_parts and _build_tensors, which its class overrides",
     ),
     "torch": Pin(
-        ("workers/quant/dense.py", "workers/quant/pack_cuda.py", "workers/engine/graphs/cpu_graphs.py"),
+        ("workers/quant/dense.py", "workers/quant/pack_cuda.py", "workers/engine/execution/graphs/cpu_graphs.py"),
         "torch.ops.mkldnn._linear_pointwise and _reorder_linear_weight, oneDNN's packed weights; torch._scaled_mm; "
         "torch.utils._python_dispatch and which operators of aten a step calls",
     ),

@@ -39,7 +39,7 @@ class EngineConfig:
     a matrix that bfloat16 holds exactly as that. For the arithmetic of memory only: they see themselves which they can keep so.
     `kv_cache_dtype`: keys and values in 8 bits, with a scale for each token and KV head; auto: in `dtype`.
     `num_kv_blocks` None: from `kv_cache_bytes` or free memory. `max_background_tokens`: see `background_tokens`. `prompt_stretch`: how many
-    times as long as a step that only decodes one may take that also computes prompts, on the CPU (engine/prompt_pace.py).
+    times as long as a step that only decodes one may take that also computes prompts, on the CPU (engine/scheduling/prompt_pace.py).
     `sized_by_device`: the sizes that no option set; on CUDA each rank sets them for its GPU (device/sizes.py).
     `overlap`: whether a step is launched before the tokens of the last one are read. None: on CUDA, where the GPU would wait for the
     host otherwise.

@@ -28,7 +28,7 @@ class FinishReason(enum.StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How to choose tokens. The engine checks the bounds when a request arrives, see `workers.engine.request`.
+    """How to choose tokens. The engine checks the bounds when a request arrives, see `workers.engine.scheduling.request`.
 
     `seed` is always present: with it, sampling is a pure function of (logits, parameters, seed, position), where
     position is the index of the output token. temperature 0 is greedy. top_k 0 and min_p 0.0 are off.

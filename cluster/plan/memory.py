@@ -14,9 +14,9 @@ from workers.device.model_bytes import lora_bytes, lora_tables, rotary_bytes, we
 # NCCL's buffers if there is more than one rank.
 CUDA_CONTEXT_BYTES = GIB // 2
 NCCL_BYTES = GIB // 2
-PROMPT_LOGITS_AT_ONCE = 128  # as in workers/engine/model_runner.py
+PROMPT_LOGITS_AT_ONCE = 128  # as in workers/engine/execution/model_runner.py
 DEQUANTIZED_BYTES = 32 << 20  # as WORKSPACE_BYTES in workers/quant/pack_cuda.py
-DRIVER_BYTES_PER_GRAPH = 8 << 20  # as in workers/engine/graphs/cuda_graphs.py
+DRIVER_BYTES_PER_GRAPH = 8 << 20  # as in workers/engine/execution/graphs/cuda_graphs.py
 _PROFILE_BLOCKS = 2  # the profiling pass runs against a cache of one block and the null block
 
 
@@ -141,7 +141,7 @@ def graph_bytes(config: EngineConfig) -> int:
 
 
 def num_decode_graphs(max_num_seqs: int) -> int:
-    """As many as there are sizes of decode steps in workers/engine/graphs/decode_padding.py."""
+    """As many as there are sizes of decode steps in workers/engine/execution/graphs/decode_padding.py."""
     sizes = (1, 2, 4, 8, 16, 32, 48, *range(64, max_num_seqs, 32))
     return sum(size < max_num_seqs for size in sizes) + 1
 

@@ -3,7 +3,7 @@
 from workers.config import EngineConfig
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
-from workers.engine.model_runner import ModelRunner
+from workers.engine.execution.model_runner import ModelRunner
 from workers.gpu_check.models import MISTRAL_7B, fill_randomly
 from workers.parallel.group import SingleRank, TensorParallel
 from workers.protocol import GenerateRequest, SamplingParams

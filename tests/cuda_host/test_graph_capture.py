@@ -55,7 +55,7 @@ def test_a_step_that_waits_for_the_device_cannot_be_captured_and_runs_without(de
     assert tokens == 9
     assert core.runner.graphs.captured_sizes == ()
     (message,) = [
-        record.getMessage() for record in caplog.records if record.name == "workers.engine.graphs.cuda_graphs"
+        record.getMessage() for record in caplog.records if record.name == "workers.engine.execution.graphs.cuda_graphs"
     ]
     assert message.startswith("Decode steps of 1 sequences stay without a graph")
     assert "capturing" in message

@@ -1,7 +1,7 @@
 """Drives a scheduler without a model. Knows no torch."""
 
-from workers.engine.request import Request
-from workers.engine.scheduler import Scheduler
+from workers.engine.scheduling.request import Request
+from workers.engine.scheduling.scheduler import Scheduler
 from workers.kv_cache.manager import KVCacheManager
 from workers.kv_cache.sequence import BlockSequence
 from workers.protocol import SamplingParams

@@ -4,7 +4,7 @@ Knows revisions, slots and ranks; no requests. All methods belong to the engine 
 """
 
 from workers.engine.batch import adapter_message
-from workers.engine.model_runner import ModelRunner
+from workers.engine.execution.model_runner import ModelRunner
 from workers.lora.rank_adapters import RankAdapters, adapter_key
 from workers.lora.slots import NO_SLOT, AdapterSlots
 from workers.parallel.group import TensorParallel

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from workers.engine.request import ScheduledRequest
+from workers.engine.scheduling.request import ScheduledRequest
 from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.lora.slots import NO_SLOT
 

@@ -8,9 +8,9 @@ import torch
 from workers.attention.select import select_backend
 from workers.config import EngineConfig
 from workers.device.cpu import usable_cores
-from workers.engine.graphs.cpu_graphs import NativeGraphRecorder
-from workers.engine.graphs.cuda_graphs import CudaGraphRecorder, GraphRecorder
-from workers.engine.model_runner import ModelRunner
+from workers.engine.execution.graphs.cpu_graphs import NativeGraphRecorder
+from workers.engine.execution.graphs.cuda_graphs import CudaGraphRecorder, GraphRecorder
+from workers.engine.execution.model_runner import ModelRunner
 from workers.kernels.layer_kernels import select_layer_kernels
 from workers.kernels.lora.select import select_lora
 from workers.lora.rank_adapters import RankAdapters

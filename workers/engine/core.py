@@ -12,17 +12,17 @@ import torch
 
 from workers.config import EngineConfig
 from workers.engine.adapters import EngineAdapters
-from workers.engine.advance import advance, advance_plainly, failure
 from workers.engine.batch import STOP, ForwardBatch, capture_message, dummy_batch, make_batch
-from workers.engine.in_flight import LaunchedStep
-from workers.engine.model_runner import ModelRunner
-from workers.engine.next_tokens import SampleTokens, make_sampling, no_tokens, rows_of
-from workers.engine.prompt_outputs import PromptReader, make_prompt_output
-from workers.engine.prompt_pace import PromptPace
+from workers.engine.execution.model_runner import ModelRunner
+from workers.engine.outputs.advance import advance, advance_plainly, failure
+from workers.engine.outputs.in_flight import LaunchedStep
+from workers.engine.outputs.next_tokens import SampleTokens, make_sampling, no_tokens, rows_of
+from workers.engine.outputs.prompt_outputs import PromptReader, make_prompt_output
 from workers.engine.report import engine_facts, load_report
-from workers.engine.request import Request, ScheduledRequest, make_request
-from workers.engine.scheduler import Scheduler
-from workers.engine.step_clock import StepClock
+from workers.engine.scheduling.prompt_pace import PromptPace
+from workers.engine.scheduling.request import Request, ScheduledRequest, make_request
+from workers.engine.scheduling.scheduler import Scheduler
+from workers.engine.scheduling.step_clock import StepClock
 from workers.errors import RequestError
 from workers.kv_cache.manager import KVCacheManager
 from workers.parallel.group import TensorParallel

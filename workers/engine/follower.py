@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from workers.engine.batch import ForwardBatch, adapter_to_put, is_stop, profile_begins, size_to_capture
-from workers.engine.model_runner import ModelRunner
+from workers.engine.execution.model_runner import ModelRunner
 from workers.parallel.group import TensorParallel
 
 

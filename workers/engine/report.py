@@ -4,8 +4,8 @@
 """
 
 from workers.config import EngineConfig
-from workers.engine.scheduler import Scheduler
-from workers.engine.step_clock import StepClock
+from workers.engine.scheduling.scheduler import Scheduler
+from workers.engine.scheduling.step_clock import StepClock
 from workers.parallel.group import TensorParallel
 from workers.protocol import BATCH_PRIORITY, EngineFacts, LoadReport
 

@@ -11,7 +11,7 @@ import workers
 from workers.checkpoint.model_config import load_model_config
 from workers.config import EngineConfig, ModelConfig
 from workers.engine.build import build_runner
-from workers.engine.model_runner import ModelRunner
+from workers.engine.execution.model_runner import ModelRunner
 from workers.layers.linear import FinishesLoading
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank, TensorParallel

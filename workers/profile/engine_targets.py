@@ -6,8 +6,8 @@ The only place that knows the private names of the verbs; tests/workers/profile 
 from collections.abc import Iterator
 
 from workers.engine.core import EngineCore
+from workers.engine.execution.model_runner import ModelRunner
 from workers.engine.loop import EngineLoop
-from workers.engine.model_runner import ModelRunner
 from workers.parallel.group import TensorParallel
 from workers.profile.targets import Target
 

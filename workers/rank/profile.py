@@ -11,7 +11,7 @@ from workers.rank.server import StreamServer
 
 if TYPE_CHECKING:
     from workers.engine.core import EngineCore
-    from workers.engine.model_runner import ModelRunner
+    from workers.engine.execution.model_runner import ModelRunner
     from workers.parallel.group import TensorParallel
     from workers.profile.steps import Steps
 

@@ -38,7 +38,7 @@ from workers.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
     from workers.engine.core import EngineCore
-    from workers.engine.model_runner import ModelRunner
+    from workers.engine.execution.model_runner import ModelRunner
     from workers.lora.rank_adapters import RankAdapters
     from workers.parallel.group import TensorParallel
     from workers.parallel.timed import TimedGroup
@@ -175,7 +175,7 @@ class RankWorker:
 
     def start(self, host: str = "127.0.0.1") -> Started | None:
         """Allocates the KV cache and starts to work. Returns where rank 0 serves; None on the other ranks. Raises ConfigError."""
-        from workers.engine.numerics import fingerprint
+        from workers.engine.execution.numerics import fingerprint
 
         assert self._tp is not None and self._runner is not None, "load comes before start"
         self.phase = "starting"

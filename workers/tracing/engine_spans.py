@@ -14,7 +14,7 @@ from workers.tracing.tracer import Tracer, remote_parent
 
 
 class Progress(Protocol):
-    """What the spans say of a request; `workers.engine.request.Request` is one."""
+    """What the spans say of a request; `workers.engine.scheduling.request.Request` is one."""
 
     num_prompt_tokens: int
     num_cached_tokens: int | None

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cluster.plan import memory
 from cluster.plan.models import V0_3
 from workers.config import EngineConfig
-from workers.engine import model_runner
-from workers.engine.graphs import cuda_graphs
-from workers.engine.graphs.decode_padding import decode_sizes
+from workers.engine.execution import model_runner
+from workers.engine.execution.graphs import cuda_graphs
+from workers.engine.execution.graphs.decode_padding import decode_sizes
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank
 from workers.quant.pack_cuda import WORKSPACE_BYTES

@@ -18,10 +18,10 @@ from cluster.text.tokenizer import load_tokenizer
 from support.fakes.engines import make_config
 from support.paths import DEMO_MODEL
 from workers.config import EngineConfig
+from workers.engine.execution.model_runner import ModelRunner
+from workers.engine.execution.numerics import fingerprint
 from workers.engine.llm_engine import LLMEngine
 from workers.engine.loop import EngineLoop
-from workers.engine.model_runner import ModelRunner
-from workers.engine.numerics import fingerprint
 from workers.lora.peft_folder import read_adapter
 from workers.rank.server import StreamServer
 

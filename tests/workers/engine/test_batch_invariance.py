@@ -18,11 +18,11 @@ from support.quantized.checkpoints import KINDS, write_quantized
 from support.ranks.rank_threads import run_ranks
 from support.tiny import write_tiny_checkpoint
 
-from workers.engine import next_tokens
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
+from workers.engine.outputs import next_tokens
 from workers.protocol import GenerateRequest, SamplingParams
 from workers.sampling.device_sampler import DeviceSampler
 from workers.sampling.sampler import SamplingRow, sample

@@ -22,9 +22,9 @@ from support.tiny import write_tiny_checkpoint
 
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
+from workers.engine.execution.model_runner import ModelRunner
 from workers.engine.follower import run_follower
 from workers.engine.loop import EngineLoop
-from workers.engine.model_runner import ModelRunner
 from workers.parallel.group import SingleRank, TensorParallel
 from workers.protocol import BATCH_PRIORITY, FinishReason, GenerateRequest, SamplingParams, TokenDelta
 from workers.sampling import masks

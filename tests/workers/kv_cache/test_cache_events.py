@@ -83,7 +83,7 @@ def test_the_speed_is_that_of_steps_with_prompts(folder, monkeypatch):
     core = make_engine(folder, max_num_seqs=8, max_num_batched_tokens=16).core
     clock = itertools.count()
     every_step_takes_1_s = SimpleNamespace(monotonic=lambda: float(next(clock)))
-    monkeypatch.setattr("workers.engine.step_clock.time", every_step_takes_1_s)
+    monkeypatch.setattr("workers.engine.scheduling.step_clock.time", every_step_takes_1_s)
     core.heartbeat()
     assert core.load().tokens_per_s == 0.0, "a heartbeat computes no token of a request"
     core.add_request(make_request("r", list(range(5, 37)), max_tokens=6))

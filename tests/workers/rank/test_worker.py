@@ -20,7 +20,7 @@ import workers.rank.server
 import workers.rank.worker
 from cluster.replicas.client import ReplicaClient
 from workers.engine.core import EngineCore
-from workers.engine.model_runner import ModelRunner
+from workers.engine.execution.model_runner import ModelRunner
 from workers.errors import CheckpointError
 from workers.protocol import Ending, FromReplica, Hello, encode_frame
 from workers.rank.lifeline import Lifeline

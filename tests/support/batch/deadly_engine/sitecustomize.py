@@ -23,6 +23,6 @@ def _kills(schedule):
 
 
 if any(argument.endswith("default_worker.py") for argument in sys.orig_argv):
-    from workers.engine.scheduler import Scheduler
+    from workers.engine.scheduling.scheduler import Scheduler
 
     Scheduler.schedule = _kills(Scheduler.schedule)

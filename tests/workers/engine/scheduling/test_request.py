@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from workers.engine.request import make_request
+from workers.engine.scheduling.request import make_request
 from workers.errors import RequestError
 from workers.protocol import GenerateRequest, SamplingParams, root_hash
 

@@ -17,8 +17,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from workers.engine.prompt_pace import PromptPace
-from workers.engine.request import Request, ScheduledRequest
+from workers.engine.scheduling.prompt_pace import PromptPace
+from workers.engine.scheduling.request import Request, ScheduledRequest
 from workers.kv_cache.manager import KVCacheManager
 from workers.lora.slots import NO_SLOT, AdapterSlots
 from workers.protocol import BATCH_PRIORITY

@@ -148,10 +148,10 @@ def test_a_step_that_torch_computes_in_stays_without_a_graph(folder, caplog):
     norm = core.runner.model.model.norm
     forward = norm.forward
     norm.forward = lambda x, residual: tuple(part.sin() for part in forward(x, residual))
-    with caplog.at_level(logging.WARNING, "workers.engine.graphs.cuda_graphs"):
+    with caplog.at_level(logging.WARNING, "workers.engine.execution.graphs.cuda_graphs"):
         outputs(core)
     assert core.runner.graphs.captured_sizes == ()
-    (record,) = [r for r in caplog.records if r.name == "workers.engine.graphs.cuda_graphs"]
+    (record,) = [r for r in caplog.records if r.name == "workers.engine.execution.graphs.cuda_graphs"]
     assert "aten.sin" in record.getMessage()
 
 

@@ -15,9 +15,9 @@ import torch
 from workers.attention.backend import AttentionMetadata, KVCaches, StepMetadata
 from workers.config import EngineConfig
 from workers.engine.batch import ForwardBatch, dummy_batch
-from workers.engine.graphs.cuda_graphs import DecodeGraphs, GraphRecorder, Step
-from workers.engine.graphs.decode_padding import CapturePolicy, is_decode, pad_decode, padded_size
-from workers.engine.step_upload import StepUpload, bytes_for
+from workers.engine.execution.graphs.cuda_graphs import DecodeGraphs, GraphRecorder, Step
+from workers.engine.execution.graphs.decode_padding import CapturePolicy, is_decode, pad_decode, padded_size
+from workers.engine.execution.step_upload import StepUpload, bytes_for
 from workers.kernels.lora.rows import AdapterRows, group_rows
 from workers.kv_cache import tensors as kv_cache
 from workers.lora.rank_adapters import RankAdapters

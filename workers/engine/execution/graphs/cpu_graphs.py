@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from workers.engine.graphs.cuda_graphs import Step
-from workers.engine.graphs.decode_padding import CapturePolicy
+from workers.engine.execution.graphs.cuda_graphs import Step
+from workers.engine.execution.graphs.decode_padding import CapturePolicy
 from workers.native.calls import (
     Interruption,
     RecordedCall,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from workers.engine import step_clock
-from workers.engine.step_clock import StepClock
+from workers.engine.scheduling import step_clock
+from workers.engine.scheduling.step_clock import StepClock
 
 
 class FakeTime:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from workers.engine.request import PromptOutput, ScheduledRequest
+from workers.engine.scheduling.request import PromptOutput, ScheduledRequest
 from workers.protocol import GenerateRequest, TokenLogprob
 from workers.sampling.logprobs import LogprobTensors, compute_logprobs, list_logprobs
 from workers.sampling.transfer import Download, upload
@@ -95,7 +95,7 @@ def make_prompt_output(message: GenerateRequest) -> PromptOutput | None:
 
 
 class PromptReader:
-    """Gives one step's rows to the requests that read them; implements workers.engine.model_runner.PromptRows."""
+    """Gives one step's rows to the requests that read them; implements workers.engine.execution.model_runner.PromptRows."""
 
     def __init__(self, scheduled: Sequence[ScheduledRequest]) -> None:
         # (output, rows, index of the first row among the step's tokens)

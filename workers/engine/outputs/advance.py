@@ -5,8 +5,8 @@ Changes the request only. Knows no scheduler and no blocks: the caller removes a
 
 from collections.abc import Sequence
 
-from workers.engine.prompt_outputs import MeanEmbedding, PromptLogprobs
-from workers.engine.request import Request
+from workers.engine.outputs.prompt_outputs import MeanEmbedding, PromptLogprobs
+from workers.engine.scheduling.request import Request
 from workers.protocol import FinishReason, TokenDelta
 from workers.sampling.sampler import Sampled
 

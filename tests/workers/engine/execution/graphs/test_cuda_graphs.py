@@ -17,9 +17,8 @@ from workers.attention.sdpa import SdpaBackend
 from workers.engine.batch import STOP, capture_message, dummy_batch, is_stop, size_to_capture
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
-from workers.engine.follower import run_follower
-from workers.engine.graphs.cuda_graphs import GraphRecorder
-from workers.engine.graphs.decode_padding import (
+from workers.engine.execution.graphs.cuda_graphs import GraphRecorder
+from workers.engine.execution.graphs.decode_padding import (
     CapturePolicy,
     decode_sizes,
     is_decode,
@@ -27,8 +26,9 @@ from workers.engine.graphs.decode_padding import (
     pad_decode,
     padded_size,
 )
+from workers.engine.execution.model_runner import ModelRunner
+from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
-from workers.engine.model_runner import ModelRunner
 from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.parallel.group import SingleRank
 
@@ -210,11 +210,11 @@ def test_an_idle_engine_captures_one_size_at_each_heartbeat(folder):
 def test_after_a_failed_capture_the_engine_goes_on_without(folder, caplog):
     recorder = RepeatingRecorder(broken_from=1)
     core = make_core(folder, recorder=recorder, tensor_attention=True)
-    with caplog.at_level(logging.WARNING, "workers.engine.graphs.cuda_graphs"):
+    with caplog.at_level(logging.WARNING, "workers.engine.execution.graphs.cuda_graphs"):
         assert outputs(core) == outputs(make_core(folder, tensor_attention=True))
     core.heartbeat()
     assert (recorder.num_recorded, recorder.num_failed) == (1, 1), "no second attempt"
-    (record,) = [r for r in caplog.records if r.name == "workers.engine.graphs.cuda_graphs"]
+    (record,) = [r for r in caplog.records if r.name == "workers.engine.execution.graphs.cuda_graphs"]
     assert record.getMessage().endswith("so far: operation not permitted when stream is capturing.")
 
 

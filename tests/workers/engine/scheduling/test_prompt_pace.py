@@ -5,7 +5,7 @@ take 20 ms and 0.5 ms for each token of a prompt.
 import pytest
 from support.scheduling import add, make_scheduler, play, run_step
 
-from workers.engine.prompt_pace import FIRST_TOKENS, MIN_TOKENS, STRETCH, PromptPace
+from workers.engine.scheduling.prompt_pace import FIRST_TOKENS, MIN_TOKENS, STRETCH, PromptPace
 from workers.protocol import BATCH_PRIORITY
 
 DECODE_S, TOKEN_S = 0.020, 0.0005

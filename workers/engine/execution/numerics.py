@@ -18,7 +18,7 @@ from torch import nn
 
 from workers.attention.backend import AttentionMetadata
 from workers.config import EngineConfig
-from workers.engine.model_runner import ModelRunner
+from workers.engine.execution.model_runner import ModelRunner
 from workers.kernels.lora.host_memory import HostMemory
 from workers.kernels.lora.rows import AdapterRows, group_rows
 from workers.kernels.lora.table import LoraMatrices

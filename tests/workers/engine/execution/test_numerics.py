@@ -15,8 +15,8 @@ from support.tiny import write_tiny_checkpoint
 
 from workers.engine import build
 from workers.engine.build import build_runner
-from workers.engine.model_runner import ModelRunner
-from workers.engine.numerics import fingerprint
+from workers.engine.execution.model_runner import ModelRunner
+from workers.engine.execution.numerics import fingerprint
 from workers.kernels.lora.native_table import NativeLoraTable
 from workers.kernels.lora.table import TorchLoraTable
 from workers.kernels.quantized_kv import parts_of

@@ -9,7 +9,7 @@ from support.fakes.engines import make_engine, make_request
 from support.scheduling import add, make_scheduler, play, run_step
 from support.tiny import write_tiny_checkpoint
 
-from workers.engine.scheduler import FOREGROUND_IS_NEAR_STEPS
+from workers.engine.scheduling.scheduler import FOREGROUND_IS_NEAR_STEPS
 from workers.kv_cache.block_pool import NULL_BLOCK
 from workers.protocol import BATCH_PRIORITY, GenerateRequest
 

@@ -25,7 +25,7 @@ UINT64 = 1 << 64
 
 
 class PromptOutput(Protocol):
-    """What a request reads from its prompt; see workers.engine.prompt_outputs."""
+    """What a request reads from its prompt; see workers.engine.outputs.prompt_outputs."""
 
     @property
     def rows(self) -> range:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from workers.engine.graphs.decode_padding import CapturePolicy, next_to_capture
+from workers.engine.execution.graphs.decode_padding import CapturePolicy, next_to_capture
 
 log = logging.getLogger(__name__)
 

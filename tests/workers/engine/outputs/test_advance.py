@@ -10,11 +10,11 @@ from support.fakes.engines import make_config, make_engine, make_request
 from support.paths import DEMO_MODEL
 from support.tiny import write_tiny_checkpoint
 
-from workers.engine import request as engine_request
-from workers.engine.advance import advance, advance_plainly
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.llm_engine import stream_requests
+from workers.engine.outputs.advance import advance, advance_plainly
+from workers.engine.scheduling import request as engine_request
 from workers.parallel.group import SingleRank
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta, TokenLogprob
 from workers.sampling.grammar import Constraint

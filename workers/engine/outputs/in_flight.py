@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from workers.engine.request import Request, ScheduledRequest
+from workers.engine.scheduling.request import Request, ScheduledRequest
 from workers.kv_cache.manager import KVCacheManager
 from workers.sampling.grammar import Grammars
 from workers.sampling.masks import StepMasks

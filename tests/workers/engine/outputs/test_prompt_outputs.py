@@ -11,9 +11,9 @@ from support.tiny import make_tiny_model, write_tiny_checkpoint
 
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
+from workers.engine.execution.model_runner import PROMPT_LOGITS_AT_ONCE
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
-from workers.engine.model_runner import PROMPT_LOGITS_AT_ONCE
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("both_ways")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from workers.config import EngineConfig
-from workers.engine.in_flight import Masks, NextTokens
-from workers.engine.request import Request
+from workers.engine.outputs.in_flight import Masks, NextTokens
+from workers.engine.scheduling.request import Request
 from workers.sampling.device_sampler import DeviceSampler
 from workers.sampling.pending import DeviceRow
 from workers.sampling.sampler import Sampled, SamplingRow, sample

@@ -1,0 +1,1 @@
+"""What the logits of a step come to: next tokens, what requests read from their prompts, and deltas."""
