@@ -23,8 +23,8 @@ from simulation.replica import Hardware
 from simulation.traces import TraceRequest
 
 from cluster.protocol.routing import ROUTING_POLICIES
-from cluster.router.policy import RequestView, Snapshot, choose
-from cluster.router.prefix_index import PrefixIndex
+from cluster.router.load_balancing.policy import RequestView, Snapshot, choose
+from cluster.router.load_balancing.prefix_index import PrefixIndex
 from workers.protocol import CacheEvents
 
 ROOT = Path(__file__).resolve().parents[1]

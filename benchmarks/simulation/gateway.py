@@ -15,8 +15,8 @@ from simulation.replica import Frame, Hardware, Replica, Sequence
 from simulation.traces import TraceRequest
 
 from cluster.protocol.routing import RoutingPolicy
-from cluster.router.policy import RequestView, Snapshot, choose
-from cluster.router.prefix_index import PrefixIndex
+from cluster.router.load_balancing.policy import RequestView, Snapshot, choose
+from cluster.router.load_balancing.prefix_index import PrefixIndex
 from workers.protocol import CacheEvents
 
 MIN_DELAY_S, MAX_DELAY_S = 0.05, 0.5  # age of a frame when the gateway gets it

@@ -4,7 +4,7 @@ from cluster.api.generation import answering
 from cluster.api.server import body, sse
 from cluster.replicas.client import ReplicaClient
 from cluster.router.dispatcher import Dispatcher
-from cluster.router.table import ReplicaTable
+from cluster.router.load_balancing.table import ReplicaTable
 from cluster.text.output.output_text import OutputText
 from cluster.text.tokenizer import Tokenizer
 from workers.profile.targets import Target

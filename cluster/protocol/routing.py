@@ -1,4 +1,4 @@
-"""The names of the routing policies. cluster/router/policy.py implements them; configuration and options refer to them."""
+"""The names of the routing policies. cluster/router/load_balancing/policy.py implements them; configuration and options refer to them."""
 
 from typing import Literal, get_args
 

@@ -8,12 +8,12 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from cluster.protocol.routing import RoutingPolicy
-from cluster.router.bounds import retry_after_s
+from cluster.router.admission.bounds import retry_after_s
+from cluster.router.admission.request_queue import RequestQueue, Waiter
+from cluster.router.load_balancing.table import Assignment, ReplicaEntry, ReplicaTable
 from cluster.router.numerics import MAX_WAIT_S, required_numerics
 from cluster.router.replica import Availability, Replica
-from cluster.router.request_queue import RequestQueue, Waiter
 from cluster.router.stream import Stream, StreamMovedError
-from cluster.router.table import Assignment, ReplicaEntry, ReplicaTable
 from workers.errors import OverloadedError, ReplicaUnavailableError
 
 TICK_S = 0.1

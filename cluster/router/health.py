@@ -7,8 +7,8 @@ in the queue.
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.router.load_balancing.table import ReplicaTable
 from cluster.router.replica import Availability
-from cluster.router.table import ReplicaTable
 from workers.protocol import LoadReport
 
 SCALED_TO_ZERO = "No replica runs; the next request starts one."

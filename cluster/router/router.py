@@ -12,16 +12,16 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 from cluster.protocol.report import BatchDemand, GatewayReport
 from cluster.protocol.routing import RoutingPolicy
-from cluster.router.admission import Admission, AdmissionControl, Recent
-from cluster.router.bounds import MAX_INFLIGHT_REQUESTS, MAX_QUEUED_TOKENS, QUEUE_TIMEOUT_S
+from cluster.router.admission.admission import Admission, AdmissionControl, Recent
+from cluster.router.admission.bounds import MAX_INFLIGHT_REQUESTS, MAX_QUEUED_TOKENS, QUEUE_TIMEOUT_S
+from cluster.router.admission.hashing import Hashing
 from cluster.router.dispatcher import Dispatcher
-from cluster.router.explanation import Explanation, explain_route
-from cluster.router.hashing import Hashing
 from cluster.router.health import Health, ReplicaStatus, check_health
+from cluster.router.load_balancing.explanation import Explanation, explain_route
+from cluster.router.load_balancing.table import Assignment, ReplicaEntry
 from cluster.router.numerics import MAX_WAIT_S
 from cluster.router.replica import Availability, Replica
 from cluster.router.stream import Stream, StreamMovedError, Trace
-from cluster.router.table import Assignment, ReplicaEntry
 from workers.errors import ReplicaUnavailableError
 from workers.protocol import EngineFacts, GenerateRequest, SamplingParams, TokenDelta
 

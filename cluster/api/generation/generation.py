@@ -16,7 +16,7 @@ from cluster.api.request_context import RequestContext
 from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usage
 from cluster.api.server.errors import ClientGoneError
 from cluster.api.server.shortcut import Shortcut
-from cluster.router.admission import Admission
+from cluster.router.admission.admission import Admission
 from cluster.router.stream import Trace
 from cluster.text.output.options import DEFAULT_OPTIONS, OutputOptions
 from cluster.text.output.output_text import OutputStep, OutputText, PlacedLogprob

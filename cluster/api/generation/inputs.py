@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from cluster.api.context import ApiContext
 from cluster.api.generation.generation import raise_if_failed
 from cluster.api.request_context import RequestContext
-from cluster.router.admission import Admission
+from cluster.router.admission.admission import Admission
 from cluster.router.stream import Trace
 from workers.errors import EngineError
 from workers.protocol import GenerateRequest, TokenDelta

@@ -18,7 +18,7 @@ from cluster.responses.records import (
     encode_steps,
     usage_of,
 )
-from cluster.router.admission import Admission
+from cluster.router.admission.admission import Admission
 
 MAX_PENDING = 256  # steps that wait to be stored, before the generation waits as well
 

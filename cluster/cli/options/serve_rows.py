@@ -34,7 +34,7 @@ from cluster.config.serve import (
 from cluster.keys.file import API_KEYS_ENV
 from cluster.protocol.notice import PREEMPTION_NOTICES
 from cluster.protocol.routing import ROUTING_POLICIES
-from cluster.router.bounds import MAX_QUEUED_TOKENS, QUEUE_TIMEOUT_S
+from cluster.router.admission.bounds import MAX_QUEUED_TOKENS, QUEUE_TIMEOUT_S
 from cluster.system.files import has_files
 from cluster.system.log import LOG_FORMATS
 from cluster.tracing.settings import tracing_config

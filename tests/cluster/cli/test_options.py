@@ -17,7 +17,7 @@ from cluster.cli.options.table import COMMANDS
 from cluster.cli.options.values import parse_bytes, parse_field, parse_positive, parse_replicas, show_bytes
 from cluster.config.serve import ServeConfig
 from cluster.protocol.spec import ClusterSpec
-from cluster.router.bounds import MAX_QUEUED_TOKENS
+from cluster.router.admission.bounds import MAX_QUEUED_TOKENS
 from cluster.system.net import url_of
 from workers.config import EngineConfig
 

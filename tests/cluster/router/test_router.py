@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.fakes.replica import FakeReplica, tokens
 
-from cluster.router.hashing import Hashing
+from cluster.router.admission.hashing import Hashing
 from cluster.router.router import Availability, Router, Trace
 from cluster.router.stream import Stream
 from workers.errors import OverloadedError, ReplicaUnavailableError

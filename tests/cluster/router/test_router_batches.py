@@ -7,7 +7,7 @@ import pytest
 from support.fakes.replica import FakeReplica, tokens
 
 from cluster.protocol.report import BatchDemand
-from cluster.router.admission import Admission
+from cluster.router.admission.admission import Admission
 from cluster.router.router import Availability, Router
 from workers.errors import CrashedError, EngineError, OverloadedError
 from workers.protocol import BATCH_PRIORITY, GenerateRequest, LoadReport, SamplingParams

@@ -7,7 +7,7 @@ import time
 import pytest
 from support.fakes.replica import FakeReplica, tokens
 
-from cluster.router.request_queue import MAX_STALE
+from cluster.router.admission.request_queue import MAX_STALE
 from cluster.router.router import Availability, Router
 from workers.errors import DeadlineExceededError, OverloadedError
 from workers.protocol import GenerateRequest, LoadReport, SamplingParams

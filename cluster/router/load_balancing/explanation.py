@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from cluster.protocol.routing import RoutingPolicy
+from cluster.router.load_balancing.table import ReplicaTable
 from cluster.router.stream import Stream
-from cluster.router.table import ReplicaTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from support.fakes.replica import FakeReplica, tokens
 
-from cluster.router.admission import Turns
+from cluster.router.admission.admission import Turns
 from cluster.router.router import Router
 from workers.errors import OverloadedError
 from workers.protocol import GenerateRequest, SamplingParams

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.router.prefix_index import PrefixIndex, window_blocks
+from cluster.router.load_balancing.prefix_index import PrefixIndex, window_blocks
 from workers.kv_cache.manager import KVCacheManager
 from workers.kv_cache.sequence import BlockSequence
 from workers.protocol import CacheEvents, hash_block

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.protocol.routing import RoutingPolicy
-from cluster.router.policy import Decision, RequestView, Row, choose, explain
-from cluster.router.prefix_index import PrefixIndex, window_blocks
+from cluster.router.load_balancing.policy import Decision, RequestView, Row, choose, explain
+from cluster.router.load_balancing.prefix_index import PrefixIndex, window_blocks
+from cluster.router.load_balancing.rows import ReplicaRows, with_available
 from cluster.router.replica import Replica
-from cluster.router.rows import ReplicaRows, with_available
 from cluster.router.stream import Stream
 from workers.errors import ReplicaUnavailableError
 from workers.protocol import EngineFacts, StepFrame

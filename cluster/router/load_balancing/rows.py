@@ -11,7 +11,7 @@ from dataclasses import fields
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.router.policy import Snapshot
+from cluster.router.load_balancing.policy import Snapshot
 
 OVERSHOOT = 0.25  # of max_num_seqs: sequences beyond it, so that a replica's scheduler always has a next one
 _EMPTY_ROW = (False, 0, 0.0, 0.0, 0.0, 1)  # in the order of Snapshot's fields

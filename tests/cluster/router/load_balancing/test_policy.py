@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.protocol.routing import ROUTING_POLICIES
-from cluster.router.policy import (
+from cluster.router.load_balancing.policy import (
     FREE_IMBALANCE,
     MAX_IMBALANCE,
     STREAM_S,

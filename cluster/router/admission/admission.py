@@ -10,15 +10,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from cluster.router.bounds import (
+from cluster.router.admission.bounds import (
     MAX_INFLIGHT_BATCH_REQUESTS,
     MAX_QUEUED_BATCH_TOKENS,
     Bounds,
     check_deadline,
 )
-from cluster.router.hashing import Hashing
-from cluster.router.request_queue import RequestQueue
-from cluster.router.table import Assignment, ReplicaTable
+from cluster.router.admission.hashing import Hashing
+from cluster.router.admission.request_queue import RequestQueue
+from cluster.router.load_balancing.table import Assignment, ReplicaTable
 from workers.protocol import BATCH_PRIORITY
 
 MAX_TENANTS = 1024  # remembered by Turns before it forgets those that have no advance

@@ -1,0 +1,1 @@
+"""The replicas a router has, in numbers, and the choice of one for each request."""
