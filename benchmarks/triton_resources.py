@@ -31,14 +31,14 @@ from workers.engine.kernel_cache import (
     launch_rotary_kv,
     launch_sampling,
 )
-from workers.kernels.add_rms_norm import add_rms_norm
 from workers.kernels.grouped.dequantize import dequantize
 from workers.kernels.grouped.grouped_matmul import grouped_matmul
 from workers.kernels.grouped.packed import NumBits, PackedWeight, pack
 from workers.kernels.grouped.quantize_rows import quantize_rows
-from workers.kernels.matmul import matmul
+from workers.kernels.layers.add_rms_norm import add_rms_norm
+from workers.kernels.layers.matmul import matmul
+from workers.kernels.layers.silu_mul import silu_mul
 from workers.kernels.offline import MAX_SHARED_BYTES, CompiledKernel, compile_for
-from workers.kernels.silu_mul import silu_mul
 
 CAPABILITIES = {80: "A100", 86: "A10G", 89: "L4", 90: "H100, H200"}
 MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64}  # of one multiprocessor

@@ -117,7 +117,7 @@ def test_a_side_stream_must_come_back(device):
 
 
 def test_a_kernel_of_triton_is_launched_and_must_be_loaded_before_it_is_captured(device):
-    from workers.kernels.silu_mul import silu_mul
+    from workers.kernels.layers.silu_mul import silu_mul
 
     gate_up = torch.empty(4, 64, dtype=torch.float16, device="cuda")
     with pytest.raises(RuntimeError, match="captur"):

@@ -10,7 +10,7 @@ import ctypes
 import torch
 
 from workers.attention.backend import AttentionMetadata
-from workers.kernels.native_layers import kv_kernel_names, pointers
+from workers.kernels.layers.native_layers import kv_kernel_names, pointers
 from workers.kernels.quantized_kv import Cache
 from workers.native.library import NativeLibrary
 

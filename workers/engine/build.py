@@ -11,7 +11,7 @@ from workers.device.cpu import usable_cores
 from workers.engine.execution.graphs.cpu_graphs import NativeGraphRecorder
 from workers.engine.execution.graphs.cuda_graphs import CudaGraphRecorder, GraphRecorder
 from workers.engine.execution.model_runner import ModelRunner
-from workers.kernels.layer_kernels import select_layer_kernels
+from workers.kernels.layers.layer_kernels import select_layer_kernels
 from workers.kernels.lora.select import select_lora
 from workers.lora.rank_adapters import RankAdapters
 from workers.model.mistral import MistralForCausalLM

@@ -21,20 +21,20 @@ import triton
 from workers.attention.backend import AttentionMetadata
 from workers.attention.triton_paged import SEGMENT, TritonBackend
 from workers.config import EngineConfig
-from workers.kernels import sample
-from workers.kernels.add_rms_norm import add_rms_norm
 from workers.kernels.grouped.dequantize import dequantize
 from workers.kernels.grouped.grouped_matmul import grouped_matmul
 from workers.kernels.grouped.packed import PackedWeight, pack
 from workers.kernels.grouped.quantize_rows import quantize_rows
-from workers.kernels.logprobs import find_logprobs
+from workers.kernels.layers.add_rms_norm import add_rms_norm
+from workers.kernels.layers.matmul import matmul
+from workers.kernels.layers.rotary_kv import rotary_kv
+from workers.kernels.layers.silu_mul import silu_mul
 from workers.kernels.lora.rows import AdapterRows
 from workers.kernels.lora.triton_table import TritonLoraTable
-from workers.kernels.matmul import matmul
 from workers.kernels.offline import MAX_SHARED_BYTES, compile_for
-from workers.kernels.rotary_kv import rotary_kv
-from workers.kernels.sample_specification import SamplingTable
-from workers.kernels.silu_mul import silu_mul
+from workers.kernels.sampling import sample
+from workers.kernels.sampling.logprobs import find_logprobs
+from workers.kernels.sampling.sample_specification import SamplingTable
 from workers.quant.forms import Float8Form, GroupedForm
 
 # Of weights: as they are, what --quantization makes of them, and the usual GPTQ and AWQ checkpoints.

@@ -3,7 +3,7 @@
 import torch
 
 from workers.gpu_check.report import Report
-from workers.kernels import layer_specification as specification
+from workers.kernels.layers import layer_specification as specification
 from workers.kernels.quantized_kv import KV_DTYPES, QuantizedKV
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4096, 14336, 32, 8, 128, 16
@@ -16,10 +16,10 @@ TOLERANCE = 2**-7
 
 
 def check(report: Report, device: torch.device) -> None:
-    from workers.kernels.add_rms_norm import add_rms_norm
-    from workers.kernels.matmul import matmul
-    from workers.kernels.rotary_kv import rotary_kv
-    from workers.kernels.silu_mul import silu_mul
+    from workers.kernels.layers.add_rms_norm import add_rms_norm
+    from workers.kernels.layers.matmul import matmul
+    from workers.kernels.layers.rotary_kv import rotary_kv
+    from workers.kernels.layers.silu_mul import silu_mul
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device).bfloat16()

@@ -10,7 +10,7 @@ from torch import nn
 
 from workers.attention.backend import AttentionBackend, AttentionMetadata
 from workers.config import ModelConfig
-from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
+from workers.kernels.layers.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
 from workers.kernels.lora.rows import AdapterRows
 from workers.kernels.lora.table import NewLoraTable
 from workers.kernels.quantized_kv import Cache

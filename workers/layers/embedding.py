@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
+from workers.kernels.layers.layer_kernels import TORCH_LAYER_KERNELS, LayerKernels
 from workers.parallel.group import TensorParallel
 from workers.quant.dense import DENSE, get_matrix
 from workers.quant.method import WeightMethod, WeightSource, check_shape, new_weight

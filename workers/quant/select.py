@@ -89,7 +89,7 @@ def _dense_on_gpu(deterministic: bool) -> DenseMethod:
     if not deterministic:
         return DENSE
     # Imported here because Triton comes with the CUDA builds of torch only.
-    from workers.kernels.matmul import matmul
+    from workers.kernels.layers.matmul import matmul
 
     return DenseMethod(matmul)
 

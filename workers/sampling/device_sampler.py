@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from workers.kernels.sample_specification import MAX_VOCAB_SIZE, SamplingTable
-from workers.kernels.sampling_kernels import SamplingKernels, select_sampling_kernels
+from workers.kernels.sampling.sample_specification import MAX_VOCAB_SIZE, SamplingTable
+from workers.kernels.sampling.sampling_kernels import SamplingKernels, select_sampling_kernels
 from workers.protocol import SamplingParams
 from workers.sampling.logprobs import LogprobTensors, compute_logprobs, list_logprobs
 from workers.sampling.parameters import Edits, count_tokens, prepare

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from workers.kernels.sampling_kernels import SamplingKernels, select_sampling_kernels
+from workers.kernels.sampling.sampling_kernels import SamplingKernels, select_sampling_kernels
 from workers.protocol import TokenLogprob
 
 

@@ -1,6 +1,6 @@
 """A request's sampling parameters in the form of a SamplingTable: what is the same for all of its tokens is prepared once.
 
-Knows SamplingParams, numpy and the units of workers.kernels.sample_specification; no device, no slots.
+Knows SamplingParams, numpy and the units of workers.kernels.sampling.sample_specification; no device, no slots.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workers.kernels.sample_specification import IN_PROMPT
+from workers.kernels.sampling.sample_specification import IN_PROMPT
 from workers.protocol import SamplingParams
 from workers.sampling.pending import DeviceRow
 from workers.sampling.sampler import MIN_TEMPERATURE, completes, min_p_weight, random_number, top_p_fraction

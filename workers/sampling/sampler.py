@@ -3,7 +3,7 @@
 Position is the index of the output token. A row's token does not depend on other rows, on earlier calls or on the device's random state,
 so a request continues anywhere: same seed, same position, same logits, same token. The one random number a token needs comes from a hash
 of (seed, position); the token is found by inverting the cumulative distribution in the order of token ids. Probabilities are whole numbers,
-see workers.kernels.sample_specification, which also says how precise they are: so a GPU finds the same token. Knows torch and
+see workers.kernels.sampling.sample_specification, which also says how precise they are: so a GPU finds the same token. Knows torch and
 SamplingParams; no requests, no scheduler.
 """
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from workers.kernels.sample_specification import (
+from workers.kernels.sampling.sample_specification import (
     FRACTION_BITS,
     WEIGHT_BITS,
     draw,

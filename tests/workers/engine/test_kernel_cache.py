@@ -25,7 +25,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict[str, Any]]]
 
 def kernels() -> set[str]:
     """The Triton functions that are launched: those whose name ends so."""
-    folders = [ROOT / "workers/kernels" / name for name in ("", "grouped", "lora")]
+    folders = [ROOT / "workers/kernels" / name for name in ("", "grouped", "layers", "lora", "sampling")]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in folder.glob("*.py")]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return {

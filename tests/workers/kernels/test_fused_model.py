@@ -12,8 +12,8 @@ from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 from workers.attention.triton_paged import TritonBackend
 from workers.checkpoint.model_config import load_model_config
-from workers.kernels.layer_kernels import TORCH_LAYER_KERNELS, TritonLayerKernels
-from workers.kernels.matmul import matmul
+from workers.kernels.layers.layer_kernels import TORCH_LAYER_KERNELS, TritonLayerKernels
+from workers.kernels.layers.matmul import matmul
 from workers.model.mistral import MistralForCausalLM
 from workers.parallel.group import SingleRank
 from workers.quant.at_load import AtLoadMethod

@@ -10,7 +10,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm, Mistral
 from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend
 from workers.checkpoint.model_config import load_model_config
-from workers.kernels.layer_specification import rotate, silu
+from workers.kernels.layers.layer_specification import rotate, silu
 from workers.layers.decoder import RMSNorm
 from workers.layers.rotary import RotaryEmbedding
 from workers.model.mistral import MistralForCausalLM

@@ -4,8 +4,8 @@ import pytest
 import torch
 from support.native import native_library
 
-from workers.kernels import layer_specification as specification
-from workers.kernels.native_layers import NativeLayerKernels
+from workers.kernels.layers import layer_specification as specification
+from workers.kernels.layers.native_layers import NativeLayerKernels
 from workers.native.matrices import pack_dense, pack_float8, pack_grouped
 
 # Around a tile of rows, a pair of tiles, the rows that a product takes at once, and more than one block of them.

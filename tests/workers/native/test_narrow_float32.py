@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.native import native_library
 
-from workers.kernels.native_layers import NativeLayerKernels
+from workers.kernels.layers.native_layers import NativeLayerKernels
 from workers.native.matrices import PackedMatrix, pack_dense
 
 # Around a tile of rows, a pair of panels, a step of 32 inputs, a slice of steps, and more than one block of rows.

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from workers.kernels.grouped.packed import WORDS, PackedWeight
-from workers.kernels.matmul import GROUP_ROWS, find_tile
+from workers.kernels.layers.matmul import GROUP_ROWS, find_tile
 
 # In the mantissa of this number, 2^23, the last bit is worth 1.
 EXPONENT = tl.constexpr(0x4B000000)
@@ -37,7 +37,7 @@ class Tile(NamedTuple):
 
 def choose_tile(num_rows: int, out_features: int, *, deterministic: bool) -> Tile:
     """16 rows are the least that the GPU multiplies at once. With more than 32 a thread runs out of registers, so the weights are taken
-    apart once for each 32 rows. Narrow weights get narrow tiles, so that there is a program for each multiprocessor: see matmul.py.
+    apart once for each 32 rows. Narrow weights get narrow tiles, so that there is a program for each multiprocessor: see layers/matmul.py.
     """
     rows = 16 if num_rows <= 16 and not deterministic else 32
     if out_features <= 8192:

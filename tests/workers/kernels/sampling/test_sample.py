@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.kernels import sample as kernels
-from workers.kernels import sample_specification as specification
-from workers.kernels.sample_specification import (
+from workers.kernels.sampling import sample as kernels
+from workers.kernels.sampling import sample_specification as specification
+from workers.kernels.sampling.sample_specification import (
     FRACTION_BITS,
     IN_PROMPT,
     MAX_VOCAB_SIZE,
@@ -22,7 +22,7 @@ from workers.kernels.sample_specification import (
     token_weights,
     truncate,
 )
-from workers.kernels.sampling_kernels import TritonSamplingKernels
+from workers.kernels.sampling.sampling_kernels import TritonSamplingKernels
 from workers.protocol import SamplingParams
 from workers.sampling.device_sampler import DeviceSampler
 from workers.sampling.pending import DeviceRow

@@ -5,8 +5,8 @@ from typing import Protocol
 
 import torch
 
-from workers.kernels import layer_specification as specification
-from workers.kernels.native_layers import NativeLayerKernels
+from workers.kernels.layers import layer_specification as specification
+from workers.kernels.layers.native_layers import NativeLayerKernels
 from workers.kernels.quantized_kv import Cache
 from workers.kernels.usable import why_triton_cannot_run
 from workers.native.library import NativeLibrary
@@ -52,9 +52,9 @@ class TritonLayerKernels:
 
     def __init__(self) -> None:
         # Imported here because Triton comes with the CUDA builds of torch only.
-        from workers.kernels.add_rms_norm import add_rms_norm
-        from workers.kernels.rotary_kv import rotary_kv
-        from workers.kernels.silu_mul import silu_mul
+        from workers.kernels.layers.add_rms_norm import add_rms_norm
+        from workers.kernels.layers.rotary_kv import rotary_kv
+        from workers.kernels.layers.silu_mul import silu_mul
 
         self.add_rms_norm = add_rms_norm
         self.rotary_kv = rotary_kv

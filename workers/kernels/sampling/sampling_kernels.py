@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 
-from workers.kernels import sample_specification as specification
-from workers.kernels.sample_specification import SamplingTable
+from workers.kernels.sampling import sample_specification as specification
+from workers.kernels.sampling.sample_specification import SamplingTable
 from workers.kernels.usable import why_triton_cannot_run
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ class TritonSamplingKernels:
 
     def __init__(self) -> None:
         # Imported here because Triton comes with the CUDA builds of torch only.
-        from workers.kernels.logprobs import find_logprobs
-        from workers.kernels.sample import adjust, choose, edit
+        from workers.kernels.sampling.logprobs import find_logprobs
+        from workers.kernels.sampling.sample import adjust, choose, edit
 
         self.adjust = adjust
         self.edit = edit

@@ -8,7 +8,14 @@ which would round differently.
 import triton
 import triton.language as tl
 
-from workers.kernels.sample_specification import EXP_COEFFICIENTS, LN2_HIGH, LN2_LOW, LOG2_E, MIN_EXPONENT, WEIGHT_BITS
+from workers.kernels.sampling.sample_specification import (
+    EXP_COEFFICIENTS,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG2_E,
+    MIN_EXPONENT,
+    WEIGHT_BITS,
+)
 
 LOWEST = tl.constexpr(MIN_EXPONENT)
 PER_LN2, LN2_1, LN2_2 = tl.constexpr(LOG2_E), tl.constexpr(LN2_HIGH), tl.constexpr(LN2_LOW)

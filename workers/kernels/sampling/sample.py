@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from workers.kernels.sample_search import (
+from workers.kernels.sampling.sample_search import (
     LOWEST,
     float_of,
     fraction_of,
@@ -18,7 +18,7 @@ from workers.kernels.sample_search import (
     search,
     token_weight,
 )
-from workers.kernels.sample_specification import FRACTION_BITS, IN_PROMPT, SamplingTable
+from workers.kernels.sampling.sample_specification import FRACTION_BITS, IN_PROMPT, SamplingTable
 
 # What a program reads at a time, and its warps: eight logits a thread.
 BLOCK = 4096

@@ -4,9 +4,9 @@ import pytest
 import torch
 from support.native import native_library
 
-from workers.kernels import layer_specification as specification
-from workers.kernels.layer_kernels import TritonLayerKernels
-from workers.kernels.native_layers import NativeLayerKernels
+from workers.kernels.layers import layer_specification as specification
+from workers.kernels.layers.layer_kernels import TritonLayerKernels
+from workers.kernels.layers.native_layers import NativeLayerKernels
 from workers.kernels.quantized_kv import KV_DTYPES, QuantizedKV
 
 # The kernels round where the specifications do; what differs is the order of a sum in fp32, and an exponential's last bit.

@@ -4,8 +4,8 @@ import logging
 
 import torch
 
-from workers.kernels import sampling_kernels
-from workers.kernels.sampling_kernels import TorchSamplingKernels, TritonSamplingKernels
+from workers.kernels.sampling import sampling_kernels
+from workers.kernels.sampling.sampling_kernels import TorchSamplingKernels, TritonSamplingKernels
 
 # Without what it keeps of other devices.
 select = sampling_kernels.select_sampling_kernels.__wrapped__

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from workers.kernels import logprobs as kernel
-from workers.kernels import sample_specification as specification
+from workers.kernels.sampling import logprobs as kernel
+from workers.kernels.sampling import sample_specification as specification
 
 
 @pytest.fixture(autouse=True)

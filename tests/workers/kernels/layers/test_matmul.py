@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from workers.kernels import layer_specification as specification
-from workers.kernels.matmul import choose_tile, matmul
+from workers.kernels.layers import layer_specification as specification
+from workers.kernels.layers.matmul import choose_tile, matmul
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
