@@ -1,5 +1,4 @@
-"""Packed weight matrices and their product with the compiled kernels: gemm.cpp, gemm_amx.cpp, gemm_amx_split.cpp, gemm_int.cpp and
-gemm_float8.cpp. Knows no layers and no checkpoints.
+"""Packed weight matrices and their product with the compiled kernels of cpp/gemm/. Knows no layers and no checkpoints.
 
 A row's result is bit for bit independent of the other rows. In float32 it is the same on every instruction set, but for AMX, which
 computes weights that bfloat16 holds exactly in another order. In bfloat16 it is not: AVX-512 has an instruction for pairs, AMX one for

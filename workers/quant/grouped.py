@@ -1,8 +1,8 @@
 """Weights of 8 or 4 bits, quantised at load, in groups of 32 inputs with a float16 scale each (the formats of llama.cpp's Q8_0 and Q4_0).
 
 The inputs of a product are rounded to 8 bits in the same groups, so a group's sum is a whole number and exact. The functions here are the
-specification, in torch; where the compiled kernels (native/cpp/gemm_int.cpp) are usable they compute the same bits, many times faster. But
-in bfloat16 with AMX they do not round inputs: see native/cpp/gemm_expanded_amx.h. Knows no ranks and no layers.
+specification, in torch; where the compiled kernels (native/cpp/gemm/gemm_int.cpp) are usable they compute the same bits, many times
+faster. But in bfloat16 with AMX they do not round inputs: see native/cpp/gemm/gemm_expanded_amx.h. Knows no ranks and no layers.
 """
 
 import logging

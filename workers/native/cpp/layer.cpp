@@ -1,5 +1,5 @@
 // What a decoder layer computes between its products, row by row: norm, rotary embedding with the write to the KV cache, SwiGLU.
-// Shapes and rounding are those of workers/kernels/layer_specification.py; sums are added in vectors of 16, then by halves.
+// Shapes and rounding are those of workers/kernels/layers/layer_specification.py; sums are added in vectors of 16, then by halves.
 #include <cmath>
 #include <type_traits>
 #include <vector>

@@ -1,6 +1,6 @@
 // out += scale * B (A x) for the rows that have an adapter, many adapters in one call. Sums are fp32, in an order that depends on the inputs
 // and the rank alone: a row has the same bits whatever is beside it and however many threads there are. In float32 it has them on every
-// instruction set; in bfloat16 A x is computed as in gemm.cpp, in pairs.
+// instruction set; in bfloat16 A x is computed as in gemm/gemm.cpp, in pairs.
 //
 // A is packed as [ceil(rank / 16)][k][16], in bfloat16 as [ceil(rank / 16)][ceil(k / 2)][16][2], and B as [ceil(n / 64)][rank][64], filled up
 // with zeros. Rows of one adapter are computed in blocks, so that its matrices are read once for several rows. lora_pack.cpp

@@ -8,7 +8,7 @@
 #include <atomic>
 #include <vector>
 
-#include "buffer.h"
+#include "../buffer.h"
 #include "panels.h"
 
 namespace {

@@ -8,8 +8,8 @@
 
 #include <omp.h>
 
+#include "../buffer.h"
 #include "amx_steps.h"
-#include "buffer.h"
 #include "expand_amx.h"
 
 namespace {

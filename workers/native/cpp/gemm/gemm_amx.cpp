@@ -14,8 +14,8 @@
 
 #include <algorithm>
 
+#include "../buffer.h"
 #include "amx_steps.h"
-#include "buffer.h"
 
 namespace {
 

@@ -4,8 +4,8 @@
 // Rounded inputs lie in tiles [m / 16][k / 32][16][32] bytes. Weights are unpacked to signed bytes, CHUNK groups at a time, in the layout of 8 bits.
 #pragma once
 
-#include "amx.h"
-#include "buffer.h"
+#include "../amx.h"
+#include "../buffer.h"
 #include "grouped_weight.h"
 
 namespace {

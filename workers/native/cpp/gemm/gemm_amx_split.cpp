@@ -13,8 +13,8 @@
 
 #include <algorithm>
 
+#include "../buffer.h"
 #include "amx_steps.h"
-#include "buffer.h"
 
 namespace {
 

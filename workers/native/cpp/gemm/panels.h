@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "silu.h"
+#include "../silu.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "amx.h"
+#include "../amx.h"
 #include "panels.h"
 
 namespace {
