@@ -9,8 +9,8 @@ from argparse import Namespace
 
 import msgspec
 
-from cluster.cli.device import on_this_machine
-from cluster.cli.memory import check_memory
+from cluster.cli.launch.device import on_this_machine
+from cluster.cli.launch.memory import check_memory
 from cluster.cli.options.profile_rows import profile_file
 from cluster.cli.options.settings import engine_config
 from cluster.config.adapter_location import resolve_adapter

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster.cli.platform import parse_here
+from cluster.cli.serve.platform import parse_here
 from cluster.system.log import setup_logging
 from workers.errors import ConfigError, TramontaneError
 

@@ -26,7 +26,7 @@ from support.cloud.deployments import DEPLOY, PROJECT
 from support.paths import ROOT
 
 from cluster.api.endpoints.table import ENDPOINTS
-from cluster.cli.platform import parse_here
+from cluster.cli.serve.platform import parse_here
 
 PLATFORMS = ROOT / ".venv-platforms" / "bin" / "python"
 needs_tools = pytest.mark.skipif(not PLATFORMS.exists(), reason="`make lint-deploy` installs the platforms' tools")

@@ -25,11 +25,11 @@ from cluster.cli.batch.job import Job, JobFolder
 from cluster.cli.batch.progress import Display
 from cluster.cli.batch.steps import StoppedError
 from cluster.cli.batch.watch import Watch
-from cluster.cli.device import before_ray
+from cluster.cli.launch.device import before_ray
+from cluster.cli.launch.ray import open_ray, spec_of
+from cluster.cli.launch.startup import Startup
 from cluster.cli.options.serve_rows import chat_template
 from cluster.cli.options.settings import engine_config, serve_defaults
-from cluster.cli.ray import open_ray, spec_of
-from cluster.cli.startup import Startup
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model
 from cluster.config.dtype import Cpus, this_machine

@@ -23,7 +23,7 @@ PLAN = Command(
     "rents them. Without --gpu it compares all GPUs it knows. With --gpu cpu it compares the forms of the weights on a machine without a "
     "GPU, and prints the `serve` command that fits. With --finetune it shows what fine-tuning needs. Exits with 2 when the model fits "
     "nowhere.",
-    run="cluster.cli.plan:plan",
+    run="cluster.cli.plan.main:plan",
     groups=(
         Group(
             None,

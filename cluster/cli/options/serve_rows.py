@@ -327,7 +327,7 @@ SERVE = Command(
     name="serve",
     help="start an OpenAI-compatible endpoint",
     description="Starts Ray (or joins a running one), the model's ranks and an OpenAI-compatible HTTP endpoint.",
-    run="cluster.cli.serve:serve",
+    run="cluster.cli.serve.main:serve",
     groups=(
         Group(None, (MODEL, CONFIG, REVISION, GGUF_FILE, LOG_LEVEL)),
         HTTP,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import serve as serve_module
 from cluster.cli.main import main
 from cluster.cli.options.parser import make_parser
 from cluster.cli.options.settings import serve_config
 from cluster.cli.options.values import parse_bytes
+from cluster.cli.serve import main as serve_module
 from cluster.config import dtype
 from cluster.config.checkpoint_location import resolve_model
 from cluster.config.serve import API_KEY_ENV

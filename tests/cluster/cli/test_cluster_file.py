@@ -8,7 +8,7 @@ from support.paths import DEMO_MODEL
 
 from cluster.cli.options.cluster_file import read_cluster_file
 from cluster.cli.options.parser import parse
-from cluster.cli.serving.models import cluster_config, models_of
+from cluster.cli.serve.models import cluster_config, models_of
 from cluster.config.cluster import ClusterConfig
 from workers.errors import ConfigError
 

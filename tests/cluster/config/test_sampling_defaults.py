@@ -20,7 +20,7 @@ from cluster.cli.batch.job_from_options import job_from_options
 from cluster.cli.batch.run_here import batch_config
 from cluster.cli.options.parser import parse
 from cluster.cli.options.settings import serve_config
-from cluster.cli.serving.banner import sampling_line
+from cluster.cli.serve.banner import sampling_line
 from cluster.config.sampling_defaults import SamplingDefaults, generation_config, read_sampling_defaults
 from cluster.router.router import Router
 from cluster.text.chat.mistral_template import MistralTemplate

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.cli import device
-from cluster.cli.device import Choice, before_ray, in_ray_cluster, on_this_machine
+from cluster.cli.launch import device
+from cluster.cli.launch.device import Choice, before_ray, in_ray_cluster, on_this_machine
 from workers.device.probe import CudaDevice, NoGpu
 from workers.errors import ConfigError
 

@@ -7,8 +7,8 @@ import msgspec
 import pytest
 from support.fakes.core import FACTS
 
-from cluster.cli.serving.banner import engine_line
-from cluster.cli.startup import MAX_LOST, Startup
+from cluster.cli.launch.startup import MAX_LOST, Startup
+from cluster.cli.serve.banner import engine_line
 from cluster.protocol.view import ClusterView, ReplicaRecord, ReplicaState, StartFailure
 from cluster.router.router import Health
 from cluster.terminal.phases import Console

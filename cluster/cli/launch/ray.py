@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from cluster.cli.device import Choice, RequestedDevice, in_ray_cluster
-from cluster.cli.memory import check_memory
+from cluster.cli.launch.device import Choice, RequestedDevice, in_ray_cluster
+from cluster.cli.launch.memory import check_memory
 from cluster.config.dtype import Cpus, NodeCpu
 from cluster.config.engine import Device
 from cluster.config.serve import ServeConfig

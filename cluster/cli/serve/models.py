@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.cli.adapters.start import check_adapters
-from cluster.cli.device import Choice, RequestedDevice, before_ray
+from cluster.cli.launch.device import Choice, RequestedDevice, before_ray
 from cluster.cli.options.cluster_file import ClusterFile, read_cluster_file
 from cluster.cli.options.settings import serve_config
 from cluster.config.checkpoint_check import check_checkpoint

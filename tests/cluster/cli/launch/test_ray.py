@@ -4,10 +4,10 @@ import io
 
 import pytest
 
-from cluster.cli.device import Choice
+from cluster.cli.launch.device import Choice
+from cluster.cli.launch.ray import OWN_CLUSTER_PLACEMENT_TIMEOUT_S, open_ray, spec_of
 from cluster.cli.options.parser import make_parser
 from cluster.cli.options.settings import serve_config
-from cluster.cli.ray import OWN_CLUSTER_PLACEMENT_TIMEOUT_S, open_ray, spec_of
 from cluster.config.checkpoint_location import resolve_model
 from cluster.ray_runtime import session
 from cluster.terminal.phases import Console

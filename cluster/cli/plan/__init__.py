@@ -1,0 +1,1 @@
+"""`tramontane plan`: what it prints about serving and about fine-tuning."""

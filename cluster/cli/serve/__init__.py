@@ -1,0 +1,1 @@
+"""`tramontane serve`: what its platform wants of it, the models that it was asked for, and what it says when it is ready."""
