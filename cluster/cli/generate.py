@@ -11,7 +11,7 @@ import msgspec
 
 from cluster.cli.launch.device import on_this_machine
 from cluster.cli.launch.memory import check_memory
-from cluster.cli.options.profile_rows import profile_file
+from cluster.cli.options.rows.profile import profile_file
 from cluster.cli.options.settings import engine_config
 from cluster.config.adapter_location import resolve_adapter
 from cluster.config.checkpoint_check import check_checkpoint

@@ -28,7 +28,7 @@ from cluster.cli.batch.watch import Watch
 from cluster.cli.launch.device import before_ray
 from cluster.cli.launch.ray import open_ray, spec_of
 from cluster.cli.launch.startup import Startup
-from cluster.cli.options.serve_rows import chat_template
+from cluster.cli.options.rows.shared import chat_template
 from cluster.cli.options.settings import engine_config, serve_defaults
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import resolve_model

@@ -7,7 +7,7 @@ from cluster.bench.lengths import parse_lengths
 from cluster.bench.rounds import Plan
 from cluster.bench.trace import TraceRow, read_trace
 from cluster.bench.workload import Level, Shape, closed_level, poisson_level, trace_level
-from cluster.cli.options.bench_rows import (
+from cluster.cli.options.rows.bench import (
     DEFAULT_COMPARE_ROUNDS,
     DEFAULT_CONCURRENCY,
     DEFAULT_ROUNDS,

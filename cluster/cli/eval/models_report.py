@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
-from cluster.cli.options.eval_rows import EVAL, TABLE_OPTIONS
+from cluster.cli.options.rows.eval import EVAL, TABLE_OPTIONS
 from cluster.eval.models_table import SavedBench, SavedReport, as_json, markdown, page, put_together
 from cluster.eval.report import Prices
 from cluster.terminal.phases import Console

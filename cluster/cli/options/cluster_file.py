@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from cluster.cli.options.option import Option
-from cluster.cli.options.serve_rows import CONFIG, DEPLOYMENT_OPTIONS, OWN_OPTIONS, SERVE
-from cluster.cli.options.shared_rows import NAME
+from cluster.cli.options.rows.serve import CONFIG, DEPLOYMENT_OPTIONS, OWN_OPTIONS, SERVE
+from cluster.cli.options.rows.shared import NAME
 from cluster.protocol.names import full_name
 from workers.errors import ConfigError
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.cli.options.adapter_rows import LORA_ENGINE_ROWS
 from cluster.cli.options.option import Option
-from cluster.cli.options.serve_rows import SERVE
-from cluster.cli.options.shared_rows import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
+from cluster.cli.options.rows.adapters import LORA_ENGINE_ROWS
+from cluster.cli.options.rows.serve import SERVE
+from cluster.cli.options.rows.shared import ENGINE_ROWS, TENSOR_PARALLEL_SIZE
 from cluster.config.checkpoint_kinds import check_kind
 from cluster.config.dtype import Cpus, choose_dtype, keeps_more_in_float32, keeps_narrow, stored_dtype, this_machine
 from cluster.config.engine import MAX_DEFAULT_MODEL_LEN, Device, default_block_size

@@ -1,13 +1,14 @@
 """All commands, in the order of `tramontane --help`."""
 
-from cluster.cli.options.adapter_rows import ADAPTER_COMMANDS
-from cluster.cli.options.batch_rows import BATCH_COMMANDS
-from cluster.cli.options.bench_rows import BENCH
-from cluster.cli.options.check_rows import DOCTOR, PLAN
-from cluster.cli.options.eval_rows import EVAL
-from cluster.cli.options.keys_rows import KEYS_COMMANDS
-from cluster.cli.options.operate_rows import DOWN, DRAIN, STATUS
-from cluster.cli.options.serve_rows import GENERATE, SERVE
+from cluster.cli.options.rows.adapters import ADAPTER_COMMANDS
+from cluster.cli.options.rows.batch import BATCH_COMMANDS
+from cluster.cli.options.rows.bench import BENCH
+from cluster.cli.options.rows.check import DOCTOR, PLAN
+from cluster.cli.options.rows.eval import EVAL
+from cluster.cli.options.rows.generate import GENERATE
+from cluster.cli.options.rows.keys import KEYS_COMMANDS
+from cluster.cli.options.rows.operate import DOWN, DRAIN, STATUS
+from cluster.cli.options.rows.serve import SERVE
 
 DESCRIPTION = "Serves Mistral-family models on a Ray cluster."
 COMMANDS = (

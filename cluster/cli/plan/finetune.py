@@ -5,7 +5,7 @@ from argparse import Namespace
 
 from rich.text import Text
 
-from cluster.cli.options.check_rows import DEFAULT_BATCH_SIZE, DEFAULT_RANK, DEFAULT_TRAINING_CONTEXT, PLAN
+from cluster.cli.options.rows.check import DEFAULT_BATCH_SIZE, DEFAULT_RANK, DEFAULT_TRAINING_CONTEXT, PLAN
 from cluster.plan.catalog import known_offers
 from cluster.plan.finetune.memory import Training
 from cluster.plan.finetune.planner import FORMS, finetune_refusal, make_finetune_plans

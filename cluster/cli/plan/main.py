@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from cluster.cli.options.check_rows import DEFAULT_CONCURRENCY, DEFAULT_CONTEXT, DEFAULT_CPU_CONCURRENCY, PLAN
+from cluster.cli.options.rows.check import DEFAULT_CONCURRENCY, DEFAULT_CONTEXT, DEFAULT_CPU_CONCURRENCY, PLAN
 from cluster.cli.plan.finetune import plan_finetune
 from cluster.config.dtype import keeps_narrow, stored_dtype
 from cluster.plan.catalog import known_offers

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from cluster.cli.adapters.start import load_adapters
 from cluster.cli.launch.ray import Planned, open_ray_for, spec_of
 from cluster.cli.launch.startup import Startup, all_ready
-from cluster.cli.options.profile_rows import profile_file
+from cluster.cli.options.rows.profile import profile_file
 from cluster.cli.serve.banner import Ready, banner
 from cluster.cli.serve.models import cluster_config, models_of
 from cluster.cli.serve.profile import start_profile

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from cluster.cli.options.parser import parse
-from cluster.cli.options.profile_rows import profile_file
+from cluster.cli.options.rows.profile import profile_file
 from cluster.profile.file import MAX_NUM_STEPS, ProfileFile
 from cluster.profile.merge import Part, merge
 from cluster.replicas.recorder import clock_ahead_ns

@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.cli.main import main
-from cluster.cli.options.serve_rows import SERVE
+from cluster.cli.options.rows.serve import SERVE
 from cluster.cli.options.settings import settings_of
 from cluster.cli.serve.platform import parse_here
 from cluster.config.serve import ServeConfig

@@ -9,7 +9,7 @@ from support.paths import DEMO_MODEL
 from transformers import LlamaTokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
-from cluster.cli.options.serve_rows import chat_template
+from cluster.cli.options.rows.shared import chat_template
 from cluster.config.serve import CHAT_TEMPLATES
 from cluster.text.chat.jinja_template import JinjaTemplate
 from cluster.text.chat.template import Message

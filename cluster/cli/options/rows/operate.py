@@ -1,7 +1,7 @@
 """The rows of the commands for a running deployment: `status`, `drain` and `down`."""
 
 from cluster.cli.options.option import Command, Group, argument, option, switch
-from cluster.cli.options.shared_rows import LOG_LEVEL, NAME, RAY_ADDRESS_ENV, URL_ROWS
+from cluster.cli.options.rows.shared import LOG_LEVEL, NAME, RAY_ADDRESS_ENV, URL_ROWS
 
 STATUS = Command(
     name="status",

@@ -1,7 +1,7 @@
 """The rows about adapters: those of `serve` and `generate`, and the commands `tramontane adapters ...`."""
 
 from cluster.cli.options.option import Command, Group, argument, option, switch
-from cluster.cli.options.shared_rows import JSON, URL_ROWS, engine_field, serve_field
+from cluster.cli.options.rows.shared import JSON, URL_ROWS, engine_field, serve_field
 from cluster.cli.options.values import parse_positive
 from cluster.config.adapter_location import parse_lora
 

@@ -1,4 +1,4 @@
-"""Rows that several commands share: the model, the engine, the server to talk to, the log level."""
+"""Rows that several commands share: the model and how it is talked to, the engine, the server to ask, the log level."""
 
 from operator import not_
 from pathlib import Path
@@ -7,11 +7,13 @@ from typing import get_args
 from cluster.cli.options.option import Fills, Group, argument, option, switch, toggle
 from cluster.cli.options.values import parse_bytes, parse_field, parse_positive, parse_rate, show_bytes
 from cluster.config.engine import FLASH_BLOCK_SIZE, MAX_DEFAULT_MODEL_LEN
-from cluster.config.serve import API_KEY_ENV, DEFAULT_DEPLOYMENT, ServeConfig
+from cluster.config.sampling_defaults import generation_config
+from cluster.config.serve import API_KEY_ENV, CHAT_TEMPLATES, DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.system.log import LOG_LEVELS
 from cluster.system.net import url_of
 from workers.config import AttentionChoice, EngineConfig, KVCacheDtype, Quantization
 from workers.device.sizes import LARGEST_GPU, MAX_NUM_SEQS, SMALLEST_GPU
+from workers.errors import ConfigError
 
 RAY_ADDRESS_ENV = "RAY_ADDRESS"  # Ray's own variable
 
@@ -22,6 +24,23 @@ def serve_field(*names: str, **convert: object) -> Fills:
 
 def engine_field(*names: str, **convert: object) -> Fills:
     return Fills(EngineConfig, names, **convert)  # type: ignore[arg-type]  # as above
+
+
+def absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.absolute())
+
+
+def chat_template(requested: str) -> str:
+    """One of CHAT_TEMPLATES, or a .jinja file's absolute path. Raises ConfigError."""
+    if requested in CHAT_TEMPLATES:
+        return requested
+    path = Path(requested).expanduser().absolute()
+    if not requested.endswith(".jinja") or not path.is_file():
+        raise ConfigError(
+            f"--chat-template {requested} is neither a .jinja file that exists nor one of {', '.join(CHAT_TEMPLATES)}.",
+            param="--chat-template",
+        )
+    return str(path)
 
 
 MODEL = argument(
@@ -50,6 +69,19 @@ NAME = option(
     default=DEFAULT_DEPLOYMENT,
     fills=serve_field("deployment"),
     help="the deployment's name in Ray; one Ray cluster can run several deployments",
+)
+CHAT_TEMPLATE = option(
+    "--chat-template",
+    metavar="NAME",
+    fills=serve_field("chat_template", convert=chat_template),
+    help=f"one of {', '.join(CHAT_TEMPLATES)}, or the path of a .jinja file; auto: the checkpoint's own template, or the version of "
+    "mistral-common's that its tokenizer names; jinja: the checkpoint's own",
+)
+GENERATION_CONFIG = option(
+    "--generation-config",
+    metavar="auto|none|DIR",
+    fills=serve_field("generation_config", convert=generation_config),
+    help="where sampling parameters that a request leaves out come from: the checkpoint's generation_config.json, none, or the one in DIR",
 )
 TENSOR_PARALLEL_SIZE = option(
     "--tensor-parallel-size",

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import get_args
 
 from cluster.cli.options.option import Command, Group, argument, option, switch
-from cluster.cli.options.shared_rows import DEVICE, GGUF_FILE, JSON, LOG_LEVEL, MODEL, RAY_ADDRESS_ENV, REVISION
+from cluster.cli.options.rows.shared import DEVICE, GGUF_FILE, JSON, LOG_LEVEL, MODEL, RAY_ADDRESS_ENV, REVISION
 from cluster.cli.options.values import parse_bytes, parse_positive
 from cluster.config.serve import DEFAULT_DEPLOYMENT, ServeConfig
 from cluster.plan.gpus import GPUS

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cluster.cli.options.option import Command, Group, argument, option
-from cluster.cli.options.shared_rows import API_KEY, CA_CERT, LOG_LEVEL, SET
+from cluster.cli.options.rows.shared import API_KEY, CA_CERT, LOG_LEVEL, SET
 from cluster.cli.options.values import parse_positive, parse_rate, parse_seconds, parse_whole
 from cluster.config.serve import ServeConfig
 from cluster.eval.suite import built_in_names

@@ -6,7 +6,7 @@ from cluster.bench.lengths import parse_lengths
 from cluster.bench.objective import parse_objective
 from cluster.bench.workload import DEFAULT_WARMUP
 from cluster.cli.options.option import Command, Group, option, switch
-from cluster.cli.options.shared_rows import API_KEY, CA_CERT, LOG_LEVEL, SET
+from cluster.cli.options.rows.shared import API_KEY, CA_CERT, LOG_LEVEL, SET
 from cluster.cli.options.values import parse_numbers, parse_positive, parse_rate, parse_seconds, parse_whole
 from cluster.config.serve import ServeConfig
 from cluster.system.net import url_of

@@ -7,11 +7,12 @@ from cluster.batch.records import ENDPOINTS
 from cluster.cli.batch.convert import FORMATS
 from cluster.cli.batch.parts.records import parse_part
 from cluster.cli.options.option import Command, Group, Option, argument, option, remembered, switch
-from cluster.cli.options.serve_rows import CHAT_TEMPLATE, GENERATION_CONFIG
-from cluster.cli.options.shared_rows import (
+from cluster.cli.options.rows.shared import (
     API_KEY,
     CA_CERT,
+    CHAT_TEMPLATE,
     ENGINE_ROWS,
+    GENERATION_CONFIG,
     GGUF_FILE,
     JOIN_RAY,
     JSON,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cluster.cli.options.option import Command, Group, argument, option, switch
-from cluster.cli.options.shared_rows import JSON, LOG_LEVEL
+from cluster.cli.options.rows.shared import JSON, LOG_LEVEL
 from cluster.keys.file import API_KEYS_ENV
 
 _COMMON = (
