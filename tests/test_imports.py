@@ -29,8 +29,8 @@ ORDER = {
 # All that the control plane may import of workers/, and by whom. Nothing of it imports torch when it is imported.
 SEAM = {
     "workers.protocol",
-    "workers.checkpoint.gguf_config",
-    "workers.checkpoint.gguf_file",
+    "workers.checkpoint.gguf.gguf_config",
+    "workers.checkpoint.gguf.gguf_file",
     "workers.checkpoint.model_config",
     "workers.checkpoint.regular_file",
     "workers.config",

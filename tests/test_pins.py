@@ -34,7 +34,7 @@ PINS = {
         "data_received and finish_response",
     ),
     "gguf": Pin(
-        ("workers/checkpoint/gguf_reader.py",),
+        ("workers/checkpoint/gguf/gguf_reader.py",),
         "GGUFReader._get_field_parts and _build_tensors, which its class overrides",
     ),
     "torch": Pin(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config.checkpoint_kinds import check_kind
-from workers.checkpoint.gguf_config import read_parts
-from workers.checkpoint.gguf_file import find_gguf, gguf_files
+from workers.checkpoint.gguf.gguf_config import read_parts
+from workers.checkpoint.gguf.gguf_file import find_gguf, gguf_files
 from workers.checkpoint.model_config import load_model_config
 from workers.checkpoint.regular_file import check_small_file
 from workers.config import ModelConfig

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from workers.checkpoint.gguf_file import find_gguf
+from workers.checkpoint.gguf.gguf_file import find_gguf
 from workers.errors import ConfigError
 
 SUPPORTED = "Give a folder with config.json or params.json, safetensors weights and a tokenizer, or a GGUF file."

@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster.config.bucket_model import cache_folder, download, is_bucket
 from cluster.config.checkpoint_kinds import check_names, not_a_folder
 from cluster.config.gguf_location import all_parts_in, check_name, choose_gguf, gguf_patterns, local_gguf
-from workers.checkpoint.gguf_file import find_gguf, first_part, model_name
+from workers.checkpoint.gguf.gguf_file import find_gguf, first_part, model_name
 from workers.errors import ConfigError
 
 HUB_TIMEOUT_S = 10.0

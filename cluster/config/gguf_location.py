@@ -4,7 +4,7 @@ import glob
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from workers.checkpoint.gguf_file import SUFFIX, find_gguf, first_part, only_model, part_names
+from workers.checkpoint.gguf.gguf_file import SUFFIX, find_gguf, first_part, only_model, part_names
 from workers.errors import ConfigError
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from workers.checkpoint.gguf_file import find_gguf, read_gguf
+from workers.checkpoint.gguf.gguf_file import find_gguf, read_gguf
 from workers.checkpoint.regular_file import read_object, shown
 from workers.errors import ConfigError
 

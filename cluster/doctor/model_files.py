@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.config.checkpoint_check import REMEDY, examine_checkpoint
 from cluster.config.dtype import keeps_more_in_float32, keeps_narrow, stored_dtype
 from cluster.doctor.facts import Fault, Model
-from workers.checkpoint.gguf_file import SUFFIX
+from workers.checkpoint.gguf.gguf_file import SUFFIX
 from workers.config import DTYPE_BYTES, Dtype, EngineConfig, ModelConfig
 from workers.device.fit import need_of
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from cluster.plan.planner import Plan, Question
-from workers.checkpoint.gguf_file import SUFFIX, model_name, part_names
+from workers.checkpoint.gguf.gguf_file import SUFFIX, model_name, part_names
 from workers.config import EngineConfig
 from workers.errors import ConfigError
 

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Literal, get_args
 
-from workers.checkpoint.gguf_file import find_gguf
+from workers.checkpoint.gguf.gguf_file import find_gguf
 from workers.errors import ConfigError
 
 TemplateVersion = Literal["v1", "v2", "v3", "v7", "v11", "v13", "v15"]

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from workers.checkpoint.gguf_config import load_gguf_config
-from workers.checkpoint.gguf_file import find_gguf
+from workers.checkpoint.gguf.gguf_config import load_gguf_config
+from workers.checkpoint.gguf.gguf_file import find_gguf
 from workers.checkpoint.huggingface import model_from_config_json
 from workers.checkpoint.mistral_params import model_from_params_json
 from workers.checkpoint.quantization import OLD_FILES, old_quantization

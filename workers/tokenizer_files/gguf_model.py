@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF file's metadata: byte-level BPE ("gpt2", of Llama 3, SmolLM2, Nemo) or a SentencePiece vocabulary ("llama").
 
 Knows the keys under tokenizer.ggml and what llama.cpp makes of them, whose ids it gives. Each becomes a model of another kind: BPE one in
-Hugging Face's format, the other one a SentencePiece model. Does not read files (checkpoint/gguf_file.py) and knows no chat templates.
+Hugging Face's format, the other one a SentencePiece model. Does not read files (checkpoint/gguf/gguf_file.py) and knows no chat templates.
 """
 
 from collections.abc import Mapping, Sequence

@@ -20,7 +20,7 @@ def open_model(path: Path) -> TokenizerModel:
 
         return open_tokenizer_json(path)
     if path.suffix == ".gguf":
-        from workers.checkpoint.gguf_file import read_gguf
+        from workers.checkpoint.gguf.gguf_file import read_gguf
         from workers.tokenizer_files.gguf_model import gguf_model
 
         return gguf_model(read_gguf(path).metadata, name=str(path))

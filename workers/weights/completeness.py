@@ -6,8 +6,8 @@ Compares names, shapes and types before any weight is loaded. Knows no format of
 from collections.abc import Mapping
 from pathlib import Path
 
-from workers.checkpoint.gguf_file import GgufTensor
-from workers.checkpoint.gguf_types import is_supported
+from workers.checkpoint.gguf.gguf_file import GgufTensor
+from workers.checkpoint.gguf.gguf_types import is_supported
 from workers.errors import CheckpointError
 from workers.model_numbers import Layout, ModelConfig
 from workers.weights.files import INDEXES, read_index

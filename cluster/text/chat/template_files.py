@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.text.tokenizer_settings import read_object
-from workers.checkpoint.gguf_file import find_gguf, read_gguf
+from workers.checkpoint.gguf.gguf_file import find_gguf, read_gguf
 from workers.errors import ConfigError
 
 DEFAULT, TOOL_USE = "default", "tool_use"

@@ -14,8 +14,8 @@ from cluster.plan.gpus import GPUS
 from cluster.plan.models import V0_3, PlannedModel
 from cluster.plan.planner import Question, make_plan
 from cluster.plan.roofline import Workload
-from workers.checkpoint.gguf_file import GgufTensor
-from workers.checkpoint.gguf_stored import read_stored
+from workers.checkpoint.gguf.gguf_file import GgufTensor
+from workers.checkpoint.gguf.gguf_stored import read_stored
 from workers.device.model_bytes import weight_bytes
 
 PATH = Path("model.gguf")

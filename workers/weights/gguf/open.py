@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from workers.checkpoint.gguf_config import read_parts
-from workers.checkpoint.gguf_file import find_gguf
-from workers.checkpoint.gguf_types import EXPANDED_TYPES, is_supported
+from workers.checkpoint.gguf.gguf_config import read_parts
+from workers.checkpoint.gguf.gguf_file import find_gguf
+from workers.checkpoint.gguf.gguf_types import EXPANDED_TYPES, is_supported
 from workers.device.memory import gigabytes
 from workers.errors import CheckpointError
 from workers.quant.forms import Form

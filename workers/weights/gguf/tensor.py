@@ -5,8 +5,8 @@ import torch
 from gguf import GGMLQuantizationType, dequantize
 from gguf.constants import GGML_QUANT_SIZES
 
-from workers.checkpoint.gguf_file import GgufTensor
-from workers.checkpoint.gguf_types import GROUPED_TYPES
+from workers.checkpoint.gguf.gguf_file import GgufTensor
+from workers.checkpoint.gguf.gguf_types import GROUPED_TYPES
 from workers.errors import CheckpointError
 from workers.quant.method import Index
 from workers.quant.quantized import QuantizedTensor

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, replace
 
-from workers.checkpoint.gguf_types import GROUPED_TYPES
+from workers.checkpoint.gguf.gguf_types import GROUPED_TYPES
 from workers.quant.forms import Form, GroupedForm
 
 # What the products compute with: a smaller group is padded with weights of zero, see tensor.py.

@@ -8,7 +8,7 @@ from support.ranks.rank_threads import run_ranks
 from support.tiny import TINY, make_tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from workers.checkpoint.gguf_types import GROUPED_TYPES
+from workers.checkpoint.gguf.gguf_types import GROUPED_TYPES
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower

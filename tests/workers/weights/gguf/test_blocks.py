@@ -7,7 +7,7 @@ import torch
 from gguf import GGMLQuantizationType
 from support.gguf_files import QUANTIZABLE, RANDOM_BLOCKS, encode
 
-from workers.checkpoint.gguf_types import EXPANDED_TYPES, FLOAT_TYPES, GROUPED_TYPES, is_supported
+from workers.checkpoint.gguf.gguf_types import EXPANDED_TYPES, FLOAT_TYPES, GROUPED_TYPES, is_supported
 from workers.quant.quantized import QuantizedTensor
 from workers.weights.gguf.blocks import UNPACK
 from workers.weights.gguf.types import form_of

@@ -6,7 +6,7 @@ llama3 scaling is not in the metadata: the converter leaves a tensor `rope_freqs
 import math
 from collections.abc import Sequence
 
-from workers.checkpoint.gguf_fields import Fields
+from workers.checkpoint.gguf.gguf_fields import Fields
 from workers.checkpoint.regular_file import shown
 from workers.checkpoint.rope import DEFAULT_THETA, Rope
 from workers.errors import ConfigError

@@ -103,7 +103,7 @@ def gguf_files(file: Path) -> list[Path]:
 
 def read_gguf(file: Path) -> GgufHeader:
     """Of one file: a part has its own tensors only, and only the first has all metadata. Raises CheckpointError, which names the file."""
-    from workers.checkpoint.gguf_reader import (
+    from workers.checkpoint.gguf.gguf_reader import (
         DamagedError,
         QuickReader,
     )  # late: the package imports a lot, for half a second

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from support.gguf_files import write_gguf
 
-from workers.checkpoint.gguf_config import read_parts
-from workers.checkpoint.gguf_file import find_gguf, first_part, gguf_files, model_name, part_names, read_gguf
+from workers.checkpoint.gguf.gguf_config import read_parts
+from workers.checkpoint.gguf.gguf_file import find_gguf, first_part, gguf_files, model_name, part_names, read_gguf
 from workers.errors import CheckpointError, ConfigError
 
 VALUES = {

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.checkpoint.gguf_fields import Fields
-from workers.checkpoint.gguf_file import GgufHeader, GgufTensor, gguf_files, read_gguf
-from workers.checkpoint.gguf_rope import read_gguf_rope
-from workers.checkpoint.gguf_stored import EMBEDDING, HEAD, read_stored
+from workers.checkpoint.gguf.gguf_fields import Fields
+from workers.checkpoint.gguf.gguf_file import GgufHeader, GgufTensor, gguf_files, read_gguf
+from workers.checkpoint.gguf.gguf_rope import read_gguf_rope
+from workers.checkpoint.gguf.gguf_stored import EMBEDDING, HEAD, read_stored
 from workers.checkpoint.numbers import layer_windows
 from workers.checkpoint.regular_file import shown
 from workers.config import Dtype, ModelConfig

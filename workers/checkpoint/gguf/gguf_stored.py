@@ -4,8 +4,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from workers.checkpoint.gguf_file import GgufTensor
-from workers.checkpoint.gguf_types import EXPANDED_TYPES, FLOAT_TYPES, GROUPED_TYPES
+from workers.checkpoint.gguf.gguf_file import GgufTensor
+from workers.checkpoint.gguf.gguf_types import EXPANDED_TYPES, FLOAT_TYPES, GROUPED_TYPES
 from workers.stored_weights import SMALLEST_GROUP, StoredWeights, grouped_bits
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
