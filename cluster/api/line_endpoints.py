@@ -21,7 +21,7 @@ from cluster.api.schemas.chat import ChatRequest
 from cluster.api.schemas.completions import CompletionRequest
 from cluster.api.schemas.embeddings import EmbeddingRequest
 from cluster.api.schemas.messages.request import MessageRequest
-from cluster.api.schemas.parse import parse
+from cluster.api.schemas.parsing.parse import parse
 from cluster.api.schemas.responses.request import ResponseRequest, name_items
 from workers.errors import RequestError
 
@@ -32,7 +32,7 @@ Answer = Callable[[ApiContext, Any, RequestContext], Awaitable[msgspec.Struct]]
 class LineEndpoint:
     """`body`: its struct. `check`: all that can be checked without a replica. `answer`: from a checked body to the response.
 
-    `adapt`: see schemas/parse.py.
+    `adapt`: see schemas/parsing/parse.py.
     """
 
     body: type[msgspec.Struct]

@@ -22,8 +22,8 @@ from cluster.api.request_context import REQUEST_CONTEXT, RequestContext
 from cluster.api.schemas.chat import ChatRequest
 from cluster.api.schemas.completions import CompletionRequest
 from cluster.api.schemas.embeddings import EmbeddingRequest
-from cluster.api.schemas.parse import parse
-from cluster.api.schemas.structure import check_structure
+from cluster.api.schemas.parsing.parse import parse
+from cluster.api.schemas.parsing.structure import check_structure
 from cluster.api.server import request_options
 from cluster.api.server.body import LARGE_BYTES, peek_body, take_body
 from workers.errors import RequestError

@@ -12,7 +12,7 @@ import msgspec
 from aiohttp import web
 
 from cluster.api.endpoints.endpoint import Endpoint
-from cluster.api.schemas.foreign_fields import FOREIGN, Foreign
+from cluster.api.schemas.parsing.foreign_fields import FOREIGN, Foreign
 from cluster.api.server.errors import ErrorEnvelope
 
 OPENAPI = web.AppKey("openapi", bytes)

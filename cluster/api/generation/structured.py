@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.api.generation.tenant_slots import TenantSlots
 from cluster.api.schemas.base import GenerationRequest
-from cluster.api.schemas.structure import check_structure
+from cluster.api.schemas.parsing.structure import check_structure
 from cluster.api.schemas.structured import JsonObjectFormat, SchemaFormat, StructuredOutputs
 from cluster.text.grammar.compiler import GrammarCompiler, GrammarKind, StructuredOutput
 from cluster.text.tokenizer import Tokenizer

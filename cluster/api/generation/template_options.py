@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cluster.api.context import ApiContext
 from cluster.api.request_context import RequestContext
 from cluster.api.schemas.chat import ChatMessage, ChatRequest, ToolMessage
-from cluster.api.schemas.lenient import path_of
+from cluster.api.schemas.parsing.lenient import path_of
 from cluster.api.schemas.tokens import TokenizeRequest
 from cluster.text.chat.template import TemplateOptions
 from workers.errors import RequestError

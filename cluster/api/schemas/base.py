@@ -1,7 +1,7 @@
 """What several endpoints share: bounds, the parameters of every generation, usage.
 
 Knows types, bounds and OpenAI's names, and vLLM's names for what OpenAI does not have. Checks that need the model (context length,
-vocabulary) are in generation/sampling.py and generation/prompts.py. Unknown fields are accepted and reported (see lenient.py).
+vocabulary) are in generation/sampling.py and generation/prompts.py. Unknown fields are accepted and reported (see parsing/lenient.py).
 """
 
 from typing import Annotated

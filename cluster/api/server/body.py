@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 
 from cluster.api.context import CONTEXT
 from cluster.api.request_context import REQUEST_CONTEXT
-from cluster.api.schemas.parse import RequestT, parse
+from cluster.api.schemas.parsing.parse import RequestT, parse
 from cluster.api.server.content_coding import decode, parse_codings
 from cluster.api.server.errors import HTTPError
 

@@ -18,8 +18,8 @@ from support.paths import DEMO_MODEL
 
 from cluster.api.app import make_app
 from cluster.api.request_context import MAX_IGNORED_CHARS
-from cluster.api.schemas.foreign_fields import FOREIGN
-from cluster.api.schemas.lenient import MAX_NAME_CHARS, MAX_PATHS
+from cluster.api.schemas.parsing.foreign_fields import FOREIGN
+from cluster.api.schemas.parsing.lenient import MAX_NAME_CHARS, MAX_PATHS
 from cluster.router.router import Router
 from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer

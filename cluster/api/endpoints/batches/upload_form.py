@@ -15,7 +15,7 @@ from aiohttp import BodyPartReader, MultipartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from cluster.api.schemas.batches import MAX_LIFETIME_S, MIN_LIFETIME_S, ExpiresAfter
-from cluster.api.schemas.lenient import path_of
+from cluster.api.schemas.parsing.lenient import path_of
 from cluster.api.server.errors import HTTPError
 from cluster.batch.files import FileContents
 from workers.errors import RequestError

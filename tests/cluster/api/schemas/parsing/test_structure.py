@@ -6,8 +6,8 @@ import tracemalloc
 
 import pytest
 
-from cluster.api.schemas import structure
-from cluster.api.schemas.structure import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, WINDOW_BYTES, check_structure
+from cluster.api.schemas.parsing import structure
+from cluster.api.schemas.parsing.structure import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, WINDOW_BYTES, check_structure
 from workers.errors import RequestError
 
 MIB = 2**20

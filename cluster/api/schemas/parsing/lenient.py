@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import msgspec
 
-from cluster.api.schemas.foreign_fields import FOREIGN, Foreign, is_one_of
+from cluster.api.schemas.parsing.foreign_fields import FOREIGN, Foreign, is_one_of
 from workers.errors import RequestError
 
 MAX_PATHS = 32

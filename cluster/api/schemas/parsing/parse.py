@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from cluster.api.schemas.lenient import find_ignored
-from cluster.api.schemas.structure import check_structure
+from cluster.api.schemas.parsing.lenient import find_ignored
+from cluster.api.schemas.parsing.structure import check_structure
 from workers.errors import RequestError
 
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
