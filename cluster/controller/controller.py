@@ -10,7 +10,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import ray
@@ -19,6 +18,7 @@ from cluster.adapters.registry import EMPTY, in_state
 from cluster.adapters.store import AdapterStore, adapter_folder
 from cluster.controller.adapter_content import content_of
 from cluster.controller.adapters import AdapterHolder, AdapterKeeper
+from cluster.controller.gateway_table import GatewayTable
 from cluster.controller.preemption.act import PreemptionHandler
 from cluster.controller.preemption.watch import NodeWatcher
 from cluster.controller.registry_store import load_registry, save_registry
@@ -36,7 +36,7 @@ from cluster.protocol.adapters import (
 from cluster.protocol.names import replica_prefix
 from cluster.protocol.report import GatewayReport
 from cluster.protocol.spec import ClusterSpec
-from cluster.protocol.view import ClusterView, GatewayRecord, ReplicaRecord, ReplicaState
+from cluster.protocol.view import ClusterView, ReplicaRecord, ReplicaState
 from cluster.ray_runtime.nodes import draining_nodes
 from cluster.replicas.leftovers import find_ranks, remove_all
 from cluster.replicas.replica import RayReplica
@@ -45,20 +45,10 @@ from workers.protocol import EngineFacts
 
 log = logging.getLogger(__name__)
 
-GATEWAY_TIMEOUT_S = 5.0
-RETURN_S = 5.0  # by then the gateways of an earlier controller have reported to this one
 SCALING_INTERVAL_S = 1.0
 # Each report takes 5 ms of CPU, from kernels that then wait for each other.
 SYNC_WAIT_S = 0.25
 STEADY_SYNC_WAIT_S = 1.0
-
-
-@dataclass
-class _Gateway:
-    report: GatewayReport
-    node_id: str
-    seen_version: int
-    last_seen: float
 
 
 class Controller:
@@ -72,18 +62,15 @@ class Controller:
         self._spec = spec
         # Above all versions of an earlier controller, which gateways may still report as seen.
         self._version = time.time_ns() // 1_000_000
-        self._started_at = time.monotonic()
         self._changed = asyncio.Event()
-        self._gateways: dict[str, _Gateway] = {}
+        self._gateways = GatewayTable(started_at=time.monotonic())
         self._facts: EngineFacts | None = None
-        self._drain_versions: dict[str, int] = {}
-        self._retire_versions: dict[str, int] = {}
         self.adapters = self.make_keeper(registry)
         self._scaling = Scaling(spec)
         self._supervisor = Supervisor(
             self.make_replica,
             prefix=replica_prefix(deployment),
-            num_streams=self._num_streams,
+            num_streams=self._gateways.num_streams,
             on_change=self.note_change,
         )
         self._supervisor.drain_timeout_s = spec.drain_timeout_s
@@ -129,7 +116,7 @@ class Controller:
     async def sync(self, known: int, report: GatewayReport | None, node_id: str = "") -> ClusterView:
         """The view. Returns at once if it differs from version `known`, else after a while. report: the caller's load."""
         if report is not None:
-            self._gateways[report.gateway_id] = _Gateway(report, node_id, known, time.monotonic())
+            self._gateways.take(report, node_id=node_id, seen_version=known, now=time.monotonic())
             self._wake_for_demand(report)
         if known == self._version:
             self._changed.clear()
@@ -141,7 +128,7 @@ class Controller:
     @property
     def _is_steady(self) -> bool:
         """Whether no decision depends on what gateways report: the number of replicas is fixed, and nothing starts or drains."""
-        is_fixed = self._spec.min_replicas == self._spec.max_replicas and not self._retire_versions
+        is_fixed = self._spec.min_replicas == self._spec.max_replicas and not self._gateways.has_retiring
         return is_fixed and all(r.state is ReplicaState.READY for r in self._supervisor.records())
 
     def view(self) -> ClusterView:
@@ -151,16 +138,7 @@ class Controller:
             controller_id=self._id,
             spec=self._spec,
             replicas=self._supervisor.records(),
-            gateways=tuple(
-                GatewayRecord(
-                    gateway_id=g.report.gateway_id,
-                    url=g.report.url,
-                    node_id=g.node_id,
-                    num_running=g.report.num_running,
-                    num_queued=g.report.num_queued,
-                )
-                for g in self._gateways.values()
-            ),
+            gateways=self._gateways.records(),
             notices=() if self._preemption is None else self._preemption.notices,
             num_notices_total=0 if self._preemption is None else self._preemption.num_notices_total,
             num_desired=self._supervisor.desired,
@@ -181,7 +159,7 @@ class Controller:
 
     async def leave(self, gateway_id: str) -> None:
         """A gateway is shutting down."""
-        self._gateways.pop(gateway_id, None)
+        self._gateways.remove(gateway_id)
 
     async def load_adapter(
         self,
@@ -275,23 +253,13 @@ class Controller:
             self._facts = record.facts or self._facts
             if record.state is ReplicaState.DRAINING:
                 draining.add(record.replica_id)
-        # Gateways know that a replica is draining once they have seen this version.
-        self._drain_versions = {r: self._drain_versions.get(r, self._version) for r in draining}
         retiring = in_state(self.adapters.registry, RevisionState.RETIRING)
-        self._retire_versions = {r.id: self._retire_versions.get(r.id, self._version) for r in retiring}
+        self._gateways.note_version(self._version, draining=draining, retiring=[r.id for r in retiring])
         self._changed.set()
 
     def _live(self) -> list[ReplicaRecord]:
         gone = (ReplicaState.DRAINING, ReplicaState.LOST)
         return [r for r in self._supervisor.records() if r.state not in gone]
-
-    def _num_streams(self, replica_id: str) -> int | None:
-        """Streams on this replica over all gateways; None until every gateway has seen that it is draining."""
-        since = self._drain_versions.get(replica_id, 0)
-        gateways = self._gateways.values()
-        if any(g.seen_version < since for g in gateways):
-            return None
-        return sum(g.report.streams_per_replica.get(replica_id, 0) for g in gateways)
 
     def is_scaled_to_zero(self) -> bool:
         return self._supervisor.desired == 0 and self._facts is not None
@@ -301,14 +269,8 @@ class Controller:
         return {(record.replica_id, record.incarnation): adapters for record, adapters in serving}
 
     def num_adapter_streams(self, revision_id: str) -> int | None:
-        """Requests with this revision over all gateways; None until every gateway, and at least one, has seen that it retires."""
-        since = self._retire_versions.get(revision_id, self._version)
-        gateways = self._gateways.values()
-        is_too_early = time.monotonic() - self._started_at < RETURN_S
-        # Without a gateway nobody knows: one that is late, or the next one, may go on with a stream that has this revision.
-        if is_too_early or not gateways or any(g.seen_version < since for g in gateways):
-            return None
-        return sum(g.report.streams_per_adapter.get(revision_id, 0) for g in gateways)
+        """See GatewayTable."""
+        return self._gateways.num_adapter_streams(revision_id, version=self._version, now=time.monotonic())
 
     def _set_desired(self, desired: int) -> None:
         if desired != self._supervisor.desired:
@@ -335,17 +297,10 @@ class Controller:
 
     def _round(self, draining: Mapping[str, int]) -> None:
         now = time.monotonic()
-        for gateway_id, gateway in list(self._gateways.items()):
-            if now - gateway.last_seen > GATEWAY_TIMEOUT_S:
-                log.warning(
-                    "Gateway %s has not reported for %.0f s and is dropped.", gateway_id, now - gateway.last_seen
-                )
-                del self._gateways[gateway_id]
+        self._gateways.drop_silent(now)
         if self._preemption is not None:
-            nodes = {g.node_id for g in self._gateways.values() if g.node_id}
-            self._preemption.round(draining, gateway_nodes=nodes)
-        reports = [g.report for g in self._gateways.values()]
-        desired = self._scaling.decide(self._supervisor.records(), reports, now)
+            self._preemption.round(draining, gateway_nodes=self._gateways.nodes())
+        desired = self._scaling.decide(self._supervisor.records(), self._gateways.reports(), now)
         if self._facts is None:  # requests cannot be checked before a first replica has reported the model's limits
             desired = max(desired, min(1, self._spec.max_replicas))
         self._set_desired(desired)

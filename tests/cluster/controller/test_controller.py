@@ -12,6 +12,7 @@ import cluster.controller.controller as controller_module
 import cluster.controller.preemption.act as act_module
 from cluster.adapters.registry import EMPTY
 from cluster.adapters.store import FILES
+from cluster.controller import gateway_table
 from cluster.controller.controller import Controller
 from cluster.protocol.adapters import AdapterRevision, Registry, RevisionState
 from cluster.protocol.report import GatewayReport
@@ -149,7 +150,7 @@ def ray(monkeypatch):
         controller_module, "save_registry", lambda d, registry: setattr(ray, "saved_adapters", registry)
     )
     monkeypatch.setattr(controller_module, "content_of", content_of)
-    monkeypatch.setattr(controller_module, "RETURN_S", 0.2)
+    monkeypatch.setattr(gateway_table, "RETURN_S", 0.2)
     monkeypatch.setattr(controller_module, "draining_nodes", lambda: ray.draining)
     monkeypatch.setattr(act_module, "drain_node", lambda node_id, cause, deadline: ray.told.append(node_id))
     monkeypatch.setattr(controller_module, "SCALING_INTERVAL_S", 0.02)
