@@ -40,7 +40,6 @@ from cluster.bench.prompts import WORDS  # noqa: E402
 
 NUM_OUTPUT = 32
 TOKENS_PER_WORD = {"demo_model": 1.8}  # only guidellm is given words; other vocabularies have most of them as one token
-WARMUP = 4
 METRICS = {
     **{f"ttft_p{p}": f"TTFT p{p}, ms" for p in (50, 90)},
     **{f"gap_p{p}": f"gap between tokens p{p}, ms" for p in (50, 90, 99)},
@@ -151,7 +150,7 @@ def run_ours(url: str, model: str, args: argparse.Namespace, folder: Path, seed:
     command = [sys.executable, "-m", "cluster.cli.main", "bench", "--url", url, "--model", model]
     # The others send text, so ours does too.
     command += ["--text", "--prompt-tokens", str(args.prompt_tokens), "--output-tokens", str(NUM_OUTPUT)]
-    command += ["--concurrency", str(args.streams), "--requests", str(args.requests), "--warmup", str(WARMUP)]
+    command += ["--concurrency", str(args.streams), "--requests", str(args.requests), "--warmup", "0"]
     run([*command, "--seed", str(seed), "--json", str(out), "--all-requests"])
     (level,) = json.loads(out.read_text())["levels"]
     assert level["failed"] == 0, level["problems"]
@@ -170,7 +169,7 @@ def run_vllm(url: str, model: str, args: argparse.Namespace, folder: Path, seed:
     command += ["--model", model, "--tokenizer", args.tokenizer, "--tokenizer-mode", "mistral"]
     command += ["--dataset-name", "random", "--random-input-len", str(args.prompt_tokens), "--seed", str(1_000 + seed)]
     command += ["--random-output-len", str(NUM_OUTPUT), "--num-prompts", str(args.requests)]
-    command += ["--max-concurrency", str(args.streams), "--num-warmups", str(WARMUP), "--ignore-eos"]
+    command += ["--max-concurrency", str(args.streams), "--num-warmups", "0", "--ignore-eos"]
     command += ["--temperature", "0", "--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,90,99"]
     run([*command, "--disable-tqdm", "--save-result", "--result-filename", str(out)])
     found = json.loads(out.read_text())
@@ -225,7 +224,7 @@ def histograms(url: str) -> dict[str, tuple[float, float]]:
 
 @contextlib.contextmanager
 def seen_by(server: str, url: str, found: dict[str, list[Found]], tool: str) -> Iterator[None]:
-    """Adds what the server says of what it did meanwhile. That includes a tool's warm-up, which has the same pace."""
+    """Adds what the server says of what it did meanwhile."""
     key = f"{SERVER}: {tool}"
     if server == "paced":
         fetch(f"{url}/written")
@@ -247,6 +246,8 @@ def measure(server: str, tools: list[str], args: argparse.Namespace) -> dict[str
     found: dict[str, list[Found]] = {tool: [] for tool in tools}
     _, tool_cores = cores(args)
     with running(server, args) as (url, model), tempfile.TemporaryDirectory() as folder:
+        # Warms the server up. In the rounds no tool sends more than what it measures, but for a request of vLLM's before the others.
+        TOOLS[tools[0]](url, model, args, Path(folder), args.seed + 99)
         for round_ in range(args.rounds):
             # A different one begins in each round.
             shift = round_ % len(tools)
