@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 from comparison.processes import MeasurementError, run_job  # noqa: E402
 from sections import write_section  # noqa: E402
-from support.gguf_files import dequantized_model  # noqa: E402
+from support.checkpoints.gguf_files import dequantized_model  # noqa: E402
 from support.ranks.rank_threads import run_ranks  # noqa: E402
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM  # noqa: E402
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import aiohttp
 import pytest
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.servers.live_listener import KEY, MODEL, live_listener
 from support.servers.live_replica import TOKENIZER
-from support.tiny import write_tiny_checkpoint
 
 SEED = 4
 REQUEST_TIMEOUT_S = 20

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from cuda_host.engines import make_config, make_core, make_request
 from cuda_host.fake_device import FakeDevice
-from support.adapters import write_adapter
+from support.checkpoints.adapters import write_adapter
 
 from workers.engine.core import EngineCore
 from workers.gpu_check.models import MISTRAL_7B

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.adapters import write_adapter
+from support.checkpoints.adapters import write_adapter
 from support.documents import Fence, fences
 from support.paths import DEMO_MODEL, ROOT
 from support.servers.system_server import API_KEY, Server

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from support.adapters import write_adapter
+from support.checkpoints.adapters import write_adapter
 from support.paths import DEMO_MODEL
 from support.servers.system_server import API_KEY, Server
 

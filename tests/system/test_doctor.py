@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.doctor_runs import messages, run_doctor
-from support.servers.ray_hosts import BIN, RayHosts, can_make_namespaces
+from support.hosts.doctor_runs import messages, run_doctor
+from support.hosts.ray_hosts import BIN, RayHosts, can_make_namespaces
 
 pytestmark = [
     pytest.mark.chaos,

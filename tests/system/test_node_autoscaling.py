@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from support.servers.ray_hosts import RayHosts
-from support.servers.scaling_hosts import num_raylets, scaling_hosts
+from support.hosts.ray_hosts import RayHosts
+from support.hosts.scaling_hosts import num_raylets, scaling_hosts
 from support.servers.system_server import Server
 
 

@@ -15,9 +15,9 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 
 import pytest
+from support.hosts.ray_hosts import RayHosts, can_make_namespaces
+from support.hosts.remote_server import Reader, RemoteServer, nodes_of, text_of
 from support.paths import ROOT
-from support.servers.ray_hosts import RayHosts, can_make_namespaces
-from support.servers.remote_server import Reader, RemoteServer, nodes_of, text_of
 from support.servers.system_server import Server
 
 pytestmark = pytest.mark.chaos

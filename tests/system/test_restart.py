@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.doctor_runs import messages, run_doctor
+from support.hosts.doctor_runs import messages, run_doctor
+from support.hosts.ray_hosts import BIN, RayHosts
 from support.servers.postgres import new_database, postgres_server
-from support.servers.ray_hosts import BIN, RayHosts
 from support.servers.system_server import API_KEY, Server
 
 from workers.device.probe import NoGpu, probe

@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
-from support.adapters import write_adapter
+from support.checkpoints.adapters import write_adapter
 from support.paths import DEMO_MODEL
 from support.servers.system_server import API_KEY, Server
 

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from support.adapters import write_adapter
+from support.checkpoints.adapters import write_adapter
+from support.hosts.ray_hosts import RayHosts, can_make_namespaces
+from support.hosts.remote_server import Reader, RemoteServer, nodes_of, text_of
 from support.paths import DEMO_MODEL
-from support.servers.ray_hosts import RayHosts, can_make_namespaces
-from support.servers.remote_server import Reader, RemoteServer, nodes_of, text_of
 
 from workers.checkpoint.model_config import load_model_config
 

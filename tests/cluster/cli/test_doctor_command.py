@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from support.doctor_runs import messages
-from support.servers.ray_hosts import free_port
+from support.hosts.doctor_runs import messages
+from support.hosts.ray_hosts import free_port
 
 from cluster.cli.main import main
 from cluster.config.checkpoint_location import find_model

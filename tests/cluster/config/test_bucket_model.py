@@ -2,7 +2,7 @@
 
 import fsspec
 import pytest
-from support.tiny import write_tiny_checkpoint
+from support.checkpoints.tiny import write_tiny_checkpoint
 
 from cluster.config.checkpoint_location import find_model, resolve_model
 from workers.errors import ConfigError

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.checkpoint_files import CONFIG, WEIGHTS, headers_of, write_checkpoint, write_weights
+from support.checkpoints.checkpoint_files import CONFIG, WEIGHTS, headers_of, write_checkpoint, write_weights
 
 from cluster.cli.main import main
 from cluster.config.checkpoint_check import check_checkpoint, examine_checkpoint

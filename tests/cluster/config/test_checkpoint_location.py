@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
-from support.layouts import LAYOUTS, write_layout
+from support.checkpoints.layouts import LAYOUTS, write_layout
 
 from cluster.config.checkpoint_check import check_checkpoint
 from cluster.config.checkpoint_location import download_bytes, find_model, resolve_config, resolve_model

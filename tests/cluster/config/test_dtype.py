@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.gguf_files import write_gguf
-from support.tiny import write_tiny_checkpoint
+from support.checkpoints.gguf_files import write_gguf
+from support.checkpoints.tiny import write_tiny_checkpoint
 
 from cluster.config import dtype as dtype_module
 from cluster.config.dtype import NodeCpu, choose_dtype, keeps_more_in_float32, keeps_narrow, stored_dtype, this_machine

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.adapters import write_adapter
+from support.checkpoints.adapters import write_adapter
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config
-from support.tiny import write_tiny_checkpoint
 
 from cluster.adapters import registry as transitions
 from cluster.adapters.registry import EMPTY

@@ -18,7 +18,7 @@ USUAL = Training(rank=16, batch_size=4, max_length=1024)
 
 def test_adapters_have_the_parameters_that_peft_makes():
     peft = pytest.importorskip("peft")
-    from support.tiny import make_tiny_model
+    from support.checkpoints.tiny import make_tiny_model
 
     model = make_tiny_model()
     config = model.config

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from support.gguf_files import LARGE, write_gguf
-from support.gguf_vocabulary import byte_level_metadata
-from support.tiny import make_tiny_model
+from support.checkpoints.gguf_files import LARGE, write_gguf
+from support.checkpoints.tiny import make_tiny_model
+from support.vocabularies.gguf_vocabulary import byte_level_metadata
 
 from cluster.cli.main import main
 from cluster.doctor.model_files import read_model

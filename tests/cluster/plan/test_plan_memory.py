@@ -147,8 +147,8 @@ def test_weights_alone_too_large():
 @pytest.mark.parametrize("size", [1, 2])
 def test_slots_for_adapters_are_as_large_as_those_that_the_engine_makes(size, tmp_path):
     """Of a tiny model, whose tables Triton's form has on the CPU as well; and by hand for a 7B."""
+    from support.checkpoints.tiny import write_tiny_checkpoint
     from support.ranks.rank_threads import run_ranks
-    from support.tiny import write_tiny_checkpoint
 
     from workers.checkpoint.model_config import load_model_config
     from workers.kernels.lora.triton_table import TritonLoraTable

@@ -20,12 +20,12 @@ from typing import Any
 import jsonschema
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from support.adapters import write_adapter
+from support.checkpoints.adapters import write_adapter
+from support.checkpoints.quantized.checkpoints import write_quantized
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.native import native_library
-from support.quantized.checkpoints import write_quantized
 from support.servers.live_replica import TOKEN, TOKENIZER, LiveReplica
 from support.servers.relay import CuttingRelay
-from support.tiny import write_tiny_checkpoint
 
 from cluster.adapters.served import ServedAdapters
 from cluster.api.app import make_app

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoint_files import write_checkpoint
+from support.checkpoints.checkpoint_files import write_checkpoint
 from support.fakes.engines import make_request
 from support.paths import DEMO_MODEL
 

@@ -15,8 +15,8 @@ from mistral_common.protocol.instruct import messages as mistral
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from support.checkpoints.layouts import DEFAULT_SYSTEM, LAYOUTS, write_layout
 from support.fakes.engines import make_request
-from support.layouts import DEFAULT_SYSTEM, LAYOUTS, write_layout
 from transformers import AutoTokenizer
 
 from cluster.cli.options.parser import parse

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from gguf import GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor
-from support.chatml import CHATML, IM_END, IM_START, MODEL_VOCAB_SIZE, V1, write_chatml
-from support.layouts import LAYOUTS, fast_tokenizer
+from support.checkpoints.layouts import LAYOUTS, fast_tokenizer
 from support.paths import DEMO_MODEL
-from support.tokenizers import write_tokenizer
+from support.vocabularies.chatml import CHATML, IM_END, IM_START, MODEL_VOCAB_SIZE, V1, write_chatml
+from support.vocabularies.tokenizers import write_tokenizer
 
 from cluster.text.chat import published
 from cluster.text.chat.jinja_template import JinjaTemplate

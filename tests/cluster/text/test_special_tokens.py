@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.chatml import IM_END, IM_START, MODEL_VOCAB_SIZE, TOOL, chatml_reference, write_chatml
 from support.paths import DEMO_MODEL
+from support.vocabularies.chatml import IM_END, IM_START, MODEL_VOCAB_SIZE, TOOL, chatml_reference, write_chatml
 
 from cluster.text.output.detokenizer import Detokenizer
 from cluster.text.tokenizer import Tokenizer, load_tokenizer, open_tokenizer

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from mistral_common.protocol.fim.request import FIMRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import SentencePieceProcessor
-from support.gguf_files import write_gguf
-from support.gguf_vocabulary import byte_level_metadata
+from support.checkpoints.gguf_files import write_gguf
 from support.paths import DEMO_MODEL
-from support.tekken import write_tekken
-from support.tokenizers import KINDS, NAMED, PLAIN, SPECIAL, reference, write_tokenizer
+from support.vocabularies.gguf_vocabulary import byte_level_metadata
+from support.vocabularies.tekken import write_tekken
+from support.vocabularies.tokenizers import KINDS, NAMED, PLAIN, SPECIAL, reference, write_tokenizer
 from transformers.convert_slow_tokenizer import generate_merges
 
 from cluster.text.end_tokens import tokenizer_end_tokens

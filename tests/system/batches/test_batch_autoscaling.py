@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from psutil import NoSuchProcess, Process
 from support.batch.command import COMMAND, BatchCommand, answers, num_results, ranks_of, wait_until, write_lines
-from support.servers.ray_hosts import RayHosts
-from support.servers.scaling_hosts import num_raylets, scaling_hosts
+from support.hosts.ray_hosts import RayHosts
+from support.hosts.scaling_hosts import num_raylets, scaling_hosts
 from support.servers.system_server import API_KEY, Server
 from support.terminal import TerminalCommand
 

@@ -18,8 +18,8 @@ import psutil
 import pytest
 from support.batch.chaos import DisturbedBatch, Kill, Undisturbed, kill_rank, undisturbed
 from support.batch.command import BatchCommand, answers, ranks_of, wait_until
+from support.hosts.ray_hosts import RayHosts, can_make_namespaces, free_port
 from support.paths import ROOT
-from support.servers.ray_hosts import RayHosts, can_make_namespaces, free_port
 from support.servers.system_server import API_KEY, Server
 
 pytestmark = pytest.mark.chaos

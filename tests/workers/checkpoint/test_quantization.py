@@ -1,7 +1,7 @@
 """quantization_config: what each field says, and one sentence for each kind of checkpoint that does not run."""
 
 import pytest
-from support.quantized.checkpoints import FP8, INT4, INT8, compressed
+from support.checkpoints.quantized.checkpoints import FP8, INT4, INT8, compressed
 
 from workers.checkpoint.quantization import WHAT_RUNS, read_quantization
 from workers.errors import ConfigError

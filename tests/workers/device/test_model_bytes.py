@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config
 from support.native import native_library
-from support.tiny import write_tiny_checkpoint
 
 from workers.attention.sdpa import SdpaBackend
 from workers.config import EngineConfig, ModelConfig

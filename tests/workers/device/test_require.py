@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config
-from support.tiny import write_tiny_checkpoint
 
 from workers.device import require
 from workers.device.probe import CudaDevice, NoGpu, probe

@@ -5,12 +5,12 @@ import random
 import msgspec
 import pytest
 import torch
-from support.adapters import write_adapter, write_with_peft
+from support.checkpoints.adapters import write_adapter, write_with_peft
+from support.checkpoints.tiny import make_tiny_model, write_tiny_checkpoint
 from support.fakes.engines import make_config, make_engine, make_request
 from support.logits import all_logits
 from support.native import native_library
 from support.ranks.rank_threads import run_ranks
-from support.tiny import make_tiny_model, write_tiny_checkpoint
 
 from workers.checkpoint.model_config import load_model_config
 from workers.engine.build import build_runner

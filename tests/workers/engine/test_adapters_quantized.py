@@ -4,13 +4,13 @@ in any company.
 
 import pytest
 import torch
-from support.adapters import write_adapter, write_with_peft
+from support.checkpoints.adapters import write_adapter, write_with_peft
+from support.checkpoints.gguf_files import LARGE, dequantized_model, write_gguf
+from support.checkpoints.quantized.checkpoints import write_quantized
+from support.checkpoints.tiny import make_tiny_model
 from support.fakes.engines import make_engine, make_request
-from support.gguf_files import LARGE, dequantized_model, write_gguf
 from support.logits import all_logits
 from support.native import native_library
-from support.quantized.checkpoints import write_quantized
-from support.tiny import make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from workers.checkpoint.model_config import load_model_config

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints.quantized.checkpoints import KINDS, write_quantized
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config, make_engine, make_request
 from support.native import native_library
 from support.paths import DEMO_MODEL
-from support.quantized.checkpoints import KINDS, write_quantized
 from support.ranks.rank_threads import run_ranks
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore

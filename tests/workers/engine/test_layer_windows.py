@@ -1,9 +1,9 @@
 """An engine whose layers have different windows: what it holds, what it tells, and that ranks agree. Its bits: test_batch_invariance.py."""
 
 import pytest
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config, make_engine, make_request
 from support.ranks.tp_ranks import generate_on_ranks
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine.llm_engine import stream_requests
 

@@ -3,8 +3,8 @@
 import random
 
 import pytest
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_engine, make_request
-from support.tiny import write_tiny_checkpoint
 
 from workers.errors import RequestError
 from workers.kv_cache.block_pool import NULL_BLOCK

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config, make_engine
 from support.paths import DEMO_MODEL
 from support.ranks.rank_threads import run_ranks
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_engine
 from support.paths import DEMO_MODEL
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine.core import EngineCore
 from workers.engine.llm_engine import LLMEngine, run_requests

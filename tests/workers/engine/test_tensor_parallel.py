@@ -4,9 +4,9 @@ import random
 
 import pytest
 from msgspec.structs import replace
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config, make_engine, make_request
 from support.ranks.tp_ranks import generate_on_ranks
-from support.tiny import write_tiny_checkpoint
 
 WINDOW = 16
 

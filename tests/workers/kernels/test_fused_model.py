@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support.tiny import write_tiny_checkpoint
+from support.checkpoints.tiny import write_tiny_checkpoint
 
 from workers.attention.backend import AttentionMetadata
 from workers.attention.sdpa import SdpaBackend

@@ -5,8 +5,8 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_engine, make_request
-from support.tiny import write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.adapters import write_adapter, write_folder, write_with_peft
-from support.tiny import make_tiny_model, write_tiny_checkpoint
+from support.checkpoints.adapters import write_adapter, write_folder, write_with_peft
+from support.checkpoints.tiny import make_tiny_model, write_tiny_checkpoint
 
 from workers.checkpoint.model_config import load_model_config
 from workers.errors import CheckpointError

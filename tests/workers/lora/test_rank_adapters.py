@@ -3,8 +3,8 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.adapters import write_adapter
-from support.tiny import write_tiny_checkpoint
+from support.checkpoints.adapters import write_adapter
+from support.checkpoints.tiny import write_tiny_checkpoint
 
 from workers.checkpoint.model_config import load_model_config
 from workers.errors import CheckpointError

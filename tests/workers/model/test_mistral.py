@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from support.checkpoints.tiny import make_tiny_model, write_tiny_checkpoint
 from support.ranks.rank_threads import run_ranks
-from support.tiny import make_tiny_model, write_tiny_checkpoint
 from transformers import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm, MistralRotaryEmbedding, apply_rotary_pos_emb
 

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_engine, make_request
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine.llm_engine import stream_requests
 from workers.profile.engine_targets import VERBS, lead_targets

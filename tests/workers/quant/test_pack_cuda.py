@@ -3,8 +3,8 @@
 import pytest
 import torch
 from support import triton_interpreter
+from support.checkpoints.quantized.checkpoints import KINDS, write_quantized
 from support.packed_weights import FORMS, Form, randn, stored
-from support.quantized.checkpoints import KINDS, write_quantized
 
 from workers.checkpoint.model_config import load_model_config
 from workers.quant.dense import DENSE

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from support.tiny import write_tiny_checkpoint
+from support.checkpoints.tiny import write_tiny_checkpoint
 
 from workers.checkpoint.model_config import load_model_config
 from workers.config import EngineConfig

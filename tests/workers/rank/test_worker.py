@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config, make_engine, make_request
-from support.tiny import write_tiny_checkpoint
 
 import workers.parallel.join
 import workers.rank.server

@@ -4,10 +4,10 @@ import asyncio
 
 import msgspec
 import pytest
-from support.adapters import write_adapter
+from support.checkpoints.adapters import write_adapter
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config, make_engine, make_request
 from support.ranks.worker_ranks import TOKEN, RankProcesses
-from support.tiny import write_tiny_checkpoint
 
 from cluster.replicas.client import ReplicaClient
 from workers.checkpoint.model_config import load_model_config

@@ -9,9 +9,9 @@ import time
 
 import msgspec
 import pytest
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config, make_request
 from support.ranks.worker_ranks import TOKEN, RankProcesses
-from support.tiny import write_tiny_checkpoint
 
 from workers.protocol import (
     SILENCE_IS_DEATH_S,

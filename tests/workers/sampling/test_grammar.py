@@ -12,11 +12,11 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher
 from sentencepiece import SentencePieceProcessor
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.clients.random_schemas import random_schema
 from support.fakes import engines
 from support.fakes.engines import make_engine
 from support.paths import DEMO_MODEL
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine.llm_engine import run_requests
 from workers.errors import RequestError

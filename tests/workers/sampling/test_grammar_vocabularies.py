@@ -8,12 +8,12 @@ from typing import Any
 import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from support.checkpoints.gguf_files import write_gguf
+from support.checkpoints.tiny import make_tiny_model, write_tiny_checkpoint
 from support.fakes.engines import make_engine
-from support.gguf_files import write_gguf
-from support.gguf_vocabulary import byte_level_metadata
-from support.tekken import write_tekken
-from support.tiny import make_tiny_model, write_tiny_checkpoint
-from support.tokenizers import SPECIAL, write_tokenizer
+from support.vocabularies.gguf_vocabulary import byte_level_metadata
+from support.vocabularies.tekken import write_tekken
+from support.vocabularies.tokenizers import SPECIAL, write_tokenizer
 
 from workers.protocol import FinishReason, GenerateRequest, SamplingParams, TokenDelta
 from workers.sampling.vocabulary import load_grammar_tokenizer

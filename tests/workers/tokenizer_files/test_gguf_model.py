@@ -11,7 +11,7 @@ import mistral_common
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.gguf_vocabulary import PLAIN, SPECIAL, byte_level_metadata, sentencepiece_metadata
+from support.vocabularies.gguf_vocabulary import PLAIN, SPECIAL, byte_level_metadata, sentencepiece_metadata
 
 from cluster.text.tokenizer import Tokenizer
 from cluster.text.tokenizer_settings import TokenizerSettings

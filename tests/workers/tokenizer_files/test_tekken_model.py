@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tekken import write_tekken
+from support.vocabularies.tekken import write_tekken
 from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from workers.errors import ConfigError, RequestError

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tokenizers import KINDS, NAMED, PLAIN, SPECIAL, reference, trained
+from support.vocabularies.tokenizers import KINDS, NAMED, PLAIN, SPECIAL, reference, trained
 from tokenizers import Tokenizer
 
 from workers.errors import ConfigError, RequestError

@@ -4,9 +4,9 @@ import dataclasses
 
 import msgspec
 import pytest
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config
 from support.servers.trace_collector import Span, TraceCollector
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore

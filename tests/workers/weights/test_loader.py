@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints.tiny import make_tiny_model, write_tiny_checkpoint
 from support.ranks.rank_threads import run_ranks
-from support.tiny import make_tiny_model, write_tiny_checkpoint
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from workers.checkpoint.model_config import load_model_config

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from support.checkpoints.gguf_files import write_gguf
 from support.fakes.replica import FakeReplica, tokens
-from support.gguf_files import write_gguf
-from support.gguf_vocabulary import byte_level_metadata
-from support.tekken import write_tekken
-from support.tokenizers import write_tokenizer
+from support.vocabularies.gguf_vocabulary import byte_level_metadata
+from support.vocabularies.tekken import write_tekken
+from support.vocabularies.tokenizers import write_tokenizer
 
 from cluster.api.app import make_app
 from cluster.router.router import Router

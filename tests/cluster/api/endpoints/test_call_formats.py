@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from support.chatml import MODEL_VOCAB_SIZE, write_chatml
 from support.fakes.replica import FakeReplica, tokens
-from support.tekken import write_tekken
+from support.vocabularies.chatml import MODEL_VOCAB_SIZE, write_chatml
+from support.vocabularies.tekken import write_tekken
 
 from cluster.api.app import make_app
 from cluster.router.router import Router

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from support.fakes.replica import FakeReplica, tokens
-from support.tekken import write_tekken
+from support.vocabularies.tekken import write_tekken
 
 from cluster.api.app import make_app
 from cluster.router.router import Router

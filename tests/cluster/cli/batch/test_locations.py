@@ -13,7 +13,7 @@ import time
 
 import fsspec
 import pytest
-from support.servers.ray_hosts import free_port
+from support.hosts.ray_hosts import free_port
 
 from cluster.cli.batch.locations import (
     LocationError,

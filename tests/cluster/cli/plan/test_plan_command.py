@@ -5,8 +5,8 @@ import socket
 
 import pytest
 import yaml
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.cloud.sky_reading import commands_in, opening_comment, read_with_sky
-from support.tiny import write_tiny_checkpoint
 
 from cluster.cli.main import main
 from cluster.plan.gpus import GPUS

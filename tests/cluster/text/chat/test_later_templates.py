@@ -14,7 +14,7 @@ from mistral_common.protocol.instruct.chunk import TextChunk
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from support.tekken import write_tekken
+from support.vocabularies.tekken import write_tekken
 
 from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.chat.template import Message

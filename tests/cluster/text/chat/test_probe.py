@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.chatml import CHATML, MODEL_VOCAB_SIZE, write_chatml
 from support.paths import DEMO_MODEL
+from support.vocabularies.chatml import CHATML, MODEL_VOCAB_SIZE, write_chatml
 
 from cluster.text.chat.jinja_environment import compile_template
 from cluster.text.chat.jinja_template import JinjaTemplate

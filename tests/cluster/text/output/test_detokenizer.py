@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from sentencepiece import SentencePieceProcessor
 from support.paths import DEMO_MODEL
-from support.tekken import write_tekken
-from support.tokenizers import reference, write_tokenizer
+from support.vocabularies.tekken import write_tekken
+from support.vocabularies.tokenizers import reference, write_tokenizer
 
 from cluster.text.output.detokenizer import Detokenizer
 from cluster.text.tokenizer import Tokenizer, load_tokenizer, open_tokenizer

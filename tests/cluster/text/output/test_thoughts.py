@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.tekken import write_tekken
+from support.vocabularies.tekken import write_tekken
 
 from cluster.text.output.output_text import OutputText
 from cluster.text.output.thoughts import think_token_ids

@@ -7,7 +7,7 @@ import random
 import jsonschema
 import llguidance
 import pytest
-from support.tekken import write_tekken
+from support.vocabularies.tekken import write_tekken
 
 from cluster.text.grammar.compiler import GrammarCompiler, StructuredOutput, random_token
 from cluster.text.output.output_text import OutputText

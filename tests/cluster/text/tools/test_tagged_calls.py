@@ -9,7 +9,7 @@ from typing import Any
 import jsonschema
 import llguidance
 import pytest
-from support.chatml import MODEL_VOCAB_SIZE, chatml_reference, write_chatml
+from support.vocabularies.chatml import MODEL_VOCAB_SIZE, chatml_reference, write_chatml
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cluster.text.chat.jinja_template import JinjaTemplate

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from support.gguf_files import write_gguf
-from support.tiny import make_tiny_model
+from support.checkpoints.gguf_files import write_gguf
+from support.checkpoints.tiny import make_tiny_model
 
 from workers.checkpoint.model_config import load_model_config
 from workers.errors import ConfigError

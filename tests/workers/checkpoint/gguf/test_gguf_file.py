@@ -5,7 +5,7 @@ import struct
 import gguf
 import numpy as np
 import pytest
-from support.gguf_files import write_gguf
+from support.checkpoints.gguf_files import write_gguf
 
 from workers.checkpoint.gguf.gguf_config import read_parts
 from workers.checkpoint.gguf.gguf_file import find_gguf, first_part, gguf_files, model_name, part_names, read_gguf

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.checkpoints.tiny import make_tiny_model, write_tiny_checkpoint
 from support.fakes.engines import make_engine, make_request
 from support.logits import all_logits
-from support.tiny import make_tiny_model, write_tiny_checkpoint
 from transformers import MistralForCausalLM
 
 WINDOW = 16

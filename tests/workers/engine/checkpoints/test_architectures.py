@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints.tiny import TINY, write_tiny_checkpoint
 from support.fakes.engines import make_config
 from support.logits import all_logits
 from support.ranks.rank_threads import run_ranks
-from support.tiny import TINY, write_tiny_checkpoint
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

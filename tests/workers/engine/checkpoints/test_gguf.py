@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.checkpoints.gguf_files import LARGE, QUANTIZABLE, RANDOM_BLOCKS, dequantized_model, write_gguf
+from support.checkpoints.tiny import TINY, make_tiny_model
 from support.fakes.engines import make_config, make_engine, make_request
-from support.gguf_files import LARGE, QUANTIZABLE, RANDOM_BLOCKS, dequantized_model, write_gguf
 from support.ranks.rank_threads import run_ranks
-from support.tiny import TINY, make_tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from workers.checkpoint.gguf.gguf_types import GROUPED_TYPES

@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints.quantized import packers
+from support.checkpoints.quantized.checkpoints import FP8, INT4, INT8, KINDS, WIDE, Kind, compressed, write_quantized
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config
 from support.native import native_library
-from support.quantized import packers
-from support.quantized.checkpoints import FP8, INT4, INT8, KINDS, WIDE, Kind, compressed, write_quantized
 from support.ranks.rank_threads import run_ranks
-from support.tiny import write_tiny_checkpoint
 
 from workers.attention.backend import AttentionMetadata
 from workers.device.model_bytes import weight_bytes

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config
 from support.native import native_library
 from support.ranks.rank_threads import run_ranks
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine import build
 from workers.engine.build import build_runner

@@ -6,9 +6,9 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config, make_engine, make_request
 from support.paths import DEMO_MODEL
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.checkpoints.tiny import make_tiny_model, write_tiny_checkpoint
 from support.fakes.engines import make_config, make_engine, make_request
 from support.ranks.rank_threads import run_ranks
-from support.tiny import make_tiny_model, write_tiny_checkpoint
 
 from workers.engine.build import build_runner
 from workers.engine.core import EngineCore

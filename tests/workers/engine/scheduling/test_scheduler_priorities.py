@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_engine, make_request
 from support.scheduling import add, make_scheduler, play, run_step
-from support.tiny import write_tiny_checkpoint
 
 from workers.engine.scheduling.scheduler import FOREGROUND_IS_NEAR_STEPS
 from workers.kv_cache.block_pool import NULL_BLOCK

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from support.gguf_files import QUANTIZABLE, RANDOM_BLOCKS, encode
+from support.checkpoints.gguf_files import QUANTIZABLE, RANDOM_BLOCKS, encode
 
 from workers.checkpoint.gguf.gguf_types import EXPANDED_TYPES, FLOAT_TYPES, GROUPED_TYPES, is_supported
 from workers.quant.quantized import QuantizedTensor

@@ -6,8 +6,8 @@ import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from support.gguf_files import LARGE, dequantized_model, read_reference, write_gguf
-from support.tiny import make_tiny_model
+from support.checkpoints.gguf_files import LARGE, dequantized_model, read_reference, write_gguf
+from support.checkpoints.tiny import make_tiny_model
 
 from workers.checkpoint.model_config import load_model_config
 from workers.errors import CheckpointError

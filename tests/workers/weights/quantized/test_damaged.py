@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints.quantized.checkpoints import write_quantized
 from support.fakes.engines import make_config
-from support.quantized.checkpoints import write_quantized
 
 from workers.checkpoint.model_config import load_model_config
 from workers.errors import CheckpointError, ConfigError

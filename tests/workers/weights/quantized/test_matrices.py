@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.quantized.checkpoints import KINDS, write_quantized
+from support.checkpoints.quantized.checkpoints import KINDS, write_quantized
 
 from workers.checkpoint.model_config import load_model_config
 from workers.quant.quantized import Float8Tensor, QuantizedTensor, dense_values

@@ -4,10 +4,10 @@ import logging
 
 import pytest
 import torch
+from support.checkpoints.quantized.checkpoints import write_quantized
+from support.checkpoints.tiny import TINY, write_tiny_checkpoint
 from support.fakes.engines import make_config, make_request
-from support.quantized.checkpoints import write_quantized
 from support.ranks.rank_threads import run_ranks
-from support.tiny import TINY, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig, Ministral3Config
 
 from workers.config import EngineConfig

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.checkpoints.tiny import write_tiny_checkpoint
 from support.fakes.engines import make_config, make_request
 from support.ranks.rank_threads import run_ranks
-from support.tiny import write_tiny_checkpoint
 
 from workers.attention.sdpa import SdpaBackend
 from workers.engine.batch import STOP, capture_message, dummy_batch, is_stop, size_to_capture

@@ -19,9 +19,9 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from support.checkpoint_files import CONFIG, WEIGHTS, headers_of, write_weights
-from support.tekken import NUM_PIECES, NUM_SPECIAL, write_tekken
-from support.tokenizers import trained
+from support.checkpoints.checkpoint_files import CONFIG, WEIGHTS, headers_of, write_weights
+from support.vocabularies.tekken import NUM_PIECES, NUM_SPECIAL, write_tekken
+from support.vocabularies.tokenizers import trained
 
 DATA = Path(mistral_common.__file__).parent / "data"
 SENTENCEPIECE = {

@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_SIZES
 
-from support.tiny import make_tiny_model
+from support.checkpoints.tiny import make_tiny_model
 
 # The types of which the package has a `quantize`.
 QUANTIZABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ1_0", "TQ2_0")

@@ -5,7 +5,7 @@ import subprocess
 import threading
 import time
 
-from support.servers.ray_hosts import RayHosts
+from support.hosts.ray_hosts import RayHosts
 from support.servers.system_server import API_KEY, Server
 
 

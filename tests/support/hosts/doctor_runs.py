@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from support.servers.ray_hosts import BIN, RayHosts, free_port
+from support.hosts.ray_hosts import BIN, RayHosts, free_port
 
 TIMEOUT_S = 150.0
 

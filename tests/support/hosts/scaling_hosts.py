@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from support.servers.ray_hosts import RayHosts, free_port
+from support.hosts.ray_hosts import RayHosts, free_port
 
 FAKE_HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 NODE_TYPE = "ray.worker.cpu"

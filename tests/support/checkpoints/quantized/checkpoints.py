@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from support.quantized import packers
-from support.tiny import make_tiny_model
+from support.checkpoints.quantized import packers
+from support.checkpoints.tiny import make_tiny_model
 
 # Wide enough for groups of 32 on two ranks.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
