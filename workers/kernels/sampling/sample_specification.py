@@ -22,6 +22,9 @@ MAX_VOCAB_SIZE = 2**18
 # In a count: the prompt has the token. The bits below count it in the output.
 IN_PROMPT = 1 << 30
 
+# As many tokens are looked for, however few are asked for. More than anybody may ask for.
+NUM_MOST_LIKELY = 128
+
 # exp(x) = 2**n * exp(r), r = x - n * ln 2 in two steps, and exp(r) = 1 + r + r**2 * polynomial(r): `expf` of Cephes, S. Moshier 1989.
 LOG2_E = 1.44269504088896341
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
@@ -164,16 +167,29 @@ def find_logprobs(
 
     logits: [n, vocab_size] float32; token_ids: [n] int64; rows: [m] int64, the rows that are wanted, None for all. Returns values
     [m, 1 + k] float32, the token's and the most likely ones', the largest first, and ids [m, 2 + k] int32: the token, its rank, 1 for the
-    most likely one, and the most likely ones.
+    most likely one, and the most likely ones. Tokens are ordered by logit, equal ones by id.
     """
     if rows is not None:
         logits, token_ids = logits.index_select(0, rows), token_ids.index_select(0, rows)
     token_ids = token_ids[:, None]
     ranks = (logits > logits.gather(1, token_ids)).sum(dim=-1, keepdim=True) + 1
     logprobs = logits.log_softmax(dim=-1)
-    top_logprobs, top_ids = logprobs.topk(min(max_top, logits.shape[-1]), dim=-1)
-    values = torch.cat((logprobs.gather(1, token_ids), top_logprobs), dim=1)
+    top_ids = most_likely(logits, min(max_top, logits.shape[-1]))
+    values = logprobs.gather(1, torch.cat((token_ids, top_ids), dim=1))
     return values, torch.cat((token_ids, ranks, top_ids), dim=1).to(torch.int32)
+
+
+def most_likely(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids [n, k] of the largest logits [n, vocab_size], equal ones by id. Logits in bfloat16 are often equal.
+
+    `topk` takes any of equal ones, and which ones depends on how many are asked for: on what other rows need.
+    """
+    if k == 0:
+        return torch.empty((len(logits), 0), dtype=torch.int64, device=logits.device)
+    values, ids = logits.topk(min(max(k, NUM_MOST_LIKELY), logits.shape[-1]), dim=-1)
+    ids, by_id = ids.sort(dim=-1)
+    by_value = values.gather(1, by_id).argsort(dim=-1, descending=True, stable=True)
+    return ids.gather(1, by_value[:, :k])
 
 
 def token_weights(logits: torch.Tensor, best: torch.Tensor, *, inverse_temperature: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,15 @@ def test_equal_logits_come_in_the_order_of_their_ids():
     assert values[0, 0] == values[0, 2] == values[0, 4]
 
 
+def test_which_tokens_are_the_most_likely_does_not_depend_on_how_many_are_asked_for():
+    """Another row may ask for more. Logits in bfloat16 are often equal."""
+    logits = torch.randn(8, 700, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    expected = logits.argsort(dim=-1, descending=True, stable=True)
+    for max_top in (1, 3, 5, 20, 100):
+        _, ids = specification.find_logprobs(logits, torch.zeros(8, dtype=torch.int64), max_top=max_top)
+        assert torch.equal(ids[:, 2:], expected[:, :max_top].to(torch.int32)), max_top
+
+
 def test_a_row_does_not_depend_on_others():
     logits, token_ids = torch.randn(6, 150, generator=torch.Generator().manual_seed(0)), torch.arange(6)
     together = kernel.find_logprobs(logits, token_ids, max_top=3)
