@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, Self
 
@@ -35,6 +35,8 @@ STATS_INTERVAL_S = 2.0
 LOST_AFTER_S = 1.0  # for a broken connection that does not come back
 HANG_IS_DEATH_S = 10.0  # not ready for so long after it was: the ranks live but do not work
 READY_TIMEOUT_S = 60.0
+MADE_WITHIN_S = 120.0  # Ray gives a process 60 s to report, and then starts another
+QUIET_S = 15.0  # so long a rank that starts may be silent before anybody is told
 
 
 class RayReplica:
@@ -112,24 +114,30 @@ class RayReplica:
         ranks = [self._rank_record(rank, nodes[rank], ips[rank]) for rank in sorted(nodes)]
         self._note(state=ReplicaState.STARTING, phase="joining", reason=None, ranks=tuple(ranks))
 
+        # Calls wait for their actor.
+        await self._signs_of_life(within_s=MADE_WITHIN_S)
+        await self._watched(self._start_ranks(nodes, ips, token))
+
+    async def _start_ranks(self, nodes: Mapping[int, str], ips: Mapping[int, str], token: str) -> None:
+        """From ranks that are there to a replica that is ready. nodes: of each rank, ips: their addresses."""
         several_hosts = len(set(nodes.values())) > 1
         meeting: Rendezvous = await self._gang.call(0, "address", ips[0] if several_hosts else "127.0.0.1")
         await self._gang.call_all("join", meeting, same_host=not several_hosts)
 
         descriptions: list[RankDescription] = await self._gang.call_all("describe")
-        ranks = [replace(r, pid=d.pid) for r, d in zip(ranks, descriptions, strict=True)]
+        ranks = [replace(r, pid=d.pid) for r, d in zip(self._record.ranks, descriptions, strict=True)]
         self._note(phase="loading", ranks=tuple(ranks))
-        await self._watched("load")
+        await self._gang.call_all("load")
         # Most of them now, while nothing waits for this replica, and below those that came in the meantime.
         await self._adapters_are_here()
 
         self._note(phase="starting")
-        started: Started = (await self._watched("start", "127.0.0.1" if self._single_host else ips[0]))[0]
+        started: Started = (await self._gang.call_all("start", "127.0.0.1" if self._single_host else ips[0]))[0]
         self._note(address=(started.host, started.port), token=token, facts=started.facts)
         await self._connect()
         await self._until_ready()
         await self._adapters_are_here()
-        self._note(state=ReplicaState.READY, phase=None)
+        self._note(state=ReplicaState.READY, phase=None, reason=None)
 
     async def adopt(self, descriptions: Sequence[RankDescription]) -> Self:
         """Takes over running ranks, given their own descriptions in rank order. Raises ReplicaUnavailableError."""
@@ -231,35 +239,52 @@ class RayReplica:
             self._client.condemn(self._death)
         self._on_change()
 
-    async def _watched(self, method: str, *arguments: Any) -> list[Any]:
-        """`call_all`, while the ranks say how far they are. Raises ReplicaUnavailableError if one of them no longer does.
+    async def _watched(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does it while the ranks say how far they are. Raises ReplicaUnavailableError if one of them no longer does.
 
         A rank that is alone in its replica has no other one that notices that it is frozen.
         """
-        work = asyncio.create_task(self._gang.call_all(method, *arguments))
+        doing = asyncio.create_task(work)
         watch = asyncio.create_task(self._watch_progress())
         try:
-            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-            return await (work if work.done() else watch)
+            await asyncio.wait((doing, watch), return_when=asyncio.FIRST_COMPLETED)
+            await (doing if doing.done() else watch)
         finally:
-            work.cancel()
+            doing.cancel()
             watch.cancel()
-            await asyncio.gather(work, watch, return_exceptions=True)
+            await asyncio.gather(doing, watch, return_exceptions=True)
 
     async def _watch_progress(self) -> NoReturn:
         while True:
             await asyncio.sleep(POLL_INTERVAL_S)
-            try:
-                async with asyncio.timeout(LOADING_SILENCE_S):
-                    parts: list[LoadProgress] = await self._gang.call_all("progress")
-            except TimeoutError:
-                raise ReplicaUnavailableError(
-                    f"A rank of replica {self.replica_id} has given no sign of life for {LOADING_SILENCE_S:g} s while it starts."
-                ) from None
-            except (RayError, TramontaneError):  # what the ranks work on reports it
-                continue
-            if self._record.phase == "loading":
+            parts = await self._signs_of_life(within_s=LOADING_SILENCE_S)
+            if self._record.phase == "loading" and parts is not None:
                 self._note(progress=(sum(p.num_bytes_read for p in parts), sum(p.num_bytes_total for p in parts)))
+
+    async def _signs_of_life(self, *, within_s: float) -> list[LoadProgress] | None:
+        """How far each rank is; None if one has ended, which what the ranks work on reports. Raises ReplicaUnavailableError naming those
+        that do not say it.
+        """
+        size = self._config.tensor_parallel_size
+        calls = [asyncio.create_task(self._gang.call(rank, "progress")) for rank in range(size)]
+        quiet_s = min(QUIET_S, within_s)
+        try:
+            _, silent = await asyncio.wait(calls, timeout=quiet_s)
+            if silent:
+                self._note(reason=f"{self._silence(calls, quiet_s)} It is replaced after {within_s:g} s.")
+                _, silent = await asyncio.wait(calls, timeout=within_s - quiet_s)
+                if silent:
+                    raise ReplicaUnavailableError(self._silence(calls, within_s))
+                self._note(reason=None)
+        finally:
+            for call in calls:
+                call.cancel()
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+        return None if any(isinstance(a, RayError | TramontaneError) for a in answers) else answers
+
+    def _silence(self, calls: Sequence[asyncio.Task[LoadProgress]], silence_s: float) -> str:
+        ranks = ", ".join(str(rank) for rank, call in enumerate(calls) if not call.done())
+        return f"Replica {self.replica_id} starts, and rank {ranks} has given no sign of life for {silence_s:g} s."
 
     async def _poll_stats(self) -> None:
         while True:

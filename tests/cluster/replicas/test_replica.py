@@ -45,8 +45,8 @@ class FakeClient:
 
 
 class FakeGang:
-    """Plays all ranks. `fails`: method -> what it raises. `frozen`: methods that a rank never answers. `closed`: (placement group, whether
-    the ranks were to be closed in order).
+    """Plays all ranks. `fails`: method -> what it raises. `frozen`: methods that the last rank does not answer before `thaw`. `closed`:
+    (placement group, whether the ranks were to be closed in order).
     """
 
     def __init__(self, replica_id: str, name: str, *, on_end: Any) -> None:
@@ -56,6 +56,8 @@ class FakeGang:
         self.called: list[str] = []
         self.fails: dict[str, Exception] = {}
         self.frozen: set[str] = set()
+        self.freezes: list[str] = []  # calls in which the last rank freezes: it answers nothing any more
+        self._thawed = asyncio.Event()
         self.closed: list[tuple[object, bool]] = []
         self.answers: dict[str, list[object]] = {}
 
@@ -68,7 +70,17 @@ class FakeGang:
     def find(self, size: int) -> None:
         self.called.append("find")
 
+    def thaw(self) -> None:
+        self.frozen.clear()
+        self._thawed.set()
+
     async def call(self, rank: int, method: str, *arguments: object) -> Any:
+        if method in self.freezes:
+            self.frozen.add("progress")
+        if method in self.frozen and rank == SIZE - 1 - (method == "address"):
+            await self._thawed.wait()
+        if method == "progress":
+            return self._answer(method, rank)
         assert (rank, method) == (0, "address")
         return Rendezvous(host=str(arguments[0]), port=1, lifeline_port=2)
 
@@ -77,8 +89,10 @@ class FakeGang:
             self.called.append(method)
         if method in self.fails:
             raise self.fails[method]
+        if method in self.freezes:
+            self.frozen.add("progress")
         if method in self.frozen:
-            await asyncio.Event().wait()
+            await self._thawed.wait()
         return [self._answer(method, rank) for rank in range(SIZE)]
 
     def _answer(self, method: str, rank: int) -> object:
@@ -119,6 +133,7 @@ class Stage:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.states: list[str] = []
+        self.reasons: list[str] = []
         monkeypatch.setattr(replica_module, "RankGang", self._make_gang)
         monkeypatch.setattr(replica_module, "ReplicaClient", self._make_client)
         monkeypatch.setattr(replica_module, "place", self._place)
@@ -148,6 +163,8 @@ class Stage:
 
     def _note(self) -> None:
         record = self.replica.record()
+        if record.reason is not None:
+            self.reasons.append(record.reason)
         state = record.phase or record.state.value
         if self.states[-1:] != [state]:
             self.states.append(state)
@@ -292,14 +309,31 @@ async def test_a_rank_that_freezes_while_it_is_adopted_is_not_waited_for(stage, 
     await stage.replica.close(None)
 
 
-@pytest.mark.parametrize("phase", ["load", "start"])
-async def test_a_rank_that_freezes_while_it_starts_is_not_waited_for(stage, monkeypatch, phase):
+@pytest.mark.parametrize("step", ["made", "address", "join", "describe", "load", "start"])
+async def test_a_rank_that_freezes_while_it_starts_is_named_and_not_waited_for(stage, monkeypatch, step):
     """Alone in its replica, it has no other rank that would notice."""
-    monkeypatch.setattr(replica_module, "LOADING_SILENCE_S", 0.01)
-    monkeypatch.setattr(replica_module, "POLL_INTERVAL_S", 0.0)
-    stage.gang.frozen |= {phase, "progress"}
-    with pytest.raises(ReplicaUnavailableError, match="no sign of life"):
+    bounds = {"LOADING_SILENCE_S": 0.02, "MADE_WITHIN_S": 0.02, "QUIET_S": 0.01, "POLL_INTERVAL_S": 0.0}
+    for name, value in bounds.items():
+        monkeypatch.setattr(replica_module, name, value)
+    stage.gang.frozen.add(step)
+    stage.gang.frozen.add("progress") if step == "made" else stage.gang.freezes.append(step)
+    silence = "Replica r0 starts, and rank 1 has given no sign of life for"
+    with pytest.raises(ReplicaUnavailableError, match=silence):
         await stage.replica.start()
+    assert any(silence in reason for reason in stage.reasons), "it is also said before"
+    assert stage.gang.called[-1:] == {"made": ["create"], "address": ["create"]}.get(step, [step])
+    await stage.replica.close(None)
+
+
+async def test_what_was_said_of_a_silent_rank_is_taken_back(stage, monkeypatch):
+    monkeypatch.setattr(replica_module, "QUIET_S", 0.01)
+    stage.gang.frozen.add("progress")
+    start = asyncio.create_task(stage.replica.start())
+    while not any("sign of life" in reason for reason in stage.reasons):
+        await asyncio.sleep(0.001)
+    stage.gang.thaw()
+    await start
+    assert (stage.replica.record().state, stage.replica.record().reason) == (ReplicaState.READY, None)
     await stage.replica.close(None)
 
 
