@@ -6,8 +6,8 @@
 
 A line of the data: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. The conversation is written
 with the chat template that `tramontane serve` would use for MODEL, such as [INST] for Mistral's, and only the answers count for the loss.
-Every --save-every steps a checkpoint goes to the output folder; the same command goes on from there after any interruption, on the same
-data in the same order.
+Every --save-every steps, and when Ctrl-C or SIGTERM ends it, a checkpoint goes to the output folder. The same command goes on from the
+last one, on the same data in the same order.
 
 `tramontane plan MODEL --finetune` says what fits on which GPU. --quantize keeps the base in the form of `tramontane serve --quantization`,
 so that the adapter learns beside the very weights that will serve it; gradients pass through them (as in QLoRA: Dettmers et al., 2023).
@@ -16,6 +16,7 @@ so that the adapter learns beside the very weights that will serve it; gradients
 import argparse
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from cluster.text.chat.template import Message
 from cluster.text.load import load_text
@@ -103,7 +104,7 @@ def load_model(args: argparse.Namespace, dtype: torch.dtype) -> Any:
     return get_peft_model(base, config)
 
 
-def last_checkpoint(args: argparse.Namespace) -> str | None:
+def last_checkpoint(args: argparse.Namespace) -> Path | None:
     """The newest whole one: trainer_state.json is written last. Raises SystemExit if it was made with other options."""
     settings = {name: getattr(args, name) for name in ("rank", "alpha", "quantize", "seed", "batch_size")}
     kept = args.output / "settings.json"
@@ -116,9 +117,11 @@ def last_checkpoint(args: argparse.Namespace) -> str | None:
     if changed := [name for name, value in settings.items() if before[name] != value]:
         what = f"{args.output} has a training with --{changed[0].replace('_', '-')} {before[changed[0]]}."
         raise SystemExit(f"{what} Give the same options to go on with it, or another --output.")
-    step, found = max((int(folder.name.rpartition("-")[2]), folder) for folder in whole)
-    print(f"Going on from step {step}.")
-    return str(found)
+    return max(whole, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 class Bar(ProgressCallback):
@@ -129,7 +132,33 @@ class Bar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
+class Interrupts(TrainerCallback):
+    """Ctrl-C, or SIGTERM as from a cloud that takes the node back: the step that runs ends, and a checkpoint is written."""
+
+    def __init__(self) -> None:
+        self.found = False
+        signal.signal(signal.SIGINT, self.note)
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.found = True
+        signal.signal(number, signal.SIG_DFL)
+        print("\nStopping after this step. Again: at once, without a checkpoint.", flush=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save |= self.found
+        control.should_training_stop |= self.found
+
+
 def train(args: argparse.Namespace) -> None:
+    checkpoint = last_checkpoint(args)
+    if checkpoint is not None and step_of(checkpoint) >= args.steps:
+        for path in checkpoint.glob("adapter_*"):
+            shutil.copy(path, args.output)
+        print(f"{args.output} has its {step_of(checkpoint)} steps already. For more, give a larger --steps.")
+        return
+    if checkpoint is not None:
+        print(f"Going on from step {step_of(checkpoint)}.")
     on_gpu = torch.cuda.is_available()
     precision = ("bfloat16" if on_gpu else "float32") if args.precision == "auto" else args.precision
     model = load_model(args, getattr(torch, precision))
@@ -145,9 +174,12 @@ def train(args: argparse.Namespace) -> None:
     logging = {"logging_steps": 1, "logging_nan_inf_filter": False, "report_to": "none"}
     options: dict[str, Any] = learning | schedule | batches | memory | device | saving | logging
     settings = TrainingArguments(max_steps=args.steps, seed=args.seed, **options)
-    trainer = Trainer(model, settings, data_collator=collate, train_dataset=examples, callbacks=[Bar])
-    trainer.remove_callback(ProgressCallback)  # Bar stands in for it
-    trainer.train(resume_from_checkpoint=last_checkpoint(args))
+    trainer = Trainer(model, settings, data_collator=collate, train_dataset=examples, callbacks=[Interrupts()])
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Bar)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.state.global_step < args.steps:
+        raise SystemExit(f"Stopped at step {trainer.state.global_step}. The same command goes on from there.")
     trainer.save_model(str(args.output))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     plot(losses, args.output / "loss.png")

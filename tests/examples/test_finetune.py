@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import signal
 import sys
 
 import pytest
@@ -71,6 +72,38 @@ def test_it_learns_and_goes_on_where_it_stopped(data, tmp_path, monkeypatch, cap
     assert losses_of(parts) == pytest.approx(losses, rel=1e-4)
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (parts, whole))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(data, tmp_path, monkeypatch, capsys):
+    out, arguments = tmp_path / "out", ("--steps", "5", *OPTIONS)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    class CtrlC(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    def train(self, **options):
+        self.add_callback(CtrlC)
+        return train_whole(self, **options)
+
+    train_whole = transformers.Trainer.train
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(transformers.Trainer, "train", train)
+            with pytest.raises(SystemExit, match=r"Stopped at step 2\. The same command goes on"):
+                run(patch, data, "--output", out, *arguments)
+        run(monkeypatch, data, "--output", out, *arguments)
+        shown = capsys.readouterr()
+        assert "Going on from step 2." in shown.out and len(losses_of(out)) == 5
+        assert "loss=" in shown.err and "{'" not in shown.out, "the loss stands beside the bar"
+        (out / "adapter_model.safetensors").unlink()  # as if the crash had come just before it was written
+        run(monkeypatch, data, "--output", out, *arguments)
+        assert "has its 5 steps already. For more" in capsys.readouterr().out
+        assert len(losses_of(out)) == 5 and (out / "adapter_model.safetensors").exists()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_the_merged_checkpoint_is_the_base_with_the_adapter(data, tmp_path, monkeypatch):
