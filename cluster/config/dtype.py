@@ -59,7 +59,7 @@ def choose_dtype(
         return DtypeChoice(dtype=stored)
     if keeps_more:
         return DtypeChoice(
-            dtype="float32", reason="float32, because the GGUF file has all that it does not quantize in it."
+            dtype="float32", reason="float32, because the GGUF file keeps what it does not quantize in float32."
         )
     if stored != "bfloat16":
         return DtypeChoice(dtype="float32", reason=f"float32, because the checkpoint is in {stored}.")

@@ -27,11 +27,11 @@ from cluster.controller.spec_store import load_spec, save_spec
 from cluster.controller.supervisor import Supervisor
 from cluster.protocol.adapters import (
     HOW_TO_ENABLE,
-    NO_ADAPTERS,
     AdapterChange,
     AdapterRevision,
     Registry,
     RevisionState,
+    no_adapters,
 )
 from cluster.protocol.names import replica_prefix
 from cluster.protocol.report import GatewayReport
@@ -171,7 +171,7 @@ class Controller:
     ) -> Registry | None:
         """See AdapterKeeper.load. Raises ConfigError where the engine has no adapters."""
         if not self._spec.engine.enable_lora:
-            raise ConfigError(NO_ADAPTERS, remedy=HOW_TO_ENABLE, param="--enable-lora")
+            raise ConfigError(no_adapters(self._spec.model_name), remedy=HOW_TO_ENABLE, param="--enable-lora")
         return await self.adapters.load(revision, files, in_place=in_place, again=again)
 
     async def change_adapter(self, change: AdapterChange, name: str) -> Registry:

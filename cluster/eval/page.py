@@ -13,7 +13,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; } th, td { padding: .25rem .7rem; border-bottom: 1px solid #8885; }
 th, td { text-align: right; vertical-align: top; }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, th.text, td.text { text-align: left; }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 42rem; }
 .scroll { overflow-x: auto; } .failed { color: #c0392b; } .passed { color: #1e8449; } svg { max-width: 100%; height: auto; }
 """
@@ -81,7 +81,7 @@ def _plot(report: Report) -> str:
 
 
 def _answers(answers: Sequence[Answer]) -> Iterator[str]:
-    yield "<tr><th>Item</th><th></th><th>Seconds</th><th>Answer</th></tr>"
+    yield "<tr><th>Item</th><th></th><th>Seconds</th><th class='text'>Answer</th></tr>"
     for answer in answers:
         word = "passed" if answer.passed else "failed"
         kind, shown = (word, word) if answer.score is None else ("score", f"{answer.score:.3g}")

@@ -190,11 +190,15 @@ def verdicts(report: Report) -> list[str]:
         measured = model.suites[suite].share if suite in model.suites else model.total.share
         is_more_better = not isinstance(measured, Mean) or measured.is_more_better
         low, high = difference.interval
-        form, which = ("+.0%", "passed") if isinstance(difference, Difference) else ("+.4g", "scored higher")
+        is_share = isinstance(difference, Difference)
+        form, unit, factor = ("+.0f", " points", 100) if is_share else ("+.4g", "", 1)
+        value, low, high = (f"{factor * number:{form}}" for number in (difference.value, low, high))
+        alone = "alone passed" if is_share else "scored higher on"
+        p = "p < 0.001" if difference.p_value < 0.001 else f"p = {difference.p_value:.3f}"
         sentences.append(
             f"{suite}: {model.name} is {verdict(difference, is_more_better=is_more_better)} {baseline.name}: "
-            f"{difference.value:{form}} ({low:{form}} to {high:{form}}), p = {difference.p_value:.3f}, "
-            f"{difference.better} items only it {which}, {difference.worse} only the other."
+            f"{value}{unit} ({low} to {high}), {p}. "
+            f"{model.name} {alone} {difference.better} items, {baseline.name} {difference.worse}."
         )
     return sentences
 

@@ -15,10 +15,10 @@ from cluster.api.server.errors import NotFoundError
 from cluster.config.serve import ServeConfig
 from cluster.protocol.adapters import (
     HOW_TO_ENABLE,
-    NO_ADAPTERS,
     AdapterChange,
     AdapterRevision,
     Registry,
+    no_adapters,
 )
 from workers.errors import CheckpointError, ConfigError, RequestError
 
@@ -99,4 +99,4 @@ class GatewayAdapters:
 
     def _check_enabled(self) -> None:
         if not self._config.engine.enable_lora:
-            raise RequestError(NO_ADAPTERS, remedy=HOW_TO_ENABLE, code=DISABLED)
+            raise RequestError(no_adapters(self._config.model_name), remedy=HOW_TO_ENABLE, code=DISABLED)

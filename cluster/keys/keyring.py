@@ -87,7 +87,7 @@ class Keyring:
             log.error("The API keys are unchanged: %s", e)
             return
         self._set_keys(keys)
-        log.warning("The API keys were reloaded: %d keys.", len(keys))
+        log.warning("The API keys were reloaded: %d key%s.", len(keys), "s" * (len(keys) != 1))
 
     def _set_keys(self, keys: list[ApiKey]) -> None:
         self._by_digest = {key.sha256: key for key in keys}

@@ -176,8 +176,8 @@ def _machine(question: Question, plan: Plan) -> str:
 def _defaults(plan: Plan) -> str:
     sizes = plan.gpu.sizes
     return (
-        f"Defaults of `serve` there: up to {sizes.max_num_seqs} sequences, and {sizes.max_num_batched_tokens:,} tokens a step, "
-        f"{sizes.max_background_tokens} of these for batches."
+        f"Defaults of `serve` there: up to {sizes.max_num_seqs} sequences and {sizes.max_num_batched_tokens:,} tokens a step "
+        f"(batches: {sizes.max_background_tokens} beside other requests)."
     )
 
 

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 AdapterChange = Literal["promote", "rollback", "unload"]
-NO_ADAPTERS = "This server was started without adapters."
-HOW_TO_ENABLE = "Start it with --enable-lora, or with --lora NAME=PATH."
+HOW_TO_ENABLE = (
+    "Start the server with --enable-lora, or with --lora NAME=PATH; a model of a file needs `enable-lora: true` there."
+)
+
+
+def no_adapters(model: str) -> str:
+    return f"The model '{model}' is served without adapters."
 
 
 class RevisionState(enum.StrEnum):

@@ -89,7 +89,7 @@ def _choose(
                 return MistralTemplate(tokenizer), f"mistral-common's {version}, since {why}"
         if not files.templates:
             return None, _NONE
-        why = f"that of {published}" if published is not None else "which Mistral does not publish"
+        why = f"that of {published}" if published is not None else "which is not one of Mistral's"
     else:
         if not files.templates:
             raise ConfigError(

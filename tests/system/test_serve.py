@@ -34,7 +34,8 @@ def test_the_banner_says_what_to_do(server):
     assert re.search(r"Ready in \d+\.\d s\.", server.output)
     assert "Dashboard  http://127.0.0.1:" in server.output
     assert re.search(
-        r"Engine     the CPU: up to 64 sequences and 1,024 tokens a step, 4 of these for batches; ", server.output
+        r"Engine     the CPU: up to 64 sequences and 1,024 tokens a step \(batches: 4 beside other requests\); ",
+        server.output,
     )
     assert "Tokenizer  SentencePiece (tokenizer.model.v3, 4,096 tokens)" in server.output
     assert API_KEY not in server.output

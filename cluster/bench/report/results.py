@@ -152,8 +152,8 @@ def _remarks_of(row: Row) -> list[str]:
     num_joined = sum(r.num_joined for r in row.runs)
     if num_joined > JOINED_SHARE * num_events:
         remarks.append(
-            f"{num_joined / num_events:.0%} of the events came in one piece with the event before them, which makes gaps of 0; "
-            "the time per token after the first is not concerned."
+            f"{num_joined / num_events:.0%} of the events came in one piece with the event before them, so their gaps are 0; "
+            "the time per token after the first is not affected."
         )
     late_ms = max((r.sent_late_p99_ms for r in row.runs), default=0.0)
     if late_ms > 10:
@@ -162,7 +162,9 @@ def _remarks_of(row: Row) -> list[str]:
         )
     num_cut, num_left = sum(r.num_cut for r in row.runs), sum(r.num_left for r in row.runs)
     if num_cut or num_left:
-        remarks.append(f"{num_cut} running requests were stopped, and {num_left} were not sent.")
+        remarks.append(
+            f"At the end of its time, {num_cut:,} requests were still running, and {num_left:,} had not been sent."
+        )
     gap = row.metrics.get("mean_gap_p50")  # a gap itself may be 0
     warnings = [own_cost.warning(load.cost, gap_s=None if gap is None else gap.median / 1e3) for load in row.loads]
     return remarks + [w for w in warnings if w][:1]

@@ -7,7 +7,7 @@ from html import escape
 from cluster.bench.report.charts import Chart
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 14, 44
 COLORS = ("#3b82c4", "#d9822b", "#3d9a50", "#c0504d", "#8064a2", "#7a7a7a", "#17a2b8", "#b8860b")
 _LEGEND_LINE = 16
 

@@ -30,7 +30,7 @@ from cluster.eval.scores import Mean
 from cluster.eval.suite import Item, built_in_names, load_suite
 from cluster.terminal.phases import Console
 from cluster.terminal.tables import answer_console
-from workers.errors import ConfigError
+from workers.errors import ConfigError, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ def evaluate_command(args: Namespace) -> None:
     report = found.report(args, models, began=began, is_whole=not stop.is_set())
     if report is None:
         raise KeyboardInterrupt
+    _check_answers(report)
     console = answer_console()
     console.print(table(report))
     console.print(details_table(report), end="\n")
@@ -91,6 +92,17 @@ def _check(args: Namespace, items: Sequence[Item], tasks: Sequence[HarnessSuite]
         if getattr(args, name):
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} has no effect without --report.", remedy="Add --report.", param=flag)
+
+
+def _check_answers(report: Report) -> None:
+    """Raises RequestError if a model answered nothing at all: its scores would be those of a misspelled name, for example."""
+    for model in report.models:
+        errors = [answer.error for answer in model.answers if answer.error is not None]
+        if errors and len(errors) == len(model.answers):
+            raise RequestError(
+                f"{model.name} has answered none of the {len(errors)} questions. The first error: {errors[0]}",
+                remedy="Then run the same command again.",
+            )
 
 
 def _models(args: Namespace, stack: contextlib.ExitStack) -> list[ServedModel]:

@@ -91,8 +91,8 @@ def engine_line(facts: EngineFacts | None) -> str:
         return "unknown until a replica runs"
     numbers = f"{describe_dtype(facts.dtype, facts.quantization)}; " if facts.dtype else ""
     return (
-        f"{facts.device or 'unknown device'}: up to {facts.max_num_seqs:,} sequences and {facts.max_num_batched_tokens:,} tokens a step, "
-        f"{facts.max_background_tokens:,} of these for batches; {facts.num_blocks:,} KV blocks of {facts.block_size} tokens"
+        f"{facts.device or 'unknown device'}: up to {facts.max_num_seqs:,} sequences and {facts.max_num_batched_tokens:,} tokens a step "
+        f"(batches: {facts.max_background_tokens:,} beside other requests); {facts.num_blocks:,} KV blocks of {facts.block_size} tokens"
         f"{_kv_form(facts)}; {numbers}attention {facts.attention_backend}"
     )
 

@@ -248,7 +248,7 @@ def test_what_the_hub_refuses_has_a_remedy(monkeypatch, error, message, remedy):
 @pytest.mark.parametrize(
     ("layout", "choice"),
     [
-        ("saved by transformers 5", "the checkpoint's own, which Mistral does not publish (ChatML)"),
+        ("saved by transformers 5", "the checkpoint's own, which is not one of Mistral's (ChatML)"),
         ("Mistral Small 24B", "mistral-common's v7, since the checkpoint has none, and its tokenizer (tekken.json) is Mistral's"),
     ],
 )  # fmt: skip

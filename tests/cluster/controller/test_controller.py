@@ -437,5 +437,5 @@ async def test_a_restarted_controller_waits_for_the_gateways_of_the_one_before(r
 
 async def test_without_adapters_the_engine_loads_none(ray):
     world = World(replace(SPEC, engine=SimpleNamespace(enable_lora=False)))
-    with pytest.raises(ConfigError, match=r"was started without adapters\. Start it with --enable-lora"):
+    with pytest.raises(ConfigError, match=r"is served without adapters\. Start the server with --enable-lora"):
         await world.load_adapter(REVISION, CONTENT)

@@ -37,7 +37,8 @@ def test_numbers(report):
 
 def test_the_comparison_in_words(report):
     (docs, total) = verdicts(report)
-    assert docs.startswith("docs: new is better than old: +60%")
+    assert docs.startswith("docs: new is better than old: +60 points (+")
+    assert docs.endswith("p < 0.001. new alone passed 12 items, old 0.")
     assert total.startswith("total: new is better than old")
     equal = Report(
         models=[result_of("a", answers("a", [1, 0]), Prices(), baseline=answers("b", [0, 1])), report.models[1]],

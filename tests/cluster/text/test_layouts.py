@@ -30,7 +30,7 @@ from workers.engine.llm_engine import LLMEngine
 from workers.errors import RequestError
 from workers.protocol import FinishReason
 
-OWN = "the checkpoint's own, which Mistral does not publish"
+OWN = "the checkpoint's own, which is not one of Mistral's"
 NONE = "since the checkpoint has none, and its tokenizer ({}) is Mistral's"
 # What the banner says about the template, and the tokens that end an answer.
 EXPECTED: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -53,9 +53,9 @@ def load(folder: Path, own: str | None, option: str = "auto") -> LoadedText:
         (None, type(None), "none: the checkpoint has no chat template, and its tokenizer is not one of Mistral's."),
         (MISTRAL_V2_TEMPLATE, MistralTemplate, "mistral-common's v1, since the checkpoint's own is that of Mistral-7B-"),
         (MISTRAL_V2_TEMPLATE + "\n", MistralTemplate, "mistral-common's v1, since the checkpoint's own is that of Mistral-7B-"),
-        (CUSTOM_MISTRAL, JinjaTemplate, "the checkpoint's own, which Mistral does not publish"),
-        (LLAMA_2, JinjaTemplate, "the checkpoint's own, which Mistral does not publish"),
-        (CHATML, JinjaTemplate, "the checkpoint's own, which Mistral does not publish"),
+        (CUSTOM_MISTRAL, JinjaTemplate, "the checkpoint's own, which is not one of Mistral's"),
+        (LLAMA_2, JinjaTemplate, "the checkpoint's own, which is not one of Mistral's"),
+        (CHATML, JinjaTemplate, "the checkpoint's own, which is not one of Mistral's"),
     ],
 )  # fmt: skip
 def test_the_default(tmp_path: Path, own: str | None, kind: type, choice: str) -> None:
@@ -192,8 +192,8 @@ def test_a_published_template_with_another_vocabulary_is_used_as_it_is(tmp_path:
     ("file", "own", "choice"),
     [
         ("tokenizer.model.v3", CUSTOM_MISTRAL, "mistral-common's v3, since the checkpoint has tokenizer.model.v3 of Mistral's release"),
-        ("tokenizer.model", CUSTOM_MISTRAL, "the checkpoint's own, which Mistral does not publish"),
-        ("tokenizer.model.v3", "{{ messages[0].content }}", "the checkpoint's own, which Mistral does not publish"),
+        ("tokenizer.model", CUSTOM_MISTRAL, "the checkpoint's own, which is not one of Mistral's"),
+        ("tokenizer.model.v3", "{{ messages[0].content }}", "the checkpoint's own, which is not one of Mistral's"),
     ],
 )  # fmt: skip
 def test_the_files_of_a_release_bring_mistral_commons(tmp_path: Path, file: str, own: str, choice: str) -> None:

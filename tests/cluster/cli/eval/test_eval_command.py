@@ -121,6 +121,17 @@ def test_after_an_error_the_same_command_goes_on(suite, tmp_path, capsys):
     assert data["models"][0]["total"]["share"]["passed"] == 3
 
 
+def test_a_model_that_answers_nothing_has_no_report(suite, tmp_path, capsys):
+    with serving(small="hello") as server:
+        assert (
+            main(["eval", str(suite), "--url", server.url, "--model", "nobody", "--output", str(tmp_path / "out")]) == 1
+        )
+    shown = capsys.readouterr()
+    said = " ".join(shown.err.split())
+    assert "nobody has answered none of the 3 questions. The first error: No such model." in said
+    assert "nobody" not in shown.out and not (tmp_path / "out" / "report.json").exists()
+
+
 def test_completions_for_models_without_a_template(suite, tmp_path):
     with serving(base="2 hello") as server:
         assert run(server, suite, tmp_path, "--endpoint", "completions", "--set", "top_p=0.5") == 0

@@ -37,7 +37,10 @@ def test_a_plan_for_one_gpu(capsys):
     assert " 32  yes" in seven  # the requests of all replicas
     assert "7.04" in seven
     assert "16,384" in row
-    assert "Defaults of `serve` there: up to 256 sequences, and 2,048 tokens a step, 64 of these for batches." in out
+    assert (
+        "Defaults of `serve` there: up to 256 sequences and 2,048 tokens a step (batches: 64 beside other requests)."
+        in out
+    )
     assert "5.67" in row
     assert "g5.12xlarge" in out
     assert "SkyPilot's hosted catalog v8" in out
