@@ -2,7 +2,8 @@
 
     python examples/use_cases/calculate.py "What is 1234 times 5678?"
 
-Needs a model with tools, such as Mistral-7B-Instruct-v0.3. The tool is forced, so a small model uses it as well.
+Needs a model whose chat template has tools, such as Mistral-7B-Instruct-v0.3 or the demo model. SmolLM2 has none. The tool is forced, so a
+small model uses it as well.
 """
 
 import ast
@@ -10,6 +11,7 @@ import json
 import operator
 
 from connection import connect, words
+from openai import BadRequestError
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 TOOL = {
@@ -47,14 +49,17 @@ def evaluate(expression: str) -> float:
 def main() -> None:
     client, model = connect()
     messages = [{"role": "user", "content": " ".join(words()) or "What is 1234 times 5678?"}]
-    first = client.chat.completions.create(
-        model=model,
-        messages=messages,
-        tools=[TOOL],
-        tool_choice={"type": "function", "function": {"name": "calculate"}},
-        max_tokens=100,
-        seed=1,
-    )
+    try:
+        first = client.chat.completions.create(
+            model=model,
+            messages=messages,
+            tools=[TOOL],
+            tool_choice={"type": "function", "function": {"name": "calculate"}},
+            max_tokens=100,
+            seed=1,
+        )
+    except BadRequestError as e:
+        raise SystemExit(f"{e.message}\nModels with tools are the demo model and Mistral's since v0.3.") from e
     message = first.choices[0].message
     messages.append(message.model_dump(exclude_none=True))
     for call in message.tool_calls or []:

@@ -4,13 +4,15 @@ MODEL. Knows no example.
 
 import argparse
 import os
+import sys
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 
 def _options() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", default=os.environ.get("MODEL"))
+    about = getattr(sys.modules["__main__"], "__doc__", None)
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=os.environ.get("MODEL"), help="default: MODEL, or the server's first")
     return parser.parse_known_args()
 
 
@@ -30,7 +32,10 @@ def connect() -> tuple[OpenAI, str]:
 
 def first_model(client: OpenAI) -> str:
     """The server's base model, beside which it may list adapters."""
-    return next(iter(client.models.list())).id
+    try:
+        return next(iter(client.models.list())).id
+    except APIConnectionError as e:
+        raise SystemExit(f"Nothing answers at {client.base_url}. Start `make serve`, or set OPENAI_BASE_URL.") from e
 
 
 def ask(question: str, *, system: str | None = None, max_tokens: int = 200, **more: object) -> str:

@@ -5,6 +5,7 @@ does its part to the end.
 import io
 import json
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -92,6 +93,19 @@ def test_another_model_by_name(run):
         run("role_play.py", "--model", "nobody")
     with pytest.raises(NotFoundError, match="nobody"):
         run("text_to_json.py", "Ida orders a lamp.", "--model", "nobody")
+
+
+def test_no_server_is_said(run, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(SystemExit, match=r"Nothing answers at http://127\.0\.0\.1:9/v1/\. Start `make serve`"):
+        run("chat.py", typed="Hello\n")
+
+
+def test_help_is_that_of_the_script():
+    shown = subprocess.run(
+        [sys.executable, FOLDER / "chat.py", "--help"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert "Chat in the terminal" in shown and "--model" in shown
 
 
 def test_every_script_is_tested_and_listed():

@@ -4,6 +4,7 @@ import argparse
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +18,24 @@ _BUILTIN: tuple[Callable[[str], Any], ...] = (str, int, float, Path)
 
 def parse(argv: Sequence[str] | None = None, *, environ: Mapping[str, str] = os.environ) -> Namespace:
     """The arguments of one command; `run` is its Command. Exits with 2 and a message for a command line that cannot be read."""
-    args = make_parser(environ=environ).parse_args(argv)
+    parser = make_parser(environ=environ)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unknown(args.run, unknown[0].partition("=")[0]))
     read_environment(args, args.run.options, environ=environ)
     if getattr(args, "config", None) is not None:
         args.given = _given(argv, args.run.options, environ=environ)
     return args
+
+
+def _unknown(command: Command, word: str) -> str:
+    """What is said of a word that the command does not take."""
+    names = [name for option in command.options for name in option.names]
+    near = get_close_matches(word, names, n=1) if word.startswith("-") else []
+    meant = f"; did you mean {near[0]}?" if near else "."
+    return (
+        f"`tramontane {command.name}` does not take {word}{meant} `tramontane {command.name} --help` lists its options."
+    )
 
 
 def _given(argv: Sequence[str] | None, options: Iterable[Option], *, environ: Mapping[str, str]) -> frozenset[str]:

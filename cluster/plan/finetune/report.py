@@ -15,8 +15,9 @@ from workers.device.memory import gigabytes
 
 _NONE = "–"
 _ASSUMED = (
-    "The arithmetic of examples/finetune/finetune.py with gradient checkpointing. What CUDA takes and what a layer holds at its peak are "
-    "estimates, and speeds are upper bounds from the GPU's arithmetic: expect a third to a half."
+    "For examples/finetune/finetune.py. Adapters: with their gradients and Adam's moments. Activations: the inputs of all layers, kept for "
+    "the backward pass. Working set: one layer, or the logits, while it is computed. This and CUDA's own memory are estimates. Speeds are "
+    "upper bounds from the GPU's arithmetic: expect a third to a half."
 )
 
 
@@ -28,11 +29,11 @@ def finetune_report(model: PlannedModel, training: Training, plans: Sequence[Fin
     for title in (
         "Weights",
         "Adapters",
-        "Kept",
-        "At once",
+        "Activations",
+        "Working set",
         "CUDA",
-        "In all",
-        "Of",
+        "Total",
+        "GPU has",
         "Fits",
         "Tokens/s",
         "USD/h",

@@ -201,6 +201,21 @@ def test_a_required_option_without_its_variable_is_asked_for(capsys):
     assert e.value.code == 2 and "--ray-address" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bench --num-requests 16", "`tramontane bench` does not take --num-requests; did you mean --requests?"),
+        ("bench --num-requests=16", "does not take --num-requests; did you mean --requests?"),
+        ("keys list everything", "`tramontane keys list` does not take everything. `tramontane keys list --help`"),
+    ],
+)
+def test_what_a_command_does_not_take_is_named_with_what_it_may_mean(words, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(words.split(), environ={})
+    assert e.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_resume_has_what_is_given_again_and_nothing_else():
     given = vars(environment("batch", "resume", "out", "--replicas", "0:3"))
     assert given["replicas"] == (0, 3)
