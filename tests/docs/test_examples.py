@@ -29,7 +29,7 @@ ADAPTERS = "/srv/adapters"  # the folder of the pages' adapters
 ADDRESS = "http://127.0.0.1:8000"  # of the pages' server
 EXACT = ("object", "model", "role", "finish_reason", "type", "param", "code", "status", "name")
 # `openai` raises unless an answer is what the client expects, so Python examples run in a process of their own.
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 
 
 def examples(path: Path) -> Iterator[Any]:
