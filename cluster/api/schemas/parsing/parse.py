@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from cluster.api.schemas.parsing.choices import choices
 from cluster.api.schemas.parsing.lenient import find_ignored
 from cluster.api.schemas.parsing.structure import check_structure
 from workers.errors import RequestError
@@ -45,10 +46,10 @@ def parse(
     try:
         return msgspec.convert(fields, kind, str_keys=True), ignored
     except (msgspec.ValidationError, OverflowError) as e:
-        raise _explain(str(e)) from e
+        raise _explain(str(e), kind) from e
 
 
-def _explain(message: str) -> RequestError:
+def _explain(message: str, kind: type[msgspec.Struct]) -> RequestError:
     at = _AT.search(message)
     path = at[1].replace("[...]", "") if at else ""
     param = re.split(r"[.\[]", path)[0] or None
@@ -58,16 +59,16 @@ def _explain(message: str) -> RequestError:
     what = message[: at.start()] if at else message
     what = what[:1].lower() + what[1:]
     remedy = None
-    if path.endswith(".role"):
-        remedy = "Use 'system', 'developer', 'user', 'assistant' or 'tool'."
-    elif path.endswith("response_format.type"):
-        remedy = "Use 'text', 'json_object' or 'json_schema'."
-    elif re.search(r"content\[\d*\]\.type$", path):
-        remedy = "Only parts of text are supported: 'text', 'input_text', 'output_text' and 'refusal'."
-    elif re.search(r"^tools\[\d*\]\.type$", path):
+    if re.search(r"^tools\[\d*\]\.type$", path):
         remedy = "Only functions are supported: the server has no tools of its own."
-    elif re.search(r"^input\[\d*\]\.type$", path):
-        remedy = "Use 'message', 'function_call', 'function_call_output' or 'reasoning'."
+    elif what.startswith("invalid ") and (listed := _listed(choices(kind, path))):
+        parts_of_text = re.search(r"content\[\d*\]\.type$", path)
+        remedy = f"Only parts of text are supported: {listed}." if parts_of_text else f"Use {listed}."
     return RequestError(
         f"Invalid value for {path or 'the request'!r}: {what}.", remedy=remedy, param=param, code="invalid_value"
     )
+
+
+def _listed(values: list[str]) -> str:
+    quoted = [repr(value) for value in values]
+    return " or ".join(filter(None, (", ".join(quoted[:-1]), *quoted[-1:])))
