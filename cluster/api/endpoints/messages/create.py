@@ -13,10 +13,9 @@ from aiohttp import web
 from cluster.api.context import CONTEXT, ApiContext
 from cluster.api.endpoints import chat
 from cluster.api.endpoints.messages.formatter import MessageFormatter
-from cluster.api.endpoints.messages.to_chat import CHAT_NAMES, chat_request, note_ignored, prompt_fields, to_messages
+from cluster.api.endpoints.messages.to_chat import chat_request, in_own_names, note_ignored, prompt_fields, to_messages
 from cluster.api.generation.answering import Prepared, answer, json_response
 from cluster.api.generation.conversation import encode_conversation
-from cluster.api.generation.field_names import renamed
 from cluster.api.request_context import REQUEST_CONTEXT, RequestContext
 from cluster.api.schemas.chat import ChatRequest
 from cluster.api.schemas.messages.request import MessagePrompt, MessageRequest
@@ -47,7 +46,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
 
 def check(api: ApiContext, body: MessageRequest, context: RequestContext) -> ChatRequest:
     """The request that chat would get, after all checks that need no replica. Raises RequestError."""
-    with renamed(CHAT_NAMES):
+    with in_own_names():
         chat_body = chat_request(body)
         chat.check(api, chat_body, context)
         note_ignored(api, body, context)
@@ -57,7 +56,7 @@ def check(api: ApiContext, body: MessageRequest, context: RequestContext) -> Cha
 async def prepare(api: ApiContext, body: MessageRequest, context: RequestContext) -> Prepared:
     """Raises what chat.prepare raises."""
     fills_context = False
-    with renamed(CHAT_NAMES):
+    with in_own_names():
         chat_body = chat_request(body)
         try:
             prepared = await chat.prepare(api, chat_body, context, reads_thoughts=False)
@@ -83,7 +82,8 @@ async def count_tokens(request: web.Request) -> web.Response:
     api = api.serving(body.model)
     api.check_model(body.model, context)
     note_ignored(api, body, context)
-    fields = prompt_fields(body)
-    offered = [] if fields["tool_choice"] == "none" else fields["tools"] or []
-    prompt = await encode_conversation(api, to_messages(body), tools=offered)
+    with in_own_names():
+        fields = prompt_fields(body)
+        offered = [] if fields["tool_choice"] == "none" else fields["tools"] or []
+        prompt = await encode_conversation(api, to_messages(body), tools=offered)
     return json_response(TokenCount(input_tokens=len(prompt.token_ids)))

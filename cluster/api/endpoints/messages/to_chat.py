@@ -5,9 +5,11 @@ A message of the user may hold results of tools and text: each result becomes a 
 
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from cluster.api.context import ApiContext
+from cluster.api.generation.field_names import renamed
 from cluster.api.request_context import RequestContext
 from cluster.api.schemas.chat import (
     AssistantMessage,
@@ -36,7 +38,17 @@ from cluster.api.schemas.messages.request import (
 from cluster.api.schemas.structured import JsonSchemaFormat, SchemaFormat
 from workers.errors import RequestError
 
-CHAT_NAMES = {"stop": "stop_sequences", "response_format": "output_config", "max_completion_tokens": "max_tokens"}
+_CHAT_NAMES = {
+    "stop": "stop_sequences",
+    "response_format": "output_config",
+    "max_completion_tokens": "max_tokens",
+    "tool_call_id": "tool_use_id",
+}
+
+
+def in_own_names() -> AbstractContextManager[None]:
+    """Errors of chat name the fields of a message."""
+    return renamed(_CHAT_NAMES, result="block of type 'tool_result'")
 
 
 def chat_request(body: MessageRequest) -> ChatRequest:
@@ -92,6 +104,12 @@ def to_messages(body: MessagePrompt) -> list[ChatMessage]:
         messages.append(SystemMessage(content=_texts(body.system)))
     for message in body.messages:
         messages += list(_convert(message))
+    if not messages:
+        raise RequestError(
+            "'messages' holds nothing to answer: its blocks are missing, or only thoughts.",
+            remedy="Send a message with text.",
+            param="messages",
+        )
     last = messages[-1]
     if isinstance(last, AssistantMessage) and not last.tool_calls:
         messages[-1] = AssistantMessage(content=last.content, prefix=True)
@@ -115,9 +133,11 @@ def _convert(message: MessageInput) -> Iterator[ChatMessage]:
             case TextBlockInput():
                 parts.append(TextPart(text=block.text))
             case ToolUseBlockInput():
+                _belongs_to("assistant", block, message)
                 arguments = json.dumps(block.input, ensure_ascii=False)
                 calls.append(ToolCall(id=block.id, function=FunctionCall(name=block.name, arguments=arguments)))
             case ToolResultBlockInput():
+                _belongs_to("user", block, message)
                 content = block.content or ""
                 yield ToolMessage(tool_call_id=block.tool_use_id, content=_texts(content))
             case ImageBlockInput() | DocumentBlockInput():
@@ -127,6 +147,16 @@ def _convert(message: MessageInput) -> Iterator[ChatMessage]:
     elif parts or not isinstance(message.content, list):
         kind = UserMessage if message.role == "user" else SystemMessage
         yield kind(content=list(parts))
+
+
+def _belongs_to(role: str, block: ToolUseBlockInput | ToolResultBlockInput, message: MessageInput) -> None:
+    if message.role != role:
+        kind = block.__struct_config__.tag
+        raise RequestError(
+            f"A message of role '{message.role}' has a block of type '{kind}'.",
+            remedy=f"Put it into a message of role '{role}'.",
+            param="messages",
+        )
 
 
 def _texts(content: str | list[TextBlockInput] | list[Any]) -> str | list[Any]:

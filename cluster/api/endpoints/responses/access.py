@@ -65,4 +65,9 @@ async def find_chain(api: ApiContext, body: ResponseInput, *, view: str | None) 
 
 
 def not_found(response_id: str) -> NotFoundError:
-    return NotFoundError(f"There is no response {response_id[:80]!r}.", param="response_id", code="response_not_found")
+    return NotFoundError(
+        f"There is no response {response_id[:80]!r}.",
+        remedy="Use the id of one that this key created in the last 30 days.",
+        param="response_id",
+        code="response_not_found",
+    )

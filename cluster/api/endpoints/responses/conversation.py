@@ -4,10 +4,12 @@ Knows the items' types and the messages of chat. An assistant's calls belong to 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
 
+from cluster.api.generation.field_names import renamed
 from cluster.api.schemas.chat import (
     AssistantMessage,
     ChatMessage,
@@ -42,12 +44,18 @@ _MESSAGES: dict[str, type[UserMessage] | type[SystemMessage] | type[DeveloperMes
 }
 _MEDIA = {InputImagePart: "images", InputFilePart: "files", InputAudioPart: "audio"}
 # The fields of chat that a response has under other names.
-CHAT_NAMES = {
+_CHAT_NAMES = {
     "messages": "input",
     "response_format": "text",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
+    "tool_call_id": "call_id",
 }
+
+
+def in_own_names() -> AbstractContextManager[None]:
+    """Errors of chat name the fields of a response."""
+    return renamed(_CHAT_NAMES, result="item of type 'function_call_output'")
 
 
 def items_of(given: Input) -> list[InputItem]:
@@ -68,7 +76,7 @@ def items_before(chain: Sequence[Stored]) -> list[InputItem]:
 
 
 def to_messages(items: Sequence[InputItem], *, instructions: str | None) -> list[ChatMessage]:
-    """The conversation for the chat template."""
+    """The conversation for the chat template. Raises RequestError if there is none."""
     messages: list[ChatMessage] = [] if instructions is None else [SystemMessage(content=instructions)]
     calls: list[ToolCall] = []  # of the assistant's message that is open
     said: Content | None = None
@@ -98,6 +106,8 @@ def to_messages(items: Sequence[InputItem], *, instructions: str | None) -> list
                 close()
                 messages.append(_MESSAGES[item.role](content=_content(item.content)))
     close()
+    if not messages:
+        raise RequestError("'input' holds only thoughts.", remedy="Send a message too.", param="input")
     return messages
 
 

@@ -13,13 +13,12 @@ from aiohttp import web
 from cluster.api.context import CONTEXT, ApiContext
 from cluster.api.endpoints.batches.access import owner_of, view_of
 from cluster.api.endpoints.responses.access import find_chain, responses_of, service_of
-from cluster.api.endpoints.responses.conversation import CHAT_NAMES, items_before, items_of, shown_items, to_messages
+from cluster.api.endpoints.responses.conversation import in_own_names, items_before, items_of, shown_items, to_messages
 from cluster.api.endpoints.responses.prepare import check, in_one_go, new_record, prepare
 from cluster.api.endpoints.responses.stream import stream_stored
 from cluster.api.endpoints.responses.to_chat import asked, note_ignored_input, prompt_fields, shows_logprobs
 from cluster.api.generation.answering import Prepared, answer, json_response
 from cluster.api.generation.conversation import encode_conversation
-from cluster.api.generation.field_names import renamed
 from cluster.api.generation.generation import admit
 from cluster.api.request_context import REQUEST_CONTEXT
 from cluster.api.schemas.responses.request import InputItem, InputTokens, ResponseInput, ResponseRequest, name_items
@@ -81,7 +80,7 @@ async def count_tokens(request: web.Request) -> web.Response:
     messages = to_messages([*before, *items_of(body.input)], instructions=body.instructions)
     note_ignored_input(api, body, context)
     tools = prompt_fields(body)["tools"] or []
-    with renamed(CHAT_NAMES):
+    with in_own_names():
         prompt = await encode_conversation(api, messages, tools=[] if body.tool_choice == "none" else tools)
     return json_response(InputTokens(input_tokens=len(prompt.token_ids)))
 

@@ -9,11 +9,10 @@ from dataclasses import replace
 
 from cluster.api.context import ApiContext
 from cluster.api.endpoints import chat
-from cluster.api.endpoints.responses.conversation import CHAT_NAMES, items_of, shorter, to_messages
+from cluster.api.endpoints.responses.conversation import in_own_names, items_of, shorter, to_messages
 from cluster.api.endpoints.responses.formatter import ResponseFormatter
 from cluster.api.endpoints.responses.to_chat import chat_request, note_ignored, shows_logprobs
 from cluster.api.generation.answering import Prepared
-from cluster.api.generation.field_names import renamed
 from cluster.api.request_context import RequestContext
 from cluster.api.schemas.chat import ChatRequest
 from cluster.api.schemas.responses.request import InputItem, ResponseRequest
@@ -27,7 +26,7 @@ def check(
     api: ApiContext, body: ResponseRequest, context: RequestContext, *, before: Sequence[InputItem] = ()
 ) -> ChatRequest:
     """The request that chat would get, after all checks that need no replica. before: what was said earlier. Raises RequestError."""
-    with renamed(CHAT_NAMES):
+    with in_own_names():
         messages = to_messages([*before, *items_of(body.input)], instructions=body.instructions)
         chat_body = chat_request(body, messages)
         chat.check(api, chat_body, context)
@@ -49,7 +48,7 @@ async def prepare(
                 raise
             return e
 
-    with renamed(CHAT_NAMES):
+    with in_own_names():
         found = await attempt(items)
         if isinstance(found, RequestError) and body.truncation == "auto":
             options = shorter(items)

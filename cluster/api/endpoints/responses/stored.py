@@ -50,6 +50,7 @@ async def cancel(request: web.Request) -> web.Response:
     if stored.record.has_ended and stored.record.status != "cancelled":
         raise RequestError(
             f"The response is {stored.record.status} and can no longer be cancelled.",
+            remedy="Retrieve or delete it.",
             param="response_id",
             code="response_ended",
         )

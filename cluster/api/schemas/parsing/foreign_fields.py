@@ -153,6 +153,9 @@ _RESPONSE: _Table = {
     **_no_effect("max_tool_calls", "A limit of OpenAI's built-in tools, which this server does not have."),
     **_no_effect("background_options access_programs", "A price class or an offer of OpenAI's."),
     **_refused("n", "A response has one output.", neutral=(None, 1)),
+    **_refused("max_tokens max_completion_tokens", "It is chat's name. Send `max_output_tokens`."),
+    **_refused("response_format structured_outputs", "It is chat's name. Send `text`, with `format`."),
+    **_refused("logprobs", "It is chat's name. Send `top_logprobs` and `include`.", neutral=_OFF),
 }
 _ITEM: _Table = _no_effect("created_by caller namespace async", "Another server's own data about the item.")
 
@@ -164,13 +167,19 @@ _MESSAGE_PROMPT: _Table = {
     **_no_effect("cache_control diagnostics", _CACHE_MARK),
     **_refused("mcp_servers", "The server calls no other servers.", neutral=(None, [])),
     **_refused("container", "The server runs no code and keeps no state."),
+    **_refused("output_format", "It is an earlier name. Send `output_config`, with `format`."),
+    **_refused("response_format structured_outputs", "It is chat's name. Send `output_config`, with `format`."),
     **_no_effect("context_management", "What Anthropic's service leaves out of a conversation that grows long."),
     **_no_effect("betas speed inference_geo user_profile_id workspace_id", "A setting of Anthropic's service."),
 }
 
 FOREIGN: dict[type[msgspec.Struct], _Table] = {
     MessagePrompt: _MESSAGE_PROMPT,
-    MessageRequest: {**_MESSAGE_PROMPT, **_no_effect("service_tier", "Anthropic's choice of a price class.")},
+    MessageRequest: {
+        **_MESSAGE_PROMPT,
+        **_no_effect("service_tier", "Anthropic's choice of a price class."),
+        **_refused("stop", "It is chat's name. Send `stop_sequences`.", neutral=(None, [])),
+    },
     MessageTool: _no_effect(
         "cache_control allowed_callers defer_loading eager_input_streaming input_examples",
         "A setting of Anthropic's own tools.",

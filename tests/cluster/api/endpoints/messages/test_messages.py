@@ -21,6 +21,9 @@ CALLS = [
 ]
 TOOLS = [{"name": name, "input_schema": {"type": "object"}} for name in "fg"]
 BODY: dict[str, Any] = {"model": "demo", "max_tokens": 100, "messages": [{"role": "user", "content": "x"}]}
+USER = BODY["messages"][0]
+CALL = {"type": "tool_use", "id": "abc123def", "name": "f", "input": {}}
+RESULT = {"type": "tool_result", "tool_use_id": "abc123def", "content": "x"}
 
 
 @pytest.fixture
@@ -97,6 +100,18 @@ async def test_the_prompt_is_that_of_chat(client: TestClient, replica: FakeRepli
         ({"container": "c"}, 400, "invalid_request_error", "container"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 7}}}}, 400,
          "invalid_request_error", "output_config"),
+        ({"messages": [{"role": "user", "content": []}]}, 400, "invalid_request_error", "Send a message with text."),
+        ({"messages": [{"role": "user", "content": [{"type": "thinking"}]}]}, 400, "invalid_request_error", "thoughts"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "invalid_request_error", "'tool_use', "),
+        ({"messages": [{"role": "user", "content": [RESULT]}], "system": "x"}, 400, "invalid_request_error",
+         "A tool result does not answer an open tool call. Set its 'tool_use_id'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, CALL]}]}, 400,
+         "invalid_request_error", "Put it into a message of role 'assistant'."),
+        ({"messages": [USER, {"role": "assistant", "content": [CALL]}, USER]}, 400, "invalid_request_error",
+         "block of type 'tool_result'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_request_error",
+         "Use 'assistant', 'system' or 'user'."),
+        ({"output_format": {"type": "json_schema", "schema": {}}}, 400, "invalid_request_error", "output_config"),
     ],
 )  # fmt: skip
 async def test_errors_have_their_own_form(
@@ -106,6 +121,10 @@ async def test_errors_have_their_own_form(
     answer = await response.json()
     assert (response.status, answer["type"], answer["error"]["type"]) == (status, "error", kind), answer
     assert said in answer["error"]["message"]
+    if "messages" in changes:
+        count = {name: value for name, value in (BODY | changes).items() if name != "max_tokens"}
+        counted = await client.post(f"{PATH}/count_tokens", json=count)
+        assert counted.status == 400 or said == "context length"
 
 
 async def test_fields_without_effect_are_named(client: TestClient) -> None:

@@ -160,6 +160,17 @@ async def test_without_a_store_responses_are_not_kept() -> None:
         ({"metadata": {"k": 7}}, "metadata", "str"),
         ({"max_output_tokens": 4000}, "max_output_tokens", "context length"),
         ({"top_p": 2}, "top_p", "1.0"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input", "Send a message too."),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}], "instructions": "x"},
+            "input",
+            "A tool result does not answer an open tool call. Set its 'call_id'",
+        ),
+        ({"truncation": "all"}, "truncation", "Use 'auto' or 'disabled'."),
+        ({"tool_choice": {"type": "file_search"}}, "tool_choice", "Use 'function' or 'allowed_tools'."),
+        ({"text": {"format": {"type": "grammar"}}}, "text", "Use 'text', 'json_object' or 'json_schema'."),
+        ({"max_tokens": 5}, "max_tokens", "max_output_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "`text`"),
     ],
 )
 async def test_what_is_refused_names_its_field(tmp_path: Path, body: dict[str, Any], param: str, said: str) -> None:
