@@ -198,7 +198,7 @@ def verdicts(report: Report) -> list[str]:
         sentences.append(
             f"{suite}: {model.name} is {verdict(difference, is_more_better=is_more_better)} {baseline.name}: "
             f"{value}{unit} ({low} to {high}), {p}. "
-            f"{model.name} {alone} {difference.better} items, {baseline.name} {difference.worse}."
+            f"{model.name} {alone} {difference.better} item{'s' * (difference.better != 1)}, {baseline.name} {difference.worse}."
         )
     return sentences
 

@@ -1,6 +1,6 @@
 """Fine-tunes a model with LoRA on conversations, and writes an adapter in PEFT's format. One file: read it, copy it, change it.
 
-    pip install 'tramontane[finetune]'
+    pip install -c constraints.txt -e '.[finetune]'
     python examples/finetune/finetune.py MODEL data.jsonl --output out --steps 300
     python examples/finetune/finetune.py MODEL data.jsonl --output out --merge merged      # afterwards: a checkpoint to serve
 

@@ -26,6 +26,7 @@ FOREIGN = {
     "--loads-only": "benchmarks/adapters.py",
     "--merge": "examples/finetune",
     "--quantize": "examples/finetune",
+    "--save-every": "examples/finetune",
     "--array": "sbatch",
     "--entrypoint": "docker",
     "--env": "sky",
