@@ -189,10 +189,9 @@ def verdicts(report: Report) -> list[str]:
     for suite, difference in model.against.items():
         measured = model.suites[suite].share if suite in model.suites else model.total.share
         is_more_better = not isinstance(measured, Mean) or measured.is_more_better
-        low, high = difference.interval
         is_share = isinstance(difference, Difference)
         form, unit, factor = ("+.0f", " points", 100) if is_share else ("+.4g", "", 1)
-        value, low, high = (f"{factor * number:{form}}" for number in (difference.value, low, high))
+        value, low, high = (f"{factor * number:{form}}" for number in (difference.value, *difference.interval))
         alone = "alone passed" if is_share else "scored higher on"
         p = "p < 0.001" if difference.p_value < 0.001 else f"p = {difference.p_value:.3f}"
         sentences.append(
