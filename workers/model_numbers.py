@@ -104,17 +104,21 @@ class ModelConfig:
         for token_id in (self.bos_token_id, *self.eos_token_ids):
             if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
                 raise ConfigError(
-                    f"The checkpoint names {token_id!r:.60} as a bos or eos token, but its token ids are 0 to {self.vocab_size - 1}."
+                    f"The checkpoint names {token_id!r:.60} as a bos or eos token, but its token ids are 0 to {self.vocab_size - 1}.",
+                    remedy="Correct bos_token_id and eos_token_id, or download the file again.",
+                    param="eos_token_id",
                 )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"The checkpoint has {self.num_attention_heads} attention heads, which its {self.num_key_value_heads} "
                 "key/value heads do not divide.",
+                remedy="Correct num_key_value_heads, or download the file again.",
                 param="num_key_value_heads",
             )
         if self.head_dim % 2:
             raise ConfigError(
                 f"The checkpoint's head_dim is {self.head_dim}, but rotary embedding needs an even one.",
+                remedy="Use a checkpoint with an even one.",
                 param="head_dim",
             )
         windows = self.sliding_window if isinstance(self.sliding_window, tuple) else (self.sliding_window,)

@@ -19,6 +19,7 @@ class StoredWeights:
     over all.
     group_size: how many neighbors share a scale; None for all of a row, and where groups are of inputs in another order.
     block_size: rows and inputs that share one, of 8-bit floats.
+    needed: tensors that each matrix must have beside those of its format, "g_idx"; without them its numbers would mean others.
     """
 
     method: StoredMethod
@@ -29,6 +30,7 @@ class StoredWeights:
     dense_share: float = 0.0
     group_size: int | None = None
     block_size: tuple[int, int] | None = None
+    needed: tuple[str, ...] = ()
 
     @property
     def cpu_label(self) -> str:

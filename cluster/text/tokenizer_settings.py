@@ -97,7 +97,7 @@ def _added_tokens(
     found: dict[str, AddedToken] = {}
     listed = fast.get("added_tokens")
     for token in listed if isinstance(listed, list) else ():
-        if (name := _content(token)) and isinstance(token.get("id"), int):
+        if isinstance(token, dict) and (name := _content(token)) and isinstance(token.get("id"), int):
             found[name] = _added(token["id"], token, special=name in special)
     for name, token_id in read_object(folder / "added_tokens.json").items():
         if isinstance(token_id, int) and name:

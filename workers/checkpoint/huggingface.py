@@ -5,7 +5,7 @@ Knows fields; no files and no tensors.
 
 from typing import Any
 
-from workers.checkpoint.numbers import decimal, flag, layer_windows, token_ids
+from workers.checkpoint.numbers import decimal, distinct, flag, head_size, layer_windows, token_ids
 from workers.checkpoint.quantization import read_quantization
 from workers.checkpoint.regular_file import shown
 from workers.checkpoint.rope import read_rope
@@ -93,7 +93,7 @@ def model_from_config_json(fields: dict[str, Any], *, generation: dict[str, Any]
         num_hidden_layers=fields["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=heads if kv_heads is None else kv_heads,
-        head_dim=fields["hidden_size"] // heads if head_dim is None else head_dim,
+        head_dim=head_size(fields["hidden_size"], heads) if head_dim is None else head_dim,
         rms_norm_eps=decimal("rms_norm_eps", fields["rms_norm_eps"]),
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,
@@ -104,7 +104,7 @@ def model_from_config_json(fields: dict[str, Any], *, generation: dict[str, Any]
         attention_bias=flag("attention_bias", fields.get("attention_bias")),
         mlp_bias=flag("mlp_bias", fields.get("mlp_bias")),
         bos_token_id=1 if fields.get("bos_token_id") is None else fields["bos_token_id"],
-        eos_token_ids=tuple(dict.fromkeys([*eos, *more])) or (DEFAULT_EOS,),
+        eos_token_ids=distinct([*eos, *more]) or (DEFAULT_EOS,),
         dtype=_dtype(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"),
         layout="huggingface",
         has_vision=has_vision,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from workers.checkpoint.numbers import decimal, flag, layer_windows
+from workers.checkpoint.numbers import decimal, flag, head_size, layer_windows
 from workers.checkpoint.quantization import read_params_quantization
 from workers.checkpoint.regular_file import shown
 from workers.checkpoint.rope import read_params_rope
@@ -46,7 +46,7 @@ def model_from_params_json(fields: dict[str, Any]) -> ModelConfig:
         num_hidden_layers=fields["n_layers"],
         num_attention_heads=heads,
         num_key_value_heads=heads if kv_heads is None else kv_heads,
-        head_dim=fields["dim"] // heads if head_dim is None else head_dim,
+        head_dim=head_size(fields["dim"], heads) if head_dim is None else head_dim,
         rms_norm_eps=decimal("norm_eps", fields.get("norm_eps", 1e-5)),
         rope_theta=rope.theta,
         rope_scaling=rope.scaling,

@@ -45,6 +45,16 @@ def layer_windows(windows: Sequence[Any]) -> Any:
     return windows[0] if all(window == windows[0] for window in windows) else tuple(windows)
 
 
+def head_size(hidden_size: Any, num_heads: Any) -> int:
+    """Of a head whose size the file does not say. 0 where it cannot be told: ModelConfig names the field that is wrong."""
+    return hidden_size // num_heads if type(hidden_size) is type(num_heads) is int and num_heads > 0 else 0
+
+
+def distinct(values: Sequence[Any]) -> tuple[Any, ...]:
+    """The values in their order, each once. They may be of any kind."""
+    return tuple(value for i, value in enumerate(values) if value not in values[:i])
+
+
 def token_ids(value: Any) -> list[Any]:
     """One id, a list of ids, or none. Whether they are ids of the model is checked by ModelConfig."""
     return list(value) if isinstance(value, list) else [] if value is None else [value]

@@ -26,7 +26,7 @@ def read_quantization(fields: dict[str, Any]) -> StoredWeights | None:
         raise _refusal(f"quantization_config is {shown(found)}, not a JSON object.")
     method = found.get("quant_method") or ("compressed-tensors" if "config_groups" in found else None)
     readers = {"gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors, "fp8": _fp8}
-    if method not in readers:
+    if not isinstance(method, str) or method not in readers:
         raise _refusal(
             f"The checkpoint is quantized by {shown(method) if method else 'an unknown method'}, which does not run here."
         )
@@ -78,6 +78,7 @@ def _gptq(found: dict[str, Any]) -> StoredWeights:
         file_bits=_file_bits(num_bits, group_size, has_zeros=True),
         head_bits=bits if found.get("lm_head") else None,
         group_size=None if found.get("desc_act") else group_size,
+        needed=("g_idx",) if found.get("desc_act") else (),
     )
 
 
@@ -100,6 +101,13 @@ def _compressed_tensors(found: dict[str, Any]) -> StoredWeights:
     groups, name = found.get("config_groups"), found.get("format")
     if name not in COMPRESSED_FORMATS:
         raise _refusal(f"The checkpoint is of compressed-tensors in the format {shown(name)}, which does not run here.")
+    for field, kind in (("sparsity_config", dict), ("transform_config", dict), ("ignore", list)):
+        if (value := found.get(field)) and not isinstance(value, kind):
+            raise ConfigError(
+                f"{field} of quantization_config is {shown(value)}, not a JSON {'list' if kind is list else 'object'}.",
+                remedy="Download config.json again.",
+                param=field,
+            )
     sparsity = found.get("sparsity_config") or {}
     sparse = sparsity.get("format", "dense")
     if sparse != "dense":
@@ -146,6 +154,15 @@ def _compressed_tensors(found: dict[str, Any]) -> StoredWeights:
         ),
         group_size=_group_size(first, "group_size") if strategy == "group" else None,
         block_size=_block_size(block) if strategy == "block" else None,
+        # Which scheme is whose is read from the tensors, so only what all schemes have must be there.
+        needed=tuple(
+            suffix
+            for suffix, is_needed in (
+                ("weight_g_idx", all(s.get("actorder") in (True, "group", "dynamic") for s in schemes)),
+                ("weight_zero_point", all(s.get("symmetric", True) is False for s in schemes)),
+            )
+            if is_needed
+        ),
     )
 
 

@@ -4,6 +4,7 @@ Knows the keys under tokenizer.ggml and what llama.cpp makes of them, whose ids 
 Hugging Face's format, the other one a SentencePiece model. Does not read files (checkpoint/gguf/gguf_file.py) and knows no chat templates.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
@@ -62,7 +63,9 @@ def gguf_model(metadata: Mapping[str, Any], *, name: str) -> TokenizerModel:
     if splits is None:
         return _sentencepiece(metadata, tokens, types, special, name=name)
     merges = _list(metadata, "merges", name)
-    spec = _tokenizer_json(tokens, types, [str(merge) for merge in merges], splits)
+    if not all(isinstance(merge, str) for merge in merges):
+        raise ConfigError(f"{name} lists a merge that is not text.", remedy="Download it again.")
+    spec = _tokenizer_json(tokens, types, merges, splits)
     return TokenizerJsonModel(spec, name=name, special=special)
 
 
@@ -136,7 +139,9 @@ def _sentencepiece(
     *,
     name: str,
 ) -> SentencePieceModel:
-    scores = [float(score) for score in _list(metadata, "scores", name, default=[0.0] * len(tokens))]
+    scores = _list(metadata, "scores", name, default=[0.0] * len(tokens))
+    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+        raise ConfigError(f"{name} has a score of a token that is not a finite number.", remedy="Download it again.")
     if len(scores) != len(tokens):
         raise ConfigError(f"{name} has {len(scores)} scores for {len(tokens)} tokens.", remedy="Download it again.")
     unk = 0 if special.unk is None else special.unk

@@ -29,13 +29,14 @@ class SentencePieceModel:
         special: SpecialIds | None = None,
         added_tokens: Mapping[str, AddedToken] | None = None,
     ) -> None:
-        name = str(source) if isinstance(source, Path) else name
+        self._name = name = str(source) if isinstance(source, Path) else name
         given = {"model_file": str(source)} if isinstance(source, Path) else {"model_proto": source}
         try:
             self._processor = SentencePieceProcessor(**given)
         except (OSError, RuntimeError) as e:
             raise ConfigError(
-                f"{name} is not a SentencePiece model: {e}.", remedy="Download it again, or use another checkpoint."
+                f"{name} is not a SentencePiece model: {str(e).rstrip('.')}.",
+                remedy="Download it again, or use another checkpoint.",
             ) from e
         self.added_tokens: Mapping[str, AddedToken] = added_tokens or {}
         if special is not None:
@@ -52,7 +53,10 @@ class SentencePieceModel:
     @cached_property
     def pieces(self) -> PieceTable:
         processor, size = self._processor, self._processor.vocab_size()
-        names = [str(processor.id_to_piece(i)) for i in range(size)]
+        try:
+            names = [str(processor.id_to_piece(i)) for i in range(size)]
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{self._name} has a piece that is not valid text.", remedy="Download it again.") from e
         control = [processor.is_control(i) for i in range(size)]
         unknown = [processor.is_unknown(i) for i in range(size)]
         byte = [bytes((int(names[i][3:5], 16),)) if processor.is_byte(i) else None for i in range(size)]

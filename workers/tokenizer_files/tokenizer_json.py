@@ -42,6 +42,9 @@ class TokenizerJsonModel:
             self.kind: str = model.get("type") or ("BPE" if "merges" in model else "Unigram")
             if self.kind not in ("BPE", "Unigram"):
                 raise ConfigError(f"{name} has a {self.kind} model, which is not supported.", remedy=_REMEDY)
+            # The package cuts a merge at the length of a prefix, even within a character, which ends the process.
+            if cut := next((f for f in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(f)), None):
+                raise ConfigError(f"{name} has {cut}, which is not supported.", remedy=_REMEDY)
             self._vocab = _vocabulary(model)
             self.added_tokens = read_added_tokens(spec)
             _check_ids([*self._vocab.values(), *(token.id for token in self.added_tokens.values())])

@@ -63,6 +63,14 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_piece_that_is_not_text_is_named(tmp_path: Path) -> None:
+    data = DEMO.read_bytes()
+    at = data.index("▁the".encode())
+    (tmp_path / "tokenizer.model").write_bytes(data[:at] + b"\xff" + data[at + 1 :])
+    with pytest.raises(ConfigError, match=r"tokenizer\.model has a piece that is not valid text\. Download it again"):
+        load_tokenizer(tmp_path)
+
+
 def test_more_tokens_than_the_model_names_both_numbers(tmp_path: Path) -> None:
     shutil.copy(V3, tmp_path / "tokenizer.model.v3")
     with pytest.raises(ConfigError, match=r"32768.*32000"):

@@ -69,6 +69,12 @@ def test_which_added_tokens_are_special(tmp_path: Path, files: dict[str, dict], 
     assert (token.id, token.special) == (9, special)
 
 
+def test_what_is_no_added_token_is_left_out(tmp_path: Path) -> None:
+    listed = ["<b>", None, {"content": "<a>", "id": 9, "special": True}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": listed}))
+    assert list(read_tokenizer_settings(tmp_path).added_tokens) == ["<a>"]
+
+
 def test_a_folder_without_files_has_the_defaults(tmp_path: Path) -> None:
     assert read_tokenizer_settings(tmp_path) == TokenizerSettings()
 

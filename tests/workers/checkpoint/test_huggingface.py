@@ -224,7 +224,30 @@ def test_absurd_sizes_are_refused_by_name(tmp_path: Path, name: str, value: obje
         value = 10**10  # 1e9 positions of a model that scales are conceivable
     with pytest.raises(ConfigError) as e:
         load_model_config(write(tmp_path, MISTRAL | {name: value}))
-    assert len(str(e.value)) < 400 and "\n" not in str(e.value)
+    assert len(str(e.value)) < 400 and "\n" not in str(e.value) and e.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": None}, "The checkpoint's hidden_size is None, not a whole number"),
+        ({"hidden_size": "4096"}, "The checkpoint's hidden_size is '4096', not a whole number"),
+        ({"num_attention_heads": 0}, "The checkpoint's num_attention_heads is 0, not a whole number"),
+        ({"num_attention_heads": []}, "The checkpoint's num_attention_heads is [], not a whole number"),
+        ({"eos_token_id": {}}, "The checkpoint names {} as a bos or eos token"),
+        ({"eos_token_id": [[]]}, "The checkpoint names [] as a bos or eos token"),
+        ({"num_attention_heads": 9, "head_dim": 8}, "The checkpoint has 9 attention heads"),
+        ({"head_dim": 7}, "The checkpoint's head_dim is 7"),
+    ],
+    ids=str,
+)
+def test_the_message_is_about_the_field_and_not_about_python(
+    tmp_path: Path, changes: dict[str, object], words: str
+) -> None:
+    fields = {name: value for name, value in MISTRAL.items() if name != "head_dim"}
+    with pytest.raises(ConfigError) as e:
+        load_model_config(write(tmp_path, fields | changes))
+    assert e.value.message.startswith(words) and e.value.remedy
 
 
 @pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta"])

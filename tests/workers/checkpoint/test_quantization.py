@@ -70,6 +70,16 @@ def test_blocks_of_8_bit_floats():
         (compressed(INT8, form="int-quantized", sparsity_config={"format": "sparse-bitmask"}), "with sparse weights"),
         (compressed(INT8, form="int-quantized", transform_config={"config_groups": {"u": {}}}), "a transform_config"),
         ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "its config_groups say nothing of weights"),
+        ({"quant_method": ["gptq"]}, "quantized by ['gptq'], which does not run here."),
+        (
+            compressed(INT8, form="int-quantized", sparsity_config="x"),
+            "sparsity_config of quantization_config is 'x', not",
+        ),
+        (compressed(INT8, form="int-quantized", transform_config=[1]), "[1], not a JSON object."),
+        (
+            compressed(INT8, form="int-quantized") | {"ignore": 1.5},
+            "ignore of quantization_config is 1.5, not a JSON list.",
+        ),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 weights of the kind 'e5m2'"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "block size of quantization_config is 128, not two"),
     ],

@@ -137,6 +137,9 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({}, "KeyError: 'model'"),
         (changed(added_tokens=[{"id": 1 << 40, "content": "<a>"}]), r"ValueError: the token id 1099511627776"),
         (changed(model={"type": "BPE", "vocab": {"a": "x"}, "merges": []}), "the token id 'x'"),
+        # The package ends the process for "éa" cut after the length of "x".
+        (changed(model={"type": "BPE", "continuing_subword_prefix": "x"}), "x has continuing_subword_prefix"),
+        (changed(model={"type": "BPE", "end_of_word_suffix": "</w>"}), "x has end_of_word_suffix"),
     ],
 )
 def test_what_cannot_be_used_is_named(spec: dict[str, Any], says: str) -> None:

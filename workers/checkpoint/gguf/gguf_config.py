@@ -13,7 +13,7 @@ from workers.checkpoint.gguf.gguf_fields import Fields
 from workers.checkpoint.gguf.gguf_file import GgufHeader, GgufTensor, gguf_files, read_gguf
 from workers.checkpoint.gguf.gguf_rope import read_gguf_rope
 from workers.checkpoint.gguf.gguf_stored import EMBEDDING, HEAD, read_stored
-from workers.checkpoint.numbers import layer_windows
+from workers.checkpoint.numbers import distinct, head_size, layer_windows
 from workers.checkpoint.regular_file import shown
 from workers.config import Dtype, ModelConfig
 from workers.errors import CheckpointError, ConfigError
@@ -78,7 +78,7 @@ def model_from_gguf(header: GgufHeader) -> ModelConfig:
     kv_heads = model.get("attention.head_count_kv")
     head_dim = model.get("attention.key_length")
     if head_dim is None:
-        head_dim = hidden_size // heads if type(heads) is type(hidden_size) is int and heads > 0 else 0
+        head_dim = head_size(hidden_size, heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := model.get(key)) is not None and found != head_dim:
             raise ConfigError(
@@ -89,7 +89,7 @@ def model_from_gguf(header: GgufHeader) -> ModelConfig:
     rope = read_gguf_rope(model, factors=_rope_factors(header.tensors.get(ROPE_FACTORS)))
     bos = fields.get("tokenizer.ggml.bos_token_id")
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in _END_TOKENS]
-    eos = tuple(dict.fromkeys(i for i in ends if i is not None)) or (2,)
+    eos = distinct([i for i in ends if i is not None]) or (2,)
     return ModelConfig(
         vocab_size=_vocab_size(model, header.tensors.get(EMBEDDING)),
         hidden_size=hidden_size,

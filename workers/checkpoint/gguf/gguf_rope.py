@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from workers.checkpoint.gguf.gguf_fields import Fields
+from workers.checkpoint.numbers import whole
 from workers.checkpoint.regular_file import shown
 from workers.checkpoint.rope import DEFAULT_THETA, Rope
 from workers.errors import ConfigError
@@ -38,13 +39,18 @@ def read_gguf_rope(model: Fields, *, factors: Sequence[float] | None) -> Rope:
     beta = model.get("attention.temperature_scale")
     query_scaling = None
     if beta:
-        original = model.whole("rope.scaling.original_context_length")
+        original = _original_context(model)
         query_scaling = QueryScaling(
             beta=model.number("attention.temperature_scale"), original_max_position_embeddings=original
         )
     return Rope(
         theta=model.number("rope.freq_base", default=DEFAULT_THETA), scaling=scaling, query_scaling=query_scaling
     )
+
+
+def _original_context(model: Fields) -> int:
+    name = "rope.scaling.original_context_length"
+    return whole(model.key(name), model.whole(name))
 
 
 def _yarn(model: Fields) -> RopeScaling:
@@ -61,7 +67,7 @@ def _yarn(model: Fields) -> RopeScaling:
     return RopeScaling(
         rope_type="yarn",
         factor=factor,
-        original_max_position_embeddings=model.whole("rope.scaling.original_context_length"),
+        original_max_position_embeddings=_original_context(model),
         beta_fast=model.number("rope.scaling.yarn_beta_fast", default=RopeScaling.beta_fast),
         beta_slow=model.number("rope.scaling.yarn_beta_slow", default=RopeScaling.beta_slow),
         attention_factor=attention * model.number("rope.scaling.attn_factor", default=1.0),

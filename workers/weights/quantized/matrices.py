@@ -114,8 +114,15 @@ def _is_float8(weight: TensorHeader | None) -> bool:
 
 
 def _kind(module: str, tensors: Mapping[str, TensorHeader], stored: StoredWeights) -> str:
-    """ "gptq", "awq", "compressed" or "float8". Raises CheckpointError for tensors of another format than the configuration says."""
+    """ "gptq", "awq", "compressed" or "float8". Raises CheckpointError for tensors of another format than the configuration says, and for
+    one that it says and that is missing.
+    """
     is_words = any(suffix in tensors for suffix in _OF_GPTQ_OR_AWQ)
+    if lacking := next((suffix for suffix in stored.needed if suffix not in tensors), None):
+        raise CheckpointError(
+            f"The quantized matrix {module} lacks its tensor {module}.{lacking}, which quantization_config says that it has.",
+            remedy="Download the checkpoint again, all files of one revision.",
+        )
     if is_words and stored.method in ("gptq", "gptq_v2", "awq"):
         return "awq" if stored.method == "awq" else "gptq"
     weight = tensors.get("weight")

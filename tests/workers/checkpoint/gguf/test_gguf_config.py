@@ -9,6 +9,8 @@ from workers.checkpoint.model_config import load_model_config
 from workers.errors import ConfigError
 from workers.rope import QueryScaling
 
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}
+
 
 def config_of(tmp_path, **settings):
     return load_model_config(write_gguf(tmp_path / "model.gguf", **settings))
@@ -85,6 +87,9 @@ def test_the_fields_of_mistral3(tmp_path):
         ({"llama.attention.head_count": "eight"}, "num_attention_heads is 'eight'"),
         ({"llama.attention.layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon is 0.0, not a number above 0"),
         ({"tokenizer.ggml.eos_token_id": 256}, "names 256 as a bos or eos token"),
+        ({"tokenizer.ggml.eos_token_id": [2]}, "names [2] as a bos or eos token"),
+        (YARN | {"llama.rope.scaling.original_context_length": 0}, "original_context_length is 0, not a whole number"),
+        (YARN | {"llama.rope.scaling.original_context_length": "4k"}, "original_context_length is '4k', not a whole"),
     ],
 )
 def test_what_cannot_run_is_named(tmp_path, metadata, words):

@@ -45,6 +45,22 @@ def with_value(name, value):
             without(f"{Q}.weight_scale"),
             f"{Q} lacks its tensor {Q}.weight_scale",
         ),
+        ("gptq, act-order", without(f"{Q}.g_idx"), f"{Q} lacks its tensor {Q}.g_idx, which quantization_config says"),
+        (
+            "pack-quantized, asymmetric, act-order",
+            without(f"{Q}.weight_g_idx"),
+            f"lacks its tensor {Q}.weight_g_idx, which",
+        ),
+        (
+            "pack-quantized, asymmetric, act-order",
+            without(f"{Q}.weight_zero_point"),
+            f"lacks its tensor {Q}.weight_zero_",
+        ),
+        (
+            "int-quantized, groups, asymmetric",
+            without(f"{Q}.weight_zero_point"),
+            f"lacks its tensor {Q}.weight_zero_point",
+        ),
         (
             "gptq",
             with_value(f"{Q}.scales", lambda t: t.double()),
