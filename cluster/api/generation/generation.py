@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import msgspec
+
 from cluster.api.context import ApiContext
 from cluster.api.request_context import RequestContext
 from cluster.api.schemas.base import GenerationRequest, PromptTokensDetails, Usage
@@ -44,6 +46,10 @@ class Choice:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     sum_logprob: float = 0.0
     trace: Trace = field(default_factory=Trace)
+
+    def rename(self, answer_id: str) -> None:
+        """Before it runs: its request is called after the response that the client gets."""
+        self.request = msgspec.structs.replace(self.request, request_id=f"{answer_id}-{self.index}")
 
     @property
     def mean_logprob(self) -> float:

@@ -108,6 +108,29 @@ def test_errors(client, url):
         create(stranger)
 
 
+def test_the_clients_own_agent_sends_the_whole_conversation(client):
+    """It asks for a conversation that the server keeps, and does without one where that is refused."""
+
+    @anthropic.beta_tool
+    def get_weather(city: Literal["Oslo", "Rome"]) -> str:
+        """The weather of a city."""
+        return f"It is sunny in {city}."
+
+    runner = client.beta.messages.tool_runner(
+        model=MODEL,
+        max_tokens=300,
+        messages=QUESTION,
+        tools=[get_weather],
+        tool_choice={"type": "tool", "name": "get_weather", "disable_parallel_tool_use": True},
+        max_iterations=2,
+        extra_body={"seed": 5},
+    )
+    first, second = list(runner)
+    assert [first.content[0].name, second.content[0].name] == ["get_weather"] * 2
+    sizes = [m.usage.input_tokens + m.usage.cache_read_input_tokens for m in (first, second)]
+    assert sizes[1] > sizes[0] + 20, "the second request has the first answer and the tool's result too"
+
+
 async def test_an_agent_of_semantic_kernel_uses_its_plugin(url, key):
     async with anthropic.AsyncAnthropic(base_url=url.removesuffix("/v1"), api_key=key, max_retries=0) as client:
         settings = AnthropicChatPromptExecutionSettings(

@@ -66,9 +66,11 @@ async def prepare(api: ApiContext, body: MessageRequest, context: RequestContext
             # Clients must send a limit, and many send one above the model's context.
             fills_context, chat_body = True, msgspec.structs.replace(chat_body, max_tokens=None)
             prepared = await chat.prepare(api, chat_body, context, reads_thoughts=False)
+    message_id = f"msg_{uuid.uuid4().hex}"
+    prepared.choices[0].rename(message_id)
     formatter = MessageFormatter(
         prepared.choices[0],
-        message_id=f"msg_{uuid.uuid4().hex}",
+        message_id=message_id,
         model=body.model,
         at_limit="model_context_window_exceeded" if fills_context else "max_tokens",
     )

@@ -99,6 +99,13 @@ def prompt_fields(body: MessagePrompt) -> dict[str, Any]:
 
 def to_messages(body: MessagePrompt) -> list[ChatMessage]:
     """The conversation for the chat template. Raises RequestError for what is not text."""
+    if body.thread is not None:
+        raise RequestError(
+            "'thread' is not supported: this server keeps no conversations.",
+            remedy="Remove it, and send the whole conversation as 'messages'.",
+            param="thread",
+            code="thread_unsupported_request",
+        )
     messages: list[ChatMessage] = []
     if body.system:
         messages.append(SystemMessage(content=_texts(body.system)))

@@ -82,6 +82,7 @@ def in_one_go(
     api: ApiContext, body: ResponseRequest, prepared: Prepared, record: ResponseRecord, told: Asked
 ) -> Prepared:
     """The same, formatted as a response that is not stored: it lives and dies with its request."""
+    prepared.choices[0].rename(record.id)
     formatter = ResponseFormatter(api, record, told, prepared.choices[0], shows_logprobs=shows_logprobs(body))
     wire = sse.Wire(encode=sse.encode_named, error=formatter.error, end=b"")
     return replace(prepared, formatter=formatter, wire=wire)

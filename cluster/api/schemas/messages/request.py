@@ -114,7 +114,7 @@ class OutputConfig(Struct, frozen=True, kw_only=True):
 
 
 class MessagePrompt(Struct, frozen=True, kw_only=True):
-    """What decides the prompt."""
+    """What decides the prompt. `thread`: Anthropic's conversations that its server keeps. Refused, so that its client sends them whole."""
 
     model: str
     messages: Annotated[list[MessageInput], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -123,6 +123,7 @@ class MessagePrompt(Struct, frozen=True, kw_only=True):
     tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    thread: dict[str, Any] | None = None
 
 
 class MessageRequest(MessagePrompt, frozen=True, kw_only=True):

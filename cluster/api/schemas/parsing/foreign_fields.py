@@ -82,7 +82,8 @@ _GENERATION: _Table = {
     **_no_effect("metadata store", "OpenAI stores it with the response. This server stores no responses."),
     **_no_effect("service_tier", "OpenAI's choice of a price class. This server has one."),
     **_no_effect(
-        "prompt_cache_key prompt_cache_retention", "A hint for OpenAI's prompt cache. The one here needs none."
+        "prompt_cache_key prompt_cache_retention prompt_cache_options",
+        "A hint for OpenAI's prompt cache. The one here needs none.",
     ),
     **_no_effect("safety_identifier", "The end user, for OpenAI's abuse detection. `user` is written to the log."),
     **_no_effect("num_ctx keep_alive options", "Ollama's settings of the loaded model, which a request cannot change."),
@@ -118,8 +119,10 @@ _CHAT: _Table = {
     **_refused("function_call", "Send `tool_choice`.", neutral=(None, "none", "auto")),
     **_refused("modalities", "The model answers with text only.", neutral=(None, [], ["text"])),
     **_refused("audio", "The model answers with text only."),
+    **_refused("moderation guardrails", "Use /v1/moderations.", neutral=(None, [])),
     **_refused("web_search_options", "The server cannot search the web."),
     **_refused("chat_template", "The template is the server's; an operator sets it with --chat-template."),
+    **_refused("top_prompt_logprobs", "Send `prompt_logprobs`.", neutral=(None, 0)),
     **_refused("documents", "Put the documents into a message.", neutral=(None, [])),
 }
 _MESSAGE: _Table = {
@@ -150,6 +153,7 @@ _RESPONSE_INPUT: _Table = {
 _RESPONSE: _Table = {
     **_RESPONSE_INPUT,
     **_refused("moderation", "Use /v1/moderations."),
+    **_refused("image", "The model answers with text only."),
     **_no_effect("max_tool_calls", "A limit of OpenAI's built-in tools, which this server does not have."),
     **_no_effect("background_options access_programs", "A price class or an offer of OpenAI's."),
     **_refused("n", "A response has one output.", neutral=(None, 1)),
@@ -170,7 +174,9 @@ _MESSAGE_PROMPT: _Table = {
     **_refused("output_format", "It is an earlier name. Send `output_config`, with `format`."),
     **_refused("response_format structured_outputs", "It is chat's name. Send `output_config`, with `format`."),
     **_no_effect("context_management", "What Anthropic's service leaves out of a conversation that grows long."),
+    **_refused("compaction", "The server summarizes no conversations. Send a message that asks for a summary."),
     **_no_effect("betas speed inference_geo user_profile_id workspace_id", "A setting of Anthropic's service."),
+    **_no_effect("billing_policy fallbacks fallback_credit_token", "A setting of Anthropic's service."),
 }
 
 FOREIGN: dict[type[msgspec.Struct], _Table] = {

@@ -61,14 +61,18 @@ def _explain(message: str, kind: type[msgspec.Struct]) -> RequestError:
     remedy = None
     if re.search(r"^tools\[\d*\]\.type$", path):
         remedy = "Only functions are supported: the server has no tools of its own."
-    elif what.startswith("invalid ") and (listed := _listed(choices(kind, path))):
-        parts_of_text = re.search(r"content\[\d*\]\.type$", path)
-        remedy = f"Only parts of text are supported: {listed}." if parts_of_text else f"Use {listed}."
+    elif what.startswith("invalid ") and (values := choices(kind, path)):
+        is_part = re.search(r"content\[\d*\]\.type$", path)
+        remedy = (
+            f"Only parts of text are supported: {_listed(values, 'and')}."
+            if is_part
+            else f"Use {_listed(values, 'or')}."
+        )
     return RequestError(
         f"Invalid value for {path or 'the request'!r}: {what}.", remedy=remedy, param=param, code="invalid_value"
     )
 
 
-def _listed(values: list[str]) -> str:
+def _listed(values: list[str], last: str) -> str:
     quoted = [repr(value) for value in values]
-    return " or ".join(filter(None, (", ".join(quoted[:-1]), *quoted[-1:])))
+    return f" {last} ".join(filter(None, (", ".join(quoted[:-1]), *quoted[-1:])))

@@ -147,6 +147,7 @@ ROWS = [
         ({"thinking": {"type": "enabled", "budget_tokens": 1024, "display": "omitted"}}, "thinking"), is_noted),
     Row("MessagePrompt.output_config, OutputConfig.format, JsonOutput.type, JsonOutput.schema", NUMBER, follows_the_schema),
     Row("OutputConfig.effort", ({"output_config": {"effort": "low"}}, "output_config.effort"), is_noted),
+    Row("MessagePrompt.thread", ({"thread": {"type": "create"}}, "thread", "the whole conversation"), is_refused),
     Row("MessageRequest.max_tokens", same(max_tokens=5), acts_as_in_chat),
     Row("MessageRequest.stream", {"stream": True}, streams),
     Row("MessageRequest.stop_sequences", None, is_found),

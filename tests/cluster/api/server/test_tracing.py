@@ -23,6 +23,7 @@ from cluster.batch.records import Line
 from cluster.router.replica import Availability
 from cluster.router.router import Router
 from cluster.system.log import JsonFormatter, TextFormatter
+from cluster.text.chat.mistral_template import MistralTemplate
 from cluster.text.tokenizer import load_tokenizer
 from cluster.tracing.origin import Origin, origin_var
 from cluster.tracing.request import MAX_SEQUENCES, GatewayTracing
@@ -69,7 +70,9 @@ async def serving(collector: TraceCollector, *replicas: FakeReplica, **environ: 
     router = Router(replicas, policy="round_robin")
     config = TracingConfig(url=f"{collector.url}/v1/traces", environ=tuple(environ.items()))
     tracing = GatewayTracing(config, gateway_id="g-1")
-    app = make_app(router=router, tokenizer=TOKENIZER, chat_template=None, model_name="demo", tracing=tracing)
+    app = make_app(
+        router=router, tokenizer=TOKENIZER, chat_template=MistralTemplate(TOKENIZER), model_name="demo", tracing=tracing
+    )
     listener = await Listener(app).open("127.0.0.1", 0)
     try:
         yield Gateway(f"http://127.0.0.1:{listener.port}", router, collector, tracing, app)
@@ -120,6 +123,21 @@ async def test_a_request_is_one_connected_trace(collector, stream):
     assert 0 < generation.attributes["gen_ai.response.time_to_first_chunk"] < 5
     assert route.attributes["tramontane.replica.id"] == attempt.attributes["tramontane.replica.id"] == "a"
     assert asked.requests[0].traceparent == f"00-{TRACE}-{attempt.span_id}-01", "the replica's spans are the attempt's"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}]}),
+        ("/v1/responses", {"input": "x", "store": False, "max_output_tokens": 64, "max_tokens": None}),
+    ],
+)
+async def test_the_trace_has_the_id_that_the_client_gets(collector, path, body):
+    async with serving(collector, replica()) as gateway:
+        answer = json.loads(await gateway.post(path, prompt=None, **body))
+        (generation,) = named(await gateway.spans(), "chat demo")
+    assert generation.attributes["gen_ai.response.id"] == answer["id"]
 
 
 @pytest.mark.parametrize("formatter", [TextFormatter, JsonFormatter])
