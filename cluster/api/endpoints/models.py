@@ -22,10 +22,12 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def get_model(request: web.Request) -> web.Response:
-    """One served name; 404 for any other."""
+    """One served name; 404 for any other, 403 for one that the API key may not use."""
     name = request.match_info["model"]
     api = request.app[CONTEXT].serving(name)
     api.check_model(name, request[REQUEST_CONTEXT])
+    if (key := request.get(KEY)) is not None:
+        key.check_model(name if name in api.model_names else api.adapters.adapter_of(name))
     return json_response(_card(api, name))
 
 

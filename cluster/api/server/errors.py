@@ -51,6 +51,8 @@ INSTEAD = {
     "/openai/v1/chat/completions": "POST /v1/chat/completions: the base URL ends with /v1",
     "/v1/v1/completions": "POST /v1/completions: the base URL ends with one /v1",
 }
+# Below these, other servers have endpoints for sound, pictures and scanned pages.
+_NOT_TEXT = ("/v1/audio/", "/v1/images/", "/v1/videos", "/v1/ocr", "/v1/realtime")
 MAX_MESSAGE_CHARS = 2000  # a message may quote the request, which may have megabytes
 
 
@@ -221,9 +223,12 @@ _NO_WEBSOCKETS = HTTPError(
 
 def _unknown_url(path: str) -> HTTPError:
     instead = INSTEAD.get(path.rstrip("/"))
+    what = "There is no endpoint at this path." if instead is None else "This server does not have this endpoint."
+    if path.startswith(_NOT_TEXT):
+        what = "This server does not have this endpoint: the model reads and writes text only."
     return HTTPError(
         404,
-        "There is no endpoint at this path." if instead is None else "This server does not have this endpoint.",
+        what,
         remedy="See /docs or /openapi.json for a list." if instead is None else f"Use {instead}.",
         code="unknown_url",
     )

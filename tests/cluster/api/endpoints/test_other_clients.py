@@ -104,6 +104,7 @@ async def test_tokenizer_info(tmp_path: Path) -> None:
         ("/chat/completions", "the base URL ends with /v1"),
         ("/v1/v1/completions", "the base URL ends with one /v1"),
         ("/v1/nothing", "/openapi.json"),
+        ("/v1/audio/speech", "text only"),
     ],
 )
 async def test_an_unknown_path_says_what_to_use(client: TestClient, path: str, instead: str) -> None:

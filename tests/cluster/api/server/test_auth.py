@@ -132,6 +132,7 @@ async def test_a_key_may_use_its_models_only(keys: Keys) -> None:
             assert response.status == status
             if status != 200:
                 assert (await error_of(response))["code"] == code
+            assert (await client.get(f"/v1/models/{model}", headers=keys.headers["user"])).status == status
 
 
 @pytest.mark.parametrize(("requested", "expected"), [(None, 5), (-9, 5), (7, 7)])
