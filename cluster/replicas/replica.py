@@ -280,7 +280,9 @@ class RayReplica:
             for call in calls:
                 call.cancel()
             answers = await asyncio.gather(*calls, return_exceptions=True)
-        return None if any(isinstance(a, RayError | TramontaneError) for a in answers) else answers
+        if any(isinstance(answer, RayError | TramontaneError) for answer in answers):
+            return None
+        return [call.result() for call in calls]
 
     def _silence(self, calls: Sequence[asyncio.Task[LoadProgress]], silence_s: float) -> str:
         ranks = ", ".join(str(rank) for rank, call in enumerate(calls) if not call.done())
