@@ -191,14 +191,22 @@ def compiled_replicas(request: pytest.FixtureRequest, tmp_path: Path) -> Iterato
 async def test_other_data_types_of_weights_and_kv_cache_keep_the_bytes_too(
     compiled_replicas: list[LiveReplica], every: int
 ) -> None:
+    """Sampled and streamed after many tokens; greedy, whole, and within a grammar after some."""
     body = {"model": "tiny", "prompt": "def fibonacci(n):", "max_tokens": NUM_TOKENS, "ignore_eos": True}
-    body |= {"stream": True, **SAMPLINGS["sampled"]}
-    undisturbed = await answer(compiled_replicas, body, cut_after=None)
-    wrong, all_cuts = [], [1, *range(every, NUM_TOKENS, every)]
-    for start in range(0, len(all_cuts), AT_A_TIME):
-        cuts = all_cuts[start : start + AT_A_TIME]
-        answers = await asyncio.gather(*(answer(compiled_replicas, body, cut_after=i) for i in cuts))
-        wrong += [i for i, data in zip(cuts, answers, strict=True) if data != undisturbed]
+    bodies = {
+        "sampled": body | SAMPLINGS["sampled"] | {"stream": True},
+        "greedy": body | SAMPLINGS["greedy"],
+        "grammar": {"model": "tiny", "prompt": "x = ", "max_tokens": 200, "seed": 4, **STRUCTURED["json"]},
+    }
+    undisturbed = {name: await answer(compiled_replicas, one, cut_after=None) for name, one in bodies.items()}
+    assert json.loads(undisturbed["grammar"])["choices"][0]["finish_reason"] == "stop"
+    cases = [("sampled", i) for i in (1, *range(every, NUM_TOKENS, every))]
+    cases += [("greedy", i) for i in range(NUM_TOKENS // 2, NUM_TOKENS, every)] + [("grammar", 2), ("grammar", 13)]
+    wrong = []
+    for start in range(0, len(cases), AT_A_TIME):
+        some = cases[start : start + AT_A_TIME]
+        answers = await asyncio.gather(*(answer(compiled_replicas, bodies[name], cut_after=i) for name, i in some))
+        wrong += [case for case, data in zip(some, answers, strict=True) if data != undisturbed[case[0]]]
     assert not wrong, f"the bytes differ when the replica dies after these numbers of tokens: {wrong}"
     await all_is_free(compiled_replicas)
 
