@@ -74,7 +74,15 @@ def test_texts_that_cannot_be_encoded(model: TekkenModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"config": {}}, {"vocab": []}, {"vocab": [{"rank": 1}]}, {"config": {"version": "v99"}}]
+    "change",
+    [
+        {"config": None},
+        {"vocab": 7},
+        {"config": {}},
+        {"vocab": []},
+        {"vocab": [{"rank": 1}]},
+        {"config": {"version": "v99"}},
+    ],
 )
 def test_a_damaged_file_is_named(path: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "tekken.json").write_text(json.dumps(json.loads(path.read_text()) | change))
