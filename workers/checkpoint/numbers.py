@@ -47,7 +47,8 @@ def layer_windows(windows: Sequence[Any]) -> Any:
 
 def head_size(hidden_size: Any, num_heads: Any) -> int:
     """Of a head whose size the file does not say. 0 where it cannot be told: ModelConfig names the field that is wrong."""
-    return hidden_size // num_heads if type(hidden_size) is type(num_heads) is int and num_heads > 0 else 0
+    size: int = hidden_size // num_heads if type(hidden_size) is type(num_heads) is int and num_heads > 0 else 0
+    return size
 
 
 def distinct(values: Sequence[Any]) -> tuple[Any, ...]:
