@@ -25,6 +25,8 @@ LOGS = ("raylet.err", "raylet.out", "gcs_server.err", "gcs_server.out", "dashboa
 MAX_REASON = 300  # characters
 RESOLVE_TIMEOUT_S = 2.0
 REMEDY = "Run `tramontane doctor`, which checks this machine."
+# What the raylet dies of when a process that it started has not told its port in time.
+_LATE = "Timed out waiting for file"
 SIGNAL = signal.SIGUSR2  # neither Ray nor this project uses it in this process
 _TAIL_BYTES = 65_536
 # [2026-11-30 06:03:55,834 C 8053 8053] (raylet) node_manager.cc:971: Exiting because ...
@@ -58,6 +60,11 @@ def failure(what: str, logs: Mapping[str, str], *, has_names: bool = True) -> Co
         return ConfigError(
             f"Ray could not be started, and no name can be resolved on this machine, not even localhost: {what}{says}",
             remedy="Put `127.0.0.1 localhost` into /etc/hosts, and `hosts: files dns` into /etc/nsswitch.conf.",
+        )
+    if any(_LATE in text for text in logs.values()):
+        return ConfigError(
+            "Ray could not be started: one of its processes was not up in the time that Ray gives it.",
+            remedy=f"Start again when this machine is less busy. {REMEDY}",
         )
     return ConfigError(f"Ray could not be started: {what}{says}", remedy=REMEDY)
 

@@ -44,6 +44,17 @@ def test_the_failure_is_one_sentence_with_rays_reason() -> None:
     assert ended.message == "Ray could not be started: its process dashboard ended."
 
 
+def test_a_process_that_is_late_is_not_called_a_bug_of_ray() -> None:
+    check = (
+        "An unexpected system state has occurred. You have likely discovered a bug in Ray. Check failed: x.has_value() "
+    )
+    error = failure(
+        "it ended", {"raylet.out": f"{STAMP} C 8 8] (raylet) a.cc:1: {check}Timed out waiting for file /tmp/x"}
+    )
+    assert "was not up in the time" in error.message and "bug" not in error.message
+    assert "less busy" in (error.remedy or "")
+
+
 def test_a_machine_that_resolves_no_name_is_told_so() -> None:
     error = failure("its process raylet ended", {}, has_names=False)
     assert "no name can be resolved on this machine" in error.message
