@@ -148,10 +148,11 @@ class ApiContext:
         """Raises ModelNotFoundError if `name` is not served here, NotAllowedError if the request's API key may not use it."""
         adapters = self.adapters
         if not self.model.serves(name):
-            served = " or ".join(repr(n) for m in self.models for n in (*m.names, *m.adapters.names))
+            known = [one for model in self.models for one in (*model.names, *model.adapters.names)]
+            served = " or ".join(repr(one) for one in known if context.may_use(one))
             raise ModelNotFoundError(
                 adapters.why_not(name) or f"The model {name!r} does not exist.",
-                remedy=f"Use {served}.",
+                remedy=f"Use {served}." if served else "The API key may use none that is served here.",
                 param="model",
                 code="model_not_found",
             )

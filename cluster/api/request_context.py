@@ -59,6 +59,10 @@ class RequestContext:
         allowed = requested or 0 if self.usage is None else self.usage.key.priority(requested)
         return BATCH_PRIORITY + max(allowed, 0) if self.is_batch_line else allowed
 
+    def may_use(self, name: str) -> bool:
+        """Whether the API key may use this model, or an adapter of this name."""
+        return self.usage is None or self.usage.key.may_use(name)
+
     def check_model(self, name: str) -> None:
         """Records the model, which must be a served one. Raises NotAllowedError if the API key may not use it."""
         if self.trace is not None:

@@ -178,7 +178,7 @@ def encode_message_error(error: Exception) -> bytes:
     status, body = describe(error)
     kind = _MESSAGE_ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
     # Its client reads the code in the details, and then does without what is not supported.
-    details = {"error_code": body.code}
+    details = None if body.code is None else {"error_code": body.code}
     told = {"type": kind, "message": body.message, "param": body.param, "code": body.code, "details": details}
     return msgspec.json.encode({"type": "error", "error": told})
 

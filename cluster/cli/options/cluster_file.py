@@ -206,7 +206,9 @@ class _Reader:
             node = yaml.compose(self._path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         except (OSError, UnicodeDecodeError) as e:
             reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
-            raise ConfigError(f"--config {self._path} cannot be read: {reason}.", param="--config") from e
+            raise ConfigError(
+                f"--config {self._path} cannot be read: {reason}.", remedy="Check the path.", param="--config"
+            ) from e
         except yaml.YAMLError as e:
             mark = getattr(e, "problem_mark", None)
             where = "" if mark is None else f", line {mark.line + 1}"
