@@ -177,6 +177,7 @@ FULL: dict[str, dict[str, Any]] = {
         "tools": [{"name": "f", "input_schema": {"type": "object"}}],
         "tool_choice": {"type": "auto"},
         "thinking": {"type": "disabled"},
+        "thread": None,
         "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
         "max_tokens": 2,
         "stream": False,
@@ -198,6 +199,7 @@ FULL: dict[str, dict[str, Any]] = {
         "tools": [],
         "tool_choice": {"type": "none"},
         "thinking": {"type": "disabled"},
+        "thread": None,
         "output_config": {},
     },
     "/v1/score": {
