@@ -53,6 +53,7 @@ INSTEAD = {
 }
 # Below these, other servers have endpoints for sound, pictures and scanned pages.
 _NOT_TEXT = ("/v1/audio/", "/v1/images/", "/v1/videos", "/v1/ocr", "/v1/realtime")
+THREADS_UNSUPPORTED = "thread_unsupported_request"  # Anthropic's name
 MAX_MESSAGE_CHARS = 2000  # a message may quote the request, which may have megabytes
 
 
@@ -177,9 +178,9 @@ def encode_message_error(error: Exception) -> bytes:
     """The error as Anthropic's clients expect it."""
     status, body = describe(error)
     kind = _MESSAGE_ERRORS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    # Its client reads the code in the details, and then does without what is not supported.
-    details = None if body.code is None else {"error_code": body.code}
-    told = {"type": kind, "message": body.message, "param": body.param, "code": body.code, "details": details}
+    told: dict[str, object] = {"type": kind, "message": body.message, "param": body.param, "code": body.code}
+    if body.code == THREADS_UNSUPPORTED:
+        told["details"] = {"error_code": body.code}  # where the client looks for it, to do without
     return msgspec.json.encode({"type": "error", "error": told})
 
 

@@ -36,6 +36,7 @@ from cluster.api.schemas.messages.request import (
     ToolUseBlockInput,
 )
 from cluster.api.schemas.structured import JsonSchemaFormat, SchemaFormat
+from cluster.api.server.errors import THREADS_UNSUPPORTED
 from workers.errors import RequestError
 
 _CHAT_NAMES = {
@@ -104,7 +105,7 @@ def to_messages(body: MessagePrompt) -> list[ChatMessage]:
             "'thread' is not supported: this server keeps no conversations.",
             remedy="Remove it, and send the whole conversation as 'messages'.",
             param="thread",
-            code="thread_unsupported_request",
+            code=THREADS_UNSUPPORTED,
         )
     messages: list[ChatMessage] = []
     if body.system:

@@ -23,6 +23,7 @@ TOOLS = [{"name": name, "input_schema": {"type": "object"}} for name in "fg"]
 BODY: dict[str, Any] = {"model": "demo", "max_tokens": 100, "messages": [{"role": "user", "content": "x"}]}
 USER = BODY["messages"][0]
 CALL = {"type": "tool_use", "id": "abc123def", "name": "f", "input": {}}
+THREAD = {"error_code": "thread_unsupported_request"}  # what Anthropic's client looks for
 RESULT = {"type": "tool_result", "tool_use_id": "abc123def", "content": "x"}
 
 
@@ -111,6 +112,7 @@ async def test_the_prompt_is_that_of_chat(client: TestClient, replica: FakeRepli
          "block of type 'tool_result'"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_request_error",
          "Use 'assistant', 'system' or 'user'."),
+        ({"thread": {"type": "create"}}, 400, "invalid_request_error", "the whole conversation"),
         ({"output_format": {"type": "json_schema", "schema": {}}}, 400, "invalid_request_error", "output_config"),
     ],
 )  # fmt: skip
@@ -121,6 +123,7 @@ async def test_errors_have_their_own_form(
     answer = await response.json()
     assert (response.status, answer["type"], answer["error"]["type"]) == (status, "error", kind), answer
     assert said in answer["error"]["message"]
+    assert answer["error"].get("details") == (THREAD if "thread" in changes else None)
     if "messages" in changes:
         count = {name: value for name, value in (BODY | changes).items() if name != "max_tokens"}
         counted = await client.post(f"{PATH}/count_tokens", json=count)
