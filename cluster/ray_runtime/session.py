@@ -24,7 +24,7 @@ from cluster.ray_runtime.internals import (
     listen_on_loopback_only,
     start_options,
 )
-from cluster.ray_runtime.start_watch import watched
+from cluster.ray_runtime.start_watch import RayLateError, watched
 from cluster.ray_runtime.surroundings import WANTED_OPEN_FILES, check_open_files, check_surroundings, ray_parent
 from cluster.system.descriptors import raise_limit
 from workers.errors import ConfigError
@@ -92,7 +92,15 @@ def connect(address: str | None, *, namespace: str, num_cpus: int = 1, log_to_dr
 
 
 def _start(*, namespace: str, num_cpus: int, log_to_driver: bool) -> RayFolder:
-    """The new cluster's folder."""
+    """The new cluster's folder. A Ray that is late is started once more: on a machine that is busy for a moment nobody has to come back."""
+    try:
+        return _start_once(namespace=namespace, num_cpus=num_cpus, log_to_driver=log_to_driver)
+    except RayLateError:
+        log.warning("One of Ray's processes was not up in the time that Ray gives it. Starting Ray once more.")
+        return _start_once(namespace=namespace, num_cpus=num_cpus, log_to_driver=log_to_driver)
+
+
+def _start_once(*, namespace: str, num_cpus: int, log_to_driver: bool) -> RayFolder:
     surroundings = check_surroundings(object_store_bytes=OBJECT_STORE_BYTES)
     sweep(surroundings.parent)
     os.environ.pop("RAY_ADDRESS", None)  # it would make ray.init join another cluster

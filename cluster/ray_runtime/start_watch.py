@@ -37,6 +37,10 @@ _LAST_LINES = re.compile(r"The last \d+ lines of \S*?(\w+)\.\w+ ")
 _PYTHON_LINE = re.compile(r"[-\d]+ [:,\d]+\s(ERROR|CRITICAL) \S+ -- (.+)")
 
 
+class RayLateError(ConfigError):
+    """The machine was too busy for one of Ray's processes. Another start may do."""
+
+
 @contextlib.contextmanager
 def watched(folder: Path, *, timeout_s: float = START_TIMEOUT_S) -> Iterator[None]:
     """For the code that starts Ray, in the main thread. Raises ConfigError with the reason, from the folder's logs, if it fails."""
@@ -62,7 +66,7 @@ def failure(what: str, logs: Mapping[str, str], *, has_names: bool = True) -> Co
             remedy="Put `127.0.0.1 localhost` into /etc/hosts, and `hosts: files dns` into /etc/nsswitch.conf.",
         )
     if any(_LATE in text for text in logs.values()):
-        return ConfigError(
+        return RayLateError(
             "Ray could not be started: one of its processes was not up in the time that Ray gives it.",
             remedy=f"Start again when this machine is less busy. {REMEDY}",
         )

@@ -1,12 +1,15 @@
 """A Ray of our own, without starting one: its token, and addresses where nothing listens."""
 
+import contextlib
 import os
 import socket
 import stat
 
 import pytest
 
+from cluster.ray_runtime import session
 from cluster.ray_runtime.session import connect, ensure_token, token_path
+from cluster.ray_runtime.start_watch import RayLateError
 from workers.errors import ConfigError
 
 
@@ -49,3 +52,20 @@ def test_a_dead_address_is_named_at_once():
         address = f"127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(ConfigError, match=f"Nothing answers at the Ray address {address}"):
         connect(address, namespace="test", log_to_driver=False)
+
+
+@pytest.mark.parametrize("num_late", [1, 2])
+def test_a_ray_that_is_late_is_started_once_more(monkeypatch, home, caplog, num_late):
+    starts = []
+
+    def start_once(**settings):
+        starts.append(settings)
+        if len(starts) <= num_late:
+            raise RayLateError("Ray could not be started: one of its processes was not up.")
+        return "folder"
+
+    monkeypatch.setattr(session, "_start_once", start_once)
+    with contextlib.nullcontext() if num_late == 1 else pytest.raises(RayLateError):
+        assert connect(None, namespace="one", num_cpus=3).folder == "folder"
+    assert len(starts) == 2 and starts[0] == starts[1]
+    assert "Starting Ray once more" in caplog.text
