@@ -35,7 +35,8 @@ STATS_INTERVAL_S = 2.0
 LOST_AFTER_S = 1.0  # for a broken connection that does not come back
 HANG_IS_DEATH_S = 10.0  # not ready for so long after it was: the ranks live but do not work
 READY_TIMEOUT_S = 60.0
-MADE_WITHIN_S = 120.0  # Ray gives a process 60 s to report, and then starts another
+# Ray gives a process 60 s to report, and then starts another. Then it imports torch, which takes minutes from a slow disk.
+MADE_WITHIN_S = 300.0
 QUIET_S = 15.0  # so long a rank that starts may be silent before anybody is told
 
 
