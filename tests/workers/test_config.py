@@ -175,7 +175,7 @@ def test_mistral_fields(tmp_path: Path, changes: dict[str, object], expected: di
         (HUGGINGFACE_V01, {"vocab_size": "many"}, "vocab_size is 'many', not a whole number"),
         (HUGGINGFACE_V01, {"eos_token_id": 10**6}, "token ids are 0 to"),
         (HUGGINGFACE_V01, {"eos_token_id": "</s>"}, "token ids are 0 to"),
-        (HUGGINGFACE_V01, {"num_attention_heads": 0}, "cannot be used"),
+        (HUGGINGFACE_V01, {"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number"),
         (HUGGINGFACE_V01, {"rope_theta": "wide"}, "rope_theta is 'wide', not a number above 0"),
         (HUGGINGFACE_V01, {"head_dim": -32}, "head_dim is -32"),
         (HUGGINGFACE_V01, {"hidden_size": 256.5}, "hidden_size is 256.5"),

@@ -21,7 +21,7 @@ TOKENIZER = load_tokenizer(DEMO_MODEL)
 TEMPLATE = MistralTemplate(TOKENIZER)
 OUTPUT = TOKENIZER.encode("".join(f" wörld {i} 日本 of," for i in range(12)), bos=False)[:60]
 # Ids and times differ between any two runs.
-_OWN = re.compile(rb'"(id|created|created_at|item_id)": ?("[^"]*"|\d+)')
+_OWN = re.compile(rb'"(id|created|created_at|completed_at|item_id)": ?("[^"]*"|\d+)')
 MESSAGES = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 100}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion": ("/v1/completions", {"prompt": "Hello", "max_tokens": 100}),
