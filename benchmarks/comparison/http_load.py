@@ -108,15 +108,15 @@ async def long_prompt(
         for i, seen in enumerate(streams)
     ]
     try:
-        await _until_tokens(streams, tasks, 8)
+        await until_tokens(streams, tasks, 8)
         undisturbed_s = time.perf_counter()
-        await _until_tokens(streams, tasks, 48)
+        await until_tokens(streams, tasks, 48)
         asked_s = time.perf_counter()
         ids = prompt(num_long, vocab_size=vocab_size, seed=seed + 3)
         ttft_s = (await read_stream(port, ids, max_tokens=2)).ttft_s
         first_s = asked_s + ttft_s
         # A gap that is open at the end counts as well.
-        await _until_tokens(streams, tasks, 2, more=True)
+        await until_tokens(streams, tasks, 2, more=True)
     finally:
         for task in tasks:
             task.cancel()
@@ -133,7 +133,7 @@ async def long_prompt(
     }
 
 
-async def _until_tokens(
+async def until_tokens(
     streams: Sequence[Stream], tasks: Sequence["asyncio.Task[Stream]"], num: int, *, more: bool = False
 ) -> None:
     """Waits until every stream has `num` events, or that many more than now. Raises what a stream raised."""

@@ -69,13 +69,15 @@ class TextEvents:
     def __init__(
         self, make: Callable[[str, Any], msgspec.Struct], usage: Callable[[], msgspec.Struct] | None = None
     ) -> None:
-        # Nothing else in the event is the same as these.
-        text, tail = _encoder.encode(secrets.token_hex(16)), _encoder.encode(secrets.token_hex(16))
-        whole = encode_event(make(msgspec.json.decode(text), None if usage is None else msgspec.Raw(tail)))
-        self._before, self._after = whole.split(text)
+        text, used = (
+            secrets.token_hex(16),
+            _encoder.encode(secrets.token_hex(16)),
+        )  # nothing else in the event is the same
+        whole = encode_event(make(text, None if usage is None else msgspec.Raw(used)))
+        self._before, self._after = whole.split(_encoder.encode(text))
         self._usage = usage
         if usage is not None:
-            self._between, self._after = self._after.split(tail)
+            self._between, self._after = self._after.split(used)
 
     def encode(self, text: str) -> bytes:
         """The same bytes as `encode_event` gives."""
