@@ -14,8 +14,9 @@ from workers.engine.core import EngineCore
 from workers.engine.follower import run_follower
 from workers.engine.llm_engine import stream_requests
 
-# Of log-probabilities from -12 to -1. Rounded inputs may fall to either side where float32 sums differ in their last bits.
-TOLERANCE, ROUNDED_TOLERANCE, LOST_BY_ROUNDING = 2e-4, 0.03, 0.05
+# Of log-probabilities from -12 to -1. Rounded inputs may fall to either side where float32 sums differ in their last bits: where, and so
+# in how many positions and how far, depends on the processor.
+TOLERANCE, ROUNDED_TOLERANCE, LOST_BY_ROUNDING = 2e-4, 0.1, 0.05
 PROMPT = torch.randint(3, 256, (40,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
