@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 from support.servers.system_server import Server
 from xdist.remote import Producer
@@ -46,6 +47,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Read when Triton is imported, which transformers does: kernels then run on CPU tensors, see support/triton_interpreter.py.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# How long an example takes says nothing here: three workers share two cores.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -142,7 +142,9 @@ def test_a_killed_replica_of_one_model_disturbs_no_stream_of_either(world):
         server.wait_for(lambda: all(load.num_answers for load in loads), timeout_s=60, what="answer")
         ranks = {name: server.rank(name, 0) for name in world.of("main")}
         ranks[world.wait_busy("main")].kill()
-        server.wait_for(lambda: world.failovers("demo_model") > before["demo_model"], timeout_s=30, what="move a stream")
+        server.wait_for(
+            lambda: world.failovers("demo_model") > before["demo_model"], timeout_s=30, what="move a stream"
+        )
         numbers = [load.num_answers for load in loads]
         server.wait_for(lambda: len(world.of("main")) == 2, timeout_s=90, what="replace the replica")
         server.wait_for(

@@ -82,6 +82,7 @@ class StreamServer:
         self._cached: dict[bytes, None] = {}  # every block the prefix cache can find, in the order of storing
         self._stuck_ranks = StuckRanks()
         self._connections: dict[str, Connection] = {}  # by prefix
+        self._ending: bytes | None = None  # the frame that says why this server ends, once it does
         self._tasks: set[asyncio.Task[None]] = set()
         self._num_accepted = 0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -154,13 +155,17 @@ class StreamServer:
     def _end(self, ending: Ending | None) -> None:
         assert self._stop is not None, "the loop runs, so it has been set"
         with self._lock:
-            if ending is not None and not self._stop.is_set():
-                frame, now = encode_frame(ending), time.monotonic()
-                for connection in self._connections.values():
-                    connection.send(frame, now)
+            if self._stop.is_set():
+                return
+            self._stop.set()
+            self._ending = None if ending is None else encode_frame(ending)
             for connection in self._connections.values():
-                connection.finish()
-        self._stop.set()
+                self._finish(connection)
+
+    def _finish(self, connection: Connection) -> None:
+        if self._ending is not None:
+            connection.send(self._ending, time.monotonic())
+        connection.finish()
 
     async def _serve(
         self,
@@ -232,6 +237,9 @@ class StreamServer:
             known = CacheEvents(stored=list(self._cached), reset=True) if self._facts.enable_prefix_caching else None
             connection.send(encode_frame(StepFrame(deltas=[], load=self._report(now), cache=known)), now)
             self._connections[connection.prefix] = connection
+            assert self._stop is not None, "the loop runs, so it has been set"
+            if self._stop.is_set():  # since this connection was accepted
+                self._finish(connection)
         self._alone_since = None
         return True
 

@@ -43,7 +43,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXTS)
 def test_a_prompt_has_transformers_ids(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
     tokenizer, expected = tokenizers[kind], reference(kind)
@@ -55,7 +55,7 @@ def test_a_prompt_has_transformers_ids(tokenizers: dict[str, Tokenizer], kind: s
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "tekken"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXTS)
 def test_a_clients_text_has_no_special_token(tokenizers: dict[str, Tokenizer], kind: str, text: str) -> None:
     tokenizer = tokenizers[kind]

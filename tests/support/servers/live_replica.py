@@ -84,7 +84,7 @@ async def live_gateway(replica: LiveReplica, **options: Any) -> AsyncIterator[Te
         async with asyncio.timeout(10):
             while not client.is_ready(time.monotonic()):
                 await asyncio.sleep(0.01)
-        # As behind a controller, requests wait for a replica that was lost. This client is reconnected after a loss, and can have one
+        # As with a controller, requests wait for a replica that was lost. This client is reconnected after a loss, and can have one
         # though nothing is wrong: between tests its event loop stands still, and rank 0 takes a long silence for its end.
         router = Router()
         router.update([client], Availability(expected=True))

@@ -167,7 +167,7 @@ SETTINGS = st.builds(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(plan=plans(stops=False, grammars=False), options=SETTINGS)
 def test_when_all_ends_are_known_in_advance_every_step_is_the_same(new_core, plan, options):
     """Not a row is launched for nothing: the same deltas in the same order, with the same prefixes found and the same preemptions."""
@@ -182,7 +182,7 @@ def test_when_all_ends_are_known_in_advance_every_step_is_the_same(new_core, pla
     assert overlapped.take_cache_events() == plain.take_cache_events() or fails
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(plan=plans(stops=True, grammars=True), options=SETTINGS)
 def test_random_requests_get_the_same_deltas(new_core, plan, options):
     plain, overlapped = new_core(**options, overlap=False), new_core(**options, overlap=True)

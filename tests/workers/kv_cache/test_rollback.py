@@ -86,7 +86,7 @@ def test_a_window_that_has_passed_a_block_does_not_come_back():
 TOKENS = st.integers(0, 2)  # few, so that contents repeat
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     prompt=st.lists(TOKENS, min_size=1, max_size=25),
     rounds=st.lists(st.tuples(st.lists(TOKENS, min_size=1, max_size=11), TOKENS), min_size=1, max_size=5),
@@ -119,7 +119,7 @@ def test_append_and_rollback_is_as_if_never_appended(prompt, rounds, windows, ca
     assert manager.pool.num_used == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     steps=st.lists(
         st.tuples(st.integers(0, 2), st.lists(TOKENS, min_size=1, max_size=9), st.integers(0, 12)), max_size=25

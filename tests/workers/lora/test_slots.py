@@ -85,7 +85,7 @@ def test_better_requests_take_the_slots_of_worse_ones():
     assert another.adapter_slot == NO_SLOT, "online requests do not preempt each other"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_every_request_ends_and_a_slot_has_one_adapter_at_a_time(data):
     num_slots = data.draw(st.integers(1, 3))

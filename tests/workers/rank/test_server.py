@@ -370,6 +370,21 @@ async def test_the_ending_reaches_every_client_even_one_that_is_sending(engine, 
     await closer
 
 
+async def test_a_client_that_says_hello_while_the_server_ends_learns_why(engine, connect):
+    client = await connect(hello=False)
+    await until(lambda: engine.server._num_accepted == 1)
+    closer = asyncio.create_task(asyncio.to_thread(engine.server.close, reason="The replica is over."))
+    await until(lambda: engine.server._stop.is_set())
+    client.send(Hello(token=TOKEN))
+    messages = []
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        while True:
+            messages.append(await client.receive())
+    assert messages[-1] == Ending(reason="The replica is over.")
+    client.writer.close()
+    await closer
+
+
 async def test_a_client_that_does_not_read_cannot_delay_the_end(engine, connect):
     await connect()
     began = asyncio.get_running_loop().time()

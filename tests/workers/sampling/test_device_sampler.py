@@ -62,7 +62,7 @@ def requests(draw):
     return params, draw(st.lists(TOKENS, min_size=1, max_size=6)), draw(st.one_of(st.none(), st.integers(0, 9)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(requests(), min_size=1, max_size=6), st.integers(0, 1000), st.lists(st.integers(0, 63), max_size=3))
 def test_same_tokens_as_on_the_host(wanted, seed, parts):
     """Several steps in which requests come, pause and go on, one step read after the next one is launched."""

@@ -50,7 +50,7 @@ def accept_allowed(constraint: Constraint, choices: list[int]) -> list[int]:
     return taken
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     grammar=st.sampled_from(GRAMMARS),
     kept=st.lists(st.integers(0, 5000), max_size=12),

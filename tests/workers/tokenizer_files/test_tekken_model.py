@@ -49,7 +49,7 @@ def test_ids_of_a_table(model: TekkenModel, converted: Any, text: str) -> None:
     check(model, converted, text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text())
 def test_ids_of_any_text(model: TekkenModel, converted: Any, text: str) -> None:
     check(model, converted, text)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.protocol.routing import ROUTING_POLICIES
@@ -170,7 +170,6 @@ loads = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(loads, st.integers(0, 50), st.sampled_from(ROUTING_POLICIES))
 def test_any_load(rows, turn, policy):
     available, num_requests, pending, cached = (list(column) for column in zip(*rows, strict=True))

@@ -82,7 +82,6 @@ events = st.tuples(
 )
 
 
-@settings(deadline=None)
 @given(
     st.lists(events, max_size=30),
     st.lists(st.sampled_from(NAMES), max_size=12),
@@ -97,7 +96,7 @@ def test_matches_are_as_defined_after_any_events(history, hashes, window):
     assert index.num_blocks == len(set().union(*held))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32),
     st.sampled_from([(None,), (1,), (2,), (5,), (6,), (9,), (17,), (None, 5), (17, 6, 6)]),

@@ -234,7 +234,7 @@ def check_random_schema(compiler, vocabulary, preferred, schema: dict[str, Any],
 FUNCTION_SCOPED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=FUNCTION_SCOPED)
+@settings(max_examples=60, derandomize=True, suppress_health_check=FUNCTION_SCOPED)
 @given(schema=schemas(), seed=st.integers(0, 2**32))
 def test_random_schemas_are_refused_or_enforced(compiler, vocabulary, preferred, schema, seed) -> None:
     check_random_schema(compiler, vocabulary, preferred, schema, seed)
@@ -242,7 +242,7 @@ def test_random_schemas_are_refused_or_enforced(compiler, vocabulary, preferred,
 
 @pytest.mark.fuzz
 @pytest.mark.timeout(1200)
-@settings(max_examples=5000, deadline=None, suppress_health_check=FUNCTION_SCOPED)
+@settings(max_examples=5000, suppress_health_check=FUNCTION_SCOPED)
 @given(schema=schemas(), seed=st.integers(0, 2**32))
 def test_many_random_schemas_are_refused_or_enforced(compiler, vocabulary, preferred, schema, seed) -> None:
     check_random_schema(compiler, vocabulary, preferred, schema, seed)

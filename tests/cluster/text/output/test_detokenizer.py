@@ -78,7 +78,7 @@ def id_sequences(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
 
 
 @pytest.mark.parametrize("name", [*NAMES, *NAMES_WITHOUT_REFERENCE])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_ids_in_any_split_equal_the_whole(name: str, tokenizers: Tokenizers, data: st.DataObject) -> None:
     tokenizer, decode = tokenizers[name]
@@ -95,7 +95,7 @@ def test_any_ids_in_any_split_equal_the_whole(name: str, tokenizers: Tokenizers,
 
 
 @pytest.mark.parametrize("name", [*NAMES, *NAMES_WITHOUT_REFERENCE])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_returned_text_is_final(name: str, tokenizers: Tokenizers, data: st.DataObject) -> None:
     tokenizer, decode = tokenizers[name]
@@ -109,7 +109,7 @@ def test_returned_text_is_final(name: str, tokenizers: Tokenizers, data: st.Data
 
 
 @pytest.mark.parametrize("name", [*NAMES, *NAMES_WITHOUT_REFERENCE])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_after_a_prompt_it_is_the_whole_text_without_the_prompt(
     name: str, tokenizers: Tokenizers, data: st.DataObject

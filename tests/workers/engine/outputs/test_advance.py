@@ -65,7 +65,7 @@ def run(request: engine_request.Request, sampled: list[Sampled], chunks: list[in
     return deltas
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     token_ids=st.lists(st.one_of(st.integers(2, 12), st.sampled_from([613, None])), min_size=1, max_size=20),
     chunks=st.lists(st.integers(1, 6), min_size=20, max_size=20),

@@ -100,7 +100,7 @@ ARRIVALS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     arrivals=ARRIVALS,
     num_blocks=st.integers(8, 24),  # 8 of 4 tokens hold the longest sequence

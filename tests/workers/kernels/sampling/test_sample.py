@@ -182,7 +182,7 @@ def test_fraction_of(fraction, total):
     assert fraction_of(column([fraction]), column([total])).item() == fraction * total >> FRACTION_BITS
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     # Few different logits, so that many are equal; larger ones weigh more.
     logits=st.lists(st.integers(-5, 5), min_size=1, max_size=30),
