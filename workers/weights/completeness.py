@@ -14,7 +14,6 @@ from workers.weights.files import INDEXES, read_index
 from workers.weights.header import DOWNLOAD_AGAIN, FLOAT_BYTES, TensorInfo
 from workers.weights.names import EMBEDDING, HEAD, expected_shapes, name_in_model
 from workers.weights.quantized.header import NamedHeader
-from workers.weights.quantized.matrices import check_matrices, find_matrices
 
 QUANTIZED = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".quant_state")
 _CHUNK_BYTES = 1 << 22
@@ -49,6 +48,9 @@ def check_tensors(folder: Path, config: ModelConfig, tensors: Mapping[str, Tenso
     }
     expected = expected_shapes(config)
     if config.stored is not None and config.layout != "gguf":
+        # Late: it imports torch, a second of the start of a server and 100 MB of its memory, for quantized weights alone.
+        from workers.weights.quantized.matrices import check_matrices, find_matrices
+
         headers = {
             name: NamedHeader.of(name, tensor) for name, tensor in found.items() if isinstance(tensor, TensorInfo)
         }

@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +42,16 @@ def test_a_complete_checkpoint(folder: Path) -> None:
     check_checkpoint(folder)
     found = examine_checkpoint(folder)
     assert found.config is not None and found.num_files == 1 and found.num_bytes == (folder / WEIGHTS).stat().st_size
+
+
+def test_a_dense_checkpoint_is_examined_without_torch(folder: Path) -> None:
+    """Which takes a second of a server's start."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom cluster.config.checkpoint_check import examine_checkpoint\n"
+        f"assert not examine_checkpoint(Path({str(folder)!r})).faults\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
 
 
 @pytest.mark.parametrize(
