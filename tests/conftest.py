@@ -10,12 +10,14 @@ from support.servers.system_server import Server
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-# Files that use the same session's server: they run on one worker, in this order.
+# Files that use the same session's server, or its browser: they run on one worker, in this order.
 SHARING = (
     ("tests/clients/test_foreign.py", "tests/clients/test_lm_eval.py", "tests/clients/test_openai.py", "tests/clients/test_responses.py",
      "tests/clients/test_use_cases.py", "tests/docs/test_examples.py"),
     ("tests/system/test_ports.py", "tests/system/test_serve.py"),
     ("tests/clients/test_raw_bodies.py", "tests/clients/test_raw_http.py"),
+    ("tests/system/page/test_playground.py", "tests/system/page/test_appearance.py", "tests/system/page/test_cluster_view.py",
+     "tests/system/page/test_modules.py"),
 )  # fmt: skip
 # What takes longest, from 20 seconds to a minute and a half. It comes first, or one worker would run it alone at the end.
 LONGEST = (

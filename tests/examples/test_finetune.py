@@ -1,5 +1,6 @@
 """The recipe of examples/finetune on the demo model: it learns, goes on after an interruption, and its result serves."""
 
+import gc
 import json
 import runpy
 import signal
@@ -32,6 +33,7 @@ def data(tmp_path):
 
 
 def run(monkeypatch, *arguments):
+    gc.freeze()  # before each training, garbage is collected: a second each time, among all that a session has imported
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(DEMO_MODEL), *map(str, arguments)])
     return runpy.run_path(str(SCRIPT), run_name="__main__")
 

@@ -41,7 +41,7 @@ playwright.expect.set_options(timeout=PATIENCE_MS)
 # Of every file of tests with the page.
 MARKS = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs the browser of Debian's package chromium"),
-    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.asyncio(loop_scope="session"),
 ]
 
 TOKENIZER = load_tokenizer(DEMO_MODEL)

@@ -91,7 +91,13 @@ class Server:
         return psutil.Process(self.replicas()[replica_id]["ranks"][rank]["pid"])
 
     def wait_ready(self, count: int, timeout_s: float = 60.0) -> None:
-        self.wait_for(lambda: len(self.replicas("ready")) == count, timeout_s=timeout_s, what=f"have {count} replicas")
+        """For the controller and for the gateway: of a replica that was killed a moment ago, only one of them may know."""
+
+        def is_ready() -> bool:
+            _, health = self.health()
+            return len(self.replicas("ready")) == sum(r["ready"] for r in health["replicas"]) == count
+
+        self.wait_for(is_ready, timeout_s=timeout_s, what=f"have {count} replicas")
 
     def complete(self, **body: object) -> dict:
         """A whole answer of /v1/completions."""

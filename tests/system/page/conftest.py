@@ -1,4 +1,4 @@
-"""One browser for each file of tests, and for each test a page with its own server."""
+"""One browser for all files of this folder, and for each test a page with its own server."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest_asyncio
 # Imported in the fixtures: the import skips tests where there is no browser, and a conftest cannot be skipped.
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser() -> AsyncIterator[Any]:
     from support.servers.page_site import open_browser
 
@@ -17,7 +17,7 @@ async def browser() -> AsyncIterator[Any]:
         yield browser
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def site(browser: Any, tmp_path: Path) -> AsyncIterator[Any]:
     from support.servers.page_site import open_site
 
