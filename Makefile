@@ -18,7 +18,7 @@ SHA256 = $(BIN)/python -c 'import hashlib, sys; sys.exit(hashlib.sha256(open(sys
 PIP_ARGS ?=
 ARGS ?=
 
-.PHONY: serve generate native test test-gpu test-cuda-host test-chaos test-story test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench bench-peers bench-smollm2 smollm2 demo-model clean
+.PHONY: serve generate native test test-clients test-gpu test-cuda-host test-chaos test-story test-batch test-fuzz test-attack test-cloud lint lint-deploy format docs bench bench-peers bench-smollm2 smollm2 demo-model clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/python -m workers.native.build || true
@@ -34,8 +34,12 @@ native: | $(BIN)/python
 
 # Three workers on two cores: tests that start servers come first and mostly wait, see tests/conftest.py. Bytecode is written, for hundreds of
 # processes import the same modules.
-test: $(VENV)/.installed-dev $(CLIENTS)/.installed native
+test: $(VENV)/.installed-dev native
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# Agents, clients and lm-eval that nobody here wrote, in an environment of their own: two minutes. .ci/run calls it too.
+test-clients: $(VENV)/.installed-dev $(CLIENTS)/.installed native
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -m clients tests/clients/test_foreign.py tests/clients/test_lm_eval.py $(ARGS)
 
 # The long fuzzers: some thousand requests each, and engines with many random ones; a few minutes.
 test-fuzz: $(VENV)/.installed-dev

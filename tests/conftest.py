@@ -21,7 +21,6 @@ SHARING = (
 )  # fmt: skip
 # What takes longest, from 20 seconds to a minute and a half. It comes first, or one worker would run it alone at the end.
 LONGEST = (
-    "tests/clients/test_foreign.py",
     "tests/system/test_failover.py",
     "tests/clients/test_raw_bodies.py",
     "tests/system/test_restart.py",
@@ -30,6 +29,7 @@ LONGEST = (
     "tests/system/test_ports.py",
     "tests/system/batches/test_batches.py",
     "tests/system/page/test_playground.py",
+    "tests/clients/test_foreign.py",  # which names those that share its server
     "tests/cluster/api/server/test_slow_clients.py",
     "tests/clients/test_schemathesis.py",
     "tests/system/test_surroundings.py",

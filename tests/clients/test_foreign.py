@@ -25,7 +25,7 @@ CLIENTS = (
     "azure_client",
 )
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]  # for a busy machine
+pytestmark = [pytest.mark.clients, pytest.mark.system, pytest.mark.timeout(400)]  # for a busy machine
 
 
 @pytest.fixture(scope="module")

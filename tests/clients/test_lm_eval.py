@@ -25,7 +25,7 @@ from transformers import MistralForCausalLM
 FOLDER = Path(__file__).parent
 MAX_NEW_TOKENS = 16  # tramontane_endings.yaml
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.clients, pytest.mark.system, pytest.mark.timeout(300)]
 
 
 class Reference:
