@@ -16,15 +16,15 @@ class RemoteServer(Server):
         self._hosts = hosts
         super().__init__("--ray-address", hosts.address, *options, prefix=hosts.prefix(0), env=hosts.env)
 
-    def curl(self, path: str, body: dict | None = None, *more: str) -> subprocess.Popen:
-        command = [*self._hosts.prefix(0), "curl", "-sS", "-N", "--max-time", "300", f"{self.url}{path}", *more]
+    def curl(self, path: str, body: dict | None = None, *more: str, url: str | None = None) -> subprocess.Popen:
+        command = [*self._hosts.prefix(0), "curl", "-sS", "-N", "--max-time", "300", f"{url or self.url}{path}", *more]
         command += ["-H", f"Authorization: Bearer {API_KEY}", "-H", "Content-Type: application/json"]
         if body is not None:
             command += ["-d", json.dumps(body)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    def get(self, path: str) -> tuple[int, str]:
-        out, err = self.curl(path, None, "-w", "\n%{http_code}").communicate()
+    def get(self, path: str, *, url: str | None = None) -> tuple[int, str]:
+        out, err = self.curl(path, None, "-w", "\n%{http_code}", url=url).communicate()
         assert out, err
         text, _, status = out.rpartition("\n")
         return int(status), text
